@@ -1,0 +1,264 @@
+"""Read any stretch of any sound file as a mono waveform at one sample rate, or say why not."""
+
+from __future__ import annotations
+
+import logging
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import gcd
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import soundfile
+import soxr
+
+log = logging.getLogger(__name__)
+
+# soxr HQ looks at fewer than 160 samples of the lower rate to either side (measured: beyond them
+# a seek differs from the full decode by less than 1e-6).
+MARGIN_SAMPLES = 256
+# An mp3 frame can lean on the one before it, so a seek goes at least two frames further back.
+PREROLL_FRAMES = 2 * 1152
+BLOCK_VALUES = 1 << 16  # frames x channels decoded at once; where decoding breaks, a block is lost
+
+
+class AudioError(ValueError):
+    """A sound file that cannot be decoded as asked; the message starts with its path."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path, self.reason = path, reason
+
+    def __reduce__(self) -> tuple[type, tuple[Path, str]]:
+        return type(self), (
+            self.path,
+            self.reason,
+        )  # so that worker processes can hand it over
+
+
+class _Stream(soundfile.SoundFile):
+    """A sound file that is read on from where it stands."""
+
+    def seekable(self) -> bool:
+        """Say no: to a file that can, python-soundfile adds a seek after every read.
+
+        mpg123 decodes what follows a seek slightly otherwise than what it reads in one go.
+        """
+        return False
+
+
+class AudioInfo(NamedTuple):
+    """What the header says; damaged files keep the header of the whole."""
+
+    sample_rate: int
+    channels: int
+    frames: int
+
+    @property
+    def seconds(self) -> float:
+        return self.frames / self.sample_rate
+
+
+def probe_audio(path: Path) -> AudioInfo:
+    """Read sample rate, channels and length from the header, which may promise too much."""
+    with open_audio(path) as file:
+        return AudioInfo(file.samplerate, file.channels, file.frames)
+
+
+def read_audio(
+    path: Path,
+    sample_rate: int,
+    offset_seconds: float = 0.0,
+    duration_seconds: float | None = None,
+) -> np.ndarray:
+    """Read a waveform, float32 mono ``(samples,)``, seeking to it and decoding no more than it.
+
+    Channels are averaged. A stretch equals the same stretch of the whole file read at once: input
+    and output samples coincide at its start, and the filter sees its neighbours on both sides.
+    With ``duration_seconds`` exactly ``round(duration_seconds * sample_rate)`` samples come back
+    or AudioError is raised, as it is for what does not decode. Without it, all that decodes comes
+    back, and a warning is logged where the header promised more.
+    """
+    _require_stretch(sample_rate, offset_seconds, duration_seconds)
+    with open_audio(path) as file:
+        start = round(offset_seconds * sample_rate)
+        total = resampled_length(file.frames, file.samplerate, sample_rate)
+        n_samples = total - start
+        if duration_seconds is not None:
+            n_samples = round(duration_seconds * sample_rate)
+            if start + n_samples == total + 1:  # offset and duration were both rounded up
+                start = max(0, start - 1)
+        if start + n_samples > total or n_samples <= 0:
+            asked = "its end" if duration_seconds is None else f"{duration_seconds:g} s"
+            raise AudioError(
+                path,
+                f"asked for {asked} from {offset_seconds:g} s, has {total / sample_rate:g} s",
+            )
+        waveform = _read_samples(path, file, sample_rate, start, start + n_samples)
+    if len(waveform) < n_samples:
+        ends = (start + len(waveform)) / sample_rate
+        reason = (
+            f"decodes only to {ends:.2f} s of {total / sample_rate:.2f} s; truncated or damaged"
+        )
+        if duration_seconds is not None or not len(waveform):
+            raise AudioError(path, reason)
+        log.warning("%s: %s", path, reason)
+    return waveform
+
+
+def iterate_audio(
+    path: Path, sample_rate: int, block_seconds: float = 60.0
+) -> Iterator[np.ndarray]:
+    """Yield a file's waveform in blocks of ``block_seconds``, the last one shorter.
+
+    Their concatenation equals ``read_audio(path, sample_rate)``; memory does not grow with length.
+    """
+    _require_stretch(sample_rate, 0.0, block_seconds)
+    n_block = max(1, round(block_seconds * sample_rate))
+    with open_audio(path) as file:
+        expected = resampled_length(file.frames, file.samplerate, sample_rate)
+        resampled = resample_blocks(mono_blocks(path, file), file.samplerate, sample_rate)
+        pending, n_pending, n_total = [], 0, 0
+        for waveform in resampled:
+            pending.append(waveform)
+            n_pending += len(waveform)
+            n_total += len(waveform)
+            while n_pending >= n_block:
+                joined = np.concatenate(pending)
+                yield joined[:n_block]
+                pending, n_pending = [joined[n_block:]], n_pending - n_block
+        if n_pending:
+            yield np.concatenate(pending)
+    if not n_total:
+        raise AudioError(path, "has no samples; empty or damaged")
+    if n_total < expected:
+        log.warning(
+            "%s: decodes only to %.2f s of %.2f s; truncated or damaged",
+            path, n_total / sample_rate, expected / sample_rate,
+        )  # fmt: skip
+
+
+def crop_or_pad(waveform: np.ndarray, n_samples: int, offset: int = 0) -> np.ndarray:
+    """Return exactly ``n_samples`` of ``waveform`` from ``offset`` on, zeros after its end."""
+    if n_samples < 0 or offset < 0:
+        raise ValueError(f"n_samples {n_samples} and offset {offset} must not be negative")
+    crop = waveform[..., offset : offset + n_samples]
+    missing = n_samples - crop.shape[-1]
+    if not missing:
+        return crop
+    return np.pad(crop, [(0, 0)] * (crop.ndim - 1) + [(0, missing)])
+
+
+def resampled_length(n_samples: int, from_rate: int, to_rate: int) -> int:
+    """Say how many samples soxr makes of ``n_samples``."""
+    return (2 * n_samples * to_rate + from_rate) // (2 * from_rate)
+
+
+@contextmanager
+def open_audio(path: Path) -> Iterator[soundfile.SoundFile]:
+    """Open a sound file; whatever libsndfile finds wrong with it becomes an AudioError."""
+    require_regular_file(path)
+    try:
+        with _Stream(path) as file:
+            if file.frames <= 0:
+                raise AudioError(path, "has no samples; empty or damaged")
+            yield file
+    except (
+        soundfile.SoundFileError,
+        TypeError,
+    ) as error:  # TypeError: .raw needs a description
+        reason = getattr(error, "error_string", str(error)).strip().rstrip(".")
+        raise AudioError(path, f"cannot be decoded: {reason}") from error
+
+
+def mono_blocks(
+    path: Path, file: soundfile.SoundFile, n_frames: int | None = None
+) -> Iterator[np.ndarray]:
+    """Yield up to ``n_frames`` from where ``file`` stands, channels averaged, block by block."""
+    for block in frame_blocks(path, file, n_frames):
+        yield (block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float32))
+
+
+def frame_blocks(
+    path: Path, file: soundfile.SoundFile, n_frames: int | None = None
+) -> Iterator[np.ndarray]:
+    """Yield float32 ``(frames, channels)`` at the file's own rate until decoding stops."""
+    remaining = file.frames if n_frames is None else n_frames
+    n_block = max(1, BLOCK_VALUES // file.channels)
+    while remaining > 0:
+        try:
+            block = file.read(min(remaining, n_block), dtype="float32", always_2d=True)
+        except soundfile.SoundFileError as error:
+            raise _decode_error(path, error) from error
+        if not len(block):
+            return
+        if not np.isfinite(block).all():
+            raise AudioError(path, "holds samples that are not finite numbers")
+        remaining -= len(block)
+        yield block
+
+
+def resample_blocks(
+    blocks: Iterator[np.ndarray], from_rate: int, to_rate: int
+) -> Iterator[np.ndarray]:
+    """Resample consecutive blocks as if they were one waveform (soxr HQ)."""
+    if from_rate == to_rate:
+        yield from blocks
+        return
+    stream = soxr.ResampleStream(from_rate, to_rate, 1, dtype="float32", quality="HQ")
+    for block in blocks:
+        yield stream.resample_chunk(block)
+    yield stream.resample_chunk(np.zeros(0, np.float32), last=True)
+
+
+def _read_samples(
+    path: Path, file: soundfile.SoundFile, sample_rate: int, start: int, stop: int
+) -> np.ndarray:
+    """Read output samples ``start`` to ``stop`` with the neighbours that the filter needs."""
+    rate = file.samplerate
+    divisor = gcd(rate, sample_rate)
+    in_step, out_step = rate // divisor, sample_rate // divisor
+    margin = MARGIN_SAMPLES * max(1, -(-rate // sample_rate)) if rate != sample_rate else 0
+    # The read starts where an input and an output sample fall on the same instant.
+    step = max(0, (start * rate // sample_rate - max(margin, PREROLL_FRAMES)) // in_step)
+    first, skip = step * in_step, start - step * out_step
+    last = min(file.frames, -(-stop * rate // sample_rate) + margin)
+    if first:
+        file.seek(first)
+    blocks = mono_blocks(path, file, last - first)
+    waveform = np.concatenate(
+        [np.zeros(0, np.float32), *resample_blocks(blocks, rate, sample_rate)]
+    )
+    return waveform[skip : skip + stop - start]
+
+
+def _decode_error(path: Path, error: Exception) -> AudioError:
+    reason = getattr(error, "error_string", str(error)).strip().rstrip(".")
+    return AudioError(path, f"cannot be decoded: {reason}")
+
+
+def _require_stretch(sample_rate: int, offset: float, duration: float | None) -> None:
+    if sample_rate <= 0:
+        raise ValueError(f"sample_rate is {sample_rate}; it must be above 0")
+    if not (0 <= offset < float("inf")):
+        raise ValueError(f"offset_seconds is {offset}; it must be 0 or more")
+    if duration is not None and not (0 < duration < float("inf")):
+        raise ValueError(f"duration_seconds is {duration}; it must be above 0, or None")
+
+
+def require_regular_file(path: Path) -> None:
+    """Raise FileNotFoundError or AudioError before libsndfile says "System error" about it."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # a loop of links, no permission, a NUL in the name
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise AudioError(path, f"cannot be opened: {reason}") from error
+    if not stat.S_ISREG(mode):  # a pipe would wait for ever
+        raise AudioError(path, "is not a regular file")

@@ -1,0 +1,138 @@
+"""Keep decoded, resampled recordings on disk, so that training reads a clip in no time."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from birdcall.audio import AudioError, read_audio
+from birdcall.files import atomic_path
+
+log = logging.getLogger(__name__)
+
+CACHE_SAMPLE_RATE = 32_000
+HEADER_BYTES = 128  # of the .npy files here; numpy pads the header to it
+SPOOL_BYTES = 64 << 20  # floats kept in memory until the peak is known: 8 minutes
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder of waveforms, int16 mono ``.npy`` each, named by path, size and time of the source.
+
+    A source that changes gets another name, so what is stale is never read.
+    """
+
+    root: Path
+    sample_rate: int = CACHE_SAMPLE_RATE
+
+    def path_of(self, data: Path, name: str) -> Path:
+        """Return where the recording ``data / name`` is kept, whether or not it is there yet."""
+        state = (data / name).stat()
+        return self.root / str(self.sample_rate) / f"{name}.{state.st_size}-{state.st_mtime_ns}.npy"
+
+    def has(self, data: Path, name: str) -> bool:
+        return self.path_of(data, name).is_file()
+
+    def read(
+        self,
+        data: Path,
+        name: str,
+        offset_seconds: float = 0.0,
+        duration_seconds: float | None = None,
+    ) -> np.ndarray:
+        """Read a clip ``(samples,)`` as `read_audio` does, from the cache where it is there."""
+        path = self.path_of(data, name)
+        try:
+            return read_cached(path, offset_seconds, duration_seconds, self.sample_rate)
+        except FileNotFoundError:
+            return read_audio(data / name, self.sample_rate, offset_seconds, duration_seconds)
+
+    def write(self, data: Path, name: str, blocks: Iterable[np.ndarray]) -> None:
+        """Keep the waveform that ``blocks`` make up; whole or not at all, in place of older ones.
+
+        ``blocks`` are at the cache's sample rate. Raises AudioError where they hold no samples.
+        """
+        path = self.path_of(data, name)
+        with atomic_path(path) as temporary:
+            if not write_waveform(temporary, blocks):
+                raise AudioError(data / name, "has no samples; empty or damaged")
+        for older in path.parent.glob(f"{glob.escape(Path(name).name)}.*-*.npy"):
+            if older != path:
+                older.unlink(missing_ok=True)
+
+    def require_space(self, seconds: float) -> None:
+        """Log how much disk this much sound needs; raise OSError where there is less."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        needed = seconds * self.sample_rate * np.dtype(np.int16).itemsize
+        free = shutil.disk_usage(self.root).free
+        text = f"the cache needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free in {self.root}"
+        if needed > free:
+            raise OSError(f"{text}; make room or do without the cache")
+        log.info("%s", text)
+
+    def remove_leftovers(self) -> None:
+        """Delete what a killed run was writing."""
+        for temporary in self.root.rglob(".*.npy"):
+            temporary.unlink(missing_ok=True)
+
+
+def write_waveform(path: Path, blocks: Iterable[np.ndarray]) -> int:
+    """Write float blocks as one int16 ``.npy`` and return how many samples they had.
+
+    The peak takes the highest number, whether it is far below full scale or, as in many an mp3,
+    above: rounding costs less than 2e-5 of the peak. The step is a float32 behind the array.
+    """
+    peak = 2**-10
+    with tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=path.parent) as spool:
+        for block in blocks:
+            spool.write(np.asarray(block, "<f4").tobytes())
+            peak = max(peak, float(np.abs(block).max(initial=0)))
+        n_samples = spool.tell() // 4
+        spool.seek(0)
+        step = np.array(peak / 32767, "<f4")
+        with path.open("wb") as file:
+            header = {"descr": "<i2", "fortran_order": False, "shape": (n_samples,)}
+            np.lib.format.write_array_header_1_0(file, header)
+            if file.tell() != HEADER_BYTES:
+                raise RuntimeError(f"{path}: numpy wrote {file.tell()} bytes of header")
+            while chunk := spool.read(1 << 22):
+                scaled = np.rint(np.frombuffer(chunk, "<f4") / step).clip(-32767, 32767)
+                file.write(scaled.astype("<i2").tobytes())
+            file.write(step.tobytes())
+    return n_samples
+
+
+def read_cached(
+    path: Path,
+    offset_seconds: float = 0.0,
+    duration_seconds: float | None = None,
+    sample_rate: int = CACHE_SAMPLE_RATE,
+) -> np.ndarray:
+    """Read a stretch ``(samples,)``, float32, of a file that `Cache.write` made.
+
+    Raises FileNotFoundError, or AudioError where the file is shorter than that.
+    """
+    with path.open("rb") as file:
+        file.seek(-4, os.SEEK_END)
+        step = np.frombuffer(file.read(4), "<f4")[0]
+        total = (file.tell() - 4 - HEADER_BYTES) // 2
+        start = round(offset_seconds * sample_rate)
+        n_samples = total - start
+        if duration_seconds is not None:
+            n_samples = round(duration_seconds * sample_rate)
+            start -= start + n_samples == total + 1 and start > 0  # as in `read_audio`
+        if start < 0 or n_samples <= 0 or start + n_samples > total:
+            asked = "its end" if duration_seconds is None else f"{duration_seconds:g} s"
+            has = f"{total / sample_rate:g} s"
+            raise AudioError(path, f"asked for {asked} from {offset_seconds:g} s, has {has}")
+        file.seek(HEADER_BYTES + 2 * start)
+        samples = np.fromfile(file, "<i2", n_samples)  # faster than mapping the file to memory
+    return np.multiply(samples, step, dtype=np.float32)

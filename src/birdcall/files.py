@@ -1,0 +1,87 @@
+"""Read tables strictly, write files whole or not at all, keep file names inside their folder."""
+
+from __future__ import annotations
+
+import csv
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; it becomes ``path`` only if the block succeeds.
+
+    The temporary file lies beside ``path`` (a rename across disks is not atomic) and has its
+    suffix (pandas, torch and soundfile choose the format by it). Folders are made as needed; an
+    error leaves the old ``path`` as it was and no temporary file behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())  # else a power cut may leave the new name with no content
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write ``content`` to ``path`` whole or not at all; text as UTF-8, line ends as given."""
+    data = content.encode() if isinstance(content, str) else content
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return ``folder / name`` for a name that came from a file; it need not exist.
+
+    Raises ``ValueError`` where the name would leave ``folder``: absolute, with ``..``, or through
+    a symbolic link. ``folder`` itself is trusted and may be a link.
+    """
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
+        raise ValueError(f"{name!r} is not a name inside {folder}; give a relative path without ..")
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{name!r} leads out of {folder} through a link, to {path.resolve()}")
+    return path
+
+
+def read_table(path: Path, columns: Sequence[str], delimiter: str = ",") -> pd.DataFrame:
+    """Read a CSV as text, cell by cell as written; the index is each row's line in the file.
+
+    Other columns than the needed ``columns`` are kept. Unlike ``pandas.read_csv`` it guesses
+    nothing: no value becomes NaN, and a row that is cut short is an error, not a row of NaN.
+
+    Raises ``FileNotFoundError`` or ``ValueError`` that names the file and the line or column.
+    """
+    rows, lines = [], []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # Excel writes a BOM
+            reader = csv.reader(file, delimiter=delimiter)
+            header = next(reader, [])
+            for row in reader:
+                if row:
+                    rows.append(row)
+                    lines.append(reader.line_num)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a CSV in UTF-8: {error}") from error
+    for column in columns:
+        if header.count(column) != 1:
+            found = "no column" if column not in header else "more than one column"
+            raise ValueError(f"{path}: {found} {column!r}; its columns are {', '.join(header)}")
+    for row, line in zip(rows, lines, strict=True):
+        if len(row) != len(header):
+            raise ValueError(
+                f"{path}, line {line}: {len(row)} fields where the header has {len(header)}; "
+                "is the file cut short?"
+            )
+    return pd.DataFrame(rows, columns=header, index=pd.Index(lines, name="line"), dtype=str)

@@ -1,0 +1,414 @@
+"""Score predictions: the competition's row-wise F1, ranking, calibration and intervals.
+
+Conventions:
+
+- A *row* is one scored segment (or file), a *label string* its species, ``"aldfly norcar"``, or
+  ``"nocall"``. In matrices ``(rows, classes)`` an all-False row means nocall; it has no column.
+- ``truth`` comes first. ``scores`` rank (higher is likelier), ``predicted`` are decisions.
+- What is undefined (the precision of no prediction) is NaN, never a flattering 0 or 1.
+- Every function is pure, and checks its input first: ``ValueError`` with the likely mistake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from birdcall.config import NOCALL
+
+BoolArray = NDArray[np.bool_]
+FloatArray = NDArray[np.floating]
+
+
+# --- the competition's metric -------------------------------------------------------------------
+
+
+def row_wise_f1(truth: Sequence[str], predicted: Sequence[str]) -> float:
+    """Return the competition's score of label strings: the mean over rows of 2TP / (2TP + FP + FN).
+
+    ``nocall`` is a token like any other, so an all-nocall file scores the share of nocall rows.
+    scikit-learn's ``f1_score(average="samples")`` with nocall as one more column is the same.
+    """
+    if len(truth) != len(predicted):
+        raise ValueError(
+            f"{len(truth)} rows of truth but {len(predicted)} predicted: are both of the same "
+            "rows, in the same order?"
+        )
+    _require_rows(len(truth))
+    true_sets = _token_sets("truth", truth)
+    predicted_sets = _token_sets("predicted", predicted)
+    return float(
+        np.mean(
+            [
+                2 * len(true & guess) / (len(true) + len(guess))
+                for true, guess in zip(true_sets, predicted_sets, strict=True)
+            ]
+        )
+    )
+
+
+def row_wise_f1_from_matrix(truth: ArrayLike, predicted: ArrayLike) -> float:
+    """Return the same score as ``row_wise_f1`` for boolean matrices ``(rows, classes)``."""
+    return float(row_f1_scores(truth, predicted).mean())
+
+
+def row_f1_scores(truth: ArrayLike, predicted: ArrayLike) -> FloatArray:
+    """Return the F1 of each row ``(rows,)`` of boolean matrices ``(rows, classes)``."""
+    true = _decisions("truth", truth)
+    guess = _decisions("predicted", predicted)
+    _require_same_shape(true, guess, "predicted")
+    return _row_f1(_count(true & guess), _count(true), _count(guess))
+
+
+def row_f1_at_thresholds(truth: ArrayLike, scores: ArrayLike, thresholds: ArrayLike) -> FloatArray:
+    """Return ``row_f1_scores(truth, scores >= threshold)`` as ``(thresholds, rows)``, all at once.
+
+    Each score is counted once in its bin between two thresholds, so that a fine grid costs no more
+    than a coarse one. ``thresholds`` must increase.
+    """
+    true, score = _ranked(truth, scores)
+    # As in `scores >= 0.7`, compare in the precision of the scores: a float32 0.7 is below 0.7.
+    steps = np.asarray(thresholds, dtype=score.dtype)
+    if steps.ndim != 1 or len(steps) == 0 or (np.diff(steps) <= 0).any():
+        raise ValueError(f"thresholds must be a list that increases; they are {steps.tolist()}")
+    rows, classes = np.nonzero(score >= steps[0])
+    bins = np.searchsorted(steps, score[rows, classes], side="right") - 1
+    shape = (len(steps), len(score))
+    cells = bins * len(score) + rows
+
+    def count_at_thresholds(cells: NDArray[np.intp]) -> NDArray[np.intp]:
+        counts = np.bincount(cells, minlength=shape[0] * shape[1]).reshape(shape)
+        return counts[::-1].cumsum(axis=0)[::-1]
+
+    hits = count_at_thresholds(cells[true[rows, classes]])
+    return _row_f1(hits, _count(true), count_at_thresholds(cells))
+
+
+def labels_to_matrix(labels: Sequence[str], classes: Sequence[str]) -> BoolArray:
+    """Return label strings as a boolean matrix ``(rows, classes)``; nocall is an all-False row."""
+    columns = {ebird_code: column for column, ebird_code in enumerate(classes)}
+    if len(columns) != len(classes) or NOCALL in columns:
+        raise ValueError(f"classes must be distinct codes without {NOCALL}")
+    matrix = np.zeros((len(labels), len(classes)), dtype=bool)
+    for row, tokens in enumerate(_token_sets("labels", labels)):
+        for token in tokens - {NOCALL}:
+            if token not in columns:
+                raise ValueError(f"row {row} has {token!r}, which is none of the classes")
+            matrix[row, columns[token]] = True
+    return matrix
+
+
+def _row_f1(hits: NDArray, n_true: NDArray, n_predicted: NDArray) -> FloatArray:
+    both_nocall = (n_true == 0) & (n_predicted == 0)
+    n_tokens = np.maximum(n_true, 1) + np.maximum(n_predicted, 1)  # nocall is one token
+    return 2 * (hits + both_nocall) / n_tokens
+
+
+def _count(matrix: BoolArray) -> NDArray[np.uint16]:
+    # 16 bits are enough for 65,535 classes and several times faster than numpy's default.
+    return np.add.reduce(matrix, axis=1, dtype=np.uint16)
+
+
+# --- what kind of mistakes ----------------------------------------------------------------------
+
+
+def precision(truth: ArrayLike, predicted: ArrayLike) -> float:
+    """Return the share of predicted birds that are right, over all rows; NaN if there is none."""
+    true, guess = _decided(truth, predicted)
+    return share((true & guess).sum(), guess.sum())
+
+
+def recall(truth: ArrayLike, predicted: ArrayLike) -> float:
+    """Return the share of true birds that are predicted, over all rows; NaN if there is none."""
+    true, guess = _decided(truth, predicted)
+    return share((true & guess).sum(), true.sum())
+
+
+def false_birds_per_nocall_row(truth: ArrayLike, predicted: ArrayLike) -> float:
+    """Return how many birds are predicted per row without any; NaN if every row has a bird."""
+    true, guess = _decided(truth, predicted)
+    nocall = ~true.any(axis=1)
+    return share(guess[nocall].sum(), nocall.sum())
+
+
+# --- ranking, threshold-free --------------------------------------------------------------------
+
+
+def average_precision(truth: ArrayLike, scores: ArrayLike) -> FloatArray:
+    """Return AP = sum of (R_n - R_n-1) P_n over distinct scores, ``(classes,)``.
+
+    Equals scikit-learn's ``average_precision_score``; NaN for a class that does not occur.
+    """
+    return _per_class(_average_precision, truth, scores)
+
+
+def roc_auc(truth: ArrayLike, scores: ArrayLike) -> FloatArray:
+    """Return the area under the ROC curve ``(classes,)``: P(a true row outranks a false one).
+
+    Equals scikit-learn's ``roc_auc_score``; NaN for a class that occurs in no row or in every row.
+    """
+    return _per_class(_roc_auc, truth, scores)
+
+
+def macro_average(values: ArrayLike) -> float:
+    """Return the mean over the classes for which a per-class metric is defined (not NaN)."""
+    per_class = np.asarray(values, dtype=float)
+    if per_class.ndim != 1:
+        raise ValueError(f"values have shape {per_class.shape}; give one per class")
+    defined = per_class[~np.isnan(per_class)]
+    return float(defined.mean()) if len(defined) else float("nan")
+
+
+def lwlrap(truth: ArrayLike, scores: ArrayLike) -> float:
+    """Return the label-weighted label-ranking average precision; NaN if no row has a label.
+
+    The mean over all true (row, class) pairs of the share of true classes among those ranked as
+    high or higher in that row (DCASE 2019 task 2, Fonseca et al.). Equals scikit-learn's
+    ``label_ranking_average_precision_score`` weighted with the labels per row; ties rank last.
+    """
+    true, score = _ranked(truth, scores)
+    rows, classes = np.nonzero(true)
+    if len(rows) == 0:
+        return float("nan")
+    as_high = score[rows] >= score[rows, classes][:, None]
+    return float(np.mean((as_high & true[rows]).sum(axis=1) / as_high.sum(axis=1)))
+
+
+def _per_class(
+    metric: Callable[[NDArray, NDArray], float], truth: ArrayLike, scores: ArrayLike
+) -> FloatArray:
+    true, score = _ranked(truth, scores)
+    return np.array(
+        [metric(*_cumulated_hits(true[:, k], score[:, k])) for k in range(true.shape[1])]
+    )
+
+
+def _cumulated_hits(truth: BoolArray, scores: FloatArray) -> tuple[NDArray, NDArray]:
+    """Count true rows and all rows at or above each distinct score, from the highest down."""
+    order = np.argsort(-scores)
+    ranked = scores[order]
+    last_of_tie = np.append(np.nonzero(ranked[1:] != ranked[:-1])[0], len(ranked) - 1)
+    return np.cumsum(truth[order])[last_of_tie], last_of_tie + 1
+
+
+def _average_precision(hits: NDArray, taken: NDArray) -> float:
+    if hits[-1] == 0:
+        return float("nan")
+    return float(np.sum(np.diff(hits, prepend=0) * hits / taken) / hits[-1])
+
+
+def _roc_auc(hits: NDArray, taken: NDArray) -> float:
+    misses = taken - hits
+    if hits[-1] == 0 or misses[-1] == 0:
+        return float("nan")
+    mean_hits = (hits + np.concatenate([[0], hits[:-1]])) / 2  # a tie counts half
+    return float(np.sum(np.diff(misses, prepend=0) * mean_hits) / (hits[-1] * misses[-1]))
+
+
+# --- calibration --------------------------------------------------------------------------------
+
+
+class Reliability(NamedTuple):
+    """A reliability diagram: for each bin ``(bins,)`` that holds a probability."""
+
+    mean_probability: FloatArray
+    share_true: FloatArray
+    count: NDArray[np.intp]
+
+
+def reliability(truth: ArrayLike, probabilities: ArrayLike, n_bins: int = 15) -> Reliability:
+    """Compare probabilities, in ``n_bins`` equal bins of [0, 1], with how often they come true."""
+    true, probability = _ranked(truth, probabilities)
+    if probability.min() < 0 or probability.max() > 1:
+        raise ValueError(
+            f"probabilities lie in [{probability.min():g}, {probability.max():g}], not in [0, 1]: "
+            "are they logits?"
+        )
+    if n_bins < 1:
+        raise ValueError(f"n_bins is {n_bins}; give at least 1")
+    bins = np.minimum((probability.ravel() * n_bins).astype(np.intp), n_bins - 1)
+    count = np.bincount(bins, minlength=n_bins)
+    sum_probability = np.bincount(bins, probability.ravel(), n_bins)
+    sum_true = np.bincount(bins, true.ravel(), n_bins)
+    used = count > 0
+    return Reliability(
+        sum_probability[used] / count[used], sum_true[used] / count[used], count[used]
+    )
+
+
+def expected_calibration_error(
+    truth: ArrayLike, probabilities: ArrayLike, n_bins: int = 15
+) -> float:
+    """Return sum over bins of n_b / n * |share true - mean probability| (Guo et al. 2017).
+
+    Over all cells of ``(rows, classes)``. Most of these are near 0 and easy: give the matrix of
+    the classes that occur, or one column, to see more.
+    """
+    curve = reliability(truth, probabilities, n_bins)
+    gaps = np.abs(curve.share_true - curve.mean_probability)
+    return float(np.average(gaps, weights=curve.count))
+
+
+# --- uncertainty --------------------------------------------------------------------------------
+
+
+class Interval(NamedTuple):
+    """A percentile interval."""
+
+    low: float
+    high: float
+
+
+def bootstrap_interval(
+    values: ArrayLike,
+    groups: Sequence[object],
+    n_resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Return the percentile interval of the mean of ``values (rows,)``, resampling whole groups.
+
+    ``groups`` name each row's recording: its rows are not independent, and resampling rows would
+    give an interval much too narrow (cluster bootstrap, Davison & Hinkley 1997, 3.8). With a
+    single group there is nothing to resample and the interval is NaN.
+    """
+    value = np.asarray(values, dtype=float)
+    if value.ndim != 1 or np.isnan(value).any():
+        raise ValueError(f"values have shape {value.shape} or NaN; give one number per row")
+    index = _group_index(groups, len(value))
+    totals = np.bincount(index, value)
+    sizes = np.bincount(index)
+    draws = _draw_groups(len(sizes), n_resamples, seed)
+    return _percentiles(totals[draws].sum(axis=1) / sizes[draws].sum(axis=1), len(sizes), level)
+
+
+def bootstrap_interval_of(
+    statistic: Callable[[NDArray[np.intp]], float],
+    groups: Sequence[object],
+    n_resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Return the interval of any ``statistic(row indices)``, such as a macro AP.
+
+    Draws the same groups as ``bootstrap_interval``; resamples where it is NaN are left out.
+    """
+    values = np.array([statistic(rows) for rows in bootstrap_rows(groups, n_resamples, seed)])
+    n_groups = len(np.unique(np.asarray(groups)))
+    return _percentiles(values[~np.isnan(values)], n_groups, level)
+
+
+def bootstrap_rows(
+    groups: Sequence[object], n_resamples: int = 1000, seed: int = 0
+) -> Iterator[NDArray[np.intp]]:
+    """Yield the row indices of each resample: all rows of as many drawn groups as there are."""
+    index = _group_index(groups, len(groups))
+    members = np.split(np.argsort(index, kind="stable"), np.cumsum(np.bincount(index))[:-1])
+    for draw in _draw_groups(len(members), n_resamples, seed):
+        yield np.concatenate([members[group] for group in draw])
+
+
+def _group_index(groups: Sequence[object], n_rows: int) -> NDArray[np.intp]:
+    if len(groups) != n_rows:
+        raise ValueError(f"{len(groups)} groups for {n_rows} rows: give each row's recording")
+    _require_rows(n_rows)
+    return np.unique(np.asarray(groups), return_inverse=True)[1]
+
+
+def _draw_groups(n_groups: int, n_resamples: int, seed: int) -> NDArray[np.intp]:
+    if n_resamples < 1:
+        raise ValueError(f"n_resamples is {n_resamples}; give at least 1")
+    return np.random.default_rng(seed).integers(n_groups, size=(n_resamples, n_groups))
+
+
+def _percentiles(values: FloatArray, n_groups: int, level: float) -> Interval:
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}; give a share between 0 and 1, such as 0.95")
+    if n_groups == 1 or len(values) == 0:
+        return Interval(float("nan"), float("nan"))
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high))
+
+
+# --- checks -------------------------------------------------------------------------------------
+
+
+def _require_rows(n_rows: int) -> None:
+    if n_rows == 0:
+        raise ValueError("there are no rows to score")
+
+
+def _require_same_shape(truth: NDArray, other: NDArray, name: str) -> None:
+    if truth.shape != other.shape:
+        hint = (
+            "is one of them transposed?"
+            if truth.shape == other.shape[::-1]
+            else "do both have the same rows and the same classes?"
+        )
+        raise ValueError(f"truth has shape {truth.shape} but {name} {other.shape}: {hint}")
+
+
+def _matrix(name: str, values: ArrayLike) -> NDArray:
+    matrix = np.asarray(values)
+    if matrix.ndim != 2:
+        raise ValueError(f"{name} has shape {matrix.shape}; it must be (rows, classes)")
+    _require_rows(len(matrix))
+    return matrix
+
+
+def _decisions(name: str, values: ArrayLike) -> BoolArray:
+    matrix = _matrix(name, values)
+    if matrix.dtype == bool:
+        return matrix
+    if matrix.dtype.kind not in "iuf" or not np.isin(matrix, (0, 1)).all():
+        raise ValueError(
+            f"{name} ({matrix.dtype}) must be True or False: are these scores that still need a "
+            "threshold?"
+        )
+    return matrix.astype(bool)
+
+
+def _decided(truth: ArrayLike, predicted: ArrayLike) -> tuple[BoolArray, BoolArray]:
+    true, guess = _decisions("truth", truth), _decisions("predicted", predicted)
+    _require_same_shape(true, guess, "predicted")
+    return true, guess
+
+
+def _ranked(truth: ArrayLike, scores: ArrayLike) -> tuple[BoolArray, FloatArray]:
+    true, score = _decisions("truth", truth), _matrix("scores", scores)
+    _require_same_shape(true, score, "scores")
+    if score.dtype.kind not in "biuf":
+        raise ValueError(f"scores are {score.dtype}; they must be numbers")
+    if score.dtype.kind != "f":
+        score = score.astype(float)
+    if not np.isfinite(score).all():
+        row, column = np.argwhere(~np.isfinite(score))[0]
+        raise ValueError(
+            f"scores has {score[row, column]} in row {row}, class {column}: did a model diverge, "
+            "or is its output missing there?"
+        )
+    return true, score
+
+
+def _token_sets(name: str, labels: Iterable[str]) -> list[set[str]]:
+    if isinstance(labels, str):
+        raise ValueError(f"{name} is one string; give a sequence of label strings, one per row")
+    sets = []
+    for row, text in enumerate(labels):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"row {row} of {name} is {text!r}, not a string: an empty CSV cell? a row without "
+                f"birds must say {NOCALL!r}"
+            )
+        sets.append(set(text.split()))
+        if not sets[-1]:
+            raise ValueError(f"row {row} of {name} is empty; a row without birds says {NOCALL!r}")
+    return sets
+
+
+def share(part: float, whole: float) -> float:
+    """Return ``part / whole``; a share of nothing is undefined, NaN."""
+    return float(part / whole) if whole else float("nan")

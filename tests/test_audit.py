@@ -1,0 +1,440 @@
+"""Every recording gets the right verdict, whatever is wrong with it; a kill costs no result."""
+
+import io
+import logging
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+
+from birdcall import audit as audit_module
+from birdcall.audit import (
+    audit_recordings,
+    describe_audit,
+    measure_recording,
+    read_audit,
+    same_sound,
+    usable_recordings,
+)
+from birdcall.cache import Cache
+
+RATE = 44_100
+FOLDER = "train_audio/aldfly"
+
+
+def make_noise(seconds: float, rate: int = RATE, channels: int = 1, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 0.1, (round(seconds * rate), channels))
+
+
+def encode(waveform: np.ndarray, rate: int = RATE, kind: str = "MP3") -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, waveform, rate, format=kind)
+    return file.getvalue()
+
+
+def make_table(names: list[str], duration: float = 0.0) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "filename": names,
+            "ebird_code": "aldfly",
+            "duration": duration,
+            "path": [f"{FOLDER}/{name}" for name in names],
+        }
+    )
+
+
+def write_files(data: Path, files: dict[str, bytes]) -> pd.DataFrame:
+    """Write files into a data folder and return the table that names them."""
+    (data / FOLDER).mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (data / FOLDER / name).write_bytes(content)
+    return make_table(list(files))
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pd.DataFrame]:
+    """Make a data folder with every kind of damage."""
+    data = tmp_path_factory.mktemp("damaged")
+    sound = encode(make_noise(12))
+    garbage = bytearray(sound)
+    garbage[len(sound) // 2 : len(sound) // 2 + 20_000] = np.random.default_rng(1).bytes(20_000)
+    files = {
+        "a good one.mp3": sound,
+        "truncated.mp3": sound[: len(sound) // 3],
+        "stump.mp3": sound[: len(sound) // 40],
+        "truncated.wav": encode(make_noise(12, seed=3), kind="WAV")[:500_000],
+        "truncated.flac": encode(make_noise(12, seed=4), kind="FLAC")[:500_000],
+        "garbage.mp3": bytes(garbage),
+        "noise.mp3": np.random.default_rng(2).bytes(30_000),
+        "empty.mp3": b"",
+        "html.mp3": b"<!DOCTYPE html><html><body>Not found</body></html>" * 50,
+        "header only.wav": encode(make_noise(0), kind="WAV"),
+        "192 kHz.wav": encode(make_noise(2, 192_000, seed=5), 192_000, "WAV"),
+        "8 channels.wav": encode(make_noise(2, RATE, 8, seed=6), RATE, "WAV"),
+        "click.mp3": encode(make_noise(0.1, seed=7)),
+        "Größe 鳥 № 1.mp3": encode(make_noise(3, seed=8)),
+        "silent.mp3": encode(np.zeros(3 * RATE)),
+        "whisper.wav": encode(1e-3 * make_noise(3, seed=9), kind="FLAC"),
+        "twin.mp3": sound + b"TAG" + b"another title".ljust(125, b"\0"),
+    }
+    table = write_files(data, files)
+    (data / FOLDER / "loop.mp3").symlink_to("loop.mp3")
+    (data / FOLDER / "folder.mp3").mkdir()
+    os.mkfifo(data / FOLDER / "pipe.mp3")
+    table = make_table([*table["filename"], "loop.mp3", "folder.mp3", "pipe.mp3", "gone.mp3"])
+    table.loc[table["filename"] == "truncated.wav", "duration"] = 12.0
+    return data, table
+
+
+EXPECTED = {
+    "a good one.mp3": ("ok", True, "^$"),
+    "truncated.mp3": ("truncated", True, "its header says 12 s, 3.9 s decode"),
+    "stump.mp3": ("truncated", False, "its header says 12 s, 0.2 s decode"),
+    "truncated.wav": ("truncated", True, "the table of recordings says 12 s, 5.7 s decode"),
+    "truncated.flac": ("truncated", True, r"its header .*\(cannot be decoded: .*lost sync\)"),
+    "garbage.mp3": ("truncated", True, "its header says 12 s, 5.9 s decode"),
+    "noise.mp3": ("unreadable", False, "cannot be decoded"),
+    "empty.mp3": ("unreadable", False, "cannot be decoded"),
+    "html.mp3": ("unreadable", False, "cannot be decoded"),
+    "header only.wav": ("unreadable", False, "has no samples"),
+    "192 kHz.wav": ("ok", True, "^$"),
+    "8 channels.wav": ("ok", True, "^$"),
+    "click.mp3": ("too_short", False, "0.1. s, less than 0.5 s"),
+    "Größe 鳥 № 1.mp3": ("ok", True, "^$"),
+    "silent.mp3": ("silent", False, "never louder than -80 dB"),
+    "whisper.wav": ("ok", True, "^$"),
+    "twin.mp3": ("duplicate", False, f"the same sound as {FOLDER}/a good one.mp3"),
+    "loop.mp3": ("unreadable", False, "symbolic links"),
+    "folder.mp3": ("unreadable", False, "not a regular file"),
+    "pipe.mp3": ("unreadable", False, "not a regular file"),
+    "gone.mp3": ("unreadable", False, "No such file"),
+}
+
+
+@pytest.fixture(scope="module")
+def verdicts(
+    damaged: tuple[Path, pd.DataFrame], tmp_path_factory: pytest.TempPathFactory
+) -> pd.DataFrame:
+    """Audit the damaged folder in two worker processes."""
+    data, table = damaged
+    audit = audit_recordings(data, table, tmp_path_factory.mktemp("out") / "audit.csv", workers=2)
+    return audit.assign(name=[Path(path).name for path in audit["path"]]).set_index("name")
+
+
+def test_no_recording_is_skipped(verdicts: pd.DataFrame) -> None:
+    assert sorted(verdicts.index) == sorted(EXPECTED)
+    assert list(verdicts["path"]) == sorted(verdicts["path"])
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_kind_of_damage_gets_the_right_verdict(verdicts: pd.DataFrame, name: str) -> None:
+    status, usable, reason = EXPECTED[name]
+    row = verdicts.loc[name]
+    assert (row["status"], row["usable"]) == (status, usable)
+    assert re.search(reason, row["reason"])
+
+
+def test_the_true_length_rate_and_channels_are_told(verdicts: pd.DataFrame) -> None:
+    row = verdicts.loc["8 channels.wav"]
+    assert (row["sample_rate"], row["channels"], row["seconds"]) == (RATE, 8, 2.0)
+    assert verdicts.loc["192 kHz.wav", ["sample_rate", "seconds"]].to_list() == [192_000, 2.0]
+    row = verdicts.loc["truncated.mp3"]
+    assert row["header_seconds"] == pytest.approx(12, abs=0.1)
+    assert row["seconds"] == pytest.approx(4, abs=0.2)
+
+
+def test_a_description_lists_what_is_left_out_and_what_is_cut_short(
+    verdicts: pd.DataFrame,
+) -> None:
+    text = describe_audit(verdicts)
+    assert text.startswith("21 recordings, ")
+    assert "12 are left out:" in text
+    assert f"  {FOLDER}/html.mp3: unreadable, cannot be decoded" in text
+    assert "4 are kept as far as they decode:" in text
+
+
+def test_only_usable_recordings_are_kept_with_their_true_length(
+    damaged: tuple[Path, pd.DataFrame], verdicts: pd.DataFrame
+) -> None:
+    _, table = damaged
+    usable = usable_recordings(table, verdicts)
+    assert list(usable["filename"]) == [name for name in EXPECTED if EXPECTED[name][1]]
+    seconds = usable.set_index("filename")["seconds"]
+    assert seconds["truncated.mp3"] == pytest.approx(4, abs=0.2)
+    sounds = dict(zip(table["filename"], same_sound(table, verdicts), strict=True))
+    assert sounds["twin.mp3"] == sounds["a good one.mp3"] != sounds["8 channels.wav"]
+    assert sounds["empty.mp3"] == ""
+    with pytest.raises(ValueError, match=r"does not know .*new\.mp3 .* run `birdcall audit`"):
+        usable_recordings(make_table(["new.mp3"]), verdicts)
+
+
+def test_levels_are_those_of_a_known_waveform(tmp_path: Path) -> None:
+    times = np.arange(4 * RATE) / RATE
+    tone = 0.5 * np.sin(2 * np.pi * 1000 * times)
+    tone[2 * RATE :] = 0  # the second half is silent
+    soundfile.write(tmp_path / "a.wav", tone, RATE, subtype="FLOAT")
+    found = measure_recording(tmp_path, "a.wav")
+    assert found.peak_db == pytest.approx(20 * np.log10(0.5), abs=0.01)
+    assert found.rms_db == pytest.approx(10 * np.log10(0.25 / 2 / 2), abs=0.01)
+    assert found.silent_share == pytest.approx(0.5, abs=0.1 / 4)  # a window of 0.1 s
+    assert found.clipped_share == 0
+    assert found.bandwidth_hz == pytest.approx(1000, abs=300)  # it ends with a click
+    clipped = np.clip(3 * np.sin(2 * np.pi * 1000 * times), -1, 1)
+    soundfile.write(tmp_path / "a.wav", clipped, RATE, subtype="FLOAT")
+    share = 2 * np.arccos(1 / 3) / np.pi
+    assert measure_recording(tmp_path, "a.wav").clipped_share == pytest.approx(share, abs=0.01)
+
+
+@pytest.mark.parametrize("bandwidth", [4_000, 8_000, 16_000])
+def test_bandwidth_tells_what_an_upsampled_recording_lacks(tmp_path: Path, bandwidth: int) -> None:
+    spectrum = np.fft.rfft(make_noise(5)[:, 0])
+    spectrum[bandwidth * 5 :] = 0
+    soundfile.write(tmp_path / "a.wav", np.fft.irfft(spectrum), RATE, subtype="PCM_24")
+    assert measure_recording(tmp_path, "a.wav").bandwidth_hz == pytest.approx(bandwidth, abs=200)
+
+
+def test_sound_in_opposite_phase_is_silent_once_it_is_mono(tmp_path: Path) -> None:
+    left = make_noise(2)
+    soundfile.write(tmp_path / "a.wav", np.hstack([left, -left]), RATE)
+    assert measure_recording(tmp_path, "a.wav").silent_share == 1
+
+
+@pytest.fixture
+def count_decodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Note the names of the recordings that are decoded in this process."""
+    names: list[str] = []
+
+    def measure(data: Path, name: str, cache: Cache | None = None) -> object:
+        names.append(Path(name).name)
+        return measure_recording(data, name, cache)
+
+    monkeypatch.setattr(audit_module, "measure_recording", measure)
+    return names
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> tuple[Path, pd.DataFrame, Path]:
+    """Make three recordings; return data folder, table and where the audit goes."""
+    files = {f"XC{seed}.mp3": encode(make_noise(2, seed=seed)) for seed in range(3)}
+    return tmp_path / "data", write_files(tmp_path / "data", files), tmp_path / "out/audit.csv"
+
+
+def test_what_is_known_is_not_decoded_again_and_what_changed_is(
+    three: tuple[Path, pd.DataFrame, Path], count_decodes: list[str]
+) -> None:
+    data, table, path = three
+    first = audit_recordings(data, table, path, workers=0)
+    content = path.read_bytes()
+    assert read_audit(path).equals(first)
+    audit_recordings(data, table, path, workers=0)
+    assert count_decodes == ["XC0.mp3", "XC1.mp3", "XC2.mp3"]
+    assert path.read_bytes() == content
+    (data / FOLDER / "XC1.mp3").write_bytes(encode(make_noise(3, seed=9)))
+    audit = audit_recordings(data, table, path, workers=0)
+    assert count_decodes[3:] == ["XC1.mp3"]
+    assert audit["seconds"][1] == pytest.approx(3, abs=0.1)
+    assert len(audit_recordings(data, table.iloc[:2], path, workers=0)) == 2
+    assert count_decodes[4:] == []
+
+
+def test_an_interrupted_audit_goes_on_where_it_was(
+    three: tuple[Path, pd.DataFrame, Path],
+    count_decodes: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data, table, path = three
+    expected = audit_recordings(data, table, path, workers=0)
+    path.unlink()
+    count_decodes.clear()
+    measure = audit_module.measure_recording
+
+    def interrupt(data: Path, name: str, cache: Cache | None = None) -> object:
+        if name.endswith("XC2.mp3"):
+            raise KeyboardInterrupt
+        return measure(data, name, cache)
+
+    monkeypatch.setattr(audit_module, "measure_recording", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        audit_recordings(data, table, path, workers=0)
+    assert not path.exists()
+    journal = path.with_suffix(".journal")
+    journal.write_bytes(journal.read_bytes() + b'{"path": "train_au')  # cut by a power failure
+    monkeypatch.setattr(audit_module, "measure_recording", measure)
+    assert audit_recordings(data, table, path, workers=0).equals(expected)
+    assert count_decodes == ["XC0.mp3", "XC1.mp3", "XC2.mp3"]
+    assert not journal.exists()
+
+
+def test_an_audit_that_is_no_audit_is_made_anew(
+    three: tuple[Path, pd.DataFrame, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    data, table, path = three
+    expected = audit_recordings(data, table, path, workers=0)
+    path.write_text(path.read_text().replace(",True,", ",True,surprise,", 1))
+    with caplog.at_level(logging.WARNING):
+        assert audit_recordings(data, table, path, workers=0).equals(expected)
+    assert "starting over" in caplog.text
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"audit\.csv: no audit yet; .*birdcall audit"):
+        read_audit(path)
+
+
+def test_the_cache_is_filled_on_the_way_and_rebuilt_where_it_is_gone_or_stale(
+    three: tuple[Path, pd.DataFrame, Path], count_decodes: list[str]
+) -> None:
+    data, table, path = three
+    cache = Cache(path.parent / "cache")
+    audit_recordings(data, table, path, workers=0)
+    audit_recordings(data, table, path, workers=0, cache=cache)
+    assert len(count_decodes) == 6
+    assert all(cache.has(data, name) for name in table["path"])
+    cache.path_of(data, table["path"][0]).unlink()
+    os.utime(data / table["path"][1], ns=(1, 1))
+    audit_recordings(data, table, path, workers=0, cache=cache)
+    assert count_decodes[6:] == ["XC0.mp3", "XC1.mp3"]
+    assert len([file for file in cache.root.rglob("*") if file.is_file()]) == 3
+
+
+def test_what_cannot_be_decoded_is_not_cached_and_a_cut_recording_as_far_as_it_goes(
+    damaged: tuple[Path, pd.DataFrame], tmp_path: Path
+) -> None:
+    data, _ = damaged
+    table = make_table(["empty.mp3", "truncated.mp3"])
+    cache = Cache(tmp_path / "cache")
+    audit = audit_recordings(data, table, tmp_path / "audit.csv", workers=0, cache=cache)
+    assert not cache.has(data, table["path"][0])
+    waveform = cache.read(data, table["path"][1])
+    assert len(waveform) == pytest.approx(audit["seconds"][1] * cache.sample_rate, abs=1)
+
+
+def test_a_full_disk_stops_the_audit_instead_of_blaming_the_recording(
+    three: tuple[Path, pd.DataFrame, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, table, path = three
+
+    def write(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Cache, "write", write)
+    with pytest.raises(OSError, match="No space left"):
+        audit_recordings(data, table, path, workers=0, cache=Cache(path.parent / "cache"))
+
+
+CRASHING = """
+import os, sys
+from pathlib import Path
+import birdcall.audit as audit
+measure = audit.measure_recording
+def crash(data, name, cache=None):
+    if "1" in name:
+        os.abort()
+    return measure(data, name, cache)
+audit.measure_recording = crash
+if __name__ == "__main__":
+    import pandas as pd
+    table = pd.read_csv(sys.argv[2]).assign(duration=0.0)
+    audit.audit_recordings(Path(sys.argv[1]), table, Path(sys.argv[3]), workers=2)
+"""
+
+
+def test_a_recording_that_crashes_the_decoder_is_named_and_the_others_are_measured(
+    three: tuple[Path, pd.DataFrame, Path], tmp_path: Path
+) -> None:
+    data, table, path = three
+    table.to_csv(tmp_path / "table.csv", index=False)
+    (tmp_path / "crashing.py").write_text(CRASHING)
+    command = [sys.executable, "crashing.py", str(data), "table.csv", str(path)]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    audit = read_audit(path)
+    assert list(audit["status"]) == ["ok", "unreadable", "ok"]
+    assert audit["reason"][1] == "crashes the decoder"
+
+
+RUN = """
+import sys
+from pathlib import Path
+import pandas as pd
+from birdcall.audit import audit_recordings
+from birdcall.cache import Cache
+if __name__ == "__main__":
+    out = Path(sys.argv[3])
+    table = pd.read_csv(sys.argv[2])
+    audit_recordings(Path(sys.argv[1]), table, out / "audit.csv", 2, Cache(out / "cache"))
+"""
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_run_again_it_gives_the_same_table_and_cache(
+    tmp_path: Path,
+) -> None:
+    files = {f"XC{seed}.mp3": encode(make_noise(20, seed=seed)) for seed in range(60)}
+    write_files(tmp_path / "data", files).to_csv(tmp_path / "table.csv", index=False)
+    (tmp_path / "run.py").write_text(RUN)
+
+    def start(out: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "run.py", "data", "table.csv", out]
+        return subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+
+    began = time.monotonic()
+    assert start("whole").wait() == 0
+    took = time.monotonic() - began
+    generator, n_killed = random.Random(0), 0
+    for _ in range(30):
+        process = start("killed")
+        try:
+            process.wait(generator.uniform(0.2, took))
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            n_killed += 1
+    assert start("killed").wait() == 0
+    assert n_killed > 0
+    assert files_below(tmp_path / "killed") == files_below(tmp_path / "whole")
+
+
+LONG = """
+import sys
+from pathlib import Path
+from birdcall.audit import measure_recording
+from birdcall.cache import Cache
+found = measure_recording(Path(sys.argv[1]), "long.flac", Cache(Path(sys.argv[1]) / "cache"))
+# Not getrusage: its peak starts with the parent's.
+status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+print(found.seconds, found.error or "fine", int(status["VmHWM"].split()[0]) / 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="measures memory in /proc")
+@pytest.mark.parametrize("rate, channels, hours", [(32_000, 1, 3), (192_000, 8, 0.05)])
+def test_a_long_recording_is_measured_in_little_memory(
+    tmp_path: Path, rate: int, channels: int, hours: float
+) -> None:
+    second = make_noise(1, rate, channels)
+    with soundfile.SoundFile(tmp_path / "long.flac", "w", rate, channels) as file:
+        for _ in range(round(3600 * hours)):
+            file.write(second)
+    result = subprocess.run(
+        [sys.executable, "-c", LONG, str(tmp_path)], check=True, capture_output=True, text=True
+    )
+    seconds, error, peak_mb = result.stdout.split()
+    assert (float(seconds), error) == (3600 * hours, "fine")
+    assert float(peak_mb) < 500

@@ -1,0 +1,69 @@
+"""Experiments are checked when they are built, and survive JSON."""
+
+import json
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+
+from birdcall.config import (
+    EXPERIMENTS,
+    AugmentConfig,
+    Experiment,
+    FrontendConfig,
+    ModelConfig,
+    TrainConfig,
+)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_survives_json(name):
+    experiment = Experiment.named(name)
+    assert Experiment.from_dict(json.loads(json.dumps(experiment.to_dict()))) == experiment
+
+
+def test_an_unknown_experiment_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"small_gru.*small_attention"):
+        Experiment.named("smal_gru")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_key_of_an_experiment_is_its_name(name):
+    assert EXPERIMENTS[name].name == name
+
+
+def test_an_experiment_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        Experiment.named("small_gru").name = "other"
+
+
+@pytest.mark.parametrize(
+    "build, complaint",
+    [
+        (lambda: FrontendConfig(fmax=17_000), "fmax 17000.*16000 Hz"),
+        (lambda: FrontendConfig(fmin=15_000), "fmin 15000"),
+        (lambda: FrontendConfig(hop_length=2048), "hop_length 2048 skips samples"),
+        (lambda: FrontendConfig(n_mels=0), "n_mels is 0"),
+        (lambda: FrontendConfig(features=("log_mel", "mfcc")), "'mfcc'; choose one of log_mel"),
+        (lambda: FrontendConfig(features=()), "features is empty"),
+        (lambda: FrontendConfig(implementation="cuda"), "fft, torchlibrosa, conv"),
+        (lambda: FrontendConfig(top_db=-80), "top_db is -80"),
+        (lambda: ModelConfig(temporal="lstm"), "'lstm'; choose one of none, gru, attention"),
+        (lambda: ModelConfig(temporal_size=12), "temporal_size is 12"),
+        (lambda: ModelConfig(dropout=1.0), "dropout is 1.0"),
+        (lambda: AugmentConfig(noise_probability=1.5), "noise_probability is 1.5"),
+        (lambda: AugmentConfig(noise_snr_db=(15.0, 0.0)), "noise_snr_db is .*lowest, highest"),
+        (lambda: TrainConfig(epochs=0), "epochs is 0"),
+        (lambda: TrainConfig(clips_per_epoch=8), "less than one batch of 32"),
+        (lambda: TrainConfig(sampling="random"), "'random'; choose one of uniform, balanced"),
+    ],
+)
+def test_an_invalid_value_is_refused_with_what_is_allowed(build, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        build()
+
+
+def test_a_field_of_another_version_is_named():
+    values = replace(Experiment.named("small_gru")).to_dict()
+    values["train"]["momentum"] = 0.9
+    with pytest.raises(ValueError, match="TrainConfig has no field momentum"):
+        Experiment.from_dict(values)

@@ -1,0 +1,43 @@
+"""The 264 species come with the package and are found by any of their names."""
+
+import pytest
+
+from birdcall.taxonomy import all_species, display_name, find_species, species_of
+
+
+def test_there_are_264_species_in_the_competitions_class_order() -> None:
+    codes = [species.ebird_code for species in all_species()]
+    assert len(set(codes)) == 264
+    assert codes == sorted(codes)
+    assert (codes[0], codes[-1]) == ("aldfly", "yetvir")
+
+
+@pytest.mark.parametrize("species", all_species(), ids=lambda species: species.ebird_code)
+def test_every_species_is_found_by_each_of_its_names(species) -> None:
+    assert species_of(species.ebird_code) is species
+    for name in (species.label, species.scientific_name, species.common_name):
+        assert find_species(name) is species
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Empidonax alnorum_Alder Flycatcher",
+        "empidonax  alnorum",
+        "ALDER FLYCATCHER",
+        "Empidonax alnorum_Some Other Name",
+        "Empidonax renamed_Alder Flycatcher",
+    ],
+)
+def test_names_are_found_in_any_case_and_by_either_half_of_a_label(name: str) -> None:
+    assert find_species(name) == species_of("aldfly")
+
+
+@pytest.mark.parametrize("name", ["", "_", "Parus major_Great Tit", "aldfly_"])
+def test_what_is_not_among_the_264_is_not_found(name: str) -> None:
+    assert find_species(name) is None
+
+
+def test_people_read_common_names_and_codes_outside_the_264() -> None:
+    assert display_name("amecro") == "American Crow"
+    assert display_name("gretit1") == "gretit1"
