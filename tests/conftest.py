@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from birdcall.audit import audit_recordings, same_sound, usable_recordings
 from birdcall.config import Experiment, ModelConfig
+from birdcall.dataset import TrainingData, load_training_data
+from birdcall.demo import DemoConfig, make_demo
+from birdcall.folds import make_folds, write_folds
+from birdcall.recordings import read_recordings
 
 CORNELL_MINI = Path(__file__).resolve().parents[2] / "shared" / "data" / "cornell-mini"
 
@@ -39,4 +44,39 @@ def tiny_experiment() -> Experiment:
             backbone="test_byobnet", pretrained=False, temporal="gru", temporal_size=16, dropout=0.0
         ),
         train=replace(small.train, clip_seconds=2.0, epochs=2, batch_size=4, clips_per_epoch=8),
+    )
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory) -> Path:
+    """A demo of three species: some minutes of sound in every file of the competition."""
+    folder = tmp_path_factory.mktemp("input") / "tiny"
+    config = DemoConfig(
+        n_species=3,
+        recordings_per_species=(5, 7),
+        recording_seconds=(4.0, 7.0),
+        n_recordists=8,
+        n_examples=2,
+        n_site_1=1,
+        n_site_2=1,
+        n_site_3=2,
+        soundscape_seconds=30.0,
+        site_3_seconds=20.0,
+        n_noise=2,
+    )
+    make_demo(folder, config, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def training_data(demo_folder, tmp_path_factory) -> TrainingData:
+    """The tiny demo, audited and in two folds."""
+    output = tmp_path_factory.mktemp("output")
+    recordings = read_recordings(demo_folder)
+    audit = audit_recordings(demo_folder, recordings, output / "audit.csv", workers=1)
+    usable = usable_recordings(recordings, audit)
+    folds = make_folds(usable, 2, same_sound=same_sound(usable, audit))
+    write_folds(folds, output / "folds.csv")
+    return load_training_data(
+        demo_folder, output / "folds.csv", output / "audit.csv", output / "cache"
     )

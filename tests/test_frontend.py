@@ -182,8 +182,9 @@ def test_pcen_is_librosas_started_at_the_first_frame(n_frames, hop_length):
 def test_pcen_ignores_how_loud_a_clip_is():
     config = FrontendConfig(features=("pcen",))
     waveform = noise(1, N_SAMPLES)
-    one, other = LogMel(config)(waveform), LogMel(config)(waveform * 3)
-    assert (one - other).abs().mean() < 0.05 * one.std()
+    ratio = LogMel(config)(waveform * 3) / LogMel(config)(waveform)
+    assert ratio.max() < 1.1  # the mel itself has grown by 9; a gain of 0.98 leaves 9**0.02
+    assert ratio.min() > 1.0
 
 
 @pytest.mark.parametrize("n_frames", [9, 10, 50, 501])
@@ -230,8 +231,10 @@ def test_a_clip_does_not_depend_on_its_batch(implementation, normalization):
     quiet, loud = 1e-3 * noise(1, N_SAMPLES), torch.ones(1, N_SAMPLES)
     frontend = LogMel(config)
     alone = frontend(quiet)
-    together = frontend(torch.cat((loud, quiet, loud)))
-    torch.testing.assert_close(together[1:2], alone, rtol=1e-6, atol=1e-6)
+    together = frontend(torch.cat((loud, quiet, loud)))[1:2]
+    if implementation == "fft":
+        assert torch.equal(together, alone)
+    torch.testing.assert_close(together, alone, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("seconds", [0.1, 0.7, 12.3])
@@ -348,8 +351,14 @@ def export(frontend, dynamo):
 @pytest.mark.parametrize("dynamo", [True, False])
 @pytest.mark.parametrize(
     "config",
-    [FrontendConfig(), replace(ALL_FEATURES, n_fft=2048, hop_length=512, normalization="bin")],
-    ids=["log_mel", "all features"],
+    [
+        pytest.param(FrontendConfig(), id="log_mel"),
+        pytest.param(
+            replace(ALL_FEATURES, n_fft=2048, hop_length=512, normalization="bin"),
+            id="all features",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_the_conv_twin_gives_the_same_numbers_in_onnx_at_any_size(config, dynamo):
     onnxruntime = pytest.importorskip("onnxruntime")

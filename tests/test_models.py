@@ -94,7 +94,7 @@ def test_an_unknown_backbone_suggests_others():
 
 def test_an_option_that_the_backbone_does_not_take_is_named():
     config = ModelConfig(backbone="densenet121", backbone_options=(("stem_widht", 16),))
-    with pytest.raises(ValueError, match="densenet121'.*stem_widht"):
+    with pytest.raises(ValueError, match=r"densenet121'.*stem_widht"):
         build_backbone(config, 1, pretrained=False)
 
 

@@ -109,3 +109,16 @@ def test_a_link_to_a_parent_ends_and_a_link_elsewhere_is_followed(tmp_path):
 
 def test_an_absent_folder_has_no_noise(tmp_path):
     assert find_noise(tmp_path / "nowhere") == []
+
+
+def test_generated_noise_has_every_kind_and_is_written_once(tmp_path):
+    paths = generate_noise(tmp_path / "noise", seconds=1.0, per_kind=2)
+    assert find_noise(tmp_path / "noise") == sorted(paths)
+    assert len(paths) == 2 * len(NOISE_KINDS)
+    first = {path: path.stat().st_mtime_ns for path in paths}
+    for path in paths:
+        noise, sample_rate = soundfile.read(path)
+        assert (len(noise), sample_rate) == (32_000, 32_000)
+        assert np.sqrt(np.mean(np.square(noise))) == pytest.approx(0.1, rel=1e-3)
+    assert generate_noise(tmp_path / "noise", seconds=1.0, per_kind=2) == paths
+    assert {path: path.stat().st_mtime_ns for path in paths} == first

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy.signal import spectrogram, welch
 
-from birdcall.songs import SPECIES
-from birdcall.synthesis import (
+from birdcall.demo.songs import SPECIES
+from birdcall.demo.synthesis import (
     Syllable,
     active_power,
     compose_song,

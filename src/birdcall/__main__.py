@@ -107,17 +107,19 @@ def folds(
 ) -> None:
     """Split recordings into folds, by species and without a recordist in two of them."""
     from birdcall.audit import read_audit, same_sound, usable_recordings
-    from birdcall.folds import check_folds, fold_report, make_folds, write_folds
+    from birdcall.folds import check_folds, fold_report, make_folds, plot_folds, write_folds
     from birdcall.recordings import read_recordings
 
-    folds = _folds_of(data, folds)
-    table = read_audit(_output_of(data, output) / "audit.csv")
+    output, folds = _output_of(data, output), _folds_of(data, folds)
+    table = read_audit(output / "audit.csv")
     recordings = usable_recordings(read_recordings(data), table)
     made = make_folds(recordings, n_folds, seed, same_sound(recordings, table))
     check_folds(made, recordings)
     write_folds(made, folds)
-    typer.echo(fold_report(made, recordings).to_string())
-    typer.echo(f"{folds}: {len(made)} recordings in {n_folds} folds")
+    picture = output / "folds.png"
+    plot_folds(made, recordings).savefig(picture)
+    typer.echo(fold_report(made, recordings).round(3).to_string())
+    typer.echo(f"{folds}: {len(made)} recordings in {n_folds} folds; see {picture}")
 
 
 @app.command()

@@ -115,7 +115,6 @@ def audit_recordings(
     audit = _judge([measured[name] for name in names], durations)
     write_atomically(audit_csv, audit.to_csv(index=False, lineterminator="\n"))
     journal.unlink(missing_ok=True)
-    log.info("%s", describe_audit(audit).partition("\n")[0])
     return audit
 
 

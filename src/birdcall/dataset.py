@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,10 @@ from birdcall.augment import ClipAugment
 from birdcall.cache import Cache
 from birdcall.config import Experiment
 from birdcall.folds import read_folds
-from birdcall.noise import find_noise
+from birdcall.noise import find_noise, generate_noise
 from birdcall.recordings import check_recordings_exist, classes_of, read_recordings
+
+logger = logging.getLogger(__name__)
 
 # (path below the data folder, sample rate, offset in seconds, duration in seconds or None for all
 # the rest) → waveform (samples,)
@@ -55,25 +58,28 @@ def load_training_data(
 ) -> TrainingData:
     """Join the recordings of ``folder`` with their audit and folds; open cache and noise.
 
-    Recordings that the audit leaves out are not in it. Without ``noise``, the data folder's own.
+    Recordings that the audit leaves out are not in it. Bird-free sound is taken from ``noise``, else
+    from the data folder's ``noise/``; where neither has any it is generated, beside the cache.
     """
     recordings = read_recordings(folder)
     classes = classes_of(recordings)
-    table = read_audit(audit)
-    recordings = usable_recordings(recordings, table)
+    recordings = usable_recordings(recordings, read_audit(audit))
     recordings = recordings.merge(
         read_folds(folds, recordings)[["filename", "fold"]],
         on="filename",
         validate="one_to_one",
     )
-    seconds = table.set_index("path")["seconds"]
-    recordings = recordings.assign(seconds=recordings["path"].map(seconds))
     check_recordings_exist(recordings, folder)
 
     def read_clip(path: str, sample_rate: int, offset: float, duration: float | None) -> np.ndarray:
         return Cache(cache, sample_rate).read(folder, path, offset, duration)
 
     noise_files = find_noise(noise or folder / "noise")
+    if not noise_files:
+        if noise is not None:
+            raise FileNotFoundError(f"{noise}: no audio in this folder of noise")
+        logger.info("%s has no noise/: wind, rain, hum and coloured noise are generated", folder)
+        noise_files = generate_noise(cache.parent / "generated_noise")
     return TrainingData(folder, recordings, classes, read_clip, noise_files)
 
 
@@ -188,7 +194,7 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]]):
 def make_targets(
     recordings: pd.DataFrame, classes: Sequence[str], secondary_label_weight: float
 ) -> np.ndarray:
-    """Return targets ``(recordings, classes)``: 1 for the primary label, less for secondary ones."""
+    """Return targets ``(recordings, classes)``: 1 for the primary label, less for others."""
     column = {code: position for position, code in enumerate(classes)}
     targets = np.zeros((len(recordings), len(classes)), dtype=np.float32)
     rows = zip(recordings["ebird_code"], recordings["secondary_codes"], strict=True)

@@ -206,6 +206,8 @@ def read_folds(path: Path, recordings: pd.DataFrame, n_folds: int | None = None)
     Recordings that the file does not list were left out when it was made, by the audit; a listed
     one that is not among ``recordings`` is an error, as are other species or numbers of folds.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such folds; `birdcall folds` makes them")
     folds = read_table(path, COLUMNS)
     bad = folds[~folds["fold"].str.fullmatch(r"[0-9]{1,3}")]
     if len(bad):

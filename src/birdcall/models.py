@@ -152,7 +152,7 @@ class SEDModel(nn.Module):
 
 
 def build_backbone(config: ModelConfig, in_chans: int, *, pretrained: bool) -> nn.Module:
-    """Build the timm network; its ``forward_features`` gives ``(batch, channels, frames, mels)``."""
+    """Build the timm network whose features are ``(batch, channels, frames, mels)``."""
     if not timm.is_model(config.backbone):
         close = difflib.get_close_matches(config.backbone, timm.list_models(), n=3)
         raise ValueError(

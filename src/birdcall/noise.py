@@ -8,7 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import soundfile
 from scipy import fft
+
+from birdcall.files import atomic_path
 
 NOISE_KINDS = ("white", "pink", "brown", "rain", "wind", "hum")
 AUDIO_SUFFIXES = (".aif", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")
@@ -70,6 +73,24 @@ def find_noise(folder: Path) -> list[Path]:
         folders.sort()
         found += [Path(root, name) for name in files if name.lower().endswith(AUDIO_SUFFIXES)]
     return sorted(path for path in found if path.is_file())
+
+
+def generate_noise(
+    folder: Path, sample_rate: int = 32_000, seconds: float = 20.0, per_kind: int = 3
+) -> list[Path]:
+    """Write ``per_kind`` wav files of each kind of noise to ``folder``, unless they are there."""
+    paths = []
+    for kind in NOISE_KINDS:
+        for number in range(per_kind):
+            path = folder / f"{kind}_{sample_rate}_{seconds:g}s_{number}.wav"
+            paths.append(path)
+            if path.is_file():
+                continue
+            generator = np.random.default_rng((NOISE_KINDS.index(kind), number))
+            noise = make_noise(kind, round(seconds * sample_rate), sample_rate, generator)
+            with atomic_path(path) as temporary:
+                soundfile.write(temporary, noise, sample_rate, subtype="FLOAT")
+    return paths
 
 
 def slow_fluctuation(

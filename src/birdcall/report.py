@@ -130,8 +130,8 @@ def plot_soundscape(
     evaluation: Evaluation,
 ) -> Figure:
     """Draw a minute of a soundscape: spectrogram, probability per row, truth and labels."""
-    rows = (labelled.rows["filename"] == filename).to_numpy()
-    rows &= (labelled.rows["seconds"] <= SHOWN_SECONDS).to_numpy()
+    is_shown = (labelled.rows["filename"] == filename) & (labelled.rows["seconds"] <= SHOWN_SECONDS)
+    rows = is_shown.to_numpy()
     classes = list(evaluation.per_class["ebird_code"])
     truth = labelled.truth[rows][:, : len(classes)]
     clipwise, framewise = (
@@ -152,9 +152,13 @@ def plot_soundscape(
         extent=(0, end, len(shown), 0), interpolation="nearest",
     )  # fmt: skip
     for row, line in zip(*np.nonzero(truth[:, shown]), strict=True):
-        bottom.add_patch(plt.Rectangle((5 * row, line), 5, 1, fill=False, ec="white", lw=2))
+        bottom.add_patch(
+            plt.Rectangle(
+                (SEGMENT_SECONDS * row, line), SEGMENT_SECONDS, 1, fill=False, ec="white", lw=2
+            )
+        )
     for row, line in zip(*np.nonzero(chosen[:, shown]), strict=True):
-        bottom.plot(5 * row + 2.5, line + 0.5, "o", ms=6, mfc="w", mec="k")
+        bottom.plot(SEGMENT_SECONDS * (row + 0.5), line + 0.5, "o", ms=6, mfc="w", mec="k")
     bottom.set_yticks(np.arange(len(shown)) + 0.5, [display_name(classes[i]) for i in shown])
     bottom.set(xlabel="seconds", title="probability per row; frame: truth, dot: label given")
     return figure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from birdcall.config import require, require_choice
+from birdcall.threads import map_threads
 
 INT16_SCALE = 1 / 32_768
-# Framed samples handled at once. On a CPU a block (4 MB) stays in the cache and its memory is used
-# again; a whole batch at once takes three times as long. A GPU wants large blocks.
-CPU_BLOCK, GPU_BLOCK = 2**19, 2**26
+# Framed samples handled at once. On a CPU a block (6 MB, a clip of five seconds) stays in cache and
+# its memory is used again; whole batches take thrice as long. A GPU wants large blocks.
+CPU_BLOCK, GPU_BLOCK = 3 * 2**18, 2**26
 
 # Who multiplies in TF32 or bfloat16 when allowed to. torch before 2.9 cannot be told one by one:
 # there, leave `float32_matmul_precision` at "highest".
@@ -72,21 +74,28 @@ class FFTPower(nn.Module):
         window = torch.hann_window(self.n_fft, dtype=dtype, device=waveform.device)
         padded = reflect_pad(waveform, self.n_fft // 2)
         n_frames = count_frames(padded.shape[1], self.n_fft, self.hop_length)
-        # No more than half of all frames at once: they are twice as wide as float32.
+        # At most a quarter of all frames at once: threads share even a single clip, and double
+        # precision needs no more memory than the complex spectrogram of all.
         block = CPU_BLOCK if waveform.device.type == "cpu" else GPU_BLOCK
-        n_block = max(1, min(block // self.n_fft, len(waveform) * n_frames // 2))
-        rows = [
-            _join([function(self._power(part, window)) for part in self._parts(clips, n_block)], 1)
-            for clips in padded.split(max(1, n_block // n_frames))
-        ]
+        limit = max(1, min(block // self.n_fft, -(-len(waveform) * n_frames // 4)))
+        n_parts = -(-n_frames // limit)
+        groups = padded.split(max(1, limit // n_frames))
+        parts = [part for clips in groups for part in self._parts(clips, n_parts)]
+        apply = map_threads if _may_use_threads(waveform) else map
+        results = list(apply(lambda part: function(self._power(part, window)), parts))
+        rows = [_join(results[i : i + n_parts], dim=1) for i in range(0, len(parts), n_parts)]
         return _join(rows, dim=0)
 
-    def _parts(self, padded: Tensor, n_block: int) -> Iterator[Tensor]:
-        """Yield the samples under each ``n_block`` frames."""
+    def _parts(self, padded: Tensor, n_parts: int) -> Iterator[Tensor]:
+        """Yield the samples under ``n_parts`` stretches of frames of equal length.
+
+        Equal, because products with a few rows are computed differently: a clip would not get the
+        same bits in every batch.
+        """
         n_frames = count_frames(padded.shape[1], self.n_fft, self.hop_length)
-        for first in range(0, n_frames, n_block):
-            last = min(first + n_block, n_frames) - 1
-            yield padded[:, first * self.hop_length : last * self.hop_length + self.n_fft]
+        edges = [n_frames * part // n_parts for part in range(n_parts + 1)]
+        for first, end in pairwise(edges):
+            yield padded[:, first * self.hop_length : (end - 1) * self.hop_length + self.n_fft]
 
     def _power(self, samples: Tensor, window: Tensor) -> Tensor:
         frames = samples.to(window.dtype).unfold(-1, self.n_fft, self.hop_length)
@@ -151,6 +160,11 @@ def reflect_pad(waveform: Tensor, n_samples: int) -> Tensor:
     """Mirror ``n_samples`` at either end; six times as fast as ``functional.pad`` on a CPU."""
     start, end = waveform[:, 1 : n_samples + 1], waveform[:, -n_samples - 1 : -1]
     return torch.cat((start.flip(1), waveform, end.flip(1)), dim=1)
+
+
+def _may_use_threads(waveform: Tensor) -> bool:
+    wants_graph = torch.is_grad_enabled() and waveform.requires_grad
+    return waveform.device.type == "cpu" and not wants_graph and not is_traced()
 
 
 def _join(tensors: list[Tensor], dim: int) -> Tensor:

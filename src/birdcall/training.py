@@ -272,9 +272,10 @@ def training_step(
     log_mel = model.frontend(waveform)
     hide = SpecAugment(augment.time_mask_share, augment.mel_mask_share, augment.n_masks)
     output = model.detect(hide(log_mel, generator))
+    # Before the loss: cross-entropy of NaN ends a CUDA process without saying where.
+    if not output.framewise.isfinite().all():
+        raise ValueError("the model's output is not finite: lower the learning_rate")
     loss = sed_loss(output, target, experiment.train.framewise_loss_weight)
-    if not torch.isfinite(loss):
-        raise ValueError(f"the loss is {loss.item()}: lower the learning_rate or look at the clips")
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), experiment.train.gradient_clip)

@@ -11,10 +11,11 @@ Sibley D. A. Sibley, The Sibley Guide to Birds, 2000, "voice"
 
 from __future__ import annotations
 
-from birdcall.synthesis import REEDY, WHISTLE, Figure, Phrase, Species, Syllable
+from birdcall.demo.synthesis import REEDY, WHISTLE, Figure, Phrase, Species, Syllable
 
 HOOT = (0.0, -18.0, -26.0)
 CAW = (-8.0, -3.0, 0.0, -2.0, -6.0, -10.0, -14.0, -20.0)
+DEE = (-14.0, -1.0, 0.0, -12.0)
 JEER = (-10.0, -1.0, 0.0, -4.0, -10.0, -16.0)
 
 
@@ -33,6 +34,17 @@ def _once(*syllables: Syllable) -> Figure:
 def _tone(*hz: float, s: float, gap: float = 0.05, db: float = 0.0) -> Syllable:
     """A clear whistle through ``hz`` in ``s`` seconds."""
     return Syllable(hz, s, gap, gain_db=db, harmonics_db=WHISTLE)
+
+
+def _hoarse(
+    *hz: float, s: float, gap: float, like: tuple[float, ...], rough: float, rough_hz: float
+) -> Syllable:
+    """A rough voice with the overtones ``like`` a known one."""
+    return Syllable(hz, s, gap, harmonics_db=like, roughness=rough, rough_hz=rough_hz)
+
+
+def _series(syllable: Syllable, fewest: int, most: int) -> Figure:
+    return Figure((syllable,), (fewest, most))
 
 
 # --- clear whistles: three species share 3 to 4.5 kHz -------------------------------------------
@@ -56,19 +68,11 @@ BLACK_CAPPED_CHICKADEE = Species(
         ),
         _call(
             "chick-a-dee",
-            Figure((_tone(6_800, 8_200, 5_600, s=0.05, gap=0.03),), (1, 2)),
-            Figure(
-                (
-                    Syllable(
-                        (1_750, 1_800, 1_700),
-                        0.16,
-                        0.035,
-                        harmonics_db=(-14, -1, 0, -12),
-                        roughness=0.35,
-                        rough_hz=400,
-                    ),
-                ),
-                (2, 5),
+            _series(_tone(6_800, 8_200, 5_600, s=0.05, gap=0.03), 1, 2),
+            _series(
+                _hoarse(1_750, 1_800, 1_700, s=0.16, gap=0.035, like=DEE, rough=0.35, rough_hz=400),
+                2,
+                5,
             ),
         ),
     ),
@@ -88,8 +92,7 @@ WHITE_THROATED_SPARROW = Species(
         _song(
             "ascending",
             _once(
-                _tone(3_050, 3_080, s=0.55, gap=0.12),
-                _tone(4_150, 4_200, 4_180, s=0.75, gap=0.10),
+                _tone(3_050, 3_080, s=0.55, gap=0.12), _tone(4_150, 4_200, 4_180, s=0.75, gap=0.10)
             ),
             Figure(
                 (
@@ -155,18 +158,9 @@ CHIPPING_SPARROW = Species(
     "sibleyguides.com",
     band_hz=(3_300, 6_200),
     phrases=(
-        _song(
-            "falling chips",
-            Figure((_tone(6_200, 4_300, 3_400, s=0.045, gap=0.030),), (28, 46)),
-        ),
-        _song(
-            "rising chips",
-            Figure((_tone(3_300, 4_600, 5_900, s=0.042, gap=0.034),), (28, 46)),
-        ),
-        _song(
-            "hooked chips",
-            Figure((_tone(4_200, 5_900, 3_600, s=0.048, gap=0.026),), (28, 46)),
-        ),
+        _song("falling chips", _series(_tone(6_200, 4_300, 3_400, s=0.045, gap=0.030), 28, 46)),
+        _song("rising chips", _series(_tone(3_300, 4_600, 5_900, s=0.042, gap=0.034), 28, 46)),
+        _song("hooked chips", _series(_tone(4_200, 5_900, 3_600, s=0.048, gap=0.026), 28, 46)),
     ),
     song_gap_seconds=(3.0, 7.0),
 )
@@ -180,10 +174,7 @@ DARK_EYED_JUNCO = Species(
     source="BNA 716, Nolan et al. 2002; AAB",
     band_hz=(3_000, 5_600),
     phrases=(
-        _song(
-            "falling trill",
-            Figure((_tone(5_200, 4_600, 3_900, s=0.085, gap=0.040),), (10, 16)),
-        ),
+        _song("falling trill", _series(_tone(5_200, 4_600, 3_900, s=0.085, gap=0.040), 10, 16)),
         _song(
             "two-note trill",
             Figure(
@@ -194,10 +185,7 @@ DARK_EYED_JUNCO = Species(
                 (9, 15),
             ),
         ),
-        _song(
-            "arched trill",
-            Figure((_tone(3_400, 4_500, 3_500, s=0.090, gap=0.036),), (9, 15)),
-        ),
+        _song("arched trill", _series(_tone(3_400, 4_500, 3_500, s=0.090, gap=0.036), 9, 15)),
     ),
     repertoire=(1, 2),
     song_gap_seconds=(3.0, 7.0),
@@ -282,10 +270,7 @@ OVENBIRD = Species(
 
 _CHEER = _tone(4_400, 3_300, 2_300, 1_800, s=0.30, gap=0.11)
 _WHOIT = _tone(1_700, 2_000, 2_900, 3_900, s=0.26, gap=0.10)
-_BIRDIE = (
-    _tone(3_700, 2_600, 2_000, s=0.11, gap=0.015),
-    _tone(2_000, 2_700, s=0.07, gap=0.045),
-)
+_BIRDIE = (_tone(3_700, 2_600, 2_000, s=0.11, gap=0.015), _tone(2_000, 2_700, s=0.07, gap=0.045))
 
 NORTHERN_CARDINAL = Species(
     ebird_code="norcar",
@@ -296,16 +281,12 @@ NORTHERN_CARDINAL = Species(
     source="BNA 440, Halkin and Linville 1999; AAB",
     band_hz=(1_700, 4_400),
     phrases=(
-        _song(
-            "cheer-birdie",
-            Figure((_CHEER,), (2, 4)),
-            Figure(_BIRDIE, (4, 8), accelerando=1.15),
-        ),
+        _song("cheer-birdie", Figure((_CHEER,), (2, 4)), Figure(_BIRDIE, (4, 8), accelerando=1.15)),
         _song("whoit", Figure((_WHOIT,), (4, 7), accelerando=1.4)),
         _song(
             "cheer-trill",
             Figure((_CHEER,), (3, 5), accelerando=1.2),
-            Figure((_tone(3_000, 2_200, 1_800, s=0.08, gap=0.03),), (6, 10)),
+            _series(_tone(3_000, 2_200, 1_800, s=0.08, gap=0.03), 6, 10),
         ),
     ),
     repertoire=(1, 3),
@@ -331,17 +312,11 @@ AMERICAN_ROBIN = Species(
         ),
         _song(
             "cheer-up",
-            _once(
-                _tone(2_900, 2_200, 1_900, s=0.15, gap=0.02),
-                _tone(2_000, 2_600, 3_200, s=0.14),
-            ),
+            _once(_tone(2_900, 2_200, 1_900, s=0.15, gap=0.02), _tone(2_000, 2_600, 3_200, s=0.14)),
         ),
         _song(
             "cheerio",
-            _once(
-                _tone(1_800, 2_500, s=0.10, gap=0.01),
-                _tone(2_700, 3_100, 2_300, 1_700, s=0.24),
-            ),
+            _once(_tone(1_800, 2_500, s=0.10, gap=0.01), _tone(2_700, 3_100, 2_300, 1_700, s=0.24)),
         ),
         _song(
             "churry",
@@ -352,10 +327,7 @@ AMERICAN_ROBIN = Species(
         ),
         _song(
             "tilly",
-            _once(
-                _tone(3_500, 2_800, s=0.08, gap=0.02),
-                _tone(2_200, 1_700, 2_300, s=0.20),
-            ),
+            _once(_tone(3_500, 2_800, s=0.08, gap=0.02), _tone(2_200, 1_700, 2_300, s=0.20)),
         ),
     ),
     repertoire=(3, 5),
@@ -387,10 +359,7 @@ KILLDEER = Species(
         ),
         _call(
             "dee-dee",
-            Figure(
-                (Syllable((2_600, 3_100, 3_700, 3_200), 0.26, 0.13, harmonics_db=REEDY),),
-                (3, 8),
-            ),
+            _series(Syllable((2_600, 3_100, 3_700, 3_200), 0.26, 0.13, harmonics_db=REEDY), 3, 8),
         ),
     ),
     repertoire=(1, 2),
@@ -408,34 +377,18 @@ AMERICAN_CROW = Species(
     phrases=(
         _call(
             "caw",
-            Figure(
-                (
-                    Syllable(
-                        (470, 580, 590, 540, 440),
-                        0.34,
-                        0.24,
-                        harmonics_db=CAW,
-                        roughness=0.4,
-                        rough_hz=120,
-                    ),
+            _series(
+                _hoarse(
+                    470, 580, 590, 540, 440, s=0.34, gap=0.24, like=CAW, rough=0.4, rough_hz=120
                 ),
-                (2, 6),
+                2,
+                6,
             ),
         ),
         _call(
             "short caw",
-            Figure(
-                (
-                    Syllable(
-                        (520, 600, 480),
-                        0.18,
-                        0.13,
-                        harmonics_db=CAW,
-                        roughness=0.35,
-                        rough_hz=120,
-                    ),
-                ),
-                (3, 7),
+            _series(
+                _hoarse(520, 600, 480, s=0.18, gap=0.13, like=CAW, rough=0.35, rough_hz=120), 3, 7
             ),
         ),
     ),
@@ -454,18 +407,21 @@ BLUE_JAY = Species(
     phrases=(
         _call(
             "jeer",
-            Figure(
-                (
-                    Syllable(
-                        (1_150, 1_450, 1_400, 1_250, 1_050),
-                        0.42,
-                        0.22,
-                        harmonics_db=JEER,
-                        roughness=0.4,
-                        rough_hz=350,
-                    ),
+            _series(
+                _hoarse(
+                    1_150,
+                    1_450,
+                    1_400,
+                    1_250,
+                    1_050,
+                    s=0.42,
+                    gap=0.22,
+                    like=JEER,
+                    rough=0.4,
+                    rough_hz=350,
                 ),
-                (1, 4),
+                1,
+                4,
             ),
         ),
         _call(
@@ -501,7 +457,7 @@ MOURNING_DOVE = Species(
                 Syllable((500, 640, 630, 520), 0.40, 0.03, harmonics_db=HOOT),
                 Syllable((490, 470), 0.30, 0.32, -6, harmonics_db=HOOT),
             ),
-            Figure((Syllable((480, 500, 495, 480), 0.60, 0.38, harmonics_db=HOOT),), (2, 3)),
+            _series(Syllable((480, 500, 495, 480), 0.60, 0.38, harmonics_db=HOOT), 2, 3),
         ),
     ),
     song_gap_seconds=(3.0, 8.0),

@@ -7,10 +7,17 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from birdcall.ambience import equalize, gain_for_snr, make_background, make_plane, propagate
-from birdcall.demo_plan import Event, NoisePlan, RecordingPlan, SoundscapePlan
+from birdcall.demo.ambience import (
+    BIRD_FREE_ANIMALS,
+    equalize,
+    gain_for_snr,
+    make_background,
+    make_plane,
+    propagate,
+)
+from birdcall.demo.plan import Event, NoisePlan, RecordingPlan, SoundscapePlan
+from birdcall.demo.synthesis import active_power, draw_individual, render_song, sing
 from birdcall.noise import slow_fluctuation
-from birdcall.synthesis import active_power, render_song
 
 NOISE_SAMPLE_RATE = 32_000
 GARBAGE_BYTES = 20_000
@@ -42,8 +49,27 @@ def render_noise(plan: NoisePlan) -> np.ndarray:
     """Return bird-free noise, float32 ``(samples,)`` at 32 kHz, its RMS drawn from 0.02 to 0.1."""
     generator = np.random.default_rng(plan.seed)
     n_samples = round(plan.seconds * NOISE_SAMPLE_RATE)
-    noise = make_background(plan.kind, n_samples, NOISE_SAMPLE_RATE, generator)
+    if plan.kind in BIRD_FREE_ANIMALS:
+        noise = _render_animal(plan, n_samples, generator)
+    else:
+        noise = make_background(plan.kind, n_samples, NOISE_SAMPLE_RATE, generator)
     return _limit(noise * generator.uniform(0.2, 1.0))
+
+
+def _render_animal(plan: NoisePlan, n_samples: int, generator: np.random.Generator) -> np.ndarray:
+    """Return an animal that is no bird, calling now and then 5 to 20 dB above a breeze."""
+    species = BIRD_FREE_ANIMALS[plan.kind]
+    animal = draw_individual(plan.path, species, generator)
+    breeze = make_background("pink", n_samples, NOISE_SAMPLE_RATE, generator)
+    noise = np.float32(0.2) * breeze  # an RMS of 0.02
+    level = 0.02 * 10 ** (generator.uniform(5, 20) / 20)
+    place = generator.uniform(0, 1)
+    while place < plan.seconds:
+        call = sing(animal, NOISE_SAMPLE_RATE, generator)
+        gain = level / np.sqrt(max(active_power(call, NOISE_SAMPLE_RATE), 1e-12))
+        _add(noise, gain * call, place, NOISE_SAMPLE_RATE)
+        place += len(call) / NOISE_SAMPLE_RATE + generator.uniform(*species.song_gap_seconds)
+    return noise
 
 
 def render_recording(plan: RecordingPlan) -> np.ndarray:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from birdcall.ambience import LABELLED_ANIMALS
-from birdcall.demo_plan import (
+from birdcall.demo.ambience import LABELLED_ANIMALS
+from birdcall.demo.plan import (
     BACKGROUND_KINDS,
     DemoConfig,
     Event,
@@ -18,7 +18,7 @@ from birdcall.demo_plan import (
     stream,
     uniform,
 )
-from birdcall.synthesis import Individual, Species
+from birdcall.demo.synthesis import Individual, Species
 
 RECORDER_RATES = (44_100, 32_000, 48_000, 44_100, 22_050)  # in turn: small demos have all
 RECORDING_SNR_DB = (10.0, 35.0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from scipy.signal import fftconvolve
 
+from birdcall.demo.synthesis import REEDY, WHISTLE, Figure, Phrase, Species, Syllable, active_power
 from birdcall.noise import NOISE_RMS, make_noise, shape_spectrum, slow_fluctuation
-from birdcall.synthesis import REEDY, WHISTLE, Figure, Phrase, Species, Syllable, active_power
 
 AIR_DB_PER_KHZ_AND_METRE = 0.02  # air and leaves: at 50 m a song loses 1 dB per kHz
 ECHO_SECONDS = (0.2, 0.5)  # time in which the echo of a forest falls by 60 dB
@@ -93,6 +93,8 @@ SPRING_PEEPER = _animal(
 )
 LABELLED_ANIMALS = (SQUIRREL, MOUNTAIN_QUAIL, WHITE_HEADED_WOODPECKER, UNKNOWN_BIRD)
 OTHER_ANIMALS = (*LABELLED_ANIMALS, DOG, SPRING_PEEPER)
+# What collections of bird-free sound hold too (ESC-50 has dogs and frogs).
+BIRD_FREE_ANIMALS = {"dog": DOG, "frog": SPRING_PEEPER, "squirrel": SQUIRREL}
 
 
 # --- background sounds --------------------------------------------------------------------------

@@ -6,9 +6,9 @@ from datetime import date, timedelta
 
 import numpy as np
 
-from birdcall.ambience import OTHER_ANIMALS
-from birdcall.demo_plan import (
-    BACKGROUND_KINDS,
+from birdcall.demo.ambience import OTHER_ANIMALS
+from birdcall.demo.plan import (
+    NOISE_FILE_KINDS,
     DemoConfig,
     Event,
     NoisePlan,
@@ -21,7 +21,7 @@ from birdcall.demo_plan import (
     stream,
     uniform,
 )
-from birdcall.synthesis import Individual
+from birdcall.demo.synthesis import Individual
 
 MAX_BIRDS_PER_ROW = 3
 TOGETHER_SHARE = 0.6  # of the bouts begin close to another: rows with 2 or 3 birds
@@ -215,7 +215,7 @@ def _draw_bout(
 def plan_noises(config: DemoConfig) -> list[NoisePlan]:
     plans = []
     for index in range(config.n_noise):
-        kind = BACKGROUND_KINDS[index % len(BACKGROUND_KINDS)]
+        kind = NOISE_FILE_KINDS[index % len(NOISE_FILE_KINDS)]
         seed = draw_seed(config, "noise sound", index)
         seconds = uniform(stream(config, "noise", index), 10, 20)
         plans.append(NoisePlan(f"noise/{kind}_{index:02d}.wav", kind, seconds, seed))

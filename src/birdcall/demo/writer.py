@@ -19,8 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from birdcall.config import NOCALL
-from birdcall.demo_audio import Plan, write_file
-from birdcall.demo_plan import (
+from birdcall.demo.plan import (
     DemoConfig,
     DemoPlan,
     RecordingPlan,
@@ -28,8 +27,9 @@ from birdcall.demo_plan import (
     draw_seed,
     pick,
 )
-from birdcall.demo_recordings import plan_recordings
-from birdcall.demo_soundscapes import plan_examples, plan_noises, plan_tests
+from birdcall.demo.recordings import plan_recordings
+from birdcall.demo.rendering import Plan, write_file
+from birdcall.demo.soundscapes import plan_examples, plan_noises, plan_tests
 
 MARKER = "demo.json"
 VERSION = 1  # raise it when the same config makes other data

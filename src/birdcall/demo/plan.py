@@ -9,13 +9,15 @@ from typing import TypeVar
 
 import numpy as np
 
-from birdcall.ambience import LABELLED_ANIMALS
 from birdcall.config import SEGMENT_SECONDS, require, require_range, require_share
+from birdcall.demo.ambience import BIRD_FREE_ANIMALS, LABELLED_ANIMALS
+from birdcall.demo.songs import SPECIES
+from birdcall.demo.synthesis import Individual, Song, Species, compose_song, draw_individual
 from birdcall.noise import NOISE_KINDS
-from birdcall.songs import SPECIES
-from birdcall.synthesis import Individual, Song, Species, compose_song, draw_individual
 
 BACKGROUND_KINDS = (*NOISE_KINDS, "insects")
+# Insects twice: no two species sound alike, and a trill of theirs passes for a bird's.
+NOISE_FILE_KINDS = (*BACKGROUND_KINDS, *BIRD_FREE_ANIMALS, "insects")
 Item = TypeVar("Item")
 
 HEARD_SECONDS = 0.5  # so much of a song, or half of it, must fall into a row to count there
@@ -27,8 +29,8 @@ class DemoConfig:
 
     seed: int = 0
     n_species: int = len(SPECIES)
-    recordings_per_species: tuple[int, int] = (8, 24)
-    recording_seconds: tuple[float, float] = (5.0, 25.0)  # a few are shorter, from 3 s
+    recordings_per_species: tuple[int, int] = (12, 32)
+    recording_seconds: tuple[float, float] = (5.0, 18.0)  # a few are shorter, from 3 s
     short_share: float = 0.05
     n_recordists: int = 25
     n_examples: int = 4
@@ -37,7 +39,7 @@ class DemoConfig:
     soundscape_seconds: float = 120.0
     n_site_3: int = 6
     site_3_seconds: float = 30.0
-    n_noise: int = 12
+    n_noise: int = 33
     nocall_share: float = 0.54  # of the competition's rows
     damaged: bool = True  # one recording that does not decode, one that is silent
 

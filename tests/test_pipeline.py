@@ -1,0 +1,250 @@
+"""The real commands and the real kernel, in fresh processes, on a tiny demo."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from birdcall.checkpoint import Checkpoint, save_checkpoint
+from birdcall.config import EXPERIMENTS, Experiment
+from birdcall.models import build_model
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "kernels" / "submission" / "submission.py"
+FEW_STEPS = """
+import sys
+from dataclasses import replace
+import birdcall.config as config
+for name in ("small_gru", "small_attention"):
+    e = config.EXPERIMENTS[name]
+    train = replace(e.train, epochs=1, clips_per_epoch=8, batch_size=4)
+    config.EXPERIMENTS[name] = replace(e, train=train)
+from birdcall.__main__ import main
+main()
+"""
+
+
+class Commands:
+    """Runs birdcall in ``folder`` as a user does; the small experiments take two steps only."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, *arguments, fails=False) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", FEW_STEPS, *map(str, arguments)],
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if fails:
+            assert done.returncode == 2, done.stderr
+            assert "Traceback" not in done.stderr
+            return done.stderr.strip().splitlines()[-1]
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory, demo_folder):
+    """A folder in which every step has been done on the tiny demo."""
+    folder = tmp_path_factory.mktemp("road")
+    run = Commands(folder)
+    run("audit", "--data", demo_folder, "--cache", "--workers", 1)
+    run("folds", "--data", demo_folder, "--n-folds", 2)
+    experiments = ("--experiment", "small_gru", "--experiment", "small_attention")
+    run("train", "--data", demo_folder, *experiments, "--workers", 1)
+    run("evaluate", "--data", demo_folder)
+    run("package", "--data", demo_folder, "--script", SCRIPT, "--dry-run")
+    return folder, run, demo_folder
+
+
+def test_the_kernel_writes_every_row_of_test_csv_in_order(road):
+    folder, run, demo = road
+    submission = folder / "output" / "tiny" / "submission.csv"
+    rows, written = pd.read_csv(demo / "test.csv"), pd.read_csv(submission)
+    assert list(written.columns) == ["row_id", "birds"]
+    assert list(written["row_id"]) == list(rows["row_id"])
+    assert "all nocall" in run("evaluate", "--data", demo, "--submission", submission)
+
+
+def test_predict_and_the_kernel_say_the_same(road):
+    folder, run, demo = road
+    submission = folder / "output" / "tiny" / "submission.csv"
+    by_kernel = submission.read_bytes()
+    run("predict", "--data", demo)
+    assert submission.read_bytes() == by_kernel
+
+
+def test_each_step_leaves_what_the_readme_says(road):
+    folder, _, _ = road
+    output = folder / "output" / "tiny"
+    for name in ("audit.csv", "scores.csv", "oof.csv", "decision.json", "report.html", "folds.png"):
+        assert (output / name).stat().st_size > 0
+    runs = {path.parent.relative_to(output).as_posix() for path in output.rglob("model.json")}
+    assert runs == {f"runs/{e}/fold{k}" for e in ("small_gru", "small_attention") for k in (0, 1)}
+    assert (folder / "folds" / "tiny.csv").is_file()
+    report = (output / "report.html").read_text()
+    assert "all nocall" in report
+    assert "data:image/png;base64," in report
+    assert "http" not in report.replace("http-equiv", "")
+
+
+def test_the_package_is_what_kaggle_takes(road):
+    build = road[0] / "kernels" / "build"
+    metadata = json.loads((build / "kernel" / "kernel-metadata.json").read_text())
+    assert metadata["enable_internet"] is False
+    assert (build / "kernel" / metadata["code_file"]).read_bytes() == SCRIPT.read_bytes()
+    dataset = json.loads((build / "dataset" / "dataset-metadata.json").read_text())
+    assert dataset["id"] in metadata["dataset_sources"]
+    assert 6 <= len(dataset["title"]) <= 50
+    assert metadata["id"].split("/")[1] == metadata["title"].replace(" ", "-")
+    manifest = json.loads((build / "dataset" / "manifest.json").read_text())
+    assert "dataset-metadata.json" not in manifest  # Kaggle does not mount it
+    assert sum(name.endswith("model.safetensors") for name in manifest) == 4
+
+
+def test_a_kernel_whose_member_was_changed_fails_and_leaves_all_nocall(road, tmp_path):
+    folder, _, demo = road
+    build = tmp_path / "build"
+    shutil.copytree(folder / "kernels" / "build", build)
+    member = next((build / "dataset" / "members").glob("*/model.safetensors"))
+    member.write_bytes(member.read_bytes()[:-1] + b"?")
+    root, working = tmp_path / "input", tmp_path / "working"
+    working.mkdir()
+    root.mkdir()
+    # The old layout of Kaggle's mounts; the dry run has the new one.
+    (root / "birdsong-recognition").symlink_to(demo)
+    (root / "birdcall-package").symlink_to(build / "dataset")
+    done = subprocess.run(
+        [sys.executable, "-I", SCRIPT],
+        env={"KAGGLE_INPUT": str(root), "KAGGLE_WORKING": str(working)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "model.safetensors: its sha256" in done.stderr
+    assert set(pd.read_csv(working / "submission.csv")["birds"]) == {"nocall"}
+
+
+def test_predict_finds_birds_in_a_folder_of_recordings(road, tmp_path):
+    _, run, demo = road
+    (tmp_path / "mine").mkdir()
+    source = next((demo / "test_audio").iterdir())
+    shutil.copyfile(source, tmp_path / "mine" / "dawn <1>.mp3")
+    (tmp_path / "mine" / "broken.mp3").write_bytes(b"<html>")
+    said = run("predict", tmp_path / "mine", "--output", tmp_path / "out")
+    assert "1 recordings" in said
+    assert "1 failed" in said
+    table = pd.read_csv(tmp_path / "out" / "detections.csv")
+    assert list(table.columns[:4]) == ["recording", "onset", "offset", "ebird_code"]
+    assert "broken.mp3" in (tmp_path / "out" / "failed.csv").read_text()
+    assert len(list((tmp_path / "out" / "raven").iterdir())) == 1
+
+
+# --- bad input: one line, exit code 2 -----------------------------------------------------------
+
+
+@pytest.fixture
+def copy(road, tmp_path):
+    """A copy of the demo that a test may damage, with the audit and folds of the original."""
+    folder, _, demo = road
+    shutil.copytree(demo, tmp_path / "tiny")
+    (tmp_path / "output" / "tiny").mkdir(parents=True)
+    shutil.copytree(folder / "folds", tmp_path / "folds")
+    # Times are kept, or the audit would be of other files.
+    shutil.copyfile(folder / "output" / "tiny" / "audit.csv", tmp_path / "output/tiny/audit.csv")
+    return tmp_path / "tiny", Commands(tmp_path)
+
+
+def test_a_data_folder_that_does_not_exist(tmp_path):
+    error = Commands(tmp_path)("audit", "--data", "nowhere", fails=True)
+    assert "nowhere" in error
+
+
+def test_a_folder_in_no_known_layout(tmp_path):
+    (tmp_path / "music").mkdir()
+    error = Commands(tmp_path)("folds", "--data", "music", fails=True)
+    assert "music" in error
+
+
+def test_train_csv_without_a_needed_column(copy):
+    data, run = copy
+    table = pd.read_csv(data / "train.csv").drop(columns="ebird_code")
+    table.to_csv(data / "train.csv", index=False)
+    error = run("audit", "--data", data, fails=True)
+    assert "train.csv" in error
+    assert "ebird_code" in error
+
+
+def test_a_recording_that_is_missing(copy):
+    data, run = copy
+    missing = sorted((data / "train_audio").glob("*/*.mp3"))[0]
+    missing.unlink()
+    for command in ("audit", "train"):
+        extra = ("--experiment", "small_gru") if command == "train" else ()
+        assert missing.name in run(command, "--data", data, *extra, fails=True)
+
+
+def test_an_unknown_experiment_lists_the_known_ones(copy):
+    data, run = copy
+    error = run("train", "--data", data, "--experiment", "resnet", fails=True)
+    assert all(name in error for name in ("resnet", *EXPERIMENTS))
+
+
+@pytest.mark.parametrize("fold", ["2", "-1", "first"])
+def test_a_fold_out_of_range(copy, fold):
+    data, run = copy
+    error = run("train", "--data", data, "--experiment", "small_gru", "--fold", fold, fails=True)
+    assert fold in error
+    assert "Traceback" not in error
+
+
+def test_a_checkpoint_of_other_classes(copy, road):
+    data, run = copy
+    experiment = replace(Experiment.named("small_gru"), name="foreign")
+    classes = ("aldfly", "ameavo")
+    torch.manual_seed(0)
+    checkpoint = Checkpoint(experiment, classes, 0)
+    folder = data.parent / "output" / "tiny" / "runs" / "foreign" / "fold0"
+    save_checkpoint(folder, build_model(experiment, 2), checkpoint)
+    error = run("evaluate", "--data", data, fails=True)
+    assert "checkpoint of other classes" in error
+    assert "aldfly" in error
+
+
+def test_steps_that_were_left_out_are_named(tmp_path, demo_folder):
+    run = Commands(tmp_path)
+    assert "birdcall audit" in run("folds", "--data", demo_folder, fails=True)
+    run("audit", "--data", demo_folder, "--workers", 1)
+    train = ("train", "--data", demo_folder, "--experiment", "small_gru")
+    assert "birdcall folds" in run(*train, fails=True)
+    assert "birdcall evaluate" in run("package", "--data", demo_folder, fails=True)
+    run("folds", "--data", demo_folder, "--n-folds", 2)
+    assert "birdcall train" in run("evaluate", "--data", demo_folder, fails=True)
+
+
+def test_a_recording_that_does_not_decode_is_listed_and_left_out(road, demo_folder):
+    folder, run, _ = road
+    said = run("audit", "--data", demo_folder, "--workers", 1)
+    audit = pd.read_csv(folder / "output" / "tiny" / "audit.csv")
+    unreadable = audit[audit["status"] == "unreadable"]
+    assert len(unreadable) == 1
+    name = Path(unreadable["path"].iloc[0]).name
+    assert name in said
+    assert name not in set(pd.read_csv(folder / "folds" / "tiny.csv")["filename"])
+
+
+def test_help_lists_the_commands_in_pipeline_order(tmp_path):
+    text = Commands(tmp_path)("--help")
+    names = ("demo", "audit", "folds", "train", "evaluate", "package", "predict", "benchmark")
+    places = [text.index(f" {name} ") for name in names]
+    assert places == sorted(places)
