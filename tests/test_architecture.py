@@ -13,12 +13,23 @@ PACKAGE = Path(birdcall.__file__).parent
 
 # A module imports only from those before it. Down to `kernel` is what an offline kernel runs.
 KERNEL_SIDE = (
-    *("config", "files", "taxonomy", "audio", "spectrogram", "frontend", "models", "checkpoint"),
+    *(
+        "config",
+        "files",
+        "taxonomy",
+        "audio",
+        "threads",
+        "spectrogram",
+        "frontend",
+        "models",
+        "checkpoint",
+    ),
     *("decision", "soundscapes", "outputs", "inference", "kernel"),
 )
 TRAINING_SIDE = (
     *("prediction", "metrics", "event_metrics", "recordings", "cache", "audit", "folds", "noise"),
     *("augment", "dataset", "losses", "training", "evaluation", "report", "packaging", "demo"),
+    *("architecture",),
     *("benchmark", "__main__"),
 )
 ORDER = (*KERNEL_SIDE, *TRAINING_SIDE)

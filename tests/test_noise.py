@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import soundfile
 from scipy.signal import welch
 from scipy.stats import kurtosis
 
-from birdcall.noise import NOISE_KINDS, NOISE_RMS, find_noise, make_noise
+from birdcall.noise import NOISE_KINDS, NOISE_RMS, find_noise, generate_noise, make_noise
 
 SAMPLE_RATE = 32_000
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -24,8 +26,17 @@ COLORS = {
     "temporal layer": "#009E73",
     "attention head": "#CC79A7",
 }
+IMAGE, POWER = ("channels", "frames", "mel bins"), ("channels", "frames", "frequencies")
+SEQUENCE = ("channels", "frames")
 BACKBONE_DEPTH = 2  # timm's stages lie no deeper: layer3, blocks.4, features.denseblock2
-MAX_SHEETS = 6  # drawn for one tensor: a sheet stands for four times as many channels
+MAX_SHEETS = 6
+
+
+class Output(NamedTuple):
+    """What left a module of a given name."""
+
+    name: str
+    shape: tuple[int, ...]
 
 
 class Stage(NamedTuple):
@@ -44,7 +55,7 @@ class Stage(NamedTuple):
 def trace_stages(model: SEDModel, waveform: Tensor) -> list[Stage]:
     """Run ``model`` on ``waveform`` (batch, samples) and list what really leaves each stage.
 
-    Backbones differ, so theirs is a stage wherever the image's size or its channels change.
+    Backbones differ, so theirs is a stage wherever the size of the image changes.
     """
     backbone = _modules_of(model.backbone)
     watched = backbone | {
@@ -56,22 +67,22 @@ def trace_stages(model: SEDModel, waveform: Tensor) -> list[Stage]:
     with _recording(watched) as outputs, torch.inference_mode():
         power = model.frontend.spectrogram(waveform)
         output = model.eval()(waveform)
-    shapes = {name: tuple(shape) for name, shape in outputs}
-    image, sequence = ("channels", "frames", "mel bins"), ("channels", "frames")
-    features = [(name, shape) for name, shape in outputs if name in backbone and len(shape) == 4]
-    norm, projection = _count_weights(model.mel_norm), _count_weights(model.project)
-    temporal, head = _count_weights(model.temporal), _count_weights(model.head)
-    bins, classes = ("channels", "frames", "frequencies"), ("classes", "frames")
+    shapes = dict(outputs)
+    features = [one for one in outputs if one.name in backbone and len(one.shape) == 4]
+    norm, projection, temporal, head = map(
+        _count_weights, (model.mel_norm, model.project, model.temporal, model.head)
+    )
+    framewise, clipwise = tuple(output.framewise.shape), tuple(output.clipwise.shape)
     return [
         Stage("input", "waveform", tuple(waveform.shape), ("samples",), 0),
-        Stage("front end", "power spectrogram", tuple(power.shape), bins, 0),
-        Stage("front end", "log-mel", shapes["front end"], image, 0),
-        Stage("front end", "normalised per mel bin", shapes["front end"], image, norm),
-        *_backbone_stages(model.backbone, features, image),
-        Stage("backbone", "mean over mel bins, 1×1", shapes["project"], sequence, projection),
-        Stage("temporal layer", _name_temporal(model), shapes["temporal"], sequence, temporal),
-        Stage("attention head", "framewise", tuple(output.framewise.shape), classes, head),
-        Stage("attention head", "clipwise", tuple(output.clipwise.shape), ("classes",), 0),
+        Stage("front end", "power spectrogram", tuple(power.shape), POWER, 0),
+        Stage("front end", "log-mel", shapes["front end"], IMAGE, 0),
+        Stage("front end", "each mel bin normalised", shapes["front end"], IMAGE, norm),
+        *_backbone_stages(model.backbone, features),
+        Stage("backbone", "mean over mel bins", shapes["project"], SEQUENCE, projection),
+        Stage("temporal layer", _name_temporal(model), shapes["temporal"], SEQUENCE, temporal),
+        Stage("attention head", "framewise output", framewise, ("classes", "frames"), head),
+        Stage("attention head", "clipwise output", clipwise, ("classes",), 0),
     ]
 
 
@@ -81,14 +92,14 @@ def _modules_of(backbone: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def _recording(modules: dict[str, nn.Module]) -> Iterator[list[tuple[str, torch.Size]]]:
+def _recording(modules: dict[str, nn.Module]) -> Iterator[list[Output]]:
     """Record (name, shape of its output) whenever one of ``modules`` has run, in that order."""
-    outputs: list[tuple[str, torch.Size]] = []
+    outputs: list[Output] = []
 
     def record(name: str) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor):
-                outputs.append((name, output.shape))
+                outputs.append(Output(name, tuple(output.shape)))
 
         return hook
 
@@ -100,21 +111,31 @@ def _recording(modules: dict[str, nn.Module]) -> Iterator[list[tuple[str, torch.
             handle.remove()
 
 
-def _backbone_stages(
-    backbone: nn.Module, outputs: list[tuple[str, torch.Size]], axes: tuple[str, ...]
-) -> list[Stage]:
-    """Join neighbouring outputs of one shape; a stage has the name of the last and all weights."""
+def _backbone_stages(backbone: nn.Module, outputs: list[Output]) -> list[Stage]:
+    """Join neighbours whose images are equally large, under the names of the first and the last."""
     stages: list[Stage] = []
-    counted: set[int] = set()
-    for name, shape in outputs:
-        parameters = backbone.get_submodule(name).parameters()
-        fresh = {id(p): p.numel() for p in parameters if id(p) not in counted}
-        counted |= fresh.keys()
-        n_weights = sum(fresh.values())
-        if stages and stages[-1].shape == tuple(shape):
-            n_weights += stages.pop().n_weights
-        stages.append(Stage("backbone", name, tuple(shape), axes, n_weights))
+    counted: set[nn.Parameter] = set()
+    for _, group in groupby(outputs, key=lambda output: output.shape[2:]):
+        joined = list(group)
+        used = {p for o in joined for p in backbone.get_submodule(o.name).parameters()} - counted
+        counted |= used
+        names = [_shorten(o.name, joined, outputs) for o in joined if _is_innermost(o, outputs)]
+        name = " … ".join(dict.fromkeys((names[0], names[-1])))
+        n_weights = sum(parameter.numel() for parameter in used)
+        stages.append(Stage("backbone", name, joined[-1].shape, IMAGE, n_weights))
     return stages
+
+
+def _is_innermost(output: Output, outputs: list[Output]) -> bool:
+    return not any(other.name.startswith(f"{output.name}.") for other in outputs)
+
+
+def _shorten(name: str, joined: list[Output], outputs: list[Output]) -> str:
+    """Return "layer1" for "layer1.0" if all of layer1 is joined."""
+    top = name.split(".")[0]
+    if all(output in joined for output in outputs if output.name.split(".")[0] == top):
+        return top
+    return name.removeprefix("features.")
 
 
 def _name_temporal(model: SEDModel) -> str:
@@ -141,7 +162,7 @@ def plot_architecture(experiment: Experiment, n_classes: int, seconds: float = 5
     with torch.random.fork_rng(devices=[]):
         model = build_model(experiment, n_classes)
     stages = trace_stages(model, torch.zeros(1, n_samples))
-    figure = Figure(figsize=(10, 0.62 * len(stages) + 1.1), layout="constrained")
+    figure = Figure(figsize=(10.5, 0.6 * len(stages) + 1.1), layout="constrained")
     axes = figure.add_subplot()
     for row, stage in enumerate(stages):
         _draw_stage(axes, stage, row, is_new=row == 0 or stages[row - 1].part != stage.part)
@@ -157,8 +178,14 @@ def plot_architecture(experiment: Experiment, n_classes: int, seconds: float = 5
     return figure
 
 
-HEADINGS = ((0.0, "part", "left"), (1.55, "what leaves it", "left"), (5.0, "drawn", "center"),
-            (6.3, "shape of one clip", "left"), (10.0, "weights", "right"))  # fmt: skip
+# x, text and its alignment
+HEADINGS = (
+    (0.16, "part", "left"),
+    (1.65, "what leaves it", "left"),
+    (5.0, "drawn, log scales", "center"),
+    (6.2, "shape, one clip", "left"),
+    (10.0, "weights", "right"),
+)
 
 
 def _draw_stage(axes: Axes, stage: Stage, row: int, *, is_new: bool) -> None:
@@ -166,26 +193,29 @@ def _draw_stage(axes: Axes, stage: Stage, row: int, *, is_new: bool) -> None:
     axes.barh(row, 0.08, left=0.0, height=1.0, color=color)
     if is_new:
         axes.text(0.16, row, stage.part, va="center", fontsize=11, fontweight="bold")
-    axes.text(1.55, row, stage.name, va="center", fontsize=11)
+    axes.text(1.65, row, stage.name, va="center", fontsize=11)
     _draw_tensor(axes, stage, row, color)
     sizes = zip(stage.shape[1:], stage.axes, strict=True)
-    text = " × ".join(f"{size:,} {axis}" for size, axis in sizes)
-    axes.text(6.3, row, text, va="center", fontsize=10)
+    text = " × ".join(f"{size:,} {axis if size > 1 else axis[:-1]}" for size, axis in sizes)
+    axes.text(6.2, row, text, va="center", fontsize=10)
     if stage.n_weights:
         axes.text(10.0, row, f"{stage.n_weights:,}", va="center", ha="right", fontsize=10)
 
 
 def _draw_tensor(axes: Axes, stage: Stage, row: int, color: str) -> None:
-    """Draw time to the right, frequency upwards (both as square roots), channels as sheets."""
+    """Draw time to the right and frequency upwards, and a sheet for every fourfold of channels."""
     from matplotlib.patches import Rectangle
 
     size = dict(zip(stage.axes, stage.shape[1:], strict=True))
-    # A waveform has too many samples and a clipwise output no time at all.
-    width = 1.9 if "samples" in size else 1.9 * min(1.0, (size.get("frames", 1) / 512) ** 0.5)
-    rows = max(size.get("mel bins", 1), size.get("frequencies", 1))
-    height = 0.06 + 0.5 * min(1.0, (rows / 513) ** 0.5)
+    n_frames = size.get("frames", size.get("samples", 1))
+    n_bins = max(size.get("mel bins", 1), size.get("frequencies", 1))
+    width, height = 1.7 * _log_share(n_frames), 0.06 + 0.5 * _log_share(n_bins)
     n_sheets = min(MAX_SHEETS, 1 + (size.get("channels", 1).bit_length() - 1) // 2)
     for sheet in reversed(range(n_sheets)):
         shift = sheet - (n_sheets - 1) / 2
-        corner = (5.0 - width / 2 + 0.05 * shift, row - height / 2 - 0.035 * shift)
+        corner = (5.0 - width / 2 + 0.06 * shift, row - height / 2 - 0.045 * shift)
         axes.add_patch(Rectangle(corner, width, height, fc=color, ec="white", lw=0.8))
+
+
+def _log_share(size: int) -> float:
+    return min(1.0, math.log2(size) / 9)  # 512 frames or frequencies fill the width or height

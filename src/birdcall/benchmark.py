@@ -251,28 +251,31 @@ def plot_benchmark(table: pd.DataFrame, path: Path) -> None:
     """Draw clips per second, a panel per configuration, as a PNG file."""
     from matplotlib.figure import Figure
 
-    configs = list(dict.fromkeys(table["config"]))
-    n_bars = table.groupby("config").size().max()
-    figure = Figure(figsize=(6 * len(configs), 1.6 + 0.45 * n_bars), layout="constrained")
-    for axes, config in zip(
-        figure.subplots(1, len(configs), squeeze=False)[0], configs, strict=True
-    ):
-        rows = table[table["config"] == config].sort_values("clips_per_second")
-        labels = [
-            f"{row.implementation}, {row.device.upper()}, "
-            + ("one by one" if row.batch_size == 1 else f"batches of {row.batch_size}")
-            for row in rows.itertuples()
-        ]
-        colors = [COLORS[implementation] for implementation in rows["implementation"]]
-        bars = axes.barh(labels, rows["clips_per_second"], color=colors)
-        values = [
-            f"{row.clips_per_second:,.0f}  ({row.times_librosa:.1f}×)" for row in rows.itertuples()
-        ]
-        axes.bar_label(bars, values, padding=4)
-        axes.margins(x=0.25)
+    side = ["implementation", "device", "batch_size"]
+    order = table.groupby(side)["clips_per_second"].mean().sort_values().index
+    panels = list(table.groupby("config", sort=False))
+    figure = Figure(figsize=(6.2 * len(panels), 1.6 + 0.45 * len(order)), layout="constrained")
+    axes_of_panels = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (config, rows) in zip(axes_of_panels, panels, strict=True):
+        rows = rows.set_index(side).loc[order].reset_index()
+        bars = axes.barh(
+            [_label(row) for row in rows.itertuples()],
+            rows["clips_per_second"],
+            color=rows["implementation"].map(COLORS),
+        )
+        speeds = zip(rows["clips_per_second"], rows["times_librosa"], strict=True)
+        axes.bar_label(
+            bars, [f"{speed:,.0f}  ({times:.1f}×)" for speed, times in speeds], padding=4
+        )
+        axes.margins(x=0.35)
         n_fft, hop_length, n_mels = config.split("/")
         axes.set_title(f"n_fft {n_fft}, hop_length {hop_length}, {n_mels} mel bins")
         axes.set_xlabel("five-second clips per second  (× librosa)")
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"From waveform to log-mel, {table['threads'].iloc[0]} CPU threads")
     figure.savefig(path, dpi=120)
+
+
+def _label(row: NamedTuple) -> str:
+    batches = "one by one" if row.batch_size == 1 else f"batches of {row.batch_size}"
+    return f"{row.implementation}, {row.device.upper()}, {batches}"

@@ -58,8 +58,8 @@ def load_training_data(
 ) -> TrainingData:
     """Join the recordings of ``folder`` with their audit and folds; open cache and noise.
 
-    Recordings that the audit leaves out are not in it. Bird-free sound is taken from ``noise``, else
-    from the data folder's ``noise/``; where neither has any it is generated, beside the cache.
+    Recordings that the audit leaves out are not in it. Bird-free sound is taken from ``noise``,
+    else from the data folder's ``noise/``; where there is none it is generated, beside the cache.
     """
     recordings = read_recordings(folder)
     classes = classes_of(recordings)
