@@ -8,6 +8,7 @@ DATA ?= input/demo
 OUTPUT = output/$(notdir $(abspath $(DATA)))
 EXPERIMENTS ?= small_gru small_attention
 N_FOLDS ?= 2
+TRAIN ?= --overwrite --jobs 2 --workers 0
 
 .PHONY: help install demo pipeline test test-slow lint format benchmark clean
 
@@ -28,7 +29,7 @@ demo: $(INSTALLED)  ## Synthetic birds -> folds -> training -> evaluation -> ker
 pipeline: $(INSTALLED)  ## The same on any folder in the competition's layout: DATA=...
 	$(BIN)/birdcall audit --data $(DATA) --cache
 	$(BIN)/birdcall folds --data $(DATA) --n-folds $(N_FOLDS)
-	$(BIN)/birdcall train --data $(DATA) $(EXPERIMENTS:%=--experiment %) --overwrite
+	$(BIN)/birdcall train --data $(DATA) $(EXPERIMENTS:%=--experiment %) $(TRAIN)
 	$(BIN)/birdcall evaluate --data $(DATA)
 	$(BIN)/birdcall package --data $(DATA) --dry-run
 	@if [ -f $(DATA)/solution.csv ]; then \

@@ -60,7 +60,7 @@ def road(tmp_path_factory, demo_folder):
     run("audit", "--data", demo_folder, "--cache", "--workers", 1)
     run("folds", "--data", demo_folder, "--n-folds", 2)
     experiments = ("--experiment", "small_gru", "--experiment", "small_attention")
-    run("train", "--data", demo_folder, *experiments, "--workers", 1)
+    run("train", "--data", demo_folder, *experiments, "--workers", 0)
     run("evaluate", "--data", demo_folder)
     run("package", "--data", demo_folder, "--script", SCRIPT, "--dry-run")
     return folder, run, demo_folder

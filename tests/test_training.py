@@ -66,6 +66,16 @@ def test_a_trained_run_is_not_overwritten_unasked(training_data, tiny_experiment
     train_runs([tiny_experiment], training_data, 0, tmp_path, workers=0, overwrite=True)
 
 
+def test_runs_trained_at_once_have_the_weights_of_runs_trained_in_turn(
+    training_data, tiny_experiment, tmp_path
+):
+    def digests(folder, jobs):
+        made = train_runs([tiny_experiment], training_data, None, folder, workers=0, jobs=jobs)
+        return [(one.fold, one.weights_sha256) for one in made]
+
+    assert digests(tmp_path / "a", 1) == digests(tmp_path / "b", 2)
+
+
 def test_a_fold_out_of_range_is_refused_before_anything_is_trained(
     training_data, tiny_experiment, tmp_path
 ):

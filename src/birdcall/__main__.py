@@ -138,6 +138,7 @@ def train(
         typer.Option(help="The backbone's weights: .safetensors or .pth", show_default="timm's"),
     ] = None,
     workers: Workers = DEFAULT_WORKERS,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs trained at once, sharing the cores.")] = 1,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Train again what is trained already.")
     ] = False,
@@ -158,6 +159,7 @@ def train(
         _parse_fold(fold),
         output / "runs",
         workers=workers,
+        jobs=jobs,
         init=init,
         overwrite=overwrite,
         progress=True,

@@ -76,7 +76,9 @@ def trace_stages(model: SEDModel, waveform: Tensor) -> list[Stage]:
     return [
         Stage("input", "waveform", tuple(waveform.shape), ("samples",), 0),
         Stage("front end", "power spectrogram", tuple(power.shape), POWER, 0),
-        Stage("front end", "log-mel", shapes["front end"], IMAGE, 0),
+        Stage(
+            "front end", ", ".join(model.frontend.config.features), shapes["front end"], IMAGE, 0
+        ),
         Stage("front end", "each mel bin normalised", shapes["front end"], IMAGE, norm),
         *_backbone_stages(model.backbone, features),
         Stage("backbone", "mean over mel bins", shapes["project"], SEQUENCE, projection),
@@ -209,7 +211,7 @@ def _draw_tensor(axes: Axes, stage: Stage, row: int, color: str) -> None:
     size = dict(zip(stage.axes, stage.shape[1:], strict=True))
     n_frames = size.get("frames", size.get("samples", 1))
     n_bins = max(size.get("mel bins", 1), size.get("frequencies", 1))
-    width, height = 1.7 * _log_share(n_frames), 0.06 + 0.5 * _log_share(n_bins)
+    width, height = 0.1 + 1.6 * _log_share(n_frames), 0.06 + 0.5 * _log_share(n_bins)
     n_sheets = min(MAX_SHEETS, 1 + (size.get("channels", 1).bit_length() - 1) // 2)
     for sheet in reversed(range(n_sheets)):
         shift = sheet - (n_sheets - 1) / 2

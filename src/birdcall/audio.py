@@ -165,12 +165,8 @@ def open_audio(path: Path) -> Iterator[soundfile.SoundFile]:
             if file.frames <= 0:
                 raise AudioError(path, "has no samples; empty or damaged")
             yield file
-    except (
-        soundfile.SoundFileError,
-        TypeError,
-    ) as error:  # TypeError: .raw needs a description
-        reason = getattr(error, "error_string", str(error)).strip().rstrip(".")
-        raise AudioError(path, f"cannot be decoded: {reason}") from error
+    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: .raw needs a description
+        raise _decode_error(path, error) from error
 
 
 def mono_blocks(
@@ -236,6 +232,8 @@ def _read_samples(
 
 def _decode_error(path: Path, error: Exception) -> AudioError:
     reason = getattr(error, "error_string", str(error)).strip().rstrip(".")
+    if "not a regular file" in reason:  # what libsndfile says of an mp3 without any frame
+        reason = "no sound in any known format; not an audio file, or wholly damaged"
     return AudioError(path, f"cannot be decoded: {reason}")
 
 

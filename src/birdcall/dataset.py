@@ -53,6 +53,19 @@ class TrainingData:
         return self.recordings[~held_out], self.recordings[held_out]
 
 
+@dataclass(frozen=True)
+class ClipReader:
+    """A `ReadClip`: from the cache where the audit has left one, else by seeking in the file."""
+
+    folder: Path
+    cache: Path
+
+    def __call__(
+        self, path: str, sample_rate: int, offset: float, duration: float | None
+    ) -> np.ndarray:
+        return Cache(self.cache, sample_rate).read(self.folder, path, offset, duration)
+
+
 def load_training_data(
     folder: Path, folds: Path, audit: Path, cache: Path, noise: Path | None = None
 ) -> TrainingData:
@@ -70,17 +83,13 @@ def load_training_data(
         validate="one_to_one",
     )
     check_recordings_exist(recordings, folder)
-
-    def read_clip(path: str, sample_rate: int, offset: float, duration: float | None) -> np.ndarray:
-        return Cache(cache, sample_rate).read(folder, path, offset, duration)
-
     noise_files = find_noise(noise or folder / "noise")
     if not noise_files:
         if noise is not None:
             raise FileNotFoundError(f"{noise}: no audio in this folder of noise")
         logger.info("%s has no noise/: wind, rain, hum and coloured noise are generated", folder)
         noise_files = generate_noise(cache.parent / "generated_noise")
-    return TrainingData(folder, recordings, classes, read_clip, noise_files)
+    return TrainingData(folder, recordings, classes, ClipReader(folder, cache), noise_files)
 
 
 class ClipRequest(NamedTuple):

@@ -18,6 +18,7 @@ from birdcall.spectrogram import (
     exact_float32,
     is_traced,
     keep_float32,
+    map_clips,
     parameters_to_buffers,
 )
 
@@ -62,8 +63,11 @@ class LogMel(nn.Module):
         device = next(self.mel.buffers()).device
         waveform = check_waveform(waveform, self.config.n_fft, device)
         with exact_float32(device):
-            mel = self.spectrogram.power(waveform, self.mel)
-            return normalize(self._features(mel), self.config.normalization)
+            return map_clips(self._image, waveform)
+
+    def _image(self, waveform: Tensor) -> Tensor:
+        mel = self.spectrogram.power(waveform, self.mel)
+        return normalize(self._features(mel), self.config.normalization)
 
     def _features(self, mel: Tensor) -> Tensor:
         config, log_mel = self.config, power_to_db(mel, self.config.top_db)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -51,7 +51,8 @@ class Spectrogram(nn.Module):
         device = next(self.buffers(), waveform).device
         waveform = check_waveform(waveform, self.n_fft, device)
         with exact_float32(device):
-            return self.power(waveform, lambda power: power)[:, None]
+            power = map_clips(lambda clips: self.power(clips, lambda power: power), waveform)
+        return power[:, None]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Spectrogram:
         return super()._apply(keep_float32(fn), recurse)
@@ -73,29 +74,24 @@ class FFTPower(nn.Module):
         dtype = torch.float32 if waveform.device.type == "mps" else torch.float64
         window = torch.hann_window(self.n_fft, dtype=dtype, device=waveform.device)
         padded = reflect_pad(waveform, self.n_fft // 2)
-        n_frames = count_frames(padded.shape[1], self.n_fft, self.hop_length)
-        # At most a quarter of all frames at once: threads share even a single clip, and double
-        # precision needs no more memory than the complex spectrogram of all.
-        block = CPU_BLOCK if waveform.device.type == "cpu" else GPU_BLOCK
-        limit = max(1, min(block // self.n_fft, -(-len(waveform) * n_frames // 4)))
-        n_parts = -(-n_frames // limit)
-        groups = padded.split(max(1, limit // n_frames))
-        parts = [part for clips in groups for part in self._parts(clips, n_parts)]
-        apply = map_threads if _may_use_threads(waveform) else map
-        results = list(apply(lambda part: function(self._power(part, window)), parts))
-        rows = [_join(results[i : i + n_parts], dim=1) for i in range(0, len(parts), n_parts)]
-        return _join(rows, dim=0)
+        parts = [
+            padded[:, first * self.hop_length : (end - 1) * self.hop_length + self.n_fft]
+            for first, end in pairwise(self._edges(*padded.shape, waveform.device))
+        ]
+        results = map_without_graph(lambda part: function(self._power(part, window)), parts)
+        return torch.cat(results, dim=1)
 
-    def _parts(self, padded: Tensor, n_parts: int) -> Iterator[Tensor]:
-        """Yield the samples under ``n_parts`` stretches of frames of equal length.
+    def _edges(self, n_clips: int, n_padded: int, device: torch.device) -> list[int]:
+        """Return where the parts of a waveform begin and end, in frames.
 
-        Equal, because products with a few rows are computed differently: a clip would not get the
-        same bits in every batch.
+        There are at least four: threads share even a single clip, and double precision needs no more
+        memory than the complex spectrogram. They are equally long: products with few rows are slow.
         """
-        n_frames = count_frames(padded.shape[1], self.n_fft, self.hop_length)
-        edges = [n_frames * part // n_parts for part in range(n_parts + 1)]
-        for first, end in pairwise(edges):
-            yield padded[:, first * self.hop_length : (end - 1) * self.hop_length + self.n_fft]
+        n_frames = count_frames(n_padded, self.n_fft, self.hop_length)
+        block = CPU_BLOCK if device.type == "cpu" else GPU_BLOCK
+        n_parts = max(4, -(-n_frames // max(1, block // (self.n_fft * n_clips))))
+        n_parts = min(n_parts, n_frames)
+        return [n_frames * part // n_parts for part in range(n_parts + 1)]
 
     def _power(self, samples: Tensor, window: Tensor) -> Tensor:
         frames = samples.to(window.dtype).unfold(-1, self.n_fft, self.hop_length)
@@ -162,13 +158,26 @@ def reflect_pad(waveform: Tensor, n_samples: int) -> Tensor:
     return torch.cat((start.flip(1), waveform, end.flip(1)), dim=1)
 
 
-def _may_use_threads(waveform: Tensor) -> bool:
-    wants_graph = torch.is_grad_enabled() and waveform.requires_grad
-    return waveform.device.type == "cpu" and not wants_graph and not is_traced()
+def map_clips(function: Callable[[Tensor], Tensor], waveform: Tensor) -> Tensor:
+    """Return ``function(waveform)`` of a function that treats every clip alone.
+
+    On a CPU it is called clip by clip: each stays in the cache, has a thread for itself, and gets
+    the same bits in any batch.
+    """
+    if waveform.device.type != "cpu" or is_traced():
+        return function(waveform)
+    results = map_without_graph(function, waveform.split(1))
+    return results[0] if len(results) == 1 else torch.cat(results)
 
 
-def _join(tensors: list[Tensor], dim: int) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=dim)
+def map_without_graph(
+    function: Callable[[Tensor], Tensor], items: Sequence[Tensor]
+) -> list[Tensor]:
+    """Map on several threads where there are CPU tensors and no graph is built or traced."""
+    wants_graph = torch.is_grad_enabled() and items[0].requires_grad
+    if items[0].device.type != "cpu" or wants_graph or is_traced():
+        return [function(item) for item in items]
+    return map_threads(function, items)
 
 
 def parameters_to_buffers(module: nn.Module) -> None:

@@ -1,0 +1,337 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # How to classify a sound?
+#
+# A bird sings for two seconds, somewhere in a minute of wind. Which bird, and when? This notebook
+# goes the whole way, one small step at a time: from sound to a waveform, from the waveform to a
+# picture, and from the picture to names with times.
+#
+# 1. [The sound and its waveform](#1.-The-sound-and-its-waveform)
+# 2. [The spectrogram](#2.-The-spectrogram)
+# 3. [Log-mel](#3.-Log-mel)
+# 4. [How fast is it?](#4.-How-fast-is-it?)
+# 5. [The model, stage by stage](#5.-The-model,-stage-by-stage)
+# 6. [Who sings when?](#6.-Who-sings-when?)
+# 7. [Summary](#7.-Summary)
+#
+# Everything is done by the package `birdcall`; the cells only call it and draw. The notebook is
+# kept as text. This command, from the root of the project, makes it a notebook and runs it:
+#
+# ```sh
+# jupytext --to ipynb --execute --output kernels/build/how-to-classify-a-sound.ipynb \
+#     kernels/how-to-classify-a-sound/how-to-classify-a-sound.py
+# ```
+
+# %%
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+# On Kaggle the package is a mounted data set; elsewhere it is installed.
+MOUNTS = Path(os.environ.get("KAGGLE_INPUT", "/kaggle/input"))
+sys.path.extend(str(path.parent) for path in MOUNTS.glob("*/manifest.json"))
+sys.path.extend(str(path.parent) for path in MOUNTS.glob("datasets/*/*/manifest.json"))
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from IPython.display import Audio, Image, display
+
+from birdcall.architecture import plot_architecture, trace_stages
+from birdcall.audio import read_audio
+from birdcall.config import Experiment
+from birdcall.decision import Decision, read_decision
+from birdcall.frontend import LogMel, Spectrogram
+from birdcall.inference import default_device, detect_events, load_ensemble, score_recordings
+from birdcall.recordings import classes_of, read_recordings
+from birdcall.soundscapes import example_audio_folder, find_audio, read_annotations
+from birdcall.taxonomy import display_name
+
+# %% [markdown]
+# What can be set, by environment variables of the same names or right here:
+
+# %%
+N_CLIPS = int(os.environ.get("N_CLIPS", "48"))  # that are timed
+REPEATS = int(os.environ.get("REPEATS", "3"))  # of the timing; the median counts
+EPOCHS = int(os.environ.get("EPOCHS", "30"))  # of the training, where no trained model is found
+SHOWN_SECONDS = 30  # of a soundscape
+DATA = os.environ.get("DATA", "")  # a folder in the competition's layout; "": look for one
+PACKAGE = os.environ.get("PACKAGE", "")  # a folder of `birdcall package`; "": look for one
+
+DEVICE = default_device()
+SCRATCH = Path(tempfile.mkdtemp(prefix="birdcall-"))
+plt.rcParams["figure.figsize"] = (10, 3)
+plt.rcParams["figure.constrained_layout.use"] = True
+print(f"torch {torch.__version__} on {DEVICE}, {torch.get_num_threads()} CPU threads")
+
+# %% [markdown]
+# The data is a folder as the Cornell Birdcall Identification competition has it. It is looked for
+# where Kaggle mounts it (it has two ways) and in `input/demo`. Where neither is there, a few
+# minutes of synthetic birdsong are made on the spot. No download is needed anywhere.
+
+
+# %%
+def find_folder(chosen: str, marker: str, *patterns: str) -> Path | None:
+    """Return the folder that holds `marker`: the chosen one, or one that is mounted or near."""
+    roots = [MOUNTS, Path.cwd(), *Path.cwd().parents]
+    found = (place for root in roots for pattern in patterns for place in root.glob(pattern))
+    places = [Path(chosen)] if chosen else found
+    folder = next((place for place in places if (place / marker).is_file()), None)
+    if chosen and folder is None:
+        raise FileNotFoundError(f"{chosen}: holds no {marker}")
+    return folder
+
+
+def make_tiny_demo() -> Path:
+    """Make some minutes of sound: five synthetic species and two labelled soundscapes."""
+    from birdcall.demo import DemoConfig, make_demo
+
+    config = DemoConfig(
+        n_species=5, recordings_per_species=(12, 16), recording_seconds=(5.0, 8.0),
+        n_recordists=8, n_examples=2, n_site_1=0, n_site_2=0, n_site_3=1,
+        soundscape_seconds=60.0, site_3_seconds=20.0, n_noise=8, damaged=False,
+    )  # fmt: skip
+    make_demo(SCRATCH / "demo", config)
+    return SCRATCH / "demo"
+
+
+data = find_folder(DATA, "train.csv", "competitions/birdsong-*", "birdsong-*", "input/demo")
+data = data or make_tiny_demo()
+recordings = read_recordings(data)
+classes = classes_of(recordings)
+print(f"{data.name}: {len(recordings)} recordings of {len(classes)} species")
+
+# %% [markdown]
+# ## 1. The sound and its waveform
+#
+# Sound is air pressure that goes up and down. A microphone measures it many times a second; the
+# list of these numbers is the *waveform*. Here it is 32,000 numbers a second, between -1 and 1.
+
+# %%
+SAMPLE_RATE = 32_000
+N_SAMPLES = 72_000  # 2.25 seconds
+good = recordings[(recordings["rating"] >= 4) & (recordings["duration"] >= 5)]
+recording = (good if len(good) else recordings).iloc[0]
+waveform = read_audio(data / recording["path"], SAMPLE_RATE)
+print(f"{display_name(recording['ebird_code'])}: waveform of {len(waveform):,} samples")
+display(Audio(waveform[: 5 * SAMPLE_RATE], rate=SAMPLE_RATE))
+
+# %%
+loudest = int(np.abs(waveform).argmax())
+start = max(0, min(loudest - N_SAMPLES // 2, len(waveform) - N_SAMPLES))
+clip = waveform[start : start + N_SAMPLES]
+near = slice(start + int(np.abs(clip).argmax()) - 160, start + int(np.abs(clip).argmax()) + 160)
+figure, (whole, detail) = plt.subplots(1, 2, width_ratios=(2, 1))
+whole.plot(np.arange(len(clip)) / SAMPLE_RATE, clip, lw=0.3)
+whole.set(title="2.25 seconds of waveform", xlabel="seconds", ylabel="pressure", xlim=(0, 2.25))
+detail.plot(np.arange(320) / 32, waveform[near], lw=1)
+detail.set(title="10 milliseconds, where it is loudest", xlabel="milliseconds")
+plt.show()
+
+# %% [markdown]
+# The left picture says when it is loud, but not *what* is heard. The right one shows why: a tone is
+# a wave that repeats itself thousands of times a second. What we hear as pitch is how often.
+#
+# ## 2. The spectrogram
+#
+# So we ask, for short moments of sound, how much of each frequency is in it. That is a Fourier
+# transform of `n_fft` samples; `hop_length` samples later comes the next one. The result is a
+# picture: time to the right, frequency upwards, power as brightness.
+#
+# It used to be computed on the CPU, a file at a time, and kept on disk. As a layer of the network
+# it runs on the GPU where there is one, in batches, and nothing needs to be kept: change a setting,
+# and the next batch has it.
+
+# %%
+spectrogram = Spectrogram(n_fft=2048, hop_length=320).to(DEVICE)
+batch = torch.from_numpy(clip)[None].to(DEVICE)  # (batch, samples)
+with torch.inference_mode():
+    power = spectrogram(batch)
+print(f"{tuple(batch.shape)} -> {tuple(power.shape)} on {power.device}")
+
+# %% [markdown]
+# The four numbers are the batch, the channel (as in a grey picture), the frames (72,000 / 320, and
+# one more as both ends count) and the frequencies (2048 / 2, and one more for 0 Hz). It is the
+# layout of torchlibrosa, and the values are those of librosa.
+
+
+# %%
+def show_image(axes: plt.Axes, level_db: np.ndarray, seconds: float, top: float) -> None:
+    """Draw decibels `(frames, bins)` over time; `top` is where the last bin lies."""
+    low, high = np.percentile(level_db, (5, 99.9))
+    axes.imshow(
+        level_db.T, origin="lower", aspect="auto", cmap="magma", vmin=low, vmax=high,
+        extent=(0, seconds, 0, top), interpolation="nearest",
+    )  # fmt: skip
+    axes.set_xlabel("seconds")
+
+
+power_db = 10 * np.log10(np.maximum(power[0, 0].cpu().numpy(), 1e-10))
+figure, (raw, decibels) = plt.subplots(1, 2)
+show_image(raw, power[0, 0].cpu().numpy(), 2.25, SAMPLE_RATE / 2000)
+raw.set(title="power as it is", ylabel="kHz")
+show_image(decibels, power_db, 2.25, SAMPLE_RATE / 2000)
+decibels.set(title="power in decibels", ylabel="kHz")
+plt.show()
+
+# %% [markdown]
+# Power spans a factor of a million, so the left picture is nearly black. We hear loudness by
+# factors, and decibels, the logarithm, show it as we hear it.
+#
+# ## 3. Log-mel
+#
+# We hear pitch by factors, too. The *mel* scale gathers the many high frequencies in wide bins and
+# keeps the low ones apart. 1,025 frequencies become 64 mel bins, a sixteenth of the numbers, with
+# the bird's song still in them. This is the picture that the network gets.
+
+# %%
+experiment = Experiment.named("small_gru")
+log_mel = LogMel(experiment.frontend).to(DEVICE)
+with torch.inference_mode():
+    image = log_mel(batch)
+print(f"{tuple(batch.shape)} -> {tuple(image.shape)}, a frame every {log_mel.frame_seconds} s")
+figure, axes = plt.subplots()
+show_image(axes, image[0, 0].cpu().numpy(), 2.25, experiment.frontend.n_mels)
+axes.set(title="log-mel of the same 2.25 seconds", ylabel="mel bin")
+plt.show()
+
+# %% [markdown]
+# ## 4. How fast is it?
+#
+# The same clips of five seconds, from the recordings above, go through librosa (one by one, as it
+# works), torchlibrosa and birdcall (one by one and in batches of 16), on the CPU and on the GPU
+# where there is one. On the GPU the way there and back is part of the time. All give the same
+# picture: `max_difference_db` is the largest difference from librosa.
+
+# %%
+if find_spec("torchlibrosa") and find_spec("librosa"):
+    from birdcall.benchmark import benchmark_frontend
+
+    table = benchmark_frontend(data, SCRATCH, n_clips=N_CLIPS, repeats=REPEATS)
+    display(table.drop(columns=["times_real_time", "threads"]))
+    display(Image(SCRATCH / "frontend.png", width=1000))
+else:
+    print("librosa or torchlibrosa is not installed: nothing to compare with")
+
+# %% [markdown]
+# Two things to take home. A GPU is fast only when it gets *many clips at once*: one by one, it
+# mostly waits. And a good algorithm comes first: torchlibrosa computes the Fourier transform as a
+# convolution, which costs the square of what the *fast* Fourier transform does, on any device.
+# (A few clips on a busy machine time roughly; `birdcall benchmark frontend` takes 1,000.)
+#
+# ## 5. The model, stage by stage
+#
+# What finds a cat in a photo finds a song in a spectrogram: a convolutional network, the
+# *backbone*. It makes the picture smaller and its channels more, until each remaining frame has a
+# list of what was seen in it. Then:
+#
+# - the mean over frequency leaves a sequence in time;
+# - a *temporal layer* (here a GRU, which reads it forwards and backwards) lets each frame know its
+#   neighbours;
+# - the *attention head* says for each frame how probable each species is, the **framewise**
+#   output. It also learns which frames to listen to. The mean of the frames, weighted so, is the
+#   **clipwise** output.
+#
+# This is why it can be trained at all: a recording says *which* bird, not *when*. The clipwise
+# output is compared with that label, and the framewise output comes for free.
+#
+# First, a trained model: the package of `birdcall package`, if there is one for these species. Else
+# a small one is trained right here, for a minute or two.
+
+
+# %%
+def train_small_model() -> tuple[Path, Path]:
+    """Train on the data, or on the tiny demo if the data is large; return folder and checkpoint."""
+    from birdcall.audit import audit_recordings, usable_recordings
+    from birdcall.cache import Cache
+    from birdcall.dataset import load_training_data
+    from birdcall.folds import make_folds, write_folds
+    from birdcall.training import train_run
+
+    folder = data if len(recordings) <= MANY_RECORDINGS else make_tiny_demo()
+    table, cache, folds = SCRATCH / "audit.csv", SCRATCH / "cache", SCRATCH / "folds.csv"
+    rows = read_recordings(folder)
+    audit = audit_recordings(folder, rows, table, workers=0, cache=Cache(cache))
+    write_folds(make_folds(usable_recordings(rows, audit), n_folds=4), folds)
+    train = replace(SMALL.train, epochs=EPOCHS, clips_per_epoch=160, validate_every=EPOCHS)
+    training_data = load_training_data(folder, folds, table, cache)
+    run = replace(SMALL, train=train)
+    checkpoint = train_run(run, 0, training_data, SCRATCH / "run", workers=0)
+    print(f"{checkpoint.name}: {checkpoint.score} on recordings that it was not trained on")
+    return folder, SCRATCH / "run"
+
+
+package = find_folder(
+    PACKAGE, MANIFEST_FILE, "datasets/*/birdcall-*", "birdcall-*", "kernels/build/dataset"
+)
+members = find_checkpoints(package / MEMBERS_FOLDER) if package else []
+if members and read_checkpoint(members[0]).classes == classes:
+    check_manifest(package)
+    decision = read_decision(package / DECISION_FILE)
+else:
+    data, trained = train_small_model()
+    members, decision = [trained], Decision(clip_threshold=0.3, frame_threshold=0.5)
+ensemble = load_ensemble(members, DEVICE)
+print(f"{len(ensemble.members)} members, {len(ensemble.classes)} species, on {DEVICE}")
+
+# %% [markdown]
+# This is the model (the first one, where there are several). The figure is drawn from a run on five
+# seconds: every shape in it was measured on the way.
+
+# %%
+member = ensemble.members[0]
+plot_architecture(member.checkpoint.experiment, len(ensemble.classes))
+
+# %% [markdown]
+# The same as a table, from the trained weights themselves:
+
+# %%
+five_seconds = torch.zeros(1, 5 * SAMPLE_RATE, device=DEVICE)
+stages = pd.DataFrame(trace_stages(member.model, five_seconds))
+display(stages[["part", "name", "shape", "n_weights"]].style.hide(axis="index"))
+
+# %% [markdown]
+# ## 6. Who sings when?
+#
+# Now a soundscape: a recorder in a forest, many birds, most of them far away, and one that the
+# model has not heard. It is cut into segments of five seconds, as the competition scores them, and
+# the framewise outputs are joined again.
+
+# %%
+annotations = read_annotations(data, ensemble.classes)
+annotations = annotations[annotations["onset"] < SHOWN_SECONDS]
+filename = annotations["filename"].value_counts().idxmax()  # the one with most to see
+truth = annotations[annotations["filename"] == filename]
+path = find_audio(example_audio_folder(data), filename)
+_, scores = next(score_recordings(ensemble, {filename: path}, limit_seconds=SHOWN_SECONDS))
+events = detect_events(scores, decision, ensemble.classes)
+print(f"{filename}: {len(events)} detections in {scores.seconds:g} s")
+display(pd.DataFrame(events))
+
+# %%
+sung = {*truth["ebird_code"], *(event.ebird_code for event in events)}
+shown = [code for code in ensemble.classes if code in sung]
+rows = [ensemble.classes.index(code) for code in shown]
+soundscape = torch.from_numpy(read_audio(path, SAMPLE_RATE, 0.0, scores.seconds))[None].to(DEVICE)
+with torch.inference_mode():
+    image = log_mel(soundscape)[0, 0].cpu().numpy()
+figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(10, 4 + 0.35 * len(shown)))
+show_image(top, image, scores.seconds, image.shape[1])
+top.set(title=f"log-mel of {filename}", ylabel="mel bin", xlabel="")
+end = scores.frames.shape[1] * log_mel_step
