@@ -30,9 +30,11 @@
 # kept as text. This command, from the root of the project, makes it a notebook and runs it:
 #
 # ```sh
-# jupytext --to ipynb --execute --output kernels/build/how-to-classify-a-sound.ipynb \
+# jupytext --to ipynb --execute --output kernels/build/notebook/how-to-classify-a-sound.ipynb \
 #     kernels/how-to-classify-a-sound/how-to-classify-a-sound.py
 # ```
+#
+# (For Kaggle, copy `kernel-metadata.json` beside it and `kaggle kernels push -p` that folder.)
 
 # %%
 import os
@@ -43,9 +45,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 # On Kaggle the package is a mounted data set; elsewhere it is installed.
-MOUNTS = Path(os.environ.get("KAGGLE_INPUT", "/kaggle/input"))
-sys.path.extend(str(path.parent) for path in MOUNTS.glob("*/manifest.json"))
-sys.path.extend(str(path.parent) for path in MOUNTS.glob("datasets/*/*/manifest.json"))
+sys.path.extend(map(str, Path("/kaggle/input").glob("birdcall-*")))
+sys.path.extend(map(str, Path("/kaggle/input").glob("datasets/*/birdcall-*")))
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -54,11 +55,19 @@ import torch
 from IPython.display import Audio, Image, display
 
 from birdcall.architecture import plot_architecture, trace_stages
-from birdcall.audio import read_audio
-from birdcall.config import Experiment
+from birdcall.audio import crop_or_pad, read_audio
+from birdcall.checkpoint import find_checkpoints, read_checkpoint
+from birdcall.config import SEGMENT_SECONDS, Experiment
 from birdcall.decision import Decision, read_decision
 from birdcall.frontend import LogMel, Spectrogram
-from birdcall.inference import default_device, detect_events, load_ensemble, score_recordings
+from birdcall.inference import (
+    FRAMES_PER_SEGMENT,
+    default_device,
+    detect_events,
+    load_ensemble,
+    score_recordings,
+)
+from birdcall.kernel import DECISION_FILE, MANIFEST_FILE, MEMBERS_FOLDER, check_manifest
 from birdcall.recordings import classes_of, read_recordings
 from birdcall.soundscapes import example_audio_folder, find_audio, read_annotations
 from birdcall.taxonomy import display_name
@@ -70,10 +79,12 @@ from birdcall.taxonomy import display_name
 N_CLIPS = int(os.environ.get("N_CLIPS", "48"))  # that are timed
 REPEATS = int(os.environ.get("REPEATS", "3"))  # of the timing; the median counts
 EPOCHS = int(os.environ.get("EPOCHS", "30"))  # of the training, where no trained model is found
-SHOWN_SECONDS = 30  # of a soundscape
+MANY_RECORDINGS = 500  # too many to train on in a notebook
+SHOWN_SECONDS = 40  # of a soundscape
 DATA = os.environ.get("DATA", "")  # a folder in the competition's layout; "": look for one
 PACKAGE = os.environ.get("PACKAGE", "")  # a folder of `birdcall package`; "": look for one
 
+MOUNTS = Path("/kaggle/input")
 DEVICE = default_device()
 SCRATCH = Path(tempfile.mkdtemp(prefix="birdcall-"))
 plt.rcParams["figure.figsize"] = (10, 3)
@@ -82,7 +93,7 @@ print(f"torch {torch.__version__} on {DEVICE}, {torch.get_num_threads()} CPU thr
 
 # %% [markdown]
 # The data is a folder as the Cornell Birdcall Identification competition has it. It is looked for
-# where Kaggle mounts it (it has two ways) and in `input/demo`. Where neither is there, a few
+# where Kaggle mounts it (it has two ways) and in `input/demo`. Where neither is there, some
 # minutes of synthetic birdsong are made on the spot. No download is needed anywhere.
 
 
@@ -135,13 +146,13 @@ display(Audio(waveform[: 5 * SAMPLE_RATE], rate=SAMPLE_RATE))
 # %%
 loudest = int(np.abs(waveform).argmax())
 start = max(0, min(loudest - N_SAMPLES // 2, len(waveform) - N_SAMPLES))
-clip = waveform[start : start + N_SAMPLES]
-near = slice(start + int(np.abs(clip).argmax()) - 160, start + int(np.abs(clip).argmax()) + 160)
+clip = crop_or_pad(waveform[start:], N_SAMPLES)
 figure, (whole, detail) = plt.subplots(1, 2, width_ratios=(2, 1))
 whole.plot(np.arange(len(clip)) / SAMPLE_RATE, clip, lw=0.3)
 whole.set(title="2.25 seconds of waveform", xlabel="seconds", ylabel="pressure", xlim=(0, 2.25))
-detail.plot(np.arange(320) / 32, waveform[near], lw=1)
-detail.set(title="10 milliseconds, where it is loudest", xlabel="milliseconds")
+near = waveform[max(0, loudest - 160) :][:320]
+detail.plot(np.arange(len(near)) / 32, near, lw=1)
+detail.set(title="10 milliseconds of it", xlabel="milliseconds")
 plt.show()
 
 # %% [markdown]
@@ -201,13 +212,13 @@ plt.show()
 # the bird's song still in them. This is the picture that the network gets.
 
 # %%
-experiment = Experiment.named("small_gru")
-log_mel = LogMel(experiment.frontend).to(DEVICE)
+SMALL = Experiment.named("small_gru")
+log_mel = LogMel(SMALL.frontend).to(DEVICE)
 with torch.inference_mode():
     image = log_mel(batch)
 print(f"{tuple(batch.shape)} -> {tuple(image.shape)}, a frame every {log_mel.frame_seconds} s")
 figure, axes = plt.subplots()
-show_image(axes, image[0, 0].cpu().numpy(), 2.25, experiment.frontend.n_mels)
+show_image(axes, image[0, 0].cpu().numpy(), 2.25, SMALL.frontend.n_mels)
 axes.set(title="log-mel of the same 2.25 seconds", ylabel="mel bin")
 plt.show()
 
@@ -231,8 +242,8 @@ else:
 
 # %% [markdown]
 # Two things to take home. A GPU is fast only when it gets *many clips at once*: one by one, it
-# mostly waits. And a good algorithm comes first: torchlibrosa computes the Fourier transform as a
-# convolution, which costs the square of what the *fast* Fourier transform does, on any device.
+# mostly waits. And a good algorithm comes first: torchlibrosa computes the Fourier transform of n
+# samples as a convolution, in n × n steps; the *fast* Fourier transform takes some n × log(n).
 # (A few clips on a busy machine time roughly; `birdcall benchmark frontend` takes 1,000.)
 #
 # ## 5. The model, stage by stage
@@ -296,7 +307,7 @@ print(f"{len(ensemble.members)} members, {len(ensemble.classes)} species, on {DE
 
 # %%
 member = ensemble.members[0]
-plot_architecture(member.checkpoint.experiment, len(ensemble.classes))
+display(plot_architecture(member.checkpoint.experiment, len(ensemble.classes)))
 
 # %% [markdown]
 # The same as a table, from the trained weights themselves:
@@ -314,10 +325,12 @@ display(stages[["part", "name", "shape", "n_weights"]].style.hide(axis="index"))
 # the framewise outputs are joined again.
 
 # %%
-annotations = read_annotations(data, ensemble.classes)
+annotations = read_annotations(data)
 annotations = annotations[annotations["onset"] < SHOWN_SECONDS]
-filename = annotations["filename"].value_counts().idxmax()  # the one with most to see
-truth = annotations[annotations["filename"] == filename]
+is_class = annotations["ebird_code"].isin(ensemble.classes)
+filename = annotations.loc[is_class, "filename"].value_counts().idxmax()  # with most to see
+here = annotations["filename"] == filename
+truth, others = annotations[here & is_class], annotations[here & ~is_class]
 path = find_audio(example_audio_folder(data), filename)
 _, scores = next(score_recordings(ensemble, {filename: path}, limit_seconds=SHOWN_SECONDS))
 events = detect_events(scores, decision, ensemble.classes)
@@ -333,5 +346,49 @@ with torch.inference_mode():
     image = log_mel(soundscape)[0, 0].cpu().numpy()
 figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(10, 4 + 0.35 * len(shown)))
 show_image(top, image, scores.seconds, image.shape[1])
-top.set(title=f"log-mel of {filename}", ylabel="mel bin", xlabel="")
-end = scores.frames.shape[1] * log_mel_step
+for other in others.itertuples():
+    top.plot((other.onset, other.offset), (62, 62), c="white", lw=3, solid_capstyle="butt")
+top.set(title=f"log-mel of {filename}; bar: annotated, but none of the species", ylabel="mel bin")
+top.set(xlabel="", xlim=(0, scores.seconds))
+end = scores.frames.shape[1] / FRAMES_PER_SEGMENT * SEGMENT_SECONDS
+frames = bottom.imshow(
+    scores.frames[rows], aspect="auto", cmap="cividis", vmin=0, vmax=1,
+    extent=(0, end, len(shown), 0), interpolation="nearest",
+)  # fmt: skip
+for bird in truth.itertuples():
+    corner = (bird.onset, shown.index(bird.ebird_code) + 0.08)
+    size = (bird.offset - bird.onset, 0.84)
+    bottom.add_patch(plt.Rectangle(corner, *size, fill=False, ec="white", lw=1.5))
+for event in events:
+    line = shown.index(event.ebird_code) + 0.5
+    bottom.plot((event.onset, event.offset), (line, line), c="black", lw=5, solid_capstyle="butt")
+    bottom.plot((event.onset, event.offset), (line, line), c="white", lw=3, solid_capstyle="butt")
+bottom.set_yticks(np.arange(len(shown)) + 0.5, [display_name(code) for code in shown])
+title = "framewise output; outlined: annotated, line: detected"
+bottom.set(title=title, xlabel="seconds", xlim=(0, scores.seconds))
+figure.colorbar(frames, ax=bottom, label="probability")
+plt.show()
+
+# %% [markdown]
+# The upper picture is what the model sees, the lower one is what it makes of it. No one told it
+# *when* a bird sings: it was trained with one label for a whole recording. A detection is a segment
+# in which clipwise and framewise output agree, narrowed to its probable frames. Five seconds have
+# as many frames as the last rows of the architecture say: eight of them, as in the small model,
+# cannot tell an onset better than to half a second.
+#
+# Mind the bars, too: animals, or birds, that are none of the species. Nothing in the training said
+# what they are, and a small model gladly calls them by a name that it knows. Bird-free noise among
+# the training clips, more recordings and several models that must agree are what helps.
+#
+# ## 7. Summary
+#
+# - A **waveform** says how loud it is; a **spectrogram** says what is heard; **log-mel** is a
+#   spectrogram for ears, with a fraction of the numbers.
+# - Computed as the first layer of the network, it needs no files of its own, and is fast on either
+#   device if the clips come in batches and the Fourier transform is a fast one.
+# - A **convolutional backbone** reads the picture, a **temporal layer** the order of things, and an
+#   **attention head** learns from one label per recording who sings *when*.
+# - From a picture of frames to an answer it takes a **decision**: two thresholds, chosen on
+#   soundscapes that no model has seen (`birdcall evaluate`).
+#
+# To go on: `birdcall train` on the real recordings, `birdcall package`, and the submission kernel.

@@ -9,7 +9,7 @@ WORKING = Path(os.environ.get("KAGGLE_WORKING", "/kaggle/working"))
 
 
 def find(marker: str) -> Path:
-    """Return the mounted folder that holds ``marker``; Kaggle has changed the depth of its mounts."""
+    """Return the mounted folder that holds ``marker``, at any depth that Kaggle has had."""
     for depth in ("*", "*/*", "*/*/*"):
         for path in sorted(INPUT.glob(f"{depth}/{marker}")):
             return path.parent

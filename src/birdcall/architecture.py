@@ -64,9 +64,11 @@ def trace_stages(model: SEDModel, waveform: Tensor) -> list[Stage]:
         "project": model.project,
         "temporal": model.temporal,
     }
+    was_training = model.training
     with _recording(watched) as outputs, torch.inference_mode():
         power = model.frontend.spectrogram(waveform)
         output = model.eval()(waveform)
+    model.train(was_training)
     shapes = dict(outputs)
     features = [one for one in outputs if one.name in backbone and len(one.shape) == 4]
     norm, projection, temporal, head = map(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -15,9 +15,9 @@ from birdcall.config import require, require_choice
 from birdcall.threads import map_threads
 
 INT16_SCALE = 1 / 32_768
-# Framed samples handled at once. On a CPU a block (6 MB, a clip of five seconds) stays in cache and
-# its memory is used again; whole batches take thrice as long. A GPU wants large blocks.
-CPU_BLOCK, GPU_BLOCK = 3 * 2**18, 2**26
+# Framed samples handled at once. On a CPU a block (4 MB) stays in the cache and its memory is used
+# again; whole batches take thrice as long. A GPU wants large blocks.
+CPU_BLOCK, GPU_BLOCK = 2**19, 2**26
 
 # Who multiplies in TF32 or bfloat16 when allowed to. torch before 2.9 cannot be told one by one:
 # there, leave `float32_matmul_precision` at "highest".
@@ -74,22 +74,21 @@ class FFTPower(nn.Module):
         dtype = torch.float32 if waveform.device.type == "mps" else torch.float64
         window = torch.hann_window(self.n_fft, dtype=dtype, device=waveform.device)
         padded = reflect_pad(waveform, self.n_fft // 2)
+        edges = self._edges(*padded.shape, waveform.device)
         parts = [
             padded[:, first * self.hop_length : (end - 1) * self.hop_length + self.n_fft]
-            for first, end in pairwise(self._edges(*padded.shape, waveform.device))
+            for first, end in pairwise(edges)
         ]
-        results = map_without_graph(lambda part: function(self._power(part, window)), parts)
-        return torch.cat(results, dim=1)
+        return torch.cat([function(self._power(part, window)) for part in parts], dim=1)
 
     def _edges(self, n_clips: int, n_padded: int, device: torch.device) -> list[int]:
-        """Return where the parts of a waveform begin and end, in frames.
+        """Return where parts small enough begin and end, in frames: three at least, equally long.
 
-        There are at least four: threads share even a single clip, and double precision needs no more
-        memory than the complex spectrogram. They are equally long: products with few rows are slow.
+        Three, so that double precision needs no more memory than the complex spectrogram of all.
         """
         n_frames = count_frames(n_padded, self.n_fft, self.hop_length)
         block = CPU_BLOCK if device.type == "cpu" else GPU_BLOCK
-        n_parts = max(4, -(-n_frames // max(1, block // (self.n_fft * n_clips))))
+        n_parts = max(3, -(-n_frames // max(1, block // (self.n_fft * n_clips))))
         n_parts = min(n_parts, n_frames)
         return [n_frames * part // n_parts for part in range(n_parts + 1)]
 
@@ -166,18 +165,12 @@ def map_clips(function: Callable[[Tensor], Tensor], waveform: Tensor) -> Tensor:
     """
     if waveform.device.type != "cpu" or is_traced():
         return function(waveform)
-    results = map_without_graph(function, waveform.split(1))
-    return results[0] if len(results) == 1 else torch.cat(results)
-
-
-def map_without_graph(
-    function: Callable[[Tensor], Tensor], items: Sequence[Tensor]
-) -> list[Tensor]:
-    """Map on several threads where there are CPU tensors and no graph is built or traced."""
-    wants_graph = torch.is_grad_enabled() and items[0].requires_grad
-    if items[0].device.type != "cpu" or wants_graph or is_traced():
-        return [function(item) for item in items]
-    return map_threads(function, items)
+    clips = waveform.split(1)
+    if torch.is_grad_enabled() and waveform.requires_grad:  # the graph would not cross threads
+        return torch.cat([function(clip) for clip in clips])
+    results = map_threads(function, clips)
+    # torch would share each clip's copy among its threads, which a thread of ours does not.
+    return results[0] if len(results) == 1 else map_threads(torch.cat, [results])[0]
 
 
 def parameters_to_buffers(module: nn.Module) -> None:

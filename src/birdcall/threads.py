@@ -25,10 +25,10 @@ def map_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> li
     For the CPU and without a graph: the caller's autograd, autocast and other modes do not reach
     the threads.
     """
-    n_threads = min(torch.get_num_threads(), len(items))
-    if n_threads <= 1:
+    n_threads = torch.get_num_threads()
+    if n_threads == 1:
         return [function(item) for item in items]
-    return list(_pool(torch.get_num_threads()).map(function, items))
+    return list(_pool(n_threads).map(function, items))  # even one item: its thread waits for none
 
 
 @cache
