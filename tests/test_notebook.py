@@ -98,7 +98,7 @@ def test_detections_come_from_a_model_that_was_trained(executed):
 def test_the_text_keeps_no_outputs_and_no_paths_of_a_machine():
     text = SOURCE.read_text(encoding="utf-8")
     assert not re.search(r"/(home|root|Users|work)/", text)
-    assert "jupytext --to ipynb --execute" in text
+    assert "jupytext --to ipynb" in text and "jupyter execute --inplace" in text
 
 
 # --- what Kaggle reads ---------------------------------------------------------------------------

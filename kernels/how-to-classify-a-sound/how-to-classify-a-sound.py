@@ -30,8 +30,10 @@
 # kept as text. This command, from the root of the project, makes it a notebook and runs it:
 #
 # ```sh
-# jupytext --to ipynb --execute --output kernels/build/notebook/how-to-classify-a-sound.ipynb \
-#     kernels/how-to-classify-a-sound/how-to-classify-a-sound.py
+# mkdir -p kernels/build/notebook && cd kernels/build/notebook &&
+#     jupytext --to ipynb --output how-to-classify-a-sound.ipynb \
+#         ../../how-to-classify-a-sound/how-to-classify-a-sound.py &&
+#     jupyter execute --inplace how-to-classify-a-sound.ipynb
 # ```
 #
 # (For Kaggle, copy `kernel-metadata.json` beside it and `kaggle kernels push -p` that folder.)
