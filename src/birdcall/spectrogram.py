@@ -18,6 +18,7 @@ INT16_SCALE = 1 / 32_768
 # Framed samples handled at once. On a CPU a block (4 MB) stays in the cache and its memory is used
 # again; whole batches take thrice as long. A GPU wants large blocks.
 CPU_BLOCK, GPU_BLOCK = 2**19, 2**26
+CLIPS_AT_ONCE = 4
 
 # Who multiplies in TF32 or bfloat16 when allowed to. torch before 2.9 cannot be told one by one:
 # there, leave `float32_matmul_precision` at "highest".
@@ -160,16 +161,17 @@ def reflect_pad(waveform: Tensor, n_samples: int) -> Tensor:
 def map_clips(function: Callable[[Tensor], Tensor], waveform: Tensor) -> Tensor:
     """Return ``function(waveform)`` of a function that treats every clip alone.
 
-    On a CPU it is called clip by clip: each stays in the cache, has a thread for itself, and gets
-    the same bits in any batch.
+    On a CPU it is called with a few clips at a time: they stay in the cache and have a thread for
+    themselves. A few, because threads of Python wait for each other at every call of torch.
     """
     if waveform.device.type != "cpu" or is_traced():
         return function(waveform)
-    clips = waveform.split(1)
+    n_clips = min(CLIPS_AT_ONCE, -(-len(waveform) // (2 * torch.get_num_threads())))
+    groups = waveform.split(n_clips)
     if torch.is_grad_enabled() and waveform.requires_grad:  # the graph would not cross threads
-        return torch.cat([function(clip) for clip in clips])
-    results = map_threads(function, clips)
-    # torch would share each clip's copy among its threads, which a thread of ours does not.
+        return torch.cat([function(group) for group in groups])
+    results = map_threads(function, groups)
+    # torch would share each group's copy among its threads, which a thread of ours does not.
     return results[0] if len(results) == 1 else map_threads(torch.cat, [results])[0]
 
 
