@@ -234,7 +234,7 @@ plt.show()
 
 # %%
 if find_spec("torchlibrosa") and find_spec("librosa"):
-    from birdcall.benchmark import benchmark_frontend
+    from birdcall.benchmark.frontend import benchmark_frontend
 
     table = benchmark_frontend(data, SCRATCH, n_clips=N_CLIPS, repeats=REPEATS)
     display(table.drop(columns=["times_real_time", "threads"]))

@@ -280,7 +280,7 @@ def benchmark_frontend(
     repeats: Annotated[int, typer.Option(min=1, help="Runs; the median counts.")] = 5,
 ) -> None:
     """Time log-mel by librosa, torchlibrosa, nnAudio and birdcall, on CPU and GPU."""
-    from birdcall.benchmark import benchmark_frontend
+    from birdcall.benchmark.frontend import benchmark_frontend
 
     table = benchmark_frontend(
         data, _output_of(data, output) / "benchmark", n_clips=n_clips, repeats=repeats

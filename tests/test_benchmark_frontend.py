@@ -8,7 +8,7 @@ import pytest
 import soundfile
 
 from birdcall import benchmark
-from birdcall.benchmark import Side, benchmark_frontend, make_sides, read_clips, time_sides
+from birdcall.benchmark.frontend import Side, benchmark_frontend, make_sides, read_clips, time_sides
 from birdcall.config import FrontendConfig
 
 RATE = 32_000

@@ -1,0 +1,1 @@
+"""Measure birdcall against its peers: each module is one ``birdcall benchmark`` command."""
