@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import soundfile
 
-from birdcall import benchmark
+from birdcall.benchmark import frontend as benchmark
 from birdcall.benchmark.frontend import Side, benchmark_frontend, make_sides, read_clips, time_sides
 from birdcall.config import FrontendConfig
 
