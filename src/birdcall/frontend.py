@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from birdcall.config import FrontendConfig, require, require_share
 from birdcall.spectrogram import (
+    FFTPower,
     Spectrogram,
     check_waveform,
     exact_float32,
@@ -27,6 +28,11 @@ __all__ = ["LogMel", "SpecAugment", "Spectrogram"]
 log = logging.getLogger(__name__)
 
 AMIN = 1e-10  # librosa's floor of power_to_db: silence is -100 dB
+# Single precision errs by 1e-7 of a frame's mean amplitude, in quiet bins as in loud ones. What
+# lies this far below the mean, but can be heard, is computed in double precision. Of 200
+# recordings, at 200 the largest error is 6e-4 dB, at 400 it is 1.2e-3 dB.
+SAFE_RATIO = 200
+HEARD = 0.5e-8  # -83 dB
 BAND = 16  # mel filters to a product, see `MelFilters`
 DELTA_WIDTH = 9  # frames; librosa.feature.delta's default
 # PCEN as in the 6th place of 2020, which are librosa.pcen's defaults too.
@@ -66,7 +72,11 @@ class LogMel(nn.Module):
             return map_clips(self._image, waveform)
 
     def _image(self, waveform: Tensor) -> Tensor:
-        mel = self.spectrogram.power(waveform, self.mel)
+        power = self.spectrogram.power
+        if isinstance(power, FFTPower):
+            mel = power.repaired(waveform, self.mel, self.mel.is_inexact)
+        else:
+            mel = power(waveform, self.mel)
         return normalize(self._features(mel), self.config.normalization)
 
     def _features(self, mel: Tensor) -> Tensor:
@@ -98,15 +108,23 @@ class MelFilters(nn.Module):
     def __init__(self, config: FrontendConfig) -> None:
         super().__init__()
         filters = mel_filters(config)
-        self.bands: list[tuple[slice, slice]] = []
+        self.bins: list[slice] = []
         for first in range(0, config.n_mels, BAND):
-            mels = slice(first, first + BAND)
-            bins = filters[:, mels].any(dim=1).nonzero().flatten().tolist() or [0]
-            self.bands.append((slice(bins[0], bins[-1] + 1), mels))
-        self.register_buffer("filters", filters, persistent=False)
+            band = filters[:, first : first + BAND]
+            bins = band.any(dim=1).nonzero().flatten().tolist() or [0]
+            self.bins.append(slice(bins[0], bins[-1] + 1))
+            band = band[self.bins[-1]].contiguous()
+            self.register_buffer(f"band{len(self.bins)}", band, persistent=False)
+        self.register_buffer("doubtful", filters.norm(dim=0) / SAFE_RATIO**2, persistent=False)
+
+    def is_inexact(self, power: Tensor, mel: Tensor) -> Tensor:
+        """Return in which frames single precision may be 1e-3 dB off: (clips, frames)."""
+        limit = power.mean(dim=-1, keepdim=True) * self.doubtful
+        return ((mel < limit) & (mel > HEARD)).any(dim=-1)
 
     def forward(self, power: Tensor) -> Tensor:
-        products = [power[..., bins] @ self.filters[bins, mels] for bins, mels in self.bands]
+        bands = (getattr(self, f"band{number}") for number in range(1, len(self.bins) + 1))
+        products = [power[..., bins] @ band for bins, band in zip(self.bins, bands, strict=True)]
         return torch.cat(products, dim=-1)
 
 

@@ -23,7 +23,10 @@ log = logging.getLogger(__name__)
 
 CONFIGS = (FrontendConfig(), FrontendConfig(n_fft=2048, hop_length=512, n_mels=128))
 BATCH_SIZE = 16
-ROUND_CLIPS = 64  # the sides take turns after so many clips: a busy machine slows all of them
+# The sides take turns after so many clips, so that a busy machine slows all of them. Not fewer: for
+# some milliseconds after its turn the idle threads of a side still keep the cores busy.
+ROUND_CLIPS = 256
+COMPARED_CLIPS = 64
 HEARD_DB = -80.0  # differences count above this
 LIBROSA, TORCHLIBROSA, OURS = "librosa", "torchlibrosa", "birdcall"
 # Okabe and Ito's colours, told apart by the colour-blind too.
@@ -38,9 +41,12 @@ class Side(NamedTuple):
     batch_size: int
     transform: Callable[[np.ndarray], np.ndarray]
 
-    def run(self, clips: np.ndarray) -> np.ndarray:
+    def batches(self, clips: np.ndarray) -> list[np.ndarray]:
         starts = range(0, len(clips), self.batch_size)
-        return np.concatenate([self.transform(clips[i : i + self.batch_size]) for i in starts])
+        return [clips[start : start + self.batch_size] for start in starts]
+
+    def run(self, clips: np.ndarray) -> np.ndarray:
+        return np.concatenate([self.transform(batch) for batch in self.batches(clips)])
 
 
 def benchmark_frontend(
@@ -118,14 +124,16 @@ def _read_clip(path: Path, sample_rate: int, offset_seconds: int) -> np.ndarray:
 
 
 def make_sides(config: FrontendConfig) -> list[Side]:
-    """Build every implementation that is installed, on the CPU and on CUDA where there is one."""
+    """Build librosa and what else is installed, on the CPU and on CUDA where there is one."""
     sides = [Side(LIBROSA, "cpu", 1, _librosa(config))]
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        torchlibrosa = _on_device(_torchlibrosa(config), device)
-        ours = _on_device(_Channel(LogMel(config)), device)
-        for batch_size in (1, BATCH_SIZE):  # one clip at a time is how the article does it
-            sides.append(Side(TORCHLIBROSA, device, batch_size, torchlibrosa))
-            sides.append(Side(OURS, device, batch_size, ours))
+        makers = {OURS: lambda config: _Channel(LogMel(config))}
+        if find_spec("torchlibrosa"):
+            makers[TORCHLIBROSA] = _torchlibrosa
+        for name, make in makers.items():
+            transform = _on_device(make(config), device)
+            for batch_size in (1, BATCH_SIZE):  # one clip at a time is how the article does it
+                sides.append(Side(name, device, batch_size, transform))
         if find_spec("nnAudio"):
             sides.append(Side("nnAudio", device, BATCH_SIZE, _on_device(_NNAudio(config), device)))
     return sides
@@ -197,7 +205,7 @@ def _on_device(module: nn.Module, device: str) -> Callable[[np.ndarray], np.ndar
 
 def _benchmark_config(clips: np.ndarray, config: FrontendConfig, repeats: int) -> pd.DataFrame:
     sides = make_sides(config)
-    differences = _compare(sides, clips[:ROUND_CLIPS])  # the warm-up, too
+    differences = _compare(sides, clips[:COMPARED_CLIPS])  # the warm-up, too
     seconds = time_sides(sides, clips, repeats)
     name = f"{config.n_fft}/{config.hop_length}/{config.n_mels}"
     table = pd.DataFrame(
@@ -237,7 +245,8 @@ def time_sides(sides: list[Side], clips: np.ndarray, repeats: int) -> np.ndarray
             part = clips[start : start + ROUND_CLIPS]
             for row, side in enumerate(sides):
                 began = time.perf_counter()
-                side.run(part)
+                for batch in side.batches(part):
+                    side.transform(batch)
                 seconds[row, repeat] += time.perf_counter() - began
         left = seconds.sum() / (repeat + 1) * (repeats - repeat - 1)
         log.info("run %d of %d done, %.0f s left for this setting", repeat + 1, repeats, left)
