@@ -251,3 +251,15 @@ def test_a_seek_is_seven_times_as_fast_as_librosa_on_the_whole_file(tmp_path: Pa
 
     whole = seconds(lambda path: librosa.load(path, sr=RATE))
     assert seconds(lambda path: read_audio(path, RATE, 30, 5)) * 7 < whole
+
+
+def test_no_whole_recording_of_the_real_ones_is_called_truncated(
+    cornell_mini: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Most of test_audio/ states no length and ends with tags; libsndfile promises 0.3 s too much.
+    paths = sorted((cornell_mini / "test_audio").glob("*.mp3"))
+    assert len(paths) == 14
+    for path in paths:
+        waveform = read_audio(path, 32_000)
+        assert probe_audio(path).seconds == pytest.approx(len(waveform) / 32_000, abs=0.05)
+    assert not caplog.records

@@ -85,6 +85,13 @@ def test_a_link_out_of_the_folder_is_refused_and_a_link_within_it_is_not(tmp_pat
         inside(folder, "out.mp3")
 
 
+def test_a_circle_of_links_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.mp3").symlink_to("b.mp3")
+    (tmp_path / "b.mp3").symlink_to("a.mp3")
+    with pytest.raises(OSError, match=r"'a\.mp3' leads nowhere .*: its links form a circle"):
+        inside(tmp_path, "a.mp3")
+
+
 def test_the_folder_itself_may_be_a_link(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "linked").symlink_to(tmp_path / "real")
@@ -103,7 +110,7 @@ def test_a_table_is_read_as_it_is_written_with_the_line_of_each_row(tmp_path: Pa
     assert frame["code"].tolist() == ["NA", "1.50"]
     assert frame["note"].tolist() == ["two\nlines, one cell", "nan"]
     assert frame["other"].tolist() == ["", "x"]
-    assert frame.index.tolist() == [3, 5]  # a row's last line
+    assert frame.index.tolist() == [2, 5]  # where a row starts
 
 
 @pytest.mark.parametrize(
@@ -114,7 +121,10 @@ def test_a_table_is_read_as_it_is_written_with_the_line_of_each_row(tmp_path: Pa
         ("a,a\n1,2\n", "more than one column 'a'"),
         ("a,b\n1,2\n3\n", "t.csv, line 3: 1 fields where the header has 2"),
         ("a,b\n1,2,3\n", "t.csv, line 2: 3 fields where the header has 2"),
-        ("a,b\né,2\n".encode("latin-1"), "t.csv is not a CSV in UTF-8"),
+        ('a,b\n1,"two\nlines"\n3,"two\nlines",5\n', "t.csv, line 4: 3 fields"),
+        ("a,b\né,2\n".encode("latin-1"), "t.csv, line 2, byte 0xe9: is not a CSV in UTF-8"),
+        (b"a,b\n" + b"1,2\n" * 20_000 + b"\xff,2\n", "t.csv, line 20002, byte 0xff: is not"),
+        ("a,b\n1,2\n3," + "4" * 200_000 + "\n", "t.csv, line 3: is not a CSV: field larger"),
     ],
 )
 def test_a_broken_table_is_refused_in_one_line(

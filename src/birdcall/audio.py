@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import gcd
 from pathlib import Path
@@ -19,9 +19,14 @@ log = logging.getLogger(__name__)
 # soxr HQ looks at fewer than 160 samples of the lower rate to either side (measured: beyond them
 # a seek differs from the full decode by less than 1e-6).
 MARGIN_SAMPLES = 256
-# An mp3 frame can lean on the one before it, so a seek goes at least two frames further back.
-PREROLL_FRAMES = 2 * 1152
+# An mp3 frame can lean on up to 511 bytes before it, eight frames at 32 kbit/s, and on the overlap
+# of one more: a seek goes ten frames further back.
+PREROLL_FRAMES = 10 * 1152
 BLOCK_VALUES = 1 << 16  # frames x channels decoded at once; where decoding breaks, a block is lost
+# What may lack, seconds plus share, of the promised length before a recording counts as cut: the
+# seconds are what decoders drop at the start of an mp3 (encoder delay, the frame that leans on one
+# before it), the share is how far an mp3's first frame can be from the mean of the others.
+LENGTH_TOLERANCE = (0.25, 0.01)
 
 
 class AudioError(ValueError):
@@ -50,7 +55,7 @@ class _Stream(soundfile.SoundFile):
 
 
 class AudioInfo(NamedTuple):
-    """What the header says; damaged files keep the header of the whole."""
+    """What the header says (see `promised_frames`); damaged files keep the header of the whole."""
 
     sample_rate: int
     channels: int
@@ -64,7 +69,34 @@ class AudioInfo(NamedTuple):
 def probe_audio(path: Path) -> AudioInfo:
     """Read sample rate, channels and length from the header, which may promise too much."""
     with open_audio(path) as file:
-        return AudioInfo(file.samplerate, file.channels, file.frames)
+        return AudioInfo(file.samplerate, file.channels, promised_frames(path, file))
+
+
+def promised_frames(path: Path, file: soundfile.SoundFile) -> int:
+    """Say how many frames the header of an open file promises.
+
+    An mp3 states its length only in the Xing, Info or VBRI header that some encoders write to its
+    first frame. Without one, libsndfile divides the size of the file by that of the first frame,
+    with the tags (a picture, a licence) counted as sound; here they are not.
+    """
+    if file.format != "MP3":
+        return file.frames
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        start = _leading_tag_bytes(stream.read(10))
+        stream.seek(start)
+        first_frame = stream.read(64)
+        if any(first_frame.find(name, 4) > 0 for name in (b"Xing", b"Info", b"VBRI")):
+            return file.frames
+        stream.seek(max(start, size - 512))
+        tags = start + _trailing_tag_bytes(stream.read())
+    return max(1, round(file.frames * (size - tags) / size))
+
+
+def is_cut(seconds: float, promised_seconds: float) -> bool:
+    """Say whether a recording that decodes to ``seconds`` lacks part of what was promised."""
+    constant, share = LENGTH_TOLERANCE
+    return promised_seconds - seconds > constant + share * promised_seconds
 
 
 def read_audio(
@@ -79,10 +111,11 @@ def read_audio(
     and output samples coincide at its start, and the filter sees its neighbours on both sides.
     With ``duration_seconds`` exactly ``round(duration_seconds * sample_rate)`` samples come back
     or AudioError is raised, as it is for what does not decode. Without it, all that decodes comes
-    back, and a warning is logged where the header promised more.
+    back, and a warning is logged where the header promised more (see LENGTH_TOLERANCE).
     """
     _require_stretch(sample_rate, offset_seconds, duration_seconds)
     with open_audio(path) as file:
+        promised = promised_frames(path, file) / file.samplerate
         start = round(offset_seconds * sample_rate)
         total = resampled_length(file.frames, file.samplerate, sample_rate)
         n_samples = total - start
@@ -99,12 +132,12 @@ def read_audio(
         waveform = _read_samples(path, file, sample_rate, start, start + n_samples)
     if len(waveform) < n_samples:
         ends = (start + len(waveform)) / sample_rate
-        reason = (
-            f"decodes only to {ends:.2f} s of {total / sample_rate:.2f} s; truncated or damaged"
-        )
+        reason = f"decodes only to {ends:.2f} s of {promised:.2f} s"
+        reason += "; truncated or damaged" if is_cut(ends, promised) else ""
         if duration_seconds is not None or not len(waveform):
             raise AudioError(path, reason)
-        log.warning("%s: %s", path, reason)
+        if is_cut(ends, promised):
+            log.warning("%s: %s", path, reason)
     return waveform
 
 
@@ -118,7 +151,7 @@ def iterate_audio(
     _require_stretch(sample_rate, 0.0, block_seconds)
     n_block = max(1, round(block_seconds * sample_rate))
     with open_audio(path) as file:
-        expected = resampled_length(file.frames, file.samplerate, sample_rate)
+        promised = promised_frames(path, file) / file.samplerate
         resampled = resample_blocks(mono_blocks(path, file), file.samplerate, sample_rate)
         pending, n_pending, n_total = [], 0, 0
         for waveform in resampled:
@@ -133,11 +166,33 @@ def iterate_audio(
             yield np.concatenate(pending)
     if not n_total:
         raise AudioError(path, "has no samples; empty or damaged")
-    if n_total < expected:
+    if is_cut(n_total / sample_rate, promised):
         log.warning(
             "%s: decodes only to %.2f s of %.2f s; truncated or damaged",
-            path, n_total / sample_rate, expected / sample_rate,
+            path, n_total / sample_rate, promised,
         )  # fmt: skip
+
+
+def read_crops(
+    path: Path, sample_rate: int, offsets: Sequence[float], duration: float | None
+) -> list[np.ndarray]:
+    """Read as `read_audio` does at each of ``offsets``, but open the file once."""
+    if len(offsets) == 1 or duration is None:
+        return [read_audio(path, sample_rate, offset, duration) for offset in offsets]
+    n_samples = round(duration * sample_rate)
+    crops = []
+    with open_audio(path) as file:
+        total = resampled_length(file.frames, file.samplerate, sample_rate)
+        for offset in offsets:
+            start = round(offset * sample_rate)
+            start -= start + n_samples == total + 1 and start > 0  # as in `read_audio`
+            file.seek(0)  # where it stood when it was opened
+            crop = _read_samples(path, file, sample_rate, start, start + n_samples)
+            if len(crop) < n_samples:
+                ends = (start + len(crop)) / sample_rate
+                raise AudioError(path, f"asked for {duration:g} s from {offset:g} s, ends {ends:g}")
+            crops.append(crop)
+    return crops
 
 
 def crop_or_pad(waveform: np.ndarray, n_samples: int, offset: int = 0) -> np.ndarray:
@@ -228,6 +283,28 @@ def _read_samples(
         [np.zeros(0, np.float32), *resample_blocks(blocks, rate, sample_rate)]
     )
     return waveform[skip : skip + stop - start]
+
+
+def _leading_tag_bytes(head: bytes) -> int:
+    """Return the length of the ID3v2 tag that starts with these ten bytes, 0 where it is none."""
+    if len(head) < 10 or not head.startswith(b"ID3"):
+        return 0
+    size = 0
+    for byte in head[6:10]:  # 7 bits each
+        size = size << 7 | byte & 0x7F
+    return 10 + size + (10 if head[5] & 0x10 else 0)
+
+
+def _trailing_tag_bytes(tail: bytes) -> int:
+    """Return the length of the tags (ID3v1, Lyrics3, APEv2) that the end of a file tells of."""
+    n_bytes = 128 if tail[-128:].startswith(b"TAG") and len(tail) >= 128 else 0
+    rest = tail[: len(tail) - n_bytes]
+    if rest.endswith(b"LYRICS200") and rest[-15:-9].isdigit():
+        n_bytes += int(rest[-15:-9]) + 15
+    elif len(rest) >= 32 and rest[-32:-24] == b"APETAGEX":
+        has_header = int.from_bytes(rest[-12:-8], "little") >> 31
+        n_bytes += int.from_bytes(rest[-20:-16], "little") + 32 * has_header
+    return n_bytes
 
 
 def _decode_error(path: Path, error: Exception) -> AudioError:

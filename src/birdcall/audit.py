@@ -22,9 +22,11 @@ import pandas as pd
 from tqdm import tqdm
 
 from birdcall.audio import (
+    LENGTH_TOLERANCE,
     AudioError,
     frame_blocks,
     open_audio,
+    promised_frames,
     require_regular_file,
     resample_blocks,
 )
@@ -36,9 +38,8 @@ log = logging.getLogger(__name__)
 STATUSES = ("ok", "truncated", "too_short", "silent", "unreadable", "duplicate")
 MIN_SECONDS = 0.5  # less is a click, or what is left of a broken upload
 MIN_TRUNCATED_SECONDS = 1.0
-# What a recording may lack, seconds plus share, of the length in its own header (mp3 lengths can
-# be estimates) and in the table of recordings (whole seconds, sometimes of another edit).
-HEADER_TOLERANCE = (0.25, 0.01)
+# What a recording may lack, seconds plus share, of the length in the table of recordings (whole
+# seconds, sometimes of another edit); of that in its own header: LENGTH_TOLERANCE.
 TABLE_TOLERANCE = (2.0, 0.1)
 CLIPPED = 0.999  # of full scale
 SILENT_DB = -80.0  # full scale is 0 dB; the quietest real recordings stay above -70
@@ -179,7 +180,7 @@ def measure_recording(data: Path, name: str, cache: Cache | None = None) -> Meas
             found.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         with open_audio(path) as file:
             found.sample_rate, found.channels = file.samplerate, file.channels
-            found.header_seconds = round(file.frames / file.samplerate, 6)
+            found.header_seconds = round(promised_frames(path, file) / file.samplerate, 6)
             blocks = _Meter(found).watch(frame_blocks(path, file))
             if cache is None:
                 deque(blocks, maxlen=0)
@@ -383,7 +384,7 @@ def _verdict(found: Measurement, duration: float) -> tuple[str, str]:
     if found.silent_share == 1:
         return "silent", f"never louder than {SILENT_DB:g} dB"
     promises = (
-        ("its header", found.header_seconds, HEADER_TOLERANCE),
+        ("its header", found.header_seconds, LENGTH_TOLERANCE),
         ("the table of recordings", duration, TABLE_TOLERANCE),
     )
     for who, promised, (seconds, share) in promises:

@@ -42,19 +42,24 @@ def inside(folder: Path, name: str) -> Path:
     """Return ``folder / name`` for a name that came from a file; it need not exist.
 
     Raises ``ValueError`` where the name would leave ``folder``: absolute, with ``..``, or through
-    a symbolic link. ``folder`` itself is trusted and may be a link.
+    a symbolic link; ``OSError`` where its links lead in a circle. ``folder`` itself is trusted and
+    may be a link.
     """
     parts = Path(name).parts
     if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
         raise ValueError(f"{name!r} is not a name inside {folder}; give a relative path without ..")
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{name!r} leads out of {folder} through a link, to {path.resolve()}")
+    try:
+        target = path.resolve()
+    except RuntimeError as error:  # what Python 3.11 and 3.12 say of a loop
+        raise OSError(f"{name!r} leads nowhere in {folder}: its links form a circle") from error
+    if not target.is_relative_to(folder.resolve()):
+        raise ValueError(f"{name!r} leads out of {folder} through a link, to {target}")
     return path
 
 
 def read_table(path: Path, columns: Sequence[str], delimiter: str = ",") -> pd.DataFrame:
-    """Read a CSV as text, cell by cell as written; the index is each row's line in the file.
+    """Read a CSV as text, cell by cell as written; the index is the line each row starts in.
 
     Other columns than the needed ``columns`` are kept. Unlike ``pandas.read_csv`` it guesses
     nothing: no value becomes NaN, and a row that is cut short is an error, not a row of NaN.
@@ -66,14 +71,18 @@ def read_table(path: Path, columns: Sequence[str], delimiter: str = ",") -> pd.D
         with path.open(encoding="utf-8-sig", newline="") as file:  # Excel writes a BOM
             reader = csv.reader(file, delimiter=delimiter)
             header = next(reader, [])
+            line = reader.line_num + 1
             for row in reader:
                 if row:
                     rows.append(row)
-                    lines.append(reader.line_num)
+                    lines.append(line)
+                line = reader.line_num + 1  # a cell can hold line ends, so a row several lines
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is not a CSV in UTF-8: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, {_undecodable(path)}: is not a CSV in UTF-8") from error
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: is not a CSV: {error}") from error
     for column in columns:
         if header.count(column) != 1:
             found = "no column" if column not in header else "more than one column"
@@ -85,3 +94,14 @@ def read_table(path: Path, columns: Sequence[str], delimiter: str = ",") -> pd.D
                 "is the file cut short?"
             )
     return pd.DataFrame(rows, columns=header, index=pd.Index(lines, name="line"), dtype=str)
+
+
+def _undecodable(path: Path) -> str:
+    """Say where a file stops being UTF-8; the error of reading it line by line cannot."""
+    content = path.read_bytes()
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        return f"line {line}, byte 0x{content[error.start]:02x}"
+    return "which changed meanwhile"

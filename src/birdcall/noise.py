@@ -1,17 +1,23 @@
-"""Make bird-free noise with a stated spectrum, and find the bird-free recordings a user has."""
+"""Make bird-free noise with a stated spectrum; find and split the bird-free sound a user has."""
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import math
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import soundfile
 from scipy import fft
 
-from birdcall.files import atomic_path
+from birdcall.files import atomic_path, read_table
+
+log = logging.getLogger(__name__)
 
 NOISE_KINDS = ("white", "pink", "brown", "rain", "wind", "hum")
 AUDIO_SUFFIXES = (".aif", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")
@@ -25,6 +31,56 @@ N_MAINS_HARMONICS = 16
 HUM_FLOOR_DB = -20.0  # of the pink floor, below the lines together
 
 FLUCTUATION_STEP = 64
+
+# Of ESC-50's fifty categories, those that hold birds. Its frogs, insects and crickets are wanted:
+# they are what a detector of birds must learn to ignore.
+ESC50_BIRDS = ("chirping_birds", "crow", "hen", "rooster")
+ESC50_NAME = re.compile(r"[1-5]-(?P<clip>[0-9]+)-[A-Z]-(?P<target>[0-9]+)")
+FREESOUND_NAME = re.compile(r"[0-9]{3,}")  # ff1010bird names its files by their Freesound number
+GENERATED_NAME = re.compile(
+    rf"(?P<kind>{'|'.join(NOISE_KINDS)})_[0-9]+_[0-9.]+s_(?P<number>[0-9]+)"
+)
+NUMBERED_NAME = re.compile(r"(?P<kind>[A-Za-z]+)_\w*[0-9]")  # rain_07, white_32000_20s_0
+PROBE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A published collection of sound, told by its folder's and its metadata's names.
+
+    ``metadata`` matches file names; None: the collection says nowhere which sound is bird-free.
+    ``item`` and ``label`` are columns: the file name (with or without suffix) and what tells birds.
+    """
+
+    name: str
+    folder: re.Pattern[str]
+    metadata: re.Pattern[str] | None
+    item: str = "itemid"
+    label: str = "hasbird"
+
+    def is_bird_free(self, label: str) -> bool:
+        """Read a label; raises ValueError, saying what is allowed, where it is none."""
+        if self.label == "category":
+            if not re.fullmatch(r"[a-z]+(_[a-z]+)*", label):
+                raise ValueError("is no category; expected one such as rain or chirping_birds")
+            return label not in ESC50_BIRDS
+        if label not in ("0", "1"):
+            raise ValueError("is no label; expected 0 or 1")
+        return label == "0"
+
+
+def _collection(name: str, folder: str, metadata: str | None, **columns: str) -> Collection:
+    pattern = re.compile(metadata, re.IGNORECASE) if metadata else None
+    return Collection(name, re.compile(folder, re.IGNORECASE), pattern, **columns)
+
+
+COLLECTIONS = (
+    _collection("ff1010bird", r"ff1010bird", r"ff1010bird_metadata.*\.csv"),
+    _collection("warblrb10k", r"warblrb10k|wabrlrb10k", r"warblrb10k.*metadata.*\.csv"),
+    _collection("BirdVox-DCASE-20k", r"birdvox-?dcase", r"BirdVox-?DCASE.*\.csv"),
+    _collection("ESC-50", r"esc-?50", r"esc50.*\.csv", item="filename", label="category"),
+    _collection("BirdVox-full-night", r"birdvox-full-night", None),
+)
 
 
 def make_noise(
@@ -57,22 +113,74 @@ def make_noise(
 
 
 def find_noise(folder: Path) -> list[Path]:
-    """List the audio files below ``folder``, sorted; an absent folder has none.
+    """List the bird-free audio files below ``folder``, sorted; an absent folder has none.
 
-    Links to folders are followed (noise collections are large and often linked), each real
+    Collections are read as they are distributed: where a metadata file of `COLLECTIONS` lies
+    anywhere below ``folder``, the files that it lists are left out unless they are bird-free. Files
+    that it does not list, but with the collection's name in their path, are left out too. All other
+    audio is taken. Links to folders are followed (noise is large and often linked), each real
     folder once, so that a link to a parent ends.
+
+    Raises ValueError naming file, line and column for metadata that cannot be read, and
+    FileNotFoundError for the sound of a collection without its metadata.
     """
-    found: list[Path] = []
-    seen: set[Path] = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        real = Path(root).resolve()
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders.sort()
-        found += [Path(root, name) for name in files if name.lower().endswith(AUDIO_SUFFIXES)]
-    return sorted(path for path in found if path.is_file())
+    paths = sorted(_walk(folder))
+    audio = [path for path in paths if path.suffix.lower() in AUDIO_SUFFIXES]
+    above = len(str(folder)) - len(folder.name)  # the folder itself may be named after one
+    left_out: set[Path] = set()
+    for collection in COLLECTIONS:
+        tables = [path for path in paths if _is_metadata(collection, path)]
+        listed: dict[str, bool] = {}
+        for name, free in (label for table in tables for label in _read_labels(collection, table)):
+            listed[name] = free and listed.get(name, True)
+        named = [path for path in audio if path.stem in listed]
+        birds = [path for path in named if not listed[path.stem]]
+        strays = [
+            path
+            for path in audio
+            if path.stem not in listed and collection.folder.search(str(path)[above:])
+        ]
+        if strays and collection.metadata and not tables:
+            raise FileNotFoundError(
+                f"{strays[0]}: sound of {collection.name} without the metadata that say where there"
+                f" are birds; put its CSV below {folder} (docs/noise.md says where to get it)"
+            )
+        left_out |= {*birds, *strays}
+        if tables or strays:
+            _log_collection(collection, listed, named, birds, strays)
+    return [path for path in audio if path not in left_out]
+
+
+def split_noise(files: Sequence[Path], fold: int, n_folds: int) -> tuple[list[Path], list[Path]]:
+    """Divide noise files into those to train with and those to validate with, for one fold.
+
+    Files of one source stay together: clips of one Freesound recording (their number is in the
+    names that ESC-50 and ff1010bird give), and copies of one sound under several names. A source is
+    held out in the fold that a hash of it says (of its number, else of its content), so that the
+    split is the same on every machine and other files do not change it. Kinds of noise (ESC-50's
+    categories; ``rain`` of ``rain_07.wav``; else the folder) are on both sides where they have two
+    sources or more: where the hash would hold out none or all, the source with the smallest hash of
+    fold and name changes sides. A single source is all for training. Both lists are in the order of
+    ``files``.
+    """
+    if not 0 <= fold < n_folds:
+        raise ValueError(f"fold {fold} is out of range; it must be from 0 to {n_folds - 1}")
+    sources = {path: _source_of(path) for path in files}
+    kind_of: dict[str, str] = {}
+    for path in sorted(files):  # a source of several kinds counts as the first
+        kind_of.setdefault(sources[path], _kind_of(path))
+    kinds: dict[str, list[str]] = {}
+    for source, kind in kind_of.items():
+        kinds.setdefault(kind, []).append(source)
+    held_out: set[str] = set()
+    for members in kinds.values():
+        held_out |= _hold_out(members, fold, n_folds)
+    if not held_out:  # kinds of one source each
+        held_out = _hold_out(list(kind_of), fold, n_folds)
+    if files and not held_out:
+        log.warning("all noise is of one source; it is for training, none is left to validate with")
+    training = [path for path in files if sources[path] not in held_out]
+    return training, [path for path in files if sources[path] in held_out]
 
 
 def generate_noise(
@@ -121,6 +229,104 @@ def shape_spectrum(
     frequency = np.maximum(fft.rfftfreq(n_fft, 1 / sample_rate), SHAPE_FROM_HZ)
     spectrum *= amplitude(frequency).astype(np.float32)
     return fft.irfft(spectrum, n_fft)[: len(waveform)]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    seen: set[Path] = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = Path(root).resolve()
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        # What macOS adds to zips: ._1.wav is no sound.
+        names = (name for name in files if not name.startswith("._"))
+        yield from (path for name in names if (path := Path(root, name)).is_file())
+
+
+def _is_metadata(collection: Collection, path: Path) -> bool:
+    return collection.metadata is not None and bool(collection.metadata.fullmatch(path.name))
+
+
+def _read_labels(collection: Collection, table: Path) -> Iterator[tuple[str, bool]]:
+    """Yield the stem of each file that ``table`` lists and whether it is bird-free."""
+    rows = read_table(table, [collection.item, collection.label])
+    if rows.empty:
+        raise ValueError(f"{table}: has a header, but no rows")
+    for line, item, label in rows[[collection.item, collection.label]].itertuples():
+        name = item.strip()
+        if not name or "/" in name or "\\" in name:
+            raise ValueError(
+                f"{table}, line {line}, column {collection.item}: {item!r} is no file name"
+            )
+        try:
+            free = collection.is_bird_free(label.strip())
+        except ValueError as error:
+            where = f"{table}, line {line}, column {collection.label}"
+            raise ValueError(f"{where}: {label!r} {error}") from None
+        yield name.removesuffix(".wav"), free
+
+
+def _log_collection(
+    collection: Collection,
+    listed: dict[str, bool],
+    named: list[Path],
+    birds: list[Path],
+    strays: list[Path],
+) -> None:
+    n_free = len(named) - len(birds)
+    log.info("%s: %d bird-free files, %d left out", collection.name, n_free, len(birds))
+    missing = sorted(set(listed) - {path.stem for path in named})
+    if missing:
+        log.warning(
+            "%s: %d of %d listed files are not there, such as %s",
+            collection.name, len(missing), len(listed), missing[0],
+        )  # fmt: skip
+    if strays:
+        log.warning(
+            "%s: %d files are left out, nothing says that they are bird-free: %s ...",
+            collection.name, len(strays), strays[0],
+        )  # fmt: skip
+
+
+def _source_of(path: Path) -> str:
+    """Name what ``path`` was cut from; where nothing tells, its size and parts of its content."""
+    if match := ESC50_NAME.fullmatch(path.stem):
+        return f"freesound:{match['clip']}"
+    if FREESOUND_NAME.fullmatch(path.stem):
+        return f"freesound:{path.stem}"
+    if match := GENERATED_NAME.fullmatch(path.stem):  # its last bits differ between machines
+        return f"generated:{match['kind']}_{match['number']}"
+    size = path.stat().st_size
+    content = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for eighth in (1, 3, 5, 7):  # not the start: a header can hold the time of writing
+            file.seek(eighth * size // 8)
+            content.update(file.read(PROBE_BYTES))
+    return f"content:{content.hexdigest()}"
+
+
+def _kind_of(path: Path) -> str:
+    if match := ESC50_NAME.fullmatch(path.stem):
+        return f"ESC-50:{match['target']}"
+    match = NUMBERED_NAME.match(path.stem)
+    return match["kind"] if match else str(path.parent)
+
+
+def _hold_out(sources: list[str], fold: int, n_folds: int) -> set[str]:
+    """Choose the sources to validate with: some and not all, where there are at least two."""
+    if len(sources) < 2:
+        return set()
+    held_out = {source for source in sources if _hash(source) % n_folds == fold}
+    first = min(sources, key=lambda source: _hash(f"{fold}:{source}"))
+    if not held_out:
+        return {first}
+    return held_out - {first} if len(held_out) == len(sources) else held_out
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def _white(n_samples: int, sample_rate: int, generator: np.random.Generator) -> np.ndarray:
