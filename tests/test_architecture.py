@@ -28,7 +28,17 @@ KERNEL_SIDE = (
 )
 TRAINING_SIDE = (
     *("prediction", "metrics", "event_metrics", "recordings", "cache", "audit", "folds", "noise"),
-    *("augment", "dataset", "losses", "training", "evaluation", "report", "packaging", "demo"),
+    *(
+        "augment",
+        "dataset",
+        "loader",
+        "losses",
+        "training",
+        "evaluation",
+        "report",
+        "packaging",
+        "demo",
+    ),
     *("architecture",),
     *("benchmark", "__main__"),
 )

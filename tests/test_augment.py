@@ -5,10 +5,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.signal
 import soundfile
 import torch
 
-from birdcall.augment import ClipAugment, augment_batch, mix_up, seeded_globals
+from birdcall.augment import (
+    ClipAugment,
+    NoiseFiles,
+    NothingReadableError,
+    augment_batch,
+    low_pass,
+    mix_up,
+)
 from birdcall.config import NO_AUGMENT
 
 RATE = 32_000
@@ -31,11 +39,19 @@ def noise_file(tmp_path):
     return path
 
 
+def augment_clip(config, clip, noise_files=(), seed=0):
+    """Augment one clip whose noise files all have to be readable."""
+    failures = []
+    made = ClipAugment(config, RATE, noise_files)(clip, np.random.default_rng(seed), failures)
+    assert not failures
+    return made
+
+
 @pytest.mark.parametrize("snr_db", [0.0, 7.5, 15.0])
 def test_background_noise_has_the_snr_that_was_asked_for(noise_file, snr_db):
     config = replace(NO_AUGMENT, noise_probability=1.0, noise_snr_db=(snr_db, snr_db))
     clip = tone()
-    noisy = ClipAugment(config, RATE, [noise_file])(clip, np.random.default_rng(0))
+    noisy = augment_clip(config, clip, [noise_file])
     assert power_db(clip) - power_db(noisy - clip) == pytest.approx(snr_db, abs=0.1)
 
 
@@ -43,17 +59,53 @@ def test_background_noise_has_the_snr_that_was_asked_for(noise_file, snr_db):
 def test_coloured_noise_has_the_snr_that_was_asked_for(snr_db):
     config = replace(NO_AUGMENT, color_noise_probability=1.0, color_noise_snr_db=(snr_db, snr_db))
     clip = tone()
-    noisy = ClipAugment(config, RATE)(clip, np.random.default_rng(0))
+    noisy = augment_clip(config, clip)
     assert power_db(clip) - power_db(noisy - clip) == pytest.approx(snr_db, abs=0.1)
+
+
+def test_drawn_snrs_fill_their_range(noise_file):
+    config = replace(NO_AUGMENT, noise_probability=1.0, noise_snr_db=(2.0, 10.0))
+    clip = tone()
+    noisy = [augment_clip(config, clip, [noise_file], seed) for seed in range(40)]
+    snrs = [power_db(clip) - power_db(item - clip) for item in noisy]
+    assert 1.9 < min(snrs) < 4
+    assert 8 < max(snrs) < 10.1
+
+
+def test_coloured_noise_is_pink():
+    config = replace(NO_AUGMENT, color_noise_probability=1.0)
+    clip = tone(20.0)
+    noise = augment_clip(config, clip) - clip
+    hz, density = scipy.signal.welch(noise, RATE, nperseg=4096)
+    octaves = np.log2(hz[20:1600])
+    slope = np.polyfit(octaves, 10 * np.log10(density[20:1600]), 1)[0]
+    assert slope == pytest.approx(-3.01, abs=0.2)
+
+
+@pytest.mark.parametrize("order", [2, 3, 4])
+def test_the_low_pass_has_the_magnitude_of_a_butterworth_filter(order):
+    impulse = np.zeros(RATE, np.float32)
+    impulse[RATE // 2] = 1
+    ours = np.abs(np.fft.rfft(low_pass(impulse, RATE, 5000.0, order)))
+    hz = np.fft.rfftfreq(RATE, 1 / RATE)
+    b, a = scipy.signal.butter(order, 5000.0, analog=True)
+    reference = np.abs(scipy.signal.freqs(b, a, hz)[1])
+    np.testing.assert_allclose(ours[20:], reference[20:], atol=1e-4)
+
+
+def test_the_low_pass_does_not_delay_and_its_end_does_not_reach_its_beginning():
+    click = np.zeros(4000, np.float32)
+    click[[2000, 3999]] = 1
+    filtered = low_pass(click, RATE, 4000.0, 2)
+    assert np.argmax(np.abs(filtered[:3000])) == 2000
+    assert np.abs(filtered[:1000]).max() < 1e-4
 
 
 def test_the_low_pass_takes_the_high_frequencies_only():
     config = replace(NO_AUGMENT, low_pass_probability=1.0, low_pass_hz=(4000.0, 4000.0))
-    augment = ClipAugment(config, RATE)
     low, high = tone(hz=500.0), tone(hz=12_000.0)
-    generator = np.random.default_rng(0)
-    assert power_db(augment(low, generator)) == pytest.approx(power_db(low), abs=0.5)
-    assert power_db(augment(high, generator)) < power_db(high) - 12
+    assert power_db(augment_clip(config, low)) == pytest.approx(power_db(low), abs=0.5)
+    assert power_db(augment_clip(config, high)) < power_db(high) - 12
 
 
 def test_silent_noise_changes_nothing(tmp_path):
@@ -61,45 +113,63 @@ def test_silent_noise_changes_nothing(tmp_path):
     soundfile.write(path, np.zeros(5 * RATE), RATE)
     config = replace(NO_AUGMENT, noise_probability=1.0)
     clip = tone()
-    with pytest.warns(UserWarning, match="too silent"):
-        assert np.array_equal(
-            ClipAugment(config, RATE, [path])(clip, np.random.default_rng(0)), clip
-        )
+    assert np.array_equal(augment_clip(config, clip, [path]), clip)
 
 
-def test_a_silent_clip_stays_finite(noise_file):
+def test_a_silent_clip_stays_silent(noise_file):
     config = replace(NO_AUGMENT, noise_probability=1.0, color_noise_probability=1.0)
     silence = np.zeros(RATE, dtype=np.float32)
-    assert np.isfinite(
-        ClipAugment(config, RATE, [noise_file])(silence, np.random.default_rng(0))
-    ).all()
+    assert np.array_equal(augment_clip(config, silence, [noise_file]), silence)
+
+
+def test_short_noise_is_repeated_and_long_noise_starts_anywhere(tmp_path):
+    path = tmp_path / "ramp.wav"
+    soundfile.write(path, np.arange(RATE) / RATE, RATE, subtype="FLOAT")
+    noise = NoiseFiles([path], RATE)
+    whole = noise.draw(3 * RATE, np.random.default_rng(0), [])
+    assert np.array_equal(whole, np.tile(np.float32(np.arange(RATE) / RATE), 3))
+    starts = [noise.draw(RATE // 4, np.random.default_rng(seed), [])[0] for seed in range(30)]
+    assert min(starts) < 0.1
+    assert 0.6 < max(starts) < 0.76
 
 
 def test_one_seed_gives_one_clip_and_leaves_the_global_generators_alone(noise_file):
     config = replace(NO_AUGMENT, noise_probability=1.0, color_noise_probability=0.5)
-    augment = ClipAugment(config, RATE, [noise_file])
     random.seed(5)
     np.random.seed(5)
     before = random.getstate(), np.random.get_state()[1].copy()
-    first = augment(tone(), np.random.default_rng(3))
+    clip = tone()
+    first = augment_clip(config, clip, [noise_file], seed=3)
     assert random.getstate() == before[0]
     assert np.array_equal(np.random.get_state()[1], before[1])
     random.seed(6)
-    assert np.array_equal(first, augment(tone(), np.random.default_rng(3)))
-    assert not np.array_equal(first, augment(tone(), np.random.default_rng(4)))
+    np.random.seed(6)
+    assert np.array_equal(first, augment_clip(config, clip, [noise_file], seed=3))
+    assert not np.array_equal(first, augment_clip(config, clip, [noise_file], seed=4))
+    assert np.array_equal(clip, tone()), "the clip itself is left as it is"
 
 
-def test_the_global_generators_come_back_after_an_error():
-    state = random.getstate()
+def test_a_broken_noise_file_is_named_and_another_taken(noise_file, tmp_path):
+    broken = tmp_path / "broken.wav"
+    broken.write_bytes(b"<html>not found</html>")
+    noise = NoiseFiles([broken, noise_file], RATE)
+    drawn = []
+    for seed in range(20):
+        failures = []
+        assert power_db(noise.draw(RATE, np.random.default_rng(seed), failures)) > -40
+        drawn.append([failure.path for failure in failures])
+    assert [str(broken)] in drawn
+    assert [] in drawn
 
-    def draw_and_fail():
-        with seeded_globals(np.random.default_rng(0)):
-            random.random()
-            raise RuntimeError
 
-    with pytest.raises(RuntimeError):
-        draw_and_fail()
-    assert random.getstate() == state
+def test_noise_of_which_nothing_can_be_read_is_an_error(tmp_path):
+    failures = []
+    absent = NoiseFiles([tmp_path / "a.wav", tmp_path / "b.wav"], RATE)
+    with pytest.raises(NothingReadableError, match="none of 2 noise files can be read"):
+        absent.draw(RATE, np.random.default_rng(0), failures)
+    assert {failure.reason for failure in failures} == {
+        f"{tmp_path / name}: no such file" for name in ("a.wav", "b.wav")
+    }
 
 
 def batch(n_clips=8, n_classes=4):
@@ -156,4 +226,4 @@ def test_no_augmentation_changes_nothing():
     assert torch.equal(same, waveform)
     assert torch.equal(labels, target)
     clip = tone()
-    assert np.array_equal(ClipAugment(NO_AUGMENT, RATE)(clip, np.random.default_rng(0)), clip)
+    assert np.array_equal(augment_clip(NO_AUGMENT, clip), clip)

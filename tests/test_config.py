@@ -54,7 +54,12 @@ def test_an_experiment_cannot_be_changed():
         (lambda: AugmentConfig(noise_snr_db=(15.0, 0.0)), "noise_snr_db is .*lowest, highest"),
         (lambda: TrainConfig(epochs=0), "epochs is 0"),
         (lambda: TrainConfig(clips_per_epoch=8), "less than one batch of 32"),
-        (lambda: TrainConfig(sampling="random"), "'random'; choose one of uniform, balanced"),
+        (
+            lambda: TrainConfig(sampling="random"),
+            "'random'; choose one of uniform, balanced, rated",
+        ),
+        (lambda: TrainConfig(crops_per_recording=0), "crops_per_recording is 0; it must be above"),
+        (lambda: TrainConfig(max_failed_share=1.5), "max_failed_share is 1.5"),
     ],
 )
 def test_an_invalid_value_is_refused_with_what_is_allowed(build, complaint):

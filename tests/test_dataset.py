@@ -1,16 +1,31 @@
 """Clips are the same in any worker of any run, as long as they should be, and fairly drawn."""
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import soundfile
 import torch
-from torch.utils.data import DataLoader
 
+from birdcall.audio import AudioError, read_audio
+from birdcall.cache import Cache
 from birdcall.config import NO_AUGMENT, AugmentConfig
-from birdcall.dataset import ClipDataset, ClipRequest, ClipSampler, TrainingData, make_targets
+from birdcall.dataset import (
+    ClipDataset,
+    ClipReader,
+    ClipRequest,
+    ClipSampler,
+    ReadFailure,
+    TrainingData,
+    make_targets,
+    recording_weights,
+)
+from birdcall.loader import ClipBatch, FailureCounter, iterate_clips, make_loader
 
 RATE = 32_000
 CLASSES = ("amecro", "bkcchi", "norcar")
@@ -24,11 +39,18 @@ def ramp(seconds):
 LENGTHS = {"a.wav": 10.0, "b.wav": 1.0, "c.wav": 2.0}
 
 
-def read_ramp(path, sample_rate, offset, duration):
+def read_ramp(path, sample_rate, offsets, duration):
     waveform = ramp(LENGTHS[path])
-    start = round(offset * sample_rate)
-    end = None if duration is None else start + round(duration * sample_rate)
-    return waveform[start:end]
+    starts = [round(offset * sample_rate) for offset in offsets]
+    ends = [None if duration is None else start + round(duration * sample_rate) for start in starts]
+    return [waveform[start:end] for start, end in zip(starts, ends, strict=True)]
+
+
+@pytest.fixture
+def noise_file(tmp_path):
+    path = tmp_path / "noise.wav"
+    soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(RATE), RATE)
+    return path
 
 
 @pytest.fixture
@@ -78,17 +100,103 @@ def test_a_short_recording_lies_whole_in_silence(recordings, tiny_experiment):
     assert len(places) > 1
 
 
-def test_the_number_of_workers_changes_no_clip(recordings, tiny_experiment, tmp_path):
-    path = tmp_path / "noise.wav"
-    soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(RATE), RATE)
-    clips = dataset(recordings, tiny_experiment, [path], AugmentConfig(noise_only_probability=0.3))
-    sampler = ClipSampler(list(recordings["ebird_code"]), 12, "balanced", seed=1)
+def make_sampler(recordings, n_clips, crops=1, sampling="balanced"):
+    return ClipSampler(
+        list(recordings["ebird_code"]), n_clips, sampling, 1, crops_per_recording=crops
+    )
+
+
+def epoch_of(clips, sampler, workers=0):
+    """All batches of an epoch, and what failed."""
+    failures = FailureCounter(clips)
+    return list(iterate_clips(make_loader(clips, sampler, workers), failures)), failures
+
+
+def assert_same(batches, others):
+    assert len(batches) == len(others)
+    for (waveform, target), (other, its_target) in zip(batches, others, strict=True):
+        assert torch.equal(waveform, other)
+        assert torch.equal(target, its_target)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("crops", [1, 3])
+def test_the_number_of_workers_changes_no_clip(recordings, tiny_experiment, noise_file, crops):
+    augment = AugmentConfig(noise_only_probability=0.3)
+    clips = dataset(recordings, tiny_experiment, [noise_file], augment)
+    sampler = make_sampler(recordings, 16, crops)
+    alone, _ = epoch_of(clips, sampler)
+    assert [len(waveform) for waveform, _ in alone] == [4, 4, 4, 4]
+    for workers in (1, 2, 4):
+        assert_same(alone, epoch_of(clips, sampler, workers)[0])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_interrupted_epoch_goes_on_where_it_stopped(
+    recordings, tiny_experiment, noise_file, workers
+):
+    clips = dataset(recordings, tiny_experiment, [noise_file], AugmentConfig())
+    sampler = make_sampler(recordings, 16, crops=3)
+    sampler.set_epoch(5)
+    whole, _ = epoch_of(clips, sampler)
+    resumed = make_sampler(recordings, 16, crops=3)
+    resumed.set_epoch(5, start=8)
+    assert len(make_loader(clips, resumed, workers)) == 2
+    assert_same(whole[2:], epoch_of(clips, resumed, workers)[0])
+
+
+def test_a_kept_loader_serves_the_epoch_that_is_set(recordings, tiny_experiment):
+    clips = dataset(recordings, tiny_experiment)
+    sampler = make_sampler(recordings, 8)
+    loader = make_loader(clips, sampler, 1)
+    failures = FailureCounter(clips)
     epochs = []
-    for workers in (0, 2):
-        loader = DataLoader(clips, batch_size=4, sampler=sampler, num_workers=workers)
-        epochs.append([torch.cat(parts) for parts in zip(*loader, strict=True)])
-    assert torch.equal(epochs[0][0], epochs[1][0])
-    assert torch.equal(epochs[0][1], epochs[1][1])
+    for epoch in (0, 1, 0):
+        loader.sampler.set_epoch(epoch)
+        epochs.append(list(iterate_clips(loader, failures)))
+    assert_same(epochs[0], epochs[2])
+    assert not torch.equal(epochs[0][0][0], epochs[1][0][0])
+
+
+def test_a_start_outside_the_epoch_is_refused(recordings):
+    with pytest.raises(ValueError, match="start is 17; an epoch has 16 clips"):
+        make_sampler(recordings, 16).set_epoch(0, start=17)
+
+
+def test_neighbouring_crops_of_a_recording_are_read_in_one_go(recordings, tiny_experiment):
+    reads = []
+
+    def read(path, sample_rate, offsets, duration):
+        reads.append((path, len(offsets)))
+        return read_ramp(path, sample_rate, offsets, duration)
+
+    experiment = replace(tiny_experiment, augment=NO_AUGMENT)
+    clips = ClipDataset(recordings, CLASSES, experiment, read)
+    requests = [ClipRequest(0, position, index) for position, index in enumerate([0, 0, 0, 2, 0])]
+    together = clips.make_clips(requests)
+    assert reads == [("a.wav", 3), ("c.wav", 1), ("a.wav", 1)]
+    starts = {clip.waveform[0].item() for clip in together}
+    assert len(starts) == 5, "each crop has its own place"
+    for request, clip in zip(requests, together, strict=True):
+        assert torch.equal(clip.waveform, clips[request][0])
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_crops_of_one_opened_mp3_equal_the_whole_decode(tmp_path, cached):
+    noise = 0.2 * np.random.default_rng(0).standard_normal(20 * 44_100)
+    soundfile.write(tmp_path / "a.mp3", noise, 44_100, format="MP3")
+    whole = read_audio(tmp_path / "a.mp3", RATE)
+    cache = Cache(tmp_path / "cache", RATE)
+    if cached:
+        cache.write(tmp_path, "a.mp3", [whole])
+    offsets = [12.3456, 0.0, 7.7, len(whole) / RATE - 2]
+    crops = ClipReader(tmp_path, cache.root)("a.mp3", RATE, offsets, 2.0)
+    assert len(crops) == 4
+    for offset, crop in zip(offsets, crops, strict=True):
+        start = round(offset * RATE)
+        np.testing.assert_allclose(crop, whole[start : start + 2 * RATE], atol=1e-4)
+    with pytest.raises(AudioError, match=r"asked for 2 s from 19"):
+        ClipReader(tmp_path, cache.root)("a.mp3", RATE, [0.0, 19.0], 2.0)
 
 
 def test_noise_only_clips_have_no_target(recordings, tiny_experiment, tmp_path):
@@ -127,6 +235,39 @@ def test_uniform_sampling_draws_every_recording_once_in_an_epoch():
     assert sorted(request.index for request in sampler) == list(range(7))
 
 
+def test_rated_sampling_takes_unrated_recordings_as_average_ones():
+    weights = recording_weights(["amecro"] * 4, "rated", [5.0, 2.5, 0.0, 0.25])
+    mean = (1.0 + 0.5 + 0.1) / 3
+    np.testing.assert_allclose(weights / weights[0], [1.0, 0.5, mean, 0.1])
+    np.testing.assert_allclose(recording_weights(["amecro"] * 4, "rated", [0.0] * 4), 0.25)
+
+
+def test_ratings_and_balance_combine():
+    codes, ratings = ["amecro", "amecro", "bkcchi"], [5.0, 1.0, 1.0]
+    np.testing.assert_allclose(
+        recording_weights(codes, "balanced+rated", ratings), [5 / 12, 1 / 12, 1 / 2]
+    )
+    sampler = ClipSampler(codes, 120, "balanced+rated", 0, ratings)
+    drawn = np.bincount([request.index for request in sampler])
+    assert (np.abs(drawn - [50, 10, 60]) <= 1).all()
+
+
+def test_impossible_sampling_is_refused():
+    with pytest.raises(ValueError, match="sampling is 'best'; choose one of uniform, balanced"):
+        ClipSampler(["amecro"], 1, "best", 0)
+    with pytest.raises(ValueError, match="sampling is 'rated', but there are no ratings"):
+        ClipSampler(["amecro"], 1, "rated", 0)
+
+
+def test_crops_of_a_recording_come_in_a_row_and_the_epoch_keeps_its_length():
+    sampler = ClipSampler([f"c{i}" for i in range(50)], 32, "uniform", 0, crops_per_recording=5)
+    requests = list(sampler)
+    assert [request.position for request in requests] == list(range(32))
+    indices = [request.index for request in requests]
+    assert all(len(set(indices[i : i + 5])) == 1 for i in range(0, 32, 5))
+    assert len(set(indices)) == 7
+
+
 def test_epochs_differ_and_can_be_asked_for_again():
     sampler = ClipSampler(["amecro"] * 20, None, "uniform", seed=0)
     first = list(sampler)
@@ -144,3 +285,211 @@ def test_a_fold_out_of_range_lists_the_folds(recordings, tmp_path):
     training, validation = data.split(0)
     assert set(training["path"]) == {"b.wav", "c.wav"}
     assert set(validation["path"]) == {"a.wav"}
+
+
+# --- recordings that fail ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many():
+    """Twenty recordings of two classes; the name says which will fail."""
+    names = [f"{'bad' if number in (3, 7) else 'good'}{number}.wav" for number in range(20)]
+    return pd.DataFrame(
+        {
+            "path": names,
+            "ebird_code": ["amecro"] * 10 + ["bkcchi"] * 10,
+            "secondary_codes": [()] * 20,
+            "seconds": 10.0,
+        }
+    )
+
+
+def read_good(path, sample_rate, offsets, duration):
+    if path.startswith("bad"):
+        raise AudioError(Path(path), "cannot be decoded: lost sync")
+    number = int("".join(filter(str.isdigit, path)))
+    level = np.full(round(duration * sample_rate), (number + 1) / 100, dtype=np.float32)
+    return [level + np.float32(offset / 1e5) for offset in offsets]
+
+
+def good_clips(many, experiment, read=read_good, **train):
+    train = replace(experiment.train, **train)
+    experiment = replace(experiment, augment=NO_AUGMENT, train=train)
+    return ClipDataset(many, CLASSES, experiment, read)
+
+
+@pytest.mark.parametrize("crops", [1, 2])
+def test_a_failing_recording_is_replaced_alike_by_any_number_of_workers(
+    many, tiny_experiment, caplog, crops
+):
+    clips = good_clips(many, tiny_experiment)
+    sampler = make_sampler(many, 40, crops, "uniform")
+    alone, failures = epoch_of(clips, sampler)
+    named = [record.message for record in caplog.records]
+    assert sorted(failures.failed) == ["bad3.wav", "bad7.wav"]
+    assert len(named) == 2, "each once, however often it was drawn"
+    assert "recording cannot be read, another is taken: bad" in named[0]
+    assert "cannot be decoded: lost sync" in named[0]
+    assert all(waveform.shape == (4, 2 * RATE) for waveform, _ in alone)
+    assert all(waveform.abs().min() > 0 for waveform, _ in alone), "no silence in their place"
+    for workers in (1, 2):
+        others, failed = epoch_of(clips, sampler, workers)
+        assert_same(alone, others)
+        assert sorted(failed.failed) == sorted(failures.failed)
+
+
+def test_the_others_of_a_batch_do_not_change(many, tiny_experiment):
+    requests = [ClipRequest(0, position, index) for position, index in enumerate([2, 3, 3, 4])]
+    made = good_clips(many, tiny_experiment).make_clips(requests)
+    many = many.assign(path=many["path"].str.replace("bad", "good"))
+    healthy = good_clips(many, tiny_experiment).make_clips(requests)
+    for position in (0, 3):
+        assert torch.equal(made[position].waveform, healthy[position].waveform)
+    for position in (1, 2):
+        assert not torch.equal(made[position].waveform, healthy[position].waveform)
+        assert torch.equal(made[position].target, healthy[position].target), "of the same class"
+        assert {failure.path for failure in made[position].failures} <= {"bad3.wav", "bad7.wav"}
+        assert made[position].failures[0].path == "bad3.wav"
+
+
+def test_where_one_crop_of_several_fails_the_others_are_kept(many, tiny_experiment):
+    def read(path, sample_rate, offsets, duration):
+        if path == "good2.wav" and max(offsets) > 4:
+            raise AudioError(Path(path), "decodes only to 4 s of 10 s")
+        return read_good(path.replace("bad", "good"), sample_rate, offsets, duration)
+
+    clips = good_clips(many, tiny_experiment, read)
+    made = clips.make_clips([ClipRequest(0, position, 2) for position in range(8)])
+    levels = np.array([clip.waveform[0].item() * 100 for clip in made])
+    own = np.array([not clip.failures for clip in made])
+    assert 0 < own.sum() < 8
+    assert (levels[own].round(1) == 3.0).all()
+    assert (levels[~own].round(1) != 3.0).all()
+
+
+def test_too_many_failures_stop_the_run_and_name_the_first(many, tiny_experiment):
+    many = many.assign(path=[f"bad{number}.wav" for number in range(10)] + list(many["path"][10:]))
+    clips = good_clips(many, tiny_experiment)
+    with pytest.raises(ValueError) as stopped:
+        epoch_of(clips, make_sampler(many, 40, sampling="uniform"), workers=1)
+    message = str(stopped.value)
+    assert "of 20 recordings could not be read while training (more than 3), so it stops" in message
+    assert message.count(".wav: cannot be decoded: lost sync") == 3
+    assert "\n" not in message
+
+
+def test_the_share_that_may_fail_is_the_experiments(many, tiny_experiment):
+    many = many.assign(path=[f"bad{number}.wav" for number in range(5)] + list(many["path"][5:]))
+    sampler = make_sampler(many, 40, sampling="uniform")
+    _, failures = epoch_of(good_clips(many, tiny_experiment, max_failed_share=0.3), sampler)
+    assert len(failures.failed) == 6
+    with pytest.raises(ValueError, match=r"6 of 20 recordings|4 of 20|5 of 20"):
+        epoch_of(good_clips(many, tiny_experiment, max_failed_share=0.2), sampler)
+
+
+def test_a_clip_that_nothing_can_be_read_for_stops_the_run(many, tiny_experiment):
+    many = many.head(2).assign(path=["bad0.wav", "bad1.wav"])
+    with pytest.raises(ValueError, match=r"2 of 2 recordings could not be read.*bad"):
+        epoch_of(good_clips(many, tiny_experiment), make_sampler(many, 8), workers=1)
+
+
+def test_a_recording_that_vanished_or_shrank_fails_too(tiny_experiment, tmp_path):
+    soundfile.write(tmp_path / "short.wav", np.full(RATE // 2, 0.5), RATE, subtype="FLOAT")
+    recordings = pd.DataFrame(
+        {
+            "path": ["gone.wav", "short.wav"],
+            "ebird_code": ["amecro", "bkcchi"],
+            "secondary_codes": [(), ()],
+            "seconds": [10.0, 1.5],
+        }
+    )
+    reader = ClipReader(tmp_path, tmp_path / "cache")
+    experiment = replace(tiny_experiment, augment=NO_AUGMENT)
+    clips = ClipDataset(recordings, CLASSES, experiment, reader)
+    with pytest.raises(AudioError, match=r"gone\.wav.*No such file"):
+        clips[ClipRequest(0, 0, 0)]
+    with pytest.raises(AudioError, match=r"short\.wav.*has 0\.5 s, had 1\.5 s"):
+        clips[ClipRequest(0, 0, 1)]
+
+
+def test_noise_files_that_fail_are_counted_apart(recordings, tiny_experiment, tmp_path, caplog):
+    noise_files = [tmp_path / f"noise{number}.wav" for number in range(6)]
+    for path in noise_files:
+        path.write_bytes(b"<html>")
+    soundfile.write(noise_files[0], np.full(RATE, 0.25), RATE, subtype="FLOAT")
+    always = replace(NO_AUGMENT, noise_only_probability=1.0)
+    clips = dataset(recordings, tiny_experiment, noise_files, always)
+    with pytest.raises(ValueError, match=r"\d of 6 noise files could not be read.*more than 3"):
+        epoch_of(clips, make_sampler(recordings, 12), workers=1)
+    assert "noise file cannot be read, another is taken: " in caplog.text
+    clips = dataset(recordings, tiny_experiment, noise_files[:2], always)
+    batches, failures = epoch_of(clips, make_sampler(recordings, 12))
+    assert list(failures.failed) == [str(noise_files[1])]
+    assert all((waveform == 0.25).all() for waveform, _ in batches)
+
+
+def test_failures_are_counted_once_over_epochs(many, tiny_experiment):
+    failures = FailureCounter(good_clips(many, tiny_experiment))
+    failure = ReadFailure("recording", "bad3.wav", "bad3.wav: lost sync")
+    for _ in range(10):
+        failures.count(ClipBatch(torch.zeros(1, 1), torch.zeros(1, 1), (failure,)))
+    assert len(failures.failed) == 1
+
+
+# --- what a worker is ----------------------------------------------------------------------------
+
+WORKER = """
+import json, os, sys
+from pathlib import Path
+import numpy as np, pandas as pd, torch
+from threadpoolctl import threadpool_info
+from birdcall.config import AugmentConfig, Experiment
+from birdcall.dataset import (ClipDataset, ClipSampler)
+from birdcall.loader import (FailureCounter, iterate_clips, make_loader)
+
+NOISE, FOUND = map(Path, sys.argv[1:3])
+
+def read(path, sample_rate, offsets, duration):
+    found = {
+        "modules": sorted(sys.modules), "pid": os.getpid(), "torch": torch.get_num_threads(),
+        "pools": [pool["num_threads"] for pool in threadpool_info()],
+    }
+    FOUND.write_text(json.dumps(found))
+    return [np.full(round(duration * sample_rate), 0.1, np.float32) for _ in offsets]
+
+if __name__ == "__main__":
+    recordings = pd.DataFrame({"path": ["a"] * 4, "ebird_code": ["amecro"] * 4,
+                               "secondary_codes": [()] * 4, "seconds": [99.0] * 4})
+    augment = AugmentConfig(
+        noise_probability=1, noise_only_probability=0, color_noise_probability=1,
+        low_pass_probability=1,
+    )
+    from dataclasses import replace
+    experiment = Experiment.named("small_gru")
+    experiment = replace(
+        experiment, augment=augment, train=replace(experiment.train, batch_size=2)
+    )
+    clips = ClipDataset(recordings, ["amecro"], experiment, read, [NOISE])
+    sampler = ClipSampler(["amecro"] * 4, 8, "uniform", 0)
+    loader = make_loader(clips, sampler, 1, sys.argv[3])
+    batches = list(iterate_clips(loader, FailureCounter(clips)))
+    assert len(batches) == 4
+    print(os.getpid())
+"""
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "fork"])
+def test_a_worker_imports_no_librosa_and_has_one_thread(start_method, noise_file, tmp_path):
+    script, found = tmp_path / "load.py", tmp_path / "found.json"
+    script.write_text(WORKER)
+    command = [sys.executable, str(script), str(noise_file), str(found), start_method]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    worker = json.loads(found.read_text())
+    assert worker["pid"] != int(done.stdout)
+    heavy = {"librosa", "numba", "audiomentations", "scipy.signal", "sklearn", "timm", "matplotlib"}
+    assert not heavy & set(worker["modules"])
+    assert "birdcall.augment" in worker["modules"]
+    assert worker["torch"] == 1
+    assert worker["pools"]
+    assert set(worker["pools"]) == {1}

@@ -35,7 +35,9 @@ Folds = Annotated[
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read sound.")]
 Noise = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option(help="Folder of bird-free sound.", show_default="noise/ of the data folder"),
+    typer.Option(
+        help="Folder of bird-free sound.", show_default="noise/ in the data folder, or beside it"
+    ),
 ]
 DEFAULT_WORKERS = max(1, min(8, (os.cpu_count() or 2) - 1))
 KERNEL_SCRIPT = Path("kernels/submission/submission.py")
@@ -284,6 +286,33 @@ def benchmark_frontend(
 
     table = benchmark_frontend(
         data, _output_of(data, output) / "benchmark", n_clips=n_clips, repeats=repeats
+    )
+    typer.echo(table.to_string(index=False))
+
+
+@benchmark_app.command("loader")
+def benchmark_loader(
+    data: Data,
+    output: Output = None,
+    recordings: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="Make so many mp3 in --data first.", show_default="none"),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Length of each mp3 that is made.")] = 60.0,
+    n_clips: Annotated[int, typer.Option(min=1, help="Clips in an epoch.")] = 256,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs; the median counts.")] = 3,
+) -> None:
+    """Time the reading of clips: librosa, a seek, the cache, and the loader with its workers."""
+    from birdcall.benchmark.loader import benchmark_loader, make_recordings
+
+    if recordings is not None:
+        make_recordings(data, recordings, seconds)
+    table = benchmark_loader(
+        data,
+        _output_of(data, output) / "benchmark",
+        n_recordings=recordings or 200,
+        n_clips=n_clips,
+        repeats=repeats,
     )
     typer.echo(table.to_string(index=False))
 

@@ -13,7 +13,7 @@ FEATURES = ("log_mel", "log_mel_1.5", "pcen", "delta", "delta_delta")
 NORMALIZATIONS = ("none", "clip", "bin")
 IMPLEMENTATIONS = ("fft", "torchlibrosa", "conv")
 TEMPORAL_LAYERS = ("none", "gru", "attention", "gru+attention")
-SAMPLINGS = ("uniform", "balanced")
+SAMPLINGS = ("uniform", "balanced", "rated", "balanced+rated")
 
 Config = TypeVar("Config")
 
@@ -168,7 +168,8 @@ class TrainConfig:
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
     warmup_share: float = 0.05
-    sampling: str = "balanced"
+    sampling: str = "balanced"  # see dataset.recording_weights
+    crops_per_recording: int = 1  # clips in a row from one opened recording
     secondary_label_weight: float = (
         0.3  # target of species heard behind the primary one (2nd place)
     )
@@ -176,12 +177,16 @@ class TrainConfig:
     validate_every: int = 5  # epochs; the last one is always validated
     gradient_clip: float = 5.0
     seed: int = 0
+    # Of the recordings, and of the noise files: more that fail while training stop the run. The
+    # audit has left out what is damaged, so failures mean that files or a disk have changed since.
+    max_failed_share: float = 0.01
 
     def __post_init__(self) -> None:
         for name in (
             "clip_seconds",
             "epochs",
             "batch_size",
+            "crops_per_recording",
             "learning_rate",
             "gradient_clip",
         ):
@@ -196,6 +201,7 @@ class TrainConfig:
         require_choice("sampling", self.sampling, SAMPLINGS)
         require_share("warmup_share", self.warmup_share)
         require_share("secondary_label_weight", self.secondary_label_weight)
+        require_share("max_failed_share", self.max_failed_share)
         require(
             self.framewise_loss_weight >= 0,
             "framewise_loss_weight must not be negative",

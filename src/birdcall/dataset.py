@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,20 +15,28 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from birdcall.audio import crop_or_pad, probe_audio, read_audio
+from birdcall.audio import (
+    AudioError,
+    crop_or_pad,
+    is_cut,
+    read_crops,
+)
 from birdcall.audit import read_audit, usable_recordings
-from birdcall.augment import ClipAugment
-from birdcall.cache import Cache
-from birdcall.config import Experiment
+from birdcall.augment import MAX_TRIES, ClipAugment, NothingReadableError, ReadFailure
+from birdcall.cache import Cache, read_cached
+from birdcall.config import SAMPLINGS, Experiment, require, require_choice
 from birdcall.folds import read_folds
-from birdcall.noise import find_noise, generate_noise
+from birdcall.noise import find_noise, generate_noise, split_noise
 from birdcall.recordings import check_recordings_exist, classes_of, read_recordings
 
 logger = logging.getLogger(__name__)
 
-# (path below the data folder, sample rate, offset in seconds, duration in seconds or None for all
-# the rest) → waveform (samples,)
-ReadClip = Callable[[str, int, float, float | None], np.ndarray]
+# (path below the data folder, sample rate, offsets in seconds, duration of each in seconds or None
+# for all the rest) → a waveform (samples,) per offset, all of one opened recording
+ReadClip = Callable[[str, int, Sequence[float], float | None], list[np.ndarray]]
+
+UNRATED = 0.0  # in xeno-canto's tables: nobody has rated the recording
+LOWEST_RATING_WEIGHT = 0.1  # of the best recordings' weight
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,10 @@ class TrainingData:
         held_out = self.recordings["fold"] == fold
         return self.recordings[~held_out], self.recordings[held_out]
 
+    def split_noise(self, fold: int) -> tuple[list[Path], list[Path]]:
+        """Return the noise to train and to validate with; no source is in both."""
+        return split_noise(self.noise_files, self.folds.index(fold), len(self.folds))
+
 
 @dataclass(frozen=True)
 class ClipReader:
@@ -61,9 +74,13 @@ class ClipReader:
     cache: Path
 
     def __call__(
-        self, path: str, sample_rate: int, offset: float, duration: float | None
-    ) -> np.ndarray:
-        return Cache(self.cache, sample_rate).read(self.folder, path, offset, duration)
+        self, path: str, sample_rate: int, offsets: Sequence[float], duration: float | None
+    ) -> list[np.ndarray]:
+        cached = Cache(self.cache, sample_rate).path_of(self.folder, path)
+        try:
+            return [read_cached(cached, offset, duration, sample_rate) for offset in offsets]
+        except FileNotFoundError:
+            return read_crops(self.folder / path, sample_rate, offsets, duration)
 
 
 def load_training_data(
@@ -83,7 +100,8 @@ def load_training_data(
         validate="one_to_one",
     )
     check_recordings_exist(recordings, folder)
-    noise_files = find_noise(noise or folder / "noise")
+    places = [noise] if noise is not None else [folder / "noise", folder.parent / "noise"]
+    noise_files = next((files for place in places if (files := find_noise(place))), [])
     if not noise_files:
         if noise is not None:
             raise FileNotFoundError(f"{noise}: no audio in this folder of noise")
@@ -100,45 +118,92 @@ class ClipRequest(NamedTuple):
     index: int  # of the recording
 
 
+def recording_weights(
+    ebird_codes: Sequence[str], sampling: str, ratings: Sequence[float] | None = None
+) -> np.ndarray:
+    """Return how often each recording is drawn, as shares of one.
+
+    ``uniform``: all equally often. ``balanced``: every class equally often (1st place).
+    ``rated``: in proportion to xeno-canto's rating (E to A: 1 to 5), but at least a tenth as often
+    as the best (the 2nd place of 2021 weighs the loss so); an unrated recording is not a bad one
+    and counts as the data set's mean. ``balanced+rated``: every class equally often, its better
+    recordings more often than the others.
+    """
+    require_choice("sampling", sampling, SAMPLINGS)
+    weights = pd.Series(np.ones(len(ebird_codes)))
+    if "rated" in sampling:
+        require(ratings is not None, f"sampling is {sampling!r}, but there are no ratings")
+        rating = pd.Series(np.asarray(ratings, dtype=np.float64)).replace(UNRATED, np.nan)
+        weights = (rating / 5).clip(LOWEST_RATING_WEIGHT, 1)
+        weights = weights.fillna(weights.mean()).fillna(1.0)  # the last where none has a rating
+    if "balanced" in sampling:
+        weights /= weights.groupby(np.asarray(ebird_codes, dtype=object)).transform("sum")
+    return (weights / weights.sum()).to_numpy()
+
+
 class ClipSampler(Sampler[ClipRequest]):
     """Draw an epoch's clips from (seed, epoch) alone; call `set_epoch` before each epoch.
 
-    ``balanced`` draws every class equally often (1st place); ``uniform`` every recording.
+    ``crops_per_recording`` clips in a row come from one recording. ``n_clips`` None: as many as
+    there are recordings. See `recording_weights` for ``sampling``.
     """
 
     def __init__(
-        self, ebird_codes: Sequence[str], n_clips: int | None, sampling: str, seed: int
+        self,
+        ebird_codes: Sequence[str],
+        n_clips: int | None,
+        sampling: str,
+        seed: int,
+        ratings: Sequence[float] | None = None,
+        crops_per_recording: int = 1,
     ) -> None:
-        codes = pd.Series(list(ebird_codes))
-        weights = (
-            1 / codes.map(codes.value_counts()) if sampling == "balanced" else codes.index >= 0
-        )
-        self.weights = np.asarray(weights, dtype=np.float64) / np.sum(weights)
-        self.n_clips = n_clips or len(codes)
+        self.weights = recording_weights(ebird_codes, sampling, ratings)
+        self.n_clips = n_clips or len(ebird_codes)
+        self.crops_per_recording = crops_per_recording
         self.seed = seed
-        self.epoch = 0
+        self.epoch = self.start = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Draw ``epoch`` next, from its clip number ``start`` on: what an interrupted one lacks."""
+        require(
+            0 <= start <= self.n_clips,
+            f"start is {start}; an epoch has {self.n_clips} clips, from 0 on",
+        )
+        self.epoch, self.start = epoch, start
 
     def __len__(self) -> int:
-        return self.n_clips
+        return self.n_clips - self.start
 
     def __iter__(self) -> Iterator[ClipRequest]:
         generator = np.random.default_rng((self.seed, self.epoch))
+        n_drawn = -(-self.n_clips // self.crops_per_recording)
         # Systematic sampling: in an epoch a recording comes up as often as its weight says, +-1.
-        steps = (np.arange(self.n_clips) + generator.random()) / self.n_clips
+        steps = (np.arange(n_drawn) + generator.random()) / n_drawn
         order = generator.permutation(len(self.weights))
         drawn = np.searchsorted(np.cumsum(self.weights[order]), steps).clip(max=len(order) - 1)
-        for position, index in enumerate(generator.permutation(order[drawn])):
-            yield ClipRequest(self.epoch, position, int(index))
+        indices = generator.permutation(order[drawn]).repeat(self.crops_per_recording)
+        for position in range(self.start, self.n_clips):
+            yield ClipRequest(self.epoch, position, int(indices[position]))
+
+
+class Clip(NamedTuple):
+    """A training clip, and what could not be read on the way to it.
+
+    waveform: ``(clip samples,)``, None where neither the recording nor any other tried could be
+    read; target: ``(classes,)``.
+    """
+
+    waveform: Tensor | None
+    target: Tensor
+    failures: tuple[ReadFailure, ...]
 
 
 class ClipDataset(Dataset[tuple[Tensor, Tensor]]):
     """Clips of recordings with their targets: ``(clip samples,)`` and ``(classes,)``, float32.
 
     recordings: rows with ``path``, ``ebird_code``, ``secondary_codes`` and ``seconds`` (the true
-    length). noise_files: bird-free sound, to mix in and to learn nocall from.
+    length). noise_files: bird-free sound, to mix in and to learn nocall from. A clip depends on
+    the experiment's seed and on its request alone.
     """
 
     def __init__(
@@ -154,6 +219,7 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]]):
         self.noise_files = list(noise_files)
         self.paths = list(recordings["path"])
         self.seconds = recordings["seconds"].to_numpy(dtype=np.float64)
+        self.codes = pd.factorize(recordings["ebird_code"])[0]
         self.targets = make_targets(recordings, classes, experiment.train.secondary_label_weight)
         self.augment = ClipAugment(
             experiment.augment, experiment.frontend.sample_rate, self.noise_files
@@ -163,41 +229,106 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]]):
         return len(self.paths)
 
     def __getitem__(self, request: ClipRequest) -> tuple[Tensor, Tensor]:
-        seed = self.experiment.train.seed
-        generator = np.random.default_rng((seed, request.epoch, request.position))
-        noise_only = generator.random() < self.experiment.augment.noise_only_probability
-        if noise_only and self.noise_files:
-            waveform = self._read_noise(generator)
-            return torch.from_numpy(waveform), torch.zeros(self.targets.shape[1])
-        waveform = self._read_crop(request.index, generator)
-        waveform = np.ascontiguousarray(self.augment(waveform, generator), dtype=np.float32)
-        return torch.from_numpy(waveform), torch.from_numpy(self.targets[request.index])
+        """Make one clip; raise AudioError for the first file that cannot be read."""
+        clip = self.make_clips([request])[0]
+        for failure in clip.failures:
+            raise AudioError(Path(failure.path), failure.reason.removeprefix(f"{failure.path}: "))
+        return clip.waveform, clip.target
 
-    def _read_crop(self, index: int, generator: np.random.Generator) -> np.ndarray:
-        """Read a random crop; what is shorter than the clip lies at a random place in silence."""
+    def make_clips(self, requests: Sequence[ClipRequest]) -> list[Clip]:
+        """Make a batch's clips; neighbours from one recording are read in one go.
+
+        Where a recording cannot be read, another takes its place, one of the same class if there
+        is one; which, depends on the request alone. `Clip.failures` tells.
+        """
+        drafts = [_Draft(request, self.experiment, self.noise_files) for request in requests]
+        for index, group in groupby(drafts, key=lambda draft: draft.index):
+            self._read_together(index, list(group))
+        return [self._finish(draft) for draft in drafts]
+
+    def _read_together(self, index: int, drafts: list[_Draft]) -> None:
+        """Read the crops of one recording, or leave them to `_finish`, one by one."""
+        if index == NOISE_ONLY or len(drafts) == 1:
+            return
+        try:
+            waveforms = self._read_crops(index, [draft.place for draft in drafts])
+        except (AudioError, OSError):
+            return  # perhaps one crop only is damaged: `_finish` finds out which, and reports it
+        for draft, waveform in zip(drafts, waveforms, strict=True):
+            draft.waveform = waveform
+
+    def _finish(self, draft: _Draft) -> Clip:
+        failures: list[ReadFailure] = []
+        target, waveform = torch.zeros(self.targets.shape[1]), None
+        try:
+            if draft.index == NOISE_ONLY:
+                n_samples = self.experiment.clip_samples
+                waveform = self.augment.noise.draw(n_samples, draft.generator, failures)
+            else:
+                index, waveform = self._read_recording(draft, failures)
+                target = torch.from_numpy(self.targets[index])
+                waveform = self.augment(waveform, draft.generator, failures)
+        except NothingReadableError:
+            return Clip(None, target, tuple(failures))
+        waveform = np.ascontiguousarray(waveform, dtype=np.float32)
+        return Clip(torch.from_numpy(waveform), target, tuple(failures))
+
+    def _read_recording(self, draft: _Draft, failures: list[ReadFailure]) -> tuple[int, np.ndarray]:
+        """Read the draft's crop, of another recording where its own fails; return whose it is."""
+        if draft.waveform is not None:
+            return draft.index, draft.waveform
+        for index in self._candidates(draft):
+            try:
+                return index, self._read_crops(index, [draft.place])[0]
+            except (AudioError, OSError) as error:
+                failures.append(ReadFailure.of("recording", self.paths[index], error))
+        raise NothingReadableError(f"none of {len(failures)} recordings can be read")
+
+    def _candidates(self, draft: _Draft) -> Iterator[int]:
+        """Yield the draft's recording, then others of its class at random, then any others."""
+        yield draft.index
+        generator = draft.generator.spawn(1)[0]  # what the clip draws next stays the same
+        others = generator.permutation(len(self.paths))
+        others = others[others != draft.index]
+        strange = self.codes[others] != self.codes[draft.index]
+        yield from others[np.argsort(strange, kind="stable")][:MAX_TRIES].tolist()
+
+    def _read_crops(self, index: int, places: Sequence[float]) -> list[np.ndarray]:
+        """Read a crop at each of ``places``, shares of the way that it could start on.
+
+        A recording shorter than the clip lies at such a place in silence.
+        """
         path, sample_rate = self.paths[index], self.experiment.frontend.sample_rate
         clip_seconds, n_samples = self.experiment.train.clip_seconds, self.experiment.clip_samples
         spare = self.seconds[index] - clip_seconds
-        place = generator.random()
         if spare > 0:
-            waveform = self.read_clip(path, sample_rate, place * spare, clip_seconds)
-            return crop_or_pad(waveform, n_samples)
-        waveform = self.read_clip(path, sample_rate, 0.0, None)
-        before = round(place * max(0, n_samples - len(waveform)))
-        return crop_or_pad(np.pad(waveform, (before, 0)), n_samples)
+            offsets = [place * spare for place in places]
+            crops = self.read_clip(path, sample_rate, offsets, clip_seconds)
+            return [crop_or_pad(crop, n_samples) for crop in crops]
+        whole = self.read_clip(path, sample_rate, [0.0], None)[0]
+        seconds = len(whole) / sample_rate
+        if is_cut(seconds, self.seconds[index]):
+            reason = f"has {seconds:g} s, had {self.seconds[index]:g} s when it was audited"
+            raise AudioError(Path(path), reason)
+        room = max(0, n_samples - len(whole))
+        return [crop_or_pad(np.pad(whole, (round(place * room), 0)), n_samples) for place in places]
 
-    def _read_noise(self, generator: np.random.Generator) -> np.ndarray:
-        path = self.noise_files[int(generator.integers(len(self.noise_files)))]
-        clip_seconds, n_samples = self.experiment.train.clip_seconds, self.experiment.clip_samples
-        spare = probe_audio(path).seconds - clip_seconds
-        place = generator.random()
-        if spare > 0:
-            offset, duration = place * spare, clip_seconds
-        else:
-            offset, duration = 0.0, None
-        waveform = read_audio(path, self.experiment.frontend.sample_rate, offset, duration)
-        # Noise has no beginning: a short file is repeated until the clip is full.
-        return np.resize(waveform, n_samples).astype(np.float32)
+
+NOISE_ONLY = -1  # in place of a recording's index
+
+
+class _Draft:
+    """A clip's own draws, before anything is read."""
+
+    def __init__(
+        self, request: ClipRequest, experiment: Experiment, noise_files: Sequence[Path]
+    ) -> None:
+        seed = (experiment.train.seed, request.epoch, request.position)
+        self.generator = np.random.default_rng(seed)
+        noise_only = self.generator.random() < experiment.augment.noise_only_probability
+        self.index = NOISE_ONLY if noise_only and noise_files else request.index
+        self.place = self.generator.random()
+        self.waveform: np.ndarray | None = None
 
 
 def make_targets(
@@ -212,8 +343,3 @@ def make_targets(
             targets[row, column[code]] = secondary_label_weight
         targets[row, column[primary]] = 1.0
     return targets
-
-
-def limit_worker_threads(_worker: int) -> None:
-    """Keep each loader worker on one core; the model needs the others."""
-    torch.set_num_threads(1)

@@ -27,16 +27,11 @@ from birdcall.audio import AudioError
 from birdcall.augment import augment_batch
 from birdcall.checkpoint import SETTINGS_FILE, Checkpoint, save_checkpoint
 from birdcall.config import Experiment, TrainConfig
-from birdcall.dataset import (
-    ClipDataset,
-    ClipSampler,
-    TrainingData,
-    limit_worker_threads,
-    make_targets,
-)
+from birdcall.dataset import ClipDataset, ClipSampler, TrainingData, make_targets
 from birdcall.files import write_atomically
 from birdcall.frontend import SpecAugment
 from birdcall.inference import Ensemble, Member, default_device, score_recordings
+from birdcall.loader import FailureCounter, iterate_clips, make_loader
 from birdcall.losses import sed_loss
 from birdcall.metrics import average_precision, macro_average
 from birdcall.models import SEDModel, build_model
@@ -127,17 +122,20 @@ def train_run(
     train_part, validation_part = data.split(fold)
     torch.manual_seed(config.seed * 1000 + fold)
     model = _start_model(experiment, len(data.classes), init).to(device)
-    loader = _make_loader(experiment, train_part, data, workers)
+    loader = _make_loader(experiment, train_part, data, fold, workers)
     optimizer = torch.optim.AdamW(
         model.parameters(), config.learning_rate, weight_decay=config.weight_decay
     )
     schedule = LambdaLR(optimizer, _warmup_cosine(config, config.epochs * len(loader)))
+    failures = FailureCounter(loader.dataset.clips)
     log: list[EpochLog] = []
     n_steps = config.epochs * len(loader)
     with tqdm(total=n_steps, disable=not progress, unit="batch", position=bar_position) as bar:
         bar.set_description(f"{experiment.name} fold {fold}")
         for epoch in range(config.epochs):
-            entry = _train_epoch(model, loader, optimizer, schedule, experiment, epoch, device, bar)
+            entry = _train_epoch(
+                model, loader, failures, optimizer, schedule, experiment, epoch, device, bar
+            )
             if (epoch + 1) % config.validate_every == 0 or epoch + 1 == config.epochs:
                 entry.validation = validate(model, experiment, fold, validation_part, data, device)
             log.append(entry)
@@ -200,26 +198,20 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def _make_loader(
-    experiment: Experiment, recordings: pd.DataFrame, data: TrainingData, workers: int
+    experiment: Experiment, recordings: pd.DataFrame, data: TrainingData, fold: int, workers: int
 ) -> DataLoader:
     config = experiment.train
-    dataset = ClipDataset(recordings, data.classes, experiment, data.read_clip, data.noise_files)
+    noise, _ = data.split_noise(fold)
+    dataset = ClipDataset(recordings, data.classes, experiment, data.read_clip, noise)
     sampler = ClipSampler(
         list(recordings["ebird_code"]),
         config.clips_per_epoch,
         config.sampling,
         config.seed,
+        ratings=list(recordings["rating"]),
+        crops_per_recording=config.crops_per_recording,
     )
-    return DataLoader(
-        dataset,
-        batch_size=config.batch_size,
-        sampler=sampler,
-        drop_last=len(sampler) >= config.batch_size,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        worker_init_fn=limit_worker_threads,
-        pin_memory=torch.cuda.is_available(),
-    )
+    return make_loader(dataset, sampler, workers)
 
 
 def _warmup_cosine(config: TrainConfig, n_steps: int) -> Callable[[int], float]:
@@ -237,6 +229,7 @@ def _warmup_cosine(config: TrainConfig, n_steps: int) -> Callable[[int], float]:
 def _train_epoch(
     model: SEDModel,
     loader: DataLoader,
+    failures: FailureCounter,
     optimizer: Optimizer,
     schedule: LambdaLR,
     experiment: Experiment,
@@ -251,7 +244,7 @@ def _train_epoch(
     learning_rate = schedule.get_last_lr()[0]
     losses, n_clips, waiting = [], 0, 0.0
     start = mark = time.perf_counter()
-    for waveform, target in loader:
+    for waveform, target in iterate_clips(loader, failures):
         waiting += time.perf_counter() - mark
         loss = training_step(
             model,
