@@ -19,6 +19,7 @@ from birdcall.audio import (
     iterate_audio,
     probe_audio,
     read_audio,
+    read_crops,
     resampled_length,
 )
 
@@ -70,6 +71,22 @@ def test_a_seek_equals_the_same_stretch_of_the_full_decode(
         np.testing.assert_allclose(clip, full[start : start + len(clip)], atol=1e-4)
     rest = read_audio(path, RATE, 3.21)
     np.testing.assert_allclose(rest, full[round(3.21 * RATE) :], atol=1e-4)
+
+
+def test_a_seek_in_an_mp3_of_low_bit_rate_finds_what_its_frames_lean_on(tmp_path: Path) -> None:
+    seconds = np.arange(20 * RATE) / RATE
+    sweep = 0.5 * np.sin(2 * np.pi * (500 * seconds + 150 * seconds**2))
+    path = tmp_path / "low.mp3"
+    soundfile.write(
+        path, sweep, RATE, format="MP3", bitrate_mode="CONSTANT", compression_level=0.99
+    )
+    assert path.stat().st_size < 20 * 40_000 / 8  # at most 40 kbit/s
+    full = read_audio(path, RATE)
+    offsets = np.random.default_rng(0).uniform(1, 14, 60)
+    for offset, crop in zip(offsets, read_crops(path, RATE, offsets, 5), strict=True):
+        start = round(offset * RATE)
+        np.testing.assert_allclose(crop, full[start : start + len(crop)], atol=1e-4)
+        np.testing.assert_allclose(crop, read_audio(path, RATE, offset, 5), atol=1e-6)
 
 
 @pytest.mark.parametrize("suffix, sample_rate, channels", KINDS)

@@ -47,7 +47,7 @@ def test_a_cached_read_equals_the_decoded_stretch(
 ) -> None:
     fill(cache, data)
     expected = read_audio(data / NAME, RATE, offset, duration)
-    cached = cache.read(data, NAME, offset, duration)
+    cached = cache.read_crops(data, NAME, [offset], duration)[0]
     assert cached.dtype == np.float32
     np.testing.assert_allclose(cached, expected, atol=1e-4)
 
@@ -69,7 +69,9 @@ def test_a_cached_file_is_a_plain_npy(cache: Cache, data: Path) -> None:
 
 def test_without_a_cached_file_the_recording_itself_is_read(cache: Cache, data: Path) -> None:
     assert not cache.has(data, NAME)
-    np.testing.assert_array_equal(cache.read(data, NAME, 1, 2), read_audio(data / NAME, RATE, 1, 2))
+    np.testing.assert_array_equal(
+        cache.read_crops(data, NAME, [1], 2)[0], read_audio(data / NAME, RATE, 1, 2)
+    )
     fill(cache, data)
     assert cache.has(data, NAME)
 
@@ -81,7 +83,7 @@ def test_a_changed_recording_is_read_anew_and_replaces_the_old_one(
     write_noise(data / NAME, 3.0, seed=1)
     os.utime(data / NAME, ns=(0, 1))
     assert not cache.has(data, NAME)
-    assert len(cache.read(data, NAME)) < 4 * RATE
+    assert len(cache.read_crops(data, NAME, [0], None)[0]) < 4 * RATE
     fresh = fill(cache, data)
     assert fresh.is_file()
     assert not stale.exists()
@@ -115,7 +117,7 @@ def test_a_stretch_beyond_the_end_raises_with_the_path(cache: Cache, data: Path)
     path = fill(cache, data)
     for offset, duration in [(5, 5), (9, None), (0, 7.8)]:
         with pytest.raises(AudioError, match="asked for") as caught:
-            cache.read(data, NAME, offset, duration)
+            cache.read_crops(data, NAME, [offset], duration)[0]
         assert str(path) in str(caught.value)
 
 

@@ -39,12 +39,13 @@ def test_frames_are_counted_as_they_come_out(n_fft, hop_length, n_samples):
 def test_a_batch_cut_into_blocks_equals_its_clips_one_by_one(monkeypatch):
     waveform = noise(5, 9_000)
     waveform[::2] += torch.sin(torch.arange(9_000) / 100)  # not all frames are repaired
-    for module in (Spectrogram(1024, 320), LogMel(FrontendConfig())):
+    # Products of other shapes are rounded otherwise; the transforms themselves are the same.
+    for module, error in ((Spectrogram(1024, 320), 0), (LogMel(FrontendConfig()), 1e-5)):
         whole = module(waveform)
         for block in (4096, 32_000, 160_000):
             monkeypatch.setattr("birdcall.spectrogram.CPU_BLOCK_BYTES", block)
             monkeypatch.setattr("birdcall.spectrogram.CPU_DOUBLE_BYTES", block)
-            torch.testing.assert_close(module(waveform), whole, rtol=0, atol=1e-5)
+            torch.testing.assert_close(module(waveform), whole, rtol=0, atol=error)
         monkeypatch.undo()
 
 

@@ -93,9 +93,11 @@ def promised_frames(path: Path, file: soundfile.SoundFile) -> int:
     return max(1, round(file.frames * (size - tags) / size))
 
 
-def is_cut(seconds: float, promised_seconds: float) -> bool:
+def is_cut(
+    seconds: float, promised_seconds: float, tolerance: tuple[float, float] = LENGTH_TOLERANCE
+) -> bool:
     """Say whether a recording that decodes to ``seconds`` lacks part of what was promised."""
-    constant, share = LENGTH_TOLERANCE
+    constant, share = tolerance
     return promised_seconds - seconds > constant + share * promised_seconds
 
 
@@ -113,32 +115,23 @@ def read_audio(
     or AudioError is raised, as it is for what does not decode. Without it, all that decodes comes
     back, and a warning is logged where the header promised more (see LENGTH_TOLERANCE).
     """
-    _require_stretch(sample_rate, offset_seconds, duration_seconds)
+    return read_crops(path, sample_rate, [offset_seconds], duration_seconds)[0]
+
+
+def read_crops(
+    path: Path, sample_rate: int, offsets: Sequence[float], duration_seconds: float | None
+) -> list[np.ndarray]:
+    """Read as `read_audio` does at each of ``offsets`` (seconds), but open the file once."""
+    for offset in offsets:
+        _require_stretch(sample_rate, offset, duration_seconds)
+    crops = []
     with open_audio(path) as file:
         promised = promised_frames(path, file) / file.samplerate
-        start = round(offset_seconds * sample_rate)
-        total = resampled_length(file.frames, file.samplerate, sample_rate)
-        n_samples = total - start
-        if duration_seconds is not None:
-            n_samples = round(duration_seconds * sample_rate)
-            if start + n_samples == total + 1:  # offset and duration were both rounded up
-                start = max(0, start - 1)
-        if start + n_samples > total or n_samples <= 0:
-            asked = "its end" if duration_seconds is None else f"{duration_seconds:g} s"
-            raise AudioError(
-                path,
-                f"asked for {asked} from {offset_seconds:g} s, has {total / sample_rate:g} s",
-            )
-        waveform = _read_samples(path, file, sample_rate, start, start + n_samples)
-    if len(waveform) < n_samples:
-        ends = (start + len(waveform)) / sample_rate
-        reason = f"decodes only to {ends:.2f} s of {promised:.2f} s"
-        reason += "; truncated or damaged" if is_cut(ends, promised) else ""
-        if duration_seconds is not None or not len(waveform):
-            raise AudioError(path, reason)
-        if is_cut(ends, promised):
-            log.warning("%s: %s", path, reason)
-    return waveform
+        for number, offset in enumerate(offsets):
+            if number:
+                file.seek(0)  # where it stood when it was opened
+            crops.append(_read_stretch(path, file, sample_rate, offset, duration_seconds, promised))
+    return crops
 
 
 def iterate_audio(
@@ -171,28 +164,6 @@ def iterate_audio(
             "%s: decodes only to %.2f s of %.2f s; truncated or damaged",
             path, n_total / sample_rate, promised,
         )  # fmt: skip
-
-
-def read_crops(
-    path: Path, sample_rate: int, offsets: Sequence[float], duration: float | None
-) -> list[np.ndarray]:
-    """Read as `read_audio` does at each of ``offsets``, but open the file once."""
-    if len(offsets) == 1 or duration is None:
-        return [read_audio(path, sample_rate, offset, duration) for offset in offsets]
-    n_samples = round(duration * sample_rate)
-    crops = []
-    with open_audio(path) as file:
-        total = resampled_length(file.frames, file.samplerate, sample_rate)
-        for offset in offsets:
-            start = round(offset * sample_rate)
-            start -= start + n_samples == total + 1 and start > 0  # as in `read_audio`
-            file.seek(0)  # where it stood when it was opened
-            crop = _read_samples(path, file, sample_rate, start, start + n_samples)
-            if len(crop) < n_samples:
-                ends = (start + len(crop)) / sample_rate
-                raise AudioError(path, f"asked for {duration:g} s from {offset:g} s, ends {ends:g}")
-            crops.append(crop)
-    return crops
 
 
 def crop_or_pad(waveform: np.ndarray, n_samples: int, offset: int = 0) -> np.ndarray:
@@ -262,6 +233,38 @@ def resample_blocks(
     for block in blocks:
         yield stream.resample_chunk(block)
     yield stream.resample_chunk(np.zeros(0, np.float32), last=True)
+
+
+def _read_stretch(
+    path: Path,
+    file: soundfile.SoundFile,
+    sample_rate: int,
+    offset: float,
+    duration: float | None,
+    promised: float,
+) -> np.ndarray:
+    """Read one stretch of a file that stands at its start and promises so many seconds."""
+    start = round(offset * sample_rate)
+    total = resampled_length(file.frames, file.samplerate, sample_rate)
+    n_samples = total - start
+    if duration is not None:
+        n_samples = round(duration * sample_rate)
+        if start + n_samples == total + 1:  # offset and duration were both rounded up
+            start = max(0, start - 1)
+    if start + n_samples > total or n_samples <= 0:
+        asked = "its end" if duration is None else f"{duration:g} s"
+        has = f"{total / sample_rate:g} s"
+        raise AudioError(path, f"asked for {asked} from {offset:g} s, has {has}")
+    waveform = _read_samples(path, file, sample_rate, start, start + n_samples)
+    if len(waveform) < n_samples:
+        ends = (start + len(waveform)) / sample_rate
+        reason = f"decodes only to {ends:.2f} s of {promised:.2f} s"
+        reason += "; truncated or damaged" if is_cut(ends, promised) else ""
+        if duration is not None or not len(waveform):
+            raise AudioError(path, reason)
+        if is_cut(ends, promised):
+            log.warning("%s: %s", path, reason)
+    return waveform
 
 
 def _read_samples(

@@ -25,6 +25,7 @@ from birdcall.audio import (
     LENGTH_TOLERANCE,
     AudioError,
     frame_blocks,
+    is_cut,
     open_audio,
     promised_frames,
     require_regular_file,
@@ -387,8 +388,8 @@ def _verdict(found: Measurement, duration: float) -> tuple[str, str]:
         ("its header", found.header_seconds, LENGTH_TOLERANCE),
         ("the table of recordings", duration, TABLE_TOLERANCE),
     )
-    for who, promised, (seconds, share) in promises:
-        if promised - found.seconds > seconds + share * promised:
+    for who, promised, tolerance in promises:
+        if is_cut(found.seconds, promised, tolerance):
             because = f" ({found.error})" if found.error else ""
             return "truncated", f"{who} says {promised:g} s, {found.seconds:.1f} s decode{because}"
     if found.error:

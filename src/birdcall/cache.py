@@ -7,13 +7,13 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from birdcall.audio import AudioError, read_audio
+from birdcall.audio import AudioError, read_crops
 from birdcall.files import atomic_path
 
 log = logging.getLogger(__name__)
@@ -41,19 +41,15 @@ class Cache:
     def has(self, data: Path, name: str) -> bool:
         return self.path_of(data, name).is_file()
 
-    def read(
-        self,
-        data: Path,
-        name: str,
-        offset_seconds: float = 0.0,
-        duration_seconds: float | None = None,
-    ) -> np.ndarray:
-        """Read a clip ``(samples,)`` as `read_audio` does, from the cache where it is there."""
-        path = self.path_of(data, name)
+    def read_crops(
+        self, data: Path, name: str, offsets: Sequence[float], duration_seconds: float | None
+    ) -> list[np.ndarray]:
+        """Read as `audio.read_crops` does, from the cache where the recording is there."""
+        path, rate = self.path_of(data, name), self.sample_rate
         try:
-            return read_cached(path, offset_seconds, duration_seconds, self.sample_rate)
+            return [read_cached(path, offset, duration_seconds, rate) for offset in offsets]
         except FileNotFoundError:
-            return read_audio(data / name, self.sample_rate, offset_seconds, duration_seconds)
+            return read_crops(data / name, rate, offsets, duration_seconds)
 
     def write(self, data: Path, name: str, blocks: Iterable[np.ndarray]) -> None:
         """Keep the waveform that ``blocks`` make up; whole or not at all, in place of older ones.

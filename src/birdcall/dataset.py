@@ -15,15 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from birdcall.audio import (
-    AudioError,
-    crop_or_pad,
-    is_cut,
-    read_crops,
-)
+from birdcall.audio import AudioError, crop_or_pad, is_cut
 from birdcall.audit import read_audit, usable_recordings
 from birdcall.augment import MAX_TRIES, ClipAugment, NothingReadableError, ReadFailure
-from birdcall.cache import Cache, read_cached
+from birdcall.cache import Cache
 from birdcall.config import SAMPLINGS, Experiment, require, require_choice
 from birdcall.folds import read_folds
 from birdcall.noise import find_noise, generate_noise, split_noise
@@ -76,11 +71,7 @@ class ClipReader:
     def __call__(
         self, path: str, sample_rate: int, offsets: Sequence[float], duration: float | None
     ) -> list[np.ndarray]:
-        cached = Cache(self.cache, sample_rate).path_of(self.folder, path)
-        try:
-            return [read_cached(cached, offset, duration, sample_rate) for offset in offsets]
-        except FileNotFoundError:
-            return read_crops(self.folder / path, sample_rate, offsets, duration)
+        return Cache(self.cache, sample_rate).read_crops(self.folder, path, offsets, duration)
 
 
 def load_training_data(
@@ -89,7 +80,8 @@ def load_training_data(
     """Join the recordings of ``folder`` with their audit and folds; open cache and noise.
 
     Recordings that the audit leaves out are not in it. Bird-free sound is taken from ``noise``,
-    else from the data folder's ``noise/``; where there is none it is generated, beside the cache.
+    else from ``noise/`` in the data folder or beside it; without any it is generated, beside the
+    cache.
     """
     recordings = read_recordings(folder)
     classes = classes_of(recordings)

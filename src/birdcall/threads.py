@@ -27,8 +27,13 @@ def map_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> li
     """
     n_threads = torch.get_num_threads()
     if n_threads == 1:
-        return [function(item) for item in items]
+        return map_in_turn(function, items)
     return list(_pool(n_threads).map(function, items))  # even one item: its thread waits for none
+
+
+def map_in_turn(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Return the same, on the caller's thread."""
+    return [function(item) for item in items]
 
 
 @cache

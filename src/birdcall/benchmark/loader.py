@@ -128,8 +128,7 @@ def prepare_recordings(data: Path, folder: Path, n_recordings: int, seed: int) -
         except AudioError as error:
             log.warning("left out: %s", error)
             continue
-        n_bytes = cache.path_of(data, path).stat().st_size
-        length = n_bytes / np.dtype(np.int16).itemsize // rate  # whole seconds, header and all
+        length = len(cache.read_crops(data, path, [0], None)[0]) / rate
         if length > SEGMENT_SECONDS:
             chosen.append(row)
             seconds.append(length)
