@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 
 DATA ?= input/demo
 OUTPUT = output/$(notdir $(abspath $(DATA)))
-EXPERIMENTS ?= small_gru small_attention
+EXPERIMENTS ?= small_gru small_attention_normed
 N_FOLDS ?= 2
 TRAIN ?= --overwrite --jobs 2 --workers 0
 

@@ -12,6 +12,7 @@ from birdcall.audit import audit_recordings, same_sound, usable_recordings
 from birdcall.config import Experiment, ModelConfig
 from birdcall.dataset import TrainingData, load_training_data
 from birdcall.demo import DemoConfig, make_demo
+from birdcall.experiments import find_experiment
 from birdcall.folds import make_folds, write_folds
 from birdcall.recordings import read_recordings
 
@@ -35,7 +36,7 @@ def cornell_mini() -> Path:
 @pytest.fixture(scope="session")
 def tiny_experiment() -> Experiment:
     """A network of a few thousand weights on two-second clips."""
-    small = Experiment.named("small_gru")
+    small = find_experiment("small_gru")
     return replace(
         small,
         name="tiny",

@@ -27,7 +27,17 @@ KERNEL_SIDE = (
     *("decision", "soundscapes", "outputs", "inference", "kernel"),
 )
 TRAINING_SIDE = (
-    *("prediction", "metrics", "event_metrics", "recordings", "cache", "audit", "folds", "noise"),
+    *(
+        "experiments",
+        "prediction",
+        "metrics",
+        "event_metrics",
+        "recordings",
+        "cache",
+        "audit",
+        "folds",
+        "noise",
+    ),
     *(
         "augment",
         "dataset",

@@ -6,24 +6,24 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 
 from birdcall.config import (
-    EXPERIMENTS,
     AugmentConfig,
     Experiment,
     FrontendConfig,
     ModelConfig,
     TrainConfig,
 )
+from birdcall.experiments import EXPERIMENTS, find_experiment
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_survives_json(name):
-    experiment = Experiment.named(name)
+    experiment = find_experiment(name)
     assert Experiment.from_dict(json.loads(json.dumps(experiment.to_dict()))) == experiment
 
 
 def test_an_unknown_experiment_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"small_gru.*small_attention"):
-        Experiment.named("smal_gru")
+        find_experiment("smal_gru")
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -33,7 +33,7 @@ def test_the_key_of_an_experiment_is_its_name(name):
 
 def test_an_experiment_cannot_be_changed():
     with pytest.raises(FrozenInstanceError):
-        Experiment.named("small_gru").name = "other"
+        find_experiment("small_gru").name = "other"
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_an_invalid_value_is_refused_with_what_is_allowed(build, complaint):
 
 
 def test_a_field_of_another_version_is_named():
-    values = replace(Experiment.named("small_gru")).to_dict()
+    values = replace(find_experiment("small_gru")).to_dict()
     values["train"]["momentum"] = 0.9
     with pytest.raises(ValueError, match="TrainConfig has no field momentum"):
         Experiment.from_dict(values)

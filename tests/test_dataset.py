@@ -443,7 +443,8 @@ import json, os, sys
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from threadpoolctl import threadpool_info
-from birdcall.config import AugmentConfig, Experiment
+from birdcall.config import AugmentConfig
+from birdcall.experiments import find_experiment
 from birdcall.dataset import (ClipDataset, ClipSampler)
 from birdcall.loader import (FailureCounter, iterate_clips, make_loader)
 
@@ -465,7 +466,7 @@ if __name__ == "__main__":
         low_pass_probability=1,
     )
     from dataclasses import replace
-    experiment = Experiment.named("small_gru")
+    experiment = find_experiment("small_gru")
     experiment = replace(
         experiment, augment=augment, train=replace(experiment.train, batch_size=2)
     )

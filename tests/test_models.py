@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from birdcall.config import EXPERIMENTS, TEMPORAL_LAYERS, Experiment, ModelConfig
+from birdcall.config import TEMPORAL_LAYERS, ModelConfig
+from birdcall.experiments import EXPERIMENTS, find_experiment
 from birdcall.models import AttentionHead, BiGRU, SelfAttention, build_backbone, build_model
 
 N_CLASSES = 5
@@ -107,7 +108,7 @@ def test_one_seed_gives_one_model():
     weights = []
     for _ in range(2):
         torch.manual_seed(7)
-        weights.append(build_model(Experiment.named("small_gru"), 3).state_dict())
+        weights.append(build_model(find_experiment("small_gru"), 3).state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 

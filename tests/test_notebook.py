@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from birdcall.architecture import plot_architecture, trace_stages
-from birdcall.config import EXPERIMENTS, Experiment
+from birdcall.experiments import EXPERIMENTS, find_experiment
 from birdcall.models import build_model
 
 FOLDER = Path(__file__).resolve().parents[1] / "kernels" / "how-to-classify-a-sound"
@@ -122,7 +122,7 @@ def test_the_kernel_has_no_internet_and_the_competitions_data():
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_stages_have_the_shapes_of_the_model_and_all_of_its_weights(name):
-    model = build_model(Experiment.named(name), 7).eval()
+    model = build_model(find_experiment(name), 7).eval()
     waveform = torch.zeros(2, 96_000)
     stages = trace_stages(model, waveform)
     shapes = {stage.name: stage.shape for stage in stages}
@@ -137,7 +137,7 @@ def test_stages_have_the_shapes_of_the_model_and_all_of_its_weights(name):
 
 
 def test_the_backbone_halves_the_image_stage_by_stage():
-    model = build_model(Experiment.named("small_gru"), 7)
+    model = build_model(find_experiment("small_gru"), 7)
     stages = trace_stages(model, torch.zeros(1, 160_000))
     backbone = [stage for stage in stages if stage.part == "backbone" and len(stage.shape) == 4]
     assert [stage.shape[2:] for stage in backbone] == [
@@ -151,14 +151,14 @@ def test_the_backbone_halves_the_image_stage_by_stage():
 
 
 def test_tracing_leaves_no_hooks_and_the_mode_as_it_was():
-    model = build_model(Experiment.named("small_gru"), 7).train()
+    model = build_model(find_experiment("small_gru"), 7).train()
     trace_stages(model, torch.zeros(1, 32_000))
     assert not any(module._forward_hooks for module in model.modules())
     assert model.training
 
 
 def test_the_figure_names_every_stage_with_its_measured_shape():
-    figure = plot_architecture(Experiment.named("small_gru"), 264)
+    figure = plot_architecture(find_experiment("small_gru"), 264)
     text = [item.get_text() for item in figure.axes[0].texts]
     assert "160,000 samples" in text
     assert "1 channel × 251 frames × 64 mel bins" in text
@@ -169,5 +169,5 @@ def test_drawing_does_not_move_torchs_random_numbers():
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    plot_architecture(Experiment.named("small_gru"), 5)
+    plot_architecture(find_experiment("small_gru"), 5)
     assert torch.equal(torch.rand(1), expected)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from birdcall.checkpoint import Checkpoint, save_checkpoint
-from birdcall.config import EXPERIMENTS, Experiment
+from birdcall.experiments import EXPERIMENTS, find_experiment
 from birdcall.models import build_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,11 +20,11 @@ SCRIPT = ROOT / "kernels" / "submission" / "submission.py"
 FEW_STEPS = """
 import sys
 from dataclasses import replace
-import birdcall.config as config
-for name in ("small_gru", "small_attention"):
-    e = config.EXPERIMENTS[name]
+import birdcall.experiments as experiments
+for name in ("small_gru", "small_attention_normed"):
+    e = experiments.EXPERIMENTS[name]
     train = replace(e.train, epochs=1, clips_per_epoch=8, batch_size=4)
-    config.EXPERIMENTS[name] = replace(e, train=train)
+    experiments.EXPERIMENTS[name] = replace(e, train=train)
 from birdcall.__main__ import main
 main()
 """
@@ -59,7 +59,7 @@ def road(tmp_path_factory, demo_folder):
     run = Commands(folder)
     run("audit", "--data", demo_folder, "--cache", "--workers", 1)
     run("folds", "--data", demo_folder, "--n-folds", 2)
-    experiments = ("--experiment", "small_gru", "--experiment", "small_attention")
+    experiments = ("--experiment", "small_gru", "--experiment", "small_attention_normed")
     run("train", "--data", demo_folder, *experiments, "--workers", 0)
     run("evaluate", "--data", demo_folder)
     run("package", "--data", demo_folder, "--script", SCRIPT, "--dry-run")
@@ -89,7 +89,9 @@ def test_each_step_leaves_what_the_readme_says(road):
     for name in ("audit.csv", "scores.csv", "oof.csv", "decision.json", "report.html", "folds.png"):
         assert (output / name).stat().st_size > 0
     runs = {path.parent.relative_to(output).as_posix() for path in output.rglob("model.json")}
-    assert runs == {f"runs/{e}/fold{k}" for e in ("small_gru", "small_attention") for k in (0, 1)}
+    assert runs == {
+        f"runs/{e}/fold{k}" for e in ("small_gru", "small_attention_normed") for k in (0, 1)
+    }
     assert (folder / "folds" / "tiny.csv").is_file()
     report = (output / "report.html").read_text()
     assert "all nocall" in report
@@ -210,7 +212,7 @@ def test_a_fold_out_of_range(copy, fold):
 
 def test_a_checkpoint_of_other_classes(copy, road):
     data, run = copy
-    experiment = replace(Experiment.named("small_gru"), name="foreign")
+    experiment = replace(find_experiment("small_gru"), name="foreign")
     classes = ("aldfly", "ameavo")
     torch.manual_seed(0)
     checkpoint = Checkpoint(experiment, classes, 0)

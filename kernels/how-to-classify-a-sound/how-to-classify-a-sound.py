@@ -59,8 +59,9 @@ from IPython.display import Audio, Image, display
 from birdcall.architecture import plot_architecture, trace_stages
 from birdcall.audio import crop_or_pad, read_audio
 from birdcall.checkpoint import find_checkpoints, read_checkpoint
-from birdcall.config import SEGMENT_SECONDS, Experiment
+from birdcall.config import SEGMENT_SECONDS
 from birdcall.decision import Decision, read_decision
+from birdcall.experiments import find_experiment
 from birdcall.frontend import LogMel, Spectrogram
 from birdcall.inference import (
     FRAMES_PER_SEGMENT,
@@ -214,7 +215,7 @@ plt.show()
 # the bird's song still in them. This is the picture that the network gets.
 
 # %%
-SMALL = Experiment.named("small_gru")
+SMALL = find_experiment("small_gru")
 log_mel = LogMel(SMALL.frontend).to(DEVICE)
 with torch.inference_mode():
     image = log_mel(batch)

@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from birdcall.config import EXPERIMENTS
+from birdcall.experiments import EXPERIMENTS
 
 # Commands import what they need when they run, so that `--help` answers at once.
 
@@ -146,11 +146,11 @@ def train(
     ] = False,
 ) -> None:
     """Train experiments, each on all folds but the held-out one."""
-    from birdcall.config import Experiment
     from birdcall.dataset import load_training_data
+    from birdcall.experiments import find_experiment
     from birdcall.training import train_runs
 
-    experiments = [Experiment.named(name) for name in experiment]
+    experiments = [find_experiment(name) for name in experiment]
     output = _output_of(data, output)
     training_data = load_training_data(
         data, _folds_of(data, folds), output / "audit.csv", output / "cache", noise
@@ -343,10 +343,10 @@ def _run_folder(output: Path, name: str) -> Path:
 
 def _find_runs(output: Path, experiments: list[str] | None) -> list[Path]:
     from birdcall.checkpoint import find_checkpoints
-    from birdcall.config import Experiment
+    from birdcall.experiments import find_experiment
 
     for name in experiments or []:
-        Experiment.named(name)
+        find_experiment(name)
     runs = [
         folder
         for folder in find_checkpoints(output / "runs")

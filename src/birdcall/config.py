@@ -1,4 +1,4 @@
-"""Say what an experiment is: frozen, checked, JSON-able settings, and the named experiments."""
+"""Say what an experiment is: frozen, checked, JSON-able settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ FEATURES = ("log_mel", "log_mel_1.5", "pcen", "delta", "delta_delta")
 NORMALIZATIONS = ("none", "clip", "bin")
 IMPLEMENTATIONS = ("fft", "torchlibrosa", "conv")
 TEMPORAL_LAYERS = ("none", "gru", "attention", "gru+attention")
+HEADS = ("attention", "max", "log_mean_exp")
+POOLINGS = ("mean", "gem")
 SAMPLINGS = ("uniform", "balanced", "rated", "balanced+rated")
+LOSSES = ("bce", "focal")
+PRECISIONS = ("float32", "bf16", "fp16")
+ON_NON_FINITE = ("stop", "skip")
 
 Config = TypeVar("Config")
 
@@ -90,17 +95,24 @@ class FrontendConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A sound event detector: timm backbone, temporal layer, attention head (PANNs)."""
+    """A sound event detector: backbone, frequency pooling, temporal layer, head.
+
+    ``backbone`` is any CNN of timm's, or ``panns_cnn14`` or ``panns_resnet38``.
+    """
 
     backbone: str = "resnet18"
     backbone_options: tuple[tuple[str, Any], ...] = ()  # (name, value) pairs for timm's builder
     pretrained: bool = True  # timm's weights; needs the hub, or `--init FILE`
+    pooling: str = "mean"  # over frequency; "gem": Radenovic et al., between mean and maximum
     temporal: str = "gru"
     temporal_size: int = 256  # channels between backbone and head
+    head: str = "attention"  # how frames become a clip: see `models.HEADS`
     dropout: float = 0.3
 
     def __post_init__(self) -> None:
+        require_choice("pooling", self.pooling, POOLINGS)
         require_choice("temporal", self.temporal, TEMPORAL_LAYERS)
+        require_choice("head", self.head, HEADS)
         require(
             self.temporal_size > 0 and self.temporal_size % 8 == 0,
             f"temporal_size is {self.temporal_size}; it must be a positive multiple of 8",
@@ -110,51 +122,92 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """What is done to training clips; each with its probability, its range and its reason."""
+    """What is done to training clips; each with its probability, its range and its reason.
 
+    First what a loader worker does to one clip, in this order, then what is done to the batch.
+    """
+
+    # --- a clip, in the worker: files, filters, codecs
+    # Stereo recorders have the bird to one side; the channels' mean is one of many mixes.
+    downmix_probability: float = 0.2
+    # Off: 40 ms a clip, and nobody found a gain in it; a wrong pitch is a wrong bird.
+    pitch_probability: float = 0.0
+    pitch_semitones: tuple[float, float] = (-1.0, 1.0)
+    tempo_probability: float = 0.0
+    tempo_rate: tuple[float, float] = (0.9, 1.1)
+    # Distance and foliage take the high frequencies first (2nd place) ...
+    low_pass_probability: float = 0.2
+    low_pass_hz: tuple[float, float] = (4_000.0, 12_000.0)
+    # ... gradually: a slope from nothing at 0 Hz to so many decibels at the highest frequency.
+    high_fade_probability: float = 0.2
+    high_fade_db: tuple[float, float] = (3.0, 24.0)
+    # Recorders' low-cut switches, and recordists who filter the wind out.
+    high_pass_probability: float = 0.1
+    high_pass_hz: tuple[float, float] = (100.0, 600.0)
+    # Wind and rain lie between white (0) and brown (-6 dB per octave); 1st place: pink, -3.
+    color_noise_probability: float = 0.3
+    color_noise_snr_db: tuple[float, float] = (3.0, 20.0)
+    color_noise_slope_db: tuple[float, float] = (-6.0, -1.0)
     # Recordings are close and clean, soundscapes are not: the largest single gain of the 2020
     # solutions (4th place: +0.02). Real bird-free noise where there is some, at 0-15 dB.
     noise_probability: float = 0.6
     noise_snr_db: tuple[float, float] = (0.0, 15.0)
+    # Twigs, drops, steps: bursts of bird-free sound (1st place's AddShortNoises).
+    short_noise_probability: float = 0.2
+    short_noise_snr_db: tuple[float, float] = (0.0, 20.0)
+    short_noise_seconds: tuple[float, float] = (0.1, 0.6)
+    short_noise_count: tuple[int, int] = (1, 4)
     # A bird-free clip with an empty target now and then (7th place), to learn nocall from.
     noise_only_probability: float = 0.15
-    # Wind and rain are near to pink; the 1st place trained on generated pink noise alone.
-    color_noise_probability: float = 0.3
-    color_noise_snr_db: tuple[float, float] = (3.0, 20.0)
+    # Soundscapes were encoded again (8th place suspects so). 15 ms a clip.
+    mp3_probability: float = 0.1
+    mp3_kbps: tuple[int, int] = (32, 128)
+
+    # --- the batch, on the model's device
+    # Where a song starts in its clip must not matter to the temporal layer; the clip is a ring.
+    shift_probability: float = 0.3
+    # Union-label mixup of waveforms (3rd, 4th place): rows with two or three birds occur.
+    mixup_probability: float = 0.5
+    mixup_third_probability: float = 0.2  # of mixed clips, those that get a third one as well
+    mixup_gain_db: tuple[float, float] = (-6.0, 6.0)
     # Distant birds are quiet (1st and 4th place turned the volume down more than up).
     gain_probability: float = 0.5
     gain_db: tuple[float, float] = (-18.0, 6.0)
-    # Distance and foliage take the high frequencies first (2nd place).
-    low_pass_probability: float = 0.2
-    low_pass_hz: tuple[float, float] = (4_000.0, 12_000.0)
-    # Union-label mixup of waveforms (3rd, 4th place): rows with two or three birds occur.
-    mixup_probability: float = 0.5
-    mixup_gain_db: tuple[float, float] = (-6.0, 6.0)
     # SpecAugment, in shares of the clip's frames and mel bins.
     time_mask_share: float = 0.1
     mel_mask_share: float = 0.1
     n_masks: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("noise", "noise_only", "color_noise", "gain", "low_pass", "mixup"):
-            require_share(f"{name}_probability", getattr(self, f"{name}_probability"))
         for item in fields(self):
-            if item.name.endswith(("_db", "_hz")):
+            if item.name.endswith(("_probability", "_share")):
+                require_share(item.name, getattr(self, item.name))
+            elif isinstance(item.default, tuple):
                 require_range(item.name, getattr(self, item.name))
-        require_share("time_mask_share", self.time_mask_share)
-        require_share("mel_mask_share", self.mel_mask_share)
+        for name in ("tempo_rate", "low_pass_hz", "high_pass_hz", "short_noise_seconds"):
+            require(getattr(self, name)[0] > 0, f"{name} is {getattr(self, name)}; give above 0")
+        require(
+            self.mp3_kbps[0] >= 8 and self.mp3_kbps[1] <= 320,
+            f"mp3_kbps is {self.mp3_kbps}; mp3 knows 8 to 320",
+        )
+        require(
+            self.short_noise_count[0] >= 1,
+            f"short_noise_count is {self.short_noise_count}; give at least 1 burst",
+        )
         require(self.n_masks >= 0, f"n_masks is {self.n_masks}; it must not be negative")
 
+    def without(self, *names: str) -> AugmentConfig:
+        """Return the same with these probabilities, such as ``noise``, at zero."""
+        return replace(self, **{f"{name}_probability": 0.0 for name in names})
 
-NO_AUGMENT = AugmentConfig(
-    noise_probability=0,
-    noise_only_probability=0,
-    color_noise_probability=0,
-    gain_probability=0,
-    low_pass_probability=0,
-    mixup_probability=0,
+
+NO_AUGMENT = replace(
+    AugmentConfig(),
+    **{item.name: 0.0 for item in fields(AugmentConfig) if item.name.endswith("_probability")},
     n_masks=0,
 )
+# What brings a clean recording nearer to a noisy site; an ablation trains without.
+NOISE_AUGMENTATIONS = ("noise", "color_noise", "short_noise", "noise_only")
 
 
 @dataclass(frozen=True)
@@ -164,18 +217,33 @@ class TrainConfig:
     clip_seconds: float = 20.0  # weak labels hold for long clips (1st: 30 s, 6th: 20 s)
     epochs: int = 40
     clips_per_epoch: int | None = None  # None: as many as the fold has recordings
-    batch_size: int = 32
+    batch_size: int = 32  # clips of one forward pass, over all processes together
+    accumulate: int = 1  # batches to one step of the optimiser
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
     warmup_share: float = 0.05
+    gradient_clip: float = 5.0
     sampling: str = "balanced"  # see dataset.recording_weights
     crops_per_recording: int = 1  # clips in a row from one opened recording
-    secondary_label_weight: float = (
-        0.3  # target of species heard behind the primary one (2nd place)
-    )
+    # Loss: see `losses.sed_loss`.
+    loss: str = "bce"
+    focal_gamma: float = 2.0
+    label_smoothing: float = 0.0  # 2nd place of 2021: 0.01 to 0.025
     framewise_loss_weight: float = 0.5  # 6th place: keeps the frames honest
+    # Target of species heard behind the primary one (2nd place of 2020: 0.3), or None: they are
+    # left out of the loss, neither there nor absent.
+    secondary_label_weight: float | None = 0.3
+    rating_loss_weight: bool = False  # a clip's loss counts as its recording's rating
+    # Speed and memory.
+    precision: str = "float32"  # of the network under autocast; the front end stays in float32
+    compile: bool = False  # torch.compile: minutes at the start, faster on a GPU
+    channels_last: bool = True  # 1.4 x on a CPU with one-channel images, and on tensor cores
+    # Weights: a moving average over steps (6th place), the best of the validated ones averaged.
+    ema_decay: float | None = None
+    average_best: int = 0  # 0: the weights of the last epoch
     validate_every: int = 5  # epochs; the last one is always validated
-    gradient_clip: float = 5.0
+    patience: int | None = None  # validations without a better one before the run ends
+    on_non_finite: str = "stop"  # a loss that is not finite stops the run, or skips its batch
     seed: int = 0
     # Of the recordings, and of the noise files: more that fail while training stop the run. The
     # audit has left out what is damaged, so failures mean that files or a disk have changed since.
@@ -183,12 +251,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "clip_seconds",
-            "epochs",
-            "batch_size",
-            "crops_per_recording",
-            "learning_rate",
-            "gradient_clip",
+            *("clip_seconds", "epochs", "batch_size", "accumulate", "crops_per_recording"),
+            *("learning_rate", "gradient_clip", "validate_every"),
         ):
             require(
                 getattr(self, name) > 0,
@@ -199,12 +263,22 @@ class TrainConfig:
             f"clips_per_epoch {self.clips_per_epoch} is less than one batch of {self.batch_size}",
         )
         require_choice("sampling", self.sampling, SAMPLINGS)
-        require_share("warmup_share", self.warmup_share)
-        require_share("secondary_label_weight", self.secondary_label_weight)
-        require_share("max_failed_share", self.max_failed_share)
+        require_choice("loss", self.loss, LOSSES)
+        require_choice("precision", self.precision, PRECISIONS)
+        require_choice("on_non_finite", self.on_non_finite, ON_NON_FINITE)
+        for name in ("warmup_share", "max_failed_share", "label_smoothing"):
+            require_share(name, getattr(self, name))
+        if self.secondary_label_weight is not None:
+            require_share("secondary_label_weight", self.secondary_label_weight)
+        for name in ("framewise_loss_weight", "focal_gamma", "average_best"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative")
         require(
-            self.framewise_loss_weight >= 0,
-            "framewise_loss_weight must not be negative",
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            f"ema_decay is {self.ema_decay}; give a share in (0, 1), or None",
+        )
+        require(
+            self.patience is None or self.patience > 0,
+            f"patience is {self.patience}; give validations above 0, or None",
         )
 
 
@@ -218,15 +292,6 @@ class Experiment:
     model: ModelConfig = field(default_factory=ModelConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-
-    @classmethod
-    def named(cls, name: str) -> Experiment:
-        """Return the experiment called ``name``; ``ValueError`` lists the known ones."""
-        require(
-            name in EXPERIMENTS,
-            f"unknown experiment {name!r}; known experiments: {', '.join(EXPERIMENTS)}",
-        )
-        return EXPERIMENTS[name]
 
     @property
     def clip_samples(self) -> int:
@@ -262,60 +327,3 @@ def _restored(hint: Any, value: Any) -> Any:
 
 def _as_tuples(value: Any) -> Any:
     return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
-
-
-# Two cores and no GPU: half the frame rate, a quarter of the channels, five-second clips.
-SMALL = Experiment(
-    name="small_gru",
-    description="narrow ResNet-10 + bi-GRU + attention head, from random weights; two CPU cores",
-    frontend=FrontendConfig(hop_length=640, fmin=200.0),
-    model=ModelConfig(
-        backbone="resnet10t",
-        backbone_options=(("channels", (32, 64, 128, 256)), ("stem_width", 16)),
-        pretrained=False,
-        temporal="gru",
-        temporal_size=128,
-        dropout=0.2,
-    ),
-    train=TrainConfig(
-        clip_seconds=5.0,
-        epochs=24,
-        clips_per_epoch=480,
-        batch_size=32,
-        learning_rate=3e-3,
-        # Birds behind are what soundscapes are made of: at 0.3 they stay below every threshold.
-        secondary_label_weight=1.0,
-    ),
-)
-
-_ALL = (
-    Experiment(
-        name="densenet121",
-        description="the 1st place's network: DenseNet-121, plain attention head, 30-s clips",
-        model=ModelConfig(backbone="densenet121", temporal="none", temporal_size=1024, dropout=0.5),
-        train=TrainConfig(clip_seconds=30.0, epochs=50, batch_size=24),
-    ),
-    Experiment(
-        name="resnest50_gru",
-        description="ResNeSt-50 + bi-GRU + attention head on 128 mel bins, 20-s clips",
-        frontend=FrontendConfig(n_mels=128, fmin=20.0, fmax=16_000.0),
-        model=ModelConfig(backbone="resnest50d", temporal="gru", temporal_size=512),
-    ),
-    Experiment(
-        name="efficientnet_b0_gru_attention",
-        description="EfficientNet-B0 + bi-GRU + self-attention on log-mel and deltas",
-        frontend=FrontendConfig(n_mels=128, features=("log_mel", "delta", "delta_delta")),
-        model=ModelConfig(backbone="tf_efficientnet_b0", temporal="gru+attention"),
-    ),
-    SMALL,
-    replace(
-        SMALL,
-        name="small_attention",
-        description="small_gru with self-attention for the GRU, on input normalised per clip",
-        frontend=replace(SMALL.frontend, n_mels=80, fmax=12_000.0, normalization="clip"),
-        model=replace(SMALL.model, temporal="attention"),
-        train=replace(SMALL.train, seed=1),
-    ),
-)
-EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _ALL}
-require(len(EXPERIMENTS) == len(_ALL), "two experiments have the same name")

@@ -25,6 +25,7 @@ from birdcall.audio import AudioError, iterate_audio, read_audio
 from birdcall.cache import Cache
 from birdcall.config import NO_AUGMENT, SEGMENT_SECONDS, Experiment, require
 from birdcall.dataset import ClipDataset, ClipReader, ClipSampler
+from birdcall.experiments import find_experiment
 from birdcall.files import atomic_path, write_atomically
 from birdcall.loader import FailureCounter, iterate_clips, make_loader
 from birdcall.models import build_model
@@ -66,7 +67,7 @@ class LoaderSide:
 
     @property
     def experiment(self) -> Experiment:
-        small = Experiment.named(SMALL)
+        small = find_experiment(SMALL)
         train = replace(small.train, crops_per_recording=self.crops_per_recording)
         augment = small.augment if self.augmented else NO_AUGMENT
         return replace(small, augment=augment, train=train)
@@ -118,7 +119,7 @@ def prepare_recordings(data: Path, folder: Path, n_recordings: int, seed: int) -
     """Choose recordings at least as long as a clip, and cache them below ``folder``."""
     chosen, seconds = [], []
     table = read_recordings(data).sample(frac=1, random_state=seed)
-    rate = Experiment.named(SMALL).frontend.sample_rate
+    rate = find_experiment(SMALL).frontend.sample_rate
     cache = Cache(folder / "cache", rate)
     for row, path in zip(table.index, table["path"], strict=True):
         if len(chosen) == n_recordings:
@@ -146,7 +147,7 @@ def make_readers(recordings: Recordings) -> dict[str, ReadOne]:
     """Return every way to read one clip, by its name."""
     import librosa
 
-    rate = Experiment.named(SMALL).frontend.sample_rate
+    rate = find_experiment(SMALL).frontend.sample_rate
     n_samples = SEGMENT_SECONDS * rate
 
     def load(path: str, offset: float) -> np.ndarray:
@@ -199,7 +200,7 @@ def _compare(
     folder: Path, readers: dict[str, ReadOne], clips: Sequence[tuple[str, float]]
 ) -> list[float]:
     """Return each reader's largest difference from the full decode at the same place."""
-    rate = Experiment.named(SMALL).frontend.sample_rate
+    rate = find_experiment(SMALL).frontend.sample_rate
     differences = dict.fromkeys(readers, 0.0)
     for path, offset in clips:
         whole, start = read_audio(folder / path, rate), round(offset * rate)

@@ -1,0 +1,183 @@
+"""The named experiments: each states only what it does otherwise than the baseline."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from birdcall.config import (
+    NOISE_AUGMENTATIONS,
+    AugmentConfig,
+    Experiment,
+    FrontendConfig,
+    ModelConfig,
+    TrainConfig,
+    require,
+)
+
+
+def find_experiment(name: str) -> Experiment:
+    """Return the experiment called ``name``; ``ValueError`` lists the known ones."""
+    require(
+        name in EXPERIMENTS,
+        f"unknown experiment {name!r}; known experiments: {', '.join(EXPERIMENTS)}",
+    )
+    return EXPERIMENTS[name]
+
+
+# For the real data and a GPU. They differ in input, backbone, temporal layer and head, as the
+# members of an ensemble should.
+_WIDE = FrontendConfig(n_mels=128, fmin=20.0, fmax=16_000.0)
+_GPU = TrainConfig(precision="fp16", ema_decay=0.999)  # Kaggle's T4 knows fp16, not bf16
+_REAL = (
+    Experiment(
+        name="densenet121",
+        description="the 1st place's network: DenseNet-121, plain attention head, 30-s clips",
+        model=ModelConfig(backbone="densenet121", temporal="none", temporal_size=1024, dropout=0.5),
+        train=replace(
+            _GPU, clip_seconds=30.0, epochs=50, batch_size=24, secondary_label_weight=1.0
+        ),
+    ),
+    Experiment(
+        name="resnest50_gru",
+        description="ResNeSt-50 + bi-GRU + attention head on 128 mel bins, 20-s clips",
+        frontend=_WIDE,
+        model=ModelConfig(backbone="resnest50d", temporal="gru", temporal_size=512),
+        train=_GPU,
+    ),
+    Experiment(
+        name="efficientnet_b0_gru_attention",
+        description="EfficientNet-B0 + bi-GRU + self-attention on log-mel and deltas (4th place)",
+        frontend=FrontendConfig(n_mels=128, features=("log_mel", "delta", "delta_delta")),
+        model=ModelConfig(backbone="tf_efficientnet_b0", temporal="gru+attention"),
+        train=_GPU,
+    ),
+    Experiment(
+        name="efficientnetv2_s_gru_attention",
+        description="EfficientNetV2-S + GeM + bi-GRU + self-attention, best three epochs averaged",
+        frontend=_WIDE,
+        model=ModelConfig(backbone="tf_efficientnetv2_s", pooling="gem", temporal="gru+attention"),
+        train=replace(_GPU, batch_size=24, average_best=3, label_smoothing=0.01),
+    ),
+    Experiment(
+        name="regnety_040_attention",
+        description="RegNetY-4.0 (8th place) + self-attention, log-mean-exp head (39th), 1-8 kHz",
+        frontend=replace(_WIDE, fmin=500.0, fmax=10_000.0),
+        model=ModelConfig(backbone="regnety_040", temporal="attention", head="log_mean_exp"),
+        train=replace(_GPU, batch_size=24),
+    ),
+    Experiment(
+        name="cnn14",
+        description="PANNs' CNN14 on its own front end; give its AudioSet weights with --init",
+        model=ModelConfig(
+            backbone="panns_cnn14", pretrained=False, temporal="none", temporal_size=2048
+        ),
+        train=replace(_GPU, clip_seconds=30.0, batch_size=24, learning_rate=5e-4),
+    ),
+    Experiment(
+        name="nfnet_l0_pcen",
+        description="ECA-NFNet-L0 + GeM on PCEN and log-mel, focal loss, secondary labels masked",
+        frontend=replace(_WIDE, features=("pcen", "log_mel"), normalization="clip"),
+        model=ModelConfig(backbone="eca_nfnet_l0", pooling="gem", temporal="none"),
+        train=replace(_GPU, loss="focal", secondary_label_weight=None, rating_loss_weight=True),
+    ),
+)
+
+# Two cores and no GPU: half the frame rate, a quarter of the channels, five-second clips.
+_SMALL = Experiment(
+    name="small_gru",
+    description="narrow ResNet-10 + bi-GRU + attention head, from random weights; two CPU cores",
+    frontend=FrontendConfig(hop_length=640, fmin=200.0),
+    model=ModelConfig(
+        backbone="resnet10t",
+        backbone_options=(("channels", (32, 64, 128, 256)), ("stem_width", 16)),
+        pretrained=False,
+        temporal="gru",
+        temporal_size=128,
+        dropout=0.2,
+    ),
+    augment=AugmentConfig().without("mp3"),  # as dear as the network's own step
+    train=TrainConfig(
+        clip_seconds=5.0,
+        epochs=24,
+        clips_per_epoch=480,
+        batch_size=32,
+        learning_rate=3e-3,
+        # Birds behind are what soundscapes are made of: at 0.3 they stay below every threshold.
+        secondary_label_weight=1.0,
+    ),
+)
+_SMALL_ONES = (
+    replace(
+        _SMALL,
+        name="small_plain",
+        description="small_gru without a temporal layer",
+        model=replace(_SMALL.model, temporal="none"),
+    ),
+    _SMALL,
+    replace(
+        _SMALL,
+        name="small_attention",
+        description="small_gru with self-attention for the GRU",
+        model=replace(_SMALL.model, temporal="attention"),
+    ),
+    replace(
+        _SMALL,
+        name="small_gru_attention",
+        description="small_gru with self-attention behind the GRU",
+        model=replace(_SMALL.model, temporal="gru+attention"),
+    ),
+    replace(
+        _SMALL,
+        name="small_gru_clean",
+        description="small_gru without noise of any kind in its clips",
+        augment=_SMALL.augment.without(*NOISE_AUGMENTATIONS),
+    ),
+    replace(
+        _SMALL,
+        name="small_gru_bf16",
+        description="small_gru in bfloat16",
+        train=replace(_SMALL.train, precision="bf16"),
+    ),
+    replace(
+        _SMALL,
+        name="small_attention_normed",
+        description="small_attention on 80 mel bins, input normalised per clip; an ensemble's 2nd",
+        frontend=replace(_SMALL.frontend, n_mels=80, fmax=12_000.0, normalization="clip"),
+        model=replace(_SMALL.model, temporal="attention"),
+        train=replace(_SMALL.train, seed=1),
+    ),
+)
+
+# From ImageNet on two cores: a hundred recordings are too few to learn to hear from nothing.
+_LITE0 = Experiment(
+    name="lite0_plain",
+    description="EfficientNet-Lite0 from ImageNet, plain attention head; two CPU cores",
+    frontend=FrontendConfig(hop_length=512, fmin=200.0),
+    model=ModelConfig(
+        backbone="tf_efficientnet_lite0", temporal="none", temporal_size=256, dropout=0.3
+    ),
+    augment=AugmentConfig().without("mp3"),
+    train=TrainConfig(
+        clip_seconds=6.0, epochs=40, batch_size=16, learning_rate=1e-3, validate_every=10
+    ),
+)
+_LITE0_ONES = (
+    _LITE0,
+    *(
+        replace(
+            _LITE0,
+            name=f"lite0_{name}",
+            description=f"lite0_plain with {what} as a residual branch",
+            model=replace(_LITE0.model, temporal=temporal),
+        )
+        for name, what, temporal in (
+            ("gru", "a bi-GRU", "gru"),
+            ("attention", "self-attention", "attention"),
+            ("gru_attention", "a bi-GRU and self-attention", "gru+attention"),
+        )
+    ),
+)
+
+_ALL = (*_REAL, *_SMALL_ONES, *_LITE0_ONES)
+EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _ALL}
+require(len(EXPERIMENTS) == len(_ALL), "two experiments have the same name")
