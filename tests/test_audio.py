@@ -115,6 +115,36 @@ def test_a_tone_stays_where_it_is_through_resampling(tmp_path: Path, sample_rate
     assert np.abs(np.fft.rfft(waveform)).argmax() == 2000  # bins of half a hertz
 
 
+@pytest.mark.parametrize("downmix", [0.0, 0.25, 1.0])
+def test_the_first_channel_has_the_share_that_was_asked_for(tmp_path: Path, downmix: float) -> None:
+    channels = np.random.default_rng(0).uniform(-0.9, 0.9, (3 * RATE, 2)).astype(np.float32)
+    path = tmp_path / "a.wav"
+    soundfile.write(path, channels, RATE, subtype="FLOAT")
+    expected = downmix * channels[:, 0] + (1 - downmix) * channels[:, 1]
+    np.testing.assert_allclose(read_audio(path, RATE, downmix=downmix), expected, atol=1e-6)
+    for offset, crop in zip(
+        (0.5, 1.0), read_crops(path, RATE, [0.5, 1.0], 2, downmix), strict=True
+    ):
+        start = round(offset * RATE)
+        np.testing.assert_allclose(crop, expected[start : start + 2 * RATE], atol=1e-6)
+    resampled = read_audio(path, 16_000, 1.0, 1.0, downmix)
+    np.testing.assert_allclose(
+        resampled, soxr.resample(expected, RATE, 16_000)[16_000:32_000], atol=1e-4
+    )
+
+
+def test_of_more_channels_the_others_share_the_rest_and_mono_stays(tmp_path: Path) -> None:
+    channels = np.random.default_rng(0).uniform(-0.9, 0.9, (RATE, 4)).astype(np.float32)
+    path = tmp_path / "a.wav"
+    soundfile.write(path, channels, RATE, subtype="FLOAT")
+    expected = 0.4 * channels[:, 0] + 0.2 * channels[:, 1:].sum(axis=1)
+    np.testing.assert_allclose(read_audio(path, RATE, downmix=0.4), expected, atol=1e-6)
+    soundfile.write(path, channels[:, 0], RATE, subtype="FLOAT")
+    np.testing.assert_array_equal(read_audio(path, RATE, downmix=0.4), channels[:, 0])
+    with pytest.raises(ValueError, match=r"downmix is 1\.5; it must be between 0 and 1"):
+        read_audio(path, RATE, downmix=1.5)
+
+
 def test_channels_are_averaged(tmp_path: Path) -> None:
     left = np.random.default_rng(0).uniform(-1, 1, RATE).astype(np.float32)
     path = tmp_path / "a.wav"

@@ -1,25 +1,31 @@
-"""Augmentation does what its numbers say: realised SNR, union targets, one seed one batch."""
+"""A clip's augmentation does what its numbers say: levels, spectra, one request one clip."""
 
 import random
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import scipy.signal
 import soundfile
-import torch
 
-from birdcall.augment import (
-    ClipAugment,
-    NoiseFiles,
-    NothingReadableError,
-    augment_batch,
-    low_pass,
-    mix_up,
-)
-from birdcall.config import NO_AUGMENT
+from birdcall.augment import ClipAugment, color_noise, encode_mp3, fade_ends
+from birdcall.config import NO_AUGMENT, AugmentConfig
 
 RATE = 32_000
+IN_BATCH = {"shift", "mixup", "mixup_third", "gain"}  # tests/test_batch_augment.py
+IN_DATASET = {"noise_only"}  # tests/test_dataset.py
+AT_READING = {"downmix"}
+NAMES = [
+    item.name.removesuffix("_probability")
+    for item in fields(AugmentConfig)
+    if item.name.endswith("_probability")
+]
+OF_A_CLIP = [name for name in NAMES if name not in IN_BATCH | IN_DATASET | AT_READING]
+
+
+def only(name, **ranges):
+    """Return a config in which one thing is done to every clip."""
+    return replace(NO_AUGMENT, **{f"{name}_probability": 1.0}, **ranges)
 
 
 def tone(seconds=2.0, hz=3000.0):
@@ -27,8 +33,20 @@ def tone(seconds=2.0, hz=3000.0):
     return (0.1 * np.sin(2 * np.pi * hz * time)).astype(np.float32)
 
 
+def chirps(seconds=3.0):
+    """Sweeps of half a second, each unlike the others and far from silence at both ends."""
+    time = np.arange(round(seconds * RATE)) / RATE
+    return (0.3 * scipy.signal.chirp(time, 500, seconds, 6000)).astype(np.float32)
+
+
 def power_db(waveform):
     return 10 * np.log10(np.mean(np.square(waveform, dtype=np.float64)))
+
+
+def slope_of(noise, low_hz=100, high_hz=15_000):
+    hz, density = scipy.signal.welch(noise, RATE, nperseg=4096)
+    band = (hz > low_hz) & (hz < high_hz)
+    return np.polyfit(np.log2(hz[band]), 10 * np.log10(density[band]), 1)[0]
 
 
 @pytest.fixture
@@ -44,101 +62,51 @@ def augment_clip(config, clip, noise_files=(), seed=0):
     failures = []
     made = ClipAugment(config, RATE, noise_files)(clip, np.random.default_rng(seed), failures)
     assert not failures
+    assert made.dtype == np.float32
+    assert made.shape == clip.shape
     return made
 
 
-@pytest.mark.parametrize("snr_db", [0.0, 7.5, 15.0])
-def test_background_noise_has_the_snr_that_was_asked_for(noise_file, snr_db):
-    config = replace(NO_AUGMENT, noise_probability=1.0, noise_snr_db=(snr_db, snr_db))
-    clip = tone()
-    noisy = augment_clip(config, clip, [noise_file])
-    assert power_db(clip) - power_db(noisy - clip) == pytest.approx(snr_db, abs=0.1)
+# --- every field ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("snr_db", [3.0, 12.0])
-def test_coloured_noise_has_the_snr_that_was_asked_for(snr_db):
-    config = replace(NO_AUGMENT, color_noise_probability=1.0, color_noise_snr_db=(snr_db, snr_db))
-    clip = tone()
-    noisy = augment_clip(config, clip)
-    assert power_db(clip) - power_db(noisy - clip) == pytest.approx(snr_db, abs=0.1)
+@pytest.mark.parametrize("name", OF_A_CLIP)
+def test_at_probability_one_every_clip_changes_and_at_zero_none(name, noise_file):
+    clip = chirps()
+    before = clip.copy()
+    made = augment_clip(only(name), clip, [noise_file])
+    assert np.abs(made - clip).max() > 1e-3
+    assert np.array_equal(clip, before), "the clip itself is left as it is"
+    at_zero = replace(AugmentConfig(), **{f"{other}_probability": 0.0 for other in NAMES})
+    assert np.array_equal(augment_clip(at_zero, clip, [noise_file]), clip)
 
 
-def test_drawn_snrs_fill_their_range(noise_file):
-    config = replace(NO_AUGMENT, noise_probability=1.0, noise_snr_db=(2.0, 10.0))
-    clip = tone()
-    noisy = [augment_clip(config, clip, [noise_file], seed) for seed in range(40)]
-    snrs = [power_db(clip) - power_db(item - clip) for item in noisy]
-    assert 1.9 < min(snrs) < 4
-    assert 8 < max(snrs) < 10.1
+@pytest.mark.parametrize("name", OF_A_CLIP)
+def test_at_a_probability_between_some_clips_change(name, noise_file):
+    clip = chirps(0.5)
+    config = replace(NO_AUGMENT, **{f"{name}_probability": 0.5})
+    changed = [
+        not np.array_equal(augment_clip(config, clip, [noise_file], seed), clip)
+        for seed in range(30)
+    ]
+    assert 5 <= sum(changed) <= 25
 
 
-def test_coloured_noise_is_pink():
-    config = replace(NO_AUGMENT, color_noise_probability=1.0)
-    clip = tone(20.0)
-    noise = augment_clip(config, clip) - clip
-    hz, density = scipy.signal.welch(noise, RATE, nperseg=4096)
-    octaves = np.log2(hz[20:1600])
-    slope = np.polyfit(octaves, 10 * np.log10(density[20:1600]), 1)[0]
-    assert slope == pytest.approx(-3.01, abs=0.2)
+@pytest.mark.parametrize("name", OF_A_CLIP)
+def test_silence_stays_silent_and_a_full_scale_clip_finite(name, noise_file):
+    silence = np.zeros(RATE, np.float32)
+    assert not augment_clip(only(name), silence, [noise_file]).any()
+    assert not augment_clip(only(name), silence).any()
+    loud = np.sign(tone()).astype(np.float32)
+    assert np.isfinite(augment_clip(only(name), loud, [noise_file])).all()
 
 
-@pytest.mark.parametrize("order", [2, 3, 4])
-def test_the_low_pass_has_the_magnitude_of_a_butterworth_filter(order):
-    impulse = np.zeros(RATE, np.float32)
-    impulse[RATE // 2] = 1
-    ours = np.abs(np.fft.rfft(low_pass(impulse, RATE, 5000.0, order)))
-    hz = np.fft.rfftfreq(RATE, 1 / RATE)
-    b, a = scipy.signal.butter(order, 5000.0, analog=True)
-    reference = np.abs(scipy.signal.freqs(b, a, hz)[1])
-    np.testing.assert_allclose(ours[20:], reference[20:], atol=1e-4)
-
-
-def test_the_low_pass_does_not_delay_and_its_end_does_not_reach_its_beginning():
-    click = np.zeros(4000, np.float32)
-    click[[2000, 3999]] = 1
-    filtered = low_pass(click, RATE, 4000.0, 2)
-    assert np.argmax(np.abs(filtered[:3000])) == 2000
-    assert np.abs(filtered[:1000]).max() < 1e-4
-
-
-def test_the_low_pass_takes_the_high_frequencies_only():
-    config = replace(NO_AUGMENT, low_pass_probability=1.0, low_pass_hz=(4000.0, 4000.0))
-    low, high = tone(hz=500.0), tone(hz=12_000.0)
-    assert power_db(augment_clip(config, low)) == pytest.approx(power_db(low), abs=0.5)
-    assert power_db(augment_clip(config, high)) < power_db(high) - 12
-
-
-def test_silent_noise_changes_nothing(tmp_path):
-    path = tmp_path / "silence.wav"
-    soundfile.write(path, np.zeros(5 * RATE), RATE)
-    config = replace(NO_AUGMENT, noise_probability=1.0)
-    clip = tone()
-    assert np.array_equal(augment_clip(config, clip, [path]), clip)
-
-
-def test_a_silent_clip_stays_silent(noise_file):
-    config = replace(NO_AUGMENT, noise_probability=1.0, color_noise_probability=1.0)
-    silence = np.zeros(RATE, dtype=np.float32)
-    assert np.array_equal(augment_clip(config, silence, [noise_file]), silence)
-
-
-def test_short_noise_is_repeated_and_long_noise_starts_anywhere(tmp_path):
-    path = tmp_path / "ramp.wav"
-    soundfile.write(path, np.arange(RATE) / RATE, RATE, subtype="FLOAT")
-    noise = NoiseFiles([path], RATE)
-    whole = noise.draw(3 * RATE, np.random.default_rng(0), [])
-    assert np.array_equal(whole, np.tile(np.float32(np.arange(RATE) / RATE), 3))
-    starts = [noise.draw(RATE // 4, np.random.default_rng(seed), [])[0] for seed in range(30)]
-    assert min(starts) < 0.1
-    assert 0.6 < max(starts) < 0.76
-
-
-def test_one_seed_gives_one_clip_and_leaves_the_global_generators_alone(noise_file):
-    config = replace(NO_AUGMENT, noise_probability=1.0, color_noise_probability=0.5)
+def test_everything_at_once_follows_the_seed_and_leaves_the_global_generators_alone(noise_file):
+    config = replace(AugmentConfig(), **{f"{name}_probability": 1.0 for name in OF_A_CLIP})
+    clip = chirps()
     random.seed(5)
     np.random.seed(5)
     before = random.getstate(), np.random.get_state()[1].copy()
-    clip = tone()
     first = augment_clip(config, clip, [noise_file], seed=3)
     assert random.getstate() == before[0]
     assert np.array_equal(np.random.get_state()[1], before[1])
@@ -146,84 +114,218 @@ def test_one_seed_gives_one_clip_and_leaves_the_global_generators_alone(noise_fi
     np.random.seed(6)
     assert np.array_equal(first, augment_clip(config, clip, [noise_file], seed=3))
     assert not np.array_equal(first, augment_clip(config, clip, [noise_file], seed=4))
-    assert np.array_equal(clip, tone()), "the clip itself is left as it is"
 
 
-def test_a_broken_noise_file_is_named_and_another_taken(noise_file, tmp_path):
-    broken = tmp_path / "broken.wav"
-    broken.write_bytes(b"<html>not found</html>")
-    noise = NoiseFiles([broken, noise_file], RATE)
-    drawn = []
-    for seed in range(20):
-        failures = []
-        assert power_db(noise.draw(RATE, np.random.default_rng(seed), failures)) > -40
-        drawn.append([failure.path for failure in failures])
-    assert [str(broken)] in drawn
-    assert [] in drawn
+def test_the_downmix_is_drawn_in_its_share_of_the_clips():
+    for probability, share in ((0.0, 0.0), (0.2, 0.2), (1.0, 1.0)):
+        augment = ClipAugment(replace(NO_AUGMENT, downmix_probability=probability), RATE)
+        generator = np.random.default_rng(0)
+        drawn = [augment.draw_downmix(generator) for _ in range(1000)]
+        mixed = [value for value in drawn if value is not None]
+        assert len(mixed) / len(drawn) == pytest.approx(share, abs=0.04)
+        assert all(0 <= value <= 1 for value in mixed)
+        assert not mixed or (min(mixed) < 0.05 and max(mixed) > 0.95)
 
 
-def test_noise_of_which_nothing_can_be_read_is_an_error(tmp_path):
-    failures = []
-    absent = NoiseFiles([tmp_path / "a.wav", tmp_path / "b.wav"], RATE)
-    with pytest.raises(NothingReadableError, match="none of 2 noise files can be read"):
-        absent.draw(RATE, np.random.default_rng(0), failures)
-    assert {failure.reason for failure in failures} == {
-        f"{tmp_path / name}: no such file" for name in ("a.wav", "b.wav")
-    }
+# --- noise ---------------------------------------------------------------------------------------
 
 
-def batch(n_clips=8, n_classes=4):
-    generator = torch.Generator().manual_seed(0)
-    waveform = (
-        torch.randn(n_clips, 1000, generator=generator) * torch.arange(1, n_clips + 1)[:, None]
-    )
-    return waveform, torch.eye(n_classes).repeat(n_clips // n_classes, 1)
-
-
-def test_mixup_adds_one_other_clip_at_the_drawn_power_and_unites_the_targets():
-    config = replace(NO_AUGMENT, mixup_probability=1.0, mixup_gain_db=(-3.0, -3.0))
-    waveform, target = batch()
-    mixed, union = mix_up(waveform, target, config, torch.Generator().manual_seed(1))
-    for clip, old, new, was in zip(mixed, waveform, union, target, strict=True):
-        added = clip - old
-        if not added.any():
-            assert torch.equal(new, was)
-            continue
-        ratio = 10 * torch.log10(added.square().mean() / old.square().mean())
-        assert ratio.item() == pytest.approx(-3.0, abs=0.01)
-        scale = [torch.dot(added, other) / other.square().sum() for other in waveform]
-        partner = int(torch.stack(scale).mul(waveform.norm(dim=1)).argmax())
-        torch.testing.assert_close(added, scale[partner] * waveform[partner])
-        assert torch.equal(new, torch.maximum(was, target[partner]))
-    assert (union.sum(1) > 1).any()
-
-
-def test_a_silent_clip_takes_no_label_from_mixup():
-    config = replace(NO_AUGMENT, mixup_probability=1.0)
-    waveform, target = batch()
-    waveform[2] = 0
-    mixed, union = mix_up(waveform, target, config, torch.Generator().manual_seed(1))
-    assert mixed.isfinite().all()
-    assert torch.equal(union[2], target[2])
-
-
-def test_gain_stays_in_its_range_and_one_seed_gives_one_batch():
-    config = replace(NO_AUGMENT, gain_probability=1.0, gain_db=(-12.0, 3.0))
-    waveform, target = batch()
-    louder, same = augment_batch(waveform, target, config, torch.Generator().manual_seed(2))
-    gain_db = 20 * torch.log10(louder.norm(dim=1) / waveform.norm(dim=1))
-    assert gain_db.min() >= -12.001
-    assert gain_db.max() <= 3.001
-    assert gain_db.std() > 1
-    assert torch.equal(same, target)
-    again, _ = augment_batch(waveform, target, config, torch.Generator().manual_seed(2))
-    assert torch.equal(again, louder)
-
-
-def test_no_augmentation_changes_nothing():
-    waveform, target = batch()
-    same, labels = augment_batch(waveform, target, NO_AUGMENT, torch.Generator().manual_seed(0))
-    assert torch.equal(same, waveform)
-    assert torch.equal(labels, target)
+@pytest.mark.parametrize("snr_db", [0.0, 7.5, 15.0])
+@pytest.mark.parametrize("name", ["noise", "color_noise"])
+def test_noise_has_the_snr_that_was_asked_for(noise_file, name, snr_db):
     clip = tone()
-    assert np.array_equal(augment_clip(NO_AUGMENT, clip), clip)
+    noisy = augment_clip(only(name, **{f"{name}_snr_db": (snr_db, snr_db)}), clip, [noise_file])
+    assert power_db(clip) - power_db(noisy - clip) == pytest.approx(snr_db, abs=0.1)
+
+
+def test_drawn_snrs_fill_their_range(noise_file):
+    config, clip = only("noise", noise_snr_db=(2.0, 10.0)), tone()
+    noisy = [augment_clip(config, clip, [noise_file], seed) for seed in range(40)]
+    snrs = [power_db(clip) - power_db(item - clip) for item in noisy]
+    assert 1.9 < min(snrs) < 4
+    assert 8 < max(snrs) < 10.1
+
+
+@pytest.mark.parametrize("slope_db", [-6.0, -3.0, -1.0, 0.0, 3.0])
+def test_coloured_noise_has_the_slope_that_was_asked_for(slope_db):
+    config = only("color_noise", color_noise_slope_db=(slope_db, slope_db))
+    clip = tone(5.0)
+    noise = augment_clip(config, clip) - clip
+    assert slope_of(noise) == pytest.approx(slope_db, abs=0.25)
+
+
+def test_drawn_slopes_fill_their_range():
+    config, clip = only("color_noise", color_noise_slope_db=(-6.0, -1.0)), tone(1.0)
+    slopes = [slope_of(augment_clip(config, clip, seed=seed) - clip) for seed in range(25)]
+    assert min(slopes) < -5
+    assert -2 < max(slopes) < -0.5
+
+
+def test_coloured_noise_is_gaussian_stationary_and_never_the_same():
+    drawn = [color_noise(2 * RATE, RATE, -3.0, np.random.default_rng(seed)) for seed in range(20)]
+    for noise in drawn:
+        shares = [np.mean(np.abs(noise) < k * noise.std()) for k in (1, 2, 3)]
+        np.testing.assert_allclose(shares, [0.683, 0.954, 0.997], atol=0.03)
+        halves = [power_db(half) for half in np.split(noise, 2)]
+        assert abs(halves[0] - halves[1]) < 1.5
+    correlation = np.corrcoef(drawn) - np.eye(len(drawn))
+    assert np.abs(correlation).max() < 0.1
+
+
+def test_noise_at_the_end_of_the_pool_goes_on_at_its_start(monkeypatch):
+    monkeypatch.setattr(
+        "birdcall.augment._white_pool",
+        lambda: np.random.default_rng(0).standard_normal(5000, dtype=np.float32),
+    )
+    noise = color_noise(RATE, RATE, 0.0, np.random.default_rng(0))
+    assert power_db(noise[RATE // 2 :]) == pytest.approx(power_db(noise[: RATE // 2]), abs=1)
+    period = noise[:5000]
+    assert np.corrcoef(period, noise[5000:10_000])[0, 1] > 0.99
+
+
+def test_silent_noise_changes_nothing(tmp_path):
+    path = tmp_path / "silence.wav"
+    soundfile.write(path, np.zeros(5 * RATE), RATE)
+    clip = tone()
+    for name in ("noise", "short_noise"):
+        assert np.array_equal(augment_clip(only(name), clip, [path]), clip)
+
+
+@pytest.mark.parametrize("snr_db", [0.0, 12.0])
+@pytest.mark.parametrize("has_files", [True, False])
+def test_a_burst_has_its_length_and_its_snr_to_the_whole_clip(noise_file, snr_db, has_files):
+    config = only(
+        "short_noise", short_noise_snr_db=(snr_db, snr_db),
+        short_noise_seconds=(0.25, 0.25), short_noise_count=(1, 1),
+    )  # fmt: skip
+    clip = tone()
+    starts = []
+    for seed in range(20):
+        added = augment_clip(config, clip, [noise_file] * has_files, seed) - clip
+        places = np.flatnonzero(np.abs(added) > 1e-7)
+        starts.append(places[0] / RATE)
+        assert np.ptp(places) == pytest.approx(0.25 * RATE, abs=0.003 * RATE)
+        burst = added[places[0] : places[0] + RATE // 4]
+        assert power_db(clip) - power_db(burst) == pytest.approx(snr_db, abs=0.1)
+        assert np.abs(burst[:100]).max() < np.abs(burst).max() / 5, "it fades in"
+        assert np.abs(burst[-100:]).max() < np.abs(burst).max() / 5
+    assert min(starts) < 0.4 and max(starts) > 1.3
+
+
+def test_the_number_of_bursts_is_drawn_from_its_range(noise_file):
+    config = only("short_noise", short_noise_seconds=(0.01, 0.01), short_noise_count=(1, 4))
+    clip = tone(20.0)
+    counts = set()
+    for seed in range(30):
+        there = np.abs(augment_clip(config, clip, [noise_file], seed) - clip) > 1e-7
+        gaps = np.diff(np.flatnonzero(there)) > RATE // 50
+        counts.add(1 + int(gaps.sum()))
+    assert counts == {1, 2, 3, 4}
+
+
+def test_a_burst_longer_than_the_clip_is_cut_to_it(noise_file):
+    config = only("short_noise", short_noise_seconds=(9.0, 9.0))
+    assert np.isfinite(augment_clip(config, tone(0.5), [noise_file])).all()
+
+
+def test_fades_rise_and_fall_along_a_cosine():
+    faded = fade_ends(np.ones(100, np.float32), 10)
+    expected = np.sin(np.pi / 2 * (np.arange(10) + 0.5) / 10) ** 2
+    np.testing.assert_allclose(faded[:10], expected, atol=1e-6)
+    np.testing.assert_allclose(faded[-10:], expected[::-1], atol=1e-6)
+    assert (faded[10:-10] == 1).all()
+    assert fade_ends(np.ones(1, np.float32), 10).tolist() == [1.0]
+
+
+# --- spectrum ------------------------------------------------------------------------------------
+
+
+def gain_db(config, hz):
+    return power_db(augment_clip(config, tone(hz=hz))) - power_db(tone(hz=hz))
+
+
+@pytest.mark.parametrize("hz", [250.0, 1000.0, 4000.0, 8000.0, 14_000.0])
+def test_the_fade_is_a_line_in_decibels_over_frequency(hz):
+    config = only("high_fade", high_fade_db=(20.0, 20.0))
+    assert gain_db(config, hz) == pytest.approx(-20 * hz / 16_000, abs=0.1)
+
+
+def test_low_pass_and_high_pass_take_their_side_only():
+    low, high = only("low_pass", low_pass_hz=(4e3, 4e3)), only("high_pass", high_pass_hz=(600, 600))
+    assert gain_db(low, 500.0) == pytest.approx(0, abs=0.1)
+    assert gain_db(low, 12_000.0) < -18
+    assert gain_db(high, 150.0) < -20
+    assert gain_db(high, 4_000.0) == pytest.approx(0, abs=0.1)
+
+
+def test_all_that_is_done_to_the_spectrum_is_the_sum_of_its_decibels():
+    ranges = {
+        "low_pass_hz": (6e3, 6e3), "high_pass_hz": (500, 500), "high_fade_db": (10.0, 10.0),
+    }  # fmt: skip
+    together = replace(
+        NO_AUGMENT, **ranges,
+        low_pass_probability=1.0, high_pass_probability=1.0, high_fade_probability=1.0,
+    )  # fmt: skip
+    fade = only("high_fade", high_fade_db=(10.0, 10.0))
+    middle = gain_db(together, 1700.0) - gain_db(fade, 1700.0)
+    assert middle == pytest.approx(0, abs=0.4)
+    assert gain_db(together, 200.0) < -12
+    assert gain_db(together, 14_000.0) < -20
+
+
+# --- by audiomentations --------------------------------------------------------------------------
+
+
+def shift_of(made, clip):
+    """Return by how many samples ``made`` comes later, and how like it is then."""
+    correlation = scipy.signal.correlate(made, clip, method="fft")
+    best = int(correlation.argmax())
+    return best - len(clip) + 1, correlation[best] / np.linalg.norm(made) / np.linalg.norm(clip)
+
+
+@pytest.mark.parametrize("kbps", [32, 64, 128])
+def test_mp3_keeps_every_sample_in_its_place_and_the_level(kbps):
+    clip = chirps()
+    made = augment_clip(only("mp3", mp3_kbps=(kbps, kbps)), clip)
+    shift, likeness = shift_of(made, clip)
+    assert shift == 0
+    assert likeness > 0.99
+    # LAME takes 0.45 dB off, against overload.
+    assert power_db(made) == pytest.approx(power_db(clip) + 20 * np.log10(0.95), abs=0.1)
+    assert not np.array_equal(made, clip)
+
+
+def test_fewer_bits_are_further_from_the_clip():
+    clip = (0.1 * np.random.default_rng(0).standard_normal(RATE)).astype(np.float32)
+    errors = [
+        power_db(augment_clip(only("mp3", mp3_kbps=(kbps, kbps)), clip) - clip)
+        for kbps in (32, 128)
+    ]
+    assert errors[0] > errors[1] + 3
+
+
+def test_mp3_takes_clips_beyond_full_scale_and_shorter_than_its_frames():
+    loud = 5 * chirps()
+    made = augment_clip(only("mp3", mp3_kbps=(128, 128)), loud)
+    assert np.abs(made).max() > 1.2
+    assert shift_of(made, loud)[0] == 0
+    short = tone(0.02)
+    assert len(encode_mp3(short, RATE, (64, 64), np.random.default_rng(0))) == len(short)
+
+
+@pytest.mark.parametrize("semitones", [-2.0, 2.0])
+def test_pitch_moves_by_so_many_semitones_and_the_tempo_stays(semitones):
+    config = only("pitch", pitch_semitones=(semitones, semitones))
+    made = augment_clip(config, tone(2.0, 2000.0))
+    peak_hz = np.abs(np.fft.rfft(made)).argmax() / 2
+    assert peak_hz == pytest.approx(2000 * 2 ** (semitones / 12), rel=0.005)
+
+
+@pytest.mark.parametrize("rate", [0.9, 1.1])
+def test_tempo_moves_what_happens_and_neither_pitch_nor_length(rate):
+    clip = tone(2.0, 2000.0)
+    clip[RATE:] = 0  # the tone ends after one second
+    made = augment_clip(only("tempo", tempo_rate=(rate, rate)), clip)
+    assert np.abs(np.fft.rfft(made)).argmax() / 2 == pytest.approx(2000, rel=0.005)
+    loud = np.flatnonzero(np.abs(made) > 0.03)
+    assert loud[-1] / RATE == pytest.approx(1 / rate, abs=0.06)

@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from birdcall.audio import AudioError, iterate_audio, read_audio
-from birdcall.cache import Cache, read_cached, write_waveform
+from birdcall.cache import Cache, as_cached, cached_samples, read_cached, write_waveform
 
 RATE = 32_000
 NAME = "train_audio/aldfly/XC1 Ä.mp3"
@@ -60,6 +60,27 @@ def test_quiet_sound_keeps_its_detail_and_loud_sound_is_not_clipped(
     assert write_waveform(tmp_path / "a.npy", [waveform[:999], waveform[999:]]) == RATE
     cached = read_cached(tmp_path / "a.npy")
     np.testing.assert_allclose(cached, waveform, atol=2e-5 * max(peak, 1e-3))
+
+
+@pytest.mark.parametrize("peak", [0.0, 1e-5, 0.3, 2.5])
+def test_what_would_be_cached_is_what_a_cached_file_gives_back(tmp_path: Path, peak: float) -> None:
+    waveform = peak * np.sin(np.arange(RATE)).astype(np.float32)
+    write_waveform(tmp_path / "a.npy", [waveform])
+    samples, step = as_cached(waveform)
+    assert samples.dtype == np.int16
+    kept = np.multiply(samples, step, dtype=np.float32)
+    np.testing.assert_array_equal(kept, read_cached(tmp_path / "a.npy"))
+    assert cached_samples(tmp_path / "a.npy") == RATE
+
+
+def test_a_downmix_is_for_files_and_cached_sound_is_mono_already(cache: Cache, data: Path) -> None:
+    from_file = cache.read_crops(data, NAME, [1], 2, 0.0)[0]
+    np.testing.assert_array_equal(from_file, read_audio(data / NAME, RATE, 1, 2, 0.0))
+    assert not np.array_equal(from_file, cache.read_crops(data, NAME, [1], 2, 1.0)[0])
+    fill(cache, data)
+    mono = [cache.read_crops(data, NAME, [1], 2, downmix)[0] for downmix in (None, 0.0, 1.0)]
+    np.testing.assert_array_equal(mono[1], mono[0])
+    np.testing.assert_array_equal(mono[2], mono[0])
 
 
 def test_a_cached_file_is_a_plain_npy(cache: Cache, data: Path) -> None:

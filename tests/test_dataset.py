@@ -1,6 +1,8 @@
 """Clips are the same in any worker of any run, as long as they should be, and fairly drawn."""
 
 import json
+import multiprocessing
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +15,7 @@ import soundfile
 import torch
 
 from birdcall.audio import AudioError, read_audio
+from birdcall.augment import UNKNOWN
 from birdcall.cache import Cache
 from birdcall.config import NO_AUGMENT, AugmentConfig
 from birdcall.dataset import (
@@ -20,12 +23,21 @@ from birdcall.dataset import (
     ClipReader,
     ClipRequest,
     ClipSampler,
-    ReadFailure,
     TrainingData,
-    make_targets,
+    check_classes,
+    load_training_data,
     recording_weights,
 )
-from birdcall.loader import ClipBatch, FailureCounter, iterate_clips, make_loader
+from birdcall.loader import (
+    BATCHES_PER_WORKER,
+    WORKER_BYTES,
+    ClipBatch,
+    FailureCounter,
+    check_worker_memory,
+    iterate_clips,
+    make_loader,
+)
+from birdcall.noise_files import ReadFailure
 
 RATE = 32_000
 CLASSES = ("amecro", "bkcchi", "norcar")
@@ -39,7 +51,7 @@ def ramp(seconds):
 LENGTHS = {"a.wav": 10.0, "b.wav": 1.0, "c.wav": 2.0}
 
 
-def read_ramp(path, sample_rate, offsets, duration):
+def read_ramp(path, sample_rate, offsets, duration, downmix=None):
     waveform = ramp(LENGTHS[path])
     starts = [round(offset * sample_rate) for offset in offsets]
     ends = [None if duration is None else start + round(duration * sample_rate) for start in starts]
@@ -66,6 +78,11 @@ def recordings():
     )
 
 
+def make_clip(clips, request):
+    """The one clip of a request."""
+    return clips.make_clips([request])[0]
+
+
 def dataset(recordings, experiment, noise_files=(), augment=NO_AUGMENT):
     experiment = replace(experiment, augment=augment)
     return ClipDataset(recordings, CLASSES, experiment, read_ramp, noise_files)
@@ -74,17 +91,19 @@ def dataset(recordings, experiment, noise_files=(), augment=NO_AUGMENT):
 def test_clips_are_exactly_as_long_as_the_experiment_says(recordings, tiny_experiment):
     clips = dataset(recordings, tiny_experiment)
     for index in range(3):
-        waveform, target = clips[ClipRequest(0, index, index)]
+        clip = make_clip(clips, ClipRequest(0, index, index))
+        waveform, target = clip.waveform, clip.target
         assert waveform.shape == (2 * RATE,)
         assert waveform.dtype == target.dtype == torch.float32
 
 
 def test_a_crop_is_a_random_stretch_inside_the_recording(recordings, tiny_experiment):
     clips = dataset(recordings, tiny_experiment)
-    starts = [clips[ClipRequest(0, position, 0)][0][0].item() * 100 for position in range(60)]
+    made = clips.make_clips([ClipRequest(0, position, 0) for position in range(60)])
+    starts = [clip.waveform[0].item() * 100 for clip in made]
     assert 0 <= min(starts) < 1.5
     assert 6.5 < max(starts) <= 8.001
-    waveform = clips[ClipRequest(0, 0, 0)][0]
+    waveform = make_clip(clips, ClipRequest(0, 0, 0)).waveform
     assert (waveform[-1] - waveform[0]).item() * 100 == pytest.approx(2.0, abs=1e-3)
 
 
@@ -92,7 +111,7 @@ def test_a_short_recording_lies_whole_in_silence(recordings, tiny_experiment):
     clips = dataset(recordings, tiny_experiment)
     places = set()
     for position in range(5):
-        waveform = clips[ClipRequest(0, position, 1)][0].numpy()
+        waveform = make_clip(clips, ClipRequest(0, position, 1)).waveform.numpy()
         first = int(np.flatnonzero(waveform)[0])
         places.add(first)
         assert np.array_equal(waveform[first : first + RATE - 1], ramp(1.0)[1:])
@@ -114,9 +133,11 @@ def epoch_of(clips, sampler, workers=0):
 
 def assert_same(batches, others):
     assert len(batches) == len(others)
-    for (waveform, target), (other, its_target) in zip(batches, others, strict=True):
-        assert torch.equal(waveform, other)
-        assert torch.equal(target, its_target)
+    for batch, other in zip(batches, others, strict=True):
+        assert torch.equal(batch.waveform, other.waveform)
+        assert torch.equal(batch.target, other.target)
+        assert torch.equal(batch.weight, other.weight)
+        assert batch.recordings == other.recordings
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -126,7 +147,7 @@ def test_the_number_of_workers_changes_no_clip(recordings, tiny_experiment, nois
     clips = dataset(recordings, tiny_experiment, [noise_file], augment)
     sampler = make_sampler(recordings, 16, crops)
     alone, _ = epoch_of(clips, sampler)
-    assert [len(waveform) for waveform, _ in alone] == [4, 4, 4, 4]
+    assert [len(batch.waveform) for batch in alone] == [4, 4, 4, 4]
     for workers in (1, 2, 4):
         assert_same(alone, epoch_of(clips, sampler, workers)[0])
 
@@ -155,7 +176,7 @@ def test_a_kept_loader_serves_the_epoch_that_is_set(recordings, tiny_experiment)
         loader.sampler.set_epoch(epoch)
         epochs.append(list(iterate_clips(loader, failures)))
     assert_same(epochs[0], epochs[2])
-    assert not torch.equal(epochs[0][0][0], epochs[1][0][0])
+    assert not torch.equal(epochs[0][0].waveform, epochs[1][0].waveform)
 
 
 def test_a_start_outside_the_epoch_is_refused(recordings):
@@ -166,7 +187,7 @@ def test_a_start_outside_the_epoch_is_refused(recordings):
 def test_neighbouring_crops_of_a_recording_are_read_in_one_go(recordings, tiny_experiment):
     reads = []
 
-    def read(path, sample_rate, offsets, duration):
+    def read(path, sample_rate, offsets, duration, downmix=None):
         reads.append((path, len(offsets)))
         return read_ramp(path, sample_rate, offsets, duration)
 
@@ -178,7 +199,7 @@ def test_neighbouring_crops_of_a_recording_are_read_in_one_go(recordings, tiny_e
     starts = {clip.waveform[0].item() for clip in together}
     assert len(starts) == 5, "each crop has its own place"
     for request, clip in zip(requests, together, strict=True):
-        assert torch.equal(clip.waveform, clips[request][0])
+        assert torch.equal(clip.waveform, make_clip(clips, request).waveform)
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -204,23 +225,17 @@ def test_noise_only_clips_have_no_target(recordings, tiny_experiment, tmp_path):
     soundfile.write(path, np.full(RATE // 2, 0.25), RATE, subtype="FLOAT")
     always = replace(NO_AUGMENT, noise_only_probability=1.0)
     clips = dataset(recordings, tiny_experiment, [path], always)
-    waveform, target = clips[ClipRequest(0, 0, 0)]
-    assert torch.equal(waveform, torch.full((2 * RATE,), 0.25))
-    assert not target.any()
+    clip = make_clip(clips, ClipRequest(0, 0, 0))
+    assert torch.equal(clip.waveform, torch.full((2 * RATE,), 0.25))
+    assert not clip.target.any()
+    assert (clip.weight, clip.recording) == (1.0, "noise")
 
 
 def test_without_noise_files_every_clip_has_its_bird(recordings, tiny_experiment):
     always = replace(NO_AUGMENT, noise_only_probability=1.0)
-    _, target = dataset(recordings, tiny_experiment, (), always)[ClipRequest(0, 0, 0)]
-    assert target[0] == 1
-
-
-def test_targets_hold_primary_and_weighted_secondary_labels(recordings):
-    assert make_targets(recordings, CLASSES, 0.25).tolist() == [
-        [1.0, 0.0, 0.25],
-        [0.0, 1.0, 0.0],
-        [0.0, 0.0, 1.0],
-    ]
+    clip = make_clip(dataset(recordings, tiny_experiment, (), always), ClipRequest(0, 0, 0))
+    assert clip.target[0] == 1
+    assert clip.recording == "a.wav"
 
 
 def test_balanced_sampling_draws_every_class_equally_often():
@@ -278,6 +293,212 @@ def test_epochs_differ_and_can_be_asked_for_again():
     assert list(sampler) == first
 
 
+def test_classes_that_a_fold_lacks_are_named_once(recordings, caplog):
+    check_classes(recordings.iloc[:1], recordings.iloc[1:], CLASSES, 3)
+    training, validation = (record.message for record in caplog.records)
+    assert training.startswith(
+        "fold 3 has no training recording of 2 of 3 classes (bkcchi, norcar)"
+    )
+    assert validation.startswith("fold 3 has no validation recording of 1 of 3 classes (amecro)")
+
+
+def test_a_fold_with_all_classes_warns_of_nothing(recordings, caplog):
+    check_classes(recordings, recordings, CLASSES, 0)
+    assert not caplog.records
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+
+def shared_samplers(world_size, batch_size=8, n_clips=30, crops=3):
+    codes = [f"c{number % 4}" for number in range(20)]
+    return [
+        ClipSampler(
+            *(codes, n_clips, "balanced", 1),
+            crops_per_recording=crops,
+            rank=rank,
+            world_size=world_size,
+            batch_size=batch_size,
+        )
+        for rank in range(world_size)
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("start", [0, 8, 24])
+def test_processes_share_each_batch_of_the_one_epoch(world_size, start):
+    samplers = shared_samplers(world_size)
+    whole = ClipSampler([f"c{n % 4}" for n in range(20)], 30, "balanced", 1, None, 3)
+    for sampler in (whole, *samplers):
+        sampler.set_epoch(2, start if sampler is not whole else 0)
+    parts = [list(sampler) for sampler in samplers]
+    assert [len(part) for part in parts] == [len(sampler) for sampler in samplers]
+    share = 8 // world_size
+    joined = [
+        request
+        for first in range(0, len(parts[0]), share)
+        for part in parts
+        for request in part[first : first + share]
+    ]
+    assert joined == list(whole)[start:24], "in order, and without the batch that is not full"
+
+
+def test_processes_load_the_batches_of_one(recordings, tiny_experiment, noise_file):
+    clips = dataset(recordings, tiny_experiment, [noise_file], AugmentConfig())
+    codes = list(recordings["ebird_code"])
+    alone, _ = epoch_of(clips, ClipSampler(codes, 10, "balanced", 1, batch_size=4))
+    samplers = [
+        ClipSampler(codes, 10, "balanced", 1, rank=rank, world_size=2, batch_size=4)
+        for rank in (0, 1)
+    ]
+    loaders = [make_loader(clips, sampler, 0, batch_size=2) for sampler in samplers]
+    failures = FailureCounter(clips)
+    halves = [list(iterate_clips(loader, failures)) for loader in loaders]
+    assert [len(half) for half in halves] == [2, 2] == [len(alone), len(loaders[0])]
+    for batch, first, second in zip(alone, *halves, strict=True):
+        assert torch.equal(batch.waveform, torch.cat([first.waveform, second.waveform]))
+        assert torch.equal(batch.target, torch.cat([first.target, second.target]))
+        assert batch.recordings == first.recordings + second.recordings
+
+
+def test_batches_that_cannot_be_shared_are_refused():
+    with pytest.raises(ValueError, match="a batch of 8 cannot be shared by 3 processes"):
+        shared_samplers(3)
+    with pytest.raises(ValueError, match="an epoch of 6 clips is less than one batch of 8"):
+        shared_samplers(2, n_clips=6)
+    with pytest.raises(ValueError, match="a batch of None cannot be shared by 2"):
+        shared_samplers(2, batch_size=None)
+    with pytest.raises(ValueError, match="rank is 2; with 2 it is below that"):
+        ClipSampler(["c"] * 9, None, "uniform", 0, rank=2, world_size=2, batch_size=2)
+
+
+def test_an_epoch_goes_on_only_where_a_batch_starts():
+    sampler = shared_samplers(2)[1]
+    with pytest.raises(ValueError, match="start is 9, within a batch of 8"):
+        sampler.set_epoch(0, start=9)
+    sampler.set_epoch(0, start=30)
+    assert len(sampler) == len(list(sampler)) == 0
+
+
+def test_an_epoch_of_less_than_a_batch_is_one_small_batch(recordings, tiny_experiment):
+    sampler = ClipSampler(list(recordings["ebird_code"]), None, "uniform", 0, batch_size=4)
+    batches, _ = epoch_of(dataset(recordings, tiny_experiment), sampler)
+    assert [len(batch.waveform) for batch in batches] == [3]
+
+
+# --- what a clip is worth, and its channels ------------------------------------------------------
+
+
+def test_a_clips_loss_counts_as_its_recordings_rating(recordings, tiny_experiment):
+    recordings = recordings.assign(rating=[5.0, 2.0, 0.0])
+    train = replace(tiny_experiment.train, rating_loss_weight=True)
+    rated = dataset(recordings, replace(tiny_experiment, train=train))
+    requests = [ClipRequest(0, position, position) for position in range(3)]
+    weights = [clip.weight for clip in rated.make_clips(requests)]
+    assert weights == pytest.approx([1.0, 0.4, 0.7])
+    plain = dataset(recordings, tiny_experiment)
+    assert [clip.weight for clip in plain.make_clips(requests)] == [1.0] * 3
+    sampler = ClipSampler(list(recordings["ebird_code"]), 3, "uniform", 0)
+    batch = epoch_of(rated, sampler)[0][0]
+    expected = dict(zip(recordings["path"], weights, strict=True))
+    assert batch.weight.dtype == torch.float32
+    assert batch.weight.tolist() == pytest.approx([expected[path] for path in batch.recordings])
+
+
+def test_the_recording_that_took_anothers_place_is_named(many, tiny_experiment):
+    clip = make_clip(good_clips(many, tiny_experiment), ClipRequest(0, 0, 3))
+    number = int(clip.recording.removeprefix("good").removesuffix(".wav"))
+    assert clip.waveform[0].item() * 100 == pytest.approx(number + 1, abs=0.1)
+
+
+def test_each_clip_has_its_own_downmix_and_neighbours_with_one_are_read_together(
+    recordings, tiny_experiment
+):
+    reads = []
+
+    def read(path, sample_rate, offsets, duration, downmix):
+        reads.append((len(offsets), downmix))
+        crops = read_ramp(path, sample_rate, offsets, duration)
+        return [crop + np.float32(0 if downmix is None else 1 + downmix) for crop in crops]
+
+    augment = replace(NO_AUGMENT, downmix_probability=0.5)
+    clips = ClipDataset(recordings, CLASSES, replace(tiny_experiment, augment=augment), read)
+    requests = [ClipRequest(0, position, 0) for position in range(40)]
+    together = clips.make_clips(requests)
+    assert sum(n for n, _ in reads) == 40
+    plain = sum(n for n, downmix in reads if downmix is None)
+    assert 10 <= plain <= 30
+    assert any(n > 1 for n, downmix in reads if downmix is None)
+    assert len({downmix for _, downmix in reads if downmix is not None}) == 40 - plain
+    for request, clip in zip(requests, together, strict=True):
+        assert torch.equal(clip.waveform, make_clip(clips, request).waveform)
+
+
+def test_a_downmix_is_the_share_of_the_first_channel(tmp_path):
+    channels = np.repeat([[0.5, 0.1]], RATE, axis=0)
+    soundfile.write(tmp_path / "stereo.wav", channels, RATE, subtype="FLOAT")
+    reader = ClipReader(tmp_path, tmp_path / "cache")
+    for downmix, level in ((None, 0.3), (1.0, 0.5), (0.0, 0.1), (0.25, 0.2)):
+        crop = reader("stereo.wav", RATE, [0.25], 0.5, downmix)[0]
+        assert crop == pytest.approx(np.full(RATE // 2, level), abs=1e-6)
+
+
+def test_decoded_noise_is_kept_where_the_training_data_says(
+    training_data, recordings, tiny_experiment, noise_file, tmp_path
+):
+    assert training_data.noise_store == training_data.read_clip.cache / "noise"
+    always = replace(NO_AUGMENT, noise_only_probability=1.0)
+    experiment = replace(tiny_experiment, augment=always)
+    made = []
+    for store in (None, tmp_path / "store"):
+        clips = ClipDataset(
+            recordings, CLASSES, experiment, read_ramp, [noise_file], noise_store=store
+        )
+        made.append(make_clip(clips, ClipRequest(0, 0, 0)).waveform)
+    assert torch.equal(*made)
+    assert list((tmp_path / "store").rglob("*.npy"))
+
+
+# --- labels with times ---------------------------------------------------------------------------
+
+
+def test_a_clip_has_the_labels_of_its_own_stretch(recordings, tiny_experiment):
+    recordings = recordings.assign(filename=["XC1.mp3", "XC2.mp3", "XC3.mp3"])
+    rows = [
+        ("XC1.mp3", "amecro", 0.0, 5.0, "heard", 0.9),
+        ("XC1.mp3", "bkcchi", 6.0, 10.0, "heard", 0.9),
+        ("XC2.mp3", "bkcchi", 0.0, 1.0, "heard", 0.9),
+    ]
+    names = ["filename", "ebird_code", "onset", "offset", "state", "probability"]
+    table = pd.DataFrame(rows, columns=names)
+    experiment = replace(tiny_experiment, augment=NO_AUGMENT)
+    clips = ClipDataset(recordings, CLASSES, experiment, read_ramp, (), table)
+    made = clips.make_clips([ClipRequest(0, position, 0) for position in range(60)])
+    starts = np.array([clip.waveform[0].item() * 100 for clip in made])  # of two seconds each
+    targets = np.array([clip.target.tolist() for clip in made])
+    first = np.select([starts <= 4.5, starts < 5], [1.0, UNKNOWN], 0.0)
+    second = np.select([starts >= 4.5, starts > 4], [1.0, UNKNOWN], 0.0)
+    assert np.array_equal(targets, np.stack([first, second, 0 * first], axis=1))
+    assert len(np.unique(targets, axis=0)) >= 4
+    short = make_clip(clips, ClipRequest(0, 0, 1))
+    assert short.target.tolist() == [0.0, 1.0, 0.0], "wherever it lies in its clip"
+    assert make_clip(clips, ClipRequest(0, 0, 2)).target.tolist() == [0.0, 0.0, 1.0]
+
+
+def test_training_data_reads_labels_with_times(training_data, demo_folder, tmp_path):
+    names = ["filename", "ebird_code", "onset", "offset", "state", "probability"]
+    first = training_data.recordings.iloc[0]
+    row = (first["filename"], first["ebird_code"], 0.0, 1.0, "heard", 1.0)
+    labels, reader = tmp_path / "labels.csv", training_data.read_clip
+    pd.DataFrame([row], columns=names).to_csv(labels, index=False)
+    output = reader.cache.parent
+    data = load_training_data(
+        demo_folder, output / "folds.csv", output / "audit.csv", reader.cache, labels=labels
+    )
+    assert data.relabelled["filename"].tolist() == [first["filename"]]
+    assert training_data.relabelled is None
+
+
 def test_a_fold_out_of_range_lists_the_folds(recordings, tmp_path):
     data = TrainingData(tmp_path, recordings, CLASSES, read_ramp)
     with pytest.raises(ValueError, match="fold 7 is out of range; the folds are 0, 1"):
@@ -304,7 +525,7 @@ def many():
     )
 
 
-def read_good(path, sample_rate, offsets, duration):
+def read_good(path, sample_rate, offsets, duration, downmix=None):
     if path.startswith("bad"):
         raise AudioError(Path(path), "cannot be decoded: lost sync")
     number = int("".join(filter(str.isdigit, path)))
@@ -330,8 +551,9 @@ def test_a_failing_recording_is_replaced_alike_by_any_number_of_workers(
     assert len(named) == 2, "each once, however often it was drawn"
     assert "recording cannot be read, another is taken: bad" in named[0]
     assert "cannot be decoded: lost sync" in named[0]
-    assert all(waveform.shape == (4, 2 * RATE) for waveform, _ in alone)
-    assert all(waveform.abs().min() > 0 for waveform, _ in alone), "no silence in their place"
+    assert all(batch.waveform.shape == (4, 2 * RATE) for batch in alone)
+    assert all(batch.waveform.abs().min() > 0 for batch in alone), "no silence in their place"
+    assert not [name for batch in alone for name in batch.recordings if name.startswith("bad")]
     for workers in (1, 2):
         others, failed = epoch_of(clips, sampler, workers)
         assert_same(alone, others)
@@ -353,7 +575,7 @@ def test_the_others_of_a_batch_do_not_change(many, tiny_experiment):
 
 
 def test_where_one_crop_of_several_fails_the_others_are_kept(many, tiny_experiment):
-    def read(path, sample_rate, offsets, duration):
+    def read(path, sample_rate, offsets, duration, downmix=None):
         if path == "good2.wav" and max(offsets) > 4:
             raise AudioError(Path(path), "decodes only to 4 s of 10 s")
         return read_good(path.replace("bad", "good"), sample_rate, offsets, duration)
@@ -406,10 +628,11 @@ def test_a_recording_that_vanished_or_shrank_fails_too(tiny_experiment, tmp_path
     reader = ClipReader(tmp_path, tmp_path / "cache")
     experiment = replace(tiny_experiment, augment=NO_AUGMENT)
     clips = ClipDataset(recordings, CLASSES, experiment, reader)
-    with pytest.raises(AudioError, match=r"gone\.wav.*No such file"):
-        clips[ClipRequest(0, 0, 0)]
-    with pytest.raises(AudioError, match=r"short\.wav.*has 0\.5 s, had 1\.5 s"):
-        clips[ClipRequest(0, 0, 1)]
+    clip = make_clip(clips, ClipRequest(0, 0, 0))
+    assert (clip.waveform, clip.recording) == (None, "gone.wav")
+    gone, short = (failure.reason for failure in clip.failures)
+    assert re.search(r"No such file.*gone\.wav", gone)
+    assert re.search(r"short\.wav.*has 0\.5 s, had 1\.5 s", short)
 
 
 def test_noise_files_that_fail_are_counted_apart(recordings, tiny_experiment, tmp_path, caplog):
@@ -425,15 +648,69 @@ def test_noise_files_that_fail_are_counted_apart(recordings, tiny_experiment, tm
     clips = dataset(recordings, tiny_experiment, noise_files[:2], always)
     batches, failures = epoch_of(clips, make_sampler(recordings, 12))
     assert list(failures.failed) == [str(noise_files[1])]
-    assert all((waveform == 0.25).all() for waveform, _ in batches)
+    assert all((batch.waveform == 0.25).all() for batch in batches)
 
 
 def test_failures_are_counted_once_over_epochs(many, tiny_experiment):
     failures = FailureCounter(good_clips(many, tiny_experiment))
     failure = ReadFailure("recording", "bad3.wav", "bad3.wav: lost sync")
     for _ in range(10):
-        failures.count(ClipBatch(torch.zeros(1, 1), torch.zeros(1, 1), (failure,)))
+        zeros = torch.zeros(1, 1)
+        failures.count(ClipBatch(zeros, zeros, zeros[0], ("bad3.wav",), (failure,)))
     assert len(failures.failed) == 1
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def test_workers_that_do_not_fit_are_refused_with_the_number_that_would(tiny_experiment):
+    experiment = replace(
+        tiny_experiment, train=replace(tiny_experiment.train, batch_size=100, clips_per_epoch=None)
+    )
+    batches = 5 * 100 * 2 * RATE * 4  # clips of 2 s, float32
+    each = WORKER_BYTES[multiprocessing.get_start_method()] + batches
+    check_worker_memory(4, experiment, available=4 * each)
+    with pytest.raises(ValueError, match=r"^5 workers need .* GB each.*: 4 would fit; give"):
+        check_worker_memory(5, experiment, available=5 * each - 1)
+    with pytest.raises(ValueError, match="0 would fit; give --workers 0"):
+        check_worker_memory(1, experiment, available=10)
+    check_worker_memory(0, experiment, available=10)
+
+
+def test_workers_that_encode_clips_take_more(tiny_experiment):
+    plain = replace(tiny_experiment, augment=NO_AUGMENT)
+    each = WORKER_BYTES[multiprocessing.get_start_method()] + 5 * 4 * 2 * RATE * 4
+    check_worker_memory(2, plain, available=2 * each)
+    for name in ("mp3", "pitch", "tempo"):
+        augment = replace(NO_AUGMENT, **{f"{name}_probability": 0.1})
+        with pytest.raises(ValueError, match=r"give --workers \d$"):
+            check_worker_memory(2, replace(plain, augment=augment), available=2 * each)
+
+
+def test_processes_that_share_a_batch_have_workers_each(tiny_experiment):
+    experiment = replace(
+        tiny_experiment, train=replace(tiny_experiment.train, batch_size=100, clips_per_epoch=None)
+    )
+    each = WORKER_BYTES[multiprocessing.get_start_method()] + 5 * 50 * 2 * RATE * 4
+    check_worker_memory(3, experiment, processes=2, available=6 * each)
+    with pytest.raises(ValueError, match="3 would fit"):
+        check_worker_memory(4, experiment, processes=2, available=8 * each - 1)
+
+
+def test_a_worker_takes_no_more_than_is_reckoned_with(recordings, tiny_experiment):
+    """What a forked worker has of its own, beside what it shares (Private_Dirty of Linux)."""
+    if not Path("/proc/self/smaps_rollup").exists() or sys.platform != "linux":
+        pytest.skip("the kernel does not say what a process has of its own")
+    train = replace(tiny_experiment.train, batch_size=64, clips_per_epoch=None)
+    clips = dataset(recordings, replace(tiny_experiment, train=train))
+    sampler = ClipSampler(list(recordings["ebird_code"]), 64 * 6, "uniform", 0)
+    loader = make_loader(clips, sampler, 1, "fork")
+    own = 0
+    for _ in iterate_clips(loader, FailureCounter(clips)):
+        rollup = Path(f"/proc/{loader._iterator._workers[0].pid}/smaps_rollup").read_text()
+        own = max(own, int(re.search(r"Private_Dirty: +(\d+) kB", rollup)[1]) * 1024)
+    batches = BATCHES_PER_WORKER * 64 * 2 * RATE * 4
+    assert batches / 5 < own < WORKER_BYTES["fork"] + batches
 
 
 # --- what a worker is ----------------------------------------------------------------------------
@@ -450,7 +727,7 @@ from birdcall.loader import (FailureCounter, iterate_clips, make_loader)
 
 NOISE, FOUND = map(Path, sys.argv[1:3])
 
-def read(path, sample_rate, offsets, duration):
+def read(path, sample_rate, offsets, duration, downmix=None):
     found = {
         "modules": sorted(sys.modules), "pid": os.getpid(), "torch": torch.get_num_threads(),
         "pools": [pool["num_threads"] for pool in threadpool_info()],
@@ -463,7 +740,7 @@ if __name__ == "__main__":
                                "secondary_codes": [()] * 4, "seconds": [99.0] * 4})
     augment = AugmentConfig(
         noise_probability=1, noise_only_probability=0, color_noise_probability=1,
-        low_pass_probability=1,
+        low_pass_probability=1, short_noise_probability=1, mp3_probability=0,
     )
     from dataclasses import replace
     experiment = find_experiment("small_gru")

@@ -92,6 +92,25 @@ def test_the_generator_alone_decides():
     assert not torch.equal(mask(image, generator(2)), first)
 
 
+def test_masks_can_be_drawn_first_for_more_clips_and_of_another_length():
+    image, mask = make_image(), SpecAugment(0.2, 0.2, 2)
+    draws = mask.draw(len(image), generator(1))
+    assert draws.shape == (64, 2, 2, 2)
+    assert draws.device.type == "cpu"
+    assert torch.equal(mask.hide(image, draws), mask(image, generator(1)))
+    half = mask.hide(image[32:], draws[32:])
+    assert torch.equal(half, mask.hide(image, draws)[32:])
+    longer = make_image(frames=400)
+    hidden = hidden_points(longer, mask.hide(longer, draws)).all(dim=2).float().mean(dim=1)
+    shorter = hidden_points(image, mask.hide(image, draws)).all(dim=2).float().mean(dim=1)
+    torch.testing.assert_close(hidden, shorter, rtol=0, atol=0.02)
+
+
+def test_drawn_masks_hide_in_any_mode():
+    image, mask = make_image(), SpecAugment(0.5, 0.5, 2).eval()
+    assert not torch.equal(mask.hide(image, mask.draw(64, generator())), image)
+
+
 @pytest.mark.parametrize("frames", [1, 2, 3, 9, 1001])
 @pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
 def test_it_works_on_any_length(frames, share):

@@ -276,6 +276,7 @@ def train_small_model() -> tuple[Path, Path]:
     from birdcall.cache import Cache
     from birdcall.dataset import load_training_data
     from birdcall.folds import make_folds, write_folds
+    from birdcall.trainer import Run
     from birdcall.training import train_run
 
     folder = data if len(recordings) <= MANY_RECORDINGS else make_tiny_demo()
@@ -285,10 +286,10 @@ def train_small_model() -> tuple[Path, Path]:
     write_folds(make_folds(usable_recordings(rows, audit), n_folds=4), folds)
     train = replace(SMALL.train, epochs=EPOCHS, clips_per_epoch=160, validate_every=EPOCHS)
     training_data = load_training_data(folder, folds, table, cache)
-    run = replace(SMALL, train=train)
+    run = Run(replace(SMALL, train=train), 0, SCRATCH / "run")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # two, on two busy cores, wait for each other ten times as long
-    checkpoint = train_run(run, 0, training_data, SCRATCH / "run", workers=0)
+    checkpoint = train_run(run, training_data, workers=0)
     torch.set_num_threads(threads)
     print(f"{checkpoint.name}: {checkpoint.score} on recordings that it was not trained on")
     return folder, SCRATCH / "run"

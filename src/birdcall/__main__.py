@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -39,8 +41,22 @@ Noise = Annotated[
         help="Folder of bird-free sound.", show_default="noise/ in the data folder, or beside it"
     ),
 ]
+Experiments = Annotated[
+    list[str], typer.Option(help=f"May be repeated. One of: {', '.join(EXPERIMENTS)}.")
+]
+Fold = Annotated[str, typer.Option(help="The held-out fold, or all.")]
+Init = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="Weights to start from: .safetensors or .pth", show_default="timm's"),
+]
+Labels = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="What `birdcall relabel` wrote.", show_default="train.csv's labels"),
+]
+Jobs = Annotated[int, typer.Option(min=1, help="Runs trained at once, sharing the cores.")]
 DEFAULT_WORKERS = max(1, min(8, (os.cpu_count() or 2) - 1))
 KERNEL_SCRIPT = Path("kernels/submission/submission.py")
+TRAINING_SCRIPT = Path("kernels/training/training.py")
 KERNEL_BUILD = Path("kernels/build")
 
 
@@ -125,50 +141,109 @@ def folds(
 
 
 @app.command()
+def experiments() -> None:
+    """List the named experiments: network, size, stride and receptive field."""
+    from birdcall.receptive_field import experiments_table
+
+    typer.echo(experiments_table(list(EXPERIMENTS)).to_string(index=False))
+
+
+@app.command()
 def train(
     data: Data,
-    experiment: Annotated[
-        list[str],
-        typer.Option(help=f"May be repeated. One of: {', '.join(EXPERIMENTS)}."),
-    ],
-    fold: Annotated[str, typer.Option(help="The held-out fold, or all.")] = "all",
+    experiment: Experiments,
+    fold: Fold = "all",
     output: Output = None,
     folds: Folds = None,
     noise: Noise = None,
-    init: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="The backbone's weights: .safetensors or .pth", show_default="timm's"),
-    ] = None,
+    labels: Labels = None,
+    init: Init = None,
     workers: Workers = DEFAULT_WORKERS,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs trained at once, sharing the cores.")] = 1,
+    jobs: Jobs = 1,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with unfinished runs, keep finished ones.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Train again what is trained already.")
     ] = False,
+    save_every: Annotated[
+        int, typer.Option(min=1, help="Steps between two states to resume from.")
+    ] = 200,
+    time_limit: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Seconds after which to save and stop.", show_default="none"),
+    ] = None,
 ) -> None:
-    """Train experiments, each on all folds but the held-out one."""
-    from birdcall.dataset import load_training_data
-    from birdcall.experiments import find_experiment
-    from birdcall.training import train_runs
+    """Train experiments, each on all folds but the held-out one.
 
-    experiments = [find_experiment(name) for name in experiment]
+    For several GPUs: torchrun --nproc_per_node=2 -m birdcall train ...
+    """
+    from birdcall.dataset import load_training_data
+    from birdcall.distributed import joined_processes
+    from birdcall.experiments import find_experiment
+    from birdcall.inference import default_device
+    from birdcall.runs import plan_runs, runs_table, train_many
+    from birdcall.training_log import TrainingInterrupted
+
+    if resume and overwrite:
+        raise ValueError("--resume goes on and --overwrite starts again: give one of them")
+    deadline = None if time_limit is None else time.monotonic() + time_limit
+    chosen = [find_experiment(name) for name in experiment]
     output = _output_of(data, output)
     training_data = load_training_data(
-        data, _folds_of(data, folds), output / "audit.csv", output / "cache", noise
+        data, _folds_of(data, folds), output / "audit.csv", output / "cache", noise, labels
     )
-    checkpoints = train_runs(
-        experiments,
-        training_data,
-        _parse_fold(fold),
-        output / "runs",
-        workers=workers,
-        jobs=jobs,
-        init=init,
-        overwrite=overwrite,
-        progress=True,
+    runs = plan_runs(chosen, training_data, _parse_fold(fold), output / "runs")
+    try:
+        with joined_processes(default_device()) as (processes, device):
+            train_many(
+                runs,
+                training_data,
+                workers=workers,
+                jobs=jobs,
+                device=device,
+                processes=processes,
+                init=init,
+                resume=resume,
+                overwrite=overwrite,
+                save_every=save_every,
+                deadline=deadline,
+                progress=True,
+            )
+            if processes.is_first:
+                typer.echo(runs_table(runs).to_string(index=False))
+    except TrainingInterrupted as interruption:
+        if deadline is None or time.monotonic() < deadline:
+            raise  # a signal
+        typer.echo(str(interruption))  # the time that was asked for is over: a success
+
+
+@app.command()
+def relabel(
+    data: Data,
+    experiment: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="May be repeated.", show_default="all trained ones"),
+    ] = None,
+    output: Output = None,
+    folds: Folds = None,
+) -> None:
+    """Say which labels are heard where, by models that did not train on the recording."""
+    from birdcall.dataset import load_training_data
+    from birdcall.inference import default_device
+    from birdcall.relabelling import relabel_recordings
+
+    output = _output_of(data, output)
+    training_data = load_training_data(
+        data, _folds_of(data, folds), output / "audit.csv", output / "cache"
     )
-    for checkpoint in checkpoints:
-        scores = ", ".join(f"{name} {value:.3f}" for name, value in checkpoint.score.items())
-        typer.echo(f"{checkpoint.name}: {scores}")
+    labels = output / "relabelled.csv"
+    runs = _find_runs(output, experiment)
+    summary = relabel_recordings(
+        runs, training_data, labels, device=default_device(), progress=True
+    )
+    typer.echo(summary)
+    typer.echo(f"{labels}: written; birdcall train --labels {labels} trains by it")
 
 
 @app.command()
@@ -215,6 +290,63 @@ def evaluate(
 
 
 @app.command()
+def ablate(
+    data: Data,
+    experiment: Experiments,
+    seeds: Annotated[int, typer.Option(help="Runs of each experiment and fold.")] = 3,
+    fold: Fold = "all",
+    minutes: Annotated[
+        float, typer.Option(help="Budget; a seed that would not fit is left out.")
+    ] = 60.0,
+    reference: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Differences are from this one.", show_default="the first experiment"),
+    ] = None,
+    name: Annotated[
+        str, typer.Option(help="Folder of this ablation in the output folder.")
+    ] = "ablation",
+    output: Output = None,
+    folds: Folds = None,
+    noise: Noise = None,
+    init: Init = None,
+    workers: Workers = DEFAULT_WORKERS,
+    jobs: Jobs = 1,
+) -> None:
+    """Compare experiments over seeds in a budget of time; a second call goes on."""
+    from birdcall.ablation import ablate
+    from birdcall.ablation_report import describe_ablation, write_picture
+    from birdcall.dataset import load_training_data
+    from birdcall.experiments import find_experiment
+    from birdcall.files import inside, write_atomically
+
+    chosen = [find_experiment(one) for one in experiment]
+    output = _output_of(data, output)
+    folder = inside(output, name)
+    training_data = load_training_data(
+        data, _folds_of(data, folds), output / "audit.csv", output / "cache", noise
+    )
+    held_out = _parse_fold(fold)
+    found = ablate(
+        chosen,
+        training_data,
+        folder,
+        folds=None if held_out is None else [held_out],
+        n_seeds=seeds,
+        budget_seconds=60 * minutes,
+        reference=reference,
+        workers=workers,
+        jobs=jobs,
+        init=init,
+        progress=True,
+    )
+    page = describe_ablation(found, shlex.join(["birdcall", *sys.argv[1:]]))
+    found.write_tables(folder)
+    write_picture(folder / "ablation.png", found)
+    write_atomically(folder / "ablation.md", page)
+    typer.echo(page)
+
+
+@app.command()
 def package(
     data: Data,
     output: Output = None,
@@ -239,6 +371,65 @@ def package(
         submission = output / "submission.csv"
         typer.echo(rehearse(build, data, submission).rstrip())
         typer.echo(f"{submission}: written by the kernel, valid")
+
+
+@app.command("package-training")
+def package_training(
+    data: Data,
+    experiment: Annotated[str, typer.Option(help=f"One of: {', '.join(EXPERIMENTS)}.")],
+    fold: Annotated[int, typer.Option(min=0, help="The held-out fold.")],
+    output: Output = None,
+    folds: Folds = None,
+    noise: Noise = None,
+    labels: Labels = None,
+    init: Init = None,
+    wheels: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder of wheels that Kaggle's image lacks.", show_default="none"),
+    ] = None,
+    hours: Annotated[float, typer.Option(help="Time limit of a session.")] = 11.5,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that read sound, of all GPUs together.")
+    ] = 4,
+    build: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="What is to be uploaded.",
+            show_default="kernels/build/training/<experiment>-fold<k>",
+        ),
+    ] = None,
+    script: Annotated[Path, typer.Option(help="The kernel.")] = TRAINING_SCRIPT,
+    owner: Annotated[str, typer.Option(help="Your name on Kaggle.")] = "your-kaggle-name",
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Then run two sessions as Kaggle will, on --data."),
+    ] = False,
+) -> None:
+    """Stage the kernel that trains one run on Kaggle's GPUs, session by session."""
+    from birdcall.training_kernel import TrainingSettings
+    from birdcall.training_packaging import rehearse_training, stage_training
+
+    output, folds = _output_of(data, output), _folds_of(data, folds)
+    settings = TrainingSettings(experiment, fold, hours * 3600, workers)
+    build = build or KERNEL_BUILD / "training" / settings.name
+    dataset = stage_training(
+        settings,
+        data,
+        folds,
+        output / "audit.csv",
+        script,
+        build,
+        owner,
+        init=init,
+        noise=noise,
+        labels=labels,
+        wheels=wheels,
+    )
+    typer.echo(f"{dataset}: {settings.name}, {_megabytes(dataset):.1f} MB")
+    if dry_run:
+        rehearsal = output / "rehearsal" / settings.name
+        typer.echo(rehearse_training(build, data, rehearsal).rstrip())
+        typer.echo(f"{rehearsal}: two sessions, the second went on from the first")
 
 
 @app.command()
@@ -317,6 +508,34 @@ def benchmark_loader(
     typer.echo(table.to_string(index=False))
 
 
+@benchmark_app.command("training")
+def benchmark_training(
+    data: Data,
+    experiment: Annotated[str, typer.Option(help="A named experiment.")] = "small_gru",
+    output: Output = None,
+    folds: Folds = None,
+    n_steps: Annotated[int, typer.Option(min=1, help="Steps of each turn.")] = 40,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns; the median counts.")] = 5,
+) -> None:
+    """Time training steps with their clips and augmentation, and on ready-made tensors."""
+    from birdcall.benchmark.training import benchmark_training
+    from birdcall.dataset import load_training_data
+    from birdcall.experiments import find_experiment
+
+    output = _output_of(data, output)
+    training_data = load_training_data(
+        data, _folds_of(data, folds), output / "audit.csv", output / "cache"
+    )
+    table = benchmark_training(
+        training_data,
+        find_experiment(experiment),
+        output / "benchmark",
+        n_steps=n_steps,
+        repeats=repeats,
+    )
+    typer.echo(table.to_string(index=False))
+
+
 app.add_typer(benchmark_app, name="benchmark")
 
 
@@ -365,7 +584,14 @@ def main() -> None:
     """Run a command; what is wrong with its input is one line on stderr and exit code 2."""
     try:
         app(prog_name="birdcall")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        from birdcall.training_log import TrainingInterrupted
+
+        if isinstance(error, TrainingInterrupted):
+            typer.echo(f"birdcall: {error}", err=True)
+            sys.exit(130)
+        if isinstance(error, RuntimeError):
+            raise
         if os.environ.get("BIRDCALL_TRACEBACK"):
             raise
         typer.echo(f"birdcall: {' '.join(str(error).split())}", err=True)

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from birdcall.config import Experiment, require
-from birdcall.models import SEDModel, build_model
+from birdcall.models import (
+    AttentionHead,
+    GeM,
+    LogMeanExpHead,
+    MaxHead,
+    MeanPooling,
+    SEDModel,
+    build_model,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +32,13 @@ COLORS = {
     "front end": "#E69F00",
     "backbone": "#56B4E9",
     "temporal layer": "#009E73",
-    "attention head": "#CC79A7",
+    "head": "#CC79A7",
+}
+POOLING_NAMES = {MeanPooling: "mean over mel bins", GeM: "GeM over mel bins"}
+HEAD_NAMES = {
+    AttentionHead: "weighted by attention",
+    MaxHead: "loudest frame",
+    LogMeanExpHead: "log-mean-exp over frames",
 }
 IMAGE, POWER = ("channels", "frames", "mel bins"), ("channels", "frames", "frequencies")
 SEQUENCE = ("channels", "frames")
@@ -61,6 +75,7 @@ def trace_stages(model: SEDModel, waveform: Tensor) -> list[Stage]:
     watched = backbone | {
         "front end": model.frontend,
         "mel_norm": model.mel_norm,
+        "pooling": model.pooling,
         "project": model.project,
         "temporal": model.temporal,
     }
@@ -71,8 +86,9 @@ def trace_stages(model: SEDModel, waveform: Tensor) -> list[Stage]:
     model.train(was_training)
     shapes = dict(outputs)
     features = [one for one in outputs if one.name in backbone and len(one.shape) == 4]
-    norm, projection, temporal, head = map(
-        _count_weights, (model.mel_norm, model.project, model.temporal, model.head)
+    norm, pooling, projection, temporal, head = map(
+        _count_weights,
+        (model.mel_norm, model.pooling, model.project, model.temporal, model.head),
     )
     framewise, clipwise = tuple(output.framewise.shape), tuple(output.clipwise.shape)
     return [
@@ -83,10 +99,11 @@ def trace_stages(model: SEDModel, waveform: Tensor) -> list[Stage]:
         ),
         Stage("front end", "each mel bin normalised", shapes["front end"], IMAGE, norm),
         *_backbone_stages(model.backbone, features),
-        Stage("backbone", "mean over mel bins", shapes["project"], SEQUENCE, projection),
+        Stage("backbone", POOLING_NAMES[type(model.pooling)], shapes["pooling"], SEQUENCE, pooling),
+        Stage("backbone", "projected", shapes["project"], SEQUENCE, projection),
         Stage("temporal layer", _name_temporal(model), shapes["temporal"], SEQUENCE, temporal),
-        Stage("attention head", "framewise output", framewise, ("classes", "frames"), head),
-        Stage("attention head", "clipwise output", clipwise, ("classes",), 0),
+        Stage("head", "framewise output", framewise, ("classes", "frames"), head),
+        Stage("head", f"clipwise: {HEAD_NAMES[type(model.head)]}", clipwise, ("classes",), 0),
     ]
 
 

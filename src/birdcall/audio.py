@@ -106,22 +106,31 @@ def read_audio(
     sample_rate: int,
     offset_seconds: float = 0.0,
     duration_seconds: float | None = None,
+    downmix: float | None = None,
 ) -> np.ndarray:
     """Read a waveform, float32 mono ``(samples,)``, seeking to it and decoding no more than it.
 
-    Channels are averaged. A stretch equals the same stretch of the whole file read at once: input
-    and output samples coincide at its start, and the filter sees its neighbours on both sides.
+    Channels are averaged, or the first has the share ``downmix`` (0 to 1) and the mean of the
+    others the rest; of one channel it changes nothing. A stretch equals the same stretch of the
+    whole file read at once: input and output samples coincide at its start, and the filter sees its
+    neighbours on both sides.
     With ``duration_seconds`` exactly ``round(duration_seconds * sample_rate)`` samples come back
     or AudioError is raised, as it is for what does not decode. Without it, all that decodes comes
     back, and a warning is logged where the header promised more (see LENGTH_TOLERANCE).
     """
-    return read_crops(path, sample_rate, [offset_seconds], duration_seconds)[0]
+    return read_crops(path, sample_rate, [offset_seconds], duration_seconds, downmix)[0]
 
 
 def read_crops(
-    path: Path, sample_rate: int, offsets: Sequence[float], duration_seconds: float | None
+    path: Path,
+    sample_rate: int,
+    offsets: Sequence[float],
+    duration_seconds: float | None,
+    downmix: float | None = None,
 ) -> list[np.ndarray]:
     """Read as `read_audio` does at each of ``offsets`` (seconds), but open the file once."""
+    if downmix is not None and not 0 <= downmix <= 1:
+        raise ValueError(f"downmix is {downmix}; it must be between 0 and 1, or None")
     for offset in offsets:
         _require_stretch(sample_rate, offset, duration_seconds)
     crops = []
@@ -130,7 +139,9 @@ def read_crops(
         for number, offset in enumerate(offsets):
             if number:
                 file.seek(0)  # where it stood when it was opened
-            crops.append(_read_stretch(path, file, sample_rate, offset, duration_seconds, promised))
+            crops.append(
+                _read_stretch(path, file, sample_rate, offset, duration_seconds, promised, downmix)
+            )
     return crops
 
 
@@ -196,11 +207,20 @@ def open_audio(path: Path) -> Iterator[soundfile.SoundFile]:
 
 
 def mono_blocks(
-    path: Path, file: soundfile.SoundFile, n_frames: int | None = None
+    path: Path,
+    file: soundfile.SoundFile,
+    n_frames: int | None = None,
+    downmix: float | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yield up to ``n_frames`` from where ``file`` stands, channels averaged, block by block."""
+    """Yield up to ``n_frames`` from where ``file`` stands, mono as `read_audio` says, in blocks."""
     for block in frame_blocks(path, file, n_frames):
-        yield (block[:, 0] if block.shape[1] == 1 else block.mean(axis=1, dtype=np.float32))
+        if block.shape[1] == 1:
+            yield block[:, 0]
+        elif downmix is None:
+            yield block.mean(axis=1, dtype=np.float32)
+        else:
+            share = np.float32(downmix)
+            yield share * block[:, 0] + (1 - share) * block[:, 1:].mean(axis=1, dtype=np.float32)
 
 
 def frame_blocks(
@@ -242,6 +262,7 @@ def _read_stretch(
     offset: float,
     duration: float | None,
     promised: float,
+    downmix: float | None,
 ) -> np.ndarray:
     """Read one stretch of a file that stands at its start and promises so many seconds."""
     start = round(offset * sample_rate)
@@ -255,7 +276,7 @@ def _read_stretch(
         asked = "its end" if duration is None else f"{duration:g} s"
         has = f"{total / sample_rate:g} s"
         raise AudioError(path, f"asked for {asked} from {offset:g} s, has {has}")
-    waveform = _read_samples(path, file, sample_rate, start, start + n_samples)
+    waveform = _read_samples(path, file, sample_rate, start, start + n_samples, downmix)
     if len(waveform) < n_samples:
         ends = (start + len(waveform)) / sample_rate
         reason = f"decodes only to {ends:.2f} s of {promised:.2f} s"
@@ -268,7 +289,12 @@ def _read_stretch(
 
 
 def _read_samples(
-    path: Path, file: soundfile.SoundFile, sample_rate: int, start: int, stop: int
+    path: Path,
+    file: soundfile.SoundFile,
+    sample_rate: int,
+    start: int,
+    stop: int,
+    downmix: float | None,
 ) -> np.ndarray:
     """Read output samples ``start`` to ``stop`` with the neighbours that the filter needs."""
     rate = file.samplerate
@@ -281,7 +307,7 @@ def _read_samples(
     last = min(file.frames, -(-stop * rate // sample_rate) + margin)
     if first:
         file.seek(first)
-    blocks = mono_blocks(path, file, last - first)
+    blocks = mono_blocks(path, file, last - first, downmix)
     waveform = np.concatenate(
         [np.zeros(0, np.float32), *resample_blocks(blocks, rate, sample_rate)]
     )

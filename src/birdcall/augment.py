@@ -3,75 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from birdcall.audio import AudioError, probe_audio, read_audio
 from birdcall.config import AugmentConfig
-from birdcall.noise import make_noise, shape_spectrum
+from birdcall.filters import (
+    Curve,
+    fade_curve,
+    filter_padded,
+    filter_waveform,
+    high_pass_curve,
+    low_pass_curve,
+    padded_length,
+    slope_curve,
+)
+from birdcall.noise_files import NoiseFiles, ReadFailure
 
-# Loader workers import this module: no audiomentations here, which imports librosa and, with the
-# first noise file, numba (2 s and 200 MB a worker). Where a transform of it is needed, import it
-# where the transform is switched on.
+Transform = Callable[[np.ndarray, int], np.ndarray]  # (waveform, sample rate) → waveform
 
-MAX_TRIES = 8  # other files that are tried for one that fails; if none of them reads, none will
-LOW_PASS_ORDERS = (2, 4)  # 12 to 24 dB per octave
-EDGE_SAMPLES = 512  # of silence behind the clip, or its end would ring in its beginning
+# Loader workers import this module: no audiomentations here, which brings librosa along (0.6 s and
+# 50 MB a worker). Where a transform of it is switched on, it is imported with the first clip that
+# takes it.
 
-
-class ReadFailure(NamedTuple):
-    """A file that could not be read while training, and why: one line that names the file."""
-
-    kind: str  # "recording" or "noise file"
-    path: str
-    reason: str
-
-    @classmethod
-    def of(cls, kind: str, path: str, error: Exception) -> ReadFailure:
-        reason = " ".join(str(error).split())
-        return cls(kind, path, reason if path in reason else f"{path}: {reason}")
-
-
-class NothingReadableError(ValueError):
-    """Neither a file nor any that was tried in its place could be read."""
-
-
-class NoiseFiles:
-    """Bird-free sound files, to be drawn from."""
-
-    def __init__(self, paths: Sequence[Path], sample_rate: int) -> None:
-        self.paths = list(paths)
-        self.sample_rate = sample_rate
-
-    def draw(
-        self, n_samples: int, generator: np.random.Generator, failures: list[ReadFailure]
-    ) -> np.ndarray:
-        """Read a random stretch ``(n_samples,)``, float32, of a random file.
-
-        Files that cannot be read are added to ``failures`` and another is drawn. Raises
-        NothingReadableError after ``MAX_TRIES`` of them.
-        """
-        place = generator.random()
-        n_tries = min(len(self.paths), MAX_TRIES)
-        for index in generator.choice(len(self.paths), n_tries, replace=False):
-            try:
-                return self._read(self.paths[index], n_samples, place)
-            except (AudioError, OSError) as error:
-                failures.append(ReadFailure.of("noise file", str(self.paths[index]), error))
-        raise NothingReadableError(f"none of {n_tries} noise files can be read")
-
-    def _read(self, path: Path, n_samples: int, place: float) -> np.ndarray:
-        seconds = n_samples / self.sample_rate
-        spare = probe_audio(path).seconds - seconds
-        if spare > 0:
-            return read_audio(path, self.sample_rate, place * spare, seconds)
-        # Noise has no beginning: a short file is repeated until the clip is full.
-        return np.resize(read_audio(path, self.sample_rate), n_samples)
+UNKNOWN = -1.0  # target of a class that may be there or not: it is left out of the loss
+FILTER_ORDERS = (2, 4)  # 12 to 24 dB per octave
+COLOR_FLAT_BELOW_HZ = 50.0  # else steep noise would spend its power where no front end listens
+POOL_SAMPLES = 1 << 21  # of white noise, 65 s at 32 kHz and 8 MB in each process
+POOL_SEED = 0
+BURST_FADE_SECONDS = 0.02
+MP3_MIN_SECONDS = 0.1  # of the encoder
+KEPT_BYTES = 31 << 20  # the most that glibc's threshold adapts to is 32 MiB
 
 
 class ClipAugment:
@@ -81,11 +47,21 @@ class ClipAugment:
     """
 
     def __init__(
-        self, config: AugmentConfig, sample_rate: int, noise_files: Sequence[Path] = ()
+        self,
+        config: AugmentConfig,
+        sample_rate: int,
+        noise_files: Sequence[Path] = (),
+        noise_store: Path | None = None,
     ) -> None:
         self.config = config
         self.sample_rate = sample_rate
-        self.noise = NoiseFiles(noise_files, sample_rate)
+        self.noise = NoiseFiles(noise_files, sample_rate, noise_store)
+
+    def draw_downmix(self, generator: np.random.Generator) -> float | None:
+        """Draw the share of a recording's first channel, or None: the mean of its channels."""
+        mixed = generator.random() < self.config.downmix_probability
+        share = generator.random()
+        return share if mixed else None
 
     def __call__(
         self,
@@ -98,30 +74,65 @@ class ClipAugment:
         The array itself is left as it is. Noise files that fail are added to ``failures``; raises
         NothingReadableError as `NoiseFiles.draw` does.
         """
+        reuse_freed_memory()
         config = self.config
-        if generator.random() < config.low_pass_probability:
-            cutoff_hz = math.exp(generator.uniform(*map(math.log, config.low_pass_hz)))
-            order = int(generator.integers(LOW_PASS_ORDERS[0], LOW_PASS_ORDERS[1] + 1))
-            waveform = low_pass(waveform, self.sample_rate, cutoff_hz, order)
-        if generator.random() < config.color_noise_probability:
+
+        def happens(probability: float) -> bool:
+            return bool(generator.random() < probability)
+
+        if happens(config.pitch_probability):
+            waveform = shift_pitch(waveform, self.sample_rate, config.pitch_semitones, generator)
+        if happens(config.tempo_probability):
+            waveform = stretch_time(waveform, self.sample_rate, config.tempo_rate, generator)
+        if curves := self._draw_curves(generator):
+            waveform = filter_waveform(waveform, self.sample_rate, curves)
+        if happens(config.color_noise_probability):
             snr_db = generator.uniform(*config.color_noise_snr_db)
-            noise = make_noise("pink", len(waveform), self.sample_rate, generator)
-            waveform = mix_at_snr(waveform, noise, snr_db)
-        if self.noise.paths and generator.random() < config.noise_probability:
+            waveform = mix_at_snr(waveform, self._color_noise(len(waveform), generator), snr_db)
+        if self.noise.paths and happens(config.noise_probability):
             snr_db = generator.uniform(*config.noise_snr_db)
             noise = self.noise.draw(len(waveform), generator, failures)
             waveform = mix_at_snr(waveform, noise, snr_db)
+        if happens(config.short_noise_probability):
+            waveform = self._add_bursts(waveform, generator, failures)
+        if happens(config.mp3_probability):
+            waveform = encode_mp3(waveform, self.sample_rate, config.mp3_kbps, generator)
         return waveform
 
+    def _draw_curves(self, generator: np.random.Generator) -> list[Curve]:
+        """Draw what is done to the clip's spectrum; all of it is one filter."""
+        config, curves = self.config, []
+        if generator.random() < config.low_pass_probability:
+            curves.append(low_pass_curve(*_draw_filter(config.low_pass_hz, generator)))
+        if generator.random() < config.high_fade_probability:
+            curves.append(fade_curve(generator.uniform(*config.high_fade_db), self.sample_rate))
+        if generator.random() < config.high_pass_probability:
+            curves.append(high_pass_curve(*_draw_filter(config.high_pass_hz, generator)))
+        return curves
 
-def low_pass(waveform: np.ndarray, sample_rate: int, cutoff_hz: float, order: int) -> np.ndarray:
-    """Filter with the magnitude of a Butterworth low-pass, without its delay."""
+    def _color_noise(self, n_samples: int, generator: np.random.Generator) -> np.ndarray:
+        slope_db = generator.uniform(*self.config.color_noise_slope_db)
+        return color_noise(n_samples, self.sample_rate, slope_db, generator)
 
-    def amplitude(frequency_hz: np.ndarray) -> np.ndarray:
-        return 1 / np.sqrt(1 + (frequency_hz / cutoff_hz) ** (2 * order))
-
-    padded = np.pad(waveform, (0, EDGE_SAMPLES))
-    return shape_spectrum(padded, sample_rate, amplitude)[: len(waveform)]
+    def _add_bursts(
+        self, waveform: np.ndarray, generator: np.random.Generator, failures: list[ReadFailure]
+    ) -> np.ndarray:
+        """Add bursts of bird-free sound, of coloured noise where there are no files."""
+        config, power = self.config, _power(waveform)
+        lowest, highest = config.short_noise_count
+        noisy = waveform.copy()
+        for _ in range(generator.integers(lowest, highest + 1)):
+            snr_db = generator.uniform(*config.short_noise_snr_db)
+            n_samples = round(generator.uniform(*config.short_noise_seconds) * self.sample_rate)
+            n_samples = min(max(1, n_samples), len(waveform))
+            start = int(generator.integers(len(waveform) - n_samples + 1))
+            if self.noise.paths:
+                burst = self.noise.draw(n_samples, generator, failures)
+            else:
+                burst = self._color_noise(n_samples, generator)
+            burst = fade_ends(burst, round(BURST_FADE_SECONDS * self.sample_rate))
+            noisy[start : start + n_samples] += _gain_to(power, burst, snr_db) * burst
+        return noisy
 
 
 def mix_at_snr(waveform: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
@@ -129,57 +140,162 @@ def mix_at_snr(waveform: np.ndarray, noise: np.ndarray, snr_db: float) -> np.nda
 
     Where either is silent there is no such ratio, and the waveform stays as it is.
     """
-    clip_power, noise_power = _power(waveform), _power(noise)
-    if clip_power == 0 or noise_power == 0:
-        return waveform
-    gain = math.sqrt(clip_power / noise_power * 10 ** (-snr_db / 10))
-    return waveform + np.float32(gain) * noise
+    gain = _gain_to(_power(waveform), noise, snr_db)
+    return waveform + gain * noise if gain else waveform
+
+
+def _gain_to(power: float, noise: np.ndarray, snr_db: float) -> np.float32:
+    """Return the factor on ``noise`` that puts it so far below ``power``; 0 for silence."""
+    noise_power = _power(noise)
+    if power == 0 or noise_power == 0:
+        return np.float32(0)
+    return np.float32(math.sqrt(power / noise_power * 10 ** (-snr_db / 10)))
 
 
 def _power(waveform: np.ndarray) -> float:
-    return float(np.mean(np.square(waveform, dtype=np.float64)))
+    # Not np.dot: BLAS sums in another order with other threads, and a clip must not depend on them.
+    return float(np.square(waveform).mean())
 
 
-def augment_batch(
-    waveform: Tensor, target: Tensor, config: AugmentConfig, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Mix up and change the gain of a batch, where it lies.
+def color_noise(
+    n_samples: int, sample_rate: int, slope_db: float, generator: np.random.Generator
+) -> np.ndarray:
+    """Return noise ``(n_samples,)``, float32, of ``slope_db`` decibels per octave.
 
-    waveform: ``(batch, samples)``; target: ``(batch, classes)``. Draws come from
-    ``generator`` on the CPU, so that a GPU sees the same numbers.
+    Two stretches of one pool of white noise, at places and in a ratio that are drawn, are added and
+    filtered: a sum of Gaussian noise is Gaussian noise, drawing it anew would take 1.2 ms of 5 s,
+    and there are 4e12 pairs of places, so that no two clips have the same noise.
     """
-    waveform, target = mix_up(waveform, target, config, generator)
-    n_clips = len(waveform)
-    chosen = torch.rand(n_clips, generator=generator) < config.gain_probability
-    gain_db = _uniform(n_clips, config.gain_db, generator) * chosen
-    return waveform * _amplitude(gain_db).to(waveform.device)[:, None], target
+    pool = _white_pool()
+    n_white = padded_length(n_samples)
+    angle = generator.uniform(0, 2 * math.pi)
+    white = np.zeros(n_white, np.float32)
+    for share in (math.cos(angle), math.sin(angle)):
+        start = int(generator.integers(len(pool)))
+        filled = 0
+        while filled < n_white:  # the pool is a ring
+            part = pool[start : start + n_white - filled]
+            white[filled : filled + len(part)] += np.float32(share) * part
+            filled, start = filled + len(part), 0
+    curve = slope_curve(slope_db, COLOR_FLAT_BELOW_HZ)
+    return filter_padded(white, sample_rate, [curve])[:n_samples]
 
 
-def mix_up(
-    waveform: Tensor, target: Tensor, config: AugmentConfig, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Add another clip of the batch to some clips; targets become unions (3rd, 4th place).
+@cache
+def _white_pool() -> np.ndarray:
+    return np.random.default_rng(POOL_SEED).standard_normal(POOL_SAMPLES, dtype=np.float32)
 
-    The other clip is brought to the clip's own power times the drawn gain, so that both are heard.
+
+def fade_ends(waveform: np.ndarray, n_fade: int) -> np.ndarray:
+    """Let the first and last ``n_fade`` samples, a half at most, rise and fall along a cosine."""
+    n_fade = min(n_fade, len(waveform) // 2)
+    envelope = np.ones(len(waveform), np.float32)
+    rise = np.sin(np.pi / 2 * (np.arange(n_fade, dtype=np.float32) + 0.5) / max(1, n_fade)) ** 2
+    envelope[:n_fade] = rise
+    envelope[len(waveform) - n_fade :] = rise[::-1]
+    return waveform * envelope
+
+
+def _draw_filter(
+    bounds_hz: tuple[float, float], generator: np.random.Generator
+) -> tuple[float, int]:
+    """Draw cutoff, evenly over octaves, and order."""
+    cutoff_hz = math.exp(generator.uniform(*map(math.log, bounds_hz)))
+    return cutoff_hz, int(generator.integers(FILTER_ORDERS[0], FILTER_ORDERS[1] + 1))
+
+
+# --- by audiomentations --------------------------------------------------------------------------
+
+
+def shift_pitch(
+    waveform: np.ndarray,
+    sample_rate: int,
+    semitones: tuple[float, float],
+    generator: np.random.Generator,
+) -> np.ndarray:
+    """Shift all pitches by so many semitones, drawn from ``semitones``; the tempo stays."""
+    return _transform(_pitch_shift(*semitones), waveform, sample_rate, generator)
+
+
+def stretch_time(
+    waveform: np.ndarray,
+    sample_rate: int,
+    rate: tuple[float, float],
+    generator: np.random.Generator,
+) -> np.ndarray:
+    """Play so many times as fast, drawn from ``rate``; pitch and number of samples stay.
+
+    What is faster ends in silence, what is slower loses its end.
     """
-    n_clips = len(waveform)
-    partner = torch.randperm(n_clips, generator=generator)
-    chosen = torch.rand(n_clips, generator=generator) < config.mixup_probability
-    gain = _amplitude(_uniform(n_clips, config.mixup_gain_db, generator))
-    chosen &= partner != torch.arange(n_clips)
-    partner, gain, chosen = (item.to(waveform.device) for item in (partner, gain, chosen))
-    rms = waveform.square().mean(dim=1).sqrt()
-    # A silent clip has no power to be matched; it takes or gives nothing.
-    audible = (rms > 0) & (rms[partner] > 0) & chosen
-    scale = torch.where(audible, gain * rms / rms[partner].clamp(min=1e-12), 0)
-    mixed = waveform + scale[:, None] * waveform[partner]
-    union = torch.where(audible[:, None], torch.maximum(target, target[partner]), target)
-    return mixed, union
+    return _transform(_time_stretch(*rate), waveform, sample_rate, generator)
 
 
-def _uniform(n: int, bounds: tuple[float, float], generator: torch.Generator) -> Tensor:
-    return bounds[0] + (bounds[1] - bounds[0]) * torch.rand(n, generator=generator)
+def encode_mp3(
+    waveform: np.ndarray,
+    sample_rate: int,
+    kbps: tuple[int, int],
+    generator: np.random.Generator,
+) -> np.ndarray:
+    """Encode as mp3, of a bit rate drawn from ``kbps``, and decode; samples keep their places."""
+    n_missing = math.ceil(MP3_MIN_SECONDS * sample_rate) - len(waveform)
+    padded = np.pad(waveform, (0, n_missing)) if n_missing > 0 else waveform
+    return _transform(_mp3_compression(*kbps), padded, sample_rate, generator)[: len(waveform)]
 
 
-def _amplitude(db: Tensor) -> Tensor:
-    return 10 ** (db / 20)
+# Each of a range's own, made once: to make one takes longer than to use it.
+@cache
+def _pitch_shift(lowest: float, highest: float) -> Transform:
+    from audiomentations import PitchShift
+
+    return PitchShift(lowest, highest, p=1.0)
+
+
+@cache
+def _time_stretch(lowest: float, highest: float) -> Transform:
+    from audiomentations import TimeStretch
+
+    return TimeStretch(lowest, highest, leave_length_unchanged=True, p=1.0)
+
+
+@cache
+def _mp3_compression(lowest: int, highest: int) -> Transform:
+    from audiomentations import Mp3Compression
+
+    return Mp3Compression(lowest, highest, backend="fast-mp3-augment", p=1.0)
+
+
+def _transform(
+    transform: Transform, waveform: np.ndarray, sample_rate: int, generator: np.random.Generator
+) -> np.ndarray:
+    with seeded_globals(int(generator.integers(2**32))):
+        made = transform(np.ascontiguousarray(waveform, np.float32), sample_rate)
+    return np.asarray(made, np.float32)
+
+
+@contextmanager
+def seeded_globals(seed: int) -> Iterator[None]:
+    """Seed the global generators, from which audiomentations draws, and put them back after."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+@cache
+def reuse_freed_memory() -> None:
+    """Have this process keep the memory of the clips that it is done with, for the next ones.
+
+    glibc hands larger blocks back to the system when they are freed, and every page of the next one
+    is a fault: 160 of them, 0.3 ms, for each array of a 5-s clip, more than all that is computed on
+    it. The size from which it does so grows to that of the largest block that has been freed.
+    Elsewhere this does nothing.
+    """
+    block = bytearray(KEPT_BYTES)
+    del block

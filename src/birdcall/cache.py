@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 CACHE_SAMPLE_RATE = 32_000
 HEADER_BYTES = 128  # of the .npy files here; numpy pads the header to it
+MIN_PEAK, MAX_INT = 2**-10, 32767
 SPOOL_BYTES = 64 << 20  # floats kept in memory until the peak is known: 8 minutes
 
 
@@ -42,14 +43,22 @@ class Cache:
         return self.path_of(data, name).is_file()
 
     def read_crops(
-        self, data: Path, name: str, offsets: Sequence[float], duration_seconds: float | None
+        self,
+        data: Path,
+        name: str,
+        offsets: Sequence[float],
+        duration_seconds: float | None,
+        downmix: float | None = None,
     ) -> list[np.ndarray]:
-        """Read as `audio.read_crops` does, from the cache where the recording is there."""
+        """Read as `audio.read_crops` does, from the cache where the recording is there.
+
+        Cached sound is mono, its channels averaged: ``downmix`` has no effect on it.
+        """
         path, rate = self.path_of(data, name), self.sample_rate
         try:
             return [read_cached(path, offset, duration_seconds, rate) for offset in offsets]
         except FileNotFoundError:
-            return read_crops(data / name, rate, offsets, duration_seconds)
+            return read_crops(data / name, rate, offsets, duration_seconds, downmix)
 
     def write(self, data: Path, name: str, blocks: Iterable[np.ndarray]) -> None:
         """Keep the waveform that ``blocks`` make up; whole or not at all, in place of older ones.
@@ -86,24 +95,39 @@ def write_waveform(path: Path, blocks: Iterable[np.ndarray]) -> int:
     The peak takes the highest number, whether it is far below full scale or, as in many an mp3,
     above: rounding costs less than 2e-5 of the peak. The step is a float32 behind the array.
     """
-    peak = 2**-10
+    peak = MIN_PEAK
     with tempfile.SpooledTemporaryFile(SPOOL_BYTES, dir=path.parent) as spool:
         for block in blocks:
             spool.write(np.asarray(block, "<f4").tobytes())
             peak = max(peak, float(np.abs(block).max(initial=0)))
         n_samples = spool.tell() // 4
         spool.seek(0)
-        step = np.array(peak / 32767, "<f4")
+        step = np.array(peak / MAX_INT, "<f4")
         with path.open("wb") as file:
             header = {"descr": "<i2", "fortran_order": False, "shape": (n_samples,)}
             np.lib.format.write_array_header_1_0(file, header)
             if file.tell() != HEADER_BYTES:
                 raise RuntimeError(f"{path}: numpy wrote {file.tell()} bytes of header")
             while chunk := spool.read(1 << 22):
-                scaled = np.rint(np.frombuffer(chunk, "<f4") / step).clip(-32767, 32767)
-                file.write(scaled.astype("<i2").tobytes())
+                file.write(_to_integers(np.frombuffer(chunk, "<f4"), step).tobytes())
             file.write(step.tobytes())
     return n_samples
+
+
+def as_cached(waveform: np.ndarray) -> tuple[np.ndarray, np.float32]:
+    """Return what `write_waveform` would write: int16 ``(samples,)`` and their step, to the bit."""
+    peak = max(MIN_PEAK, float(np.abs(waveform).max(initial=0)))
+    step = np.array(peak / MAX_INT, "<f4")
+    return _to_integers(waveform, step), step[()]
+
+
+def _to_integers(waveform: np.ndarray, step: np.ndarray) -> np.ndarray:
+    return np.rint(waveform / step).clip(-MAX_INT, MAX_INT).astype("<i2")
+
+
+def cached_samples(path: Path) -> int:
+    """Say how many samples a file of `write_waveform` has; raises FileNotFoundError."""
+    return (path.stat().st_size - 4 - HEADER_BYTES) // 2
 
 
 def read_cached(

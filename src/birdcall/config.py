@@ -130,7 +130,7 @@ class AugmentConfig:
     # --- a clip, in the worker: files, filters, codecs
     # Stereo recorders have the bird to one side; the channels' mean is one of many mixes.
     downmix_probability: float = 0.2
-    # Off: 40 ms a clip, and nobody found a gain in it; a wrong pitch is a wrong bird.
+    # Off: 20 ms a clip, and nobody found a gain in it; a wrong pitch is a wrong bird.
     pitch_probability: float = 0.0
     pitch_semitones: tuple[float, float] = (-1.0, 1.0)
     tempo_probability: float = 0.0
@@ -159,7 +159,7 @@ class AugmentConfig:
     short_noise_count: tuple[int, int] = (1, 4)
     # A bird-free clip with an empty target now and then (7th place), to learn nocall from.
     noise_only_probability: float = 0.15
-    # Soundscapes were encoded again (8th place suspects so). 15 ms a clip.
+    # Soundscapes were encoded again (8th place suspects so). 9 ms a clip.
     mp3_probability: float = 0.1
     mp3_kbps: tuple[int, int] = (32, 128)
 

@@ -13,25 +13,29 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 
 from birdcall.audio import AudioError, crop_or_pad, is_cut
 from birdcall.audit import read_audit, usable_recordings
-from birdcall.augment import MAX_TRIES, ClipAugment, NothingReadableError, ReadFailure
+from birdcall.augment import ClipAugment
 from birdcall.cache import Cache
 from birdcall.config import SAMPLINGS, Experiment, require, require_choice
 from birdcall.folds import read_folds
 from birdcall.noise import find_noise, generate_noise, split_noise
+from birdcall.noise_files import MAX_TRIES, NothingReadableError, ReadFailure
 from birdcall.recordings import check_recordings_exist, classes_of, read_recordings
+from birdcall.targets import TimedTargets, make_targets, read_timed_labels
 
 logger = logging.getLogger(__name__)
 
 # (path below the data folder, sample rate, offsets in seconds, duration of each in seconds or None
-# for all the rest) → a waveform (samples,) per offset, all of one opened recording
-ReadClip = Callable[[str, int, Sequence[float], float | None], list[np.ndarray]]
+# for all the rest, share of the first channel or None for the channels' mean) → a waveform
+# (samples,) per offset, all of one opened recording
+ReadClip = Callable[[str, int, Sequence[float], float | None, float | None], list[np.ndarray]]
 
 UNRATED = 0.0  # in xeno-canto's tables: nobody has rated the recording
-LOWEST_RATING_WEIGHT = 0.1  # of the best recordings' weight
+BEST_RATING = 5.0
+LOWEST_RATING_WEIGHT = 0.1  # of the best recordings' weight (2nd place of 2021)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class TrainingData:
     classes: tuple[str, ...]
     read_clip: ReadClip
     noise_files: Sequence[Path] = ()
+    relabelled: pd.DataFrame | None = None  # labels with times, see `targets.TimedTargets`
+    noise_store: Path | None = None  # where decoded noise is kept, see `noise_files.NoiseFiles`
 
     @property
     def folds(self) -> list[int]:
@@ -69,19 +75,30 @@ class ClipReader:
     cache: Path
 
     def __call__(
-        self, path: str, sample_rate: int, offsets: Sequence[float], duration: float | None
+        self,
+        path: str,
+        sample_rate: int,
+        offsets: Sequence[float],
+        duration: float | None,
+        downmix: float | None = None,
     ) -> list[np.ndarray]:
-        return Cache(self.cache, sample_rate).read_crops(self.folder, path, offsets, duration)
+        cache = Cache(self.cache, sample_rate)
+        return cache.read_crops(self.folder, path, offsets, duration, downmix)
 
 
 def load_training_data(
-    folder: Path, folds: Path, audit: Path, cache: Path, noise: Path | None = None
+    folder: Path,
+    folds: Path,
+    audit: Path,
+    cache: Path,
+    noise: Path | None = None,
+    labels: Path | None = None,
 ) -> TrainingData:
     """Join the recordings of ``folder`` with their audit and folds; open cache and noise.
 
     Recordings that the audit leaves out are not in it. Bird-free sound is taken from ``noise``,
     else from ``noise/`` in the data folder or beside it; without any it is generated, beside the
-    cache.
+    cache. ``labels``: a file of labels with times, which targets then come from.
     """
     recordings = read_recordings(folder)
     classes = classes_of(recordings)
@@ -99,7 +116,31 @@ def load_training_data(
             raise FileNotFoundError(f"{noise}: no audio in this folder of noise")
         logger.info("%s has no noise/: wind, rain, hum and coloured noise are generated", folder)
         noise_files = generate_noise(cache.parent / "generated_noise")
-    return TrainingData(folder, recordings, classes, ClipReader(folder, cache), noise_files)
+    return TrainingData(
+        folder,
+        recordings,
+        classes,
+        ClipReader(folder, cache),
+        noise_files,
+        None if labels is None else read_timed_labels(labels, recordings, classes),
+        cache / "noise",
+    )
+
+
+def check_classes(
+    training: pd.DataFrame, validation: pd.DataFrame, classes: Sequence[str], fold: int
+) -> None:
+    """Warn of classes that no recording of the training or of the validation part is of."""
+    for part, recordings, consequence in (
+        ("training", training, "they are learnt from secondary labels, if at all"),
+        ("validation", validation, "its scores say nothing of them"),
+    ):
+        missing = sorted(set(classes) - set(recordings["ebird_code"]))
+        if missing:
+            logger.warning(
+                "fold %d has no %s recording of %d of %d classes (%s): %s",
+                *(fold, part, len(missing), len(classes), ", ".join(missing), consequence),
+            )
 
 
 class ClipRequest(NamedTuple):
@@ -110,24 +151,31 @@ class ClipRequest(NamedTuple):
     index: int  # of the recording
 
 
+def rating_weights(ratings: Sequence[float]) -> np.ndarray:
+    """Return each recording's weight by xeno-canto's rating (E to A: 1 to 5), 1 for the best.
+
+    At least LOWEST_RATING_WEIGHT. An unrated recording is not a bad one and counts as the mean of
+    the others; where none is rated, as 1.
+    """
+    rating = pd.Series(np.asarray(ratings, dtype=np.float64)).replace(UNRATED, np.nan)
+    weights = (rating / BEST_RATING).clip(LOWEST_RATING_WEIGHT, 1)
+    return weights.fillna(weights.mean()).fillna(1.0).to_numpy()
+
+
 def recording_weights(
     ebird_codes: Sequence[str], sampling: str, ratings: Sequence[float] | None = None
 ) -> np.ndarray:
     """Return how often each recording is drawn, as shares of one.
 
     ``uniform``: all equally often. ``balanced``: every class equally often (1st place).
-    ``rated``: in proportion to xeno-canto's rating (E to A: 1 to 5), but at least a tenth as often
-    as the best (the 2nd place of 2021 weighs the loss so); an unrated recording is not a bad one
-    and counts as the data set's mean. ``balanced+rated``: every class equally often, its better
-    recordings more often than the others.
+    ``rated``: in proportion to `rating_weights`. ``balanced+rated``: every class equally often, its
+    better recordings more often than the others.
     """
     require_choice("sampling", sampling, SAMPLINGS)
     weights = pd.Series(np.ones(len(ebird_codes)))
     if "rated" in sampling:
         require(ratings is not None, f"sampling is {sampling!r}, but there are no ratings")
-        rating = pd.Series(np.asarray(ratings, dtype=np.float64)).replace(UNRATED, np.nan)
-        weights = (rating / 5).clip(LOWEST_RATING_WEIGHT, 1)
-        weights = weights.fillna(weights.mean()).fillna(1.0)  # the last where none has a rating
+        weights = pd.Series(rating_weights(ratings))
     if "balanced" in sampling:
         weights /= weights.groupby(np.asarray(ebird_codes, dtype=object)).transform("sum")
     return (weights / weights.sum()).to_numpy()
@@ -138,6 +186,9 @@ class ClipSampler(Sampler[ClipRequest]):
 
     ``crops_per_recording`` clips in a row come from one recording. ``n_clips`` None: as many as
     there are recordings. See `recording_weights` for ``sampling``.
+
+    With ``batch_size``, of all processes together, an epoch is whole batches, unless it is less
+    than one. Of ``world_size`` processes that share each batch, ``rank`` gets its part of it.
     """
 
     def __init__(
@@ -148,23 +199,52 @@ class ClipSampler(Sampler[ClipRequest]):
         seed: int,
         ratings: Sequence[float] | None = None,
         crops_per_recording: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        batch_size: int | None = None,
     ) -> None:
         self.weights = recording_weights(ebird_codes, sampling, ratings)
         self.n_clips = n_clips or len(ebird_codes)
         self.crops_per_recording = crops_per_recording
         self.seed = seed
+        self.rank, self.world_size, self.batch_size = rank, world_size, batch_size
+        self._check_shares()
+        self.n_whole = self.n_clips - self.n_clips % min(batch_size or 1, self.n_clips)
         self.epoch = self.start = 0
 
+    def _check_shares(self) -> None:
+        rank, world_size, batch_size = self.rank, self.world_size, self.batch_size
+        require(0 <= rank < world_size, f"rank is {rank}; with {world_size} it is below that")
+        if world_size == 1:
+            return
+        require(
+            batch_size is not None and batch_size % world_size == 0,
+            f"a batch of {batch_size} cannot be shared by {world_size} processes; "
+            f"choose a batch_size that is a multiple of {world_size}",
+        )
+        require(
+            self.n_clips >= batch_size,
+            f"an epoch of {self.n_clips} clips is less than one batch of {batch_size}, which "
+            f"{world_size} processes cannot share; choose a higher clips_per_epoch",
+        )
+
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Draw ``epoch`` next, from its clip number ``start`` on: what an interrupted one lacks."""
+        """Draw ``epoch`` next, from its clip number ``start`` on: what an interrupted one lacks.
+
+        ``start`` counts the clips of all processes, and is where a batch starts.
+        """
         require(
             0 <= start <= self.n_clips,
             f"start is {start}; an epoch has {self.n_clips} clips, from 0 on",
         )
-        self.epoch, self.start = epoch, start
+        require(
+            start == self.n_clips or start % (self.batch_size or 1) == 0,
+            f"start is {start}, within a batch of {self.batch_size}; give where a batch starts",
+        )
+        self.epoch, self.start = epoch, min(start, self.n_whole)
 
     def __len__(self) -> int:
-        return self.n_clips - self.start
+        return (self.n_whole - self.start) // self.world_size
 
     def __iter__(self) -> Iterator[ClipRequest]:
         generator = np.random.default_rng((self.seed, self.epoch))
@@ -174,28 +254,35 @@ class ClipSampler(Sampler[ClipRequest]):
         order = generator.permutation(len(self.weights))
         drawn = np.searchsorted(np.cumsum(self.weights[order]), steps).clip(max=len(order) - 1)
         indices = generator.permutation(order[drawn]).repeat(self.crops_per_recording)
-        for position in range(self.start, self.n_clips):
-            yield ClipRequest(self.epoch, position, int(indices[position]))
+        batch = self.batch_size or 1
+        for position in range(self.start, self.n_whole):
+            if position % batch * self.world_size // batch == self.rank:
+                yield ClipRequest(self.epoch, position, int(indices[position]))
 
 
 class Clip(NamedTuple):
     """A training clip, and what could not be read on the way to it.
 
     waveform: ``(clip samples,)``, None where neither the recording nor any other tried could be
-    read; target: ``(classes,)``.
+    read; target: ``(classes,)``; weight: how much its loss counts; recording: the path that it was
+    cut from, ``NOISE`` for bird-free sound alone.
     """
 
     waveform: Tensor | None
     target: Tensor
+    weight: float
+    recording: str
     failures: tuple[ReadFailure, ...]
 
 
-class ClipDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Clips of recordings with their targets: ``(clip samples,)`` and ``(classes,)``, float32.
+class ClipDataset:
+    """Clips of recordings with their targets, a batch's at a time.
 
     recordings: rows with ``path``, ``ebird_code``, ``secondary_codes`` and ``seconds`` (the true
-    length). noise_files: bird-free sound, to mix in and to learn nocall from. A clip depends on
-    the experiment's seed and on its request alone.
+    length), where ratings weigh the loss ``rating``, with ``relabelled`` ``filename``. noise_files:
+    bird-free sound, to mix in and to learn nocall from. relabelled: labels with times, for targets
+    by what is heard in a clip. noise_store: where decoded noise is kept, for all workers. A clip
+    depends on the experiment's seed and its request alone.
     """
 
     def __init__(
@@ -205,27 +292,26 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]]):
         experiment: Experiment,
         read_clip: ReadClip,
         noise_files: Sequence[Path] = (),
+        relabelled: pd.DataFrame | None = None,
+        noise_store: Path | None = None,
     ) -> None:
+        config = experiment.train
         self.experiment = experiment
         self.read_clip = read_clip
         self.noise_files = list(noise_files)
         self.paths = list(recordings["path"])
         self.seconds = recordings["seconds"].to_numpy(dtype=np.float64)
         self.codes = pd.factorize(recordings["ebird_code"])[0]
-        self.targets = make_targets(recordings, classes, experiment.train.secondary_label_weight)
+        self.targets = make_targets(recordings, classes, config.secondary_label_weight)
+        self.timed = None if relabelled is None else TimedTargets(recordings, classes, relabelled)
+        rated = config.rating_loss_weight
+        self.weights = rating_weights(recordings["rating"]) if rated else np.ones(len(self.paths))
         self.augment = ClipAugment(
-            experiment.augment, experiment.frontend.sample_rate, self.noise_files
+            experiment.augment, experiment.frontend.sample_rate, self.noise_files, noise_store
         )
 
     def __len__(self) -> int:
         return len(self.paths)
-
-    def __getitem__(self, request: ClipRequest) -> tuple[Tensor, Tensor]:
-        """Make one clip; raise AudioError for the first file that cannot be read."""
-        clip = self.make_clips([request])[0]
-        for failure in clip.failures:
-            raise AudioError(Path(failure.path), failure.reason.removeprefix(f"{failure.path}: "))
-        return clip.waveform, clip.target
 
     def make_clips(self, requests: Sequence[ClipRequest]) -> list[Clip]:
         """Make a batch's clips; neighbours from one recording are read in one go.
@@ -233,8 +319,10 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]]):
         Where a recording cannot be read, another takes its place, one of the same class if there
         is one; which, depends on the request alone. `Clip.failures` tells.
         """
-        drafts = [_Draft(request, self.experiment, self.noise_files) for request in requests]
-        for index, group in groupby(drafts, key=lambda draft: draft.index):
+        drafts = [
+            _Draft(request, self.experiment, self.noise_files, self.augment) for request in requests
+        ]
+        for (index, _), group in groupby(drafts, key=lambda draft: (draft.index, draft.downmix)):
             self._read_together(index, list(group))
         return [self._finish(draft) for draft in drafts]
 
@@ -243,7 +331,9 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]]):
         if index == NOISE_ONLY or len(drafts) == 1:
             return
         try:
-            waveforms = self._read_crops(index, [draft.place for draft in drafts])
+            waveforms = self._read_crops(
+                index, [draft.place for draft in drafts], drafts[0].downmix
+            )
         except (AudioError, OSError):
             return  # perhaps one crop only is damaged: `_finish` finds out which, and reports it
         for draft, waveform in zip(drafts, waveforms, strict=True):
@@ -251,19 +341,33 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def _finish(self, draft: _Draft) -> Clip:
         failures: list[ReadFailure] = []
-        target, waveform = torch.zeros(self.targets.shape[1]), None
         try:
             if draft.index == NOISE_ONLY:
                 n_samples = self.experiment.clip_samples
                 waveform = self.augment.noise.draw(n_samples, draft.generator, failures)
+                target, weight, recording = np.zeros(self.targets.shape[1], np.float32), 1.0, NOISE
             else:
                 index, waveform = self._read_recording(draft, failures)
-                target = torch.from_numpy(self.targets[index])
+                target, weight = self._target(index, draft.place), float(self.weights[index])
+                recording = self.paths[index]
                 waveform = self.augment(waveform, draft.generator, failures)
         except NothingReadableError:
-            return Clip(None, target, tuple(failures))
-        waveform = np.ascontiguousarray(waveform, dtype=np.float32)
-        return Clip(torch.from_numpy(waveform), target, tuple(failures))
+            recording = NOISE if draft.index == NOISE_ONLY else self.paths[draft.index]
+            nothing = torch.zeros(self.targets.shape[1])
+            return Clip(None, nothing, 0.0, recording, tuple(failures))
+        waveform = torch.from_numpy(np.ascontiguousarray(waveform, dtype=np.float32))
+        return Clip(waveform, torch.from_numpy(target), weight, recording, tuple(failures))
+
+    def _target(self, index: int, place: float) -> np.ndarray:
+        """Return the target ``(classes,)`` of the clip at ``place``, as in `_read_crops`."""
+        if self.timed is not None:
+            clip_seconds = self.experiment.train.clip_seconds
+            # Below 0 for a short recording, which lies somewhere within its clip.
+            start = place * (self.seconds[index] - clip_seconds)
+            target = self.timed.find(index, start, clip_seconds)
+            if target is not None:
+                return target
+        return self.targets[index]
 
     def _read_recording(self, draft: _Draft, failures: list[ReadFailure]) -> tuple[int, np.ndarray]:
         """Read the draft's crop, of another recording where its own fails; return whose it is."""
@@ -271,7 +375,7 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]]):
             return draft.index, draft.waveform
         for index in self._candidates(draft):
             try:
-                return index, self._read_crops(index, [draft.place])[0]
+                return index, self._read_crops(index, [draft.place], draft.downmix)[0]
             except (AudioError, OSError) as error:
                 failures.append(ReadFailure.of("recording", self.paths[index], error))
         raise NothingReadableError(f"none of {len(failures)} recordings can be read")
@@ -285,7 +389,9 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]]):
         strange = self.codes[others] != self.codes[draft.index]
         yield from others[np.argsort(strange, kind="stable")][:MAX_TRIES].tolist()
 
-    def _read_crops(self, index: int, places: Sequence[float]) -> list[np.ndarray]:
+    def _read_crops(
+        self, index: int, places: Sequence[float], downmix: float | None
+    ) -> list[np.ndarray]:
         """Read a crop at each of ``places``, shares of the way that it could start on.
 
         A recording shorter than the clip lies at such a place in silence.
@@ -295,9 +401,9 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]]):
         spare = self.seconds[index] - clip_seconds
         if spare > 0:
             offsets = [place * spare for place in places]
-            crops = self.read_clip(path, sample_rate, offsets, clip_seconds)
+            crops = self.read_clip(path, sample_rate, offsets, clip_seconds, downmix)
             return [crop_or_pad(crop, n_samples) for crop in crops]
-        whole = self.read_clip(path, sample_rate, [0.0], None)[0]
+        whole = self.read_clip(path, sample_rate, [0.0], None, downmix)[0]
         seconds = len(whole) / sample_rate
         if is_cut(seconds, self.seconds[index]):
             reason = f"has {seconds:g} s, had {self.seconds[index]:g} s when it was audited"
@@ -307,31 +413,23 @@ class ClipDataset(Dataset[tuple[Tensor, Tensor]]):
 
 
 NOISE_ONLY = -1  # in place of a recording's index
+NOISE = "noise"  # and of its path
 
 
 class _Draft:
     """A clip's own draws, before anything is read."""
 
     def __init__(
-        self, request: ClipRequest, experiment: Experiment, noise_files: Sequence[Path]
+        self,
+        request: ClipRequest,
+        experiment: Experiment,
+        noise_files: Sequence[Path],
+        augment: ClipAugment,
     ) -> None:
         seed = (experiment.train.seed, request.epoch, request.position)
         self.generator = np.random.default_rng(seed)
         noise_only = self.generator.random() < experiment.augment.noise_only_probability
         self.index = NOISE_ONLY if noise_only and noise_files else request.index
         self.place = self.generator.random()
+        self.downmix = augment.draw_downmix(self.generator)
         self.waveform: np.ndarray | None = None
-
-
-def make_targets(
-    recordings: pd.DataFrame, classes: Sequence[str], secondary_label_weight: float
-) -> np.ndarray:
-    """Return targets ``(recordings, classes)``: 1 for the primary label, less for others."""
-    column = {code: position for position, code in enumerate(classes)}
-    targets = np.zeros((len(recordings), len(classes)), dtype=np.float32)
-    rows = zip(recordings["ebird_code"], recordings["secondary_codes"], strict=True)
-    for row, (primary, secondary) in enumerate(rows):
-        for code in secondary:
-            targets[row, column[code]] = secondary_label_weight
-        targets[row, column[primary]] = 1.0
-    return targets

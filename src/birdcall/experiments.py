@@ -158,23 +158,35 @@ _LITE0 = Experiment(
     ),
     augment=AugmentConfig().without("mp3"),
     train=TrainConfig(
-        clip_seconds=6.0, epochs=40, batch_size=16, learning_rate=1e-3, validate_every=10
+        clip_seconds=5.0, epochs=60, batch_size=16, learning_rate=1e-3, validate_every=10
     ),
+)
+_LITE0_GRU = replace(
+    _LITE0,
+    name="lite0_gru",
+    description="lite0_plain with a bi-GRU as a residual branch",
+    model=replace(_LITE0.model, temporal="gru"),
 )
 _LITE0_ONES = (
     _LITE0,
-    *(
-        replace(
-            _LITE0,
-            name=f"lite0_{name}",
-            description=f"lite0_plain with {what} as a residual branch",
-            model=replace(_LITE0.model, temporal=temporal),
-        )
-        for name, what, temporal in (
-            ("gru", "a bi-GRU", "gru"),
-            ("attention", "self-attention", "attention"),
-            ("gru_attention", "a bi-GRU and self-attention", "gru+attention"),
-        )
+    _LITE0_GRU,
+    replace(
+        _LITE0,
+        name="lite0_attention",
+        description="lite0_plain with self-attention",
+        model=replace(_LITE0.model, temporal="attention"),
+    ),
+    replace(
+        _LITE0,
+        name="lite0_gru_attention",
+        description="lite0_gru with self-attention behind the GRU",
+        model=replace(_LITE0.model, temporal="gru+attention"),
+    ),
+    replace(
+        _LITE0_GRU,
+        name="lite0_gru_clean",
+        description="lite0_gru without noise of any kind in its clips",
+        augment=_LITE0.augment.without(*NOISE_AUGMENTATIONS),
     ),
 )
 

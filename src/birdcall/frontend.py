@@ -269,18 +269,26 @@ class SpecAugment(nn.Module):
         self.time_mask_share, self.mel_mask_share = time_mask_share, mel_mask_share
         self.n_masks = n_masks
 
-    def forward(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Return a masked copy of ``image`` (batch, channels, frames, n_mels)."""
-        if not self.training or self.n_masks == 0:
+    def draw(self, n_clips: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw the masks of so many clips ``(n_clips, 2, 2, n_masks)``, on the CPU.
+
+        Second dimension: frames, mel bins; third: width and start, as shares of what is possible.
+        """
+        return torch.rand(n_clips, 2, 2, self.n_masks, generator=generator)
+
+    def hide(self, image: Tensor, draws: Tensor) -> Tensor:
+        """Return a masked copy of ``image`` (batch, channels, frames, n_mels), in any mode."""
+        if draws.shape[-1] == 0:
             return image
-        batch, _, frames, n_mels = image.shape
-        device = generator.device if generator is not None else image.device
-        draws = torch.rand(2, 2, batch, self.n_masks, 1, generator=generator, device=device)
-        draws = draws.to(image.device)
-        hidden_frames = _masks(frames, self.time_mask_share, *draws[0])
-        hidden_mels = _masks(n_mels, self.mel_mask_share, *draws[1])
+        draws = draws.to(image.device)[..., None].unbind(1)
+        hidden_frames = _masks(image.shape[2], self.time_mask_share, *draws[0].unbind(1))
+        hidden_mels = _masks(image.shape[3], self.mel_mask_share, *draws[1].unbind(1))
         hidden = hidden_frames[:, None, :, None] | hidden_mels[:, None, None, :]
         return torch.where(hidden, image.mean(dim=(2, 3), keepdim=True), image)
+
+    def forward(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Hide what is drawn now, in training mode; ``generator`` is one of the CPU."""
+        return self.hide(image, self.draw(len(image), generator)) if self.training else image
 
 
 def _masks(length: int, share: float, width_draw: Tensor, start_draw: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, NoReturn
 
@@ -11,20 +12,37 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from birdcall.augment import MAX_TRIES, ReadFailure
+from birdcall.config import Experiment
 from birdcall.dataset import Clip, ClipDataset, ClipRequest, ClipSampler
+from birdcall.memory import available_memory
+from birdcall.noise_files import MAX_TRIES, ReadFailure
 
 logger = logging.getLogger(__name__)
 
 MIN_FAILED = 3  # so many files may fail however few there are
 NAMED_FAILURES = 3  # in the error that stops a run
+# Of a worker without its batches: measured on Linux (Private_Dirty), rounded up. A forked one
+# shares what torch and birdcall take, until reference counts are written to shared pages.
+WORKER_BYTES = {"fork": 100_000_000, "forkserver": 350_000_000, "spawn": 350_000_000}
+# More where a clip may be encoded, or its pitch or tempo changed: audiomentations brings librosa
+# and numba along.
+AUDIOMENTATIONS_BYTES = 150_000_000
+# Batches that a worker holds: two ready (torch's prefetch_factor), one handed over, and of the one
+# in the making its single clips and their stack.
+BATCHES_PER_WORKER = 5
 
 
 class ClipBatch(NamedTuple):
-    """Clips as the model takes them: ``(batch, samples)`` and ``(batch, classes)``, float32."""
+    """Clips as the model takes them; see `dataset.Clip` for what one is.
+
+    waveform: ``(batch, samples)``; target: ``(batch, classes)``; weight: ``(batch,)``; float32.
+    recordings: of each clip, so that a batch that goes wrong can be named.
+    """
 
     waveform: Tensor | None  # None: one of the clips could not be made
     target: Tensor
+    weight: Tensor
+    recordings: tuple[str, ...]
     failures: tuple[ReadFailure, ...]
 
 
@@ -42,35 +60,47 @@ class _ClipBatches(Dataset[Clip]):
 
 
 def make_loader(
-    dataset: ClipDataset, sampler: ClipSampler, workers: int, start_method: str | None = None
+    dataset: ClipDataset,
+    sampler: ClipSampler,
+    workers: int,
+    start_method: str | None = None,
+    batch_size: int | None = None,
 ) -> DataLoader[ClipBatch]:
-    """Load batches of the experiment's ``batch_size`` with so many processes, 0: in this one.
+    """Load batches of ``batch_size`` clips with so many processes, 0: in this one.
 
-    ``loader.sampler`` and ``loader.dataset.clips`` are what was given. The last batch is left out
-    where it would be smaller, unless it is the only one.
+    ``batch_size`` None: the experiment's; where several processes share a batch, each gives its
+    part. ``loader.sampler`` and ``loader.dataset.clips`` are what was given. The last batch is left
+    out where it would be smaller, unless it is the only one.
     """
-    batch_size = dataset.experiment.train.batch_size
+    batch_size = batch_size or dataset.experiment.train.batch_size
     return DataLoader(
         _ClipBatches(dataset),
         batch_size=batch_size,
         sampler=sampler,
-        drop_last=sampler.n_clips >= batch_size,
+        drop_last=sampler.n_clips >= batch_size * sampler.world_size,
         num_workers=workers,
         persistent_workers=workers > 0,
         collate_fn=collate_clips,
         worker_init_fn=limit_worker_threads,
         multiprocessing_context=start_method if workers else None,
         pin_memory=torch.cuda.is_available(),
+        # Each iterator draws a seed, which nobody uses: not from the generator that dropout draws
+        # from, or an epoch taken up in its middle would go on otherwise.
+        generator=torch.Generator(),
     )
 
 
 def collate_clips(clips: Sequence[Clip]) -> ClipBatch:
     """Stack clips; in a worker this is the one copy, into memory that the parent shares."""
     failures = tuple(failure for clip in clips for failure in clip.failures)
-    target = default_collate([clip.target for clip in clips])
-    if any(clip.waveform is None for clip in clips):
-        return ClipBatch(None, target, failures)
-    return ClipBatch(default_collate([clip.waveform for clip in clips]), target, failures)
+    readable = all(clip.waveform is not None for clip in clips)
+    return ClipBatch(
+        default_collate([clip.waveform for clip in clips]) if readable else None,
+        default_collate([clip.target for clip in clips]),
+        torch.tensor([clip.weight for clip in clips], dtype=torch.float32),
+        tuple(clip.recording for clip in clips),
+        failures,
+    )
 
 
 def limit_worker_threads(_worker: int) -> None:
@@ -119,10 +149,40 @@ class FailureCounter:
         )
 
 
-def iterate_clips(
-    loader: Iterable[ClipBatch], failures: FailureCounter
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield each batch's waveform and target once its failures are counted."""
+def iterate_clips(loader: Iterable[ClipBatch], failures: FailureCounter) -> Iterator[ClipBatch]:
+    """Yield each batch once its failures are counted."""
     for batch in loader:
         failures.count(batch)
-        yield batch.waveform, batch.target
+        yield batch
+
+
+def check_worker_memory(
+    workers: int, experiment: Experiment, processes: int = 1, available: int | None = None
+) -> None:
+    """Raise ValueError where the loader's workers will not fit in the memory there is.
+
+    ``workers`` of each of ``processes`` that load on this machine. ``available``: bytes, None: what
+    `available_memory` finds; where the system does not say, nothing is refused.
+    """
+    available = available_memory() if available is None else available
+    if available is None or workers == 0:
+        return
+    each = _worker_bytes(experiment, experiment.train.batch_size // processes)
+    room = available // (each * processes)
+    if workers > room:
+        raise ValueError(
+            f"{workers} workers need {workers * each * processes / 1e9:.1f} GB, "
+            f"{each / 1e9:.2f} GB each, and {available / 1e9:.1f} GB of memory are left: "
+            f"{room} would fit; give --workers {room}"
+        )
+
+
+def _worker_bytes(experiment: Experiment, batch_size: int) -> int:
+    augment = experiment.augment
+    used = (augment.mp3_probability, augment.pitch_probability, augment.tempo_probability)
+    batch = batch_size * experiment.clip_samples * torch.float32.itemsize
+    return (
+        WORKER_BYTES[multiprocessing.get_start_method()]
+        + AUDIOMENTATIONS_BYTES * any(used)
+        + BATCHES_PER_WORKER * batch
+    )

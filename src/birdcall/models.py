@@ -1,4 +1,4 @@
-"""Build the sound event detectors: front end, backbone, temporal layer and attention head."""
+"""Build the sound event detectors: front end, backbone, pooling, temporal layer and head."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from torch.nn import functional
 
 from birdcall.config import Experiment, FrontendConfig, ModelConfig
 from birdcall.frontend import LogMel
+from birdcall.panns import PANNS
+
+LEAST_FRAMES = 32  # the stride of nearly every backbone: one frame comes out of them
 
 
 class SEDOutput(NamedTuple):
@@ -73,57 +76,139 @@ def sinusoidal_positions(hidden: Tensor) -> Tensor:
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1).to(hidden.dtype)
 
 
-class AttentionHead(nn.Module):
-    """PANNs' attention pooling: framewise probabilities and their weighted mean over frames.
+class MeanPooling(nn.Module):
+    """The mean over frequency: (batch, channels, frames, mels) → ``(batch, channels, frames)``."""
 
-    ``(batch, channels, frames)`` → `SEDOutput`. tanh keeps the attention's softmax from collapsing
-    on one frame (1st, 6th place); Kong et al. (2020) clamp to [-10, 10] instead.
+    def forward(self, features: Tensor) -> Tensor:
+        return features.mean(dim=3)
+
+
+class GeM(nn.Module):
+    """Generalised mean over frequency (Radenovic et al., 2018), between mean and maximum.
+
+    ``(batch, channels, frames, mels)`` → ``(batch, channels, frames)``; the power is learned. At 1
+    it is the mean; no power is let above ``HIGHEST``, where it is the maximum to some percent.
+    """
+
+    EPS, LOWEST, HIGHEST = 1e-6, 1.0, 16.0
+
+    def __init__(self, power: float = 3.0) -> None:
+        super().__init__()
+        self.power = nn.Parameter(torch.full((1,), power))
+
+    def forward(self, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            values = features.float().clamp(min=self.EPS)
+            power = self.power.float().clamp(self.LOWEST, self.HIGHEST)
+            # In shares of the largest, of which no power overflows. It cancels out, so no gradient
+            # need pass through it.
+            largest = values.detach().amax(dim=3, keepdim=True)
+            pooled = (values / largest).pow(power).mean(dim=3).pow(1 / power)
+            return (pooled * largest.squeeze(3)).to(features.dtype)
+
+
+class DetectionHead(nn.Module):
+    """Framewise probabilities, and what a subclass makes of them for the clip.
+
+    ``(batch, channels, frames)`` → `SEDOutput`. Everything behind the one detection layer is
+    computed in float32.
     """
 
     def __init__(self, channels: int, n_classes: int) -> None:
         super().__init__()
-        self.attention = nn.Conv1d(channels, n_classes, kernel_size=1)
         self.detection = nn.Conv1d(channels, n_classes, kernel_size=1)
-        nn.init.xavier_uniform_(self.attention.weight)
         nn.init.xavier_uniform_(self.detection.weight)
-        nn.init.zeros_(self.attention.bias)
         # Most species are absent from most frames; starting there saves the first epochs.
         nn.init.constant_(self.detection.bias, -math.log(max(n_classes - 1, 1)))
+
+    def forward(self, features: Tensor) -> SEDOutput:
+        logits = self.detection(features).float()
+        return SEDOutput(self.pool(logits, features), torch.sigmoid(logits))
+
+    def pool(self, logits: Tensor, features: Tensor) -> Tensor:
+        """Return the clipwise probabilities of framewise ``logits`` (batch, classes, frames)."""
+        raise NotImplementedError
+
+
+class AttentionHead(DetectionHead):
+    """PANNs' attention pooling: the clip is the weighted mean of its frames.
+
+    tanh keeps the attention's softmax from collapsing on one frame (1st, 6th place); Kong et al.
+    (2020) clamp to [-10, 10] instead.
+    """
+
+    def __init__(self, channels: int, n_classes: int) -> None:
+        super().__init__(channels, n_classes)
+        self.attention = nn.Conv1d(channels, n_classes, kernel_size=1)
+        nn.init.xavier_uniform_(self.attention.weight)
+        nn.init.zeros_(self.attention.bias)
 
     def attend(self, features: Tensor) -> Tensor:
         """Return the weights ``(batch, classes, frames)``, which sum to 1 over the frames."""
         return torch.softmax(torch.tanh(self.attention(features)).float(), dim=-1)
 
-    def forward(self, features: Tensor) -> SEDOutput:
-        framewise = torch.sigmoid(self.detection(features).float())
+    def pool(self, logits: Tensor, features: Tensor) -> Tensor:
         # Rounding lets a weighted mean of ones exceed one, which binary cross-entropy refuses.
-        clipwise = (self.attend(features) * framewise).sum(dim=-1).clamp(0, 1)
-        return SEDOutput(clipwise, framewise)
+        return (self.attend(features) * torch.sigmoid(logits)).sum(dim=-1).clamp(0, 1)
+
+
+class MaxHead(DetectionHead):
+    """The clip is its loudest frame: what weak labels say literally (Kumar and Raj, 2016).
+
+    Only one frame of a clip learns from it, so that training is slow and follows single impulses.
+    """
+
+    def pool(self, logits: Tensor, features: Tensor) -> Tensor:
+        return torch.sigmoid(logits.amax(dim=-1))
+
+
+class LogMeanExpHead(DetectionHead):
+    """The clip's odds are the mean of its frames' odds: log(mean(exp(logits))) in logits.
+
+    A soft maximum, as in the 7th and the 39th place (first on the public board). It is taken on
+    logits: on probabilities, which are at most 1, it would be little more than their mean, and a
+    call of one second in a clip of thirty would be lost. Every frame learns, in proportion to its
+    odds. The sharpness is the 7th place's fixed 1: a learned one may run off to the mean or to the
+    maximum, and frames are worse off with either.
+    """
+
+    def pool(self, logits: Tensor, features: Tensor) -> Tensor:
+        log_sum = torch.logsumexp(logits, dim=-1)
+        return torch.sigmoid(log_sum - math.log(logits.shape[-1]))
+
+
+POOLINGS = {"mean": MeanPooling, "gem": GeM}
+HEADS = {"attention": AttentionHead, "max": MaxHead, "log_mean_exp": LogMeanExpHead}
 
 
 class SEDModel(nn.Module):
     """A sound event detector, from waveform to probabilities per clip and per frame.
 
     ``model(waveform)`` is ``model.detect(model.frontend(waveform))``; members of an ensemble that
-    share a front end call `detect` on one log-mel.
+    share a front end call `detect` on one log-mel. Under autocast, wrap `detect` alone: the front
+    end stays in float32 either way.
     """
 
     def __init__(
         self,
         frontend: LogMel,
         backbone: nn.Module,
+        pooling: nn.Module,
         temporal: nn.Module,
-        head: AttentionHead,
+        head: DetectionHead,
         *,
         n_mels: int,
         n_features: int,
         temporal_size: int,
         dropout: float,
+        channels_last: bool,
     ) -> None:
         super().__init__()
         self.frontend = frontend
         self.mel_norm = nn.BatchNorm2d(n_mels)  # PANNs' bn0: every mel bin at its own scale
-        self.backbone = backbone.to(memory_format=torch.channels_last)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.backbone = backbone.to(memory_format=self.memory_format)
+        self.pooling = pooling
         self.dropout = nn.Dropout(dropout)
         self.project = nn.Conv1d(n_features, temporal_size, kernel_size=1)
         self.temporal = temporal
@@ -140,10 +225,8 @@ class SEDModel(nn.Module):
     def embed(self, log_mel: Tensor) -> Tensor:
         """Return the projected backbone features ``(batch, temporal_size, frames)``."""
         normed = self.mel_norm(log_mel.transpose(1, 3)).transpose(1, 3)
-        # Convolutions of one-channel images are 1.4 x faster so, on a CPU and on tensor cores.
-        normed = normed.contiguous(memory_format=torch.channels_last)
-        features = self.backbone.forward_features(normed)
-        features = features.mean(dim=3)  # over frequency
+        normed = lengthen(normed).contiguous(memory_format=self.memory_format)
+        features = self.pooling(self.backbone.forward_features(normed))
         # A little context for every frame (1st place, after PANNs).
         features = functional.max_pool1d(features, 3, 1, 1) + functional.avg_pool1d(
             features, 3, 1, 1
@@ -151,25 +234,47 @@ class SEDModel(nn.Module):
         return functional.relu(self.project(self.dropout(features)))
 
 
+def lengthen(image: Tensor) -> Tensor:
+    """Repeat the last frame of ``image`` (batch, channels, frames, mels) up to ``LEAST_FRAMES``.
+
+    Shorter images vanish in backbones that round down when they halve, such as DenseNet.
+    """
+    missing = LEAST_FRAMES - image.shape[2]
+    if missing <= 0:
+        return image
+    return torch.cat((image, image[:, :, -1:].expand(-1, -1, missing, -1)), dim=2)
+
+
 def build_backbone(config: ModelConfig, in_chans: int, *, pretrained: bool) -> nn.Module:
-    """Build the timm network whose features are ``(batch, channels, frames, mels)``."""
-    if not timm.is_model(config.backbone):
-        close = difflib.get_close_matches(config.backbone, timm.list_models(), n=3)
-        raise ValueError(
-            f"timm has no backbone {config.backbone!r}; did you mean "
-            f"{', '.join(close) or 'another'}? `timm.list_models()` lists all"
-        )
+    """Build the network whose ``forward_features`` are ``(batch, channels, frames, mels)``.
+
+    ``ValueError`` names a backbone or an option that does not exist, with what does.
+    """
+    name, options = config.backbone, dict(config.backbone_options)
     try:
+        if name in PANNS:
+            return PANNS[name](in_chans, **options)
+        _require_backbone(name)
         return timm.create_model(
-            config.backbone,
+            name,
             pretrained=pretrained,
             in_chans=in_chans,
             num_classes=0,
             global_pool="",
-            **dict(config.backbone_options),
+            **options,
         )
     except TypeError as error:
-        raise ValueError(f"backbone {config.backbone!r}: backbone_options: {error}") from error
+        raise ValueError(f"backbone {name!r}: backbone_options: {error}") from error
+
+
+def _require_backbone(name: str) -> None:
+    if timm.is_model(name):
+        return
+    close = difflib.get_close_matches(name, [*PANNS, *timm.list_models()], n=3)
+    raise ValueError(
+        f"there is no backbone {name!r}; did you mean {', '.join(close) or 'another'}? There are "
+        f"{', '.join(PANNS)} and what `timm.list_models()` lists"
+    )
 
 
 def build_temporal(config: ModelConfig) -> nn.Module:
@@ -192,20 +297,40 @@ def build_model(experiment: Experiment, n_classes: int, *, pretrained: bool = Fa
     return SEDModel(
         LogMel(frontend),
         backbone,
+        POOLINGS[config.pooling](),
         build_temporal(config),
-        AttentionHead(config.temporal_size, n_classes),
+        HEADS[config.head](config.temporal_size, n_classes),
         n_mels=frontend.n_mels,
-        n_features=_count_features(backbone, frontend),
+        n_features=_count_features(backbone, config.backbone, frontend),
         temporal_size=config.temporal_size,
         dropout=config.dropout,
+        channels_last=experiment.train.channels_last,
     )
 
 
-def _count_features(backbone: nn.Module, frontend: FrontendConfig) -> int:
-    """Return the channels of ``forward_features``; timm's ``num_features`` may differ."""
-    image = torch.zeros(1, len(frontend.features), 64, frontend.n_mels)
+def _count_features(backbone: nn.Module, name: str, frontend: FrontendConfig) -> int:
+    """Return the channels of ``forward_features``; timm's ``num_features`` may differ.
+
+    ``ValueError`` if what comes out of two lengths is no image whose third axis is time.
+    """
+    shapes = []
     was_training = backbone.training
-    with torch.no_grad():
-        n_features = backbone.eval().forward_features(image).shape[1]
+    backbone.eval()
+    for n_frames in (LEAST_FRAMES, 4 * LEAST_FRAMES):
+        image = torch.zeros(1, len(frontend.features), n_frames, frontend.n_mels)
+        try:
+            with torch.no_grad():
+                shapes.append(tuple(backbone.forward_features(image).shape))
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(
+                f"backbone {name!r} takes no image of {n_frames} frames and {frontend.n_mels} mel "
+                f"bins, so it is not a CNN of any length: {str(error).splitlines()[0]}"
+            ) from error
     backbone.train(was_training)
-    return n_features
+    short, long = shapes
+    if len(short) != 4 or long[1] != short[1] or long[2] <= short[2] or long[3] != short[3]:
+        raise ValueError(
+            f"backbone {name!r} gives features {short}, and {long} of four times as many frames; "
+            "choose a CNN, which gives (batch, channels, frames, mels)"
+        )
+    return short[1]

@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -21,18 +22,55 @@ from birdcall.soundscapes import read_test_rows
 
 COMPETITION = "birdsong-recognition"
 SLUG = "birdcall-package"
+MAX_TITLE = 50  # characters
 MAX_DATASET_BYTES = 100 * 2**30  # Kaggle's limit on one dataset
 
-# Runs a script as __main__ in a process that cannot open a connection.
+# Python runs a module of this name at its start. In a rehearsal this one keeps the kernel, and the
+# processes that it starts, from every connection but those between them.
+OFFLINE_FILE = "sitecustomize.py"
 OFFLINE = """
-import runpy, socket, sys
-def refuse(*_args, **_kwargs):
-    raise OSError("the kernel has no network")
-socket.socket.connect = socket.socket.connect_ex = refuse
-socket.getaddrinfo = socket.create_connection = refuse
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+import socket
+
+LOCAL = (None, "", "localhost", "127.0.0.1", "::1", socket.gethostname())
+
+def check(host):
+    if host not in LOCAL:
+        raise OSError(f"the kernel has no network: {host}")
+
+def getaddrinfo(host, *rest, real=socket.getaddrinfo, **named):
+    check(host)
+    return real(host, *rest, **named)
+
+def connecting(real):
+    def connect(self, address):
+        if isinstance(address, tuple):  # else a pipe on this machine
+            check(address[0])
+        return real(self, address)
+    return connect
+
+socket.getaddrinfo = getaddrinfo
+socket.socket.connect = connecting(socket.socket.connect)
+socket.socket.connect_ex = connecting(socket.socket.connect_ex)
 """
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Under which names a dataset and the kernel that reads it go to Kaggle."""
+
+    owner: str
+    dataset: str  # slugs
+    kernel: str
+    sees_own_output: bool = False  # the kernel's next version finds what this one has left
+
+    def __post_init__(self) -> None:
+        for slug in (self.dataset, self.kernel):
+            if len(slug) > MAX_TITLE:
+                raise ValueError(f"{slug!r} is too long: Kaggle takes {MAX_TITLE} characters")
+
+    @property
+    def kernel_id(self) -> str:
+        return f"{self.owner}/{self.kernel}"
 
 
 def stage_package(
@@ -40,12 +78,10 @@ def stage_package(
 ) -> Path:
     """Write ``build/dataset`` (code, members, decision) and ``build/kernel`` (script, metadata).
 
-    Whatever an earlier call left in ``build`` is replaced. Every member is loaded once, so that
-    what cannot run is not uploaded. Returns the dataset's folder.
+    Whatever an earlier call left there is replaced. Every member is loaded once, so that what
+    cannot run is not uploaded. Returns the dataset's folder.
     """
-    shutil.rmtree(build, ignore_errors=True)
-    dataset, kernel = build / "dataset", build / "kernel"
-    _copy_code(dataset / "birdcall")
+    dataset = start_dataset(build)
     for folder in members:
         _, checkpoint = load_model(folder)
         target = dataset / MEMBERS_FOLDER / checkpoint.name
@@ -53,35 +89,47 @@ def stage_package(
         for name in (WEIGHTS_FILE, SETTINGS_FILE):
             shutil.copyfile(folder / name, target / name)
     write_decision(dataset / DECISION_FILE, decision)
-    _write_json(dataset / "dataset-metadata.json", _dataset_metadata(owner))
+    finish_build(build, script, Upload(owner, SLUG, "birdcall-submission"))
+    return dataset
+
+
+def start_dataset(build: Path) -> Path:
+    """Empty ``build/dataset`` and ``build/kernel``; return the first, with the code in it."""
+    dataset = build / "dataset"
+    for folder in (dataset, build / "kernel"):
+        shutil.rmtree(folder, ignore_errors=True)
+    with resources.as_file(resources.files("birdcall")) as source:
+        ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+        shutil.copytree(source, dataset / "birdcall", ignore=ignore)
+    return dataset
+
+
+def finish_build(build: Path, script: Path, upload: Upload) -> None:
+    """Write the kernel, what Kaggle wants to know of both folders, and the dataset's manifest."""
+    dataset, kernel = build / "dataset", build / "kernel"
+    _write_json(dataset / "dataset-metadata.json", dataset_metadata(upload))
     kernel.mkdir()
     shutil.copyfile(script, kernel / script.name)
-    _write_json(kernel / "kernel-metadata.json", kernel_metadata(owner, script.name))
+    _write_json(kernel / "kernel-metadata.json", kernel_metadata(upload, script.name))
     _write_json(dataset / MANIFEST_FILE, make_manifest(dataset))
     size = sum(path.stat().st_size for path in dataset.rglob("*") if path.is_file())
     if size > MAX_DATASET_BYTES:
         raise ValueError(f"{dataset} has {size / 2**30:.1f} GiB; Kaggle takes at most 100")
-    return dataset
 
 
-def _copy_code(target: Path) -> None:
-    with resources.as_file(resources.files("birdcall")) as source:
-        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
-
-
-def _dataset_metadata(owner: str) -> dict[str, object]:
+def dataset_metadata(upload: Upload) -> dict[str, object]:
     return {
-        "title": "birdcall package",
-        "id": f"{owner}/{SLUG}",
-        "licenses": [{"name": "CC-BY-NC-SA-4.0"}],  # as most of the recordings it was trained on
+        "title": upload.dataset.replace("-", " "),
+        "id": f"{upload.owner}/{upload.dataset}",
+        "licenses": [{"name": "CC-BY-NC-SA-4.0"}],  # as most of the recordings
     }
 
 
-def kernel_metadata(owner: str, code_file: str) -> dict[str, object]:
+def kernel_metadata(upload: Upload, code_file: str) -> dict[str, object]:
     """Return kernel-metadata.json. Internet is off explicitly: the client's default is on."""
-    return {
-        "id": f"{owner}/birdcall-submission",
-        "title": "birdcall submission",
+    metadata: dict[str, object] = {
+        "id": upload.kernel_id,
+        "title": upload.kernel.replace("-", " "),
         "code_file": code_file,
         "language": "python",
         "kernel_type": "script",
@@ -89,52 +137,85 @@ def kernel_metadata(owner: str, code_file: str) -> dict[str, object]:
         "enable_gpu": True,
         "enable_internet": False,
         "machine_shape": "NvidiaTeslaT4",
-        "dataset_sources": [f"{owner}/{SLUG}"],
+        "dataset_sources": [f"{upload.owner}/{upload.dataset}"],
         "competition_sources": [COMPETITION],
         "kernel_sources": [],
         "model_sources": [],
     }
+    if upload.sees_own_output:
+        metadata["kernel_sources"] = [upload.kernel_id]
+        metadata["docker_image_pinning_type"] = "original"  # to go on under the same torch
+    return metadata
 
 
-def _write_json(path: Path, values: dict[str, object]) -> None:
+def _write_json(path: Path, values: Mapping[str, object]) -> None:
     write_atomically(path, json.dumps(values, indent=1) + "\n")
 
 
 def rehearse(build: Path, data: Path, submission: Path) -> str:
     """Run the staged kernel on ``data`` as Kaggle would, keep its submission, return its log.
 
-    A fresh process with an empty environment, isolated from this checkout and without network,
-    sees only a folder laid out like /kaggle/input. ``ValueError`` holds the end of the log if it
-    fails or if its submission is not valid.
+    ``ValueError`` holds the end of the log if it fails or if its submission is not valid.
     """
-    script = next((build / "kernel").glob("*.py"))
     with tempfile.TemporaryDirectory() as scratch:
-        root, working = Path(scratch) / "input", Path(scratch) / "working"
-        working.mkdir()
-        _link(data, root / "competitions" / COMPETITION)
-        _link(build / "dataset", root / "datasets" / "owner" / SLUG)
-        environment = {
-            "PATH": os.environ.get("PATH", ""),
-            "HOME": scratch,
-            "KAGGLE_INPUT": str(root),
-            "KAGGLE_WORKING": str(working),
-        }
-        finished = subprocess.run(
-            [sys.executable, "-I", "-B", "-c", OFFLINE, str(script.resolve())],
-            cwd=working,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        log = finished.stdout + finished.stderr
-        if finished.returncode:
-            last = log.strip().splitlines()[-1:] or ["no output"]
-            raise ValueError(f"the kernel failed with exit code {finished.returncode}: {last[0]}")
-        written = working / "submission.csv"
+        log = run_as_kaggle(build, data, Path(scratch))
+        written = Path(scratch) / "submission.csv"
         read_submission(written, list(read_test_rows(data)["row_id"]))
         write_atomically(submission, written.read_bytes())
     return log
+
+
+def run_as_kaggle(
+    build: Path,
+    data: Path,
+    working: Path,
+    previous_output: Path | None = None,
+    time_limit_seconds: float | None = None,
+) -> str:
+    """Run the staged kernel in a session like one of Kaggle's; return its log.
+
+    A fresh process with an empty environment, isolated from this checkout and without network,
+    sees only a folder laid out like /kaggle/input: the data, the dataset, and what an earlier
+    version of the kernel has left. ``working`` stands for /kaggle/working. ``ValueError`` holds the
+    end of the log if the kernel fails.
+    """
+    script = next((build / "kernel").glob("*.py"))
+    with tempfile.TemporaryDirectory() as machine:
+        root = Path(machine) / "input"
+        _link(data, root / "competitions" / COMPETITION)
+        _link(build / "dataset", root / "datasets" / "owner" / "dataset")
+        if previous_output is not None:
+            _link(previous_output, root / "notebooks" / "owner" / "kernel")
+        (Path(machine) / "offline").mkdir()
+        (Path(machine) / "offline" / OFFLINE_FILE).write_text(OFFLINE, encoding="utf-8")
+        working.mkdir(parents=True, exist_ok=True)
+        environment = {
+            "PATH": os.environ.get("PATH", ""),
+            "HOME": machine,
+            "PYTHONPATH": str(Path(machine) / "offline"),
+            "PYTHONSAFEPATH": "1",  # the folder of the script is not searched for modules,
+            "PYTHONNOUSERSITE": "1",  # nor is the user's own
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONUNBUFFERED": "1",  # the log is in order
+            "KAGGLE_INPUT": str(root),
+            "KAGGLE_WORKING": str(working.resolve()),
+            "KAGGLE_TEMP": str(Path(machine) / "temp"),
+        }
+        if time_limit_seconds is not None:
+            environment["KAGGLE_TIME_LIMIT"] = str(time_limit_seconds)
+        finished = subprocess.run(
+            [sys.executable, str(script.resolve())],
+            cwd=working,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+    if finished.returncode:
+        last = finished.stdout.strip().splitlines()[-1:] or ["no output"]
+        raise ValueError(f"the kernel failed with exit code {finished.returncode}: {last[0]}")
+    return finished.stdout
 
 
 def _link(source: Path, target: Path) -> None:

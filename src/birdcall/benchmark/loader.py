@@ -261,8 +261,9 @@ class _Run:
         train = experiment.train
         reader = _reader(recordings, side.cached)
         self.clips = ClipDataset(
-            table, classes_of(table), experiment, reader, recordings.noise_files
-        )
+            table, classes_of(table), experiment, reader, recordings.noise_files,
+            noise_store=recordings.cache / "noise" if side.cached else None,
+        )  # fmt: skip
         self.sampler = ClipSampler(
             list(table["ebird_code"]), max(n_clips, train.batch_size), train.sampling, train.seed,
             crops_per_recording=side.crops_per_recording,

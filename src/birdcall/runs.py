@@ -1,0 +1,153 @@
+"""Train many runs: in turn or at once, resumed where they were interrupted, never overwritten."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from birdcall.checkpoint import SETTINGS_FILE, Checkpoint, read_checkpoint
+from birdcall.config import Experiment
+from birdcall.dataset import TrainingData
+from birdcall.distributed import ALONE, Processes
+from birdcall.loader import check_worker_memory
+from birdcall.resume import STATE_FILE
+from birdcall.trainer import Run
+from birdcall.training import SAVE_EVERY, stop_requests, train_run
+from birdcall.training_log import LOG_FILE, TrainingInterrupted, read_log, summarize_log
+
+logger = logging.getLogger(__name__)
+
+
+def plan_runs(
+    experiments: Sequence[Experiment], data: TrainingData, fold: int | None, folder: Path
+) -> list[Run]:
+    """Return each experiment on ``fold``, or on all, in ``folder/<experiment>/fold<k>``."""
+    folds = data.folds if fold is None else [fold]
+    return [Run(one, k, folder / one.name / f"fold{k}") for one in experiments for k in folds]
+
+
+def train_many(
+    runs: Sequence[Run],
+    data: TrainingData,
+    *,
+    workers: int = 1,
+    jobs: int = 1,
+    device: torch.device | None = None,
+    processes: Processes = ALONE,
+    init: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    save_every: int = SAVE_EVERY,
+    deadline: float | None = None,
+    progress: bool = False,
+) -> list[Checkpoint]:
+    """Train ``runs`` and return their checkpoints, in order.
+
+    ``jobs`` runs are trained at once, each in a process with its share of the cores: on a CPU, two
+    networks on one core each are faster than one on two. With ``resume``, finished runs are kept
+    and unfinished ones go on. What would be overwritten is refused before the first run starts.
+    ``deadline`` (of `time.monotonic`), SIGTERM and Ctrl-C end it by TrainingInterrupted.
+    """
+    for run in runs:
+        data.split(run.fold)
+        check_worker_memory(workers * jobs, run.experiment, processes.world_size)
+        if not (resume or overwrite):
+            _require_untouched(run)
+    kept = {run: _finished(run) for run in runs} if resume else {}
+    pending = [run for run in runs if kept.get(run) is None]
+    options = {
+        "workers": workers, "init": init, "resume": resume, "save_every": save_every,
+        "deadline": deadline, "progress": progress,
+    }  # fmt: skip
+    if jobs == 1 or len(pending) <= 1:
+        options |= {"device": device, "processes": processes}
+        made = {run: train_run(run, data, **options) for run in pending}
+    else:
+        made = _train_at_once(pending, data, jobs, options)
+    return [kept.get(run) or made[run] for run in runs]
+
+
+def _require_untouched(run: Run) -> None:
+    if (run.folder / STATE_FILE).exists():
+        raise ValueError(
+            f"{run.folder} holds an unfinished run; --resume goes on, --overwrite starts again"
+        )
+    if (run.folder / SETTINGS_FILE).exists():
+        raise ValueError(f"{run.folder} holds a trained run already; --overwrite trains it again")
+
+
+def _finished(run: Run) -> Checkpoint | None:
+    """Return a finished run's checkpoint; refuse one of other settings under the same name."""
+    if (run.folder / STATE_FILE).exists() or not (run.folder / SETTINGS_FILE).exists():
+        return None
+    checkpoint = read_checkpoint(run.folder)
+    if checkpoint.experiment != run.experiment:
+        raise ValueError(
+            f"{run.folder} was trained by other settings of {run.experiment.name}; "
+            "--overwrite trains it again"
+        )
+    logger.info("%s is finished and kept", run.name)
+    return checkpoint
+
+
+def _train_at_once(
+    runs: Sequence[Run], data: TrainingData, jobs: int, options: dict[str, object]
+) -> dict[Run, Checkpoint]:
+    spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads, stuck
+    level = logger.getEffectiveLevel()
+    with (
+        stop_requests() as stop,
+        ProcessPoolExecutor(jobs, spawn, _prepare_process, (jobs, level)) as pool,
+    ):
+        futures = {
+            pool.submit(train_run, run, data, bar_position=number % jobs, **options): run
+            for number, run in enumerate(runs)
+        }
+        try:
+            return _collect(futures, stop)
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            for child in multiprocessing.active_children():
+                # A terminal's Ctrl-C reaches them by itself, a signal to this process does not.
+                os.kill(child.pid, signal.SIGTERM)  # each writes its state
+            raise
+
+
+def _prepare_process(jobs: int, level: int) -> None:
+    logging.basicConfig(level=level, format="%(levelname)s %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # between two runs; within one it is heard
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+
+
+def _collect(
+    futures: dict[Future[Checkpoint], Run], stop: threading.Event
+) -> dict[Run, Checkpoint]:
+    """Wait for all runs; the first that fails, or a signal, ends the waiting."""
+    waiting = set(futures)
+    while waiting:
+        done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()
+        if stop.is_set():
+            raise TrainingInterrupted("stopped; the same command with --resume goes on")
+    return {run: future.result() for future, run in futures.items()}
+
+
+def runs_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """Return a row per finished run: what it scored, and what it cost."""
+    rows = []
+    for run in runs:
+        cost = summarize_log(read_log(run.folder / LOG_FILE))
+        score = read_checkpoint(run.folder).score
+        rows.append({"experiment": run.experiment.name, "fold": run.fold} | score | cost)
+    return pd.DataFrame(rows)

@@ -1,0 +1,98 @@
+"""Tell how a training goes: ``log.csv``, TensorBoard, and a table of several runs."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from birdcall.files import write_atomically
+
+LOG_FILE = "log.csv"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+class TrainingInterrupted(RuntimeError):  # noqa: N818 - as KeyboardInterrupt
+    """A signal or the time limit has ended a training; its state lies in the run's folder."""
+
+
+@dataclass
+class EpochLog:
+    """What one epoch cost and gave; a row of ``log.csv``."""
+
+    epoch: int
+    loss: float
+    learning_rate: float
+    seconds: float
+    clips_per_second: float
+    waiting_share: float  # of the time, spent waiting for the loader
+    skipped: int = 0  # batches whose loss was not finite
+    validation: dict[str, float] = field(default_factory=dict)
+
+    def row(self) -> dict[str, float]:
+        values = {name: value for name, value in vars(self).items() if name != "validation"}
+        return {name: round(value, 6) for name, value in (values | self.validation).items()}
+
+
+def write_log(path: Path, log: Sequence[EpochLog]) -> None:
+    """Write a row per epoch; what was not measured in one is empty."""
+    rows = [entry.row() for entry in log]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())
+
+
+class TensorBoard:
+    """Writes the same numbers as ``log.csv`` for ``tensorboard --logdir output/…/runs``."""
+
+    def __init__(self, folder: Path, n_epochs: int) -> None:
+        """Go on behind ``n_epochs`` epochs; what an interrupted run wrote of later ones goes."""
+        from torch.utils.tensorboard import SummaryWriter  # a second, where nobody trains
+
+        self.writer = SummaryWriter(str(folder), purge_step=n_epochs + 1)
+
+    def write(self, entry: EpochLog) -> None:
+        """Add an epoch and flush, so that a run can be watched."""
+        for name, value in entry.row().items():
+            if name != "epoch":
+                self.writer.add_scalar(name, value, entry.epoch)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def summarize_log(log: Sequence[EpochLog]) -> dict[str, Any]:
+    """Return one row on a whole run: its epochs, speed and last scores."""
+    seconds = sum(entry.seconds for entry in log)
+    n_clips = sum(entry.clips_per_second * entry.seconds for entry in log)
+    waiting = sum(entry.waiting_share * entry.seconds for entry in log)
+    return {
+        "epochs": len(log),
+        "minutes": round(seconds / 60, 1),
+        "clips_per_second": round(n_clips / max(seconds, 1e-9), 1),
+        "waiting_share": round(waiting / max(seconds, 1e-9), 3),
+    }
+
+
+def read_log(path: Path) -> list[EpochLog]:
+    """Read `write_log`'s table back."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [
+            {name: float(value) for name, value in row.items() if value}
+            for row in csv.DictReader(file)
+        ]
+    own = [name for name in EpochLog.__dataclass_fields__ if name != "validation"]
+    return [
+        EpochLog(
+            **{name: int(row[name]) if name in ("epoch", "skipped") else row[name] for name in own},
+            validation={name: value for name, value in row.items() if name not in own},
+        )
+        for row in rows
+    ]

@@ -1,0 +1,54 @@
+"""Score a model on recordings that it was not trained on, with the kernel's own inference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from birdcall.audio import AudioError
+from birdcall.checkpoint import Checkpoint
+from birdcall.dataset import TrainingData, make_targets
+from birdcall.distributed import ALONE, Processes
+from birdcall.inference import Ensemble, Member, score_recordings
+from birdcall.metrics import average_precision, macro_average
+from birdcall.models import SEDModel
+
+VALIDATION_SECONDS = 30.0  # of each recording: most sing early on, and some last an hour
+
+
+def validate(
+    model: SEDModel,
+    checkpoint: Checkpoint,
+    recordings: pd.DataFrame,
+    data: TrainingData,
+    device: torch.device,
+    processes: Processes = ALONE,
+) -> dict[str, float]:
+    """Return the scores of ``model`` on recordings of a fold that it was not trained on.
+
+    ``checkpoint`` says what the model is. Several processes hear every so manieth recording each.
+    """
+    ensemble = Ensemble([Member(checkpoint.name, model, checkpoint)], device)
+    scores = torch.zeros(len(recordings), len(data.classes), device=device)
+    own = slice(processes.rank, None, processes.world_size)
+    if len(recordings.iloc[own]):
+        heard = score_out_of_fold(ensemble, recordings.iloc[own], data.folder)
+        scores[own] = torch.from_numpy(heard).to(device)
+    scores = processes.sum(scores).cpu().numpy()
+    targets = make_targets(recordings, data.classes, 0.0) > 0
+    return {"macro_ap": round(macro_average(average_precision(targets, scores)), 4)}
+
+
+def score_out_of_fold(ensemble: Ensemble, recordings: pd.DataFrame, folder: Path) -> np.ndarray:
+    """Return the highest clipwise probability of any segment, ``(recordings, classes)``."""
+    paths = {name: folder / name for name in recordings["path"]}
+    scores = np.zeros((len(paths), len(ensemble.classes)), dtype=np.float32)
+    heard = score_recordings(ensemble, paths, limit_seconds=VALIDATION_SECONDS)
+    for row, (_, result) in enumerate(heard):
+        if isinstance(result, AudioError):
+            raise result
+        scores[row] = result.clipwise.mean(axis=0).max(axis=0)
+    return scores

@@ -1,0 +1,152 @@
+"""Two processes with half a batch each train as one with the whole of it."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from birdcall.distributed import ALONE, Processes
+
+# Trains 20 steps and writes every loss; alone, or as one of those that torchrun starts.
+SCRIPT = """
+import json, sys
+from dataclasses import replace
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from birdcall.config import Experiment
+from birdcall.dataset import load_training_data
+from birdcall.distributed import joined_processes
+from birdcall.trainer import Run, start_training
+experiment = Experiment.from_dict(json.loads(sys.argv[1]))
+folder, folds, audit, cache, out = map(Path, sys.argv[2:7])
+data = load_training_data(folder, folds, audit, cache)
+train_part, validation_part = data.split(0)
+with joined_processes(torch.device("cpu")) as (processes, device):
+    run = Run(experiment, 0, out)
+    training = start_training(run, data, train_part, workers=0, device=device, processes=processes)
+    losses, last = [], 0.0
+    for _ in range(experiment.train.epochs):
+        for _ in training.steps():
+            losses.append(training.progress.loss_sum - last)
+            last = training.progress.loss_sum
+        entry, last = training.end_epoch(), 0.0
+        training.validate(entry, validation_part)
+        training.save()
+    checkpoint = training.finish(validation_part)
+    if processes.is_first:
+        (out / "losses.json").write_text(json.dumps(losses))
+"""
+
+
+@pytest.fixture(scope="module")
+def results(tiny_experiment, training_data, demo_folder, tmp_path_factory):
+    """Losses, score and weights of 20 steps in one process and in two."""
+    out = tmp_path_factory.mktemp("distributed")
+    audited = training_data.read_clip.cache.parent
+    # Dropout is the only thing that two processes draw otherwise than one.
+    experiment = replace(
+        tiny_experiment,
+        model=replace(tiny_experiment.model, dropout=0.0, temporal="gru"),
+        train=replace(
+            tiny_experiment.train,
+            epochs=4,
+            clips_per_epoch=40,
+            batch_size=8,
+            ema_decay=0.9,
+            # Steps triple the difference of rounding that they find; at 3e-3 it would be 1e-3.
+            learning_rate=1e-3,
+        ),
+    )
+    made = {}
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    script = out / "script.py"
+    script.write_text(SCRIPT)
+    for name, start in (("one", ()), ("two", torchrun)):
+        folder = out / name
+        folder.mkdir()
+        paths = (demo_folder, audited / "folds.csv", audited / "audit.csv", audited / "cache")
+        line = [sys.executable, *start, script, json.dumps(experiment.to_dict()), *paths, folder]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        made[name] = folder
+    return made
+
+
+def read(folder, name):
+    return json.loads((folder / name).read_text())
+
+
+def test_losses_are_those_of_one_process(results):
+    one, two = (read(results[name], "losses.json") for name in ("one", "two"))
+    assert len(one) == len(two) == 20
+    assert two == pytest.approx(one, abs=1e-4)
+    assert len(set(one)) == 20
+
+
+def test_scores_are_those_of_one_process(results):
+    one, two = (read(results[name], "model.json")["score"] for name in ("one", "two"))
+    assert two == one
+
+
+def test_weights_and_running_statistics_are_those_of_one_process(results):
+    from safetensors.torch import load_file
+
+    one, two = (load_file(results[name] / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-3)
+
+
+def test_one_process_writes(results):
+    names = {path.name for path in results["two"].iterdir()}
+    assert names == {"losses.json", "model.json", "model.safetensors"}
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    with pytest.raises(ValueError, match="a batch of 9 clips cannot be shared by 2 processes"):
+        Processes(0, 2).part(9)
+    assert [Processes(rank, 3).part(9) for rank in range(3)] == [
+        *(slice(0, 3), slice(3, 6), slice(6, 9))
+    ]
+
+
+def test_a_process_alone_has_the_whole_batch():
+    value = torch.arange(4.0)
+    assert ALONE.part(5) == slice(0, 5)
+    assert ALONE.gather(value) is value
+    assert ALONE.sum(value) is value
+
+
+def test_the_command_trains_under_torchrun(demo_folder, tmp_path):
+    """`torchrun -m birdcall train`, as the README says it; one process shows and writes."""
+    few = (
+        "import birdcall.experiments as e; from dataclasses import replace; "
+        "s = e.EXPERIMENTS['small_gru']; e.EXPERIMENTS['small_gru'] = replace(s, train=replace("
+        "s.train, epochs=1, clips_per_epoch=8, batch_size=4)); "
+        "from birdcall.__main__ import main; main()"
+    )
+    script = tmp_path / "few_steps.py"
+    script.write_text(few)
+
+    def run(*line):
+        done = subprocess.run(
+            [sys.executable, *map(str, line)],
+            cwd=tmp_path, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    for step in (("audit",), ("folds", "--n-folds", "2")):
+        run("-m", "birdcall", *step, "--data", demo_folder)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    table = run(
+        *torchrun, script, "train", "--data", demo_folder, "--experiment", "small_gru",
+        "--fold", "0", "--workers", "0",
+    )  # fmt: skip
+    assert table.count("small_gru") == 1
+    folder = tmp_path / "output" / demo_folder.name / "runs" / "small_gru" / "fold0"
+    assert (folder / "model.safetensors").is_file()
