@@ -197,7 +197,7 @@ def test_a_run_serves_new_epochs_of_whole_batches(data, tmp_path):
     recordings = prepare_recordings(data, tmp_path, 3, seed=0)
     run = benchmark._Run(recordings, LoaderSide(True, 0, False), 70)
     assert run.n_clips == 64
-    epochs = [[waveform for waveform, _ in run.batches()] for _ in range(2)]
+    epochs = [[batch.waveform for batch in run.batches()] for _ in range(2)]
     assert [len(waveform) for waveform in epochs[0]] == [32, 32]
     assert epochs[0][0].shape == (32, 5 * RATE)
     assert not np.array_equal(epochs[0][0], epochs[1][0])
@@ -207,15 +207,15 @@ def test_waiting_is_the_time_between_steps(monkeypatch, clock):
     def batches():
         while True:
             clock.pass_time(1.0)
-            yield "waveform", "target"
+            yield "batch"
 
     steps = []
 
-    def step(_model, _waveform, _target, **_):
+    def step(*_):
         steps.append(clock.seconds)
         clock.pass_time(3.0)
 
-    monkeypatch.setattr(benchmark, "training_step", step)
+    monkeypatch.setattr(benchmark, "_step", step)
     run = SimpleNamespace(
         batches=batches, clips=SimpleNamespace(targets=np.zeros((1, 3), np.float32))
     )

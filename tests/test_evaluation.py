@@ -97,7 +97,8 @@ def evaluation(training_data, tiny_experiment, tmp_path_factory):
     torch.set_num_threads(1)
     runs = tmp_path_factory.mktemp("runs")
     other = replace(tiny_experiment, name="other", train=replace(tiny_experiment.train, seed=4))
-    train_runs([tiny_experiment, other], training_data, None, runs, workers=0)
+    planned = plan_runs([tiny_experiment, other], training_data, None, runs)
+    train_many(planned, training_data, workers=0)
     folders = sorted(path for path in runs.glob("*/*"))
     return evaluate_runs(folders, training_data)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, NoReturn
 
@@ -81,7 +82,7 @@ def make_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         collate_fn=collate_clips,
-        worker_init_fn=limit_worker_threads,
+        worker_init_fn=prepare_worker,
         multiprocessing_context=start_method if workers else None,
         pin_memory=torch.cuda.is_available(),
         # Each iterator draws a seed, which nobody uses: not from the generator that dropout draws
@@ -103,8 +104,14 @@ def collate_clips(clips: Sequence[Clip]) -> ClipBatch:
     )
 
 
-def limit_worker_threads(_worker: int) -> None:
-    """Keep each loader worker on one core; the model needs the others."""
+def prepare_worker(_worker: int) -> None:
+    """Keep a loader worker on one core, since the model needs the others, and end it with its parent.
+
+    A forked one has inherited how its parent hears signals. Ctrl-C reaches all of them: the parent
+    takes what the workers have made, finishes its step, and ends them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     threadpool_limits(1)  # BLAS and OpenMP, whose number of threads was set before the fork
 

@@ -27,11 +27,11 @@ from birdcall.config import NO_AUGMENT, SEGMENT_SECONDS, Experiment, require
 from birdcall.dataset import ClipDataset, ClipReader, ClipSampler
 from birdcall.experiments import find_experiment
 from birdcall.files import atomic_path, write_atomically
-from birdcall.loader import FailureCounter, iterate_clips, make_loader
-from birdcall.models import build_model
+from birdcall.loader import ClipBatch, FailureCounter, iterate_clips, make_loader
+from birdcall.models import SEDModel, build_model
 from birdcall.noise import find_noise, generate_noise, make_noise
 from birdcall.recordings import classes_of, read_recordings
-from birdcall.training import training_step
+from birdcall.training_step import Detector, batch_loss
 
 log = logging.getLogger(__name__)
 
@@ -273,7 +273,7 @@ class _Run:
         self.failures = FailureCounter(self.clips)
         self.epoch = 0
 
-    def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self) -> Iterator[ClipBatch]:
         self.sampler.set_epoch(self.epoch)
         self.epoch += 1
         return iterate_clips(self.loader, self.failures)
@@ -320,18 +320,26 @@ def _train(run: _Run, experiment: Experiment, n_batches: int) -> tuple[float, fl
     torch.manual_seed(0)
     model = build_model(experiment, run.clips.targets.shape[1], pretrained=False).train()
     optimizer = torch.optim.AdamW(model.parameters(), experiment.train.learning_rate)
-    generator = torch.Generator().manual_seed(0)
     batches = run.batches()
-    step = partial(training_step, experiment=experiment, optimizer=optimizer, generator=generator)
-    for waveform, target in islice(batches, 2):  # workers start and the model warms up
-        step(model, waveform, target)
+    step = partial(_step, model, optimizer, experiment)
+    for batch in islice(batches, 2):  # workers start and the model warms up
+        step(batch)
     waiting, began = 0.0, time.perf_counter()
     mark = began
-    for waveform, target in islice(batches, n_batches):
+    for batch in islice(batches, n_batches):
         waiting += time.perf_counter() - mark
-        step(model, waveform, target)
+        step(batch)
         mark = time.perf_counter()
     return waiting, mark - began
+
+
+def _step(
+    model: SEDModel, optimizer: torch.optim.Optimizer, experiment: Experiment, batch: ClipBatch
+) -> None:
+    loss = batch_loss(model, Detector(model), batch, experiment, 0, 0, torch.device("cpu"))
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
 
 
 # --- recordings made for the purpose -------------------------------------------------------------
