@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from birdcall.audit import audit_recordings, same_sound, usable_recordings
 from birdcall.config import Experiment, ModelConfig
-from birdcall.dataset import TrainingData, load_training_data
+from birdcall.data.audit import audit_recordings, same_sound, usable_recordings
+from birdcall.data.dataset import TrainingData, load_training_data
+from birdcall.data.folds import make_folds, write_folds
+from birdcall.data.recordings import read_recordings
 from birdcall.demo import DemoConfig, make_demo
 from birdcall.experiments import find_experiment
-from birdcall.folds import make_folds, write_folds
-from birdcall.recordings import read_recordings
 
 CORNELL_MINI = Path(__file__).resolve().parents[2] / "shared" / "data" / "cornell-mini"
 

@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from birdcall import ablation as ablation_module
-from birdcall.ablation import Ledger, Sample, ablate, loss_change_last_fifth, score_seed
-from birdcall.ablation_report import describe_ablation, difference_table, write_picture
 from birdcall.checkpoint import SETTINGS_FILE, read_checkpoint
-from birdcall.comparison import Measure
-from birdcall.evaluation import evaluate_runs, score_submission
-from birdcall.training_log import LOG_FILE, EpochLog, write_log
+from birdcall.evaluation import ablation as ablation_module
+from birdcall.evaluation.ablation import Ledger, Sample, ablate, loss_change_last_fifth, score_seed
+from birdcall.evaluation.ablation_report import describe_ablation, difference_table, write_picture
+from birdcall.evaluation.comparison import Measure
+from birdcall.evaluation.scoring import evaluate_runs, score_submission
+from birdcall.training.log import LOG_FILE, EpochLog, write_log
 
 BLOCK_SECONDS = 100.0
 

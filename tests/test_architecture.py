@@ -13,66 +13,25 @@ PACKAGE = Path(birdcall.__file__).parent
 
 # A module imports only from those before it. Down to `kernel` is what an offline kernel runs.
 KERNEL_SIDE = (
-    *(
-        "config",
-        "files",
-        "taxonomy",
-        "audio",
-        "threads",
-        "spectrogram",
-        "frontend",
-        "panns",
-        "models",
-        "checkpoint",
-    ),
-    *("decision", "soundscapes", "outputs", "inference", "kernel", "training_kernel"),
+    *("config", "files", "taxonomy", "audio", "threads", "spectrogram", "frontend", "panns"),
+    *("models", "checkpoint", "decision", "soundscapes", "outputs", "inference", "kernel"),
+    "training_kernel",
 )
+DATA = (
+    *("recordings", "cache", "audit", "folds", "noise", "memory", "filters", "noise_files"),
+    *("augment", "batch_augment", "targets", "dataset", "loader"),
+)
+TRAINING = (
+    *("losses", "initialisation", "distributed", "averaging", "resume", "log", "validation"),
+    *("step", "trainer", "run", "runs", "relabelling"),
+)
+EVALUATION = ("scoring", "comparison", "ablation", "ablation_report", "report")
 TRAINING_SIDE = (
-    *(
-        "experiments",
-        "prediction",
-        "metrics",
-        "event_metrics",
-        "recordings",
-        "cache",
-        "audit",
-        "folds",
-        "noise",
-    ),
-    *(
-        "memory",
-        "filters",
-        "noise_files",
-        "augment",
-        "batch_augment",
-        "targets",
-        "dataset",
-        "loader",
-        "losses",
-        "initialisation",
-        "distributed",
-        "averaging",
-        "resume",
-        "training_log",
-        "validation",
-        "training_step",
-        "trainer",
-        "training",
-        "runs",
-        "relabelling",
-        "evaluation",
-        "comparison",
-        "ablation",
-        "ablation_report",
-        "report",
-        "packaging",
-        "training_packaging",
-        "demo",
-    ),
-    *(
-        "receptive_field",
-        "architecture",
-    ),
+    *("experiments", "prediction", "metrics", "event_metrics"),
+    *("data", *(f"data.{name}" for name in DATA)),
+    *("training", *(f"training.{name}" for name in TRAINING)),
+    *("evaluation", *(f"evaluation.{name}" for name in EVALUATION)),
+    *("packaging", "training_packaging", "demo", "architecture", "receptive_field"),
     *("benchmark", "__main__"),
 )
 ORDER = (*KERNEL_SIDE, *TRAINING_SIDE)
@@ -87,22 +46,28 @@ FORBIDDEN_IN_KERNEL = (
 
 
 def imports_of(path: Path) -> set[str]:
-    """The modules of ours that a file imports, anywhere in it, by their top name."""
+    """The modules of ours that a file imports, anywhere in it, as ORDER has them."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
-            modules = [node.module] if node.module != "birdcall" else []
-            modules += [f"birdcall.{alias.name}" for alias in node.names if not modules]
+            modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
         else:
             continue
-        names |= {m.split(".")[1] for m in modules if m.startswith("birdcall.")}
-    return names - {"__version__"}
+        names |= {place_of(m.split(".")[1:]) for m in modules if m.startswith("birdcall.")}
+    return names - {""}
+
+
+def place_of(parts: list[str]) -> str:
+    """The longest beginning of a dotted name that ORDER has; "" if there is none."""
+    places = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((place for place in places if place in ORDER), "")
 
 
 def module_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    parts = list(path.relative_to(PACKAGE).with_suffix("").parts)
+    return place_of(parts) or ".".join(parts)
 
 
 def source_files() -> list[Path]:
@@ -125,7 +90,7 @@ def test_some_modules_need_no_torch(module):
     assert not loaded_by(module, ("torch", "timm"))
 
 
-@pytest.mark.parametrize("module", ["audio", "recordings", "soundscapes", "outputs", "demo"])
+@pytest.mark.parametrize("module", ["audio", "data.recordings", "soundscapes", "outputs", "demo"])
 def test_what_handles_files_needs_no_torch(module):
     assert not loaded_by(module, ("torch", "timm", "librosa"))
 

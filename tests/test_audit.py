@@ -17,8 +17,8 @@ import pandas as pd
 import pytest
 import soundfile
 
-from birdcall import audit as audit_module
-from birdcall.audit import (
+from birdcall.data import audit as audit_module
+from birdcall.data.audit import (
     audit_recordings,
     describe_audit,
     measure_recording,
@@ -26,7 +26,7 @@ from birdcall.audit import (
     same_sound,
     usable_recordings,
 )
-from birdcall.cache import Cache
+from birdcall.data.cache import Cache
 
 RATE = 44_100
 FOLDER = "train_audio/aldfly"
@@ -385,7 +385,7 @@ def test_a_full_disk_stops_the_audit_instead_of_blaming_the_recording(
 CRASHING = """
 import os, sys
 from pathlib import Path
-import birdcall.audit as audit
+import birdcall.data.audit as audit
 measure = audit.measure_recording
 def crash(data, name, cache=None):
     if "1" in name:

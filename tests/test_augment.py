@@ -8,8 +8,8 @@ import pytest
 import scipy.signal
 import soundfile
 
-from birdcall.augment import ClipAugment, color_noise, encode_mp3, fade_ends
 from birdcall.config import NO_AUGMENT, AugmentConfig
+from birdcall.data.augment import ClipAugment, color_noise, encode_mp3, fade_ends
 
 RATE = 32_000
 IN_BATCH = {"shift", "mixup", "mixup_third", "gain"}  # tests/test_batch_augment.py
@@ -174,7 +174,7 @@ def test_coloured_noise_is_gaussian_stationary_and_never_the_same():
 
 def test_noise_at_the_end_of_the_pool_goes_on_at_its_start(monkeypatch):
     monkeypatch.setattr(
-        "birdcall.augment._white_pool",
+        "birdcall.data.augment._white_pool",
         lambda: np.random.default_rng(0).standard_normal(5000, dtype=np.float32),
     )
     noise = color_noise(RATE, RATE, 0.0, np.random.default_rng(0))

@@ -2,7 +2,7 @@
 
 import torch
 
-from birdcall.averaging import BestWeights, make_moving_average
+from birdcall.training.averaging import BestWeights, make_moving_average
 
 
 def make_net(value=0.0):

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from birdcall.augment import UNKNOWN
-from birdcall.batch_augment import BatchDraws, augment_batch
 from birdcall.config import NO_AUGMENT, AugmentConfig
+from birdcall.data.augment import UNKNOWN
+from birdcall.data.batch_augment import BatchDraws, augment_batch
 
 N = 8
 

@@ -27,7 +27,7 @@ from birdcall.benchmark.loader import (
     time_readers,
 )
 from birdcall.config import NO_AUGMENT
-from birdcall.recordings import read_recordings
+from birdcall.data.recordings import read_recordings
 
 RATE = 32_000
 

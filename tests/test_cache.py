@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from birdcall.audio import AudioError, iterate_audio, read_audio
-from birdcall.cache import Cache, as_cached, cached_samples, read_cached, write_waveform
+from birdcall.data.cache import Cache, as_cached, cached_samples, read_cached, write_waveform
 
 RATE = 32_000
 NAME = "train_audio/aldfly/XC1 Ä.mp3"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from birdcall.comparison import (
+from birdcall.evaluation.comparison import (
     Measure,
     Resampled,
     compare,

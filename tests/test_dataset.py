@@ -15,10 +15,10 @@ import soundfile
 import torch
 
 from birdcall.audio import AudioError, read_audio
-from birdcall.augment import UNKNOWN
-from birdcall.cache import Cache
 from birdcall.config import NO_AUGMENT, AugmentConfig
-from birdcall.dataset import (
+from birdcall.data.augment import UNKNOWN
+from birdcall.data.cache import Cache
+from birdcall.data.dataset import (
     ClipDataset,
     ClipReader,
     ClipRequest,
@@ -28,7 +28,7 @@ from birdcall.dataset import (
     load_training_data,
     recording_weights,
 )
-from birdcall.loader import (
+from birdcall.data.loader import (
     BATCHES_PER_WORKER,
     WORKER_BYTES,
     ClipBatch,
@@ -37,7 +37,7 @@ from birdcall.loader import (
     iterate_clips,
     make_loader,
 )
-from birdcall.noise_files import ReadFailure
+from birdcall.data.noise_files import ReadFailure
 
 RATE = 32_000
 CLASSES = ("amecro", "bkcchi", "norcar")
@@ -722,8 +722,8 @@ import numpy as np, pandas as pd, torch
 from threadpoolctl import threadpool_info
 from birdcall.config import AugmentConfig
 from birdcall.experiments import find_experiment
-from birdcall.dataset import (ClipDataset, ClipSampler)
-from birdcall.loader import (FailureCounter, iterate_clips, make_loader)
+from birdcall.data.dataset import (ClipDataset, ClipSampler)
+from birdcall.data.loader import (FailureCounter, iterate_clips, make_loader)
 
 NOISE, FOUND = map(Path, sys.argv[1:3])
 
@@ -767,7 +767,7 @@ def test_a_worker_imports_no_librosa_and_has_one_thread(start_method, noise_file
     assert worker["pid"] != int(done.stdout)
     heavy = {"librosa", "numba", "audiomentations", "scipy.signal", "sklearn", "timm", "matplotlib"}
     assert not heavy & set(worker["modules"])
-    assert "birdcall.augment" in worker["modules"]
+    assert "birdcall.data.augment" in worker["modules"]
     assert worker["torch"] == 1
     assert worker["pools"]
     assert set(worker["pools"]) == {1}

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from birdcall.distributed import ALONE, Processes
+from birdcall.training.distributed import ALONE, Processes
 
 # Trains 20 steps and writes every loss; alone, or as one of those that torchrun starts.
 SCRIPT = """
@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from birdcall.config import Experiment
-from birdcall.dataset import load_training_data
-from birdcall.distributed import joined_processes
-from birdcall.trainer import Run, start_training
+from birdcall.data.dataset import load_training_data
+from birdcall.training.distributed import joined_processes
+from birdcall.training.trainer import Run, start_training
 experiment = Experiment.from_dict(json.loads(sys.argv[1]))
 folder, folds, audit, cache, out = map(Path, sys.argv[2:7])
 data = load_training_data(folder, folds, audit, cache)

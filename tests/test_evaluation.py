@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.evaluation import (
+from birdcall.evaluation.scoring import (
     THRESHOLDS,
     LabelledScores,
     choose_thresholds,
@@ -19,7 +19,7 @@ from birdcall.evaluation import (
 )
 from birdcall.inference import write_nocall
 from birdcall.metrics import row_f1_scores, row_wise_f1
-from birdcall.runs import plan_runs, train_many
+from birdcall.training.runs import plan_runs, train_many
 
 
 def labelled(n_recordings=4, n_rows=20, n_classes=3, skill=1.0, seed=0):

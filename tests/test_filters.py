@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.signal
 
-from birdcall.filters import (
+from birdcall.data.filters import (
     BLOCK_SAMPLES,
     STEP_SAMPLES,
     fade_curve,

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from birdcall.folds import (
+from birdcall.data.folds import (
     check_folds,
     class_shares,
     fold_report,
@@ -21,7 +21,7 @@ from birdcall.folds import (
     read_folds,
     write_folds,
 )
-from birdcall.recordings import read_recordings
+from birdcall.data.recordings import read_recordings
 
 REAL_NAMES = Path(__file__).resolve().parents[2] / "shared" / "facts" / "recordings.csv"
 

@@ -15,8 +15,8 @@ from test_panns import CNN14_NAMES, norm_names, resnet38_names
 from birdcall.checkpoint import WEIGHTS_FILE, Checkpoint, save_checkpoint
 from birdcall.config import FrontendConfig
 from birdcall.experiments import find_experiment
-from birdcall.initialisation import find_lite0, initialise, read_state_dict, rename_lite0
 from birdcall.models import build_model
+from birdcall.training.initialisation import find_lite0, initialise, read_state_dict, rename_lite0
 
 CLASSES = ("aldfly", "ameavo", "amebit")
 
@@ -135,7 +135,7 @@ def test_weights_of_another_architecture_list_what_differs(scratch, timm_state, 
 
 
 def test_a_file_that_does_not_fit_leaves_no_half_loaded_model(scratch, timm_state, tmp_path):
-    from birdcall.initialisation import load_weights
+    from birdcall.training.initialisation import load_weights
 
     timm_state.pop("stem.bn.weight")
     save_file(timm_state, tmp_path / "cut.safetensors")

@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional
 from torchvision.ops import sigmoid_focal_loss
 
-from birdcall.augment import UNKNOWN
 from birdcall.config import TrainConfig
-from birdcall.losses import sed_loss, smooth_labels
+from birdcall.data.augment import UNKNOWN
 from birdcall.models import SEDOutput
+from birdcall.training.losses import sed_loss, smooth_labels
 
 BCE = TrainConfig(loss="bce", framewise_loss_weight=0.5)
 FOCAL = replace(BCE, loss="focal", focal_gamma=2.0)

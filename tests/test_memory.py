@@ -2,7 +2,7 @@
 
 import pytest
 
-from birdcall.memory import available_memory
+from birdcall.data.memory import available_memory
 
 
 @pytest.fixture

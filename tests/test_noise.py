@@ -12,7 +12,7 @@ import soundfile
 from scipy.signal import welch
 from scipy.stats import kurtosis
 
-from birdcall.noise import (
+from birdcall.data.noise import (
     NOISE_KINDS,
     NOISE_RMS,
     find_noise,

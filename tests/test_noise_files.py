@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from birdcall import noise_files
 from birdcall.audio import read_audio
-from birdcall.noise_files import NoiseFiles, NothingReadableError
+from birdcall.data import noise_files
+from birdcall.data.noise_files import NoiseFiles, NothingReadableError
 
 RATE = 32_000
 

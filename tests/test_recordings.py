@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from birdcall.recordings import check_recordings_exist, classes_of, read_recordings
+from birdcall.data.recordings import check_recordings_exist, classes_of, read_recordings
 
 # The competition's 35 columns, in order.
 HEADER = """\

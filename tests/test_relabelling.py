@@ -8,23 +8,23 @@ import pandas as pd
 import pytest
 import torch
 
-from birdcall.augment import UNKNOWN
 from birdcall.checkpoint import Checkpoint, save_checkpoint
 from birdcall.config import config_from_dict
+from birdcall.data.augment import UNKNOWN
+from birdcall.data.targets import TimedTargets, make_targets, read_timed_labels
 from birdcall.demo.plan import DemoConfig
 from birdcall.demo.recordings import plan_recordings
 from birdcall.experiments import find_experiment
 from birdcall.inference import FRAMES_PER_SEGMENT, SegmentScores
 from birdcall.models import build_model
-from birdcall.relabelling import (
+from birdcall.training.relabelling import (
     RelabelConfig,
     find_stretches,
     held_out_recordings,
     relabel_recordings,
     summarise_labels,
 )
-from birdcall.runs import plan_runs, train_many
-from birdcall.targets import TimedTargets, make_targets, read_timed_labels
+from birdcall.training.runs import plan_runs, train_many
 
 CLASSES = ("amecro", "bkcchi", "norcar")
 CONFIG = RelabelConfig()

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from birdcall.resume import STATE_FILE
-from birdcall.runs import plan_runs, runs_table, train_many
-from birdcall.training_log import TrainingInterrupted
+from birdcall.training.log import TrainingInterrupted
+from birdcall.training.resume import STATE_FILE
+from birdcall.training.runs import plan_runs, runs_table, train_many
 
 
 def test_runs_are_planned_by_experiment_and_fold(training_data, tiny_experiment, tmp_path):

@@ -3,8 +3,8 @@
 import pandas as pd
 import pytest
 
-from birdcall.augment import UNKNOWN
-from birdcall.targets import (
+from birdcall.data.augment import UNKNOWN
+from birdcall.data.targets import (
     TimedTargets,
     make_targets,
     read_timed_labels,

@@ -11,12 +11,12 @@ import torch
 
 from birdcall.checkpoint import load_model
 from birdcall.config import NO_AUGMENT, TrainConfig
-from birdcall.loader import ClipBatch
+from birdcall.data.loader import ClipBatch
 from birdcall.models import build_model
-from birdcall.trainer import Run, start_training
-from birdcall.training import train_run
-from birdcall.training_log import read_log
-from birdcall.training_step import Detector, batch_loss, warmup_cosine
+from birdcall.training.log import read_log
+from birdcall.training.run import train_run
+from birdcall.training.step import Detector, batch_loss, warmup_cosine
+from birdcall.training.trainer import Run, start_training
 
 PRECISIONS = ("float32", "bf16", "fp16")
 
@@ -172,7 +172,7 @@ def spoil(monkeypatch, at):
         loss = real(*args)
         return loss * math.nan if args[5] in at else loss
 
-    monkeypatch.setattr("birdcall.trainer.batch_loss", spoiled)
+    monkeypatch.setattr("birdcall.training.trainer.batch_loss", spoiled)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_recordings(
@@ -221,7 +221,7 @@ def test_training_ends_early_when_it_no_longer_gets_better(
     training_data, tiny_experiment, tmp_path, monkeypatch
 ):
     scores = iter([0.3, 0.5, 0.4, 0.5, 0.9, 0.9])
-    monkeypatch.setattr("birdcall.trainer.validate", lambda *_: {"macro_ap": next(scores)})
+    monkeypatch.setattr("birdcall.training.trainer.validate", lambda *_: {"macro_ap": next(scores)})
     experiment = with_train(tiny_experiment, epochs=6, validate_every=1, patience=2)
     train_run(Run(experiment, 0, tmp_path), training_data, workers=0)
     assert [entry.validation["macro_ap"] for entry in read_log(tmp_path / "log.csv")] == [
@@ -250,7 +250,7 @@ def test_the_best_epochs_are_averaged(training_data, tiny_experiment, tmp_path, 
         kept.append({name: value.clone() for name, value in model.state_dict().items()})
         return {"macro_ap": next(scores)}
 
-    monkeypatch.setattr("birdcall.trainer.validate", score)
+    monkeypatch.setattr("birdcall.training.trainer.validate", score)
     experiment = with_train(tiny_experiment, epochs=4, validate_every=1, average_best=2)
     checkpoint = train_run(Run(experiment, 0, tmp_path), training_data, workers=0)
     model, _ = load_model(tmp_path)

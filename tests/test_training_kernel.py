@@ -18,7 +18,7 @@ from birdcall.__main__ import app
 from birdcall.checkpoint import SETTINGS_FILE, Checkpoint, save_checkpoint
 from birdcall.kernel import MANIFEST_FILE, make_manifest
 from birdcall.models import build_model
-from birdcall.resume import STATE_FILE
+from birdcall.training.resume import STATE_FILE
 from birdcall.training_kernel import (
     TrainingSettings,
     read_settings,

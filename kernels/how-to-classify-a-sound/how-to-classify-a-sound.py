@@ -60,6 +60,7 @@ from birdcall.architecture import plot_architecture, trace_stages
 from birdcall.audio import crop_or_pad, read_audio
 from birdcall.checkpoint import find_checkpoints, read_checkpoint
 from birdcall.config import SEGMENT_SECONDS
+from birdcall.data.recordings import classes_of, read_recordings
 from birdcall.decision import Decision, read_decision
 from birdcall.experiments import find_experiment
 from birdcall.frontend import LogMel, Spectrogram
@@ -71,7 +72,6 @@ from birdcall.inference import (
     score_recordings,
 )
 from birdcall.kernel import DECISION_FILE, MANIFEST_FILE, MEMBERS_FOLDER, check_manifest
-from birdcall.recordings import classes_of, read_recordings
 from birdcall.soundscapes import example_audio_folder, find_audio, read_annotations
 from birdcall.taxonomy import display_name
 
@@ -272,12 +272,12 @@ else:
 # %%
 def train_small_model() -> tuple[Path, Path]:
     """Train on the data, or on the tiny demo if the data is large; return folder and checkpoint."""
-    from birdcall.audit import audit_recordings, usable_recordings
-    from birdcall.cache import Cache
-    from birdcall.dataset import load_training_data
-    from birdcall.folds import make_folds, write_folds
-    from birdcall.trainer import Run
-    from birdcall.training import train_run
+    from birdcall.data.audit import audit_recordings, usable_recordings
+    from birdcall.data.cache import Cache
+    from birdcall.data.dataset import load_training_data
+    from birdcall.data.folds import make_folds, write_folds
+    from birdcall.training.run import train_run
+    from birdcall.training.trainer import Run
 
     folder = data if len(recordings) <= MANY_RECORDINGS else make_tiny_demo()
     table, cache, folds = SCRATCH / "audit.csv", SCRATCH / "cache", SCRATCH / "folds.csv"

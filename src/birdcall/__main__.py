@@ -96,9 +96,9 @@ def audit(
     workers: Workers = DEFAULT_WORKERS + 1,
 ) -> None:
     """Decode every recording; list what is unreadable, truncated, silent or doubled."""
-    from birdcall.audit import audit_recordings, describe_audit
-    from birdcall.cache import Cache
-    from birdcall.recordings import check_recordings_exist, read_recordings
+    from birdcall.data.audit import audit_recordings, describe_audit
+    from birdcall.data.cache import Cache
+    from birdcall.data.recordings import check_recordings_exist, read_recordings
 
     output = _output_of(data, output)
     recordings = read_recordings(data)
@@ -124,9 +124,9 @@ def folds(
     seed: Annotated[int, typer.Option(help="Breaks ties between equal splits.")] = 0,
 ) -> None:
     """Split recordings into folds, by species and without a recordist in two of them."""
-    from birdcall.audit import read_audit, same_sound, usable_recordings
-    from birdcall.folds import check_folds, fold_report, make_folds, plot_folds, write_folds
-    from birdcall.recordings import read_recordings
+    from birdcall.data.audit import read_audit, same_sound, usable_recordings
+    from birdcall.data.folds import check_folds, fold_report, make_folds, plot_folds, write_folds
+    from birdcall.data.recordings import read_recordings
 
     output, folds = _output_of(data, output), _folds_of(data, folds)
     table = read_audit(output / "audit.csv")
@@ -178,12 +178,12 @@ def train(
 
     For several GPUs: torchrun --nproc_per_node=2 -m birdcall train ...
     """
-    from birdcall.dataset import load_training_data
-    from birdcall.distributed import joined_processes
+    from birdcall.data.dataset import load_training_data
     from birdcall.experiments import find_experiment
     from birdcall.inference import default_device
-    from birdcall.runs import plan_runs, runs_table, train_many
-    from birdcall.training_log import TrainingInterrupted
+    from birdcall.training.distributed import joined_processes
+    from birdcall.training.log import TrainingInterrupted
+    from birdcall.training.runs import plan_runs, runs_table, train_many
 
     if resume and overwrite:
         raise ValueError("--resume goes on and --overwrite starts again: give one of them")
@@ -229,9 +229,9 @@ def relabel(
     folds: Folds = None,
 ) -> None:
     """Say which labels are heard where, by models that did not train on the recording."""
-    from birdcall.dataset import load_training_data
+    from birdcall.data.dataset import load_training_data
     from birdcall.inference import default_device
-    from birdcall.relabelling import relabel_recordings
+    from birdcall.training.relabelling import relabel_recordings
 
     output = _output_of(data, output)
     training_data = load_training_data(
@@ -261,18 +261,18 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score trained runs on held-out sound, choose the decision, write the report."""
-    from birdcall.evaluation import score_submission
-    from birdcall.report import describe_submission
+    from birdcall.evaluation.report import describe_submission
+    from birdcall.evaluation.scoring import score_submission
 
     if submission is not None:
         typer.echo(describe_submission(score_submission(data, submission)))
         return
-    from birdcall.dataset import load_training_data
+    from birdcall.data.dataset import load_training_data
     from birdcall.decision import write_decision
-    from birdcall.evaluation import evaluate_runs
+    from birdcall.evaluation.report import describe_decision, score_table, write_report
+    from birdcall.evaluation.scoring import evaluate_runs
     from birdcall.files import write_atomically
     from birdcall.inference import default_device
-    from birdcall.report import describe_decision, score_table, write_report
 
     output = _output_of(data, output)
     training_data = load_training_data(
@@ -313,9 +313,9 @@ def ablate(
     jobs: Jobs = 1,
 ) -> None:
     """Compare experiments over seeds in a budget of time; a second call goes on."""
-    from birdcall.ablation import ablate
-    from birdcall.ablation_report import describe_ablation, write_picture
-    from birdcall.dataset import load_training_data
+    from birdcall.data.dataset import load_training_data
+    from birdcall.evaluation.ablation import ablate
+    from birdcall.evaluation.ablation_report import describe_ablation, write_picture
     from birdcall.experiments import find_experiment
     from birdcall.files import inside, write_atomically
 
@@ -519,7 +519,7 @@ def benchmark_training(
 ) -> None:
     """Time training steps with their clips and augmentation, and on ready-made tensors."""
     from birdcall.benchmark.training import benchmark_training
-    from birdcall.dataset import load_training_data
+    from birdcall.data.dataset import load_training_data
     from birdcall.experiments import find_experiment
 
     output = _output_of(data, output)
@@ -585,7 +585,7 @@ def main() -> None:
     try:
         app(prog_name="birdcall")
     except (ValueError, OSError, RuntimeError) as error:
-        from birdcall.training_log import TrainingInterrupted
+        from birdcall.training.log import TrainingInterrupted
 
         if isinstance(error, TrainingInterrupted):
             typer.echo(f"birdcall: {error}", err=True)

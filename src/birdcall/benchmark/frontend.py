@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from birdcall.audio import AudioError, crop_or_pad, probe_audio, read_audio
 from birdcall.config import SEGMENT_SECONDS, FrontendConfig, require
+from birdcall.data.recordings import read_recordings
 from birdcall.frontend import LogMel, power_to_db
-from birdcall.recordings import read_recordings
 
 log = logging.getLogger(__name__)
 

@@ -22,16 +22,16 @@ import soundfile
 import torch
 
 from birdcall.audio import AudioError, iterate_audio, read_audio
-from birdcall.cache import Cache
 from birdcall.config import NO_AUGMENT, SEGMENT_SECONDS, Experiment, require
-from birdcall.dataset import ClipDataset, ClipReader, ClipSampler
+from birdcall.data.cache import Cache
+from birdcall.data.dataset import ClipDataset, ClipReader, ClipSampler
+from birdcall.data.loader import ClipBatch, FailureCounter, iterate_clips, make_loader
+from birdcall.data.noise import find_noise, generate_noise, make_noise
+from birdcall.data.recordings import classes_of, read_recordings
 from birdcall.experiments import find_experiment
 from birdcall.files import atomic_path, write_atomically
-from birdcall.loader import ClipBatch, FailureCounter, iterate_clips, make_loader
 from birdcall.models import SEDModel, build_model
-from birdcall.noise import find_noise, generate_noise, make_noise
-from birdcall.recordings import classes_of, read_recordings
-from birdcall.training_step import Detector, batch_loss
+from birdcall.training.step import Detector, batch_loss
 
 log = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ import pandas as pd
 import torch
 
 from birdcall.config import NO_AUGMENT, Experiment
-from birdcall.dataset import TrainingData
+from birdcall.data.dataset import TrainingData
+from birdcall.data.loader import ClipBatch
 from birdcall.files import write_atomically
-from birdcall.loader import ClipBatch
-from birdcall.trainer import Run, Training, start_training
+from birdcall.training.trainer import Run, Training, start_training
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from typing import TypeVar
 import numpy as np
 
 from birdcall.config import SEGMENT_SECONDS, require, require_range, require_share
+from birdcall.data.noise import NOISE_KINDS
 from birdcall.demo.ambience import BIRD_FREE_ANIMALS, LABELLED_ANIMALS
 from birdcall.demo.songs import SPECIES
 from birdcall.demo.synthesis import Individual, Song, Species, compose_song, draw_individual
-from birdcall.noise import NOISE_KINDS
 
 BACKGROUND_KINDS = (*NOISE_KINDS, "insects")
 # Insects twice: no two species sound alike, and a trill of theirs passes for a bird's.

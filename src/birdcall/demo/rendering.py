@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from birdcall.data.noise import slow_fluctuation
 from birdcall.demo.ambience import (
     BIRD_FREE_ANIMALS,
     equalize,
@@ -17,7 +18,6 @@ from birdcall.demo.ambience import (
 )
 from birdcall.demo.plan import Event, NoisePlan, RecordingPlan, SoundscapePlan
 from birdcall.demo.synthesis import active_power, draw_individual, render_song, sing
-from birdcall.noise import slow_fluctuation
 
 NOISE_SAMPLE_RATE = 32_000
 GARBAGE_BYTES = 20_000

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from birdcall.config import Experiment
-from birdcall.dataset import Clip, ClipDataset, ClipRequest, ClipSampler
-from birdcall.memory import available_memory
-from birdcall.noise_files import MAX_TRIES, ReadFailure
+from birdcall.data.dataset import Clip, ClipDataset, ClipRequest, ClipSampler
+from birdcall.data.memory import available_memory
+from birdcall.data.noise_files import MAX_TRIES, ReadFailure
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def collate_clips(clips: Sequence[Clip]) -> ClipBatch:
 
 
 def prepare_worker(_worker: int) -> None:
-    """Keep a loader worker on one core, since the model needs the others, and end it with its parent.
+    """Keep a loader worker on one core, since the model needs the others; let its parent end it.
 
     A forked one has inherited how its parent hears signals. Ctrl-C reaches all of them: the parent
     takes what the workers have made, finishes its step, and ends them.

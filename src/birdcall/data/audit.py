@@ -31,7 +31,7 @@ from birdcall.audio import (
     require_regular_file,
     resample_blocks,
 )
-from birdcall.cache import Cache
+from birdcall.data.cache import Cache
 from birdcall.files import read_table, write_atomically
 
 log = logging.getLogger(__name__)

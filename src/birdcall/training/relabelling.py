@@ -15,7 +15,8 @@ from tqdm import tqdm
 from birdcall.audio import AudioError
 from birdcall.checkpoint import read_checkpoint, require_same_classes
 from birdcall.config import SEGMENT_SECONDS, require, require_share
-from birdcall.dataset import TrainingData
+from birdcall.data.dataset import TrainingData
+from birdcall.data.targets import HEARD, TIMED_COLUMNS, UNSURE, write_timed_labels
 from birdcall.decision import combine
 from birdcall.inference import (
     FRAMES_PER_SEGMENT,
@@ -25,7 +26,6 @@ from birdcall.inference import (
     score_recordings,
 )
 from birdcall.outputs import Event, frames_to_events
-from birdcall.targets import HEARD, TIMED_COLUMNS, UNSURE, write_timed_labels
 
 logger = logging.getLogger(__name__)
 

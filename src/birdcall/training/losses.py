@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from birdcall.augment import UNKNOWN
 from birdcall.config import TrainConfig
+from birdcall.data.augment import UNKNOWN
 from birdcall.models import SEDOutput
 
 

@@ -16,13 +16,13 @@ import torch
 
 from birdcall.checkpoint import SETTINGS_FILE, Checkpoint, read_checkpoint
 from birdcall.config import Experiment
-from birdcall.dataset import TrainingData
-from birdcall.distributed import ALONE, Processes
-from birdcall.loader import check_worker_memory
-from birdcall.resume import STATE_FILE
-from birdcall.trainer import Run
-from birdcall.training import SAVE_EVERY, stop_requests, train_run
-from birdcall.training_log import LOG_FILE, TrainingInterrupted, read_log, summarize_log
+from birdcall.data.dataset import TrainingData
+from birdcall.data.loader import check_worker_memory
+from birdcall.training.distributed import ALONE, Processes
+from birdcall.training.log import LOG_FILE, TrainingInterrupted, read_log, summarize_log
+from birdcall.training.resume import STATE_FILE
+from birdcall.training.run import SAVE_EVERY, stop_requests, train_run
+from birdcall.training.trainer import Run
 
 logger = logging.getLogger(__name__)
 

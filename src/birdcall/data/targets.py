@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from birdcall.augment import UNKNOWN
+from birdcall.data.augment import UNKNOWN
 from birdcall.files import read_table, write_atomically
 
 HEARD, UNSURE = "heard", "unsure"

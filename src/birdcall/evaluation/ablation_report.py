@@ -14,8 +14,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from birdcall.ablation import Ablation
-from birdcall.comparison import LEVEL, N_RESAMPLES
+from birdcall.evaluation.ablation import Ablation
+from birdcall.evaluation.comparison import LEVEL, N_RESAMPLES
 from birdcall.files import atomic_path
 
 # Okabe and Ito's colours, apart for every kind of sight; dots and diamonds differ as well.

@@ -16,16 +16,17 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from birdcall.averaging import BestWeights, make_moving_average
 from birdcall.checkpoint import Checkpoint, save_checkpoint
 from birdcall.config import Experiment, TrainConfig
-from birdcall.dataset import ClipDataset, ClipSampler, TrainingData
-from birdcall.distributed import ALONE, Processes
+from birdcall.data.dataset import ClipDataset, ClipSampler, TrainingData
+from birdcall.data.loader import ClipBatch, FailureCounter, iterate_clips, make_loader
 from birdcall.inference import default_device
-from birdcall.initialisation import initialise
-from birdcall.loader import ClipBatch, FailureCounter, iterate_clips, make_loader
 from birdcall.models import SEDModel
-from birdcall.resume import (
+from birdcall.training.averaging import BestWeights, make_moving_average
+from birdcall.training.distributed import ALONE, Processes
+from birdcall.training.initialisation import initialise
+from birdcall.training.log import EpochLog
+from birdcall.training.resume import (
     STATE_FILE,
     delete_state,
     generator_tensors,
@@ -37,9 +38,8 @@ from birdcall.resume import (
     restore_optimizer,
     write_state,
 )
-from birdcall.training_log import EpochLog
-from birdcall.training_step import batch_loss, make_detector, warmup_cosine
-from birdcall.validation import validate
+from birdcall.training.step import batch_loss, make_detector, warmup_cosine
+from birdcall.training.validation import validate
 
 logger = logging.getLogger(__name__)
 

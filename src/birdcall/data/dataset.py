@@ -16,15 +16,15 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from birdcall.audio import AudioError, crop_or_pad, is_cut
-from birdcall.audit import read_audit, usable_recordings
-from birdcall.augment import ClipAugment
-from birdcall.cache import Cache
 from birdcall.config import SAMPLINGS, Experiment, require, require_choice
-from birdcall.folds import read_folds
-from birdcall.noise import find_noise, generate_noise, split_noise
-from birdcall.noise_files import MAX_TRIES, NothingReadableError, ReadFailure
-from birdcall.recordings import check_recordings_exist, classes_of, read_recordings
-from birdcall.targets import TimedTargets, make_targets, read_timed_labels
+from birdcall.data.audit import read_audit, usable_recordings
+from birdcall.data.augment import ClipAugment
+from birdcall.data.cache import Cache
+from birdcall.data.folds import read_folds
+from birdcall.data.noise import find_noise, generate_noise, split_noise
+from birdcall.data.noise_files import MAX_TRIES, NothingReadableError, ReadFailure
+from birdcall.data.recordings import check_recordings_exist, classes_of, read_recordings
+from birdcall.data.targets import TimedTargets, make_targets, read_timed_labels
 
 logger = logging.getLogger(__name__)
 

@@ -14,17 +14,17 @@ import torch
 from tqdm import tqdm
 
 from birdcall.checkpoint import Checkpoint
-from birdcall.dataset import TrainingData, check_classes
-from birdcall.distributed import ALONE, Processes
-from birdcall.resume import STATE_FILE, delete_state
-from birdcall.trainer import Run, start_training
-from birdcall.training_log import (
+from birdcall.data.dataset import TrainingData, check_classes
+from birdcall.training.distributed import ALONE, Processes
+from birdcall.training.log import (
     LOG_FILE,
     TENSORBOARD_FOLDER,
     TensorBoard,
     TrainingInterrupted,
     write_log,
 )
+from birdcall.training.resume import STATE_FILE, delete_state
+from birdcall.training.trainer import Run, start_training
 
 SAVE_EVERY = 200  # steps
 

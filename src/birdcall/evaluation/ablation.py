@@ -16,11 +16,11 @@ import numpy as np
 import pandas as pd
 
 from birdcall.checkpoint import SETTINGS_FILE
-from birdcall.comparison import Measure, compare_all
 from birdcall.config import NOCALL, Experiment, require
-from birdcall.dataset import TrainingData, make_targets
+from birdcall.data.dataset import TrainingData, make_targets
 from birdcall.decision import Decision, combine
-from birdcall.evaluation import (
+from birdcall.evaluation.comparison import Measure, compare_all
+from birdcall.evaluation.scoring import (
     THRESHOLDS,
     LabelledScores,
     choose_thresholds,
@@ -33,10 +33,10 @@ from birdcall.files import write_atomically
 from birdcall.inference import Ensemble, default_device, load_ensemble, write_predictions
 from birdcall.metrics import row_wise_f1
 from birdcall.outputs import read_submission
-from birdcall.runs import train_many
 from birdcall.soundscapes import SOLUTION, find_test_audio_folder, read_solution, read_test_rows
-from birdcall.training import Run
-from birdcall.training_log import LOG_FILE, EpochLog, read_log, summarize_log
+from birdcall.training.log import LOG_FILE, EpochLog, read_log, summarize_log
+from birdcall.training.run import Run
+from birdcall.training.runs import train_many
 
 logger = logging.getLogger(__name__)
 

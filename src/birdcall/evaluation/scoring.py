@@ -16,7 +16,7 @@ from scipy.ndimage import uniform_filter
 from birdcall.audio import AudioError
 from birdcall.checkpoint import read_checkpoint, require_same_classes
 from birdcall.config import NOCALL, SEGMENT_SECONDS
-from birdcall.dataset import TrainingData, make_targets
+from birdcall.data.dataset import TrainingData, make_targets
 from birdcall.decision import Decision, combine, decide
 from birdcall.inference import Ensemble, SegmentScores, load_ensemble, score_recordings
 from birdcall.metrics import (
@@ -39,7 +39,7 @@ from birdcall.soundscapes import (
     read_test_rows,
 )
 from birdcall.taxonomy import all_species
-from birdcall.validation import score_out_of_fold
+from birdcall.training.validation import score_out_of_fold
 
 logger = logging.getLogger(__name__)
 

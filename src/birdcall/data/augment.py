@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from birdcall.config import AugmentConfig
-from birdcall.filters import (
+from birdcall.data.filters import (
     Curve,
     fade_curve,
     filter_padded,
@@ -22,7 +22,7 @@ from birdcall.filters import (
     padded_length,
     slope_curve,
 )
-from birdcall.noise_files import NoiseFiles, ReadFailure
+from birdcall.data.noise_files import NoiseFiles, ReadFailure
 
 Transform = Callable[[np.ndarray, int], np.ndarray]  # (waveform, sample rate) → waveform
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from birdcall.batch_augment import BatchDraws, augment_batch
 from birdcall.config import Experiment, TrainConfig
-from birdcall.distributed import ALONE, Processes, share_batch_norm
+from birdcall.data.batch_augment import BatchDraws, augment_batch
+from birdcall.data.loader import ClipBatch
 from birdcall.frontend import SpecAugment
-from birdcall.loader import ClipBatch
-from birdcall.losses import sed_loss
 from birdcall.models import SEDModel, SEDOutput
+from birdcall.training.distributed import ALONE, Processes, share_batch_norm
+from birdcall.training.losses import sed_loss
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

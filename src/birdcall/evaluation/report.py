@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from birdcall.audio import read_audio
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.decision import combine, decide
-from birdcall.evaluation import THRESHOLDS, Evaluation, LabelledScores, SubmissionScore
+from birdcall.evaluation.scoring import THRESHOLDS, Evaluation, LabelledScores, SubmissionScore
 from birdcall.files import write_atomically
 from birdcall.frontend import Spectrogram
 from birdcall.soundscapes import example_audio_folder, find_audio

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from birdcall.audio import AudioError, probe_audio, read_audio
-from birdcall.cache import as_cached, cached_samples, read_cached, write_waveform
+from birdcall.data.cache import as_cached, cached_samples, read_cached, write_waveform
 from birdcall.files import atomic_path
 
 logger = logging.getLogger(__name__)

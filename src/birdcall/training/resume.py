@@ -17,30 +17,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from birdcall import __version__
-from birdcall.dataset import TrainingData
-from birdcall.distributed import Processes
+from birdcall.data.dataset import TrainingData
 from birdcall.files import write_atomically
+from birdcall.training.distributed import Processes
 
 STATE_FILE = "state.safetensors"
 
-# What decides over a run's weights: everything that `training` imports. A test keeps the list true.
+# What decides over a run's weights: all that `training.run` imports. A test keeps the list true.
 CODE = (
     *("config", "files", "taxonomy", "audio", "threads", "spectrogram", "frontend", "panns"),
     *("models", "checkpoint", "decision", "soundscapes", "outputs", "inference", "metrics"),
-    *(
-        "recordings",
-        "cache",
-        "audit",
-        "folds",
-        "noise",
-        "noise_files",
-        "filters",
-        "augment",
-        "batch_augment",
-        "dataset",
-    ),
-    *("memory", "targets", "loader", "losses", "initialisation", "averaging", "distributed"),
-    *("resume", "training_log", "validation", "training_step", "trainer", "training"),
+    *("data.recordings", "data.cache", "data.audit", "data.folds", "data.noise", "data.memory"),
+    *("data.filters", "data.noise_files", "data.augment", "data.batch_augment", "data.targets"),
+    *("data.dataset", "data.loader", "training.losses", "training.initialisation"),
+    *("training.distributed", "training.averaging", "training.resume", "training.log"),
+    *("training.validation", "training.step", "training.trainer", "training.run"),
 )
 
 Values = dict[str, Any]  # what JSON can hold
@@ -170,7 +161,7 @@ def _differences(there: Any, here: Any, place: str = "") -> Sequence[str]:
         return []
     kind, _, module = place.partition(".")
     if kind == "code":
-        return [f"{module}.py has changed"]
+        return [f"{module.replace('.', '/')}.py has changed"]
     if place in ("recordings", "labels", "noise", "classes"):
         return [f"the {place} are others"]
     return [f"{place} was {there!r}, is {here!r}"]

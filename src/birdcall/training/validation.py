@@ -10,11 +10,11 @@ import torch
 
 from birdcall.audio import AudioError
 from birdcall.checkpoint import Checkpoint
-from birdcall.dataset import TrainingData, make_targets
-from birdcall.distributed import ALONE, Processes
+from birdcall.data.dataset import TrainingData, make_targets
 from birdcall.inference import Ensemble, Member, score_recordings
 from birdcall.metrics import average_precision, macro_average
 from birdcall.models import SEDModel
+from birdcall.training.distributed import ALONE, Processes
 
 VALIDATION_SECONDS = 30.0  # of each recording: most sing early on, and some last an hour
 

@@ -1,0 +1,1 @@
+"""Training data: recordings, folds, noise, and clips with their targets."""

@@ -1,0 +1,1 @@
+"""Evaluation: scores on held-out sound, comparisons, and their pages."""
