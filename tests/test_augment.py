@@ -9,7 +9,13 @@ import scipy.signal
 import soundfile
 
 from birdcall.config import NO_AUGMENT, AugmentConfig
-from birdcall.data.augment import ClipAugment, color_noise, encode_mp3, fade_ends
+from birdcall.data.augment import (
+    ClipAugment,
+    _color_pool,
+    color_noise,
+    encode_mp3,
+    fade_ends,
+)
 
 RATE = 32_000
 IN_BATCH = {"shift", "mixup", "mixup_third", "gain"}  # tests/test_batch_augment.py
@@ -173,14 +179,16 @@ def test_coloured_noise_is_gaussian_stationary_and_never_the_same():
 
 
 def test_noise_at_the_end_of_the_pool_goes_on_at_its_start(monkeypatch):
-    monkeypatch.setattr(
-        "birdcall.data.augment._white_pool",
-        lambda: np.random.default_rng(0).standard_normal(5000, dtype=np.float32),
-    )
-    noise = color_noise(RATE, RATE, 0.0, np.random.default_rng(0))
-    assert power_db(noise[RATE // 2 :]) == pytest.approx(power_db(noise[: RATE // 2]), abs=1)
-    period = noise[:5000]
-    assert np.corrcoef(period, noise[5000:10_000])[0, 1] > 0.99
+    monkeypatch.setattr("birdcall.data.augment.POOL_SAMPLES", 5000)
+    _color_pool.cache_clear()
+    try:
+        pool = _color_pool(-12, RATE)  # 6 dB per octave: a jump would stand out
+        noise = color_noise(RATE, RATE, -6.0, np.random.default_rng(0))
+    finally:
+        _color_pool.cache_clear()
+    assert abs(pool[0] - pool[-1]) < 4 * np.diff(pool).std()
+    np.testing.assert_allclose(noise[:5000], noise[5000:10_000])
+    assert np.abs(np.diff(noise)).max() < 8 * np.diff(pool).std()
 
 
 def test_silent_noise_changes_nothing(tmp_path):

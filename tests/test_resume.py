@@ -84,10 +84,17 @@ def test_a_signal_writes_a_state_and_says_how_to_go_on(
 ):
     long = replace(tiny_experiment, train=replace(tiny_experiment.train, epochs=10_000))
     before = signal.getsignal(number)
-    threading.Timer(1.0, os.kill, (os.getpid(), number)).start()
-    with pytest.raises(TrainingInterrupted, match="the same command with --resume goes on"):
+
+    def signal_when_it_trains():
+        while not (tmp_path / "log.csv").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=signal_when_it_trains, daemon=True).start()
+    with pytest.raises(TrainingInterrupted, match="the same command with --resume") as caught:
         train_run(Run(long, 0, tmp_path), training_data, workers=0, save_every=10**6)
-    assert read_state(tmp_path / STATE_FILE)[1]["progress"]["step"] > 0
+    step = read_state(tmp_path / STATE_FILE)[1]["progress"]["step"]
+    assert f"stopped after step {step} of 20000" in str(caught.value)
     assert signal.getsignal(number) == before
 
 

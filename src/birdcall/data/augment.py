@@ -13,6 +13,7 @@ import numpy as np
 
 from birdcall.config import AugmentConfig
 from birdcall.data.filters import (
+    HALF_KERNEL,
     Curve,
     fade_curve,
     filter_padded,
@@ -33,7 +34,8 @@ Transform = Callable[[np.ndarray, int], np.ndarray]  # (waveform, sample rate) â
 UNKNOWN = -1.0  # target of a class that may be there or not: it is left out of the loss
 FILTER_ORDERS = (2, 4)  # 12 to 24 dB per octave
 COLOR_FLAT_BELOW_HZ = 50.0  # else steep noise would spend its power where no front end listens
-POOL_SAMPLES = 1 << 21  # of white noise, 65 s at 32 kHz and 8 MB in each process
+SLOPE_STEP_DB = 0.5
+POOL_SAMPLES = 1 << 19  # of noise of one slope, 16 s at 32 kHz; 2 MB for each slope in use
 POOL_SEED = 0
 BURST_FADE_SECONDS = 0.02
 MP3_MIN_SECONDS = 0.1  # of the encoder
@@ -162,28 +164,31 @@ def color_noise(
 ) -> np.ndarray:
     """Return noise ``(n_samples,)``, float32, of ``slope_db`` decibels per octave.
 
-    Two stretches of one pool of white noise, at places and in a ratio that are drawn, are added and
-    filtered: a sum of Gaussian noise is Gaussian noise, drawing it anew would take 1.2 ms of 5 s,
-    and there are 4e12 pairs of places, so that no two clips have the same noise.
+    Two stretches of a pool of such noise, at places and in a ratio that are drawn, are added: a sum
+    of Gaussian noise is Gaussian noise, drawing and filtering it anew would take 2 ms of 5 s, and
+    there are 3e11 pairs of places, so that no two clips have the same noise. The slope is rounded
+    to `SLOPE_STEP_DB`, of which each has its pool.
     """
-    pool = _white_pool()
-    n_white = padded_length(n_samples)
+    pool = _color_pool(round(slope_db / SLOPE_STEP_DB), sample_rate)
     angle = generator.uniform(0, 2 * math.pi)
-    white = np.zeros(n_white, np.float32)
+    noise = np.zeros(n_samples, np.float32)
     for share in (math.cos(angle), math.sin(angle)):
         start = int(generator.integers(len(pool)))
         filled = 0
-        while filled < n_white:  # the pool is a ring
-            part = pool[start : start + n_white - filled]
-            white[filled : filled + len(part)] += np.float32(share) * part
+        while filled < n_samples:  # the pool is a ring
+            part = pool[start : start + n_samples - filled]
+            noise[filled : filled + len(part)] += np.float32(share) * part
             filled, start = filled + len(part), 0
-    curve = slope_curve(slope_db, COLOR_FLAT_BELOW_HZ)
-    return filter_padded(white, sample_rate, [curve])[:n_samples]
+    return noise
 
 
 @cache
-def _white_pool() -> np.ndarray:
-    return np.random.default_rng(POOL_SEED).standard_normal(POOL_SAMPLES, dtype=np.float32)
+def _color_pool(slope_steps: int, sample_rate: int) -> np.ndarray:
+    white = np.random.default_rng(POOL_SEED).standard_normal(POOL_SAMPLES, dtype=np.float32)
+    n_after = padded_length(POOL_SAMPLES) - POOL_SAMPLES - HALF_KERNEL
+    ring = np.pad(white, (HALF_KERNEL, n_after), mode="wrap")
+    curve = slope_curve(slope_steps * SLOPE_STEP_DB, COLOR_FLAT_BELOW_HZ)
+    return filter_padded(ring, sample_rate, [curve])[:POOL_SAMPLES]
 
 
 def fade_ends(waveform: np.ndarray, n_fade: int) -> np.ndarray:
