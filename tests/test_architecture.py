@@ -19,7 +19,7 @@ KERNEL_SIDE = (
 )
 DATA = (
     *("recordings", "cache", "audit", "folds", "noise", "memory", "filters", "noise_files"),
-    *("augment", "batch_augment", "targets", "dataset", "loader"),
+    *("augment", "batch_augment", "targets", "sampling", "dataset", "loader"),
 )
 TRAINING = (
     *("losses", "initialisation", "distributed", "averaging", "resume", "log", "validation"),

@@ -21,12 +21,9 @@ from birdcall.data.cache import Cache
 from birdcall.data.dataset import (
     ClipDataset,
     ClipReader,
-    ClipRequest,
-    ClipSampler,
     TrainingData,
     check_classes,
     load_training_data,
-    recording_weights,
 )
 from birdcall.data.loader import (
     BATCHES_PER_WORKER,
@@ -38,6 +35,7 @@ from birdcall.data.loader import (
     make_loader,
 )
 from birdcall.data.noise_files import ReadFailure
+from birdcall.data.sampling import ClipRequest, ClipSampler, recording_weights
 
 RATE = 32_000
 CLASSES = ("amecro", "bkcchi", "norcar")
@@ -722,7 +720,8 @@ import numpy as np, pandas as pd, torch
 from threadpoolctl import threadpool_info
 from birdcall.config import AugmentConfig
 from birdcall.experiments import find_experiment
-from birdcall.data.dataset import (ClipDataset, ClipSampler)
+from birdcall.data.dataset import ClipDataset
+from birdcall.data.sampling import ClipSampler
 from birdcall.data.loader import (FailureCounter, iterate_clips, make_loader)
 
 NOISE, FOUND = map(Path, sys.argv[1:3])

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from birdcall.config import Experiment
-from birdcall.data.dataset import Clip, ClipDataset, ClipRequest, ClipSampler
+from birdcall.data.dataset import Clip, ClipDataset
 from birdcall.data.memory import available_memory
 from birdcall.data.noise_files import MAX_TRIES, ReadFailure
+from birdcall.data.sampling import ClipRequest, ClipSampler
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ CODE = (
     *("models", "checkpoint", "decision", "soundscapes", "outputs", "inference", "metrics"),
     *("data.recordings", "data.cache", "data.audit", "data.folds", "data.noise", "data.memory"),
     *("data.filters", "data.noise_files", "data.augment", "data.batch_augment", "data.targets"),
-    *("data.dataset", "data.loader", "training.losses", "training.initialisation"),
+    *("data.sampling", "data.dataset", "data.loader", "training.losses", "training.initialisation"),
     *("training.distributed", "training.averaging", "training.resume", "training.log"),
     *("training.validation", "training.step", "training.trainer", "training.run"),
 )

@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader
 
 from birdcall.checkpoint import Checkpoint, save_checkpoint
 from birdcall.config import Experiment, TrainConfig
-from birdcall.data.dataset import ClipDataset, ClipSampler, TrainingData
+from birdcall.data.dataset import ClipDataset, TrainingData
 from birdcall.data.loader import ClipBatch, FailureCounter, iterate_clips, make_loader
+from birdcall.data.sampling import ClipSampler
 from birdcall.inference import default_device
 from birdcall.models import SEDModel
 from birdcall.training.averaging import BestWeights, make_moving_average
