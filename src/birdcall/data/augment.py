@@ -156,7 +156,7 @@ def _gain_to(power: float, noise: np.ndarray, snr_db: float) -> np.float32:
 
 def _power(waveform: np.ndarray) -> float:
     # Not np.dot: BLAS sums in another order with other threads, and a clip must not depend on them.
-    return float(np.square(waveform).mean())
+    return float(np.einsum("i,i", waveform, waveform)) / len(waveform)
 
 
 def color_noise(

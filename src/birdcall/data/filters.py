@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
+import torch
 from scipy import fft
 
 # A filter is a symmetric kernel of so many samples (32 ms at 32 kHz) and is applied block by block
-# (overlap-save). Forty short transforms stay in the processor's cache and are computed side by side
-# (pocketfft's SIMD), one of 160,000 points is not: measured 0.55 against 2.2 ms for a 5-s clip.
+# (overlap-save). Fifty short transforms stay in the processor's cache, one of 160,000 points does
+# not: measured 0.4 (torch's FFT; scipy's 0.55) against 2.2 ms for a 5-s clip.
 KERNEL_SAMPLES = 1025
 BLOCK_SAMPLES = 4096
 HALF_KERNEL = KERNEL_SAMPLES // 2
@@ -57,12 +57,11 @@ def filter_padded(padded: np.ndarray, sample_rate: int, curves: list[Curve]) -> 
 
     padded: float32, of a `padded_length`.
     """
-    blocks = sliding_window_view(padded, BLOCK_SAMPLES)[::STEP_SAMPLES]
-    spectra = fft.rfft(blocks)
-    spectra *= _response(sample_rate, curves)
-    filtered = fft.irfft(spectra, BLOCK_SAMPLES, overwrite_x=True)
+    blocks = torch.from_numpy(padded).unfold(0, BLOCK_SAMPLES, STEP_SAMPLES)
+    spectra = torch.fft.rfft(blocks).mul_(torch.from_numpy(_response(sample_rate, curves)))
+    filtered = torch.fft.irfft(spectra, BLOCK_SAMPLES)
     # Before HALF_KERNEL and from there on by STEP_SAMPLES a block's end leaks into its start.
-    return filtered[:, HALF_KERNEL : HALF_KERNEL + STEP_SAMPLES].ravel()
+    return filtered[:, HALF_KERNEL : HALF_KERNEL + STEP_SAMPLES].reshape(-1).numpy()
 
 
 def _response(sample_rate: int, curves: list[Curve]) -> np.ndarray:
