@@ -293,7 +293,7 @@ def test_the_kernels_own_process_needs_nothing_that_wheels_may_bring():
     assert "birdcall.training_kernel" in loaded
     unwanted = {
         "audiomentations",
-        *(f"birdcall.{name}" for name in ("augment", "dataset", "noise")),
+        *(f"birdcall.data.{name}" for name in ("augment", "dataset", "noise")),
     }
     assert not loaded & unwanted
-    assert (Path(birdcall.__file__).parent / "dataset.py").is_file()
+    assert (Path(birdcall.__file__).parent / "data" / "dataset.py").is_file()
