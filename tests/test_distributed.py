@@ -57,6 +57,7 @@ def results(tiny_experiment, training_data, demo_folder, tmp_path_factory):
             clips_per_epoch=40,
             batch_size=8,
             ema_decay=0.9,
+            average_best=2,
             # Steps triple the difference of rounding that they find; at 3e-3 it would be 1e-3.
             learning_rate=1e-3,
         ),

@@ -14,8 +14,9 @@ import pytest
 import torch
 from test_architecture import PACKAGE, imports_of
 
+from birdcall.checkpoint import STATE_FILE
 from birdcall.training.log import TrainingInterrupted, read_log
-from birdcall.training.resume import CODE, STATE_FILE, read_state, write_state
+from birdcall.training.resume import CODE, read_state, write_state
 from birdcall.training.run import train_run
 from birdcall.training.trainer import Run
 

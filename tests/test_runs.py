@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import pytest
 
+from birdcall.checkpoint import STATE_FILE
+from birdcall.training.distributed import Processes
 from birdcall.training.log import TrainingInterrupted
-from birdcall.training.resume import STATE_FILE
 from birdcall.training.runs import plan_runs, runs_table, train_many
 
 
@@ -70,6 +71,15 @@ def test_a_fold_out_of_range_is_refused_before_anything_is_trained(
     runs = plan_runs([tiny_experiment], training_data, 5, tmp_path)
     with pytest.raises(ValueError, match=r"fold 5 is out of range; the folds are 0, 1"):
         train_many(runs, training_data)
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_at_once_are_refused_where_processes_share_each(
+    training_data, tiny_experiment, tmp_path
+):
+    runs = plan_runs([tiny_experiment], training_data, None, tmp_path)
+    with pytest.raises(ValueError, match="leave --jobs at 1 under torchrun"):
+        train_many(runs, training_data, jobs=2, processes=Processes(0, 2))
     assert not list(tmp_path.iterdir())
 
 

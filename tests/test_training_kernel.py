@@ -15,10 +15,9 @@ import typer.main
 import birdcall
 from birdcall import training_kernel
 from birdcall.__main__ import app
-from birdcall.checkpoint import SETTINGS_FILE, Checkpoint, save_checkpoint
+from birdcall.checkpoint import STATE_FILE, Checkpoint, save_checkpoint
 from birdcall.kernel import MANIFEST_FILE, make_manifest
 from birdcall.models import build_model
-from birdcall.training.resume import STATE_FILE
 from birdcall.training_kernel import (
     TrainingSettings,
     read_settings,
@@ -276,11 +275,6 @@ def test_a_weights_file_outside_the_package_is_refused(tmp_path):
 
 
 # --- its place among the modules ----------------------------------------------------------------
-
-
-def test_a_state_has_the_name_that_training_gives_it():
-    assert training_kernel.STATE_FILE == STATE_FILE
-    assert SETTINGS_FILE != STATE_FILE
 
 
 def test_the_kernels_own_process_needs_nothing_that_wheels_may_bring():

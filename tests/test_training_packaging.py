@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from birdcall.checkpoint import load_model, read_checkpoint
+from birdcall.checkpoint import STATE_FILE, load_model, read_checkpoint
 from birdcall.data.audit import audit_recordings, same_sound, usable_recordings
 from birdcall.data.folds import make_folds, write_folds
 from birdcall.data.noise import find_noise, split_noise
@@ -18,7 +18,7 @@ from birdcall.experiments import EXPERIMENTS, find_experiment
 from birdcall.kernel import MANIFEST_FILE, check_manifest, make_manifest
 from birdcall.packaging import Upload, run_as_kaggle
 from birdcall.training.initialisation import initialise
-from birdcall.training.resume import STATE_FILE, write_state
+from birdcall.training.resume import write_state
 from birdcall.training_kernel import TrainingSettings, read_settings
 from birdcall.training_packaging import rehearse_training, stage_training
 

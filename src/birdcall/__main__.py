@@ -8,11 +8,14 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from birdcall.experiments import EXPERIMENTS
+
+if TYPE_CHECKING:
+    from birdcall.data.dataset import TrainingData
 
 # Commands import what they need when they run, so that `--help` answers at once.
 
@@ -43,6 +46,10 @@ Noise = Annotated[
 ]
 Experiments = Annotated[
     list[str], typer.Option(help=f"May be repeated. One of: {', '.join(EXPERIMENTS)}.")
+]
+Trained = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(help="May be repeated.", show_default="all trained ones"),
 ]
 Fold = Annotated[str, typer.Option(help="The held-out fold, or all.")]
 Init = Annotated[
@@ -178,7 +185,6 @@ def train(
 
     For several GPUs: torchrun --nproc_per_node=2 -m birdcall train ...
     """
-    from birdcall.data.dataset import load_training_data
     from birdcall.experiments import find_experiment
     from birdcall.inference import default_device
     from birdcall.training.distributed import joined_processes
@@ -190,9 +196,7 @@ def train(
     deadline = None if time_limit is None else time.monotonic() + time_limit
     chosen = [find_experiment(name) for name in experiment]
     output = _output_of(data, output)
-    training_data = load_training_data(
-        data, _folds_of(data, folds), output / "audit.csv", output / "cache", noise, labels
-    )
+    training_data = _load_training_data(data, output, folds, noise, labels)
     runs = plan_runs(chosen, training_data, _parse_fold(fold), output / "runs")
     try:
         with joined_processes(default_device()) as (processes, device):
@@ -221,22 +225,16 @@ def train(
 @app.command()
 def relabel(
     data: Data,
-    experiment: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help="May be repeated.", show_default="all trained ones"),
-    ] = None,
+    experiment: Trained = None,
     output: Output = None,
     folds: Folds = None,
 ) -> None:
     """Say which labels are heard where, by models that did not train on the recording."""
-    from birdcall.data.dataset import load_training_data
     from birdcall.inference import default_device
     from birdcall.training.relabelling import relabel_recordings
 
     output = _output_of(data, output)
-    training_data = load_training_data(
-        data, _folds_of(data, folds), output / "audit.csv", output / "cache"
-    )
+    training_data = _load_training_data(data, output, folds)
     labels = output / "relabelled.csv"
     runs = _find_runs(output, experiment)
     summary = relabel_recordings(
@@ -249,10 +247,7 @@ def relabel(
 @app.command()
 def evaluate(
     data: Data,
-    experiment: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option(help="May be repeated.", show_default="all trained ones"),
-    ] = None,
+    experiment: Trained = None,
     output: Output = None,
     folds: Folds = None,
     submission: Annotated[
@@ -267,7 +262,6 @@ def evaluate(
     if submission is not None:
         typer.echo(describe_submission(score_submission(data, submission)))
         return
-    from birdcall.data.dataset import load_training_data
     from birdcall.decision import write_decision
     from birdcall.evaluation.report import describe_decision, score_table, write_report
     from birdcall.evaluation.scoring import evaluate_runs
@@ -275,9 +269,7 @@ def evaluate(
     from birdcall.inference import default_device
 
     output = _output_of(data, output)
-    training_data = load_training_data(
-        data, _folds_of(data, folds), output / "audit.csv", output / "cache"
-    )
+    training_data = _load_training_data(data, output, folds)
     runs = _find_runs(output, experiment)
     evaluation = evaluate_runs(runs, training_data, default_device())
     write_decision(output / "decision.json", evaluation.decision)
@@ -313,7 +305,6 @@ def ablate(
     jobs: Jobs = 1,
 ) -> None:
     """Compare experiments over seeds in a budget of time; a second call goes on."""
-    from birdcall.data.dataset import load_training_data
     from birdcall.evaluation.ablation import ablate
     from birdcall.evaluation.ablation_report import describe_ablation, write_picture
     from birdcall.experiments import find_experiment
@@ -322,9 +313,7 @@ def ablate(
     chosen = [find_experiment(one) for one in experiment]
     output = _output_of(data, output)
     folder = inside(output, name)
-    training_data = load_training_data(
-        data, _folds_of(data, folds), output / "audit.csv", output / "cache", noise
-    )
+    training_data = _load_training_data(data, output, folds, noise)
     held_out = _parse_fold(fold)
     found = ablate(
         chosen,
@@ -519,13 +508,10 @@ def benchmark_training(
 ) -> None:
     """Time training steps with their clips and augmentation, and on ready-made tensors."""
     from birdcall.benchmark.training import benchmark_training
-    from birdcall.data.dataset import load_training_data
     from birdcall.experiments import find_experiment
 
     output = _output_of(data, output)
-    training_data = load_training_data(
-        data, _folds_of(data, folds), output / "audit.csv", output / "cache"
-    )
+    training_data = _load_training_data(data, output, folds)
     table = benchmark_training(
         training_data,
         find_experiment(experiment),
@@ -545,6 +531,20 @@ def _output_of(data: Path, output: Path | None) -> Path:
 
 def _folds_of(data: Path, folds: Path | None) -> Path:
     return folds or Path("folds") / f"{data.resolve().name}.csv"
+
+
+def _load_training_data(
+    data: Path,
+    output: Path,
+    folds: Path | None,
+    noise: Path | None = None,
+    labels: Path | None = None,
+) -> TrainingData:
+    from birdcall.data.dataset import load_training_data
+
+    return load_training_data(
+        data, _folds_of(data, folds), output / "audit.csv", output / "cache", noise, labels
+    )
 
 
 def _parse_fold(fold: str) -> int | None:

@@ -18,6 +18,7 @@ from birdcall.models import SEDModel, build_model
 
 WEIGHTS_FILE = "model.safetensors"
 SETTINGS_FILE = "model.json"
+STATE_FILE = "state.safetensors"  # of a run that is not finished: see `training.resume`
 
 
 @dataclass(frozen=True)

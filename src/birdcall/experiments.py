@@ -82,16 +82,45 @@ _REAL = (
     ),
 )
 
+
+def _family(base: Experiment) -> tuple[Experiment, ...]:
+    """Return ``base`` with each temporal layer, and with a GRU but without noise in its clips.
+
+    They differ in nothing else: what an ablation needs.
+    """
+    layers = {
+        "plain": ("none", "no temporal layer"),
+        "gru": ("gru", "a bi-GRU"),
+        "attention": ("attention", "self-attention"),
+        "gru_attention": ("gru+attention", "a bi-GRU and self-attention"),
+    }
+    members = {
+        name: replace(
+            base,
+            name=f"{base.name}_{name}",
+            description=f"{base.description}; {what}",
+            model=replace(base.model, temporal=temporal),
+        )
+        for name, (temporal, what) in layers.items()
+    }
+    clean = replace(
+        members["gru"],
+        name=f"{base.name}_gru_clean",
+        description=f"{members['gru'].description}, without noise of any kind",
+        augment=base.augment.without(*NOISE_AUGMENTATIONS),
+    )
+    return (*members.values(), clean)
+
+
 # Two cores and no GPU: half the frame rate, a quarter of the channels, five-second clips.
 _SMALL = Experiment(
-    name="small_gru",
-    description="narrow ResNet-10 + bi-GRU + attention head, from random weights; two CPU cores",
+    name="small",
+    description="narrow ResNet-10 from random weights, for two CPU cores",
     frontend=FrontendConfig(hop_length=640, fmin=200.0),
     model=ModelConfig(
         backbone="resnet10t",
         backbone_options=(("channels", (32, 64, 128, 256)), ("stem_width", 16)),
         pretrained=False,
-        temporal="gru",
         temporal_size=128,
         dropout=0.2,
     ),
@@ -106,32 +135,16 @@ _SMALL = Experiment(
         secondary_label_weight=1.0,
     ),
 )
-_SMALL_ONES = (
-    replace(
-        _SMALL,
-        name="small_plain",
-        description="small_gru without a temporal layer",
-        model=replace(_SMALL.model, temporal="none"),
-    ),
-    _SMALL,
-    replace(
-        _SMALL,
-        name="small_attention",
-        description="small_gru with self-attention for the GRU",
-        model=replace(_SMALL.model, temporal="attention"),
-    ),
-    replace(
-        _SMALL,
-        name="small_gru_attention",
-        description="small_gru with self-attention behind the GRU",
-        model=replace(_SMALL.model, temporal="gru+attention"),
-    ),
-    replace(
-        _SMALL,
-        name="small_gru_clean",
-        description="small_gru without noise of any kind in its clips",
-        augment=_SMALL.augment.without(*NOISE_AUGMENTATIONS),
-    ),
+# From ImageNet on two cores: a hundred recordings are too few to learn to hear from nothing.
+_LITE0 = Experiment(
+    name="lite0",
+    description="EfficientNet-Lite0 from ImageNet, for two CPU cores",
+    frontend=FrontendConfig(hop_length=512, fmin=200.0),
+    model=ModelConfig(backbone="tf_efficientnet_lite0"),
+    augment=AugmentConfig().without("mp3"),
+    train=TrainConfig(clip_seconds=5.0, epochs=60, batch_size=16, validate_every=10),
+)
+_SMALL_VARIANTS = (
     replace(
         _SMALL,
         name="small_gru_bf16",
@@ -148,48 +161,6 @@ _SMALL_ONES = (
     ),
 )
 
-# From ImageNet on two cores: a hundred recordings are too few to learn to hear from nothing.
-_LITE0 = Experiment(
-    name="lite0_plain",
-    description="EfficientNet-Lite0 from ImageNet, plain attention head; two CPU cores",
-    frontend=FrontendConfig(hop_length=512, fmin=200.0),
-    model=ModelConfig(
-        backbone="tf_efficientnet_lite0", temporal="none", temporal_size=256, dropout=0.3
-    ),
-    augment=AugmentConfig().without("mp3"),
-    train=TrainConfig(
-        clip_seconds=5.0, epochs=60, batch_size=16, learning_rate=1e-3, validate_every=10
-    ),
-)
-_LITE0_GRU = replace(
-    _LITE0,
-    name="lite0_gru",
-    description="lite0_plain with a bi-GRU as a residual branch",
-    model=replace(_LITE0.model, temporal="gru"),
-)
-_LITE0_ONES = (
-    _LITE0,
-    _LITE0_GRU,
-    replace(
-        _LITE0,
-        name="lite0_attention",
-        description="lite0_plain with self-attention",
-        model=replace(_LITE0.model, temporal="attention"),
-    ),
-    replace(
-        _LITE0,
-        name="lite0_gru_attention",
-        description="lite0_gru with self-attention behind the GRU",
-        model=replace(_LITE0.model, temporal="gru+attention"),
-    ),
-    replace(
-        _LITE0_GRU,
-        name="lite0_gru_clean",
-        description="lite0_gru without noise of any kind in its clips",
-        augment=_LITE0.augment.without(*NOISE_AUGMENTATIONS),
-    ),
-)
-
-_ALL = (*_REAL, *_SMALL_ONES, *_LITE0_ONES)
+_ALL = (*_REAL, *_family(_SMALL), *_SMALL_VARIANTS, *_family(_LITE0))
 EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _ALL}
 require(len(EXPERIMENTS) == len(_ALL), "two experiments have the same name")

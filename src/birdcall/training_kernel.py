@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from birdcall.checkpoint import SETTINGS_FILE, read_checkpoint
+from birdcall.checkpoint import SETTINGS_FILE, STATE_FILE, read_checkpoint
 from birdcall.config import config_from_dict, require
 from birdcall.files import inside, write_atomically
 from birdcall.kernel import check_manifest
@@ -33,7 +33,6 @@ NOISE_FOLDER = "noise"
 INIT_FOLDER = "init"
 WHEELS_FOLDER = "wheels"
 RUNS_FOLDER = "runs"
-STATE_FILE = "state.safetensors"  # an unfinished run's, as `resume` names it
 
 SESSION_SECONDS = 12 * 3600.0  # Kaggle's limit for a session with a GPU
 # After the time limit: for the validation that it may fall into, and for saving the output.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import safetensors.torch
 
-from birdcall.checkpoint import SETTINGS_FILE
+from birdcall.checkpoint import SETTINGS_FILE, STATE_FILE
 from birdcall.config import Experiment, require
 from birdcall.data.dataset import load_training_data
 from birdcall.experiments import find_experiment
@@ -19,7 +19,7 @@ from birdcall.files import write_atomically
 from birdcall.models import SEDModel
 from birdcall.packaging import Upload, finish_build, run_as_kaggle, start_dataset
 from birdcall.training.initialisation import initialise
-from birdcall.training.resume import STATE_FILE, read_state
+from birdcall.training.resume import read_state
 from birdcall.training_kernel import (
     AUDIT_FILE,
     FOLDS_FILE,

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from birdcall.checkpoint import SETTINGS_FILE
-from birdcall.config import NOCALL, Experiment, require
+from birdcall.config import Experiment, require
 from birdcall.data.dataset import TrainingData, make_targets
 from birdcall.decision import Decision, combine
 from birdcall.evaluation.comparison import Measure, compare_all
@@ -28,12 +28,11 @@ from birdcall.evaluation.scoring import (
     predict_out_of_fold,
     row_scores_on_grid,
     score_labelled_soundscapes,
+    score_submission_rows,
 )
 from birdcall.files import write_atomically
 from birdcall.inference import Ensemble, default_device, load_ensemble, write_predictions
-from birdcall.metrics import row_wise_f1
-from birdcall.outputs import read_submission
-from birdcall.soundscapes import SOLUTION, find_test_audio_folder, read_solution, read_test_rows
+from birdcall.soundscapes import SOLUTION, find_test_audio_folder
 from birdcall.training.log import LOG_FILE, EpochLog, read_log, summarize_log
 from birdcall.training.run import Run
 from birdcall.training.runs import train_many
@@ -297,19 +296,10 @@ def _score_soundscapes(
 
 
 def _score_hidden_rows(data: Path, submission: Path) -> Sample:
-    """Score a submission row by row, by the solution that only made data has."""
-    rows = read_test_rows(data)
-    predicted = read_submission(submission, list(rows["row_id"]))["birds"]
-    solution = dict(read_solution(data).itertuples(index=False))
-    missing = [row_id for row_id in rows["row_id"] if row_id not in solution]
-    if missing:
-        raise ValueError(f"{data / SOLUTION}: no row {missing[0]}, which test.csv has")
-    truth = [solution[row_id] for row_id in rows["row_id"]]
-    f1 = [row_wise_f1([t], [p]) for t, p in zip(truth, predicted, strict=True)]
-    nocall = row_wise_f1(truth, [NOCALL] * len(truth))
-    clusters = tuple(rows["audio_id"])
-    measure = Measure("hidden rows: F1", clusters, "soundscapes", all_nocall=nocall)
-    return Sample(measure, np.array(f1))
+    rows = score_submission_rows(data, submission)
+    nocall = float(rows.nocall_f1.mean())
+    measure = Measure("hidden rows: F1", tuple(rows.recordings), "soundscapes", all_nocall=nocall)
+    return Sample(measure, rows.f1)
 
 
 def _score_recordings(ensemble: Ensemble, data: TrainingData) -> dict[str, Sample]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -357,8 +358,16 @@ class SubmissionScore:
     n_rows: int
 
 
-def score_submission(data: Path, submission: Path) -> SubmissionScore:
-    """Score ``submission.csv`` by ``solution.csv``, which only made data has."""
+class SubmissionRows(NamedTuple):
+    """A submission's rows in the order of test.csv: each one's F1, that of nocall, and whose."""
+
+    f1: np.ndarray
+    nocall_f1: np.ndarray
+    recordings: list[str]
+
+
+def score_submission_rows(data: Path, submission: Path) -> SubmissionRows:
+    """Score each row of ``submission.csv`` by ``solution.csv``, which only made data has."""
     rows = read_test_rows(data)
     predicted = read_submission(submission, list(rows["row_id"]))["birds"]
     solution = read_solution(data).set_index("row_id")["birds"]
@@ -366,10 +375,17 @@ def score_submission(data: Path, submission: Path) -> SubmissionScore:
     if missing:
         raise ValueError(f"{data / 'solution.csv'}: no row {missing[0]}, which test.csv has")
     truth = list(solution.loc[rows["row_id"]])
-    by_row = np.array([row_wise_f1([t], [p]) for t, p in zip(truth, predicted, strict=True)])
+    f1 = [row_wise_f1([t], [p]) for t, p in zip(truth, predicted, strict=True)]
+    nocall_f1 = [row_wise_f1([t], [NOCALL]) for t in truth]
+    return SubmissionRows(np.array(f1), np.array(nocall_f1), list(rows["audio_id"]))
+
+
+def score_submission(data: Path, submission: Path) -> SubmissionScore:
+    """Score ``submission.csv`` as a whole, with an interval from resampled recordings."""
+    rows = score_submission_rows(data, submission)
     return SubmissionScore(
-        float(by_row.mean()),
-        bootstrap_interval(by_row, list(rows["audio_id"])),
-        row_wise_f1(truth, [NOCALL] * len(truth)),
-        len(truth),
+        float(rows.f1.mean()),
+        bootstrap_interval(rows.f1, rows.recordings),
+        float(rows.nocall_f1.mean()),
+        len(rows.f1),
     )

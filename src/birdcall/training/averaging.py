@@ -40,12 +40,15 @@ def make_moving_average(model: nn.Module, decay: float) -> AveragedModel:
 class BestWeights:
     """The weights of the ``n_best`` best epochs, as files in ``folder``.
 
+    Every process knows which they are; the first one, which ``writes``, keeps their files.
+
     Nothing is deleted before `prune`: what an older state refers to must outlive the writing of
     the next one.
     """
 
     folder: Path
     n_best: int
+    writes: bool = True
     scores: dict[int, float] = field(default_factory=dict)  # of the epochs that are kept
 
     def offer(self, epoch: int, score: float, model: nn.Module) -> None:
@@ -54,7 +57,7 @@ class BestWeights:
             (self.scores | {epoch: score}).items(), key=lambda item: (-item[1], item[0])
         )
         kept = dict(ranked[: self.n_best])
-        if epoch in kept:
+        if epoch in kept and self.writes:
             weights = {name: value.contiguous() for name, value in model.state_dict().items()}
             write_atomically(self._path(epoch), safetensors.torch.save(weights))
         self.scores = kept

@@ -21,8 +21,6 @@ from birdcall.data.dataset import TrainingData
 from birdcall.files import write_atomically
 from birdcall.training.distributed import Processes
 
-STATE_FILE = "state.safetensors"
-
 # What decides over a run's weights: all that `training.run` imports. A test keeps the list true.
 CODE = (
     *("config", "files", "taxonomy", "audio", "threads", "spectrogram", "frontend", "panns"),

@@ -13,7 +13,7 @@ from types import FrameType
 import torch
 from tqdm import tqdm
 
-from birdcall.checkpoint import Checkpoint
+from birdcall.checkpoint import STATE_FILE, Checkpoint
 from birdcall.data.dataset import TrainingData, check_classes
 from birdcall.training.distributed import ALONE, Processes
 from birdcall.training.log import (
@@ -23,7 +23,7 @@ from birdcall.training.log import (
     TrainingInterrupted,
     write_log,
 )
-from birdcall.training.resume import STATE_FILE, delete_state
+from birdcall.training.resume import delete_state
 from birdcall.training.trainer import Run, start_training
 
 SAVE_EVERY = 200  # steps

@@ -14,13 +14,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from birdcall.checkpoint import SETTINGS_FILE, Checkpoint, read_checkpoint
-from birdcall.config import Experiment
+from birdcall.checkpoint import SETTINGS_FILE, STATE_FILE, Checkpoint, read_checkpoint
+from birdcall.config import Experiment, require
 from birdcall.data.dataset import TrainingData
 from birdcall.data.loader import check_worker_memory
 from birdcall.training.distributed import ALONE, Processes
 from birdcall.training.log import LOG_FILE, TrainingInterrupted, read_log, summarize_log
-from birdcall.training.resume import STATE_FILE
 from birdcall.training.run import SAVE_EVERY, stop_requests, train_run
 from birdcall.training.trainer import Run
 
@@ -57,6 +56,11 @@ def train_many(
     and unfinished ones go on. What would be overwritten is refused before the first run starts.
     ``deadline`` (of `time.monotonic`), SIGTERM and Ctrl-C end it by TrainingInterrupted.
     """
+    require(
+        jobs == 1 or processes.world_size == 1,
+        f"{jobs} runs at once and {processes.world_size} processes for each do not go together: "
+        "leave --jobs at 1 under torchrun",
+    )
     for run in runs:
         data.split(run.fold)
         check_worker_memory(workers * jobs, run.experiment, processes.world_size)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from birdcall.checkpoint import Checkpoint, save_checkpoint
+from birdcall.checkpoint import STATE_FILE, Checkpoint, save_checkpoint
 from birdcall.config import Experiment, TrainConfig
 from birdcall.data.dataset import ClipDataset, TrainingData
 from birdcall.data.loader import ClipBatch, FailureCounter, iterate_clips, make_loader
@@ -28,7 +28,6 @@ from birdcall.training.distributed import ALONE, Processes
 from birdcall.training.initialisation import initialise
 from birdcall.training.log import EpochLog
 from birdcall.training.resume import (
-    STATE_FILE,
     delete_state,
     generator_tensors,
     identity_of,
@@ -251,7 +250,7 @@ class Training:
             progress.best_score, progress.validations_since_best = score, 0
         else:
             progress.validations_since_best += 1
-        if self.config.average_best and self.processes.is_first:
+        if self.config.average_best:
             self.best.offer(entry.epoch, score, self.trained)
 
     def _score(self, recordings: pd.DataFrame) -> dict[str, float]:
@@ -355,7 +354,7 @@ def start_training(
         _make_optimizer(model, config),
         torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
         None if config.ema_decay is None else make_moving_average(model, config.ema_decay),
-        BestWeights(run.folder / "best", config.average_best),
+        BestWeights(run.folder / "best", config.average_best, processes.is_first),
         device,
         processes,
     )
