@@ -15,6 +15,7 @@ from birdcall.data.folds import make_folds, write_folds
 from birdcall.data.recordings import read_recordings
 from birdcall.demo import DemoConfig, make_demo
 from birdcall.experiments import find_experiment
+from birdcall.training.runs import plan_runs, train_many
 
 CORNELL_MINI = Path(__file__).resolve().parents[2] / "shared" / "data" / "cornell-mini"
 
@@ -81,3 +82,15 @@ def training_data(demo_folder, tmp_path_factory) -> TrainingData:
     return load_training_data(
         demo_folder, output / "folds.csv", output / "audit.csv", output / "cache"
     )
+
+
+@pytest.fixture(scope="session")
+def trained_runs(training_data, tiny_experiment, tmp_path_factory) -> list[Path]:
+    """The folders of two tiny experiments' runs on both folds, in order of name."""
+    torch.set_num_threads(1)
+    runs = tmp_path_factory.mktemp("runs")
+    other = replace(tiny_experiment, name="other", train=replace(tiny_experiment.train, seed=4))
+    train_many(
+        plan_runs([tiny_experiment, other], training_data, None, runs), training_data, workers=0
+    )
+    return sorted(path for path in runs.glob("*/*"))

@@ -15,7 +15,9 @@ from birdcall.evaluation import ablation as ablation_module
 from birdcall.evaluation.ablation import Ledger, Sample, ablate, loss_change_last_fifth, score_seed
 from birdcall.evaluation.ablation_report import describe_ablation, difference_table, write_picture
 from birdcall.evaluation.comparison import Measure
-from birdcall.evaluation.scoring import evaluate_runs, score_submission
+from birdcall.evaluation.hearing import hear
+from birdcall.evaluation.scoring import evaluate
+from birdcall.evaluation.submission import score_submission
 from birdcall.training.log import LOG_FILE, EpochLog, write_log
 
 BLOCK_SECONDS = 100.0
@@ -273,7 +275,8 @@ def real(training_data, tiny_experiment, tmp_path_factory):
 def test_every_measure_is_there_for_each_experiment_and_seed(real, training_data):
     _, found = real
     assert list(found.measures) == [
-        "soundscape_f1", "soundscape_ap", "hidden_f1", "oof_ap", "oof_top1"
+        "simulated_f1", "simulated_ap", "soundscape_f1", "soundscape_ap", "hidden_f1", "oof_ap",
+        "oof_top1",
     ]  # fmt: skip
     assert found.table[["experiment", "seed"]].to_numpy().tolist() == [
         ["tiny", 0], ["plain", 0], ["tiny", 1], ["plain", 1]
@@ -283,20 +286,31 @@ def test_every_measure_is_there_for_each_experiment_and_seed(real, training_data
     assert (found.differences["low"] <= found.differences["high"]).all()
 
 
-def test_scores_are_those_of_evaluate_and_of_the_submission(real, training_data, demo_folder):
+def test_scores_are_those_of_evaluate_and_of_the_submission(
+    real, training_data, demo_folder, tmp_path
+):
     folder, found = real
     for (_, row), name in zip(found.table.iloc[:2].iterrows(), ("tiny", "plain"), strict=True):
         seed_folder = folder / name / "seed0"
         runs = [seed_folder / "fold0", seed_folder / "fold1"]
-        expected = evaluate_runs(runs, training_data).table.iloc[0]
-        assert row["soundscape_f1"] == pytest.approx(expected["soundscape_f1"])
-        assert row["soundscape_ap"] == pytest.approx(expected["soundscape_macro_ap"])
-        assert row["oof_ap"] == pytest.approx(expected["oof_macro_ap"])
+        found_here = evaluate(hear(runs, training_data, kept=tmp_path / name)).table
+        expected = {
+            (one.sound, one.metric): one.value
+            for one in found_here[found_here["name"] == name].itertuples()
+        }
+        assert row["simulated_f1"] == pytest.approx(expected["simulated", "row_wise_f1"])
+        assert row["simulated_ap"] == pytest.approx(expected["simulated", "macro_ap"])
+        assert row["oof_ap"] == pytest.approx(expected["recordings", "macro_ap"])
+        assert row["oof_top1"] == pytest.approx(expected["recordings", "top1"])
+        assert row["soundscape_f1"] == pytest.approx(expected["labelled", "row_wise_f1"])
+        assert row["soundscape_ap"] == pytest.approx(expected["labelled", "macro_ap"])
         submission = score_submission(demo_folder, seed_folder / "submission.csv")
         assert row["hidden_f1"] == pytest.approx(submission.row_wise_f1)
         assert found.measures["hidden_f1"].all_nocall == pytest.approx(submission.all_nocall)
-    nocall = evaluate_runs(runs, training_data).table.iloc[-1]
-    assert found.measures["soundscape_f1"].all_nocall == pytest.approx(nocall["soundscape_f1"])
+    nocall = found_here[found_here["name"] == "all nocall"].set_index(["sound", "metric"])["value"]
+    for key, sound in (("simulated_f1", "simulated"), ("soundscape_f1", "labelled")):
+        expected = nocall[sound, "row_wise_f1"]
+        assert found.measures[key].all_nocall == pytest.approx(expected)
 
 
 def test_seeds_are_other_networks(real):

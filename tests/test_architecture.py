@@ -25,9 +25,13 @@ TRAINING = (
     *("losses", "initialisation", "distributed", "averaging", "resume", "log", "validation"),
     *("step", "trainer", "run", "runs", "relabelling"),
 )
-EVALUATION = ("scoring", "comparison", "ablation", "ablation_report", "report")
+EVALUATION = (
+    *("held_out", "stored", "out_of_fold", "stretches", "simulation", "simulated_sound"),
+    *("labelled", "hearing", "calibration", "choosing", "tables", "scoring", "submission"),
+    *("comparison", "ablation", "ablation_report", "figures", "report"),
+)
 TRAINING_SIDE = (
-    *("experiments", "prediction", "metrics", "event_metrics"),
+    *("experiments", "prediction", "metrics", "event_metrics", "fingerprint"),
     *("data", *(f"data.{name}" for name in DATA)),
     *("training", *(f"training.{name}" for name in TRAINING)),
     *("evaluation", *(f"evaluation.{name}" for name in EVALUATION)),

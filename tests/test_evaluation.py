@@ -1,138 +1,240 @@
-"""Thresholds are chosen without the sound they are scored on, and all-nocall stands beside."""
+"""Runs are scored on three kinds of sound; the decision is chosen on one and tried on another."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
-from birdcall.config import SEGMENT_SECONDS
-from birdcall.evaluation.scoring import (
-    THRESHOLDS,
-    LabelledScores,
-    choose_thresholds,
-    evaluate_runs,
-    nested_row_scores,
-    row_scores_on_grid,
-    score_submission,
-)
-from birdcall.inference import write_nocall
+from birdcall.decision import Decision, read_decision, write_decision
+from birdcall.evaluation.hearing import hear
+from birdcall.evaluation.scoring import NOCALL_SHARE, evaluate, judge
+from birdcall.evaluation.simulation import SimulationConfig
+from birdcall.evaluation.submission import score_submission
+from birdcall.inference import load_ensemble, write_nocall, write_predictions
 from birdcall.metrics import row_f1_scores, row_wise_f1
-from birdcall.training.runs import plan_runs, train_many
+from birdcall.outputs import read_submission
+from birdcall.soundscapes import read_labelled_soundscapes, read_test_rows
 
-
-def labelled(n_recordings=4, n_rows=20, n_classes=3, skill=1.0, seed=0):
-    """Scores of one member that knows the truth as well as ``skill`` says."""
-    generator = np.random.default_rng(seed)
-    total = n_recordings * n_rows
-    truth = generator.random((total, n_classes)) < 0.2
-    chance = generator.random((total, n_classes))
-    scores = (skill * (0.2 + 0.6 * truth) + (1 - skill) * chance)[None]
-    rows = pd.DataFrame(
-        {
-            "filename": np.repeat([f"s{k}" for k in range(n_recordings)], n_rows),
-            "seconds": np.tile(SEGMENT_SECONDS * np.arange(1.0, n_rows + 1), n_recordings),
-        }
-    )
-    return LabelledScores(rows, truth, scores, scores, ("m",))
-
-
-def nested_mean(scores):
-    return nested_row_scores(row_scores_on_grid(scores), scores.recordings).mean()
-
-
-def test_perfect_scores_get_one():
-    assert nested_mean(labelled(skill=1.0)) == 1.0
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_random_scores_get_no_more_than_all_nocall(seed):
-    scores = labelled(skill=0.0, n_recordings=6, seed=seed)
-    nocall = row_f1_scores(scores.truth, np.zeros_like(scores.truth)).mean()
-    assert nested_mean(scores) <= nocall + 0.01
-
-
-def test_a_recording_s_own_labels_do_not_choose_its_thresholds():
-    scores = labelled(skill=0.5)
-    grid = row_scores_on_grid(scores)
-    first = np.asarray(scores.recordings) == "s0"
-    spoilt = grid.copy()
-    spoilt[:, :, first] = 0
-    spoilt[1:4, 12:15, first] = 100  # now the others' choice must follow it
-    nested, other = (nested_row_scores(g, scores.recordings) for g in (grid, spoilt))
-    clip, frame = choose_thresholds(grid[:, :, ~first].mean(axis=2))
-    assert np.array_equal(nested[first], grid[clip, frame, first])
-    assert np.array_equal(other[first], spoilt[clip, frame, first])
-    for name in ("s1", "s2", "s3"):
-        rows = np.asarray(scores.recordings) == name
-        assert np.array_equal(other[rows], spoilt[2, 13, rows])
-        assert not np.array_equal(nested[rows], other[rows])
-
-
-def test_a_plateau_is_preferred_to_a_peak():
-    grid = np.full((9, 9), 0.5)
-    grid[1, 1] = 0.72
-    grid[5:8, 5:8] = 0.7
-    assert choose_thresholds(grid) == (6, 6)
-
-
-def test_of_equals_the_highest_thresholds_are_taken():
-    assert choose_thresholds(np.full((20, 20), 0.6)) == (19, 19)
-    assert THRESHOLDS[19] == 1.0
-
-
-def test_a_species_that_the_model_cannot_name_counts_as_missed():
-    scores = labelled()
-    foreign = np.zeros((len(scores.truth), 1), dtype=bool)
-    foreign[0] = True
-    wider = replace(scores, truth=np.hstack([scores.truth, foreign]))
-    before, after = row_scores_on_grid(scores), row_scores_on_grid(wider)
-    assert (after[:, :, 0] < before[:, :, 0]).any()
-    assert np.array_equal(after[:, :, 1:], before[:, :, 1:])
+CONFIG = SimulationConfig(soundscapes=6, soundscape_seconds=30.0)
 
 
 @pytest.fixture(scope="module")
-def evaluation(training_data, tiny_experiment, tmp_path_factory):
-    torch.set_num_threads(1)
-    runs = tmp_path_factory.mktemp("runs")
-    other = replace(tiny_experiment, name="other", train=replace(tiny_experiment.train, seed=4))
-    planned = plan_runs([tiny_experiment, other], training_data, None, runs)
-    train_many(planned, training_data, workers=0)
-    folders = sorted(path for path in runs.glob("*/*"))
-    return evaluate_runs(folders, training_data)
+def heard(trained_runs, training_data):
+    return hear(trained_runs, training_data, config=CONFIG)
 
 
-def test_the_table_has_each_experiment_the_ensemble_and_all_nocall(evaluation, training_data):
-    table = evaluation.table.set_index("name")
-    assert list(table.index) == ["other", "tiny", "ensemble", "all nocall"]
-    assert list(table["members"]) == [2, 2, 4, 0]
-    assert (table["oof_recordings"].iloc[:3] == len(training_data.recordings)).all()
-    truth = evaluation.labelled.rows["birds"].map(" ".join).replace("", "nocall")
-    nocall = row_wise_f1(list(truth), ["nocall"] * len(truth))
-    assert table.loc["all nocall", "soundscape_f1"] == pytest.approx(nocall)
+@pytest.fixture(scope="module")
+def evaluation(heard):
+    return evaluate(heard, [("tiny", "other")])
 
 
-def test_every_recording_is_scored_by_the_member_that_did_not_train_on_it(
-    evaluation, training_data
-):
-    table = evaluation.out_of_fold
-    assert not table[list(training_data.classes)].isna().any(axis=None)
-    assert len(table) == 2 * len(training_data.recordings)
-    assert set(table["experiment"]) == {"tiny", "other"}
+def value(evaluation, name, sound, metric):
+    table = evaluation.table
+    own = (table["name"] == name) & (table["sound"] == sound) & (table["metric"] == metric)
+    return table.loc[own, "value"].item()
 
 
-def test_the_decision_names_its_members_and_what_it_was_chosen_on(evaluation):
-    decision = evaluation.decision
+def test_every_name_has_all_three_kinds_of_sound_together(evaluation):
+    table = evaluation.table
+    names = ["other", "tiny", "tiny+other", "ensemble", "all nocall", "prior"]
+    assert list(dict.fromkeys(table["name"])) == names
+    sounds = {"simulated", "simulated 50%", "simulated 60%", "simulated 80%", "labelled"}
+    for name in names:
+        own = table[table["name"] == name]
+        expected = sounds if name == "all nocall" else sounds | {"recordings"}
+        assert set(own["sound"]) == expected
+    assert not table.duplicated(["name", "sound", "metric"]).any()
+    members = table.drop_duplicates("name").set_index("name")["members"]
+    assert members.to_dict() == dict(zip(names, (2, 2, 4, 4, 0, 0), strict=True))
+
+
+def test_all_nocall_gets_the_share_of_rows_without_a_bird(evaluation, demo_folder):
+    rows = read_labelled_soundscapes(demo_folder, evaluation.heard.labelled.scores.classes)
+    truth = [" ".join(birds) or "nocall" for birds in rows["birds"]]
+    nocall = row_wise_f1(truth, ["nocall"] * len(truth))
+    assert value(evaluation, "all nocall", "labelled", "row_wise_f1") == pytest.approx(nocall)
+    found = value(evaluation, "all nocall", "simulated", "row_wise_f1")
+    assert found == pytest.approx(NOCALL_SHARE)
+    for share in (0.5, 0.6, 0.8):
+        found = value(evaluation, "all nocall", f"simulated {share:.0%}", "row_wise_f1")
+        assert found == pytest.approx(share, abs=1 / 6)
+
+
+def test_the_prior_is_worth_no_more_than_all_nocall(evaluation):
+    for sound in ("simulated", "labelled"):
+        nocall = value(evaluation, "all nocall", sound, "row_wise_f1")
+        assert value(evaluation, "prior", sound, "row_wise_f1") <= nocall + 1e-9
+    assert value(evaluation, "prior", "recordings", "macro_auc") == 0.5
+
+
+def test_an_experiment_is_simulated_only_by_runs_that_held_the_recordings_out(heard):
+    simulated = heard.simulated_for(["tiny"])
+    folds = heard.data.recordings.set_index("path")["fold"]
+    groups = heard.groups
+    for fold, scores in heard.simulated.items():
+        names = set(scores.recordings)
+        paths = heard.events["path"][heard.events["recording"].isin(names)]
+        assert set(folds[paths]) == {fold}
+        assert scores.member_names == ("other", "tiny")
+    assert len(simulated.segments) == sum(len(s.segments) for s in heard.simulated.values())
+    assert set(simulated.segments["group"]) <= set(groups)
+
+
+def test_the_decision_is_not_chosen_on_the_labelled_soundscapes(heard, evaluation):
+    labelled = heard.labelled
+    turned = replace(labelled.scores, truth=labelled.scores.truth[::-1])
+    other = replace(heard, labelled=replace(labelled, scores=turned))
+    assert judge(other, other.experiments).decision == evaluation.decision
+
+
+def test_the_labelled_score_is_that_of_the_stored_decision(heard, evaluation, tmp_path):
+    write_decision(tmp_path / "decision.json", evaluation.decision)
+    decision = read_decision(tmp_path / "decision.json")
+    assert decision == evaluation.decision
+    scores = heard.labelled.scores
+    expected = row_f1_scores(scores.labelled_truth, scores.decide(decision)).mean()
+    assert value(evaluation, "ensemble", "labelled", "row_wise_f1") == pytest.approx(expected)
+
+
+def test_the_decision_says_where_it_comes_from_and_what_it_is_worth(evaluation, training_data):
+    decision, choice = evaluation.decision, evaluation.judgement.choice
     assert decision.members == ("other-fold0", "other-fold1", "tiny-fold0", "tiny-fold1")
-    assert decision.chosen_on == f"{len(evaluation.labelled.rows)} rows of 2 labelled soundscapes"
-    assert set(decision.score) == {"row_wise_f1", "nested_row_wise_f1"}
+    assert decision.classes == training_data.classes
+    assert decision.chosen_on.startswith("216 rows of 36 soundscapes simulated from held-out")
+    weights = evaluation.judgement.weights
+    nested = np.average(choice.nested_f1, weights=weights)
+    assert decision.score["nested_row_wise_f1"] == pytest.approx(nested, abs=1e-4)
+    assert decision.score["tuned_row_wise_f1"] == pytest.approx(choice.tuned, abs=1e-4)
+    assert decision.score["low"] <= decision.score["nested_row_wise_f1"] <= decision.score["high"]
+    assert decision.score["nocall_share_expected"] == NOCALL_SHARE
+    found = value(evaluation, "ensemble", "simulated", "row_wise_f1")
+    assert decision.score["nested_row_wise_f1"] == pytest.approx(found, abs=1e-4)
 
 
-def test_the_order_of_members_does_not_change_the_decision(evaluation):
-    labelled_scores = evaluation.labelled
-    turned = labelled_scores.of_members([3, 1, 0, 2])
-    assert np.array_equal(row_scores_on_grid(labelled_scores), row_scores_on_grid(turned))
+def test_calibration_is_fitted_without_the_recordings_it_is_scored_on(heard, monkeypatch):
+    fitted = []
+
+    def fit(clipwise, framewise, targets):
+        fitted.append(len(targets))
+
+    monkeypatch.setattr("birdcall.evaluation.scoring.fit_calibration", fit)
+    judge(heard, heard.experiments)
+    n_recordings = len(heard.data.recordings)
+    groups = set(heard.simulated_for(heard.experiments).segments["group"])
+    assert fitted[0] == fitted[-1] == n_recordings
+    left_out = [n_recordings - one for one in fitted[1:-1]]
+    sizes = pd.Series(heard.groups).value_counts()
+    assert sorted(left_out) == sorted(sizes[list(groups)])
+
+
+def test_another_share_of_nocall_chooses_for_it(heard):
+    few, many = (judge(heard, heard.experiments, share) for share in (0.0, 1.0))
+    assert many.decision.score["nocall_share_named"] == pytest.approx(1.0)
+    assert many.decision.score["nested_row_wise_f1"] == pytest.approx(1.0)
+    assert few.decision.score["all_nocall"] == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1])
+def test_a_share_that_is_none_is_refused(heard, share):
+    with pytest.raises(ValueError, match="nocall share is"):
+        evaluate(heard, nocall_share=share)
+
+
+def test_an_ensemble_of_runs_that_were_not_heard_is_refused(heard):
+    with pytest.raises(ValueError, match="no run of norun was heard; there are other, tiny"):
+        evaluate(heard, [("tiny", "norun")])
+
+
+def test_experiments_that_share_no_fold_are_scored_alone(trained_runs, training_data):
+    runs = [
+        one for one in trained_runs if one.parts[-2:] in (("tiny", "fold0"), ("other", "fold1"))
+    ]
+    found = evaluate(hear(runs, training_data, config=CONFIG))
+    assert found.judgement.choice is None
+    assert found.decision.chosen_on == "nothing"
+    table = found.table
+    assert set(table[table["sound"] == "simulated"]["name"]) == {"other", "tiny"}
+    labelled = set(table[table["sound"] == "labelled"]["name"])
+    assert labelled == {"other", "tiny", "ensemble", "all nocall", "prior"}
+
+
+def test_one_fold_is_enough_for_a_choice(trained_runs, training_data):
+    runs = [one for one in trained_runs if one.name == "fold0"]
+    found = evaluate(hear(runs, training_data, config=CONFIG))
+    assert found.judgement.choice is not None
+    assert found.decision.members == ("other-fold0", "tiny-fold0")
+    recordings = found.table[found.table["sound"] == "recordings"]["recordings"]
+    assert set(recordings) == {int((training_data.recordings["fold"] == 0).sum())}
+
+
+def test_a_model_of_chance_is_worth_no_more_than_silence(heard):
+    """The whole procedure on outputs that know nothing: choosing, calibrating, applying."""
+    generator = np.random.default_rng(0)
+
+    def chance(scores):
+        shape = scores.clipwise.shape
+        return replace(
+            scores,
+            clipwise=generator.random(shape, dtype=np.float32),
+            framewise=generator.random(shape, dtype=np.float32),
+        )
+
+    out_of_fold = {
+        name: replace(
+            part,
+            clipwise=generator.random(part.clipwise.shape, dtype=np.float32),
+            framewise=generator.random(part.framewise.shape, dtype=np.float32),
+        )
+        for name, part in heard.out_of_fold.items()
+    }
+    labelled = replace(heard.labelled, scores=chance(heard.labelled.scores), frames={})
+    simulated = {fold: chance(scores) for fold, scores in heard.simulated.items()}
+    found = evaluate(
+        replace(heard, simulated=simulated, labelled=labelled, out_of_fold=out_of_fold)
+    )
+    for name in ("tiny", "other", "ensemble"):
+        for sound in ("simulated", "labelled"):
+            nocall = value(found, "all nocall", sound, "row_wise_f1")
+            assert value(found, name, sound, "row_wise_f1") <= nocall + 0.01
+
+
+def test_a_second_evaluation_hears_nothing_again(
+    trained_runs, training_data, heard, tmp_path, monkeypatch
+):
+    hear(trained_runs, training_data, config=CONFIG, kept=tmp_path)
+    monkeypatch.setattr("birdcall.evaluation.stored.score_sounds", None)
+    again = hear(trained_runs, training_data, config=CONFIG, kept=tmp_path)
+    for fold, scores in heard.simulated.items():
+        np.testing.assert_allclose(again.simulated[fold].clipwise, scores.clipwise, atol=1e-6)
+    pd.testing.assert_frame_equal(evaluate(again).table, evaluate(heard).table, atol=1e-6)
+
+
+def test_the_kernel_s_inference_does_what_the_decision_says(
+    trained_runs, demo_folder, evaluation, tmp_path
+):
+    ensemble = load_ensemble(trained_runs)
+    decision = replace(
+        evaluation.decision, combination="votes", vote_share=0.5, clip_threshold=0.3,
+        frame_threshold=0.4, neighbour_weight=0.25, recording_threshold=0.35, file_threshold=0.36,
+    )  # fmt: skip
+    path = tmp_path / "submission.csv"
+    write_predictions(demo_folder, ensemble, decision, path)
+    rows = read_test_rows(demo_folder)
+    birds = read_submission(path, list(rows["row_id"]))["birds"]
+    assert (birds != "nocall").any()
+    changed = replace(decision, clip_threshold=1.0)
+    write_predictions(demo_folder, ensemble, changed, path)
+    assert (read_submission(path, list(rows["row_id"]))["birds"] == "nocall").all()
+
+
+def test_a_decision_for_other_classes_is_refused(trained_runs, demo_folder, tmp_path):
+    decision = Decision(classes=("a", "b", "c"))
+    with pytest.raises(ValueError, match="decision is for other classes"):
+        write_predictions(
+            demo_folder, load_ensemble(trained_runs), decision, tmp_path / "submission.csv"
+        )
 
 
 def test_a_submission_is_scored_by_the_solution_with_all_nocall_beside_it(demo_folder, tmp_path):
@@ -145,3 +247,8 @@ def test_a_submission_is_scored_by_the_solution_with_all_nocall_beside_it(demo_f
     perfect = score_submission(demo_folder, submission)
     assert (perfect.row_wise_f1, perfect.n_rows) == (1.0, len(solution))
     assert perfect.all_nocall == pytest.approx((solution["birds"] == "nocall").mean())
+    assert "row-wise F1 1.000" in str(perfect)
+
+
+def test_scores_can_be_read_back_from_json(evaluation):
+    assert json.loads(json.dumps(evaluation.decision.score)) == evaluation.decision.score

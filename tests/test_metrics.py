@@ -371,3 +371,39 @@ def test_one_recording_has_no_interval() -> None:
 def test_a_bootstrap_of_wrong_input_is_refused(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         metrics.bootstrap_interval(*arguments)
+
+
+def test_cells_that_are_not_known_have_no_part_in_a_class_s_score() -> None:
+    generator = np.random.default_rng(0)
+    truth = generator.random((60, 3)) < 0.4
+    scores = generator.random((60, 3))
+    known = generator.random((60, 3)) < 0.7
+    known[:, 2] = False
+    for metric, reference in (
+        (metrics.average_precision, sklearn_metrics.average_precision_score),
+        (metrics.roc_auc, sklearn_metrics.roc_auc_score),
+    ):
+        found = metric(truth, scores, known)
+        for k in range(2):
+            own = known[:, k]
+            assert found[k] == pytest.approx(reference(truth[own, k], scores[own, k]))
+        assert np.isnan(found[2])
+        np.testing.assert_array_equal(metric(truth, scores, truth | True), metric(truth, scores))
+
+
+def test_a_weighted_interval_is_that_of_rows_repeated_as_often() -> None:
+    generator = np.random.default_rng(0)
+    values, groups = generator.random(40), np.repeat(np.arange(8), 5)
+    weights = generator.integers(1, 4, 40)
+    weighted = metrics.bootstrap_interval(values, groups, weights=weights)
+    repeated = metrics.bootstrap_interval(np.repeat(values, weights), np.repeat(groups, weights))
+    assert weighted == pytest.approx(repeated)
+    assert metrics.bootstrap_interval(values, groups, weights=np.full(40, 3)) == pytest.approx(
+        metrics.bootstrap_interval(values, groups)
+    )
+
+
+@pytest.mark.parametrize("weights", [np.ones(3), np.zeros(4), np.array([1, 1, 1, np.nan])])
+def test_weights_that_are_none_are_refused(weights: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="weights"):
+        metrics.bootstrap_interval(np.ones(4), [0, 0, 1, 1], weights=weights)

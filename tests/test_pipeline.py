@@ -86,7 +86,14 @@ def test_predict_and_the_kernel_say_the_same(road):
 def test_each_step_leaves_what_the_readme_says(road):
     folder, _, _ = road
     output = folder / "output" / "tiny"
-    for name in ("audit.csv", "scores.csv", "oof.csv", "decision.json", "report.html", "folds.png"):
+    for name in (
+        "audit.csv",
+        "scores.csv",
+        "oof.parquet",
+        "decision.json",
+        "report.html",
+        "folds.png",
+    ):
         assert (output / name).stat().st_size > 0
     runs = {path.parent.relative_to(output).as_posix() for path in output.rglob("model.json")}
     assert runs == {

@@ -248,36 +248,65 @@ def relabel(
 def evaluate(
     data: Data,
     experiment: Trained = None,
+    fold: Fold = "all",
+    ensemble: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="Also score these experiments together: A+B. May be repeated.",
+            show_default="all together",
+        ),
+    ] = None,
+    soundscapes: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(
+            help="Folder of labelled soundscapes: recordings and their Raven selection tables, or "
+            "the competition's example files. May be repeated.",
+            show_default="the data's examples",
+        ),
+    ] = None,
+    nocall_share: Annotated[
+        float, typer.Option(help="Share of rows without a bird that is expected.")
+    ] = 0.54,
     output: Output = None,
     folds: Folds = None,
+    noise: Noise = None,
     submission: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Only score this submission by the data's solution.csv."),
     ] = None,
 ) -> None:
-    """Score trained runs on held-out sound, choose the decision, write the report."""
-    from birdcall.evaluation.report import describe_submission
-    from birdcall.evaluation.scoring import score_submission
+    """Score runs on held-out sound of three kinds, choose the decision, write the report."""
+    from birdcall.evaluation.submission import score_submission
 
     if submission is not None:
-        typer.echo(describe_submission(score_submission(data, submission)))
+        typer.echo(score_submission(data, submission))
         return
     from birdcall.decision import write_decision
-    from birdcall.evaluation.report import describe_decision, score_table, write_report
-    from birdcall.evaluation.scoring import evaluate_runs
+    from birdcall.evaluation.hearing import hear
+    from birdcall.evaluation.out_of_fold import write_oof_parquet
+    from birdcall.evaluation.report import describe_decision, write_report
+    from birdcall.evaluation.scoring import evaluate
+    from birdcall.evaluation.tables import terminal_table
     from birdcall.files import write_atomically
     from birdcall.inference import default_device
 
     output = _output_of(data, output)
-    training_data = _load_training_data(data, output, folds)
-    runs = _find_runs(output, experiment)
-    evaluation = evaluate_runs(runs, training_data, default_device())
-    write_decision(output / "decision.json", evaluation.decision)
-    write_atomically(output / "scores.csv", evaluation.table.to_csv(index=False))
-    write_atomically(output / "oof.csv", evaluation.out_of_fold.to_csv(index=False))
-    write_report(output / "report.html", data.resolve().name, evaluation, data, None)
-    typer.echo(score_table(evaluation.table).to_string(index=False, na_rep="-"))
-    typer.echo(f"decision: {describe_decision(evaluation)}")
+    training_data = _load_training_data(data, output, folds, noise)
+    heard = hear(
+        _find_runs(output, experiment, _parse_fold(fold)),
+        training_data,
+        default_device(),
+        soundscapes_in=soundscapes,
+        kept=output / "heard",
+    )
+    together = [tuple(one.split("+")) for one in ensemble or []]
+    found = evaluate(heard, together, nocall_share)
+    write_decision(output / "decision.json", found.decision)
+    write_atomically(output / "scores.csv", found.table.to_csv(index=False))
+    write_oof_parquet(output / "oof.parquet", list(heard.out_of_fold.values()), found.classes)
+    write_report(output / "report.html", data.resolve().name, found)
+    typer.echo(terminal_table(found.table))
+    typer.echo(f"decision: {describe_decision(found)}")
     typer.echo(f"report: {output / 'report.html'}")
 
 
@@ -522,6 +551,25 @@ def benchmark_training(
     typer.echo(table.to_string(index=False))
 
 
+@benchmark_app.command("evaluation")
+def benchmark_evaluation(
+    output: Annotated[Path, typer.Option(help="Where made-up outputs and results go.")] = Path(
+        "output/benchmark-evaluation"
+    ),
+    soundscapes: Annotated[int, typer.Option(min=2, help="How many of them.")] = 150,
+    seconds: Annotated[float, typer.Option(help="Length of each.")] = 600.0,
+    classes: Annotated[int, typer.Option(min=2, help="Species.")] = 264,
+    members: Annotated[int, typer.Option(min=1, help="Of the ensemble.")] = 5,
+) -> None:
+    """Time an evaluation from stored outputs, in a process of its own, and say its memory."""
+    from birdcall.benchmark.evaluation import benchmark_evaluation
+
+    table = benchmark_evaluation(
+        output, n_soundscapes=soundscapes, seconds=seconds, n_classes=classes, n_members=members
+    )
+    typer.echo(table.to_string(index=False))
+
+
 app.add_typer(benchmark_app, name="benchmark")
 
 
@@ -560,7 +608,7 @@ def _run_folder(output: Path, name: str) -> Path:
     return output / "runs" / experiment / f"fold{fold}"
 
 
-def _find_runs(output: Path, experiments: list[str] | None) -> list[Path]:
+def _find_runs(output: Path, experiments: list[str] | None, fold: int | None = None) -> list[Path]:
     from birdcall.checkpoint import find_checkpoints
     from birdcall.experiments import find_experiment
 
@@ -570,9 +618,13 @@ def _find_runs(output: Path, experiments: list[str] | None) -> list[Path]:
         folder
         for folder in find_checkpoints(output / "runs")
         if not experiments or folder.parent.name in experiments
+        if fold is None or folder.name == f"fold{fold}"
     ]
-    if not runs:
-        raise FileNotFoundError(f"{output / 'runs'}: no trained run; `birdcall train` makes one")
+    missing = sorted(set(experiments or []) - {folder.parent.name for folder in runs})
+    if not runs or missing:
+        which = ", ".join(missing) or "trained run"
+        of = "" if fold is None else f" of fold {fold}"
+        raise FileNotFoundError(f"{output / 'runs'}: no {which}{of}; `birdcall train` makes one")
     return runs
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,15 @@ from torch.nn import functional
 from birdcall.audio import AudioError, probe_audio, read_audio
 from birdcall.checkpoint import Checkpoint, load_model, require_same_classes
 from birdcall.config import NOCALL, SEGMENT_SECONDS, FrontendConfig, require
-from birdcall.decision import Decision, combine, decide, label_rows
+from birdcall.decision import Decision, decide, decide_recordings, label_rows
 from birdcall.models import SEDModel
 from birdcall.outputs import Event, frames_to_events, write_submission
 from birdcall.soundscapes import find_audio, find_test_audio_folder, read_test_rows
 
 logger = logging.getLogger(__name__)
+
+# sample rates → the same sound at each: waveforms (samples,); raises AudioError
+ReadWaveforms = Callable[[Sequence[int]], dict[int, np.ndarray]]
 
 BATCH_SEGMENTS = 16  # heard at once: fills two cores, and a GPU's memory never
 FRAMES_PER_SEGMENT = 50  # of `SegmentScores.frames`: finer than any member's own frames
@@ -163,33 +167,45 @@ def score_recordings(
     window_segments: int = 1,
     limit_seconds: float | None = None,
 ) -> Iterator[tuple[str, SegmentScores | AudioError]]:
-    """Score recordings in order, decoding the next one while the members hear this one.
+    """Score recordings in order, the first ``limit_seconds`` of each; see `score_sounds`."""
+    sounds = {name: partial(read_waveforms, path, limit_seconds) for name, path in paths.items()}
+    return score_sounds(ensemble, sounds, window_segments)
 
-    A recording that does not decode yields its `AudioError`: the caller decides what that means.
+
+def score_sounds(
+    ensemble: Ensemble, sounds: Mapping[str, ReadWaveforms], window_segments: int = 1
+) -> Iterator[tuple[str, SegmentScores | AudioError]]:
+    """Score sounds in order, reading the next one while the members hear this one.
+
+    What does not decode yields its `AudioError`: the caller decides what that means.
     """
 
-    def decode(path: Path) -> dict[int, np.ndarray] | AudioError:
+    def read(name: str) -> dict[int, np.ndarray] | AudioError:
         try:
-            is_long = limit_seconds is not None and probe_audio(path).seconds > limit_seconds
-            duration = limit_seconds if is_long else None
-            return {
-                rate: read_audio(path, rate, duration_seconds=duration)
-                for rate in ensemble.sample_rates
-            }
+            return sounds[name](ensemble.sample_rates)
         except AudioError as error:
             return error
 
-    names = list(paths)
-    with ThreadPoolExecutor(max_workers=1) as decoder:
-        pending = decoder.submit(decode, paths[names[0]]) if names else None
+    names = list(sounds)
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        pending = reader.submit(read, names[0]) if names else None
         for position, name in enumerate(names):
-            decoded = pending.result()
+            waveforms = pending.result()
             if position + 1 < len(names):
-                pending = decoder.submit(decode, paths[names[position + 1]])
-            if isinstance(decoded, AudioError):
-                yield name, decoded
+                pending = reader.submit(read, names[position + 1])
+            if isinstance(waveforms, AudioError):
+                yield name, waveforms
                 continue
-            yield name, ensemble.score(decoded, window_segments)
+            yield name, ensemble.score(waveforms, window_segments)
+
+
+def read_waveforms(
+    path: Path, limit_seconds: float | None, sample_rates: Sequence[int]
+) -> dict[int, np.ndarray]:
+    """Return a recording, or its first ``limit_seconds``, at each of the sample rates."""
+    is_long = limit_seconds is not None and probe_audio(path).seconds > limit_seconds
+    duration = limit_seconds if is_long else None
+    return {rate: read_audio(path, rate, duration_seconds=duration) for rate in sample_rates}
 
 
 @dataclass(frozen=True)
@@ -228,6 +244,11 @@ def write_predictions(
     """
     start = time.perf_counter()
     rows = write_nocall(data, submission)
+    require(
+        decision.classes in ((), ensemble.classes),
+        f"the decision is for other classes: {len(decision.classes)}, the members have "
+        f"{len(ensemble.classes)}, or in another order",
+    )
     row_ids = list(rows["row_id"])
     labels = dict.fromkeys(row_ids, NOCALL)
     folder = find_test_audio_folder(data)
@@ -279,9 +300,8 @@ def label_recording(
 
     A row beyond the end of the recording says nocall.
     """
-    clipwise, framewise = combine(scores.clipwise), combine(scores.framewise)
-    by_segment = label_rows(decide(clipwise, framewise, decision), classes)
-    whole = decide(clipwise.max(axis=0)[None], framewise.max(axis=0)[None], decision)
+    by_segment = label_rows(decide(scores.clipwise, scores.framewise, decision), classes)
+    whole = decide_recordings(scores.clipwise, scores.framewise, decision)
     by_file = label_rows(whole, classes)[0]
     labels = []
     for end in seconds:
@@ -299,7 +319,7 @@ def detect_events(scores: SegmentScores, decision: Decision, classes: Sequence[s
     Every bird of a row has an event in it: where the members' mean over time stays below the frame
     threshold, its highest frames count.
     """
-    chosen = decide(combine(scores.clipwise), combine(scores.framewise), decision).T
+    chosen = decide(scores.clipwise, scores.framewise, decision).T
     frames = scores.frames.reshape(*chosen.shape, FRAMES_PER_SEGMENT)
     threshold = np.minimum(frames.max(axis=2), decision.frame_threshold)
     active = (frames >= threshold[:, :, None]) & chosen[:, :, None]

@@ -137,20 +137,24 @@ def false_birds_per_nocall_row(truth: ArrayLike, predicted: ArrayLike) -> float:
 # --- ranking, threshold-free --------------------------------------------------------------------
 
 
-def average_precision(truth: ArrayLike, scores: ArrayLike) -> FloatArray:
+def average_precision(
+    truth: ArrayLike, scores: ArrayLike, known: ArrayLike | None = None
+) -> FloatArray:
     """Return AP = sum of (R_n - R_n-1) P_n over distinct scores, ``(classes,)``.
 
-    Equals scikit-learn's ``average_precision_score``; NaN for a class that does not occur.
+    Equals scikit-learn's ``average_precision_score``; NaN for a class that does not occur. Cells
+    that are not ``known (rows, classes)`` are left out, whatever their truth.
     """
-    return _per_class(_average_precision, truth, scores)
+    return _per_class(_average_precision, truth, scores, known)
 
 
-def roc_auc(truth: ArrayLike, scores: ArrayLike) -> FloatArray:
+def roc_auc(truth: ArrayLike, scores: ArrayLike, known: ArrayLike | None = None) -> FloatArray:
     """Return the area under the ROC curve ``(classes,)``: P(a true row outranks a false one).
 
     Equals scikit-learn's ``roc_auc_score``; NaN for a class that occurs in no row or in every row.
+    ``known`` as in ``average_precision``.
     """
-    return _per_class(_roc_auc, truth, scores)
+    return _per_class(_roc_auc, truth, scores, known)
 
 
 def macro_average(values: ArrayLike) -> float:
@@ -178,11 +182,19 @@ def lwlrap(truth: ArrayLike, scores: ArrayLike) -> float:
 
 
 def _per_class(
-    metric: Callable[[NDArray, NDArray], float], truth: ArrayLike, scores: ArrayLike
+    metric: Callable[[NDArray, NDArray], float],
+    truth: ArrayLike,
+    scores: ArrayLike,
+    known: ArrayLike | None,
 ) -> FloatArray:
     true, score = _ranked(truth, scores)
+    cells = np.ones(true.shape, dtype=bool) if known is None else _decisions("known", known)
+    _require_same_shape(true, cells, "known")
     return np.array(
-        [metric(*_cumulated_hits(true[:, k], score[:, k])) for k in range(true.shape[1])]
+        [
+            metric(*_cumulated_hits(true[own, k], score[own, k])) if own.any() else float("nan")
+            for k, own in enumerate(cells.T)
+        ]
     )
 
 
@@ -268,19 +280,24 @@ def bootstrap_interval(
     n_resamples: int = 1000,
     seed: int = 0,
     level: float = 0.95,
+    weights: ArrayLike | None = None,
 ) -> Interval:
     """Return the percentile interval of the mean of ``values (rows,)``, resampling whole groups.
 
-    ``groups`` name each row's recording: its rows are not independent, and resampling rows would
-    give an interval much too narrow (cluster bootstrap, Davison & Hinkley 1997, 3.8). With a
-    single group there is nothing to resample and the interval is NaN.
+    With ``weights (rows,)`` it is the weighted mean. ``groups`` name each row's recording: its rows
+    are not independent, and resampling rows would give an interval much too narrow (cluster
+    bootstrap, Davison & Hinkley 1997, 3.8). With a single group there is nothing to resample and
+    the interval is NaN.
     """
     value = np.asarray(values, dtype=float)
     if value.ndim != 1 or np.isnan(value).any():
         raise ValueError(f"values have shape {value.shape} or NaN; give one number per row")
+    weight = np.ones(len(value)) if weights is None else np.asarray(weights, dtype=float)
+    if weight.shape != value.shape or not (np.isfinite(weight).all() and (weight > 0).all()):
+        raise ValueError(f"weights have shape {weight.shape} or values of 0 and below")
     index = _group_index(groups, len(value))
-    totals = np.bincount(index, value)
-    sizes = np.bincount(index)
+    totals = np.bincount(index, value * weight)
+    sizes = np.bincount(index, weight)
     draws = _draw_groups(len(sizes), n_resamples, seed)
     return _percentiles(totals[draws].sum(axis=1) / sizes[draws].sum(axis=1), len(sizes), level)
 

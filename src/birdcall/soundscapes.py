@@ -134,6 +134,8 @@ def read_labelled_soundscapes(data: Path, classes: Collection[str] | None = None
         _require_filled(path, frame, column)
     _require_distinct(path, frame, "filename_seconds")
     seconds = _segment_ends(path, frame)
+    again = pd.DataFrame({"filename": frame["filename"], "seconds": seconds}).duplicated()
+    _refuse(path, frame, again, "seconds", "an earlier row has this segment of the same file")
     labels = [_birds_of(path, line, text) for line, text in frame["birds"].items()]
     scored = {code for row in labels for code in row} if classes is None else set(classes)
     known = [tuple(code for code in row if code in scored) for row in labels]

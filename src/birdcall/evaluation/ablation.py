@@ -17,21 +17,15 @@ import pandas as pd
 
 from birdcall.checkpoint import SETTINGS_FILE
 from birdcall.config import Experiment, require
+from birdcall.data.augment import UNKNOWN
 from birdcall.data.dataset import TrainingData, make_targets
-from birdcall.decision import Decision, combine
-from birdcall.evaluation.comparison import Measure, compare_all
-from birdcall.evaluation.scoring import (
-    THRESHOLDS,
-    LabelledScores,
-    choose_thresholds,
-    nested_row_scores,
-    predict_out_of_fold,
-    row_scores_on_grid,
-    score_labelled_soundscapes,
-    score_submission_rows,
-)
+from birdcall.decision import combine
+from birdcall.evaluation.comparison import Measure, compare_all, rank_agreement
+from birdcall.evaluation.hearing import Heard, hear
+from birdcall.evaluation.scoring import Judgement, judge
+from birdcall.evaluation.submission import score_submission_rows
 from birdcall.files import write_atomically
-from birdcall.inference import Ensemble, default_device, load_ensemble, write_predictions
+from birdcall.inference import default_device, load_ensemble, write_predictions
 from birdcall.soundscapes import SOLUTION, find_test_audio_folder
 from birdcall.training.log import LOG_FILE, EpochLog, read_log, summarize_log
 from birdcall.training.run import Run
@@ -40,7 +34,7 @@ from birdcall.training.runs import train_many
 logger = logging.getLogger(__name__)
 
 LEDGER_FILE = "ablation.json"
-DEFAULT_THRESHOLD = THRESHOLDS.index(Decision().clip_threshold)
+HIDDEN = "hidden_f1"
 
 
 class Sample(NamedTuple):
@@ -72,6 +66,14 @@ class Ablation:
     workers: int
     jobs: int
     init: Path | None
+
+    @property
+    def agreement(self) -> pd.DataFrame | None:
+        """Return how each measure ranks the experiments, compared with hidden rows, if any."""
+        if HIDDEN not in self.measures:
+            return None
+        others = [key for key in self.measures if key != HIDDEN]
+        return rank_agreement(self.table, others, HIDDEN)
 
     def write_tables(self, folder: Path) -> None:
         """Write ``ablation.csv``, ``ablation_means.csv`` and ``ablation_differences.csv``."""
@@ -253,46 +255,55 @@ class Ledger:
 
 
 def score_seed(runs: Sequence[Run], data: TrainingData) -> dict[str, Sample]:
-    """Score one experiment and seed; its runs are an ensemble where they hear what none trained on.
+    """Score one experiment and seed on all that its runs did not train on.
 
-    Which measures there are depends on the data: labelled soundscapes, hidden rows with their
-    solution, recordings of the folds that were trained.
+    The decision is chosen on simulated soundscapes; labelled and hidden ones are heard by all runs
+    together and decided by it. Which measures there are depends on the data: labelled soundscapes,
+    hidden rows with their solution, recordings of the folds that were trained.
     """
-    ensemble = load_ensemble([run.folder for run in runs], default_device())
-    labelled = score_labelled_soundscapes(ensemble, data.folder)
-    decision = Decision()
-    samples: dict[str, Sample] = {}
-    if labelled is not None:
-        decision, found = _score_soundscapes(labelled, data)
-        samples |= found
+    folder = runs[0].folder.parent
+    device = default_device()
+    heard = hear([run.folder for run in runs], data, device, kept=folder / "heard")
+    judged = judge(heard, heard.experiments)
+    samples = _score_simulated(judged) | _score_labelled(heard, judged, data)
     if (data.folder / SOLUTION).is_file() and find_test_audio_folder(data.folder) is not None:
-        submission = runs[0].folder.parent / "submission.csv"
-        write_predictions(data.folder, ensemble, decision, submission)
-        samples["hidden_f1"] = _score_hidden_rows(data.folder, submission)
-    return samples | _score_recordings(ensemble, data)
+        submission = folder / "submission.csv"
+        ensemble = load_ensemble([run.folder for run in runs], device)
+        write_predictions(data.folder, ensemble, judged.decision, submission)
+        samples[HIDDEN] = _score_hidden_rows(data.folder, submission)
+    return samples | _score_recordings(heard, data)
 
 
-def _score_soundscapes(
-    labelled: LabelledScores, data: TrainingData
-) -> tuple[Decision, dict[str, Sample]]:
-    """Return the decision chosen on all labelled rows, and scores that do not depend on it."""
-    by_threshold = row_scores_on_grid(labelled)
-    several = len(set(labelled.recordings)) > 1
-    f1 = (
-        nested_row_scores(by_threshold, labelled.recordings)
-        if several
-        else by_threshold[DEFAULT_THRESHOLD, DEFAULT_THRESHOLD]
-    )
+def _score_simulated(judged: Judgement) -> dict[str, Sample]:
+    if judged.choice is None:
+        return {}
+    clusters = tuple(judged.simulated.recordings)
+    share = judged.weights[~judged.simulated.labelled_truth.any(axis=1)].sum()
+    all_nocall = float(share / judged.weights.sum())
+    measure = Measure("simulated: F1", clusters, "soundscapes", all_nocall=all_nocall)
+    # Weighted so that their plain mean is the score.
+    values = judged.choice.nested_f1 * judged.weights / judged.weights.mean()
+    samples = {"simulated_f1": Sample(measure, values)}
+    truth = judged.simulated.labelled_truth[:, : len(judged.simulated.classes)]
+    measure = Measure("simulated: macro AP", clusters, "soundscapes", truth)
+    scores = combine(judged.simulated.framewise)[judged.simulated.labelled]
+    return samples | {"simulated_ap": Sample(measure, scores)}
+
+
+def _score_labelled(heard: Heard, judged: Judgement, data: TrainingData) -> dict[str, Sample]:
+    labelled = heard.labelled_for(heard.experiments)
+    if labelled is None:
+        return {}
     clusters = tuple(labelled.recordings)
-    nocall = float((~labelled.truth.any(axis=1)).mean())
+    nocall = float((~labelled.labelled_truth.any(axis=1)).mean())
     measure = Measure("soundscapes: F1", clusters, "soundscapes", all_nocall=nocall)
-    samples = {"soundscape_f1": Sample(measure, f1)}
-    truth = labelled.truth[:, : len(data.classes)]
+    samples = {"soundscape_f1": Sample(measure, labelled.row_f1(judged.decision))}
+    truth = labelled.labelled_truth[:, : len(data.classes)]
     if truth.any():
         measure = Measure("soundscapes: macro AP", clusters, "soundscapes", truth)
-        samples["soundscape_ap"] = Sample(measure, combine(labelled.framewise))
-    clip, frame = choose_thresholds(by_threshold.mean(axis=2))
-    return Decision(THRESHOLDS[clip], THRESHOLDS[frame]), samples
+        scores = combine(labelled.framewise)[labelled.labelled]
+        samples["soundscape_ap"] = Sample(measure, scores)
+    return samples
 
 
 def _score_hidden_rows(data: Path, submission: Path) -> Sample:
@@ -302,16 +313,16 @@ def _score_hidden_rows(data: Path, submission: Path) -> Sample:
     return Sample(measure, rows.f1)
 
 
-def _score_recordings(ensemble: Ensemble, data: TrainingData) -> dict[str, Sample]:
+def _score_recordings(heard: Heard, data: TrainingData) -> dict[str, Sample]:
     """Score the recordings of the folds that were held out, each by its own fold's member."""
-    (scores,) = predict_out_of_fold(ensemble, data).values()
+    scores, _ = heard.out_of_fold_for(heard.experiments)
     known = ~np.isnan(scores).any(axis=1)
     scores, recordings = scores[known], data.recordings[known]
     clusters = _recordists(recordings)
-    targets = make_targets(recordings, data.classes, 0.0) > 0
+    targets = make_targets(recordings, data.classes, None)
     primary = [data.classes.index(code) for code in recordings["ebird_code"]]
     is_right = (scores.argmax(axis=1) == primary).astype(float)
-    ap = Measure("recordings: macro AP", clusters, "recordists", targets)
+    ap = Measure("recordings: macro AP", clusters, "recordists", targets > 0, targets != UNKNOWN)
     top1 = Measure("recordings: top-1", clusters, "recordists")
     return {"oof_ap": Sample(ap, scores), "oof_top1": Sample(top1, is_right)}
 

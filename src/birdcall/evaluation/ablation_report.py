@@ -35,6 +35,7 @@ def describe_ablation(ablation: Ablation, command: str = "") -> str:
         f"## Differences from `{ablation.reference}`",
         _markdown(difference_table(ablation)),
         _difference_notes(ablation),
+        _agreement(ablation),
         "## Has the training converged?",
         _markdown(training_table(ablation)),
         "Losses are means over a run's last fifth of epochs; the change is from the fifth before "
@@ -89,17 +90,12 @@ def _score_notes(ablation: Ablation) -> str:
     if ablation.table["seed"].nunique() > 1:
         notes[0] += " ± sample standard deviation of the seeds"
     notes[0] += "."
-    if "soundscape_f1" in ablation.measures:
-        measure = ablation.measures["soundscape_f1"]
+    if "simulated_f1" in ablation.measures:
         notes.append(
-            "F1 is the competition's row-wise F1, each soundscape under thresholds chosen on the "
-            "others."
-            if measure.n_clusters > 1
-            else "F1 is the competition's row-wise F1 at thresholds of 0.5: there is no second "
-            "soundscape to choose them on."
+            "F1 is the competition's row-wise F1. The decision is chosen on soundscapes simulated "
+            "from held-out recordings and scored there without its own recordists; labelled and "
+            "hidden rows are decided by it and have no part in it."
         )
-    if "hidden_f1" in ablation.measures:
-        notes.append("Hidden rows are decided by thresholds chosen on the labelled soundscapes.")
     if len(ablation.folds) > 1:
         notes.append("Soundscapes are heard by the mean of an experiment's folds.")
     notes.append(
@@ -138,6 +134,28 @@ def _difference_notes(ablation: Ablation) -> str:
         f"No correction is made for {len(ablation.differences)} differences being looked at."
     )
     return " ".join(notes)
+
+
+def _agreement(ablation: Ablation) -> str:
+    """Say which score ranks the experiments as hidden rows do."""
+    found = ablation.agreement
+    if found is None or found[["experiments", "networks"]].isna().all(axis=None):
+        return ""
+    table = pd.DataFrame(
+        {
+            "score": [ablation.measures[key].title for key in found["measure"]],
+            "experiments": found["experiments"].map("{:+.2f}".format),
+            "networks": found["networks"].map("{:+.2f}".format),
+        }
+    )
+    n_networks = len(ablation.table)
+    return (
+        "## Which score foretells that on hidden rows?\n\n"
+        + _markdown(table)
+        + f"\n\nSpearman's correlation with the F1 of hidden rows: of the means of the "
+        f"{len(ablation.experiments)} experiments, and of all {n_networks} networks, since seeds "
+        "differ as much as experiments."
+    )
 
 
 def score_table(ablation: Ablation) -> pd.DataFrame:

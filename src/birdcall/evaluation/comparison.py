@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.stats import spearmanr
 
 from birdcall.metrics import Interval, average_precision, bootstrap_rows, macro_average
 
@@ -30,6 +31,7 @@ class Measure:
     clusters: tuple[str, ...]
     cluster_kind: str  # plural
     truth: NDArray[np.bool_] | None = None
+    known: NDArray[np.bool_] | None = None  # cells of the truth that count; None: all
     all_nocall: float | None = None
 
     @property
@@ -42,7 +44,8 @@ class Measure:
             return float(values[rows].mean())
         truth = self.truth[rows]
         occurs = truth.any(axis=0)  # the others have no average precision
-        return macro_average(average_precision(truth[:, occurs], values[rows][:, occurs]))
+        known = None if self.known is None else self.known[rows][:, occurs]
+        return macro_average(average_precision(truth[:, occurs], values[rows][:, occurs], known))
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,3 +171,28 @@ def _summary(one: Resampled, n_clusters: int) -> dict[str, float]:
         "high": interval.high,
         "seeds": n_seeds,
     }
+
+
+def rank_agreement(table: pd.DataFrame, measures: Sequence[str], target: str) -> pd.DataFrame:
+    """Return how well each measure ranks as ``target`` does, by Spearman's correlation.
+
+    table: a row per ``experiment`` and ``seed`` with a column per measure. Columns: measure;
+    experiments, the correlation of the means over seeds; networks, that of all rows (each seed of
+    an experiment is another network); NaN where there are fewer than three.
+    """
+    means = table.groupby("experiment", sort=False)[[*measures, target]].mean()
+    rows = [
+        {
+            "measure": measure,
+            "experiments": _spearman(means[measure], means[target]),
+            "networks": _spearman(table[measure], table[target]),
+        }
+        for measure in measures
+    ]
+    return pd.DataFrame(rows, columns=["measure", "experiments", "networks"])
+
+
+def _spearman(one: pd.Series, other: pd.Series) -> float:
+    if len(one) < 3 or one.nunique() == 1 or other.nunique() == 1:
+        return float("nan")
+    return float(spearmanr(one, other).statistic)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,11 +16,22 @@ from torch.optim import Optimizer
 from birdcall import __version__
 from birdcall.data.dataset import TrainingData
 from birdcall.files import write_atomically
+from birdcall.fingerprint import digest, digest_code, digest_table
 from birdcall.training.distributed import Processes
 
 # What decides over a run's weights: all that `training.run` imports. A test keeps the list true.
 CODE = (
-    *("config", "files", "taxonomy", "audio", "threads", "spectrogram", "frontend", "panns"),
+    *(
+        "config",
+        "files",
+        "fingerprint",
+        "taxonomy",
+        "audio",
+        "threads",
+        "spectrogram",
+        "frontend",
+        "panns",
+    ),
     *("models", "checkpoint", "decision", "soundscapes", "outputs", "inference", "metrics"),
     *("data.recordings", "data.cache", "data.audit", "data.folds", "data.noise", "data.memory"),
     *("data.filters", "data.noise_files", "data.augment", "data.batch_augment", "data.targets"),
@@ -111,28 +119,15 @@ def identity_of(
     return {
         "version": __version__,
         "torch": torch.__version__,
-        "code": {name: _digest(_source(name)) for name in CODE},
+        "code": digest_code(CODE),
         "processes": processes.world_size,
         "fold": fold,
-        "recordings": _digest_table(data.recordings),
-        "labels": None if data.relabelled is None else _digest_table(data.relabelled),
-        "noise": _digest("\n".join(sorted(path.name for path in data.noise_files)).encode()),
+        "recordings": digest_table(data.recordings),
+        "labels": None if data.relabelled is None else digest_table(data.relabelled),
+        "noise": digest("\n".join(sorted(path.name for path in data.noise_files))),
         "classes": list(data.classes),
         "experiment": experiment,
     }
-
-
-def _source(module: str) -> bytes:
-    spec = importlib.util.find_spec(f"birdcall.{module}")
-    return Path(spec.origin).read_bytes() if spec and spec.origin else b""
-
-
-def _digest_table(table: pd.DataFrame) -> str:
-    return _digest(table.to_csv(index=False).encode())
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def require_same_identity(path: Path, there: Values, here: Values) -> None:

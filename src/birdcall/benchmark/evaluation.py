@@ -1,0 +1,196 @@
+"""Time an evaluation of many soundscapes from stored outputs, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from birdcall.checkpoint import Checkpoint, find_checkpoints, save_checkpoint
+from birdcall.config import SEGMENT_SECONDS
+from birdcall.decision import Decision
+from birdcall.evaluation.choosing import choose_decision
+from birdcall.evaluation.held_out import HeldOutScores, segments_of
+from birdcall.evaluation.stored import Kept, Outputs, hear_sounds, keep_outputs
+from birdcall.evaluation.tables import (
+    ENSEMBLE,
+    SIMULATED,
+    Rows,
+    decided_rows,
+    ranked_rows,
+    share_weights,
+    terminal_table,
+    tidy_table,
+)
+from birdcall.experiments import find_experiment
+from birdcall.files import write_atomically
+from birdcall.inference import Member, load_ensemble
+from birdcall.models import build_model
+from birdcall.taxonomy import all_species
+
+NOCALL_SHARE = 0.54
+TOGETHER = (0.7, 0.25, 0.05)  # of rows with birds, so many have one, two and three
+SETTINGS_FILE = "settings.json"
+RESULT_FILE = "evaluation.json"
+BENCHMARKED = "small_plain"  # the network does not matter: its outputs are made up
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is evaluated."""
+
+    n_soundscapes: int
+    n_segments: int  # of each
+    n_classes: int
+    n_members: int
+
+    @property
+    def names(self) -> list[str]:
+        return [f"soundscape{k:04d}" for k in range(self.n_soundscapes)]
+
+
+def benchmark_evaluation(
+    folder: Path,
+    n_soundscapes: int = 150,
+    seconds: float = 600.0,
+    n_classes: int = 264,
+    n_members: int = 5,
+) -> pd.DataFrame:
+    """Make up members' outputs and evaluate them in a fresh process; return what that took.
+
+    The process reads the outputs as `birdcall evaluate` does, chooses the decision of each member
+    and of all together (nested over groups of soundscapes) and makes the table. Columns: rows,
+    members, classes, seconds (wall, with the start of Python), peak_gigabytes (of memory), and the
+    scores, so that one sees that there was something to choose.
+    """
+    size = Size(n_soundscapes, int(seconds // SEGMENT_SECONDS), n_classes, n_members)
+    if n_classes > len(all_species()):
+        raise ValueError(f"n_classes is {n_classes}; there are {len(all_species())} species")
+    place = folder / "made-up-outputs"
+    shutil.rmtree(place, ignore_errors=True)
+    make_outputs(place, size)
+    start = time.perf_counter()
+    code = "import sys; from birdcall.benchmark.evaluation import run; run(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(place)], check=True)
+    wall_seconds = time.perf_counter() - start
+    result = json.loads((place / RESULT_FILE).read_text(encoding="utf-8"))
+    row = {
+        "soundscapes": n_soundscapes,
+        "rows": n_soundscapes * size.n_segments,
+        "classes": n_classes,
+        "members": n_members,
+        "seconds": round(wall_seconds, 1),
+        "peak_gigabytes": round(result["peak_gigabytes"], 2),
+        **{name: round(value, 3) for name, value in result["scores"].items()},
+    }
+    return pd.DataFrame([row])
+
+
+def make_outputs(folder: Path, size: Size) -> None:
+    """Write checkpoints and, as if they had heard them, their outputs on all soundscapes."""
+    classes = tuple(species.ebird_code for species in all_species()[: size.n_classes])
+    truth = make_truth(size)
+    generator = np.random.default_rng(1)
+    # What all members hear alike: mostly nothing, birds more or less, and some for another.
+    heard = generator.normal(-6, 1.2, truth.shape).astype(np.float32)
+    heard[truth] += generator.normal(6, 2.5, truth.sum())
+    confused = generator.random(len(truth)) < 0.15
+    heard[confused, generator.integers(size.n_classes, size=confused.sum())] += 5
+    for number in range(size.n_members):
+        member = _save_member(folder, number, classes)
+        logits = heard + generator.normal(0, 0.8, truth.shape).astype(np.float32)
+        clipwise = 1 / (1 + np.exp(-logits))
+        framewise = 1 / (1 + np.exp(-(logits + generator.normal(0.7, 0.4, truth.shape))))
+        lengths = dict.fromkeys(size.names, size.n_segments)
+        seconds = dict.fromkeys(size.names, float(SEGMENT_SECONDS * size.n_segments))
+        outputs = Outputs(clipwise, framewise.astype(np.float32), lengths, seconds, {})
+        keep_outputs(_kept(folder), member, outputs)
+    write_atomically(folder / SETTINGS_FILE, json.dumps(vars(size)))
+
+
+def make_truth(size: Size) -> np.ndarray:
+    """Return made-up truth ``(rows, classes)``: uneven species, and 54 % of the rows empty."""
+    generator = np.random.default_rng(0)
+    n_rows = size.n_soundscapes * size.n_segments
+    prior = generator.pareto(1.0, size.n_classes) + 0.1
+    truth = np.zeros((n_rows, size.n_classes), dtype=bool)
+    for row in np.flatnonzero(generator.random(n_rows) >= NOCALL_SHARE):
+        n_birds = 1 + generator.choice(len(TOGETHER), p=TOGETHER)
+        n_birds = min(n_birds, size.n_classes)
+        birds = generator.choice(
+            size.n_classes, n_birds, replace=False, p=prior / prior.sum(), shuffle=False
+        )
+        truth[row, birds] = True
+    return truth
+
+
+def _save_member(folder: Path, number: int, classes: tuple[str, ...]) -> Member:
+    torch.manual_seed(number)
+    experiment = find_experiment(BENCHMARKED)
+    model = build_model(experiment, len(classes)).eval()
+    checkpoint = Checkpoint(experiment, classes, number)
+    saved = save_checkpoint(folder / "runs" / f"fold{number}", model, checkpoint)
+    return Member(saved.name, model, saved)
+
+
+def _kept(folder: Path) -> Kept:
+    return Kept(folder / "heard", "soundscapes", "made up")
+
+
+# --- what the fresh process does ------------------------------------------------------------------
+
+
+def run(folder: str) -> None:
+    """Evaluate what is stored in ``folder``; leave there what it took and found."""
+    place = Path(folder)
+    size = Size(**json.loads((place / SETTINGS_FILE).read_text(encoding="utf-8")))
+    scores = read_scores(place, size)
+    weights = share_weights(scores.labelled_truth, NOCALL_SHARE)
+    rows: Rows = []
+    found = {}
+    sets = {f"member {k}": [k] for k in range(size.n_members)}
+    for name, positions in {**sets, ENSEMBLE: range(size.n_members)}.items():
+        part = scores.of_members(list(positions))
+        choice = choose_decision(part, weights, start=Decision(classes=scores.classes))
+        rows += decided_rows(name, len(part.member_names), SIMULATED, part, choice.nested, weights)
+        rows += ranked_rows(name, len(part.member_names), SIMULATED, part)
+        found[name] = float(np.average(choice.nested_f1, weights=weights))
+    table = terminal_table(tidy_table(rows))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # of kilobytes, on Linux
+    result = {
+        "peak_gigabytes": peak,
+        "scores": {"all_nocall": NOCALL_SHARE, "member_0": found["member 0"]}
+        | {ENSEMBLE: found[ENSEMBLE]},
+        "table": table,
+    }
+    write_atomically(place / RESULT_FILE, json.dumps(result))
+
+
+def read_scores(folder: Path, size: Size) -> HeldOutScores:
+    """Read the members' outputs, each soundscape a group of its own."""
+
+    def unheard(rates: object) -> dict[int, np.ndarray]:
+        raise RuntimeError("the outputs are not where they were stored")
+
+    ensemble = load_ensemble(find_checkpoints(folder / "runs"))
+    heard = hear_sounds(ensemble, dict.fromkeys(size.names, unheard), _kept(folder))
+    parts = [
+        segments_of(name, size.n_segments, is_labelled=True, group=name) for name in size.names
+    ]
+    return HeldOutScores(
+        pd.concat(parts, ignore_index=True),
+        make_truth(size),
+        np.concatenate([heard[name].clipwise for name in size.names], axis=1),
+        np.concatenate([heard[name].framewise for name in size.names], axis=1),
+        tuple(member.name for member in ensemble.members),
+        ensemble.classes,
+    )

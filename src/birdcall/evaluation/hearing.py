@@ -1,0 +1,129 @@
+"""Let runs hear all sound that was held out from them, once, and keep what they heard."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from birdcall.checkpoint import read_checkpoint, require_same_classes
+from birdcall.data.dataset import TrainingData
+from birdcall.evaluation.held_out import HeldOutScores, concatenate
+from birdcall.evaluation.labelled import Labelled, hear_labelled
+from birdcall.evaluation.out_of_fold import OutOfFold, hear_out_of_fold
+from birdcall.evaluation.simulated_sound import hear_simulated
+from birdcall.evaluation.simulation import (
+    SimulationConfig,
+    describe_events,
+    plan_soundscapes,
+    recording_groups,
+)
+from birdcall.inference import Ensemble, load_ensemble
+from birdcall.soundscapes import EXAMPLE_LABELS
+from birdcall.taxonomy import all_species
+
+logger = logging.getLogger(__name__)
+
+DEFAULTS = SimulationConfig()
+
+
+@dataclass(frozen=True, eq=False)
+class Heard:
+    """What runs heard, each only sound that it was not trained on.
+
+    out_of_fold: by experiment. simulated: by fold, each with the runs of that fold, whose names
+    there are the experiments'. events: of the simulated soundscapes. groups: of each recording of
+    the data, as in the simulated soundscapes. labelled: with all runs, named as in ``runs``.
+    """
+
+    data: TrainingData
+    runs: tuple[tuple[str, int], ...]  # experiment and fold
+    out_of_fold: Mapping[str, OutOfFold]
+    simulated: Mapping[int, HeldOutScores]
+    events: pd.DataFrame
+    groups: np.ndarray
+    labelled: Labelled | None
+
+    @property
+    def experiments(self) -> tuple[str, ...]:
+        """Return the experiments, in the order of the runs."""
+        return tuple(dict.fromkeys(name for name, _ in self.runs))
+
+    def member_names(self, experiments: Sequence[str]) -> tuple[str, ...]:
+        """Return the names of the runs of ``experiments``, as their checkpoints have them."""
+        return tuple(f"{name}-fold{fold}" for name, fold in self.runs if name in experiments)
+
+    def simulated_for(self, experiments: Sequence[str]) -> HeldOutScores | None:
+        """Return the soundscapes of the folds that all of ``experiments`` held out."""
+        parts = []
+        for scores in self.simulated.values():
+            places = {name: place for place, name in enumerate(scores.member_names)}
+            if all(name in places for name in experiments):
+                parts.append(scores.of_members([places[name] for name in experiments]))
+        return concatenate(parts) if parts else None
+
+    def labelled_for(self, experiments: Sequence[str]) -> HeldOutScores | None:
+        """Return the labelled soundscapes as all runs of ``experiments`` heard them."""
+        if self.labelled is None:
+            return None
+        return self.labelled.scores.of_members(self.positions(experiments))
+
+    def positions(self, experiments: Sequence[str]) -> list[int]:
+        """Return which runs are of ``experiments``."""
+        return [place for place, (name, _) in enumerate(self.runs) if name in experiments]
+
+    def out_of_fold_for(self, experiments: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return clipwise and framewise means over experiments, ``(recordings, classes)`` each.
+
+        NaN for recordings that not all of them held out.
+        """
+        n_recordings = len(self.data.recordings)
+        scores = [self.out_of_fold[name].of_recordings(n_recordings) for name in experiments]
+        clipwise, framewise = zip(*scores, strict=True)
+        return np.mean(clipwise, axis=0), np.mean(framewise, axis=0)
+
+
+def hear(
+    folders: Sequence[Path],
+    data: TrainingData,
+    device: torch.device | str = "cpu",
+    *,
+    soundscapes_in: Sequence[Path] | None = None,
+    kept: Path | None = None,
+    config: SimulationConfig = DEFAULTS,
+) -> Heard:
+    """Let the runs in ``folders`` hear recordings, simulated and labelled soundscapes.
+
+    ``soundscapes_in``: folders of labelled ones (None: the data's examples, if it has any).
+    ``kept``: where outputs are kept, so that a second call for the same sound reads them.
+    """
+    for folder in folders:
+        require_same_classes(folder, read_checkpoint(folder), data.classes)
+    ensemble = load_ensemble(folders, device)
+    known = list(dict.fromkeys((*data.classes, *(one.ebird_code for one in all_species()))))
+    planned, simulated = [], {}
+    out_of_fold = hear_out_of_fold(ensemble, data, kept)
+    for fold in sorted({member.checkpoint.fold for member in ensemble.members}):
+        members = [member for member in ensemble.members if member.checkpoint.fold == fold]
+        logger.info("fold %d: simulating soundscapes for %d members", fold, len(members))
+        soundscapes = plan_soundscapes(data, fold, config)
+        planned += soundscapes
+        own = Ensemble(members, ensemble.device)
+        simulated[fold] = hear_simulated(own, soundscapes, data, config, known, kept)
+    folders = list(soundscapes_in or [])
+    if not folders and (data.folder / EXAMPLE_LABELS).is_file():
+        folders = [data.folder]
+    return Heard(
+        data,
+        tuple((m.checkpoint.experiment.name, m.checkpoint.fold) for m in ensemble.members),
+        out_of_fold,
+        simulated,
+        describe_events(planned),
+        recording_groups(data.recordings, config),
+        hear_labelled(ensemble, folders, known, kept),
+    )

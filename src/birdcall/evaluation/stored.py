@@ -1,0 +1,199 @@
+"""Keep what members heard, so that sound is heard once and evaluated as often as one likes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+import torch
+from safetensors import SafetensorError, safe_open
+
+from birdcall.audio import AudioError
+from birdcall.files import write_atomically
+from birdcall.fingerprint import digest, digest_code
+from birdcall.inference import Ensemble, Member, ReadWaveforms, SegmentScores, score_sounds
+
+logger = logging.getLogger(__name__)
+
+# What decides over a member's outputs, beside its weights.
+CODE = (
+    *("config", "audio", "threads", "spectrogram", "frontend", "panns", "models", "inference"),
+    *("evaluation.stored",),
+)
+ARRAYS = ("clipwise", "framewise")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where outputs on a set of sounds are kept, and what the sounds are made from."""
+
+    folder: Path
+    sounds: str  # name of the set
+    fingerprint: str
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """What one member heard: ``(segments of all sounds, classes)``, and how the sounds lie in it.
+
+    lengths: segments of each sound; seconds likewise. failed: sounds that did not decode, and why.
+    """
+
+    clipwise: np.ndarray
+    framewise: np.ndarray
+    lengths: dict[str, int]
+    seconds: dict[str, float]
+    failed: dict[str, tuple[str, str]]
+
+
+def hear_sounds(
+    ensemble: Ensemble, sounds: Mapping[str, ReadWaveforms], kept: Kept | None = None
+) -> dict[str, SegmentScores | AudioError]:
+    """Score sounds as `inference.score_sounds` does, members whose outputs are kept from there.
+
+    The results' ``frames`` are empty: they would be fifty times as large as all else.
+    """
+    found = [_read_kept(member, sounds, kept) for member in ensemble.members]
+    missing = [place for place, outputs in enumerate(found) if outputs is None]
+    if missing:
+        heard = _hear(Ensemble([ensemble.members[p] for p in missing], ensemble.device), sounds)
+        for order, place in enumerate(missing):
+            found[place] = _of_member(heard, order, len(ensemble.classes))
+            if kept is not None and _has_weights(ensemble.members[place]):
+                keep_outputs(kept, ensemble.members[place], found[place])
+    return _join(found, list(sounds))
+
+
+def _has_weights(member: Member) -> bool:
+    """Say whether the network is a finished one: else there is no name for what it is."""
+    return bool(member.checkpoint.weights_sha256)
+
+
+def _hear(
+    ensemble: Ensemble, sounds: Mapping[str, ReadWaveforms]
+) -> dict[str, SegmentScores | AudioError]:
+    heard = {}
+    for name, scores in score_sounds(ensemble, sounds):
+        if isinstance(scores, SegmentScores):
+            _require_finite(ensemble.members, name, scores)
+            nothing = np.zeros((scores.clipwise.shape[2], 0), np.float32)
+            scores = SegmentScores(scores.clipwise, scores.framewise, nothing, scores.seconds)
+        heard[name] = scores
+    return heard
+
+
+def _require_finite(members: Sequence[Member], sound: str, scores: SegmentScores) -> None:
+    for place, member in enumerate(members):
+        for name in ARRAYS:
+            if not np.isfinite(getattr(scores, name)[place]).all():
+                raise ValueError(
+                    f"{member.name}: its {name} output on {sound} holds NaN or infinity: did its "
+                    "training diverge? leave it out"
+                )
+
+
+def _of_member(
+    heard: Mapping[str, SegmentScores | AudioError], place: int, n_classes: int
+) -> Outputs:
+    scored = {name: one for name, one in heard.items() if isinstance(one, SegmentScores)}
+    empty = [np.zeros((0, n_classes), np.float32)]
+    return Outputs(
+        np.concatenate(empty + [one.clipwise[place] for one in scored.values()]),
+        np.concatenate(empty + [one.framewise[place] for one in scored.values()]),
+        {name: one.clipwise.shape[1] for name, one in scored.items()},
+        {name: one.seconds for name, one in scored.items()},
+        {
+            name: (str(one.path), one.reason)
+            for name, one in heard.items()
+            if isinstance(one, AudioError)
+        },
+    )
+
+
+def _join(
+    members: Sequence[Outputs], names: Iterable[str]
+) -> dict[str, SegmentScores | AudioError]:
+    first, start = members[0], 0
+    starts = {}
+    for name, length in first.lengths.items():
+        starts[name] = start
+        start += length
+    result: dict[str, SegmentScores | AudioError] = {}
+    for name in names:
+        if name in first.failed:
+            path, reason = first.failed[name]
+            result[name] = AudioError(Path(path), reason)
+            continue
+        own = slice(starts[name], starts[name] + first.lengths[name])
+        clipwise, framewise = (
+            np.stack([getattr(one, array)[own] for one in members]) for array in ARRAYS
+        )
+        nothing = np.zeros((clipwise.shape[2], 0), np.float32)
+        result[name] = SegmentScores(clipwise, framewise, nothing, first.seconds[name])
+    return result
+
+
+# --- on disk --------------------------------------------------------------------------------------
+
+
+def _path(kept: Kept, member: Member) -> Path:
+    made_from = {
+        "weights": member.checkpoint.weights_sha256,
+        "experiment": asdict(member.checkpoint.experiment),
+        "classes": member.checkpoint.classes,
+        "sounds": kept.fingerprint,
+        "code": digest_code(CODE),
+        "torch": torch.__version__,
+    }
+    name = digest(json.dumps(made_from, sort_keys=True, default=str))
+    return kept.folder / f"{member.name}.{kept.sounds}.{name}.safetensors"
+
+
+def _read_kept(
+    member: Member, sounds: Mapping[str, ReadWaveforms], kept: Kept | None
+) -> Outputs | None:
+    """Return what the member has heard of these sounds before; None if it must hear them."""
+    if kept is None or not _has_weights(member):
+        return None
+    path = _path(kept, member)
+    if not path.is_file():
+        return None
+    try:
+        outputs = _read(path)
+        if outputs.lengths.keys() | outputs.failed.keys() != sounds.keys():
+            raise ValueError("it is of other sounds")
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        logger.warning("%s: not readable (%s); heard again", path, error)
+        return None
+    return outputs
+
+
+def _read(path: Path) -> Outputs:
+    with safe_open(path, framework="numpy") as file:
+        values = json.loads(file.metadata()["values"])
+        arrays = [file.get_tensor(name) for name in ARRAYS]
+    lengths = {name: int(length) for name, length in values["lengths"].items()}
+    if any(len(array) != sum(lengths.values()) for array in arrays):
+        raise ValueError("its arrays are not as long as it says")
+    failed = {name: (str(path), str(why)) for name, (path, why) in values["failed"].items()}
+    return Outputs(*arrays, lengths, values["seconds"], failed)
+
+
+def keep_outputs(kept: Kept, member: Member, outputs: Outputs) -> None:
+    """Write a member's outputs on a set of sounds, and delete those of an earlier state of it."""
+    path = _path(kept, member)
+    values = {
+        "lengths": outputs.lengths,
+        "seconds": outputs.seconds,
+        "failed": {name: list(why) for name, why in outputs.failed.items()},
+    }
+    arrays = {name: np.ascontiguousarray(getattr(outputs, name), np.float32) for name in ARRAYS}
+    write_atomically(path, safetensors.numpy.save(arrays, {"values": json.dumps(values)}))
+    for other in path.parent.glob(f"{member.name}.{kept.sounds}.*.safetensors"):
+        if other != path:
+            other.unlink()
