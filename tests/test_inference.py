@@ -11,7 +11,7 @@ import soundfile
 import torch
 
 from birdcall.checkpoint import Checkpoint
-from birdcall.decision import Decision
+from birdcall.decision import Calibration, Decision
 from birdcall.inference import (
     FRAMES_PER_SEGMENT,
     Ensemble,
@@ -140,6 +140,19 @@ def test_every_decided_bird_has_an_event_in_its_segment():
         ("bkcchi", 1.0, 1.1),
         ("amecro", 2.0, 10.0),
     ]
+
+
+def test_events_are_as_long_as_calibrated_frames_say():
+    scores = scores_of([[0.9, 0, 0]])
+    frames = scores.frames.copy()
+    frames[0, :20] = 0.3  # 0.3 is 0.5 where calibrated
+    nothing = (0.0,) * 3
+    calibration = Calibration((1.0,) * 3, nothing, (1.0,) * 3, (np.log(0.7 / 0.3) + 1e-3, 0, 0))
+    events = [
+        detect_events(replace(scores, frames=frames), Decision(calibration=one), CLASSES)
+        for one in (None, calibration)
+    ]
+    assert [(e.onset, e.offset) for (e,) in events] == [(2.0, 5.0), (0.0, 5.0)]
 
 
 def test_a_recording_that_does_not_decode_does_not_stop_the_others(members, tmp_path):

@@ -97,6 +97,27 @@ def test_rumble_is_no_bird():
     assert found.onset == pytest.approx(6.0, abs=0.05)
 
 
+@pytest.mark.parametrize("factor", [1.0, 2**0.4, 2**0.8, 2**-0.63])
+@pytest.mark.parametrize("total", [3.0, 3.00004, 3.00031, 2.99997])
+def test_a_stretch_at_the_end_can_be_read_wherever_it_is_placed(
+    training_data, tmp_path, total, factor
+):
+    path = "train_audio/amecro/XC1.wav"
+    (tmp_path / path).parent.mkdir(parents=True)
+    waveform = tone(1.5, total - 1.5, 3000, total=total)
+    soundfile.write(tmp_path / path, waveform, RATE)
+    reader = replace(training_data.read_clip, folder=tmp_path, cache=tmp_path / "cache")
+    data = replace(training_data, folder=tmp_path, read_clip=reader)
+    found = find_stretch(waveform, RATE)
+    seconds = (found.offset - found.onset) / factor
+    for onset in (0.0, 7.77777, 12.34567):
+        event = SimulatedEvent(
+            path, "amecro", found.onset, round(onset, 4), round(onset + seconds, 4),
+            (2900.0, 3100.0), 10.0, 0.0, factor,
+        )  # fmt: skip
+        assert len(read_event(event, data, RATE)) == pytest.approx(seconds * RATE, abs=10)
+
+
 @pytest.mark.parametrize("waveform", [np.zeros(RATE, np.float32), np.zeros(100, np.float32)])
 def test_silence_has_a_stretch_too(waveform):
     found = find_stretch(waveform, RATE)

@@ -19,7 +19,7 @@ from torch.nn import functional
 from birdcall.audio import AudioError, probe_audio, read_audio
 from birdcall.checkpoint import Checkpoint, load_model, require_same_classes
 from birdcall.config import NOCALL, SEGMENT_SECONDS, FrontendConfig, require
-from birdcall.decision import Decision, decide, decide_recordings, label_rows
+from birdcall.decision import Decision, calibrate, decide, decide_recordings, label_rows
 from birdcall.models import SEDModel
 from birdcall.outputs import Event, frames_to_events, write_submission
 from birdcall.soundscapes import find_audio, find_test_audio_folder, read_test_rows
@@ -320,7 +320,11 @@ def detect_events(scores: SegmentScores, decision: Decision, classes: Sequence[s
     threshold, its highest frames count.
     """
     chosen = decide(scores.clipwise, scores.framewise, decision).T
-    frames = scores.frames.reshape(*chosen.shape, FRAMES_PER_SEGMENT)
+    frames = scores.frames
+    if decision.calibration is not None:
+        scale, offset = decision.calibration.frame_scale, decision.calibration.frame_offset
+        frames = calibrate(frames.T, scale, offset).T
+    frames = frames.reshape(*chosen.shape, FRAMES_PER_SEGMENT)
     threshold = np.minimum(frames.max(axis=2), decision.frame_threshold)
     active = (frames >= threshold[:, :, None]) & chosen[:, :, None]
     heard = np.where(active, frames, 0.0).reshape(len(classes), -1)

@@ -56,8 +56,7 @@ def plot_steps(choice: Choice) -> Figure:
             steps["gain"][own], place[own], xerr=steps["standard_error"][own], fmt=marker,
             color=color, capsize=4, ms=7, label=label,
         )  # fmt: skip
-    labels = [f"{one.step}: {one.alternative}" for one in steps.itertuples()]
-    axes.set_yticks(place, labels)
+    axes.set_yticks(place, list(steps["alternative"]))
     axes.set(xlabel="gain in row-wise F1 over the rule so far")
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)

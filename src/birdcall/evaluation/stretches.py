@@ -18,6 +18,7 @@ LOUDEST_QUANTILE = 0.99
 GAP_SECONDS = 0.5  # between the notes of a song
 MAX_SECONDS = 3.0  # the competition's example annotations last 0.3 to 2.7 s, 1.3 on average
 MIN_SECONDS = 0.2
+END_SECONDS = 0.001  # left out at the end
 BAND_SHARE = 0.95  # of the bird's power lies in its band
 
 
@@ -36,7 +37,8 @@ def find_stretch(waveform: np.ndarray, sample_rate: int) -> Stretch:
     At most ``MAX_SECONDS`` long, it begins and ends where something stands out: its onset is one.
     Where nothing does, as in silence, it is the beginning, in all frequencies.
     """
-    seconds = len(waveform) / sample_rate
+    # Times are rounded, and nobody can read beyond the end.
+    seconds = max(0.0, len(waveform) / sample_rate - END_SECONDS)
     excess, hertz, hop = _excess(waveform, sample_rate)
     power = excess.sum(axis=0)
     loudest = np.quantile(power, LOUDEST_QUANTILE) if len(power) else 0.0
