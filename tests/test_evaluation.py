@@ -160,6 +160,12 @@ def test_experiments_that_share_no_fold_are_scored_alone(trained_runs, training_
     assert labelled == {"other", "tiny", "ensemble", "all nocall", "prior"}
 
 
+def test_a_run_of_a_fold_that_the_data_has_not_is_named(trained_runs, training_data):
+    one_fold = replace(training_data, recordings=training_data.recordings.assign(fold=0))
+    with pytest.raises(ValueError, match="other/fold1: of fold 1; the folds are 0"):
+        hear(trained_runs, one_fold)
+
+
 def test_one_fold_is_enough_for_a_choice(trained_runs, training_data):
     runs = [one for one in trained_runs if one.name == "fold0"]
     found = evaluate(hear(runs, training_data, config=CONFIG))

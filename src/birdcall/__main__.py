@@ -296,8 +296,9 @@ def evaluate(
         _find_runs(output, experiment, _parse_fold(fold)),
         training_data,
         default_device(),
-        soundscapes_in=soundscapes,
+        labelled_folders=soundscapes or (),
         kept=output / "heard",
+        progress=True,
     )
     together = [tuple(one.split("+")) for one in ensemble or []]
     found = evaluate(heard, together, nocall_share)

@@ -93,31 +93,35 @@ def hear(
     data: TrainingData,
     device: torch.device | str = "cpu",
     *,
-    soundscapes_in: Sequence[Path] | None = None,
+    labelled_folders: Sequence[Path] = (),
     kept: Path | None = None,
     config: SimulationConfig = DEFAULTS,
+    progress: bool = False,
 ) -> Heard:
     """Let the runs in ``folders`` hear recordings, simulated and labelled soundscapes.
 
-    ``soundscapes_in``: folders of labelled ones (None: the data's examples, if it has any).
+    ``labelled_folders``: of labelled soundscapes (none: the data's examples, if it has any).
     ``kept``: where outputs are kept, so that a second call for the same sound reads them.
     """
     for folder in folders:
-        require_same_classes(folder, read_checkpoint(folder), data.classes)
+        checkpoint = read_checkpoint(folder)
+        require_same_classes(folder, checkpoint, data.classes)
+        if checkpoint.fold not in data.folds:
+            known_folds = ", ".join(map(str, data.folds))
+            raise ValueError(f"{folder}: of fold {checkpoint.fold}; the folds are {known_folds}")
     ensemble = load_ensemble(folders, device)
     known = list(dict.fromkeys((*data.classes, *(one.ebird_code for one in all_species()))))
     planned, simulated = [], {}
-    out_of_fold = hear_out_of_fold(ensemble, data, kept)
+    out_of_fold = hear_out_of_fold(ensemble, data, kept, progress)
     for fold in sorted({member.checkpoint.fold for member in ensemble.members}):
         members = [member for member in ensemble.members if member.checkpoint.fold == fold]
         logger.info("fold %d: simulating soundscapes for %d members", fold, len(members))
         soundscapes = plan_soundscapes(data, fold, config)
         planned += soundscapes
         own = Ensemble(members, ensemble.device)
-        simulated[fold] = hear_simulated(own, soundscapes, data, config, known, kept)
-    folders = list(soundscapes_in or [])
-    if not folders and (data.folder / EXAMPLE_LABELS).is_file():
-        folders = [data.folder]
+        simulated[fold] = hear_simulated(own, soundscapes, data, config, known, kept, progress)
+    if not labelled_folders and (data.folder / EXAMPLE_LABELS).is_file():
+        labelled_folders = [data.folder]
     return Heard(
         data,
         tuple((m.checkpoint.experiment.name, m.checkpoint.fold) for m in ensemble.members),
@@ -125,5 +129,5 @@ def hear(
         simulated,
         describe_events(planned),
         recording_groups(data.recordings, config),
-        hear_labelled(ensemble, folders, known, kept),
+        hear_labelled(ensemble, labelled_folders, known, kept, progress),
     )

@@ -75,7 +75,11 @@ class Labelled:
 
 
 def hear_labelled(
-    ensemble: Ensemble, folders: Sequence[Path], known: Sequence[str], kept: Path | None = None
+    ensemble: Ensemble,
+    folders: Sequence[Path],
+    known: Sequence[str],
+    kept: Path | None = None,
+    progress: bool = False,
 ) -> Labelled | None:
     """Let the members hear the labelled soundscapes in ``folders``; None if there are none.
 
@@ -91,7 +95,7 @@ def hear_labelled(
     if kept is not None:
         place = Kept(kept, "labelled", digest_files(truth.paths.values()))
     heard = {}
-    for name, scores in hear_sounds(ensemble, sounds, place).items():
+    for name, scores in hear_sounds(ensemble, sounds, place, progress).items():
         if isinstance(scores, AudioError):
             logger.warning("%s; this labelled soundscape is left out", scores)
         else:

@@ -55,7 +55,7 @@ class OutOfFold:
 
 
 def hear_out_of_fold(
-    ensemble: Ensemble, data: TrainingData, kept: Path | None = None
+    ensemble: Ensemble, data: TrainingData, kept: Path | None = None, progress: bool = False
 ) -> dict[str, OutOfFold]:
     """Let each member hear the first ``VALIDATION_SECONDS`` of the recordings of its fold.
 
@@ -67,13 +67,13 @@ def hear_out_of_fold(
         found.setdefault(member.checkpoint.experiment.name, [])
     for fold in sorted({member.checkpoint.fold for member in ensemble.members}):
         members = [member for member in ensemble.members if member.checkpoint.fold == fold]
-        for part in _hear_fold(Ensemble(members, ensemble.device), fold, data, kept):
+        for part in _hear_fold(Ensemble(members, ensemble.device), fold, data, kept, progress):
             found[part.experiment].append(part)
     return {name: _join(parts) for name, parts in found.items()}
 
 
 def _hear_fold(
-    ensemble: Ensemble, fold: int, data: TrainingData, kept: Path | None
+    ensemble: Ensemble, fold: int, data: TrainingData, kept: Path | None, progress: bool
 ) -> list[OutOfFold]:
     held_out = np.flatnonzero(data.recordings["fold"] == fold)
     recordings = data.recordings.iloc[held_out]
@@ -85,7 +85,7 @@ def _hear_fold(
     if kept is not None:
         made_from = digest(f"{VALIDATION_SECONDS} {digest_files(paths.values())}")
         place = Kept(kept, f"recordings-fold{fold}", made_from)
-    heard = hear_sounds(ensemble, sounds, place)
+    heard = hear_sounds(ensemble, sounds, place, progress)
     for scores in heard.values():
         if isinstance(scores, AudioError):
             raise scores

@@ -58,6 +58,7 @@ def hear_simulated(
     config: SimulationConfig,
     known: Sequence[str],
     kept: Path | None = None,
+    progress: bool = False,
 ) -> HeldOutScores:
     """Let members hear soundscapes of the fold that all of them held out.
 
@@ -82,7 +83,7 @@ def hear_simulated(
             digest_code(CODE),
         )
         place = Kept(kept, f"simulated-fold{fold}", digest(repr(made_from)))
-    heard = hear_sounds(ensemble, sounds, place)
+    heard = hear_sounds(ensemble, sounds, place, progress)
     for scores in heard.values():
         if isinstance(scores, AudioError):
             raise scores

@@ -12,6 +12,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
 from birdcall.audio import AudioError
 from birdcall.files import write_atomically
@@ -52,7 +53,10 @@ class Outputs:
 
 
 def hear_sounds(
-    ensemble: Ensemble, sounds: Mapping[str, ReadWaveforms], kept: Kept | None = None
+    ensemble: Ensemble,
+    sounds: Mapping[str, ReadWaveforms],
+    kept: Kept | None = None,
+    progress: bool = False,
 ) -> dict[str, SegmentScores | AudioError]:
     """Score sounds as `inference.score_sounds` does, members whose outputs are kept from there.
 
@@ -61,7 +65,8 @@ def hear_sounds(
     found = [_read_kept(member, sounds, kept) for member in ensemble.members]
     missing = [place for place, outputs in enumerate(found) if outputs is None]
     if missing:
-        heard = _hear(Ensemble([ensemble.members[p] for p in missing], ensemble.device), sounds)
+        hearing = Ensemble([ensemble.members[place] for place in missing], ensemble.device)
+        heard = _hear(hearing, sounds, kept.sounds if kept and progress else None)
         for order, place in enumerate(missing):
             found[place] = _of_member(heard, order, len(ensemble.classes))
             if kept is not None and _has_weights(ensemble.members[place]):
@@ -75,10 +80,13 @@ def _has_weights(member: Member) -> bool:
 
 
 def _hear(
-    ensemble: Ensemble, sounds: Mapping[str, ReadWaveforms]
+    ensemble: Ensemble, sounds: Mapping[str, ReadWaveforms], title: str | None
 ) -> dict[str, SegmentScores | AudioError]:
     heard = {}
-    for name, scores in score_sounds(ensemble, sounds):
+    listening = tqdm(
+        score_sounds(ensemble, sounds), title, len(sounds), disable=title is None, unit="sound"
+    )
+    for name, scores in listening:
         if isinstance(scores, SegmentScores):
             _require_finite(ensemble.members, name, scores)
             nothing = np.zeros((scores.clipwise.shape[2], 0), np.float32)
