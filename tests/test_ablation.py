@@ -248,15 +248,6 @@ def test_a_run_of_one_epoch_has_no_loss_change():
     assert math.isnan(loss_change_last_fifth(log_of([1.0])))
 
 
-def test_recordings_of_one_recordist_are_a_cluster_and_unknown_ones_their_own():
-    table = pd.DataFrame(
-        {"recordist": ["Ann B", " ann  b", "", None, "C"], "path": ["p", "q", "r", "s", "t"]}
-    )
-    ann, again, one, other, last = ablation_module._recordists(table)
-    assert ann == again
-    assert len({ann, one, other, last}) == 4
-
-
 # --- the whole, on a tiny demo ------------------------------------------------------------------
 
 

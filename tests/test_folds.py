@@ -19,6 +19,7 @@ from birdcall.data.folds import (
     make_folds,
     plot_folds,
     read_folds,
+    recordist_clusters,
     write_folds,
 )
 from birdcall.data.recordings import read_recordings
@@ -283,3 +284,12 @@ def test_few_recordists_with_whole_species_are_still_divided(
     folds = make_folds(recordings, n_folds)
     check_folds(folds, recordings)
     assert class_shares(folds).max(axis=1).max() < 1
+
+
+def test_recordings_of_one_recordist_are_a_cluster_and_unknown_ones_their_own():
+    table = pd.DataFrame(
+        {"recordist": ["Ann B", " ann  b", "", None, "C"], "path": ["p", "q", "r", "s", "t"]}
+    )
+    ann, again, one, other, last = recordist_clusters(table)
+    assert ann == again
+    assert len({ann, one, other, last}) == 4

@@ -318,6 +318,11 @@ def _join_groups(recordings: pd.DataFrame, same_sound: Sequence[object] | None) 
     return [root(key) for key in keys]
 
 
+def recordist_clusters(recordings: pd.DataFrame) -> pd.Series:
+    """Return whose each recording is; one whose recordist is unknown is a cluster of its own."""
+    return _recordist_keys(recordings).fillna("unknown: " + recordings["path"])
+
+
 def _recordist_keys(recordings: pd.DataFrame) -> pd.Series:
     """Write recordists alike, so that spaces and capitals make no second person; unknown: NA."""
     names = recordings["recordist"].fillna("").astype(str)

@@ -19,6 +19,7 @@ from birdcall.checkpoint import SETTINGS_FILE
 from birdcall.config import Experiment, require
 from birdcall.data.augment import UNKNOWN
 from birdcall.data.dataset import TrainingData, make_targets
+from birdcall.data.folds import recordist_clusters
 from birdcall.decision import combine
 from birdcall.evaluation.comparison import Measure, compare_all, rank_agreement
 from birdcall.evaluation.hearing import Heard, hear
@@ -318,20 +319,13 @@ def _score_recordings(heard: Heard, data: TrainingData) -> dict[str, Sample]:
     scores, _ = heard.out_of_fold_for(heard.experiments)
     known = ~np.isnan(scores).any(axis=1)
     scores, recordings = scores[known], data.recordings[known]
-    clusters = _recordists(recordings)
+    clusters = tuple(recordist_clusters(recordings))
     targets = make_targets(recordings, data.classes, None)
     primary = [data.classes.index(code) for code in recordings["ebird_code"]]
     is_right = (scores.argmax(axis=1) == primary).astype(float)
     ap = Measure("recordings: macro AP", clusters, "recordists", targets > 0, targets != UNKNOWN)
     top1 = Measure("recordings: top-1", clusters, "recordists")
     return {"oof_ap": Sample(ap, scores), "oof_top1": Sample(top1, is_right)}
-
-
-def _recordists(recordings: pd.DataFrame) -> tuple[str, ...]:
-    """Return each recording's recordist; one whose recordist is unknown is its own cluster."""
-    names = recordings["recordist"].fillna("").map(lambda name: " ".join(name.split()).casefold())
-    own = "unknown: " + recordings["path"]
-    return tuple(names.where(names != "", own))
 
 
 def _gather(

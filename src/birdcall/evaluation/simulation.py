@@ -15,6 +15,7 @@ import pandas as pd
 
 from birdcall.config import SEGMENT_SECONDS, require, require_range, require_share
 from birdcall.data.dataset import TrainingData
+from birdcall.data.folds import recordist_clusters
 from birdcall.evaluation.held_out import label_times
 from birdcall.evaluation.stretches import Stretch, find_stretch
 
@@ -153,8 +154,7 @@ def recording_groups(recordings: pd.DataFrame, config: SimulationConfig) -> np.n
     Recordists with many recordings are placed first, each where there are fewest so far. One
     without a name is taken for a recordist of his own.
     """
-    names = recordings["recordist"].fillna("").map(lambda name: " ".join(name.split()).casefold())
-    names = names.where(names != "", "unknown: " + recordings["path"])
+    names = recordist_clusters(recordings)
     groups = pd.Series("", index=recordings.index)
     for fold, own in names.groupby(recordings["fold"]):
         counts = own.value_counts()
