@@ -87,7 +87,9 @@ def test_every_pair_of_thresholds_scores_what_decide_says(
         neighbour_weight=neighbour_weight, max_birds=max_birds,
         calibration=calibration if calibrated else None,
     )  # fmt: skip
-    search = choosing._Search(scores, ones(scores), rule)
+    everything = {("g0",): np.ones(3, dtype=bool)}
+    cross = choosing._calibrate_by_group(scores, everything, {("g0",): calibration})
+    search = choosing._Search(scores, ones(scores), rule, cross)
     found = list(search._f1_of_pairs(rule))
     for clip in range(0, len(THRESHOLDS), 3):
         for frame in range(1, len(THRESHOLDS), 3):
@@ -193,8 +195,7 @@ def test_many_groups_are_merged_and_none_is_lost():
 
     choice = choose_decision(scores, ones(scores), fit_calibration=fit, max_groups=3)
     assert len(choice.by_group) == 20
-    assert asked[0] == frozenset()
-    assert sorted(map(len, asked[1:])) == [6, 7, 7]
+    assert sorted(map(len, asked)) == [0, 6, 7, 7]
     assert frozenset().union(*asked) == {f"s{k}" for k in range(20)}
     again = choose_decision(scores, ones(scores), max_groups=3)
     assert np.array_equal(choice.nested, again.nested)
@@ -289,6 +290,43 @@ def test_calibration_is_adopted_where_classes_speak_at_different_levels():
     without = choose_decision(scores, ones(scores))
     assert without.decision.calibration is None
     assert choice.nested_f1.mean() > without.nested_f1.mean() + 0.02
+
+
+def test_a_calibration_is_tried_only_on_recordings_that_it_has_not_seen():
+    """One that knows its own group's answers, and no others, must not be adopted."""
+    scores = example(seed=2, n_recordings=24)
+    scores.segments["group"] = [f"g{k // 12 % 2}" for k in range(len(scores.segments))]
+    good = Calibration((1.0,) * 6, (1.0,) * 6, (1.0,) * 6, (1.0,) * 6)
+    bad = Calibration((0.05,) * 6, (-6.0,) * 6, (0.05,) * 6, (-6.0,) * 6)
+
+    def overfitted(groups):
+        return good if not groups else bad  # with all recordings it looks perfect
+
+    choice = choose_decision(scores, ones(scores), fit_calibration=overfitted)
+    assert choice.decision.calibration is None
+    tried = choice.steps.set_index("step").loc["calibration"]
+    assert tried["gain"] < 0
+    assert all(decision.calibration is None for decision in choice.by_group.values())
+
+
+def test_a_group_is_calibrated_without_its_own_recordings():
+    scores = example(n_recordings=8)
+    levels = {"g0": 0.5, "g1": -0.5, "g2": 1.0, "g3": 0.0}
+
+    def fit(groups):
+        offset = levels[min(groups)] if groups else 9.0
+        return Calibration((1.0,) * 6, (offset,) * 6, (1.0,) * 6, (offset,) * 6)
+
+    groups = choosing._merge_groups(scores, 8)
+    cross = choosing._calibrate_by_group(
+        scores, groups, {names: fit(frozenset(names)) for names in groups}
+    )
+    for group in levels:
+        own = (scores.segments["group"] == group).to_numpy()
+        expected, _ = fit(frozenset({group})).apply(
+            scores.clipwise[:, own], scores.framewise[:, own]
+        )
+        assert np.array_equal(cross.clipwise[:, own], expected)
 
 
 def test_whole_recordings_get_a_threshold_of_their_own():

@@ -278,15 +278,15 @@ def score_seed(runs: Sequence[Run], data: TrainingData) -> dict[str, Sample]:
 def _score_simulated(judged: Judgement) -> dict[str, Sample]:
     if judged.choice is None:
         return {}
-    clusters = tuple(judged.simulated.recordings)
+    clusters = tuple(judged.simulated.groups)
     share = judged.weights[~judged.simulated.labelled_truth.any(axis=1)].sum()
     all_nocall = float(share / judged.weights.sum())
-    measure = Measure("simulated: F1", clusters, "soundscapes", all_nocall=all_nocall)
+    measure = Measure("simulated: F1", clusters, "groups of recordists", all_nocall=all_nocall)
     # Weighted so that their plain mean is the score.
     values = judged.choice.nested_f1 * judged.weights / judged.weights.mean()
     samples = {"simulated_f1": Sample(measure, values)}
     truth = judged.simulated.labelled_truth[:, : len(judged.simulated.classes)]
-    measure = Measure("simulated: macro AP", clusters, "soundscapes", truth)
+    measure = Measure("simulated: macro AP", clusters, "groups of recordists", truth)
     scores = combine(judged.simulated.framewise)[judged.simulated.labelled]
     return samples | {"simulated_ap": Sample(measure, scores)}
 

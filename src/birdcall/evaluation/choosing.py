@@ -76,16 +76,18 @@ def choose_decision(
         raise ValueError(
             "all soundscapes are of one group: a decision chosen on them could be scored nowhere"
         )
-    search = _Search(scores, np.asarray(weights, dtype=float), start)
     fit = fit_calibration or (lambda groups: None)
+    calibrations = {names: fit(frozenset(names)) for names in groups}
+    calibrated = _calibrate_by_group(scores, groups, calibrations)
+    search = _Search(scores, np.asarray(weights, dtype=float), start, calibrated)
     found = search.run(np.ones(len(scores.starts), dtype=bool), fit(frozenset()))
     n_known = scores.truth.shape[1]
     nested = np.zeros((int(scores.labelled.sum()), n_known), dtype=bool)
     recording_f1 = np.zeros(len(scores.starts))
     by_group: dict[str, Decision] = {}
     for originals, held_out in groups.items():
-        own = search.run(~held_out, fit(frozenset(originals))).decision
-        segments = held_out[search.recording_of_segment]
+        own = search.run(~held_out, calibrations[originals]).decision
+        segments = search.segments_of(held_out)
         part = scores.of_segments(segments)
         nested[segments[scores.labelled]] = part.decide(own)
         recording_f1[held_out] = part.recording_f1(own)
@@ -112,6 +114,27 @@ def _merge_groups(
     n_merged = min(max_groups, len(names))
     merged = [tuple(names[place::n_merged]) for place in range(n_merged)]
     return {parts: np.isin(of_recording, parts) for parts in merged}
+
+
+def _calibrate_by_group(
+    scores: HeldOutScores,
+    groups: Mapping[tuple[str, ...], NDArray[np.bool_]],
+    calibrations: Mapping[tuple[str, ...], Calibration | None],
+) -> HeldOutScores | None:
+    """Return scores of which each group's are calibrated without its own recordings.
+
+    A calibration that has seen the recordings which it is tried on would be adopted too easily.
+    """
+    if any(calibration is None for calibration in calibrations.values()):
+        return None
+    lengths = np.diff([*scores.starts, len(scores.segments)])
+    clipwise, framewise = np.empty_like(scores.clipwise), np.empty_like(scores.framewise)
+    for names, recordings in groups.items():
+        own = np.repeat(recordings, lengths)
+        clipwise[:, own], framewise[:, own] = calibrations[names].apply(
+            scores.clipwise[:, own], scores.framewise[:, own]
+        )
+    return replace(scores, clipwise=clipwise, framewise=framewise)
 
 
 # --- the search ---------------------------------------------------------------------------------
@@ -141,7 +164,11 @@ class _Search:
     """Forward selection over rules; keeps each rule's F1 per recording and pair of thresholds."""
 
     def __init__(
-        self, scores: HeldOutScores, weights: NDArray[np.floating], start: Decision
+        self,
+        scores: HeldOutScores,
+        weights: NDArray[np.floating],
+        start: Decision,
+        calibrated: HeldOutScores | None = None,
     ) -> None:
         n_rows = int(scores.labelled.sum())
         if weights.shape != (n_rows,):
@@ -149,13 +176,14 @@ class _Search:
         if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
             raise ValueError("weights must be numbers of 0 or more, and not all 0")
         self.scores, self.weights, self.start = scores, weights, start
+        self.calibrated = calibrated
         lengths = np.diff([*scores.starts, len(scores.segments)])
         self.recording_of_segment = np.repeat(np.arange(len(lengths)), lengths)
         self.recording_of_row = self.recording_of_segment[scores.labelled]
         self.recording_weights = self._by_recording(weights)
         self.n_true = scores.labelled_truth.sum(axis=1)
         self.kept: dict[tuple[object, ...], NDArray[np.floating]] = {}
-        self.combined: dict[str, HeldOutScores] = {}
+        self.combined: dict[tuple[str, bool], HeldOutScores] = {}
 
     def run(self, chosen: NDArray[np.bool_], calibration: Calibration | None) -> _Found:
         """Choose on some recordings ``(recordings,)``."""
@@ -184,6 +212,10 @@ class _Search:
         return _Found(
             decision, float(best.grid[best.place]), best.grid, best.place, pd.DataFrame(steps)
         )
+
+    def segments_of(self, chosen: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return the mask of all segments of some recordings."""
+        return chosen[self.recording_of_segment]
 
     def _steps(
         self, calibration: Calibration | None
@@ -233,7 +265,8 @@ class _Search:
         """Return weighted F1 summed by recording, ``(clip, frame, recordings)``, of all pairs."""
         key = (
             rule.combination, rule.vote_share if rule.combination == "votes" else None,
-            rule.neighbour_weight, rule.recording_threshold, rule.max_birds, rule.calibration,
+            rule.neighbour_weight, rule.recording_threshold, rule.max_birds,
+            rule.calibration is not None,
         )  # fmt: skip
         if key not in self.kept:
             self.kept[key] = np.array(
@@ -256,17 +289,21 @@ class _Search:
                 yield 2 * (hits + both_nocall) / (floor + np.maximum(n_named, 1))
 
     def _combined(self, rule: Decision) -> tuple[HeldOutScores, Decision]:
-        """Return scores and rule that say the same, with members that are averaged only once."""
-        if rule.combination == "votes" or rule.calibration is not None:
-            return self.scores, rule
-        if rule.combination not in self.combined:
-            self.combined[rule.combination] = replace(
-                self.scores,
-                clipwise=combine(self.scores.clipwise, rule.combination)[None],
-                framewise=combine(self.scores.framewise, rule.combination)[None],
+        """Return scores and rule that say the same, calibrated and averaged already."""
+        is_calibrated = rule.calibration is not None
+        scores = self.calibrated if is_calibrated else self.scores
+        rule = replace(rule, calibration=None)
+        if rule.combination == "votes":
+            return scores, rule
+        key = rule.combination, is_calibrated
+        if key not in self.combined:
+            self.combined[key] = replace(
+                scores,
+                clipwise=combine(scores.clipwise, rule.combination)[None],
+                framewise=combine(scores.framewise, rule.combination)[None],
                 member_names=(rule.combination,),
             )
-        return self.combined[rule.combination], replace(rule, combination="mean")
+        return self.combined[key], replace(rule, combination="mean")
 
     def _by_recording(self, values: NDArray[np.floating]) -> NDArray[np.floating]:
         return np.bincount(self.recording_of_row, values, minlength=len(self.scores.starts))
@@ -274,7 +311,7 @@ class _Search:
     def _choose_for_recordings(self, rule: Decision, chosen: NDArray[np.bool_]) -> Decision:
         """Choose what a whole recording needs, as site 3 is scored: each is one row."""
         scores, combined_rule = self._combined(rule)
-        part = scores.of_segments(chosen[self.recording_of_segment])
+        part = scores.of_segments(self.segments_of(chosen))
         rules = [
             replace(combined_rule, file_threshold=threshold, file_max_birds=n_birds)
             for n_birds in FILE_MAX_BIRDS

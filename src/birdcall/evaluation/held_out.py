@@ -64,6 +64,11 @@ class HeldOutScores:
         return self.segments["recording"].to_numpy()[self.labelled]
 
     @cached_property
+    def groups(self) -> np.ndarray:
+        """Return the group of each labelled row: what an interval resamples."""
+        return self.segments["group"].to_numpy()[self.labelled]
+
+    @cached_property
     def labelled_truth(self) -> np.ndarray:
         """Return the truth of the labelled rows, ``(labelled rows, known species)``."""
         return self.truth[self.labelled]

@@ -50,8 +50,8 @@ def write_report(path: Path, title: str, evaluation: Evaluation) -> None:
             "Recordings of the fold that a model was not trained on; soundscapes simulated from "
             "these, each scored under a decision chosen without its recordists; labelled "
             "soundscapes under the decision chosen on simulated ones. F1 is the competition's "
-            "row-wise F1; intervals (95 %) are bootstrapped by soundscape. The prior knows how "
-            "common species are, and nothing else.",
+            "row-wise F1; intervals (95 %) resample groups of recordists, or labelled soundscapes. "
+            "The prior knows how common species are, and nothing else.",
         ),
         *_decision(evaluation),
         *_recordings(evaluation),

@@ -166,8 +166,8 @@ def _describe_choice(
 ) -> Decision:
     """Return the decision with where it comes from and what it is worth elsewhere."""
     recordings = simulated.recordings
-    interval = bootstrap_interval(choice.nested_f1, recordings, weights=np.maximum(weights, 1e-12))
-    n_groups = simulated.segments["group"].nunique()
+    groups = simulated.groups
+    interval = bootstrap_interval(choice.nested_f1, groups, weights=np.maximum(weights, 1e-12))
     nocall = ~simulated.labelled_truth.any(axis=1)
     score = {
         "nested_row_wise_f1": np.average(choice.nested_f1, weights=weights),
@@ -182,7 +182,7 @@ def _describe_choice(
     return replace(
         choice.decision,
         chosen_on=f"{len(recordings)} rows of {len(set(recordings))} soundscapes simulated from "
-        f"held-out recordings, scored nested over {n_groups} groups of recordists",
+        f"held-out recordings, scored nested over {len(set(groups))} groups of recordists",
         score={name: round(float(value), 4) for name, value in score.items()},
     )
 

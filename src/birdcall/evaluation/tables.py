@@ -60,7 +60,8 @@ def decided_rows(
     """Score what was named in the labelled rows ``(rows, known species)``; F1 has an interval."""
     truth, recordings = scores.labelled_truth, scores.recordings
     f1 = row_f1_scores(truth, named)
-    interval = bootstrap_interval(f1, recordings, weights=_positive(weights))
+    # Recordings come again in several simulated soundscapes of a group.
+    interval = bootstrap_interval(f1, scores.groups, weights=_positive(weights))
     values = {
         "row_wise_f1": float(np.average(f1, weights=weights)),
         "precision": precision(truth, named),
