@@ -9,7 +9,7 @@ import pytest
 
 from birdcall.decision import Decision, read_decision, write_decision
 from birdcall.evaluation.hearing import hear
-from birdcall.evaluation.scoring import NOCALL_SHARE, evaluate, judge
+from birdcall.evaluation.scoring import NOCALL_SHARE, _try_on_labelled, evaluate, judge
 from birdcall.evaluation.simulation import SimulationConfig
 from birdcall.evaluation.submission import score_submission
 from birdcall.inference import load_ensemble, write_nocall, write_predictions
@@ -86,7 +86,23 @@ def test_the_decision_is_not_chosen_on_the_labelled_soundscapes(heard, evaluatio
     labelled = heard.labelled
     turned = replace(labelled.scores, truth=labelled.scores.truth[::-1])
     other = replace(heard, labelled=replace(labelled, scores=turned))
-    assert judge(other, other.experiments).decision == evaluation.decision
+    found = judge(other, other.experiments).decision
+    assert replace(found, score={}) == replace(evaluation.decision, score={})
+
+
+@pytest.mark.parametrize("threshold, warns", [(0.5, True), (1.0, False)])
+def test_a_decision_worth_less_than_silence_on_labelled_soundscapes_is_told(
+    heard, caplog, threshold, warns
+):
+    scores = heard.labelled.scores
+    loud = np.full_like(scores.clipwise, 0.99)  # every bird everywhere
+    deaf = replace(scores, clipwise=loud, framewise=loud)
+    decision = _try_on_labelled(Decision(threshold, threshold), deaf, "tiny")
+    nocall = 1 - deaf.labelled_truth.any(axis=1).mean()
+    assert decision.score["labelled_all_nocall"] == pytest.approx(nocall, abs=1e-4)
+    f1 = deaf.row_f1(decision).mean()
+    assert decision.score["labelled_row_wise_f1"] == pytest.approx(f1, abs=1e-4)
+    assert ("less than naming no bird" in caplog.text) == warns
 
 
 def test_the_labelled_score_is_that_of_the_stored_decision(heard, evaluation, tmp_path):

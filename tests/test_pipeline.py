@@ -75,6 +75,21 @@ def test_the_kernel_writes_every_row_of_test_csv_in_order(road):
     assert "all nocall" in run("evaluate", "--data", demo, "--submission", submission)
 
 
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (("--ensemble", "small_gru+nobody"), "no run of nobody was heard"),
+        (("--soundscapes", "nowhere"), "nowhere: no such folder of labelled soundscapes"),
+        (("--fold", "7"), "no trained run of fold 7"),
+        (("--experiment", "small_plain"), "no small_plain; `birdcall train` makes one"),
+        (("--nocall-share", "1.5"), "nocall share is 1.5"),
+    ],
+)
+def test_evaluate_says_in_a_line_what_it_cannot_do(road, arguments, complaint):
+    _, run, demo = road
+    assert complaint in run("evaluate", "--data", demo, *arguments, fails=True)
+
+
 def test_predict_and_the_kernel_say_the_same(road):
     folder, run, demo = road
     submission = folder / "output" / "tiny" / "submission.csv"

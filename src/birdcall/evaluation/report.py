@@ -78,6 +78,11 @@ def describe_decision(evaluation: Evaluation) -> str:
             f"{score['nocall_share_expected']:.0%} of the rows have no bird (all nocall "
             f"{score['all_nocall']:.3f}; it names none in {score['nocall_share_named']:.0%})"
         )
+    if "labelled_row_wise_f1" in score:
+        text += (
+            f"; on labelled soundscapes {score['labelled_row_wise_f1']:.3f} (all nocall "
+            f"{score['labelled_all_nocall']:.3f})"
+        )
     return text
 
 

@@ -158,6 +158,7 @@ def judge(
     weights = share_weights(simulated.labelled_truth, nocall_share)
     choice = choose_decision(simulated, weights, start=start, fit_calibration=fit)
     decision = _describe_choice(choice, simulated, weights, nocall_share)
+    decision = _try_on_labelled(decision, heard.labelled_for(names), name)
     return Judgement(name, names, decision, choice, simulated, weights, fit(frozenset()))
 
 
@@ -185,6 +186,30 @@ def _describe_choice(
         f"held-out recordings, scored nested over {len(set(groups))} groups of recordists",
         score={name: round(float(value), 4) for name, value in score.items()},
     )
+
+
+def _try_on_labelled(decision: Decision, labelled: HeldOutScores | None, name: str) -> Decision:
+    """Return the decision with its score on labelled soundscapes, which it has never seen."""
+    if labelled is None:
+        return decision
+    f1 = labelled.row_f1(decision)
+    interval = bootstrap_interval(f1, labelled.groups)
+    nocall = float((~labelled.labelled_truth.any(axis=1)).mean())
+    if f1.mean() < nocall:
+        logger.warning(
+            "%s: on labelled soundscapes its decision scores %.3f, less than naming no bird, %.3f; "
+            "are species or noise there others than in training?",
+            *(name, f1.mean(), nocall),
+        )
+    score = {
+        "labelled_row_wise_f1": float(f1.mean()),
+        "labelled_low": interval.low,
+        "labelled_high": interval.high,
+        "labelled_all_nocall": nocall,
+    }
+    # A single soundscape has no interval, and JSON no NaN.
+    kept = {key: round(value, 4) for key, value in score.items() if not np.isnan(value)}
+    return replace(decision, score=decision.score | kept)
 
 
 # --- rows of the table ----------------------------------------------------------------------------
