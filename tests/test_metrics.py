@@ -107,15 +107,6 @@ def test_the_score_equals_the_samples_f1_of_sklearn_with_nocall_as_a_column() ->
     assert metrics.row_wise_f1_from_matrix(true, guess) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_all_thresholds_at_once_equal_one_after_the_other(dtype: type) -> None:
-    truth, scores = random_scores()
-    scores = scores.astype(dtype)
-    thresholds = np.round(np.arange(0.05, 1.2, 0.05), 2)  # scores fall exactly on some of them
-    expected = [metrics.row_f1_scores(truth, scores >= float(limit)) for limit in thresholds]
-    np.testing.assert_allclose(metrics.row_f1_at_thresholds(truth, scores, thresholds), expected)
-
-
 def test_more_birds_than_a_byte_can_count_are_counted() -> None:
     every, one = np.ones((2, 300), dtype=bool), np.eye(2, 300, dtype=bool)
     assert metrics.row_wise_f1_from_matrix(every, one) == pytest.approx(2 / 301)
@@ -172,11 +163,6 @@ def test_matrices_that_cannot_be_scored_are_refused(
     for metric in (metrics.row_wise_f1_from_matrix, metrics.precision, metrics.recall):
         with pytest.raises(ValueError, match=message):
             metric(truth, predicted)
-
-
-def test_thresholds_that_do_not_increase_are_refused() -> None:
-    with pytest.raises(ValueError, match="increases"):
-        metrics.row_f1_at_thresholds(*random_scores(), [0.5, 0.4])
 
 
 # --- what kind of mistakes ----------------------------------------------------------------------
@@ -270,7 +256,6 @@ def test_what_no_class_defines_is_nan() -> None:
         metrics.roc_auc,
         metrics.lwlrap,
         metrics.expected_calibration_error,
-        lambda truth, scores: metrics.row_f1_at_thresholds(truth, scores, [0.5]),
     ],
 )
 def test_scores_that_are_no_numbers_are_refused_with_their_place(metric: object) -> None:

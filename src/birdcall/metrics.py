@@ -63,30 +63,6 @@ def row_f1_scores(truth: ArrayLike, predicted: ArrayLike) -> FloatArray:
     return _row_f1(_count(true & guess), _count(true), _count(guess))
 
 
-def row_f1_at_thresholds(truth: ArrayLike, scores: ArrayLike, thresholds: ArrayLike) -> FloatArray:
-    """Return ``row_f1_scores(truth, scores >= threshold)`` as ``(thresholds, rows)``, all at once.
-
-    Each score is counted once in its bin between two thresholds, so that a fine grid costs no more
-    than a coarse one. ``thresholds`` must increase.
-    """
-    true, score = _ranked(truth, scores)
-    # As in `scores >= 0.7`, compare in the precision of the scores: a float32 0.7 is below 0.7.
-    steps = np.asarray(thresholds, dtype=score.dtype)
-    if steps.ndim != 1 or len(steps) == 0 or (np.diff(steps) <= 0).any():
-        raise ValueError(f"thresholds must be a list that increases; they are {steps.tolist()}")
-    rows, classes = np.nonzero(score >= steps[0])
-    bins = np.searchsorted(steps, score[rows, classes], side="right") - 1
-    shape = (len(steps), len(score))
-    cells = bins * len(score) + rows
-
-    def count_at_thresholds(cells: NDArray[np.intp]) -> NDArray[np.intp]:
-        counts = np.bincount(cells, minlength=shape[0] * shape[1]).reshape(shape)
-        return counts[::-1].cumsum(axis=0)[::-1]
-
-    hits = count_at_thresholds(cells[true[rows, classes]])
-    return _row_f1(hits, _count(true), count_at_thresholds(cells))
-
-
 def labels_to_matrix(labels: Sequence[str], classes: Sequence[str]) -> BoolArray:
     """Return label strings as a boolean matrix ``(rows, classes)``; nocall is an all-False row."""
     columns = {ebird_code: column for column, ebird_code in enumerate(classes)}
