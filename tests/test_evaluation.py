@@ -226,7 +226,7 @@ def test_a_second_evaluation_hears_nothing_again(
     trained_runs, training_data, heard, tmp_path, monkeypatch
 ):
     hear(trained_runs, training_data, config=CONFIG, kept=tmp_path)
-    monkeypatch.setattr("birdcall.evaluation.stored.score_sounds", None)
+    monkeypatch.setattr("birdcall.inference.Ensemble.score", None)
     again = hear(trained_runs, training_data, config=CONFIG, kept=tmp_path)
     for fold, scores in heard.simulated.items():
         np.testing.assert_allclose(again.simulated[fold].clipwise, scores.clipwise, atol=1e-6)

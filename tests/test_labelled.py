@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -9,8 +10,10 @@ import pytest
 import soundfile
 
 from birdcall.config import SEGMENT_SECONDS
+from birdcall.decision import Decision
 from birdcall.evaluation.held_out import label_times
 from birdcall.evaluation.labelled import hear_labelled, read_truth
+from birdcall.evaluation.tables import event_rows
 from birdcall.inference import load_ensemble
 from birdcall.metrics import row_f1_scores
 from birdcall.outputs import Event, write_raven_table
@@ -102,7 +105,11 @@ def test_the_examples_are_heard_and_every_label_stands_at_its_segment(
     for row in rows.itertuples():
         birds = {known[k] for k in np.flatnonzero(scores.truth[place[row.filename, row.seconds]])}
         assert birds == set(row.birds)
-    assert heard.foreign.total() == rows["foreign_labels"].map(len).sum()
+    in_rows = Counter(label for labels in rows["foreign_labels"] for label in labels)
+    table = pd.read_csv(demo_folder / "example_test_audio_metadata.csv")
+    in_annotations = Counter(code for code in table["ebird_code"] if code not in known)
+    assert in_rows != in_annotations
+    assert heard.foreign == in_rows | in_annotations
     assert set(heard.frames) == set(heard.annotations["recording"])
     name = rows["filename"].iloc[0]
     path = find_audio(demo_folder / "example_test_audio", name)
@@ -173,6 +180,33 @@ def test_a_folder_without_labels_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         read_truth([tmp_path / "nowhere"], KNOWN)
     assert hear_labelled(None, [], KNOWN) is None
+
+
+def test_a_second_time_nothing_is_heard(
+    ravens, demo_folder, trained_runs, training_data, tmp_path, monkeypatch
+):
+    known, ensemble = known_of(training_data), load_ensemble(trained_runs[:2])
+    first = hear_labelled(ensemble, [demo_folder, ravens], known, tmp_path / "heard")
+    monkeypatch.setattr("birdcall.inference.Ensemble.score", None)
+    again = hear_labelled(ensemble, [demo_folder, ravens], known, tmp_path / "heard")
+    assert np.array_equal(again.scores.clipwise, first.scores.clipwise)
+    assert list(again.frames) == list(first.frames)
+    for name, scores in first.frames.items():
+        assert np.array_equal(again.frames[name].frames, scores.frames)
+        assert np.array_equal(again.frames[name].framewise, scores.framewise)
+
+
+def test_birds_named_where_a_table_is_empty_are_false_events(ravens, trained_runs, training_data):
+    known = known_of(training_data)
+    heard = hear_labelled(load_ensemble(trained_runs[:1]), [ravens], known)
+    assert list(heard.frames) == ["dawn", "night/quiet"]
+    of_dawn = replace(heard, frames={"dawn": heard.frames["dawn"]})
+    everything = Decision(clip_threshold=0.0, frame_threshold=0.0, max_birds=3)
+    with_quiet, without = (event_rows("x", one, everything) for one in (heard, of_dawn))
+    # Three birds in each second of twelve more, none of them there.
+    assert with_quiet[0]["metric"] == "segment_f1"
+    assert 0 < with_quiet[0]["value"] < without[0]["value"]
+    assert (with_quiet[0]["recordings"], without[0]["recordings"]) == (2, 1)
 
 
 # --- rows that are missing, doubled or too many --------------------------------------------------
@@ -267,6 +301,11 @@ def test_all_nocall_scores_what_is_known_of_the_real_soundscapes(cornell_mini):
         matrix = np.array([[code in birds for code in KNOWN] for birds in rows["birds"]])
         score = row_f1_scores(matrix, np.zeros_like(matrix)).mean()
         assert score == pytest.approx(expected[name], abs=0.0005)
+
+
+def test_labels_outside_the_classes_are_counted_in_the_real_annotations(cornell_mini):
+    foreign = read_truth([cornell_mini], KNOWN).foreign
+    assert foreign == Counter({"squirrel": 66, "mouqua": 44, "unk": 7, "hawo": 1})
 
 
 def test_the_real_annotations_agree_with_the_real_rows(cornell_mini):

@@ -10,7 +10,7 @@ import pytest
 
 from birdcall.audio import AudioError
 from birdcall.evaluation import stored
-from birdcall.evaluation.stored import Kept, hear_sounds
+from birdcall.evaluation.stored import Kept, hear_frames, hear_sounds
 from birdcall.inference import Ensemble, load_ensemble
 
 RATE = 32_000
@@ -113,6 +113,44 @@ def test_what_has_changed_is_heard_again(ensemble, kept, monkeypatch, change):
             object.__setattr__(member, "checkpoint", settings)
     with pytest.raises(AssertionError, match="heard again"):
         hear_sounds(ensemble, sounds, kept)
+
+
+def test_kept_sounds_in_another_order_are_not_mistaken_for_each_other(trained_runs, kept):
+    sounds = {name: SOUNDS[name] for name in ("a", "b", "c")}
+    hear_sounds(load_ensemble(trained_runs[:1]), dict(reversed(sounds.items())), kept)
+    together = hear_sounds(load_ensemble(trained_runs[:2]), sounds, kept)
+    assert_same(together, hear_sounds(load_ensemble(trained_runs[:2]), sounds))
+
+
+def test_a_sound_that_failed_for_one_member_only_is_heard_again_by_all(trained_runs, kept, caplog):
+    sounds = {name: SOUNDS[name] for name in ("a", "b", "c")}
+    hear_sounds(load_ensemble(trained_runs[:1]), {**sounds, "b": damaged}, kept)
+    together = hear_sounds(load_ensemble(trained_runs[:2]), sounds, kept)
+    assert "heard different sounds" in caplog.text
+    assert_same(together, hear_sounds(load_ensemble(trained_runs[:2]), sounds))
+    assert_same(
+        together, hear_sounds(load_ensemble(trained_runs[:2]), dict.fromkeys("abc", silent), kept)
+    )
+
+
+def test_frames_are_kept_for_members_together(ensemble, trained_runs, kept, caplog):
+    first = hear_frames(ensemble, SOUNDS, kept)
+    assert list(first) == ["a", "b", "c"]
+    for name, frames in first.items():
+        assert np.array_equal(frames, ensemble.score(SOUNDS[name]([RATE])).frames)
+    decoded = dict.fromkeys("abc", silent)
+    again = hear_frames(ensemble, decoded, kept)
+    assert all(np.array_equal(again[name], frames) for name, frames in first.items())
+    with pytest.raises(AssertionError, match="heard again"):
+        hear_frames(load_ensemble(trained_runs[:1]), decoded, kept)
+    with pytest.raises(AssertionError, match="heard again"):
+        hear_frames(ensemble, decoded, replace(kept, fingerprint="new"))
+    (path,) = kept.folder.iterdir()
+    path.write_bytes(path.read_bytes()[:100])
+    repaired = hear_frames(ensemble, {name: SOUNDS[name] for name in "abc"}, kept)
+    assert all(np.array_equal(repaired[name], frames) for name, frames in first.items())
+    assert [one.levelname for one in caplog.records] == ["WARNING"]
+    assert hear_frames(ensemble, decoded, kept).keys() == first.keys()
 
 
 def test_old_outputs_of_a_member_are_deleted(ensemble, kept):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +19,9 @@ import pandas as pd
 from birdcall.audio import AudioError, probe_audio
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.evaluation.held_out import HeldOutScores, label_times, segments_of
-from birdcall.evaluation.stored import Kept, hear_sounds
+from birdcall.evaluation.stored import Kept, hear_frames, hear_sounds
 from birdcall.fingerprint import digest_files
-from birdcall.inference import Ensemble, SegmentScores, count_segments, read_waveforms, score_sounds
+from birdcall.inference import Ensemble, SegmentScores, count_segments, read_waveforms
 from birdcall.outputs import read_raven_table
 from birdcall.soundscapes import (
     AUDIO_SUFFIXES,
@@ -45,8 +45,9 @@ class Truth:
     """What is known of labelled soundscapes.
 
     paths: of each recording. rows: ``recording``, ``seconds`` (the segment's end), ``birds`` (known
-    codes, none for nocall). annotations: `ANNOTATION_COLUMNS`. foreign: labels that are no known
-    species, and how often; they count as no bird.
+    codes, none for nocall). annotations: `ANNOTATION_COLUMNS`. timed: the recordings of which they
+    tell all, though it be nothing. foreign: labels that are no known species, and how often; they
+    count as no bird.
     """
 
     paths: dict[str, Path] = field(default_factory=dict)
@@ -56,6 +57,7 @@ class Truth:
     annotations: pd.DataFrame = field(
         default_factory=lambda: pd.DataFrame(columns=ANNOTATION_COLUMNS)
     )
+    timed: list[str] = field(default_factory=list)
     foreign: Counter[str] = field(default_factory=Counter)
 
 
@@ -63,8 +65,8 @@ class Truth:
 class Labelled:
     """Labelled soundscapes as an ensemble heard them.
 
-    scores: each recording is a group of its own. frames: of the recordings that have annotations,
-    with all of `SegmentScores`. annotations, foreign, paths: see `Truth`.
+    scores: each recording is a group of its own. frames: of the timed recordings, with all of
+    `SegmentScores`. annotations, foreign, paths: see `Truth`.
     """
 
     scores: HeldOutScores
@@ -103,11 +105,12 @@ def hear_labelled(
     if not heard:
         return None
     annotations = truth.annotations[truth.annotations["recording"].isin(list(heard))]
-    annotated = {name: sounds[name] for name in dict.fromkeys(annotations["recording"])}
+    timed = {name: sounds[name] for name in truth.timed if name in heard}
+    frames = hear_frames(ensemble, timed, place) if timed else {}
     return Labelled(
         _gather(truth.rows, heard, known, ensemble),
         annotations.reset_index(drop=True),
-        dict(score_sounds(ensemble, annotated)),
+        {name: replace(heard[name], frames=one) for name, one in frames.items()},
         truth.foreign,
         truth.paths,
     )
@@ -131,6 +134,7 @@ def read_truth(folders: Sequence[Path], known: Sequence[str]) -> Truth:
             if name in together.paths:
                 raise ValueError(f"{folder}: {name} is in another folder of soundscapes too")
         together.paths |= part.paths
+        together.timed += part.timed
         together.foreign += part.foreign
     if parts:
         together.rows = pd.concat([part.rows for part in parts], ignore_index=True)
@@ -148,12 +152,18 @@ def _read_examples(folder: Path, known: Sequence[str]) -> Truth:
         logger.warning("%s: no recording of this labelled soundscape; left out", audio / name)
     annotations = pd.DataFrame(columns=ANNOTATION_COLUMNS)
     if (folder / EXAMPLE_ANNOTATIONS).is_file():
-        annotations = read_annotations(folder, known).rename(columns={"filename": "recording"})
+        annotations = read_annotations(folder).rename(columns={"filename": "recording"})
+    timed = [name for name in annotations["recording"].unique() if paths.get(name) is not None]
+    is_known = annotations["ebird_code"].isin(list(known))
+    in_annotations = Counter(annotations.loc[~is_known, "ebird_code"])
+    _log_foreign(folder / EXAMPLE_ANNOTATIONS, in_annotations)
+    in_rows = Counter(label for labels in rows["foreign_labels"] for label in labels)
     return Truth(
         {name: path for name, path in paths.items() if path is not None},
         rows.rename(columns={"filename": "recording"})[["recording", "seconds", "birds"]],
-        annotations[ANNOTATION_COLUMNS],
-        Counter(label for labels in rows["foreign_labels"] for label in labels),
+        annotations.loc[is_known, ANNOTATION_COLUMNS],
+        timed,
+        in_rows | in_annotations,  # both files tell of the same sounds: no sum
     )
 
 
@@ -192,10 +202,15 @@ def _read_raven_folder(folder: Path, known: Sequence[str]) -> Truth:
         )
     truth.rows = pd.concat(rows, ignore_index=True)
     truth.annotations = pd.concat(annotations, ignore_index=True)
-    if truth.foreign:
-        named = ", ".join(f"{label} {count}" for label, count in truth.foreign.most_common())
-        logger.warning("%s: labels that are no class and count as no bird: %s", folder, named)
+    truth.timed = list(truth.paths)
+    _log_foreign(folder, truth.foreign)
     return truth
+
+
+def _log_foreign(place: Path, foreign: Counter[str]) -> None:
+    if foreign:
+        named = ", ".join(f"{label} {count}" for label, count in foreign.most_common())
+        logger.warning("%s: labels that are no class and count as no bird: %s", place, named)
 
 
 def _read_selections(

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from birdcall.audio import AudioError
-from birdcall.files import write_atomically
+from birdcall.files import atomic_path, write_atomically
 from birdcall.fingerprint import digest, digest_code
 from birdcall.inference import Ensemble, Member, ReadWaveforms, SegmentScores, score_sounds
 
@@ -27,6 +27,7 @@ CODE = (
     *("evaluation.stored",),
 )
 ARRAYS = ("clipwise", "framewise")
+UNREADABLE = (SafetensorError, KeyError, TypeError, ValueError)  # what a damaged file raises
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,57 @@ def hear_sounds(
     The results' ``frames`` are empty: they would be fifty times as large as all else.
     """
     found = [_read_kept(member, sounds, kept) for member in ensemble.members]
-    missing = [place for place, outputs in enumerate(found) if outputs is None]
+    outputs = _hear_missing(ensemble, sounds, kept, found, progress)
+    if any(one.lengths != outputs[0].lengths for one in outputs):
+        # A disk that was away for some members would shift all that comes after the sound.
+        logger.warning("members heard different sounds of %s; all hear them again", list(sounds))
+        outputs = _hear_missing(ensemble, sounds, kept, [None] * len(found), progress)
+    return _join(outputs, list(sounds))
+
+
+def _hear_missing(
+    ensemble: Ensemble,
+    sounds: Mapping[str, ReadWaveforms],
+    kept: Kept | None,
+    found: Sequence[Outputs | None],
+    progress: bool,
+) -> list[Outputs]:
+    """Fill the gaps in ``found`` (one per member) in one pass over the sounds, and keep these."""
+    filled = {place: outputs for place, outputs in enumerate(found) if outputs is not None}
+    missing = [place for place in range(len(found)) if place not in filled]
     if missing:
         hearing = Ensemble([ensemble.members[place] for place in missing], ensemble.device)
         heard = _hear(hearing, sounds, kept.sounds if kept and progress else None)
         for order, place in enumerate(missing):
-            found[place] = _of_member(heard, order, len(ensemble.classes))
+            filled[place] = _of_member(heard, order, len(ensemble.classes))
             if kept is not None and _has_weights(ensemble.members[place]):
-                keep_outputs(kept, ensemble.members[place], found[place])
-    return _join(found, list(sounds))
+                keep_outputs(kept, ensemble.members[place], filled[place])
+    return [filled[place] for place in range(len(found))]
+
+
+def hear_frames(
+    ensemble: Ensemble, sounds: Mapping[str, ReadWaveforms], kept: Kept | None = None
+) -> dict[str, np.ndarray]:
+    """Return `SegmentScores.frames` of each sound, the members' mean over time.
+
+    They are kept for these members together. Sounds that do not decode are left out.
+    """
+    path = None
+    if kept is not None and all(_has_weights(member) for member in ensemble.members):
+        path = _frames_path(kept, ensemble.members)
+        if path.is_file():
+            try:
+                return _read_frames(path, list(sounds))
+            except UNREADABLE as error:
+                logger.warning("%s: not readable (%s); heard again", path, error)
+    frames = {
+        name: scores.frames
+        for name, scores in score_sounds(ensemble, sounds)
+        if isinstance(scores, SegmentScores)
+    }
+    if path is not None and frames:
+        _keep_frames(path, frames)
+    return frames
 
 
 def _has_weights(member: Member) -> bool:
@@ -173,9 +216,10 @@ def _read_kept(
         return None
     try:
         outputs = _read(path)
-        if outputs.lengths.keys() | outputs.failed.keys() != sounds.keys():
-            raise ValueError("it is of other sounds")
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        scored = [name for name in sounds if name not in outputs.failed]
+        if list(outputs.lengths) != scored or not outputs.failed.keys() <= sounds.keys():
+            raise ValueError("it is of other sounds, or of these in another order")
+    except UNREADABLE as error:
         logger.warning("%s: not readable (%s); heard again", path, error)
         return None
     return outputs
@@ -202,6 +246,35 @@ def keep_outputs(kept: Kept, member: Member, outputs: Outputs) -> None:
     }
     arrays = {name: np.ascontiguousarray(getattr(outputs, name), np.float32) for name in ARRAYS}
     write_atomically(path, safetensors.numpy.save(arrays, {"values": json.dumps(values)}))
-    for other in path.parent.glob(f"{member.name}.{kept.sounds}.*.safetensors"):
+    _delete_earlier(path)
+
+
+def _frames_path(kept: Kept, members: Sequence[Member]) -> Path:
+    names = digest(" ".join(member.name for member in members))
+    states = digest(" ".join(_path(kept, member).name for member in members))
+    return kept.folder / f"frames-{names}.{kept.sounds}.{states}.safetensors"
+
+
+def _read_frames(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    with safe_open(path, framework="numpy") as file:
+        if json.loads(file.metadata()["sounds"]) != names:
+            raise ValueError("it is of other sounds, or of these in another order")
+        return {name: file.get_tensor(str(place)) for place, name in enumerate(names)}
+
+
+def _keep_frames(path: Path, frames: Mapping[str, np.ndarray]) -> None:
+    arrays = {
+        str(place): np.ascontiguousarray(one, np.float32)
+        for place, one in enumerate(frames.values())
+    }
+    with atomic_path(path) as temporary:
+        safetensors.numpy.save_file(arrays, temporary, {"sounds": json.dumps(list(frames))})
+    _delete_earlier(path)
+
+
+def _delete_earlier(path: Path) -> None:
+    """Delete what is kept of the same members on the same set of sounds in an earlier state."""
+    beginning = path.name.rsplit(".", 2)[0]
+    for other in path.parent.glob(f"{beginning}.*.safetensors"):
         if other != path:
             other.unlink()
