@@ -13,8 +13,9 @@ PACKAGE = Path(birdcall.__file__).parent
 
 # A module imports only from those before it. Down to `kernel` is what an offline kernel runs.
 KERNEL_SIDE = (
-    *("config", "files", "taxonomy", "audio", "threads", "spectrogram", "frontend", "panns"),
-    *("models", "checkpoint", "decision", "soundscapes", "outputs", "inference", "kernel"),
+    *("wheels", "config", "files", "taxonomy", "audio", "threads", "windows", "spectrogram"),
+    *("frontend", "panns", "models", "checkpoint", "onnx_detector", "ensemble", "inference"),
+    *("decision", "outputs", "detection", "soundscapes", "submission", "kernel"),
     "training_kernel",
 )
 DATA = (
@@ -31,7 +32,8 @@ EVALUATION = (
     *("comparison", "ablation", "ablation_report", "figures", "report"),
 )
 TRAINING_SIDE = (
-    *("experiments", "prediction", "metrics", "event_metrics", "fingerprint"),
+    *("experiments", "fingerprint", "export", "journal", "prediction", "cluster"),
+    *("metrics", "event_metrics"),
     *("data", *(f"data.{name}" for name in DATA)),
     *("training", *(f"training.{name}" for name in TRAINING)),
     *("evaluation", *(f"evaluation.{name}" for name in EVALUATION)),

@@ -214,7 +214,7 @@ def test_a_calibration_that_turns_the_ranking_round_is_refused(changes, complain
 
 def test_a_decision_survives_its_file(tmp_path):
     decision = Decision(
-        0.3, 0.25, "votes", 2 / 3, 0.7, 0.25, 2, 0.6, 5, 6, IDENTITY, CLASSES,
+        0.3, 0.25, "votes", 2 / 3, 0.7, 0.25, 2, 0.6, 5, 6, 2.5, IDENTITY, CLASSES,
         ("a-fold0", "b-fold1"), "10 rows", {"nested_row_wise_f1": 0.6},
     )  # fmt: skip
     write_decision(tmp_path / "decision.json", decision)

@@ -8,14 +8,15 @@ import pandas as pd
 import pytest
 
 from birdcall.decision import Decision, read_decision, write_decision
+from birdcall.ensemble import load_ensemble
 from birdcall.evaluation.hearing import hear
 from birdcall.evaluation.scoring import NOCALL_SHARE, _try_on_labelled, evaluate, judge
 from birdcall.evaluation.simulation import SimulationConfig
 from birdcall.evaluation.submission import score_submission
-from birdcall.inference import load_ensemble, write_nocall, write_predictions
 from birdcall.metrics import row_f1_scores, row_wise_f1
 from birdcall.outputs import read_submission
 from birdcall.soundscapes import read_labelled_soundscapes, read_test_rows
+from birdcall.submission import write_nocall, write_predictions
 
 CONFIG = SimulationConfig(soundscapes=6, soundscape_seconds=30.0)
 
@@ -226,7 +227,7 @@ def test_a_second_evaluation_hears_nothing_again(
     trained_runs, training_data, heard, tmp_path, monkeypatch
 ):
     hear(trained_runs, training_data, config=CONFIG, kept=tmp_path)
-    monkeypatch.setattr("birdcall.inference.Ensemble.score", None)
+    monkeypatch.setattr("birdcall.evaluation.stored.score_sounds", None)
     again = hear(trained_runs, training_data, config=CONFIG, kept=tmp_path)
     for fold, scores in heard.simulated.items():
         np.testing.assert_allclose(again.simulated[fold].clipwise, scores.clipwise, atol=1e-6)

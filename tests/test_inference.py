@@ -1,29 +1,28 @@
-"""A row's label depends on its sound alone, and every row of test.csv gets one."""
+"""What is heard in a segment depends on its sound alone: not on batch, threads or neighbours."""
 
-import logging
-import shutil
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 import soundfile
 import torch
 
+import birdcall.inference as inference
+from birdcall.audio import AudioError, read_audio
 from birdcall.checkpoint import Checkpoint
-from birdcall.decision import Calibration, Decision
+from birdcall.ensemble import Ensemble, Member, MemberError
 from birdcall.inference import (
-    FRAMES_PER_SEGMENT,
-    Ensemble,
-    Member,
     SegmentScores,
-    detect_events,
-    label_recording,
+    hear,
+    open_recording,
     score_recordings,
-    split_windows,
-    write_predictions,
+    score_sounds,
+    score_waveforms,
 )
 from birdcall.models import build_model
+from birdcall.windows import FRAMES_PER_SEGMENT, Listening
 
 RATE = 32_000
 CLASSES = ("amecro", "bkcchi", "norcar")
@@ -47,66 +46,121 @@ def noise(seconds, seed=0):
     return 0.1 * np.random.default_rng(seed).standard_normal(round(seconds * RATE)).astype("f4")
 
 
-def test_twelve_seconds_are_three_segments_the_last_one_padded():
-    windows = split_windows(noise(12.3), RATE, 1, 3)
-    assert windows.shape == (3, 5 * RATE)
-    assert np.array_equal(windows.ravel()[: round(12.3 * RATE)], noise(12.3))
-    assert not windows.ravel()[round(12.3 * RATE) :].any()
+def sound(seconds, seed=0):
+    return lambda rates: {rate: noise(seconds, seed) for rate in rates}
+
+
+def assert_same(one, other):
+    for name in ("clipwise", "framewise", "frames"):
+        assert np.array_equal(getattr(one, name), getattr(other, name)), name
+    assert one.seconds == other.seconds
 
 
 def test_scores_have_a_place_for_every_member_segment_and_class(members):
-    scores = Ensemble(members).score({RATE: noise(12.3)})
+    scores = score_waveforms(Ensemble(members), {RATE: noise(12.3)})
     assert scores.clipwise.shape == scores.framewise.shape == (3, 3, 3)
     assert scores.frames.shape == (3, 3 * FRAMES_PER_SEGMENT)
     assert scores.seconds == pytest.approx(12.3)
 
 
+def test_a_segment_is_what_its_model_says_of_it(members):
+    """The reference is the model itself, on the five seconds cut by hand."""
+    scores = score_waveforms(Ensemble(members[2:]), {RATE: noise(12.3)})
+    for number in range(3):
+        segment = np.zeros(5 * RATE, np.float32)
+        own = noise(12.3)[number * 5 * RATE : (number + 1) * 5 * RATE]
+        segment[: len(own)] = own
+        with torch.inference_mode():
+            said = members[2].model(torch.from_numpy(segment)[None])
+        np.testing.assert_allclose(scores.clipwise[0, number], said.clipwise[0], atol=1e-6)
+        peaks = said.framewise[0].amax(dim=1)
+        np.testing.assert_allclose(scores.framewise[0, number], peaks, atol=1e-6)
+
+
 def test_a_member_says_the_same_alone_and_in_company(members):
-    together = Ensemble(members).score({RATE: noise(12.3)})
+    together = score_waveforms(Ensemble(members), {RATE: noise(12.3)})
     for position, member in enumerate(members):
-        alone = Ensemble([member]).score({RATE: noise(12.3)})
-        np.testing.assert_allclose(alone.clipwise[0], together.clipwise[position], atol=1e-6)
-        np.testing.assert_allclose(alone.framewise[0], together.framewise[position], atol=1e-6)
+        alone = score_waveforms(Ensemble([member]), {RATE: noise(12.3)})
+        assert np.array_equal(alone.clipwise[0], together.clipwise[position])
+        assert np.array_equal(alone.framewise[0], together.framewise[position])
 
 
 def test_members_that_share_a_front_end_share_its_log_mel(members, monkeypatch):
     calls = []
-    for member in members:
-        frontend = member.model.frontend
-        original = frontend.forward
-        monkeypatch.setattr(
-            frontend, "forward", lambda w, f=original, m=member: calls.append(m.name) or f(w)
-        )
-    Ensemble(members).score({RATE: noise(5)})
-    assert calls == ["m0", "m2"]
+    real = inference.Ensemble.score_batch
+    from birdcall.frontend import LogMel
+
+    forward = LogMel.forward
+    monkeypatch.setattr(
+        LogMel, "forward", lambda self, w: calls.append(self.config.hop_length) or forward(self, w)
+    )
+    score_waveforms(Ensemble(members), {RATE: noise(5)})
+    assert real is inference.Ensemble.score_batch
+    assert set(calls) == {1000, 800}
+    assert calls.count(1000) == calls.count(800)
 
 
-def test_a_segment_does_not_depend_on_what_is_heard_beside_it(members, monkeypatch):
+def test_a_sound_says_the_same_to_the_bit_whatever_is_heard_beside_it(members):
     ensemble = Ensemble(members)
-    whole = ensemble.score({RATE: noise(40)})
-    alone = ensemble.score({RATE: noise(40)[10 * RATE : 15 * RATE]})
-    np.testing.assert_allclose(whole.clipwise[:, 2], alone.clipwise[:, 0], atol=1e-5)
-    monkeypatch.setattr("birdcall.inference.BATCH_SEGMENTS", 3)
-    small_batches = ensemble.score({RATE: noise(40)})
-    np.testing.assert_allclose(whole.clipwise, small_batches.clipwise, atol=1e-5)
-    np.testing.assert_allclose(whole.framewise, small_batches.framewise, atol=1e-5)
+    lengths = {"a": 7.0, "b": 0.2, "c": 31.0, "d": 5.0, "e": 12.3}
+    sounds = {name: sound(seconds, seed) for seed, (name, seconds) in enumerate(lengths.items())}
+    together = dict(score_sounds(ensemble, sounds))
+    backwards = dict(score_sounds(ensemble, dict(reversed(sounds.items()))))
+    for name, one in sounds.items():
+        ((_, alone),) = score_sounds(ensemble, {name: one})
+        assert_same(together[name], alone)
+        assert_same(backwards[name], alone)
 
 
-def test_the_number_of_threads_does_not_change_a_score(members):
-    ensemble = Ensemble(members)
-    one = ensemble.score({RATE: noise(12)})
-    torch.set_num_threads(2)
-    two = ensemble.score({RATE: noise(12)})
-    np.testing.assert_allclose(one.clipwise, two.clipwise, atol=1e-5)
+def test_the_batch_does_not_change_a_score(members, monkeypatch):
+    expected = score_waveforms(Ensemble(members), {RATE: noise(40)})
+    monkeypatch.setattr("birdcall.ensemble.CPU_BATCH", 3)
+    found = score_waveforms(Ensemble(members), {RATE: noise(40)})
+    np.testing.assert_allclose(found.clipwise, expected.clipwise, atol=1e-6)
+    np.testing.assert_allclose(found.framewise, expected.framewise, atol=1e-6)
 
 
-def test_a_long_window_gives_every_segment_its_own_frames(members):
-    scores = Ensemble(members[:1]).score({RATE: noise(23)}, window_segments=3)
-    assert scores.framewise.shape == (1, 5, 3)
-    # Segments of one window share its clipwise output; their loudest frames are their own.
-    assert np.array_equal(scores.clipwise[0, 0], scores.clipwise[0, 2])
-    assert not np.array_equal(scores.clipwise[0, 2], scores.clipwise[0, 3])
-    assert not np.array_equal(scores.framewise[0, 0], scores.framewise[0, 1])
+def test_the_number_of_threads_does_not_change_a_bit(members):
+    one = score_waveforms(Ensemble(members), {RATE: noise(42)})
+    torch.set_num_threads(3)
+    three = score_waveforms(Ensemble(members), {RATE: noise(42)})
+    assert_same(one, three)
+
+
+def test_a_long_window_answers_by_segments(members):
+    ensemble = Ensemble(members[:1], listening=Listening(3))
+    scores = score_waveforms(ensemble, {RATE: noise(23)})
+    assert scores.clipwise.shape == scores.framewise.shape == (1, 5, 3)
+    assert scores.frames.shape == (3, 5 * FRAMES_PER_SEGMENT)
+    peaks = scores.frames.reshape(3, 5, FRAMES_PER_SEGMENT).max(axis=2).T
+    np.testing.assert_allclose(scores.framewise[0], peaks, atol=1e-6)
+    assert len(np.unique(scores.clipwise[0, :, 0])) == 5
+
+
+def test_what_is_beside_a_segment_is_heard_and_not_scored(members):
+    """A shout after the segment changes its score only where there is context."""
+    quiet, shout = 1e-3 * noise(20), 1e-3 * noise(20)
+    shout[23 * RATE // 2 : 27 * RATE // 2] += noise(2, seed=7) * 5
+    plain, wide = Ensemble(members[:1]), Ensemble(members[:1], listening=Listening(1, 2.5))
+    for ensemble, is_changed in ((plain, False), (wide, True)):
+        before, after = (score_waveforms(ensemble, {RATE: one}) for one in (quiet, shout))
+        assert np.array_equal(before.clipwise[:, 0], after.clipwise[:, 0])
+        assert np.array_equal(before.clipwise[:, 1], after.clipwise[:, 1]) != is_changed
+        assert np.array_equal(before.clipwise[:, 3], after.clipwise[:, 3]) != is_changed
+        assert after.frames.shape == (3, 4 * FRAMES_PER_SEGMENT)
+
+
+def test_with_context_and_without_the_frames_are_at_the_same_time(members):
+    """The loudest frames of a shout stay where the shout is."""
+    waveform = 1e-3 * noise(20)
+    waveform[11 * RATE : 12 * RATE] += noise(1, seed=7) * 5
+    plain = score_waveforms(Ensemble(members[:1]), {RATE: waveform}).frames
+    wide = Ensemble(members[:1], listening=Listening(2, 2.5))
+    wide = score_waveforms(wide, {RATE: waveform}).frames
+    silent = score_waveforms(Ensemble(members[:1]), {RATE: 1e-3 * noise(20)}).frames
+    moved = np.abs(plain - silent).sum(axis=0)
+    assert 100 <= moved.argmax() < 130
+    assert np.abs(wide - plain).max() < 0.5
 
 
 def test_members_of_other_classes_do_not_make_an_ensemble(members):
@@ -115,97 +169,134 @@ def test_members_of_other_classes_do_not_make_an_ensemble(members):
         Ensemble([members[0], other])
 
 
-def scores_of(clipwise, framewise=None):
-    clipwise = np.asarray(clipwise, dtype=np.float32)[None]
-    framewise = clipwise if framewise is None else np.asarray(framewise, dtype=np.float32)[None]
-    frames = np.repeat(framewise[0].T, FRAMES_PER_SEGMENT, axis=1)
-    return SegmentScores(clipwise, framewise, frames, 5.0 * clipwise.shape[1])
-
-
-def test_rows_are_labelled_by_their_end_and_site_3_by_file():
-    scores = scores_of([[0.9, 0, 0], [0, 0, 0], [0, 0.8, 0]])
-    seconds = [15.0, 5.0, 10.0, float("nan"), 20.0]
-    labels = label_recording(scores, seconds, Decision(0.5, 0.5), CLASSES)
-    assert labels == ["bkcchi", "amecro", "nocall", "amecro bkcchi", "nocall"]
-
-
-def test_every_decided_bird_has_an_event_in_its_segment():
-    scores = scores_of([[0.9, 0.6, 0], [0.9, 0, 0], [0, 0, 0]])
-    frames = scores.frames.copy()
-    frames[0, :20] = 0.1  # the crow begins after two seconds
-    frames[1, :FRAMES_PER_SEGMENT] = 0.3  # its members peak in different frames
-    frames[1, 10] = 0.4
-    events = detect_events(replace(scores, frames=frames), Decision(0.5, 0.5), CLASSES)
-    assert [(e.ebird_code, e.onset, e.offset) for e in events] == [
-        ("bkcchi", 1.0, 1.1),
-        ("amecro", 2.0, 10.0),
-    ]
-
-
-def test_events_are_as_long_as_calibrated_frames_say():
-    scores = scores_of([[0.9, 0, 0]])
-    frames = scores.frames.copy()
-    frames[0, :20] = 0.3  # 0.3 is 0.5 where calibrated
-    nothing = (0.0,) * 3
-    calibration = Calibration((1.0,) * 3, nothing, (1.0,) * 3, (np.log(0.7 / 0.3) + 1e-3, 0, 0))
-    events = [
-        detect_events(replace(scores, frames=frames), Decision(calibration=one), CLASSES)
-        for one in (None, calibration)
-    ]
-    assert [(e.onset, e.offset) for (e,) in events] == [(2.0, 5.0), (0.0, 5.0)]
+def test_members_of_two_sample_rates_hear_one_decode(members, tiny_experiment, tmp_path):
+    torch.manual_seed(5)
+    frontend = replace(tiny_experiment.frontend, sample_rate=22_050, fmax=10_000.0)
+    experiment = replace(tiny_experiment, frontend=frontend)
+    low = Member("low", build_model(experiment, 3).eval(), Checkpoint(experiment, CLASSES, 0))
+    path = tmp_path / "a.wav"
+    soundfile.write(path, noise(12.3), RATE)
+    paths = {"a": path}
+    ((_, both),) = score_recordings(Ensemble([members[0], low]), paths)
+    ((_, alone),) = score_recordings(Ensemble([low]), paths)
+    assert np.array_equal(both.clipwise[1], alone.clipwise[0])
 
 
 def test_a_recording_that_does_not_decode_does_not_stop_the_others(members, tmp_path):
     good, bad = tmp_path / "good.wav", tmp_path / "bad.mp3"
     soundfile.write(good, noise(6), RATE)
     bad.write_bytes(b"<html>not found</html>")
-    results = dict(score_recordings(Ensemble(members[:1]), {"bad": bad, "good": good}))
+    paths = {"bad": bad, "gone": tmp_path / "gone.wav", "good": good}
+    results = dict(score_recordings(Ensemble(members[:1]), paths))
     assert "bad.mp3" in str(results["bad"])
+    assert isinstance(results["gone"], AudioError)
+    assert "gone.wav" in str(results["gone"])
     assert results["good"].clipwise.shape == (1, 2, 3)
+
+
+def test_a_sound_that_breaks_off_ends_with_its_error(members):
+    def broken(rates):
+        yield {RATE: noise(22)}
+        raise AudioError("x.mp3", "broke off")
+
+    items = [item for _, item in hear(Ensemble(members[:1]), {"a": broken, "b": sound(5)})]
+    assert isinstance(items[-3], AudioError)
+    assert sum(item.clipwise.shape[1] for item in items[:-3]) == 4
+    results = dict(score_sounds(Ensemble(members[:1]), {"a": broken, "b": sound(5)}))
+    assert isinstance(results["a"], AudioError)
+    assert_same(results["b"], score_waveforms(Ensemble(members[:1]), {RATE: noise(5)}))
+
+
+def test_an_unexpected_error_of_a_reader_reaches_the_caller(members):
+    def crash(rates):
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError, match="a bug"):
+        dict(score_sounds(Ensemble(members[:1]), {"a": sound(5), "b": crash}))
+
+
+def test_who_stops_listening_leaves_no_reader_behind(members):
+    def endless(rates):
+        while True:
+            yield {RATE: noise(5)}
+
+    before = threading.active_count()
+    heard = hear(Ensemble(members[:1]), {"a": endless})
+    next(heard)
+    heard.close()
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+def test_reading_ahead_is_bounded(members):
+    n_read = 0
+
+    def long(rates):
+        nonlocal n_read
+        for _ in range(1000):
+            n_read += 1
+            yield {RATE: np.zeros(5 * RATE, np.float32)}
+
+    heard = hear(Ensemble(members[:1]), {"a": long})
+    next(heard)
+    time.sleep(0.3)
+    assert n_read < 100
+    heard.close()
 
 
 def test_a_limit_hears_the_beginning_only(members, tmp_path):
     path = tmp_path / "long.wav"
     soundfile.write(path, noise(21), RATE)
-    ((_, scores),) = score_recordings(Ensemble(members[:1]), {"a": path}, limit_seconds=10.0)
+    ensemble = Ensemble(members[:1])
+    ((_, scores),) = score_recordings(ensemble, {"a": path}, limit_seconds=10.0)
     assert scores.clipwise.shape[1] == 2
-    ((_, whole),) = score_recordings(Ensemble(members[:1]), {"a": path}, limit_seconds=30.0)
+    assert scores.seconds == 10
+    ((_, whole),) = score_recordings(ensemble, {"a": path}, limit_seconds=30.0)
     assert whole.clipwise.shape[1] == 5
+    assert np.array_equal(whole.clipwise[:, :2], scores.clipwise)
 
 
-@pytest.fixture
-def competition(tmp_path, cornell_mini):
-    """test.csv of the real stand-in with two of its recordings; all others are missing."""
-    (tmp_path / "test_audio").mkdir()
-    shutil.copyfile(cornell_mini / "test.csv", tmp_path / "test.csv")
-    for path in sorted((cornell_mini / "test_audio").iterdir())[:2]:
-        shutil.copyfile(path, tmp_path / "test_audio" / path.name)
-    return tmp_path
+def test_a_limited_recording_is_its_beginning_to_the_sample(tmp_path):
+    path = tmp_path / "long.wav"
+    soundfile.write(path, noise(70), 44_100)
+    blocks = list(open_recording(path, 33.3)([RATE, 16_000]))
+    for rate in (RATE, 16_000):
+        joined = np.concatenate([block[rate] for block in blocks])
+        expected = read_audio(path, rate, duration_seconds=33.3)
+        np.testing.assert_allclose(joined, expected, atol=1e-6)
 
 
-def test_every_row_is_answered_in_order_although_recordings_are_missing(
-    competition, members, caplog
-):
-    submission = competition / "out" / "submission.csv"
-    with caplog.at_level(logging.WARNING):
-        summary = write_predictions(
-            competition, Ensemble(members), Decision(0.0, 0.0, max_birds=2), submission
-        )
-    rows = pd.read_csv(competition / "test.csv")
-    written = pd.read_csv(submission)
-    assert list(written["row_id"]) == list(rows["row_id"])
-    present = {path.stem for path in (competition / "test_audio").iterdir()}
-    missing = ~rows["audio_id"].isin(present)
-    assert (written.loc[missing, "birds"] == "nocall").all()
-    assert (written.loc[~missing, "birds"].str.split().map(len) == 2).all()
-    assert summary.n_rows_with_birds == (~missing).sum()
-    for name in set(rows.loc[missing, "audio_id"]):
-        assert name in caplog.text
-        assert name in summary.failed
+def test_some_members_hear_and_at_none_nothing_more_is_heard(members):
+    sounds = {name: sound(6, seed) for seed, name in enumerate("abcd")}
+    n_members = iter((3, 1, 0))
+    heard = dict(score_sounds(Ensemble(members), sounds, lambda name: next(n_members)))
+    assert {name: len(scores.clipwise) for name, scores in heard.items()} == {"a": 3, "b": 1}
+    alone = score_waveforms(Ensemble(members[:1]), sounds["b"]([RATE]))
+    assert_same(heard["b"], alone)
 
 
-def test_without_test_audio_every_row_says_nocall(competition, members):
-    shutil.rmtree(competition / "test_audio")
-    submission = competition / "submission.csv"
-    write_predictions(competition, Ensemble(members), Decision(0.0, 0.0), submission)
-    assert (pd.read_csv(submission)["birds"] == "nocall").all()
+def test_a_member_that_says_nan_is_named(members, tiny_experiment):
+    model = build_model(tiny_experiment, 3)
+    with torch.no_grad():
+        model.head.detection.bias.fill_(float("nan"))
+    bad = Member("bad", model, Checkpoint(tiny_experiment, CLASSES, 0))
+    with pytest.raises(MemberError, match="bad: its clipwise output holds NaN") as caught:
+        score_waveforms(Ensemble([members[0], bad]), {RATE: noise(5)})
+    assert caught.value.member == "bad"
+
+
+def test_costs_tell_what_the_time_went_to(members):
+    ensemble = Ensemble(members)
+    score_waveforms(ensemble, {RATE: noise(40)})
+    assert set(ensemble.costs.seconds) == {"reading", "front end", "m0", "m1", "m2"}
+    assert all(seconds > 0 for seconds in ensemble.costs.seconds.values())
+    assert ensemble.costs.sound["m0"] == 40
+    assert ensemble.costs.sound["front end"] == 80  # there are two
+
+
+def test_scores_are_made_of_numbers_of_the_model_alone():
+    assert SegmentScores.__dataclass_fields__.keys() == {
+        "clipwise", "framewise", "frames", "seconds",
+    }  # fmt: skip

@@ -11,10 +11,10 @@ import soundfile
 
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.decision import Decision
+from birdcall.ensemble import load_ensemble
 from birdcall.evaluation.held_out import label_times
 from birdcall.evaluation.labelled import hear_labelled, read_truth
 from birdcall.evaluation.tables import event_rows
-from birdcall.inference import load_ensemble
 from birdcall.metrics import row_f1_scores
 from birdcall.outputs import Event, write_raven_table
 from birdcall.soundscapes import find_audio, read_labelled_soundscapes
@@ -187,7 +187,7 @@ def test_a_second_time_nothing_is_heard(
 ):
     known, ensemble = known_of(training_data), load_ensemble(trained_runs[:2])
     first = hear_labelled(ensemble, [demo_folder, ravens], known, tmp_path / "heard")
-    monkeypatch.setattr("birdcall.inference.Ensemble.score", None)
+    monkeypatch.setattr("birdcall.evaluation.stored.score_sounds", None)
     again = hear_labelled(ensemble, [demo_folder, ravens], known, tmp_path / "heard")
     assert np.array_equal(again.scores.clipwise, first.scores.clipwise)
     assert list(again.frames) == list(first.frames)

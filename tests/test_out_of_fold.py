@@ -6,8 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from birdcall.audio import AudioError, read_audio
+from birdcall.ensemble import load_ensemble
 from birdcall.evaluation.out_of_fold import KEYS, hear_out_of_fold, write_oof_parquet
-from birdcall.inference import load_ensemble
+from birdcall.inference import score_waveforms
 from birdcall.training.validation import VALIDATION_SECONDS, score_out_of_fold
 
 
@@ -29,7 +30,7 @@ def test_every_recording_is_heard_by_the_run_that_did_not_train_on_it(
         ]
         waveform = read_audio(training_data.folder / recording["path"], 32_000)
         assert len(waveform) < VALIDATION_SECONDS * 32_000
-        expected = load_ensemble([folder]).score({32_000: waveform})
+        expected = score_waveforms(load_ensemble([folder]), {32_000: waveform})
         own = (part.segments["row"] == row).to_numpy()
         assert set(part.segments["path"][own]) == {recording["path"]}
         assert set(part.segments["fold"][own]) == {recording["fold"]}
@@ -75,12 +76,15 @@ def test_a_second_time_it_is_read(training_data, trained_runs, heard, tmp_path, 
 def test_a_recording_that_does_not_decode_is_named(training_data, trained_runs, monkeypatch):
     broken = training_data.recordings["path"].iloc[0]
 
-    def read(path, *rest):
-        if str(path).endswith(broken):
-            raise AudioError(path, "is no sound")
-        return {32_000: np.zeros(32_000, np.float32)}
+    def open_recording(path, limit_seconds):
+        def read(sample_rates):
+            if str(path).endswith(broken):
+                raise AudioError(path, "is no sound")
+            return {32_000: np.zeros(32_000, np.float32)}
 
-    monkeypatch.setattr("birdcall.evaluation.out_of_fold.read_waveforms", read)
+        return read
+
+    monkeypatch.setattr("birdcall.evaluation.out_of_fold.open_recording", open_recording)
     with pytest.raises(AudioError, match=broken):
         hear_out_of_fold(load_ensemble(trained_runs), training_data)
 

@@ -15,6 +15,7 @@ from birdcall.data.audit import audit_recordings, usable_recordings
 from birdcall.data.dataset import load_training_data
 from birdcall.data.folds import make_folds, write_folds
 from birdcall.data.recordings import read_recordings
+from birdcall.ensemble import load_ensemble
 from birdcall.evaluation.simulated_sound import (
     band_power,
     event_gain,
@@ -35,7 +36,7 @@ from birdcall.evaluation.simulation import (
     recording_groups,
 )
 from birdcall.evaluation.stretches import MAX_SECONDS, find_stretch
-from birdcall.inference import load_ensemble
+from birdcall.inference import score_waveforms
 
 RATE = 32_000
 CONFIG = SimulationConfig(soundscapes=4, soundscape_seconds=30.0)
@@ -400,7 +401,7 @@ def test_what_is_heard_is_what_is_rendered(training_data, trained_runs, planned,
         ensemble, planned[:2], training_data, CONFIG, list(training_data.classes)
     )
     waveforms = render(planned[1], training_data, noise, CONFIG, [RATE])
-    expected = ensemble.score(waveforms)
+    expected = score_waveforms(ensemble, waveforms)
     np.testing.assert_allclose(heard.clipwise[:, 6:], expected.clipwise, atol=1e-6)
 
 

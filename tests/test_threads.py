@@ -12,7 +12,7 @@ from birdcall.threads import map_threads
 
 @pytest.fixture(params=[1, 2, 3])
 def n_threads(request):
-    threads._pool.cache_clear()
+    threads.worker_pool.cache_clear()
     torch.set_num_threads(request.param)  # conftest sets it back to one
     return request.param
 

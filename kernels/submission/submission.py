@@ -6,6 +6,9 @@ from pathlib import Path
 
 INPUT = Path(os.environ.get("KAGGLE_INPUT", "/kaggle/input"))
 WORKING = Path(os.environ.get("KAGGLE_WORKING", "/kaggle/working"))
+TEMP = Path(os.environ.get("KAGGLE_TEMP", "/kaggle/temp"))  # gone after the session
+# Seconds, of the two hours that the competition allows; the start has taken some already.
+BUDGET = float(os.environ.get("KAGGLE_TIME_LIMIT", 6600))
 
 
 def find(marker: str) -> Path:
@@ -19,6 +22,12 @@ def find(marker: str) -> Path:
 package = find("manifest.json")
 sys.path.insert(0, str(package))
 
-from birdcall.kernel import run_kernel  # noqa: E402 - found only now
+from birdcall.wheels import install_wheels  # noqa: E402 - found only now
 
-run_kernel(package, find("sample_submission.csv"), WORKING / "submission.csv")
+site = install_wheels(package, TEMP)
+if site is not None:
+    sys.path.insert(0, str(site))
+
+from birdcall.kernel import run_kernel  # noqa: E402 - some packages are found only now
+
+run_kernel(package, find("sample_submission.csv"), WORKING / "submission.csv", BUDGET)

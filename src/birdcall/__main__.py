@@ -60,6 +60,14 @@ Labels = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(help="What `birdcall relabel` wrote.", show_default="train.csv's labels"),
 ]
+WindowSegments = Annotated[int, typer.Option(min=1, help="Segments that the models hear at once.")]
+ContextSeconds = Annotated[
+    float, typer.Option(min=0, help="Sound before and after them that the models hear as well.")
+]
+Wheels = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="Folder of wheels that Kaggle's image lacks.", show_default="none"),
+]
 Jobs = Annotated[int, typer.Option(min=1, help="Runs trained at once, sharing the cores.")]
 DEFAULT_WORKERS = max(1, min(8, (os.cpu_count() or 2) - 1))
 KERNEL_SCRIPT = Path("kernels/submission/submission.py")
@@ -185,8 +193,8 @@ def train(
 
     For several GPUs: torchrun --nproc_per_node=2 -m birdcall train ...
     """
+    from birdcall.ensemble import default_device
     from birdcall.experiments import find_experiment
-    from birdcall.inference import default_device
     from birdcall.training.distributed import joined_processes
     from birdcall.training.log import TrainingInterrupted
     from birdcall.training.runs import plan_runs, runs_table, train_many
@@ -230,7 +238,7 @@ def relabel(
     folds: Folds = None,
 ) -> None:
     """Say which labels are heard where, by models that did not train on the recording."""
-    from birdcall.inference import default_device
+    from birdcall.ensemble import default_device
     from birdcall.training.relabelling import relabel_recordings
 
     output = _output_of(data, output)
@@ -267,6 +275,8 @@ def evaluate(
     nocall_share: Annotated[
         float, typer.Option(help="Share of rows without a bird that is expected.")
     ] = 0.54,
+    window_segments: WindowSegments = 1,
+    context_seconds: ContextSeconds = 0.0,
     output: Output = None,
     folds: Folds = None,
     noise: Noise = None,
@@ -282,13 +292,14 @@ def evaluate(
         typer.echo(score_submission(data, submission))
         return
     from birdcall.decision import write_decision
+    from birdcall.ensemble import default_device
     from birdcall.evaluation.hearing import hear
     from birdcall.evaluation.out_of_fold import write_oof_parquet
     from birdcall.evaluation.report import describe_decision, write_report
     from birdcall.evaluation.scoring import evaluate
     from birdcall.evaluation.tables import terminal_table
     from birdcall.files import write_atomically
-    from birdcall.inference import default_device
+    from birdcall.windows import Listening
 
     output = _output_of(data, output)
     training_data = _load_training_data(data, output, folds, noise)
@@ -297,6 +308,7 @@ def evaluate(
         training_data,
         default_device(),
         labelled_folders=soundscapes or (),
+        listening=Listening(window_segments, context_seconds),
         kept=output / "heard",
         progress=True,
     )
@@ -372,6 +384,7 @@ def package(
     build: Annotated[Path, typer.Option(help="What is to be uploaded.")] = KERNEL_BUILD,
     script: Annotated[Path, typer.Option(help="The kernel.")] = KERNEL_SCRIPT,
     owner: Annotated[str, typer.Option(help="Your name on Kaggle.")] = "your-kaggle-name",
+    wheels: Wheels = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Then run the kernel as Kaggle will, on --data."),
@@ -384,7 +397,7 @@ def package(
     output = _output_of(data, output)
     decision = read_decision(output / "decision.json")
     members = [_run_folder(output, name) for name in decision.members]
-    dataset = stage_package(members, decision, script, build, owner)
+    dataset = stage_package(members, decision, script, build, owner, wheels)
     typer.echo(f"{dataset}: {len(members)} members, {_megabytes(dataset):.1f} MB")
     if dry_run:
         submission = output / "submission.csv"
@@ -402,10 +415,7 @@ def package_training(
     noise: Noise = None,
     labels: Labels = None,
     init: Init = None,
-    wheels: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(help="Folder of wheels that Kaggle's image lacks.", show_default="none"),
-    ] = None,
+    wheels: Wheels = None,
     hours: Annotated[float, typer.Option(help="Time limit of a session.")] = 11.5,
     workers: Annotated[
         int, typer.Option(min=0, help="Processes that read sound, of all GPUs together.")
@@ -452,10 +462,44 @@ def package_training(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a run, or of a packaged member.")],
+    to: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="The file to write.", show_default="model.onnx in the folder"),
+    ] = None,
+    source: Annotated[
+        str,
+        typer.Option(
+            "--input",
+            help="What goes in: log_mel, as the kernel and evaluate want it, or waveform.",
+        ),
+    ] = "log_mel",
+    window_segments: WindowSegments = 1,
+    context_seconds: ContextSeconds = 0.0,
+) -> None:
+    """Write a model as ONNX, refused if ONNX Runtime says anything else than torch."""
+    from birdcall.export import export_onnx
+    from birdcall.onnx_detector import ONNX_FILE
+    from birdcall.windows import Listening
+
+    path = to or checkpoint / ONNX_FILE
+    if source != "log_mel" and to is None:
+        raise ValueError("--input waveform needs --to FILE: the folder's is for log-mels")
+    difference = export_onnx(checkpoint, path, Listening(window_segments, context_seconds), source)
+    typer.echo(
+        f"{path}: {path.stat().st_size / 1e6:.1f} MB, probabilities within {difference:.1g} of "
+        "torch's"
+    )
+
+
+@app.command()
 def predict(
     paths: Annotated[
         Optional[list[Path]],  # noqa: UP045
-        typer.Argument(help="Recordings or folders of them.", show_default="the data's test rows"),
+        typer.Argument(
+            help="Recordings, folders of them, globs.", show_default="the data's test rows"
+        ),
     ] = None,
     data: Annotated[
         Optional[Path],  # noqa: UP045
@@ -463,25 +507,75 @@ def predict(
     ] = None,
     package: Annotated[Path, typer.Option(help="A staged package.")] = KERNEL_BUILD / "dataset",
     output: Output = None,
+    format: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="csv, parquet, jsonl: one table; raven, audacity: a file of each recording. May "
+            "be repeated.",
+            show_default="csv and raven",
+        ),
+    ] = None,
+    min_confidence: Annotated[float, typer.Option(help="Leave out detections below it.")] = 0.0,
+    species: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="An ebird code. May be repeated.", show_default="all"),
+    ] = None,
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="Also the networks' features of each segment.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin again, forget what is finished.")
+    ] = False,
+    ray: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Address of a Ray cluster to spread recordings over, or auto."),
+    ] = None,
 ) -> None:
-    """Label a data folder's test rows, or find the birds in recordings of your own."""
-    from birdcall.checkpoint import find_checkpoints
-    from birdcall.decision import read_decision
-    from birdcall.inference import default_device, load_ensemble, write_predictions
-    from birdcall.kernel import DECISION_FILE, MEMBERS_FOLDER, check_manifest
-    from birdcall.prediction import predict_recordings
+    """Label a data folder's test rows, or find the birds in recordings of your own.
+
+    Finished recordings are kept in a journal: the same command again goes on after a stop.
+    """
+    from birdcall.ensemble import default_device
+    from birdcall.journal import Journal
+    from birdcall.kernel import open_package, require_all_members
+    from birdcall.prediction import (
+        DEFAULT_FORMATS,
+        JOURNAL_FILE,
+        Wanted,
+        find_recordings,
+        fingerprint_of,
+        listen_here,
+        predict_recordings,
+    )
+    from birdcall.submission import write_predictions
 
     if bool(paths) == (data is not None):
         raise ValueError("predict takes either PATHS of recordings or --data DIR")
-    check_manifest(package)
-    decision = read_decision(package / DECISION_FILE)
-    ensemble = load_ensemble(find_checkpoints(package / MEMBERS_FOLDER), default_device())
+    device = default_device()
+    ensemble, decision, refused = open_package(package, device)
+    require_all_members(refused)
     if data is not None:
         submission = _output_of(data, output) / "submission.csv"
         typer.echo(f"{submission}: {write_predictions(data, ensemble, decision, submission)}")
         return
+    wanted = Wanted(
+        tuple(format or DEFAULT_FORMATS), min_confidence, tuple(species or ()), embeddings
+    )
+    wanted.require_known(ensemble.classes)
+    recordings = find_recordings(paths)
     output = output or Path("output/predictions")
-    typer.echo(predict_recordings(paths, ensemble, decision, output, progress=True))
+    if overwrite:
+        (output / JOURNAL_FILE).unlink(missing_ok=True)
+    if ray is None:
+        listen = listen_here(ensemble, decision, output, wanted, progress=True)
+    else:
+        from birdcall.cluster import listen_on_cluster
+
+        listen = listen_on_cluster(ray, package, output, embeddings=embeddings, progress=True)
+    with Journal(
+        output / JOURNAL_FILE, fingerprint_of(package, embeddings, device.type)
+    ) as journal:
+        typer.echo(predict_recordings(recordings, journal, listen, output, wanted))
 
 
 @benchmark_app.command("frontend")

@@ -148,33 +148,68 @@ def read_crops(
 def iterate_audio(
     path: Path, sample_rate: int, block_seconds: float = 60.0
 ) -> Iterator[np.ndarray]:
-    """Yield a file's waveform in blocks of ``block_seconds``, the last one shorter.
+    """Yield a whole waveform in blocks of ``block_seconds``, the last one shorter.
 
     Their concatenation equals ``read_audio(path, sample_rate)``; memory does not grow with length.
     """
-    _require_stretch(sample_rate, 0.0, block_seconds)
-    n_block = max(1, round(block_seconds * sample_rate))
+    for block in iterate_rates(path, [sample_rate], block_seconds):
+        yield block[sample_rate]
+
+
+def iterate_rates(
+    path: Path, sample_rates: Sequence[int], block_seconds: float = 60.0
+) -> Iterator[dict[int, np.ndarray]]:
+    """Yield what `iterate_audio` does at each of the sample rates, decoding once."""
+    for rate in sample_rates:
+        _require_stretch(rate, 0.0, block_seconds)
+    n_total = n_yielded = 0
     with open_audio(path) as file:
         promised = promised_frames(path, file) / file.samplerate
-        resampled = resample_blocks(mono_blocks(path, file), file.samplerate, sample_rate)
-        pending, n_pending, n_total = [], 0, 0
-        for waveform in resampled:
-            pending.append(waveform)
-            n_pending += len(waveform)
+        blocks = {rate: _Blocks(max(1, round(block_seconds * rate))) for rate in sample_rates}
+        resamplers = {rate: _Resampler(file.samplerate, rate) for rate in sample_rates}
+        for waveform in mono_blocks(path, file):
             n_total += len(waveform)
-            while n_pending >= n_block:
-                joined = np.concatenate(pending)
-                yield joined[:n_block]
-                pending, n_pending = [joined[n_block:]], n_pending - n_block
-        if n_pending:
-            yield np.concatenate(pending)
-    if not n_total:
+            for rate, resample in resamplers.items():
+                blocks[rate].add(resample(waveform))
+            while all(block.is_full for block in blocks.values()):
+                n_yielded += 1
+                yield {rate: block.take() for rate, block in blocks.items()}
+        for rate, resample in resamplers.items():
+            blocks[rate].add(resample.finish())
+        while any(block.n_held for block in blocks.values()):
+            n_yielded += 1
+            yield {rate: block.take() for rate, block in blocks.items()}
+        native_rate = file.samplerate
+    if not n_yielded:
         raise AudioError(path, "has no samples; empty or damaged")
-    if is_cut(n_total / sample_rate, promised):
+    if is_cut(n_total / native_rate, promised):
         log.warning(
             "%s: decodes only to %.2f s of %.2f s; truncated or damaged",
-            path, n_total / sample_rate, promised,
+            path, n_total / native_rate, promised,
         )  # fmt: skip
+
+
+class _Blocks:
+    """Samples that wait until they are as many as a block has."""
+
+    def __init__(self, n_block: int) -> None:
+        self.n_block, self.n_held = n_block, 0
+        self.held: list[np.ndarray] = []
+
+    @property
+    def is_full(self) -> bool:
+        return self.n_held >= self.n_block
+
+    def add(self, waveform: np.ndarray) -> None:
+        self.held.append(waveform)
+        self.n_held += len(waveform)
+
+    def take(self) -> np.ndarray:
+        """Return a block, or what there is of one."""
+        joined = np.concatenate([np.zeros(0, np.float32), *self.held])
+        self.held = [joined[self.n_block :]]
+        self.n_held = len(self.held[0])
+        return joined[: self.n_block]
 
 
 def crop_or_pad(waveform: np.ndarray, n_samples: int, offset: int = 0) -> np.ndarray:
@@ -246,13 +281,27 @@ def resample_blocks(
     blocks: Iterator[np.ndarray], from_rate: int, to_rate: int
 ) -> Iterator[np.ndarray]:
     """Resample consecutive blocks as if they were one waveform (soxr HQ)."""
-    if from_rate == to_rate:
-        yield from blocks
-        return
-    stream = soxr.ResampleStream(from_rate, to_rate, 1, dtype="float32", quality="HQ")
+    resample = _Resampler(from_rate, to_rate)
     for block in blocks:
-        yield stream.resample_chunk(block)
-    yield stream.resample_chunk(np.zeros(0, np.float32), last=True)
+        yield resample(block)
+    yield resample.finish()
+
+
+class _Resampler:
+    """Resamples a waveform that comes in blocks."""
+
+    def __init__(self, from_rate: int, to_rate: int) -> None:
+        self.stream = None
+        if from_rate != to_rate:
+            self.stream = soxr.ResampleStream(from_rate, to_rate, 1, dtype="float32", quality="HQ")
+
+    def __call__(self, block: np.ndarray) -> np.ndarray:
+        return block if self.stream is None else self.stream.resample_chunk(block)
+
+    def finish(self) -> np.ndarray:
+        """Return what the filter still holds."""
+        nothing = np.zeros(0, np.float32)
+        return nothing if self.stream is None else self.stream.resample_chunk(nothing, last=True)
 
 
 def _read_stretch(

@@ -18,6 +18,7 @@ import numpy as np
 
 from birdcall.config import NOCALL, require, require_choice, require_share
 from birdcall.files import write_atomically
+from birdcall.windows import Listening
 
 COMBINATIONS = ("mean", "rms", "votes")
 SMALLEST = 1e-7  # a probability of 0 or 1 has no logit
@@ -98,7 +99,8 @@ class Decision:
     max_birds: int = 3
     file_threshold: float = 0.5
     file_max_birds: int = 10
-    window_segments: int = 1  # how many segments the model hears at once
+    window_segments: int = 1  # how many segments the model hears at once,
+    context_seconds: float = 0.0  # and how much sound before and after them
     calibration: Calibration | None = None
     classes: tuple[str, ...] = ()
     members: tuple[str, ...] = ()
@@ -109,7 +111,8 @@ class Decision:
         require_choice("combination", self.combination, COMBINATIONS)
         for name in _SHARES:
             require_share(name, getattr(self, name))
-        for name in ("max_birds", "file_max_birds", "window_segments"):
+        _ = self.listening  # checks itself
+        for name in ("max_birds", "file_max_birds"):
             value = getattr(self, name)
             require(
                 isinstance(value, int) and value >= 1,
@@ -122,6 +125,11 @@ class Decision:
                 f"the calibration is for {n_calibrated} classes, the decision for "
                 f"{len(self.classes)}",
             )
+
+    @property
+    def listening(self) -> Listening:
+        """Return what the members' scores must come from."""
+        return Listening(self.window_segments, self.context_seconds)
 
     def n_votes(self, n_members: int) -> int:
         """Return how many of so many members must agree."""
@@ -144,6 +152,8 @@ class Decision:
             parts.append(f"smoothed over neighbours that weigh {self.neighbour_weight:g}")
         if self.calibration is not None:
             parts.append("of calibrated scores")
+        if not self.listening.is_plain:
+            parts.append(f"of windows of {self.listening.window_seconds:g} s")
         return f"{' '.join(parts)}, at most {self.max_birds} birds"
 
 
@@ -305,12 +315,22 @@ def decide_recordings(
 
 def ask_rows(voters: Voters, decision: Decision) -> np.ndarray:
     """Apply the thresholds of rows: return the birds of each, ``(rows, classes)``."""
-    chosen = voters.clipwise >= decision.clip_threshold
-    chosen &= voters.framewise >= decision.frame_threshold
+    passed = pass_thresholds(voters, decision)
     if decision.recording_threshold > 0:
-        chosen &= passes_gate(voters, decision.recording_threshold)
-    agreed = chosen.sum(axis=0) >= _needed(len(chosen), decision)
-    return _strongest(agreed, voters.strength, decision.max_birds)
+        passed &= passes_gate(voters, decision.recording_threshold)
+    return keep_strongest(agree(passed, decision), voters.strength, decision.max_birds)
+
+
+def pass_thresholds(voters: Voters, decision: Decision) -> np.ndarray:
+    """Return which birds each voter hears in each row, the gate aside: as `Voters.clipwise`."""
+    passed = voters.clipwise >= decision.clip_threshold
+    passed &= voters.framewise >= decision.frame_threshold
+    return passed
+
+
+def agree(passed: np.ndarray, decision: Decision) -> np.ndarray:
+    """Return for ``(voters, …)`` whether as many of them say so as the decision asks for."""
+    return passed.sum(axis=0) >= _needed(len(passed), decision)
 
 
 def passes_gate(voters: Voters, threshold: float) -> np.ndarray:
@@ -331,15 +351,15 @@ def gather_recordings(voters: Voters, decision: Decision) -> WholeRecordings:
 def ask_recordings(gathered: WholeRecordings, decision: Decision) -> np.ndarray:
     """Apply the thresholds of whole recordings; see `decide_recordings`."""
     is_sure = gathered.highest >= decision.file_threshold
-    agreed = is_sure.sum(axis=0) >= _needed(len(is_sure), decision)
-    return _strongest(gathered.in_a_row & agreed, gathered.strength, decision.file_max_birds)
+    agreed = agree(is_sure, decision)
+    return keep_strongest(gathered.in_a_row & agreed, gathered.strength, decision.file_max_birds)
 
 
 def _needed(n_voters: int, decision: Decision) -> int:
     return decision.n_votes(n_voters) if decision.combination == "votes" else 1
 
 
-def _strongest(chosen: np.ndarray, strength: np.ndarray, max_birds: int) -> np.ndarray:
+def keep_strongest(chosen: np.ndarray, strength: np.ndarray, max_birds: int) -> np.ndarray:
     if chosen.shape[1] <= max_birds or not (chosen.sum(axis=1) > max_birds).any():
         return chosen
     # Stable sorting: equal strengths go by class order, on every machine.

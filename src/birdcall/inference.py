@@ -1,45 +1,49 @@
-"""Listen to soundscapes with an ensemble: the same code for kernel, validation and `predict`."""
+"""Listen to sound of any length with an ensemble: the same for kernel, validation and `predict`.
+
+Threads read ahead and cut windows, which are scored in batches, one on each core or GPU; what comes
+out is in the order of the sounds. Memory does not grow with the length of a recording.
+
+How a number is rounded depends on the shape of a batch and the place in it. On a CPU, where batches
+are small, each is of one sound only: its scores are the same to the bit whatever is heard beside
+it. A GPU wants large batches, of windows from whatever sounds come next.
+"""
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import closing
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
-from torch import Tensor
-from torch.nn import functional
 
-from birdcall.audio import AudioError, probe_audio, read_audio
-from birdcall.checkpoint import Checkpoint, load_model, require_same_classes
-from birdcall.config import NOCALL, SEGMENT_SECONDS, FrontendConfig, require
-from birdcall.decision import Decision, calibrate, decide, decide_recordings, label_rows
-from birdcall.models import SEDModel
-from birdcall.outputs import Event, frames_to_events, write_submission
-from birdcall.soundscapes import find_audio, find_test_audio_folder, read_test_rows
+from birdcall.audio import AudioError, iterate_rates
+from birdcall.config import SEGMENT_SECONDS
+from birdcall.ensemble import READING, BatchScores, Ensemble
+from birdcall.windows import BLOCK_SECONDS, End, Sound, Waveforms, Window, cut_windows
 
-logger = logging.getLogger(__name__)
-
-# sample rates → the same sound at each: waveforms (samples,); raises AudioError
-ReadWaveforms = Callable[[Sequence[int]], dict[int, np.ndarray]]
-
-BATCH_SEGMENTS = 16  # heard at once: fills two cores, and a GPU's memory never
-FRAMES_PER_SEGMENT = 50  # of `SegmentScores.frames`: finer than any member's own frames
+MAX_READERS = 8
+READ_AHEAD_SEGMENTS = 32  # of each reader
 
 
-@dataclass(frozen=True)
-class Member:
-    """One trained model of an ensemble."""
+class Piece(NamedTuple):
+    """What the members heard in some consecutive segments of a sound.
 
-    name: str
-    model: SEDModel
-    checkpoint: Checkpoint
+    clipwise, framewise: ``(members, segments, classes)``. frames: ``(classes, segments *
+    FRAMES_PER_SEGMENT)``; embedding: ``(segments, sizes)``; None where not asked for.
+    """
+
+    clipwise: np.ndarray
+    framewise: np.ndarray
+    frames: np.ndarray | None
+    embedding: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class SegmentScores:
 
     clipwise, framewise: ``(members, segments, classes)`` probabilities; framewise is the highest of
     the segment's frames. frames: ``(classes, segments * FRAMES_PER_SEGMENT)``, the members' mean
-    over time. seconds: length of the recording.
+    over time, or ``(classes, 0)``. seconds: length of the recording.
     """
 
     clipwise: np.ndarray
@@ -57,282 +61,265 @@ class SegmentScores:
     seconds: float
 
 
-class Ensemble:
-    """Members that hear the same windows: one decode, and one log-mel per distinct front end."""
-
-    def __init__(self, members: Sequence[Member], device: torch.device | str = "cpu") -> None:
-        require(len(members) > 0, "an ensemble needs at least one member")
-        for member in members[1:]:
-            require_same_classes(
-                Path(member.name), member.checkpoint, members[0].checkpoint.classes
-            )
-        self.device = torch.device(device)
-        self.members = list(members)
-        for member in self.members:
-            member.model.to(self.device).eval()
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.members[0].checkpoint.classes
-
-    @property
-    def sample_rates(self) -> tuple[int, ...]:
-        return tuple(sorted({m.model.frontend.config.sample_rate for m in self.members}))
-
-    def score(self, waveforms: Mapping[int, np.ndarray], window_segments: int = 1) -> SegmentScores:
-        """Score a recording given as ``{sample_rate: waveform (samples,)}``, for `sample_rates`."""
-        rate, waveform = next(iter(waveforms.items()))
-        n_segments = count_segments(len(waveform), rate)
-        windows = {
-            rate: split_windows(waveforms[rate], rate, window_segments, n_segments)
-            for rate in self.sample_rates
-        }
-        n_windows = len(windows[rate])
-        step = max(1, BATCH_SEGMENTS // window_segments)
-        batches = [
-            self._score_batch(
-                {rate: window[start : start + step] for rate, window in windows.items()},
-                window_segments,
-            )
-            for start in range(0, n_windows, step)
-        ]
-        clipwise, framewise, frames = (
-            torch.cat(parts, dim=1).cpu().numpy() for parts in zip(*batches, strict=True)
-        )
-        return SegmentScores(
-            clipwise[:, :n_segments],
-            framewise[:, :n_segments],
-            frames[:, : n_segments * FRAMES_PER_SEGMENT],
-            len(waveform) / rate,
-        )
-
-    @torch.inference_mode()
-    def _score_batch(
-        self, windows: Mapping[int, np.ndarray], window_segments: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what `SegmentScores` holds, of one batch of windows."""
-        log_mels: dict[FrontendConfig, Tensor] = {}
-        clipwise, framewise, frames = [], [], []
-        for member in self.members:
-            frontend = member.model.frontend
-            if frontend.config not in log_mels:
-                waveform = torch.from_numpy(windows[frontend.config.sample_rate])
-                log_mels[frontend.config] = frontend(waveform.to(self.device))
-            output = member.model.detect(log_mels[frontend.config])
-            peaks = functional.adaptive_max_pool1d(output.framewise, window_segments)
-            clipwise.append(output.clipwise.repeat_interleave(window_segments, dim=0))
-            framewise.append(peaks.transpose(1, 2).flatten(0, 1))
-            n_frames = window_segments * FRAMES_PER_SEGMENT
-            frames.append(functional.interpolate(output.framewise, n_frames, mode="nearest"))
-        mean_frames = torch.stack(frames).mean(dim=0).transpose(0, 1).flatten(1)
-        return torch.stack(clipwise), torch.stack(framewise), mean_frames
+# --- hearing, piece by piece ----------------------------------------------------------------------
 
 
-def count_segments(n_samples: int, sample_rate: int) -> int:
-    """Return how many segments a recording has; the last one may be padded, and there is one."""
-    return max(1, -(-n_samples // (SEGMENT_SECONDS * sample_rate)))
-
-
-def split_windows(
-    waveform: np.ndarray, sample_rate: int, window_segments: int, n_segments: int
-) -> np.ndarray:
-    """Cut a waveform ``(samples,)`` into ``(windows, window samples)``, zero-padding the last.
-
-    A window is ``window_segments`` whole segments, so no segment is ever split between windows.
-    """
-    n_samples = window_segments * SEGMENT_SECONDS * sample_rate
-    n_windows = -(-n_segments // window_segments)
-    padded = np.zeros(n_windows * n_samples, dtype=np.float32)
-    kept = waveform[: len(padded)]
-    padded[: len(kept)] = kept
-    return padded.reshape(n_windows, n_samples)
-
-
-def load_ensemble(folders: Sequence[Path], device: torch.device | str = "cpu") -> Ensemble:
-    """Load the checkpoints in ``folders`` as one ensemble; their classes must agree."""
-    members = []
-    for folder in folders:
-        model, checkpoint = load_model(folder)
-        members.append(Member(checkpoint.name, model, checkpoint))
-    return Ensemble(members, device)
-
-
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def score_recordings(
+def hear(
     ensemble: Ensemble,
-    paths: Mapping[str, Path],
-    window_segments: int = 1,
-    limit_seconds: float | None = None,
-) -> Iterator[tuple[str, SegmentScores | AudioError]]:
-    """Score recordings in order, the first ``limit_seconds`` of each; see `score_sounds`."""
-    sounds = {name: partial(read_waveforms, path, limit_seconds) for name, path in paths.items()}
-    return score_sounds(ensemble, sounds, window_segments)
+    sounds: Mapping[str, Sound],
+    extra: Sequence[str] = (),
+    choose_members: Callable[[str], int] | None = None,
+) -> Iterator[tuple[str, Piece | End | AudioError]]:
+    """Yield what is heard in the sounds, in order: pieces of each, then its end.
+
+    A sound that does not decode ends with its `AudioError`, perhaps after some pieces.
+    ``extra``: also "frames", "embedding". ``choose_members`` is asked, when a sound begins, how
+    many of the members hear it, the first ones; at 0 nothing more is heard.
+    """
+    scored: deque[tuple[_Batch, Future[BatchScores] | None]] = deque()
+    with closing(_read_ahead(ensemble, sounds)) as windows:
+        for number, batch in enumerate(_make_batches(ensemble, windows, choose_members)):
+            lane = ensemble.lanes[number % len(ensemble.lanes)]
+            scores = None
+            if batch.n_windows:
+                waveforms = batch.stack(ensemble)
+                scores = lane.threads.submit(
+                    ensemble.score_batch, lane, waveforms, batch.n_members, extra
+                )
+            scored.append((batch, scores))
+            if len(scored) > ensemble.n_threads + 1:
+                yield from _take_apart(*scored.popleft())
+        while scored:
+            yield from _take_apart(*scored.popleft())
+
+
+@dataclass
+class _Batch:
+    """Windows to be scored together, of one sound or several, with the ends between them."""
+
+    n_members: int
+    n_windows: int = 0
+    items: list[tuple[str, Window | End | AudioError]] = field(default_factory=list)
+
+    def stack(self, ensemble: Ensemble) -> dict[int, np.ndarray]:
+        """Return all windows ``(windows, samples)`` at each rate."""
+        windows = [item for _, item in self.items if isinstance(item, Window)]
+        return {
+            rate: np.stack([window.waveforms[rate] for window in windows])
+            for rate in ensemble.sample_rates
+        }
+
+
+def _make_batches(
+    ensemble: Ensemble,
+    heard: Iterable[tuple[str, Window | End | AudioError]],
+    choose_members: Callable[[str], int] | None,
+) -> Iterator[_Batch]:
+    batch = _Batch(len(ensemble.members))
+    current, n_members = None, len(ensemble.members)
+    for name, item in heard:
+        if isinstance(item, Window):
+            if name != current:
+                current = name
+                n_members = choose_members(name) if choose_members else n_members
+            if not n_members:
+                break
+            if n_members != batch.n_members:
+                yield batch
+                batch = _Batch(n_members)
+            batch.n_windows += 1
+        batch.items.append((name, item))
+        is_over = not isinstance(item, Window) and not ensemble.mixes_sounds
+        if batch.n_windows == ensemble.batch_windows or is_over:
+            yield batch
+            batch = _Batch(n_members)
+    yield batch
+
+
+def _take_apart(
+    batch: _Batch, future: Future[BatchScores] | None
+) -> Iterator[tuple[str, Piece | End | AudioError]]:
+    """Yield the pieces of each sound, and the ends between them, in order."""
+    scores = None if future is None else future.result()
+    n_taken = 0
+    windows: list[Window] = []
+    for place, (name, item) in enumerate(batch.items):
+        if not isinstance(item, Window):
+            yield name, item
+            continue
+        windows.append(item)
+        following = batch.items[place + 1] if place + 1 < len(batch.items) else ("", None)
+        if following[0] != name or not isinstance(following[1], Window):
+            yield name, _cut_piece(scores, n_taken, windows)
+            n_taken += len(windows)
+            windows = []
+
+
+def _cut_piece(scores: BatchScores, start: int, windows: Sequence[Window]) -> Piece:
+    own = slice(start, start + len(windows))
+    n_segments = sum(window.n_segments for window in windows)  # only the last can have fewer
+    clipwise, framewise = (
+        one[:, own].reshape(len(one), -1, one.shape[-1])[:, :n_segments]
+        for one in (scores.clipwise, scores.framewise)
+    )
+    frames, embedding = scores.frames, scores.embedding
+    if frames is not None:
+        per_segment = frames.shape[2] // (scores.clipwise.shape[2])
+        frames = frames[own].transpose(1, 0, 2).reshape(frames.shape[1], -1)
+        frames = frames[:, : n_segments * per_segment]
+    if embedding is not None:
+        embedding = embedding[own].reshape(-1, embedding.shape[2])[:n_segments]
+    return Piece(clipwise, framewise, frames, embedding)
+
+
+# --- reading ahead --------------------------------------------------------------------------------
+
+
+def _read_ahead(
+    ensemble: Ensemble, sounds: Mapping[str, Sound]
+) -> Iterator[tuple[str, Window | End | AudioError]]:
+    """Yield the windows of the sounds in order, read in threads; each has every so manieth."""
+    n_readers = min(len(sounds), max(1, torch.get_num_threads() // 2), MAX_READERS)
+    n_ahead = max(2, READ_AHEAD_SEGMENTS // ensemble.listening.window_segments)
+    readers = [_Reader(n_ahead) for _ in range(n_readers)]
+    names = list(sounds)
+    try:
+        for number, reader in enumerate(readers):
+            reader.start(ensemble, {name: sounds[name] for name in names[number::n_readers]})
+        for place, name in enumerate(names):
+            item: Window | End | AudioError | None = None
+            while not isinstance(item, End | AudioError):
+                item = readers[place % n_readers].get()
+                yield name, item
+    finally:
+        for reader in readers:
+            reader.stop()
+
+
+class _Reader:
+    """A thread that reads sounds into a queue until it is full, and stops when told to."""
+
+    def __init__(self, n_ahead: int) -> None:
+        self.queue: queue.Queue[Window | End | AudioError | _Crash] = queue.Queue(n_ahead)
+        self.is_stopped = threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def start(self, ensemble: Ensemble, sounds: Mapping[str, Sound]) -> None:
+        self.thread = threading.Thread(target=self._read, args=(ensemble, sounds), daemon=True)
+        self.thread.start()
+
+    def get(self) -> Window | End | AudioError:
+        item = self.queue.get()
+        if isinstance(item, _Crash):
+            raise item.error
+        return item
+
+    def stop(self) -> None:
+        self.is_stopped.set()
+        while self.thread is not None and self.thread.is_alive():
+            try:  # it may be waiting for a place
+                self.queue.get(timeout=0.01)
+            except queue.Empty:
+                continue
+
+    def _read(self, ensemble: Ensemble, sounds: Mapping[str, Sound]) -> None:
+        sound_seconds = ensemble.listening.window_segments * SEGMENT_SECONDS
+        for sound in sounds.values():
+            windows = self._cut(ensemble, sound)
+            while True:
+                with ensemble.costs.measure(READING, sound_seconds):
+                    item = next(windows, None)
+                if item is None or self.is_stopped.is_set():
+                    break
+                self.queue.put(item)
+            if self.is_stopped.is_set():
+                return
+
+    def _cut(
+        self, ensemble: Ensemble, sound: Sound
+    ) -> Iterator[Window | End | AudioError | _Crash]:
+        try:
+            yield from cut_windows(sound(ensemble.sample_rates), ensemble.listening)
+        except AudioError as error:
+            yield error
+        except Exception as error:  # to be raised where somebody waits for it
+            yield _Crash(error)
+
+
+class _Crash(NamedTuple):
+    error: Exception
+
+
+def open_recording(path: Path, limit_seconds: float | None = None) -> Sound:
+    """Return a recording, or its first ``limit_seconds``, as a sound."""
+    return partial(_read_blocks, path, limit_seconds)
+
+
+def _read_blocks(
+    path: Path, limit_seconds: float | None, sample_rates: Sequence[int]
+) -> Iterator[Waveforms]:
+    n_read = dict.fromkeys(sample_rates, 0)
+    try:
+        with closing(iterate_rates(path, sample_rates, BLOCK_SECONDS)) as blocks:
+            for block in blocks:
+                if limit_seconds is not None:
+                    left = {rate: round(limit_seconds * rate) - n_read[rate] for rate in block}
+                    block = {rate: waveform[: left[rate]] for rate, waveform in block.items()}
+                for rate, waveform in block.items():
+                    n_read[rate] += len(waveform)
+                yield block
+                if limit_seconds is not None and all(
+                    n_read[rate] >= round(limit_seconds * rate) for rate in n_read
+                ):
+                    return
+    except OSError as error:  # a file that went away since it was listed, a disk that fails
+        raise AudioError(path, f"cannot be read: {error.strerror or error}") from error
+
+
+# --- whole recordings -----------------------------------------------------------------------------
 
 
 def score_sounds(
-    ensemble: Ensemble, sounds: Mapping[str, ReadWaveforms], window_segments: int = 1
+    ensemble: Ensemble,
+    sounds: Mapping[str, Sound],
+    choose_members: Callable[[str], int] | None = None,
+    with_frames: bool = True,
 ) -> Iterator[tuple[str, SegmentScores | AudioError]]:
-    """Score sounds in order, reading the next one while the members hear this one.
-
-    What does not decode yields its `AudioError`: the caller decides what that means.
-    """
-
-    def read(name: str) -> dict[int, np.ndarray] | AudioError:
-        try:
-            return sounds[name](ensemble.sample_rates)
-        except AudioError as error:
-            return error
-
-    names = list(sounds)
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        pending = reader.submit(read, names[0]) if names else None
-        for position, name in enumerate(names):
-            waveforms = pending.result()
-            if position + 1 < len(names):
-                pending = reader.submit(read, names[position + 1])
-            if isinstance(waveforms, AudioError):
-                yield name, waveforms
+    """Score sounds in order; see `hear`. What does not decode yields its `AudioError`."""
+    extra = ("frames",) if with_frames else ()
+    pieces: list[Piece] = []
+    with closing(hear(ensemble, sounds, extra, choose_members)) as heard:
+        for name, item in heard:
+            if isinstance(item, Piece):
+                pieces.append(item)
                 continue
-            yield name, ensemble.score(waveforms, window_segments)
+            if isinstance(item, AudioError):
+                yield name, item
+            else:
+                yield name, _join(ensemble, pieces, item.seconds)
+            pieces = []
 
 
-def read_waveforms(
-    path: Path, limit_seconds: float | None, sample_rates: Sequence[int]
-) -> dict[int, np.ndarray]:
-    """Return a recording, or its first ``limit_seconds``, at each of the sample rates."""
-    is_long = limit_seconds is not None and probe_audio(path).seconds > limit_seconds
-    duration = limit_seconds if is_long else None
-    return {rate: read_audio(path, rate, duration_seconds=duration) for rate in sample_rates}
-
-
-@dataclass(frozen=True)
-class SubmissionSummary:
-    """How a submission came about; what the kernel's last log line says."""
-
-    n_rows: int
-    n_rows_with_birds: int
-    n_members: int
-    failed: tuple[str, ...]  # audio_ids without a score; their rows say nocall
-    seconds: float
-    audio_seconds: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.n_rows} rows, {self.n_rows_with_birds} with birds; {self.n_members} members; "
-            f"{len(self.failed)} recordings failed; {self.seconds:.1f} s, "
-            f"{self.audio_seconds / max(self.seconds, 1e-9):.0f} x real time"
-        )
-
-
-def write_nocall(data: Path, submission: Path) -> pd.DataFrame:
-    """Write a valid submission without any bird; return the rows of ``test.csv``."""
-    rows = read_test_rows(data)
-    write_submission(submission, list(rows["row_id"]), [NOCALL] * len(rows))
-    return rows
-
-
-def write_predictions(
-    data: Path, ensemble: Ensemble, decision: Decision, submission: Path
-) -> SubmissionSummary:
-    """Label every row of ``test.csv`` and write the submission, in the order of ``test.csv``.
-
-    A valid all-nocall file is written first, so that whatever happens later one exists. Recordings
-    that are missing or do not decode keep nocall; each is named in the log.
-    """
-    start = time.perf_counter()
-    rows = write_nocall(data, submission)
-    require(
-        decision.classes in ((), ensemble.classes),
-        f"the decision is for other classes: {len(decision.classes)}, the members have "
-        f"{len(ensemble.classes)}, or in another order",
-    )
-    row_ids = list(rows["row_id"])
-    labels = dict.fromkeys(row_ids, NOCALL)
-    folder = find_test_audio_folder(data)
-    paths, failed = _find_recordings(folder, list(dict.fromkeys(rows["audio_id"])))
-    by_recording = dict(tuple(rows.groupby("audio_id", sort=False)))
-    audio_seconds = 0.0
-    for name, scores in score_recordings(ensemble, paths, decision.window_segments):
-        if isinstance(scores, AudioError):
-            logger.warning("%s; its rows say nocall", scores)
-            failed.append(name)
-            continue
-        audio_seconds += scores.seconds
-        recording = by_recording[name]
-        decided = label_recording(scores, list(recording["seconds"]), decision, ensemble.classes)
-        labels.update(zip(recording["row_id"], decided, strict=True))
-    write_submission(submission, row_ids, list(labels.values()))
-    n_birds = sum(label != NOCALL for label in labels.values())
-    elapsed = time.perf_counter() - start
-    return SubmissionSummary(
-        len(row_ids),
-        n_birds,
-        len(ensemble.members),
-        tuple(failed),
-        elapsed,
-        audio_seconds,
+def _join(ensemble: Ensemble, pieces: Sequence[Piece], seconds: float) -> SegmentScores:
+    nothing = np.zeros((len(ensemble.classes), 0), np.float32)
+    frames = [nothing if piece.frames is None else piece.frames for piece in pieces]
+    return SegmentScores(
+        np.concatenate([piece.clipwise for piece in pieces], axis=1),
+        np.concatenate([piece.framewise for piece in pieces], axis=1),
+        np.concatenate(frames, axis=1),
+        seconds,
     )
 
 
-def _find_recordings(
-    folder: Path | None, names: Sequence[str]
-) -> tuple[dict[str, Path], list[str]]:
-    if folder is None:
-        logger.warning("test_audio is not there: every row says nocall")
-        return {}, list(names)
-    found = {name: find_audio(folder, name) for name in names}
-    missing = [name for name, path in found.items() if path is None]
-    for name in missing:
-        logger.warning("%s: no recording of this audio_id; its rows say nocall", folder / name)
-    return {name: path for name, path in found.items() if path is not None}, missing
+def score_recordings(
+    ensemble: Ensemble, paths: Mapping[str, Path], limit_seconds: float | None = None
+) -> Iterator[tuple[str, SegmentScores | AudioError]]:
+    """Score recordings in order, the first ``limit_seconds`` of each; see `score_sounds`."""
+    sounds = {name: open_recording(path, limit_seconds) for name, path in paths.items()}
+    return score_sounds(ensemble, sounds)
 
 
-def label_recording(
-    scores: SegmentScores,
-    seconds: Sequence[float],
-    decision: Decision,
-    classes: Sequence[str],
-) -> list[str]:
-    """Label a recording's rows, given their ``seconds`` (the segment's end; NaN: whole file).
-
-    A row beyond the end of the recording says nocall.
-    """
-    by_segment = label_rows(decide(scores.clipwise, scores.framewise, decision), classes)
-    whole = decide_recordings(scores.clipwise, scores.framewise, decision)
-    by_file = label_rows(whole, classes)[0]
-    labels = []
-    for end in seconds:
-        if np.isnan(end):
-            labels.append(by_file)
-            continue
-        segment = round(end / SEGMENT_SECONDS) - 1
-        labels.append(by_segment[segment] if segment < len(by_segment) else NOCALL)
-    return labels
-
-
-def detect_events(scores: SegmentScores, decision: Decision, classes: Sequence[str]) -> list[Event]:
-    """Say from when to when each bird is heard: the decided segments, narrowed to loud frames.
-
-    Every bird of a row has an event in it: where the members' mean over time stays below the frame
-    threshold, its highest frames count.
-    """
-    chosen = decide(scores.clipwise, scores.framewise, decision).T
-    frames = scores.frames
-    if decision.calibration is not None:
-        scale, offset = decision.calibration.frame_scale, decision.calibration.frame_offset
-        frames = calibrate(frames.T, scale, offset).T
-    frames = frames.reshape(*chosen.shape, FRAMES_PER_SEGMENT)
-    threshold = np.minimum(frames.max(axis=2), decision.frame_threshold)
-    active = (frames >= threshold[:, :, None]) & chosen[:, :, None]
-    heard = np.where(active, frames, 0.0).reshape(len(classes), -1)
-    last = round(scores.seconds / SEGMENT_SECONDS * FRAMES_PER_SEGMENT)
-    return frames_to_events(
-        heard[:, :last] if last else heard,
-        classes,
-        SEGMENT_SECONDS / FRAMES_PER_SEGMENT,
-        np.finfo(np.float32).tiny,
-        max_gap_seconds=0.5,
-    )
+def score_waveforms(ensemble: Ensemble, waveforms: Waveforms) -> SegmentScores:
+    """Score a sound given as ``{sample_rate: waveform (samples,)}``."""
+    ((_, scores),) = score_sounds(ensemble, {"": lambda _: waveforms})
+    return scores

@@ -5,17 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from birdcall.checkpoint import find_checkpoints
-from birdcall.decision import read_decision
+import torch
+
+from birdcall.decision import Decision, read_decision
+from birdcall.ensemble import Ensemble, Member, default_device, load_member
 from birdcall.files import inside
-from birdcall.inference import (
+from birdcall.outputs import write_submission
+from birdcall.soundscapes import (
+    EXAMPLE_AUDIO,
+    EXAMPLE_LABELS,
+    TEST_AUDIO,
+    example_audio_folder,
+    find_test_audio_folder,
+    read_example_rows,
+)
+from birdcall.submission import (
+    SUMMARY_FILE,
     SubmissionSummary,
-    default_device,
-    load_ensemble,
+    label_rows_of,
     write_nocall,
-    write_predictions,
+    write_summary,
 )
 
 logger = logging.getLogger(__name__)
@@ -27,44 +40,133 @@ NOT_MOUNTED = (
     MANIFEST_FILE,
     "dataset-metadata.json",
 )  # Kaggle keeps the metadata to itself
+EXAMPLE_SUBMISSION = "example_submission.csv"  # what the members say of the example soundscapes
 
 
-def run_kernel(package: Path, data: Path, submission: Path) -> SubmissionSummary:
+def run_kernel(
+    package: Path, data: Path, submission: Path, budget_seconds: float | None = None
+) -> SubmissionSummary:
     """Predict ``test.csv`` in ``data`` with the package's members and write ``submission``.
 
-    A valid all-nocall file lies there before any model is loaded. What stops the models raises, so
-    that a kernel without them fails visibly instead of scoring like all-nocall.
+    A valid all-nocall file lies there before any model is loaded. A member that is not as packaged,
+    or does not run, is left out, and so are members for which ``budget_seconds`` do not suffice;
+    ``summary.json`` names them. Without ``test_audio``, as when the kernel is not yet scored, the
+    rows say nocall and the members are tried on the example soundscapes. Raises an error if no
+    member ran: a kernel without models must not score like all-nocall.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    write_nocall(data, submission)
-    check_manifest(package)
-    decision = read_decision(package / DECISION_FILE)
-    device = default_device()
-    ensemble = load_ensemble(find_checkpoints(package / MEMBERS_FOLDER), device)
-    logger.info("%d members on %s, data in %s", len(ensemble.members), device, data)
-    summary = write_predictions(data, ensemble, decision, submission)
+    rows = write_nocall(data, submission)
+    ensemble, decision, refused = open_package(package, default_device())
+    for name, reason in refused.items():
+        logger.error("%s: left out: %s", name, reason)
+    logger.info("%d members on %s, data in %s", len(ensemble.members), ensemble.device, data)
+    folder = find_test_audio_folder(data)
+    if folder is None:
+        summary = _try_examples(data, ensemble, decision, submission, budget_seconds)
+    else:
+        labels, summary = label_rows_of(rows, folder, ensemble, decision, budget_seconds)
+        write_submission(submission, list(rows["row_id"]), labels)
+    summary = replace(summary, left_out=refused | summary.left_out)
+    write_summary(submission.with_name(SUMMARY_FILE), summary)
     logger.info("%s: %s", submission, summary)
+    if not summary.members:
+        raise ValueError(
+            f"no member has heard anything ({len(summary.failed)} recordings failed, "
+            f"{len(summary.late)} too late): {submission} says nocall everywhere"
+        )
     return summary
+
+
+def _try_examples(
+    data: Path,
+    ensemble: Ensemble,
+    decision: Decision,
+    submission: Path,
+    budget_seconds: float | None,
+) -> SubmissionSummary:
+    """Let the members label the example soundscapes, to see that they run."""
+    folder = example_audio_folder(data)
+    if not folder.is_dir() or not (data / EXAMPLE_LABELS).is_file():
+        raise FileNotFoundError(
+            f"{data}: neither {TEST_AUDIO} nor {EXAMPLE_AUDIO}: nothing to run the models on"
+        )
+    logger.warning(
+        "%s is not there: every row says nocall; trying the members on %s", TEST_AUDIO, folder
+    )
+    rows = read_example_rows(data)
+    labels, summary = label_rows_of(rows, folder, ensemble, decision, budget_seconds)
+    write_submission(submission.with_name(EXAMPLE_SUBMISSION), list(rows["row_id"]), labels)
+    return summary
+
+
+def open_package(
+    package: Path, device: torch.device | str
+) -> tuple[Ensemble, Decision, dict[str, str]]:
+    """Load the members of a package in the decision's order: the most valuable one first.
+
+    Also returns the members that are refused, and why: files that are missing, or not what the
+    manifest says, or cannot be loaded. Raises an error if none is left, or if code or decision are
+    not as packaged.
+    """
+    changed = check_manifest(package)
+    for name, reason in changed.items():
+        if Path(name).parts[0] != MEMBERS_FOLDER:
+            raise ValueError(reason)
+    decision = read_decision(package / DECISION_FILE)
+    names = decision.members or tuple(
+        sorted(folder.name for folder in (package / MEMBERS_FOLDER).iterdir())
+    )
+    members: list[Member] = []
+    refused: dict[str, str] = {}
+    for name in names:
+        reasons = [why for file, why in changed.items() if Path(file).parts[1:2] == (name,)]
+        try:
+            if reasons:
+                raise ValueError(reasons[0])
+            folder = inside(package / MEMBERS_FOLDER, name)
+            members.append(load_member(folder, decision.listening))
+        except (ValueError, OSError) as error:
+            refused[name] = str(error)
+    if not members:
+        raise ValueError(f"{package}: no member can be used: {'; '.join(refused.values())}")
+    return Ensemble(members, device, decision.listening), decision, refused
+
+
+def require_all_members(refused: Mapping[str, str]) -> None:
+    """Raise ValueError with the reason if a member of a package cannot be used."""
+    for reason in refused.values():
+        raise ValueError(reason)
 
 
 def make_manifest(package: Path) -> dict[str, str]:
     """Return the sha256 of every file below ``package``, by relative path."""
     files = sorted(path for path in package.rglob("*") if path.is_file())
     return {
-        path.relative_to(package).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        path.relative_to(package).as_posix(): _sha256(path)
         for path in files
         if path.name not in NOT_MOUNTED and path.suffix != ".pyc"
     }
 
 
-def check_manifest(package: Path) -> None:
-    """Raise an error naming the first file that is not as packaged."""
+def check_manifest(package: Path) -> dict[str, str]:
+    """Return the files that are not as packaged, and what is wrong with each."""
     path = package / MANIFEST_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such manifest; `birdcall package` makes one")
-    for name, digest in json.loads(path.read_text(encoding="utf-8")).items():
+    try:
+        digests = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable manifest: {error}") from error
+    changed = {}
+    for name, digest in digests.items():
         file = inside(package, name)
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: in the manifest, but missing from the package")
-        if hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-            raise ValueError(f"{file}: its sha256 is not the manifest's; upload the package again")
+            changed[name] = f"{file}: in the manifest, but missing from the package"
+        elif _sha256(file) != digest:
+            changed[name] = f"{file}: its sha256 is not the manifest's; upload the package again"
+    return changed
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

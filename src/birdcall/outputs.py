@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from birdcall.config import NOCALL
-from birdcall.files import read_table, write_atomically
+from birdcall.files import atomic_path, read_table, write_atomically
 
 SUBMISSION_COLUMNS = ("row_id", "birds")
 DETECTION_COLUMNS = (
@@ -236,6 +236,25 @@ def write_detections_jsonl(
     """Write one JSON object per event and line, with the keys ``DETECTION_COLUMNS``."""
     rows = detection_rows(detections, common_names)
     write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_detections_parquet(
+    path: Path, detections: Detections, common_names: Mapping[str, str] | None = None
+) -> None:
+    """Write the table of `write_detections_csv` as Parquet; recordings and codes as text."""
+    import pyarrow as pa  # the kernel, which imports this module, can do without
+    import pyarrow.parquet as pq
+
+    types = {"onset": pa.float64(), "offset": pa.float64(), "confidence": pa.float64()}
+    schema = pa.schema([(name, types.get(name, pa.string())) for name in DETECTION_COLUMNS])
+    table = pa.Table.from_pylist(detection_rows(detections, common_names), schema=schema)
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def write_failures(path: Path, reasons: Mapping[str, str]) -> None:
+    """Write a table with the columns recording, reason."""
+    write_atomically(path, _csv_text([("recording", "reason"), *reasons.items()]))
 
 
 def read_detections_jsonl(path: Path) -> dict[str, list[Event]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -15,10 +16,16 @@ from pathlib import Path
 
 from birdcall.checkpoint import SETTINGS_FILE, WEIGHTS_FILE, load_model
 from birdcall.decision import Decision, write_decision
+from birdcall.export import export_onnx
 from birdcall.files import write_atomically
 from birdcall.kernel import DECISION_FILE, MANIFEST_FILE, MEMBERS_FOLDER, make_manifest
+from birdcall.onnx_detector import ONNX_FILE, is_onnx_installed
 from birdcall.outputs import read_submission
 from birdcall.soundscapes import read_test_rows
+from birdcall.submission import SUMMARY_FILE
+from birdcall.wheels import copy_wheels, find_wheels
+
+logger = logging.getLogger(__name__)
 
 COMPETITION = "birdsong-recognition"
 SLUG = "birdcall-package"
@@ -74,20 +81,34 @@ class Upload:
 
 
 def stage_package(
-    members: Sequence[Path], decision: Decision, script: Path, build: Path, owner: str
+    members: Sequence[Path],
+    decision: Decision,
+    script: Path,
+    build: Path,
+    owner: str,
+    wheels: Path | None = None,
 ) -> Path:
     """Write ``build/dataset`` (code, members, decision) and ``build/kernel`` (script, metadata).
 
     Whatever an earlier call left there is replaced. Every member is loaded once, so that what
-    cannot run is not uploaded. Returns the dataset's folder.
+    cannot run is not uploaded, and exported for ONNX Runtime, where that is installed. ``wheels``:
+    a folder of those that Kaggle's image lacks. Returns the dataset's folder.
     """
+    packages = find_wheels(wheels)
     dataset = start_dataset(build)
+    can_export = is_onnx_installed()
+    if not can_export:
+        logger.warning("onnxruntime is not installed: a kernel without GPU will run torch, slowly")
     for folder in members:
         _, checkpoint = load_model(folder)
         target = dataset / MEMBERS_FOLDER / checkpoint.name
         target.mkdir(parents=True)
         for name in (WEIGHTS_FILE, SETTINGS_FILE):
             shutil.copyfile(folder / name, target / name)
+        if can_export:
+            difference = export_onnx(target, target / ONNX_FILE, decision.listening)
+            logger.info("%s: exported, within %.1g of torch", checkpoint.name, difference)
+    copy_wheels(packages, dataset)
     write_decision(dataset / DECISION_FILE, decision)
     finish_build(build, script, Upload(owner, SLUG, "birdcall-submission"))
     return dataset
@@ -155,12 +176,16 @@ def _write_json(path: Path, values: Mapping[str, object]) -> None:
 def rehearse(build: Path, data: Path, submission: Path) -> str:
     """Run the staged kernel on ``data`` as Kaggle would, keep its submission, return its log.
 
-    ``ValueError`` holds the end of the log if it fails or if its submission is not valid.
+    ``ValueError`` holds the end of the log if it fails, or says that its submission is not valid or
+    that a member was left out, with which the kernel on Kaggle would go on.
     """
     with tempfile.TemporaryDirectory() as scratch:
         log = run_as_kaggle(build, data, Path(scratch))
         written = Path(scratch) / "submission.csv"
         read_submission(written, list(read_test_rows(data)["row_id"]))
+        summary = json.loads((Path(scratch) / SUMMARY_FILE).read_text(encoding="utf-8"))
+        for name, reason in summary["left_out"].items():
+            raise ValueError(f"the kernel has left out {name}: {reason}")
         write_atomically(submission, written.read_bytes())
     return log
 

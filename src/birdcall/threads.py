@@ -28,7 +28,7 @@ def map_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> li
     n_threads = torch.get_num_threads()
     if n_threads == 1:
         return map_in_turn(function, items)
-    return list(_pool(n_threads).map(function, items))  # even one item: its thread waits for none
+    return list(worker_pool(n_threads).map(function, items))  # even one: its thread waits for none
 
 
 def map_in_turn(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
@@ -37,7 +37,8 @@ def map_in_turn(function: Callable[[Item], Result], items: Sequence[Item]) -> li
 
 
 @cache
-def _pool(n_threads: int) -> ThreadPoolExecutor:
+def worker_pool(n_threads: int) -> ThreadPoolExecutor:
+    """Return so many threads in which torch works alone; there is one such pool of each size."""
     pool = ThreadPoolExecutor(n_threads, "birdcall", initializer=_work_alone)
     all_started = Barrier(n_threads)
     for waiting in [pool.submit(all_started.wait) for _ in range(n_threads)]:
@@ -52,4 +53,4 @@ def _work_alone() -> None:
 
 
 if hasattr(os, "register_at_fork"):  # threads do not survive a fork, their pool would wait for ever
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+    os.register_at_fork(after_in_child=worker_pool.cache_clear)

@@ -19,6 +19,7 @@ from birdcall.checkpoint import SETTINGS_FILE, STATE_FILE, read_checkpoint
 from birdcall.config import config_from_dict, require
 from birdcall.files import inside, write_atomically
 from birdcall.kernel import check_manifest
+from birdcall.wheels import install_wheels
 
 # The kernel's own process imports nothing that only training needs: some of it may come from the
 # package's wheels, which are not installed yet.
@@ -31,7 +32,6 @@ AUDIT_FILE = "audit.csv"
 LABELS_FILE = "labels.csv"  # only where a run is trained on labels with times
 NOISE_FOLDER = "noise"
 INIT_FOLDER = "init"
-WHEELS_FOLDER = "wheels"
 RUNS_FOLDER = "runs"
 
 SESSION_SECONDS = 12 * 3600.0  # Kaggle's limit for a session with a GPU
@@ -211,11 +211,8 @@ def _make_output(package: Path, working: Path, scratch: Path) -> Path:
 def _make_environment(package: Path, scratch: Path) -> dict[str, str]:
     """Return the environment in which Python finds the package's code, and its wheels' first."""
     paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
-    wheels = sorted((package / WHEELS_FOLDER).glob("*.whl"))
-    if wheels:
-        site = scratch / "site-packages"
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-        subprocess.run([*pip, "--upgrade", "--target", str(site), *map(str, wheels)], check=True)
+    site = install_wheels(package, scratch)
+    if site is not None:
         paths.insert(0, str(site))
     own = {"PYTHONPATH": os.pathsep.join(paths), "TQDM_MININTERVAL": str(PROGRESS_SECONDS)}
     return os.environ | own

@@ -26,11 +26,11 @@ from birdcall.training_kernel import (
     INIT_FOLDER,
     LABELS_FILE,
     NOISE_FOLDER,
-    WHEELS_FOLDER,
     TrainingSettings,
     read_settings,
     write_settings,
 )
+from birdcall.wheels import copy_wheels, find_wheels
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,8 @@ def stage_training(
     training.split(settings.fold)
     model = initialise(experiment, len(training.classes), init, classes=training.classes)
     upload = _upload_of(settings, owner)
-    packages = _find_wheels(wheels, experiment)
+    _warn_of_missing_wheels(wheels, experiment)
+    packages = find_wheels(wheels)
     dataset = start_dataset(build)
     shutil.copyfile(folds, dataset / FOLDS_FILE)
     shutil.copyfile(audit, dataset / AUDIT_FILE)
@@ -80,9 +81,7 @@ def stage_training(
         settings = replace(settings, init=_copy_init(init, dataset))
     elif experiment.model.pretrained:
         settings = replace(settings, init=_write_backbone(model, dataset))
-    for path in packages:
-        (dataset / WHEELS_FOLDER).mkdir(exist_ok=True)
-        shutil.copyfile(path, dataset / WHEELS_FOLDER / path.name)
+    copy_wheels(packages, dataset)
     write_settings(dataset, settings)
     finish_build(build, script, upload)
     return dataset
@@ -121,7 +120,7 @@ def _upload_of(settings: TrainingSettings, owner: str) -> Upload:
     return Upload(owner, f"{kernel}-data", kernel, sees_own_output=True)
 
 
-def _find_wheels(folder: Path | None, experiment: Experiment) -> list[Path]:
+def _warn_of_missing_wheels(folder: Path | None, experiment: Experiment) -> None:
     needed = any(getattr(experiment.augment, name) > 0 for name in NEED_PACKAGES)
     if folder is None and needed:
         logger.warning(
@@ -129,10 +128,6 @@ def _find_wheels(folder: Path | None, experiment: Experiment) -> list[Path]:
             "`pip download --no-deps -d DIR --python-version 3.12 --only-binary :all: %s`",
             experiment.name, MISSING_PACKAGES,
         )  # fmt: skip
-    wheels = [] if folder is None else sorted(folder.glob("*.whl"))
-    if folder is not None and not wheels:
-        raise FileNotFoundError(f"{folder}: no wheels; `pip download --no-deps -d` puts them there")
-    return wheels
 
 
 def _copy_noise(files: Sequence[Path], target: Path) -> None:

@@ -18,6 +18,7 @@ import torch
 from birdcall.checkpoint import Checkpoint, find_checkpoints, save_checkpoint
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.decision import Decision
+from birdcall.ensemble import Member, load_ensemble
 from birdcall.evaluation.choosing import choose_decision
 from birdcall.evaluation.held_out import HeldOutScores, segments_of
 from birdcall.evaluation.stored import Kept, Outputs, hear_sounds, keep_outputs
@@ -33,7 +34,6 @@ from birdcall.evaluation.tables import (
 )
 from birdcall.experiments import find_experiment
 from birdcall.files import write_atomically
-from birdcall.inference import Member, load_ensemble
 from birdcall.models import build_model
 from birdcall.taxonomy import all_species
 

@@ -13,6 +13,7 @@ import torch
 
 from birdcall.checkpoint import read_checkpoint, require_same_classes
 from birdcall.data.dataset import TrainingData
+from birdcall.ensemble import load_ensemble
 from birdcall.evaluation.held_out import HeldOutScores, concatenate
 from birdcall.evaluation.labelled import Labelled, hear_labelled
 from birdcall.evaluation.out_of_fold import OutOfFold, hear_out_of_fold
@@ -23,9 +24,9 @@ from birdcall.evaluation.simulation import (
     plan_soundscapes,
     recording_groups,
 )
-from birdcall.inference import Ensemble, load_ensemble
 from birdcall.soundscapes import EXAMPLE_LABELS
 from birdcall.taxonomy import all_species
+from birdcall.windows import SEGMENT_BY_SEGMENT, Listening
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class Heard:
     events: pd.DataFrame
     groups: np.ndarray
     labelled: Labelled | None
+    listening: Listening = SEGMENT_BY_SEGMENT
 
     @property
     def experiments(self) -> tuple[str, ...]:
@@ -94,6 +96,7 @@ def hear(
     device: torch.device | str = "cpu",
     *,
     labelled_folders: Sequence[Path] = (),
+    listening: Listening = SEGMENT_BY_SEGMENT,
     kept: Path | None = None,
     config: SimulationConfig = DEFAULTS,
     progress: bool = False,
@@ -101,7 +104,8 @@ def hear(
     """Let the runs in ``folders`` hear recordings, simulated and labelled soundscapes.
 
     ``labelled_folders``: of labelled soundscapes (none: the data's examples, if it has any).
-    ``kept``: where outputs are kept, so that a second call for the same sound reads them.
+    ``listening``: how much they hear at once. ``kept``: where outputs are kept, so that a second
+    call for the same sound reads them.
     """
     for folder in folders:
         checkpoint = read_checkpoint(folder)
@@ -109,7 +113,7 @@ def hear(
         if checkpoint.fold not in data.folds:
             known_folds = ", ".join(map(str, data.folds))
             raise ValueError(f"{folder}: of fold {checkpoint.fold}; the folds are {known_folds}")
-    ensemble = load_ensemble(folders, device)
+    ensemble = load_ensemble(folders, device, listening)
     known = list(dict.fromkeys((*data.classes, *(one.ebird_code for one in all_species()))))
     planned, simulated = [], {}
     out_of_fold = hear_out_of_fold(ensemble, data, kept, progress)
@@ -118,7 +122,7 @@ def hear(
         logger.info("fold %d: simulating soundscapes for %d members", fold, len(members))
         soundscapes = plan_soundscapes(data, fold, config)
         planned += soundscapes
-        own = Ensemble(members, ensemble.device)
+        own = ensemble.of_members(members)
         simulated[fold] = hear_simulated(own, soundscapes, data, config, known, kept, progress)
     if not labelled_folders and (data.folder / EXAMPLE_LABELS).is_file():
         labelled_folders = [data.folder]
@@ -130,4 +134,5 @@ def hear(
         describe_events(planned),
         recording_groups(data.recordings, config),
         hear_labelled(ensemble, labelled_folders, known, kept, progress),
+        listening,
     )

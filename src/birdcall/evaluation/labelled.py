@@ -10,7 +10,6 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,11 @@ import pandas as pd
 
 from birdcall.audio import AudioError, probe_audio
 from birdcall.config import SEGMENT_SECONDS
+from birdcall.ensemble import Ensemble
 from birdcall.evaluation.held_out import HeldOutScores, label_times, segments_of
 from birdcall.evaluation.stored import Kept, hear_frames, hear_sounds
 from birdcall.fingerprint import digest_files
-from birdcall.inference import Ensemble, SegmentScores, count_segments, read_waveforms
+from birdcall.inference import SegmentScores, open_recording
 from birdcall.outputs import read_raven_table
 from birdcall.soundscapes import (
     AUDIO_SUFFIXES,
@@ -33,6 +33,7 @@ from birdcall.soundscapes import (
     read_labelled_soundscapes,
 )
 from birdcall.taxonomy import find_species
+from birdcall.windows import count_segments
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def hear_labelled(
     truth = read_truth(folders, known)
     if not truth.paths:
         return None
-    sounds = {name: partial(read_waveforms, path, None) for name, path in truth.paths.items()}
+    sounds = {name: open_recording(path) for name, path in truth.paths.items()}
     place = None
     if kept is not None:
         place = Kept(kept, "labelled", digest_files(truth.paths.values()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +14,11 @@ import pyarrow.parquet as pq
 from birdcall.audio import AudioError
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.data.dataset import TrainingData
+from birdcall.ensemble import Ensemble
 from birdcall.evaluation.stored import Kept, hear_sounds
 from birdcall.files import atomic_path
 from birdcall.fingerprint import digest, digest_files
-from birdcall.inference import Ensemble, read_waveforms
+from birdcall.inference import open_recording
 from birdcall.training.validation import VALIDATION_SECONDS
 
 OUTPUTS = ("clipwise", "framewise")
@@ -67,7 +67,7 @@ def hear_out_of_fold(
         found.setdefault(member.checkpoint.experiment.name, [])
     for fold in sorted({member.checkpoint.fold for member in ensemble.members}):
         members = [member for member in ensemble.members if member.checkpoint.fold == fold]
-        for part in _hear_fold(Ensemble(members, ensemble.device), fold, data, kept, progress):
+        for part in _hear_fold(ensemble.of_members(members), fold, data, kept, progress):
             found[part.experiment].append(part)
     return {name: _join(parts) for name, parts in found.items()}
 
@@ -78,9 +78,7 @@ def _hear_fold(
     held_out = np.flatnonzero(data.recordings["fold"] == fold)
     recordings = data.recordings.iloc[held_out]
     paths = {name: data.folder / name for name in recordings["path"]}
-    sounds = {
-        name: partial(read_waveforms, path, VALIDATION_SECONDS) for name, path in paths.items()
-    }
+    sounds = {name: open_recording(path, VALIDATION_SECONDS) for name, path in paths.items()}
     place = None
     if kept is not None:
         made_from = digest(f"{VALIDATION_SECONDS} {digest_files(paths.values())}")

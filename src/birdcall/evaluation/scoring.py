@@ -142,7 +142,12 @@ def judge(
 ) -> Judgement:
     """Choose the decision for some experiments on the soundscapes simulated for them."""
     names = tuple(experiments)
-    start = Decision(classes=heard.data.classes, members=heard.member_names(names))
+    start = Decision(
+        window_segments=heard.listening.window_segments,
+        context_seconds=heard.listening.context_seconds,
+        classes=heard.data.classes,
+        members=heard.member_names(names),
+    )
     simulated = heard.simulated_for(names)
     if simulated is None or simulated.segments["group"].nunique() < 2:
         logger.warning("%s: no fold was held out by all, or one recordist: nothing chosen", name)

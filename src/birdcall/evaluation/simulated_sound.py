@@ -18,6 +18,7 @@ from birdcall.data.dataset import TrainingData
 from birdcall.data.filters import fade_curve, filter_waveform, high_pass_curve, low_pass_curve
 from birdcall.data.noise import make_noise
 from birdcall.data.noise_files import NoiseFiles, ReadFailure
+from birdcall.ensemble import Ensemble
 from birdcall.evaluation.held_out import HeldOutScores, segments_of
 from birdcall.evaluation.simulation import (
     SimulatedEvent,
@@ -28,7 +29,6 @@ from birdcall.evaluation.simulation import (
 )
 from birdcall.evaluation.stored import Kept, hear_sounds
 from birdcall.fingerprint import digest, digest_code, digest_files
-from birdcall.inference import Ensemble
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +15,18 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from birdcall.audio import AudioError
+from birdcall.ensemble import Ensemble, Member
 from birdcall.files import atomic_path, write_atomically
 from birdcall.fingerprint import digest, digest_code
-from birdcall.inference import Ensemble, Member, ReadWaveforms, SegmentScores, score_sounds
+from birdcall.inference import SegmentScores, score_sounds
+from birdcall.windows import SEGMENT_BY_SEGMENT, Listening, Sound
 
 logger = logging.getLogger(__name__)
 
 # What decides over a member's outputs, beside its weights.
 CODE = (
-    *("config", "audio", "threads", "spectrogram", "frontend", "panns", "models", "inference"),
-    *("evaluation.stored",),
+    *("config", "audio", "threads", "windows", "spectrogram", "frontend", "panns", "models"),
+    *("onnx_detector", "ensemble", "inference", "evaluation.stored"),
 )
 ARRAYS = ("clipwise", "framewise")
 UNREADABLE = (SafetensorError, KeyError, TypeError, ValueError)  # what a damaged file raises
@@ -32,11 +34,18 @@ UNREADABLE = (SafetensorError, KeyError, TypeError, ValueError)  # what a damage
 
 @dataclass(frozen=True)
 class Kept:
-    """Where outputs on a set of sounds are kept, and what the sounds are made from."""
+    """Where outputs on a set of sounds are kept, what these are made from, and how they are heard.
+
+    listening: the ensemble's, whatever it is here.
+    """
 
     folder: Path
     sounds: str  # name of the set
     fingerprint: str
+    listening: Listening = SEGMENT_BY_SEGMENT
+
+    def of(self, ensemble: Ensemble) -> Kept:
+        return replace(self, listening=ensemble.listening)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +64,7 @@ class Outputs:
 
 def hear_sounds(
     ensemble: Ensemble,
-    sounds: Mapping[str, ReadWaveforms],
+    sounds: Mapping[str, Sound],
     kept: Kept | None = None,
     progress: bool = False,
 ) -> dict[str, SegmentScores | AudioError]:
@@ -63,6 +72,7 @@ def hear_sounds(
 
     The results' ``frames`` are empty: they would be fifty times as large as all else.
     """
+    kept = kept and kept.of(ensemble)
     found = [_read_kept(member, sounds, kept) for member in ensemble.members]
     outputs = _hear_missing(ensemble, sounds, kept, found, progress)
     if any(one.lengths != outputs[0].lengths for one in outputs):
@@ -74,7 +84,7 @@ def hear_sounds(
 
 def _hear_missing(
     ensemble: Ensemble,
-    sounds: Mapping[str, ReadWaveforms],
+    sounds: Mapping[str, Sound],
     kept: Kept | None,
     found: Sequence[Outputs | None],
     progress: bool,
@@ -83,7 +93,7 @@ def _hear_missing(
     filled = {place: outputs for place, outputs in enumerate(found) if outputs is not None}
     missing = [place for place in range(len(found)) if place not in filled]
     if missing:
-        hearing = Ensemble([ensemble.members[place] for place in missing], ensemble.device)
+        hearing = ensemble.of_members([ensemble.members[place] for place in missing])
         heard = _hear(hearing, sounds, kept.sounds if kept and progress else None)
         for order, place in enumerate(missing):
             filled[place] = _of_member(heard, order, len(ensemble.classes))
@@ -93,13 +103,13 @@ def _hear_missing(
 
 
 def hear_frames(
-    ensemble: Ensemble, sounds: Mapping[str, ReadWaveforms], kept: Kept | None = None
+    ensemble: Ensemble, sounds: Mapping[str, Sound], kept: Kept | None = None
 ) -> dict[str, np.ndarray]:
     """Return `SegmentScores.frames` of each sound, the members' mean over time.
 
     They are kept for these members together. Sounds that do not decode are left out.
     """
-    path = None
+    path, kept = None, kept and kept.of(ensemble)
     if kept is not None and all(_has_weights(member) for member in ensemble.members):
         path = _frames_path(kept, ensemble.members)
         if path.is_file():
@@ -123,29 +133,10 @@ def _has_weights(member: Member) -> bool:
 
 
 def _hear(
-    ensemble: Ensemble, sounds: Mapping[str, ReadWaveforms], title: str | None
+    ensemble: Ensemble, sounds: Mapping[str, Sound], title: str | None
 ) -> dict[str, SegmentScores | AudioError]:
-    heard = {}
-    listening = tqdm(
-        score_sounds(ensemble, sounds), title, len(sounds), disable=title is None, unit="sound"
-    )
-    for name, scores in listening:
-        if isinstance(scores, SegmentScores):
-            _require_finite(ensemble.members, name, scores)
-            nothing = np.zeros((scores.clipwise.shape[2], 0), np.float32)
-            scores = SegmentScores(scores.clipwise, scores.framewise, nothing, scores.seconds)
-        heard[name] = scores
-    return heard
-
-
-def _require_finite(members: Sequence[Member], sound: str, scores: SegmentScores) -> None:
-    for place, member in enumerate(members):
-        for name in ARRAYS:
-            if not np.isfinite(getattr(scores, name)[place]).all():
-                raise ValueError(
-                    f"{member.name}: its {name} output on {sound} holds NaN or infinity: did its "
-                    "training diverge? leave it out"
-                )
+    sound_by_sound = score_sounds(ensemble, sounds, with_frames=False)
+    return dict(tqdm(sound_by_sound, title, len(sounds), disable=title is None, unit="sound"))
 
 
 def _of_member(
@@ -199,15 +190,15 @@ def _path(kept: Kept, member: Member) -> Path:
         "classes": member.checkpoint.classes,
         "sounds": kept.fingerprint,
         "code": digest_code(CODE),
+        "listening": asdict(kept.listening),
+        "runtime": "torch" if member.export is None else "onnx",
         "torch": torch.__version__,
     }
     name = digest(json.dumps(made_from, sort_keys=True, default=str))
     return kept.folder / f"{member.name}.{kept.sounds}.{name}.safetensors"
 
 
-def _read_kept(
-    member: Member, sounds: Mapping[str, ReadWaveforms], kept: Kept | None
-) -> Outputs | None:
+def _read_kept(member: Member, sounds: Mapping[str, Sound], kept: Kept | None) -> Outputs | None:
     """Return what the member has heard of these sounds before; None if it must hear them."""
     if kept is None or not _has_weights(member):
         return None

@@ -9,10 +9,10 @@ import pandas as pd
 
 from birdcall.data.augment import UNKNOWN
 from birdcall.decision import Decision, combine
+from birdcall.detection import detect_events
 from birdcall.evaluation.held_out import HeldOutScores
 from birdcall.evaluation.labelled import Labelled
 from birdcall.event_metrics import DetectionCounts, event_based_counts, segment_based_counts
-from birdcall.inference import detect_events
 from birdcall.metrics import (
     average_precision,
     bootstrap_interval,

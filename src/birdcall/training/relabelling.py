@@ -18,18 +18,12 @@ from birdcall.config import SEGMENT_SECONDS, require, require_share
 from birdcall.data.dataset import TrainingData
 from birdcall.data.targets import HEARD, TIMED_COLUMNS, UNSURE, write_timed_labels
 from birdcall.decision import combine
-from birdcall.inference import (
-    FRAMES_PER_SEGMENT,
-    Ensemble,
-    SegmentScores,
-    load_ensemble,
-    score_recordings,
-)
+from birdcall.ensemble import Ensemble, load_ensemble
+from birdcall.inference import SegmentScores, score_recordings
 from birdcall.outputs import Event, frames_to_events
+from birdcall.windows import FRAME_SECONDS, FRAMES_PER_SEGMENT, Listening
 
 logger = logging.getLogger(__name__)
-
-FRAME_SECONDS = SEGMENT_SECONDS / FRAMES_PER_SEGMENT
 
 
 @dataclass(frozen=True)
@@ -168,13 +162,13 @@ def _hear_held_out(
         recordings = data.recordings[data.recordings["fold"] == fold]
         places = zip(recordings["filename"], recordings["path"], strict=True)
         paths = {filename: data.folder / path for filename, path in places}
-        yield from score_recordings(ensemble, paths, _window_segments(ensemble))
+        yield from score_recordings(ensemble.hearing(_listening(ensemble)), paths)
 
 
-def _window_segments(ensemble: Ensemble) -> int:
-    """Return the members' shortest training clip in segments: longer context helps (6th place)."""
+def _listening(ensemble: Ensemble) -> Listening:
+    """Return windows of the members' shortest training clip: context helps (6th place)."""
     clips = [member.checkpoint.experiment.train.clip_seconds for member in ensemble.members]
-    return max(1, int(min(clips) // SEGMENT_SECONDS))
+    return Listening(max(1, int(min(clips) // SEGMENT_SECONDS)))
 
 
 def find_stretches(

@@ -21,7 +21,7 @@ from birdcall.config import Experiment, TrainConfig
 from birdcall.data.dataset import ClipDataset, TrainingData
 from birdcall.data.loader import ClipBatch, FailureCounter, iterate_clips, make_loader
 from birdcall.data.sampling import ClipSampler
-from birdcall.inference import default_device
+from birdcall.ensemble import default_device
 from birdcall.models import SEDModel
 from birdcall.training.averaging import BestWeights, make_moving_average
 from birdcall.training.distributed import ALONE, Processes

@@ -12,7 +12,8 @@ from birdcall.audio import AudioError
 from birdcall.checkpoint import Checkpoint
 from birdcall.data.augment import UNKNOWN
 from birdcall.data.dataset import TrainingData, make_targets
-from birdcall.inference import Ensemble, Member, score_recordings
+from birdcall.ensemble import Ensemble, Member
+from birdcall.inference import score_recordings
 from birdcall.metrics import average_precision, macro_average
 from birdcall.models import SEDModel
 from birdcall.training.distributed import ALONE, Processes

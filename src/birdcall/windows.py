@@ -1,0 +1,137 @@
+"""Cut sound of any length into the windows that models hear, in constant memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from birdcall.config import SEGMENT_SECONDS, require
+
+FRAMES_PER_SEGMENT = 50  # of the scores over time: finer than any member's own frames
+FRAME_SECONDS = SEGMENT_SECONDS / FRAMES_PER_SEGMENT
+BLOCK_SECONDS = 30.0  # of a recording, decoded at once
+
+Waveforms = Mapping[int, np.ndarray]  # sample rate → the same sound at it, (samples,)
+# sample rates → a short sound at once, a long one in blocks; raises AudioError
+Sound = Callable[[Sequence[int]], Waveforms | Iterator[Waveforms]]
+
+
+@dataclass(frozen=True)
+class Listening:
+    """How much a model hears at once: so many segments, and some sound on either side of them.
+
+    The sound beside them is context: the model hears it, its frames are not scored. Beyond the
+    beginning and the end of a recording it is silence.
+    """
+
+    window_segments: int = 1
+    context_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(
+            isinstance(self.window_segments, int) and self.window_segments >= 1,
+            f"window_segments is {self.window_segments}; give an integer above 0",
+        )
+        frames = self.context_seconds / FRAME_SECONDS
+        require(
+            self.context_seconds >= 0 and abs(frames - round(frames)) < 1e-6,
+            f"context_seconds is {self.context_seconds}; give a multiple of {FRAME_SECONDS:g}, "
+            "0 or more",
+        )
+
+    @property
+    def is_plain(self) -> bool:
+        """Say whether a window is one segment and nothing else."""
+        return self.window_segments == 1 and self.context_seconds == 0
+
+    @property
+    def window_seconds(self) -> float:
+        return self.window_segments * SEGMENT_SECONDS + 2 * self.context_seconds
+
+    @property
+    def context_frames(self) -> int:
+        """Return the context on either side in frames of `FRAME_SECONDS`."""
+        return round(self.context_seconds / FRAME_SECONDS)
+
+    def window_samples(self, sample_rate: int) -> int:
+        return round(self.window_seconds * sample_rate)
+
+
+SEGMENT_BY_SEGMENT = Listening()
+
+
+class Window(NamedTuple):
+    """What a model hears at once: ``(samples,)`` at each rate, and how many segments are sound."""
+
+    waveforms: dict[int, np.ndarray]
+    n_segments: int
+
+
+class End(NamedTuple):
+    """The end of a sound, and its length."""
+
+    seconds: float
+
+
+def count_segments(n_samples: int, sample_rate: int) -> int:
+    """Return how many segments a recording has; the last one may be padded, and there is one."""
+    return max(1, -(-n_samples // (SEGMENT_SECONDS * sample_rate)))
+
+
+def cut_windows(
+    sound: Waveforms | Iterator[Waveforms], listening: Listening = SEGMENT_BY_SEGMENT
+) -> Iterator[Window | End]:
+    """Yield the windows of a sound, the last one padded with zeros, and its end.
+
+    Windows of all rates begin at the same time. Memory holds a block and a window, whatever the
+    length of the sound.
+    """
+    buffers: dict[int, _Buffer] = {}
+    for waveforms in [sound] if isinstance(sound, Mapping) else sound:
+        for rate, waveform in waveforms.items():
+            if rate not in buffers:
+                buffers[rate] = _Buffer(rate, listening)
+            buffers[rate].add(waveform)
+        while all(buffer.has_window() for buffer in buffers.values()):
+            windows = {rate: buffer.take() for rate, buffer in buffers.items()}
+            yield Window(windows, listening.window_segments)
+    rate, leader = next(iter(buffers.items()))  # lengths at other rates differ by rounding
+    seconds = leader.n_added / rate
+    missing = count_segments(leader.n_added, rate) - leader.n_taken * listening.window_segments
+    while missing > 0:
+        windows = {rate: buffer.take() for rate, buffer in buffers.items()}
+        yield Window(windows, min(missing, listening.window_segments))
+        missing -= listening.window_segments
+    yield End(seconds)
+
+
+class _Buffer:
+    """What has been read at one sample rate and is still to be heard."""
+
+    def __init__(self, sample_rate: int, listening: Listening) -> None:
+        self.n_window = listening.window_samples(sample_rate)
+        self.n_hop = listening.window_segments * SEGMENT_SECONDS * sample_rate
+        self.n_added = self.n_taken = 0  # samples, windows
+        self.n_held = round(listening.context_seconds * sample_rate)
+        self.held = [np.zeros(self.n_held, np.float32)]
+
+    def add(self, waveform: np.ndarray) -> None:
+        self.held.append(waveform)
+        self.n_held += len(waveform)
+        self.n_added += len(waveform)
+
+    def has_window(self) -> bool:
+        return self.n_held >= self.n_window
+
+    def take(self) -> np.ndarray:
+        """Return the next window, zeros where nothing is left."""
+        joined = np.concatenate(self.held) if len(self.held) > 1 else self.held[0]
+        window = np.zeros(self.n_window, np.float32)
+        window[: len(joined)] = joined[: self.n_window]
+        rest = joined[self.n_hop :]
+        self.held, self.n_held = [rest], len(rest)
+        self.n_taken += 1
+        return window
