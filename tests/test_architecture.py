@@ -13,7 +13,17 @@ PACKAGE = Path(birdcall.__file__).parent
 
 # A module imports only from those before it. Down to `kernel` is what an offline kernel runs.
 KERNEL_SIDE = (
-    *("wheels", "config", "files", "taxonomy", "audio", "threads", "windows", "spectrogram"),
+    *(
+        "wheels",
+        "config",
+        "files",
+        "manifest",
+        "taxonomy",
+        "audio",
+        "threads",
+        "windows",
+        "spectrogram",
+    ),
     *("frontend", "panns", "models", "checkpoint", "onnx_detector", "ensemble", "inference"),
     *("decision", "outputs", "detection", "soundscapes", "submission", "kernel"),
     "training_kernel",

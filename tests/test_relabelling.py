@@ -15,7 +15,7 @@ from birdcall.data.targets import TimedTargets, make_targets, read_timed_labels
 from birdcall.demo.plan import DemoConfig
 from birdcall.demo.recordings import plan_recordings
 from birdcall.experiments import find_experiment
-from birdcall.inference import FRAMES_PER_SEGMENT, SegmentScores
+from birdcall.inference import SegmentScores
 from birdcall.models import build_model
 from birdcall.training.relabelling import (
     RelabelConfig,
@@ -25,6 +25,7 @@ from birdcall.training.relabelling import (
     summarise_labels,
 )
 from birdcall.training.runs import plan_runs, train_many
+from birdcall.windows import FRAMES_PER_SEGMENT
 
 CLASSES = ("amecro", "bkcchi", "norcar")
 CONFIG = RelabelConfig()

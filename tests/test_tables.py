@@ -27,8 +27,9 @@ from birdcall.evaluation.tables import (
     tidy_table,
     wide_table,
 )
-from birdcall.inference import FRAMES_PER_SEGMENT, SegmentScores
+from birdcall.inference import SegmentScores
 from birdcall.metrics import row_f1_scores
+from birdcall.windows import FRAMES_PER_SEGMENT
 
 
 def scores_of(seed=0, n_recordings=6, n_rows=12, n_classes=5, n_known=6):

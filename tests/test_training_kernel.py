@@ -16,7 +16,7 @@ import birdcall
 from birdcall import training_kernel
 from birdcall.__main__ import app
 from birdcall.checkpoint import STATE_FILE, Checkpoint, save_checkpoint
-from birdcall.kernel import MANIFEST_FILE, make_manifest
+from birdcall.manifest import MANIFEST_FILE, make_manifest
 from birdcall.models import build_model
 from birdcall.training_kernel import (
     TrainingSettings,

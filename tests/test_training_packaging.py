@@ -15,7 +15,7 @@ from birdcall.data.folds import make_folds, write_folds
 from birdcall.data.noise import find_noise, split_noise
 from birdcall.data.recordings import read_recordings
 from birdcall.experiments import EXPERIMENTS, find_experiment
-from birdcall.kernel import MANIFEST_FILE, check_manifest, make_manifest
+from birdcall.manifest import MANIFEST_FILE, make_manifest, require_unchanged
 from birdcall.packaging import Upload, run_as_kaggle
 from birdcall.training.initialisation import initialise
 from birdcall.training.resume import write_state
@@ -115,7 +115,7 @@ def test_the_kernel_sees_its_own_output_and_has_a_gpu_and_no_network(stage):
 
 def test_the_dataset_holds_all_that_training_needs(stage, tables, demo_folder):
     dataset = stage()
-    check_manifest(dataset)
+    require_unchanged(dataset)
     assert read_settings(dataset) == SETTINGS
     assert (dataset / "folds.csv").read_bytes() == tables[0].read_bytes()
     assert (dataset / "audit.csv").read_bytes() == tables[1].read_bytes()

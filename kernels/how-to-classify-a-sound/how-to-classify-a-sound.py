@@ -61,19 +61,17 @@ from birdcall.audio import crop_or_pad, read_audio
 from birdcall.checkpoint import find_checkpoints, read_checkpoint
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.data.recordings import classes_of, read_recordings
-from birdcall.decision import Decision, read_decision
+from birdcall.decision import Decision
+from birdcall.detection import detect_events
+from birdcall.ensemble import default_device, load_ensemble
 from birdcall.experiments import find_experiment
 from birdcall.frontend import LogMel, Spectrogram
-from birdcall.inference import (
-    FRAMES_PER_SEGMENT,
-    default_device,
-    detect_events,
-    load_ensemble,
-    score_recordings,
-)
-from birdcall.kernel import DECISION_FILE, MANIFEST_FILE, MEMBERS_FOLDER, check_manifest
+from birdcall.inference import score_recordings
+from birdcall.kernel import MEMBERS_FOLDER, open_package, require_all_members
+from birdcall.manifest import MANIFEST_FILE
 from birdcall.soundscapes import example_audio_folder, find_audio, read_annotations
 from birdcall.taxonomy import display_name
+from birdcall.windows import FRAMES_PER_SEGMENT
 
 # %% [markdown]
 # What can be set, by environment variables of the same names or right here:
@@ -300,12 +298,12 @@ package = find_folder(
 )
 members = find_checkpoints(package / MEMBERS_FOLDER) if package else []
 if members and read_checkpoint(members[0]).classes == classes:
-    check_manifest(package)
-    decision = read_decision(package / DECISION_FILE)
+    ensemble, decision, refused = open_package(package, DEVICE)
+    require_all_members(refused)
 else:
     data, trained = train_small_model()
-    members, decision = [trained], Decision(clip_threshold=0.3, frame_threshold=0.5)
-ensemble = load_ensemble(members, DEVICE)
+    ensemble = load_ensemble([trained], DEVICE)
+    decision = Decision(clip_threshold=0.3, frame_threshold=0.5)
 print(f"{len(ensemble.members)} members, {len(ensemble.classes)} species, on {DEVICE}")
 
 # %% [markdown]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -80,7 +81,8 @@ def _write(
 ) -> None:
     batch = torch.export.Dim("batch", min=1, max=4096)
     try:
-        with torch.no_grad(), redirect_stdout(io.StringIO()):
+        with torch.no_grad(), redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of how a GRU keeps its weights
             program = torch.onnx.export(
                 network,
                 (inputs,),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,6 +12,7 @@ import torch
 from birdcall.decision import Decision, read_decision
 from birdcall.ensemble import Ensemble, Member, default_device, load_member
 from birdcall.files import inside
+from birdcall.manifest import find_changes
 from birdcall.outputs import write_submission
 from birdcall.soundscapes import (
     EXAMPLE_AUDIO,
@@ -33,13 +32,8 @@ from birdcall.submission import (
 
 logger = logging.getLogger(__name__)
 
-MANIFEST_FILE = "manifest.json"
 DECISION_FILE = "decision.json"
 MEMBERS_FOLDER = "members"
-NOT_MOUNTED = (
-    MANIFEST_FILE,
-    "dataset-metadata.json",
-)  # Kaggle keeps the metadata to itself
 EXAMPLE_SUBMISSION = "example_submission.csv"  # what the members say of the example soundscapes
 
 
@@ -108,7 +102,7 @@ def open_package(
     manifest says, or cannot be loaded. Raises an error if none is left, or if code or decision are
     not as packaged.
     """
-    changed = check_manifest(package)
+    changed = find_changes(package)
     for name, reason in changed.items():
         if Path(name).parts[0] != MEMBERS_FOLDER:
             raise ValueError(reason)
@@ -136,37 +130,3 @@ def require_all_members(refused: Mapping[str, str]) -> None:
     """Raise ValueError with the reason if a member of a package cannot be used."""
     for reason in refused.values():
         raise ValueError(reason)
-
-
-def make_manifest(package: Path) -> dict[str, str]:
-    """Return the sha256 of every file below ``package``, by relative path."""
-    files = sorted(path for path in package.rglob("*") if path.is_file())
-    return {
-        path.relative_to(package).as_posix(): _sha256(path)
-        for path in files
-        if path.name not in NOT_MOUNTED and path.suffix != ".pyc"
-    }
-
-
-def check_manifest(package: Path) -> dict[str, str]:
-    """Return the files that are not as packaged, and what is wrong with each."""
-    path = package / MANIFEST_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such manifest; `birdcall package` makes one")
-    try:
-        digests = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable manifest: {error}") from error
-    changed = {}
-    for name, digest in digests.items():
-        file = inside(package, name)
-        if not file.is_file():
-            changed[name] = f"{file}: in the manifest, but missing from the package"
-        elif _sha256(file) != digest:
-            changed[name] = f"{file}: its sha256 is not the manifest's; upload the package again"
-    return changed
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,7 +18,8 @@ from birdcall.checkpoint import SETTINGS_FILE, WEIGHTS_FILE, load_model
 from birdcall.decision import Decision, write_decision
 from birdcall.export import export_onnx
 from birdcall.files import write_atomically
-from birdcall.kernel import DECISION_FILE, MANIFEST_FILE, MEMBERS_FOLDER, make_manifest
+from birdcall.kernel import DECISION_FILE, MEMBERS_FOLDER
+from birdcall.manifest import MANIFEST_FILE, make_manifest
 from birdcall.onnx_detector import ONNX_FILE, is_onnx_installed
 from birdcall.outputs import read_submission
 from birdcall.soundscapes import read_test_rows

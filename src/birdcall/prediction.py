@@ -29,7 +29,7 @@ from birdcall.files import atomic_path, inside
 from birdcall.fingerprint import digest
 from birdcall.inference import Piece, hear, open_recording
 from birdcall.journal import Journal
-from birdcall.kernel import MANIFEST_FILE
+from birdcall.manifest import MANIFEST_FILE
 from birdcall.outputs import (
     Event,
     write_audacity_labels,

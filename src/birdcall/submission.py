@@ -245,11 +245,21 @@ def _find_recordings(
     if folder is None:
         logger.warning("test_audio is not there: every row says nocall")
         return {}, list(names)
-    found = {name: find_audio(folder, name) for name in names}
-    missing = [name for name, path in found.items() if path is None]
-    for name in missing:
-        logger.warning("%s: no recording of this audio_id; its rows say nocall", folder / name)
-    return {name: path for name, path in found.items() if path is not None}, missing
+    found: dict[str, Path] = {}
+    missing = []
+    for name in names:
+        try:
+            path = find_audio(folder, name)
+        except (ValueError, OSError) as error:  # a name that leads out of the folder
+            logger.warning("%s; its rows say nocall", error)
+            missing.append(name)
+            continue
+        if path is None:
+            logger.warning("%s: no recording of this audio_id; its rows say nocall", folder / name)
+            missing.append(name)
+        else:
+            found[name] = path
+    return found, missing
 
 
 def label_recording(

@@ -18,7 +18,7 @@ import torch
 from birdcall.checkpoint import SETTINGS_FILE, STATE_FILE, read_checkpoint
 from birdcall.config import config_from_dict, require
 from birdcall.files import inside, write_atomically
-from birdcall.kernel import check_manifest
+from birdcall.manifest import require_unchanged
 from birdcall.wheels import install_wheels
 
 # The kernel's own process imports nothing that only training needs: some of it may come from the
@@ -107,7 +107,7 @@ def run_training_kernel(
     """
     started = time.monotonic()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    check_manifest(package)
+    require_unchanged(package)
     settings = read_settings(package)
     take_previous_run(mounts, working, settings.run)
     n_gpus = torch.cuda.device_count()
