@@ -665,6 +665,42 @@ def benchmark_evaluation(
     typer.echo(table.to_string(index=False))
 
 
+@benchmark_app.command("inference")
+def benchmark_inference(
+    data: Data,
+    output: Output = None,
+    members: Annotated[int, typer.Option(min=1, help="Of the larger ensemble.")] = 5,
+    minutes: Annotated[float, typer.Option(help="Of sound, heard by each side.")] = 10.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns; the median counts.")] = 3,
+) -> None:
+    """Time a hearing end to end, one member and several, against the naive public kernel."""
+    from birdcall.benchmark.inference import benchmark_inference
+
+    table = benchmark_inference(
+        data,
+        _output_of(data, output) / "benchmark",
+        n_members=members,
+        minutes=minutes,
+        repeats=repeats,
+    )
+    typer.echo(table.T.to_string(header=False))
+
+
+@benchmark_app.command("memory")
+def benchmark_memory(
+    data: Data,
+    output: Output = None,
+    hours: Annotated[float, typer.Option(help="Of the long recording.")] = 24.0,
+) -> None:
+    """Say how much memory a recording of 10 minutes takes, and a long one."""
+    from birdcall.benchmark.inference import benchmark_memory
+
+    table = benchmark_memory(
+        data, _output_of(data, output) / "benchmark", long_seconds=3600 * hours
+    )
+    typer.echo(table.to_string(index=False))
+
+
 app.add_typer(benchmark_app, name="benchmark")
 
 

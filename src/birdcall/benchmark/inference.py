@@ -1,0 +1,297 @@
+"""Measure a whole hearing, from mp3 to probabilities, against the kernel that everybody wrote."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import wait
+from dataclasses import replace
+from pathlib import Path
+
+import librosa
+import numpy as np
+import pandas as pd
+import soundfile
+import soxr
+import torch
+from torch import Tensor, nn
+
+from birdcall.audio import read_audio
+from birdcall.checkpoint import Checkpoint, save_checkpoint
+from birdcall.config import SEGMENT_SECONDS, Experiment, FrontendConfig
+from birdcall.decision import Decision
+from birdcall.ensemble import FRONT_END, READING, Ensemble, Member, load_ensemble
+from birdcall.experiments import find_experiment
+from birdcall.export import export_onnx
+from birdcall.files import write_atomically
+from birdcall.inference import score_recordings
+from birdcall.models import build_model
+from birdcall.onnx_detector import ONNX_FILE, is_onnx_installed
+from birdcall.prediction import Recording, detect_recordings
+from birdcall.soundscapes import AUDIO_SUFFIXES, EXAMPLE_AUDIO, TEST_AUDIO
+
+logger = logging.getLogger(__name__)
+
+NAIVE_BATCH = 8  # windows
+MP3_RATE = 22_050  # hertz, mono: as the competition's soundscapes
+PEER, OURS = "naive kernel", "birdcall"
+N_CLASSES = 264
+DAY_SECONDS = 24 * 3600
+RESULT_FILE = "result.json"
+
+
+def benchmark_inference(
+    data: Path, folder: Path, *, n_members: int = 5, minutes: float = 10.0, repeats: int = 3
+) -> pd.DataFrame:
+    """Time one member and ``n_members`` with one front end, end to end; write ``inference.csv``.
+
+    EfficientNet-B0 with a bi-GRU on 64 mels, exported for ONNX Runtime, hears soundscapes of
+    together ``minutes``: the data's, as mono mp3. The networks have random weights, which cost what
+    trained ones cost. The naive kernel loads each file by librosa for each member, cuts windows of
+    five seconds, and takes eight at a time through torchlibrosa and torch. Both sides take turns,
+    after one that does not count; a ratio is that of a turn's two times, the median of turns.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        sounds = write_soundscapes(data, Path(scratch) / "sounds", minutes)
+        seconds = sum(soundfile.info(str(path)).duration for path in sounds.values())
+        members = make_members(Path(scratch) / "members", sounds, n_members)
+        rows = []
+        for count in sorted({1, n_members}):
+            ensemble = load_ensemble(members[:count])
+            rows.append(_compare(ensemble, sounds, seconds, repeats))
+            logger.info("%d members: %.2f x as fast", count, rows[-1]["ratio"])
+    table = pd.DataFrame(rows)
+    write_atomically(folder / "inference.csv", table.to_csv(index=False))
+    return table
+
+
+def _compare(
+    ensemble: Ensemble, sounds: Mapping[str, Path], seconds: float, repeats: int
+) -> dict[str, object]:
+    naive = NaiveKernel(ensemble.members)
+    sides: dict[str, Callable[[], list[np.ndarray]]] = {
+        PEER: lambda: naive.hear(sounds),
+        OURS: lambda: [scores.clipwise for _, scores in score_recordings(ensemble, sounds)],
+    }
+    said = {name: run() for name, run in sides.items()}  # warm; and what they say is compared
+    difference = max(
+        float(np.abs(one - two).max()) for one, two in zip(*said.values(), strict=True)
+    )
+    before = dict(ensemble.costs.seconds)
+    turns: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, run in sides.items():
+            turns[name].append(_time(run))
+    # In seconds of a thread's work for one hearing.
+    spent = {
+        name: (total - before[name]) / repeats for name, total in ensemble.costs.seconds.items()
+    }
+    model_alone = time_model_alone(ensemble, sounds, repeats)
+    ratios = np.divide(turns[PEER], turns[OURS])
+    ours = float(np.median(turns[OURS]))
+    return {
+        "members": len(ensemble.members),
+        "naive_x_real_time": round(seconds / float(np.median(turns[PEER])), 1),
+        "x_real_time": round(seconds / ours, 1),
+        "ratio": round(float(np.median(ratios)), 2),
+        "ratio_from": round(float(ratios.min()), 2),
+        "ratio_to": round(float(ratios.max()), 2),
+        "model_alone_x_real_time": round(seconds / model_alone, 1),
+        "added_to_model": round(ours / model_alone - 1, 3),
+        "reading_share": round(spent[READING] / sum(spent.values()), 3),
+        "front_end_share": round(spent[FRONT_END] / sum(spent.values()), 3),
+        "largest_difference": difference,
+        "runtime": "torch" if ensemble.members[0].export is None else "onnx",
+    }
+
+
+def _time(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def time_model_alone(ensemble: Ensemble, sounds: Mapping[str, Path], repeats: int) -> float:
+    """Return the seconds that the networks alone take, on log-mels that are ready, all threads."""
+    lane = ensemble.lanes[0]
+    (config,) = lane.frontends
+    batches = []
+    for path in sounds.values():
+        windows = cut_by_hand(read_audio(path, config.sample_rate), config.sample_rate)
+        with torch.inference_mode():
+            log_mels = torch.cat([lane.frontends[config](one[None]) for one in windows])
+        batches += log_mels.split(ensemble.batch_windows)
+
+    def detect(batch: Tensor) -> None:
+        with torch.inference_mode():
+            for detector in lane.detectors:
+                detector(batch, ("clipwise", "framewise", "frames"))
+
+    def run() -> None:
+        done = wait([lane.threads.submit(detect, batch) for batch in batches]).done
+        for one in done:
+            one.result()
+
+    run()
+    return float(np.median([_time(run) for _ in range(repeats)]))
+
+
+class NaiveKernel:
+    """The inference of most public kernels: member after member, nothing shared or overlapped."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members = members
+        self.frontends = [_torchlibrosa_frontend(m.checkpoint.experiment.frontend) for m in members]
+
+    def hear(self, sounds: Mapping[str, Path]) -> list[np.ndarray]:
+        """Return the clipwise probabilities ``(members, segments, classes)`` of each sound."""
+        return [
+            np.stack(
+                [
+                    self._hear_by(member, frontend, path)
+                    for member, frontend in zip(self.members, self.frontends, strict=True)
+                ]
+            )
+            for path in sounds.values()
+        ]
+
+    @torch.inference_mode()
+    def _hear_by(self, member: Member, frontend: nn.Module, path: Path) -> np.ndarray:
+        rate = member.checkpoint.experiment.frontend.sample_rate
+        waveform, _ = librosa.load(path, sr=rate, mono=True)
+        parts = [
+            member.model.detect(frontend(windows)).clipwise.numpy()
+            for windows in cut_by_hand(waveform, rate).split(NAIVE_BATCH)
+        ]
+        return np.concatenate(parts)
+
+
+def _torchlibrosa_frontend(config: FrontendConfig) -> nn.Module:
+    from torchlibrosa.stft import LogmelFilterBank, Spectrogram
+
+    spectrogram = Spectrogram(n_fft=config.n_fft, hop_length=config.hop_length)
+    log_mel = LogmelFilterBank(
+        sr=config.sample_rate, n_fft=config.n_fft, n_mels=config.n_mels,
+        fmin=config.fmin, fmax=config.fmax, ref=1.0, amin=1e-10, top_db=None,
+    )  # fmt: skip
+    return nn.Sequential(spectrogram, log_mel).eval()
+
+
+def cut_by_hand(waveform: np.ndarray, sample_rate: int) -> Tensor:
+    """Return the segments ``(segments, samples)`` of a waveform, the last one padded."""
+    n_samples = SEGMENT_SECONDS * sample_rate
+    return torch.from_numpy(np.pad(waveform, (0, -len(waveform) % n_samples))).view(-1, n_samples)
+
+
+# --- what is heard, and by whom -------------------------------------------------------------------
+
+
+def write_soundscapes(data: Path, folder: Path, minutes: float) -> dict[str, Path]:
+    """Write the data's soundscapes as mono mp3, again and again until they last so long."""
+    sources = [
+        path
+        for name in (TEST_AUDIO, EXAMPLE_AUDIO)
+        for path in sorted((data / name).glob("*"))
+        if path.suffix.lower() in AUDIO_SUFFIXES
+    ]
+    if not sources:
+        raise FileNotFoundError(f"{data}: no soundscapes in {TEST_AUDIO} or {EXAMPLE_AUDIO}")
+    folder.mkdir(parents=True)
+    left, number, written = round(60 * minutes * MP3_RATE), 0, {}
+    while left > 0:
+        path = folder / f"{number:04}.mp3"
+        waveform = read_audio(sources[number % len(sources)], MP3_RATE)[:left]
+        soundfile.write(path, waveform, MP3_RATE)
+        written[path.stem] = path
+        left -= len(waveform)
+        number += 1
+    return written
+
+
+def benchmarked_experiment() -> Experiment:
+    """Return EfficientNet-B0 + bi-GRU on 64 mels at 100 frames a second."""
+    experiment = find_experiment("efficientnet_b0_gru_attention")
+    model = replace(experiment.model, temporal="gru")
+    return replace(experiment, name="benchmark_b0", frontend=FrontendConfig(), model=model)
+
+
+def make_members(folder: Path, sounds: Mapping[str, Path], n_members: int) -> list[Path]:
+    """Write checkpoints of random networks whose normalisation has seen the sounds, and exports."""
+    experiment = benchmarked_experiment()
+    rate = experiment.frontend.sample_rate
+    windows = cut_by_hand(read_audio(next(iter(sounds.values())), rate), rate)[:NAIVE_BATCH]
+    folders = []
+    for number in range(n_members):
+        torch.manual_seed(number)
+        model = build_model(experiment, N_CLASSES)
+        model.train()
+        with torch.no_grad():
+            for _ in range(3):
+                model(windows)
+        classes = tuple(f"bird{one}" for one in range(N_CLASSES))
+        place = folder / f"fold{number}"
+        save_checkpoint(place, model.eval(), Checkpoint(experiment, classes, number))
+        if is_onnx_installed():
+            export_onnx(place, place / ONNX_FILE)
+        folders.append(place)
+    return folders
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def benchmark_memory(
+    data: Path, folder: Path, *, short_seconds: float = 600.0, long_seconds: float = DAY_SECONDS
+) -> pd.DataFrame:
+    """Say how much memory it takes to find the birds of a short and of a long recording.
+
+    Each is heard in a process of its own, as `predict` does, by one member of
+    `benchmark_inference`; writes ``memory.csv``.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        sounds = write_soundscapes(data, Path(scratch) / "sounds", short_seconds / 60)
+        (member,) = make_members(Path(scratch) / "members", sounds, 1)
+        rows = []
+        for seconds in (short_seconds, long_seconds):
+            path = Path(scratch) / "long.wav"
+            write_long(path, list(sounds.values()), seconds)
+            code = f"from {__name__} import hear_long as run; run(*__import__('sys').argv[1:])"
+            subprocess.run(
+                [sys.executable, "-c", code, str(path), str(member), scratch], check=True
+            )
+            result = json.loads((Path(scratch) / RESULT_FILE).read_text(encoding="utf-8"))
+            rows.append({"hours": round(seconds / 3600, 2), **result})
+    table = pd.DataFrame(rows)
+    write_atomically(folder / "memory.csv", table.to_csv(index=False))
+    return table
+
+
+def write_long(path: Path, sources: Sequence[Path], seconds: float, rate: int = 8000) -> None:
+    """Write a recording of so many seconds, block by block: the sources one after another."""
+    waveforms = [soxr.resample(read_audio(one, MP3_RATE), MP3_RATE, rate) for one in sources]
+    waveform = np.concatenate(waveforms)
+    left = round(seconds * rate)
+    with soundfile.SoundFile(path, "w", rate, 1, subtype="PCM_U8") as file:
+        while left > 0:
+            file.write(waveform[:left])
+            left -= len(waveform)
+
+
+def hear_long(path: str, member: str, folder: str) -> None:
+    """Find the birds of one recording; leave in ``folder`` the highest memory that it took."""
+    ensemble = load_ensemble([Path(member)])
+    decision = Decision(0.6, 0.6, neighbour_weight=0.25, recording_threshold=0.7)
+    start = time.perf_counter()
+    ((_, detected),) = detect_recordings([Recording(Path(path), "long")], ensemble, decision)
+    result = {
+        "peak_megabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "x_real_time": round(detected.seconds / (time.perf_counter() - start), 1),
+        "events": len(detected.events),
+    }
+    write_atomically(Path(folder) / RESULT_FILE, json.dumps(result))
