@@ -1,0 +1,112 @@
+"""On a GPU: the same scores as on a CPU, a kernel that uses it, trainings in every precision.
+
+`pytest -m cuda` runs these; without a GPU they are not selected.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_kernel import SCRIPT, read_labels, read_summary, rows_of, write_rows, write_sound
+
+import birdcall.ensemble as ensemble_module
+from birdcall.checkpoint import Checkpoint, load_model, read_checkpoint, save_checkpoint
+from birdcall.decision import Decision
+from birdcall.ensemble import Ensemble, default_device, load_ensemble
+from birdcall.experiments import EXPERIMENTS, find_experiment
+from birdcall.inference import score_sounds, score_waveforms
+from birdcall.models import build_model
+from birdcall.packaging import run_as_kaggle, stage_package
+from birdcall.training.runs import plan_runs, train_many
+from birdcall.windows import Listening
+
+pytestmark = pytest.mark.cuda
+
+RATE = 32_000
+
+
+@pytest.fixture(autouse=True)
+def _gpu():
+    if not torch.cuda.is_available():
+        pytest.fail("`-m cuda` was asked for, and there is no GPU")
+
+
+def noise(seconds, seed=0):
+    return 0.1 * np.random.default_rng(seed).standard_normal(round(seconds * RATE)).astype("f4")
+
+
+SOUNDS = {name: (lambda rates, s=s: {RATE: noise(3 + 9 * s, s)}) for s, name in enumerate("abcdef")}
+
+
+@pytest.mark.parametrize("listening", [Listening(), Listening(2, 2.5)], ids=["plain", "wide"])
+def test_a_gpu_scores_as_a_cpu_does(trained_runs, listening):
+    on_gpu = dict(score_sounds(load_ensemble(trained_runs, "cuda", listening), SOUNDS))
+    on_cpu = dict(score_sounds(load_ensemble(trained_runs, "cpu", listening), SOUNDS))
+    for name in SOUNDS:
+        for output in ("clipwise", "framewise", "frames"):
+            one, other = (getattr(found[name], output) for found in (on_gpu, on_cpu))
+            np.testing.assert_allclose(one, other, atol=1e-3)
+
+
+def test_batches_go_to_all_gpus_in_turn(trained_runs, monkeypatch):
+    """Where there is one GPU, it stands for two: each has its own copy of the networks."""
+    expected = dict(score_sounds(load_ensemble(trained_runs, "cuda"), SOUNDS))
+    monkeypatch.setattr(ensemble_module, "CUDA_BATCH", 3)
+    both = [torch.device("cuda", 0), torch.device("cuda", torch.cuda.device_count() - 1)]
+    monkeypatch.setattr(ensemble_module, "_devices", lambda device: both)
+    found = load_ensemble(trained_runs, "cuda")
+    assert len(found.lanes) == 2
+    for name, scores in score_sounds(found, SOUNDS):
+        np.testing.assert_allclose(scores.clipwise, expected[name].clipwise, atol=1e-4)
+
+
+def test_the_kernel_runs_on_the_gpu(trained_runs, tmp_path):
+    runs = trained_runs[:2]
+    checkpoints = [read_checkpoint(run) for run in runs]
+    names = tuple(one.name for one in checkpoints)
+    decision = Decision(0.0, 0.0, max_birds=2, classes=checkpoints[0].classes, members=names)
+    stage_package(runs, decision, SCRIPT, tmp_path / "build", "somebody")
+    (tmp_path / "data").mkdir()
+    write_sound(tmp_path / "data" / "test_audio" / "aa.wav", 60)
+    write_rows(tmp_path / "data", rows_of("aa", 60))
+    log = run_as_kaggle(tmp_path / "build", tmp_path / "data", tmp_path / "working")
+    assert "2 members on cuda" in log
+    assert "nocall" not in read_labels(tmp_path / "working", tmp_path / "data").values()
+    assert read_summary(tmp_path / "working")["left_out"] == {}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
+def test_a_training_on_the_gpu_ends_with_a_checkpoint_that_scores_on_a_cpu(
+    training_data, tiny_experiment, tmp_path, precision
+):
+    train = replace(tiny_experiment.train, precision=precision, ema_decay=0.9)
+    experiment = replace(tiny_experiment, name=f"tiny_{precision}", train=train)
+    runs = plan_runs([experiment], training_data, 0, tmp_path)
+    train_many(runs, training_data, workers=0, device=default_device())
+    model, checkpoint = load_model(runs[0].folder)
+    assert np.isfinite(checkpoint.score["macro_ap"])
+    assert score_waveforms(load_ensemble([runs[0].folder]), {RATE: noise(12)}).seconds == 12
+    assert not any(tensor.is_cuda for tensor in model.state_dict().values())
+
+
+GPU_EXPERIMENTS = [name for name in EXPERIMENTS if not name.startswith(("small", "lite0"))]
+
+
+@pytest.mark.parametrize("name", GPU_EXPERIMENTS)
+def test_an_experiment_for_a_gpu_scores_there_as_on_a_cpu(name, tmp_path):
+    experiment = find_experiment(name)
+    classes = tuple(f"bird{number}" for number in range(264))
+    torch.manual_seed(0)
+    model = build_model(experiment, 264).cuda()
+    with torch.no_grad():  # statistics of sound
+        windows = torch.from_numpy(noise(60)).view(12, -1).cuda()
+        for _ in range(30):
+            model.train()(windows)
+    save_checkpoint(tmp_path, model.eval(), Checkpoint(experiment, classes, 0))
+    scores = [
+        score_waveforms(load_ensemble([tmp_path], device), {RATE: noise(30, 1)})
+        for device in ("cpu", "cuda")
+    ]
+    np.testing.assert_allclose(scores[0].clipwise, scores[1].clipwise, atol=1e-3)
+    assert isinstance(load_ensemble([tmp_path], "cuda"), Ensemble)
