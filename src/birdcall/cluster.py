@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 SHARDS_FOLDER = "shards"
 RECORDINGS_PER_TASK = 16
+CORES_PER_WORKER = 2  # one decodes while the other runs the networks
 
 
 class Worker:
@@ -65,6 +68,7 @@ def listen_on_cluster(
     two cores, or per GPU where there are some; what a lost worker had in hand is done again by
     another one. Raises ValueError where Ray is not installed, ConnectionError where none answers.
     """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
     try:
         import ray
         import ray.data
@@ -73,6 +77,7 @@ def listen_on_cluster(
 
     def listen(recordings: Sequence[Recording]) -> Iterator[tuple[Recording, Detected]]:
         if not ray.is_initialized():
+            _require_answer(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         rows = [{"path": str(one.path.resolve()), "name": one.name} for one in recordings]
         by_name = {one.name: one for one in recordings}
@@ -85,6 +90,17 @@ def listen_on_cluster(
     return listen
 
 
+def _require_answer(address: str) -> None:
+    """Raise ConnectionError where nobody answers: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return  # auto, or a kind of address that Ray knows
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConnectionError(f"--ray {address}: no cluster answers there: {error}") from error
+
+
 def run_tasks(
     rows: list[dict[str, str]], package: Path, output: Path, *, embeddings: bool
 ) -> Iterator[dict[str, Any]]:
@@ -92,11 +108,13 @@ def run_tasks(
     import ray
     import ray.data
 
-    resources = ray.cluster_resources()
-    n_gpus = int(resources.get("GPU", 0))
-    n_cores = int(resources.get("CPU", 1))
-    cores_each = 1 if n_gpus or n_cores < 2 else 2
-    n_workers = n_gpus or max(1, n_cores // cores_each)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    n_gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    cores = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1]
+    if not cores:
+        raise ValueError("the Ray cluster has no node with a core")
+    cores_each = 1 if n_gpus or min(cores) < CORES_PER_WORKER else CORES_PER_WORKER
+    n_workers = n_gpus or sum(n_cores // cores_each for n_cores in cores)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     n_per_task = max(1, min(RECORDINGS_PER_TASK, -(-len(rows) // (4 * n_workers))))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from birdcall.benchmark.measure import peak_megabytes
 from birdcall.checkpoint import Checkpoint, find_checkpoints, save_checkpoint
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.decision import Decision
@@ -165,7 +165,7 @@ def run(folder: str) -> None:
         rows += ranked_rows(name, len(part.member_names), SIMULATED, part)
         found[name] = float(np.average(choice.nested_f1, weights=weights))
     table = terminal_table(tidy_table(rows))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # of kilobytes, on Linux
+    peak = peak_megabytes() / 1000
     result = {
         "peak_gigabytes": peak,
         "scores": {"all_nocall": NOCALL_SHARE, "member_0": found["member 0"]}

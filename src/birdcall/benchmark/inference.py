@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from birdcall.audio import read_audio
+from birdcall.benchmark.measure import peak_megabytes
 from birdcall.checkpoint import Checkpoint, save_checkpoint
 from birdcall.config import SEGMENT_SECONDS, Experiment, FrontendConfig
 from birdcall.decision import Decision
@@ -290,7 +290,7 @@ def hear_long(path: str, member: str, folder: str) -> None:
     start = time.perf_counter()
     ((_, detected),) = detect_recordings([Recording(Path(path), "long")], ensemble, decision)
     result = {
-        "peak_megabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "peak_megabytes": round(peak_megabytes(), 1),
         "x_real_time": round(detected.seconds / (time.perf_counter() - start), 1),
         "events": len(detected.events),
     }
