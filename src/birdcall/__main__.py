@@ -701,6 +701,24 @@ def benchmark_memory(
     typer.echo(table.to_string(index=False))
 
 
+@benchmark_app.command("scale")
+def benchmark_scale(
+    data: Data,
+    output: Output = None,
+    hours: Annotated[float, typer.Option(help="Of sound in the archive.")] = 1e6,
+    workers: Annotated[int, typer.Option(min=1, help="Of two cores each.")] = 200,
+    failures: Annotated[float, typer.Option(help="Of each worker, a day.")] = 1.0,
+    members: Annotated[int, typer.Option(min=1, help="That hear the archive.")] = 5,
+) -> None:
+    """Reckon what the hidden test set and an archive take, from what `inference` measured."""
+    from birdcall.benchmark.scale import Archive, benchmark_scale
+
+    archive = Archive(hours=hours, n_workers=workers, failures_per_day=failures)
+    hidden, found = benchmark_scale(_output_of(data, output) / "benchmark", archive, members)
+    typer.echo(hidden.to_string(index=False))
+    typer.echo(found.T.to_string(header=False))
+
+
 app.add_typer(benchmark_app, name="benchmark")
 
 
