@@ -50,8 +50,9 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-benchmark: $(INSTALLED)  ## The front end against librosa, torchlibrosa and nnAudio.
+benchmark: $(INSTALLED)  ## Front end and inference against librosa, torchlibrosa, nnAudio, the naive kernel.
 	$(BIN)/birdcall benchmark frontend --data $(DATA)
+	$(BIN)/birdcall benchmark inference --data $(DATA)
 
 clean:  ## Forget what was made, keep .venv and the data.
 	rm -rf output kernels/build

@@ -39,7 +39,7 @@ def test_the_naive_kernel_is_another_way_to_the_same_scores(small, demo_folder, 
     naive = NaiveKernel(ensemble.members).hear(sounds)
     for one, (_, other) in zip(naive, score_recordings(ensemble, sounds), strict=True):
         np.testing.assert_allclose(one, other.clipwise, atol=1e-3)
-        assert one.std() > 1e-3
+        assert one.std(axis=1).mean() > 0.02  # it says other things of other segments
 
 
 def test_windows_cut_by_hand_are_all_of_the_sound():

@@ -171,6 +171,72 @@ def test_predict_finds_birds_in_a_folder_of_recordings(road, tmp_path):
     assert len(list((tmp_path / "out" / "raven").iterdir())) == 1
 
 
+def test_predict_goes_on_and_writes_what_is_asked_for(road, tmp_path):
+    _, run, demo = road
+    (tmp_path / "mine").mkdir()
+    for path in sorted((demo / "test_audio").iterdir())[:3]:
+        shutil.copyfile(path, tmp_path / "mine" / path.name)
+    output = tmp_path / "out"
+    run("predict", tmp_path / "mine" / "*.mp3", "--output", output, "--format", "parquet")
+    journal = (output / "journal.jsonl").read_bytes()
+    table = pd.read_parquet(output / "detections.parquet")
+    said = run(
+        *("predict", tmp_path / "mine" / "*.mp3", "--output", output, "--format", "jsonl"),
+        *("--format", "audacity", "--min-confidence", "0.9"),
+    )
+    assert (output / "journal.jsonl").read_bytes() == journal  # nothing was heard again
+    assert f"{(table['confidence'] >= 0.9).sum()} detections in 3 recordings" in said
+    assert len(list((output / "audacity").iterdir())) == 3
+    run("predict", tmp_path / "mine", "--output", tmp_path / "two", "--embeddings")
+    assert len(list((tmp_path / "two" / "embeddings").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        ((), "either PATHS of recordings or --data DIR"),
+        (("nowhere",), "no such recording or folder"),
+        (("{audio}", "--species", "dodo"), "knows no species dodo"),
+        (("{audio}", "--format", "xls"), "format is 'xls'"),
+        (("{audio}", "--min-confidence", "2"), "min_confidence is 2"),
+        (("{audio}", "--package", "nowhere"), "no such manifest"),
+        (("{audio}", "--ray", "127.0.0.1:1"), "no cluster answers there"),
+    ],
+)
+def test_predict_says_in_a_line_what_it_cannot_do(road, tmp_path, arguments, complaint):
+    _, run, demo = road
+    given = [one.format(audio=demo / "test_audio") for one in arguments]
+    if "--output" not in given and given:
+        given += ["--output", tmp_path / "out"]
+    assert complaint in run("predict", *given, fails=True)
+
+
+def test_export_writes_a_model_that_other_programs_run(road, tmp_path):
+    folder, run, _ = road
+    member = folder / "output" / "tiny" / "runs" / "small_gru" / "fold0"
+    said = run("export", member, "--input", "waveform", "--to", tmp_path / "bird.onnx")
+    assert "of torch's" in said
+    assert (tmp_path / "bird.onnx").stat().st_size > 10_000
+    assert "--input waveform needs --to" in run("export", member, "--input", "waveform", fails=True)
+    assert "no such checkpoint" in run("export", tmp_path, fails=True)
+
+
+def test_windows_with_context_are_chosen_by_evaluate_and_followed_by_the_package(road, tmp_path):
+    folder, run, demo = road
+    output = folder / "output" / "tiny"
+    shutil.copytree(output, tmp_path / "tiny")
+    options = ("--output", tmp_path / "tiny")
+    run("evaluate", "--data", demo, *options, "--context-seconds", 2.5)
+    decision = json.loads((tmp_path / "tiny" / "decision.json").read_text())
+    assert (decision["window_segments"], decision["context_seconds"]) == (1, 2.5)
+    build = ("--build", tmp_path / "build", "--script", SCRIPT)
+    run("package", "--data", demo, *options, *build, "--dry-run")
+    assert (tmp_path / "tiny" / "submission.csv").is_file()
+    assert "context_seconds" in run(
+        "evaluate", "--data", demo, *options, "--context-seconds", 0.33, fails=True
+    )
+
+
 # --- bad input: one line, exit code 2 -----------------------------------------------------------
 
 

@@ -45,7 +45,7 @@ def export_onnx(
     require_choice("source", source, SOURCES)
     model, checkpoint = load_model(folder)
     network = _Exported(model, checkpoint, listening, source).eval()
-    inputs = _probe(checkpoint, listening)
+    inputs = probe_windows(checkpoint.experiment.frontend.sample_rate, listening)
     if source == "log_mel":
         with torch.inference_mode():
             inputs = model.frontend(inputs)
@@ -120,9 +120,8 @@ def _compare(detector: SegmentDetector, inputs: Tensor, path: Path, source: str)
     return largest
 
 
-def _probe(checkpoint: Checkpoint, listening: Listening) -> Tensor:
+def probe_windows(rate: int, listening: Listening = SEGMENT_BY_SEGMENT) -> Tensor:
     """Return ``(N_PROBES, samples)`` of noise, tones, clicks and silence, loud and quiet."""
-    rate = checkpoint.experiment.frontend.sample_rate
     generator = torch.Generator().manual_seed(0)
     n_samples = listening.window_samples(rate)
     noise = torch.randn(N_PROBES, n_samples, generator=generator)

@@ -28,10 +28,10 @@ from birdcall.config import SEGMENT_SECONDS, Experiment, FrontendConfig
 from birdcall.decision import Decision
 from birdcall.ensemble import FRONT_END, READING, Ensemble, Member, load_ensemble
 from birdcall.experiments import find_experiment
-from birdcall.export import export_onnx
+from birdcall.export import export_onnx, probe_windows
 from birdcall.files import write_atomically
 from birdcall.inference import score_recordings
-from birdcall.models import build_model
+from birdcall.models import SEDModel, build_model
 from birdcall.onnx_detector import ONNX_FILE, is_onnx_installed
 from birdcall.prediction import Recording, detect_recordings
 from birdcall.soundscapes import AUDIO_SUFFIXES, EXAMPLE_AUDIO, TEST_AUDIO
@@ -42,6 +42,7 @@ NAIVE_BATCH = 8  # windows
 MP3_RATE = 22_050  # hertz, mono: as the competition's soundscapes
 PEER, OURS = "naive kernel", "birdcall"
 N_CLASSES = 264
+LOGIT_STD = 0.5  # of a random network's framewise outputs
 DAY_SECONDS = 24 * 3600
 RESULT_FILE = "result.json"
 
@@ -228,22 +229,40 @@ def make_members(folder: Path, sounds: Mapping[str, Path], n_members: int) -> li
     """Write checkpoints of random networks whose normalisation has seen the sounds, and exports."""
     experiment = benchmarked_experiment()
     rate = experiment.frontend.sample_rate
-    windows = cut_by_hand(read_audio(next(iter(sounds.values())), rate), rate)[:NAIVE_BATCH]
+    heard = [cut_by_hand(read_audio(one, rate), rate)[:2] for one in list(sounds.values())[:6]]
+    windows = torch.cat([*heard, probe_windows(rate)])  # what the export is checked with, too
     folders = []
     for number in range(n_members):
         torch.manual_seed(number)
         model = build_model(experiment, N_CLASSES)
-        model.train()
-        with torch.no_grad():
-            for _ in range(3):
-                model(windows)
+        spread_outputs(model, windows)
         classes = tuple(f"bird{one}" for one in range(N_CLASSES))
         place = folder / f"fold{number}"
-        save_checkpoint(place, model.eval(), Checkpoint(experiment, classes, number))
+        save_checkpoint(place, model, Checkpoint(experiment, classes, number))
         if is_onnx_installed():
             export_onnx(place, place / ONNX_FILE)
         folders.append(place)
     return folders
+
+
+@torch.no_grad()
+def spread_outputs(model: SEDModel, windows: Tensor) -> None:
+    """Make a random network say different things of different windows, as a trained one does.
+
+    Else all probabilities would be alike, and no comparison would notice a mistake.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = None  # the mean over all passes
+    for _ in range(3):
+        model.train()(windows)
+    detection = model.eval().head.detection
+    features = model.features(model.frontend(windows))
+    features = features - features.mean(dim=(0, 2), keepdim=True)
+    logits = detection(features) - detection.bias[:, None]
+    detection.weight *= LOGIT_STD / logits.std(dim=(0, 2))[:, None, None]
+    logits = detection(model.features(model.frontend(windows)))
+    detection.bias -= logits.mean(dim=(0, 2))
 
 
 # --- memory ---------------------------------------------------------------------------------------
