@@ -64,14 +64,10 @@ class RecordingDetector:
         if self.held is None:
             return []
         self._decide(None, is_last=True)
-        found = _Candidates(
-            *(
-                np.concatenate(parts, axis=-1)
-                for parts in zip(*(c[:4] for c in self.candidates), strict=True)
-            ),
-            np.concatenate([one.frames for one in self.candidates]),
-        )
+        *parts, frames = zip(*self.candidates, strict=True)
         self.candidates = []
+        joined = [np.concatenate(part, axis=-1) for part in parts]
+        found = _Candidates(*joined, np.concatenate(frames))
         return self._find_events(self._choose(found), seconds)
 
     def _decide(self, piece: Piece | None, is_last: bool) -> None:
@@ -118,12 +114,14 @@ class RecordingDetector:
             gate = self.highest >= self.decision.recording_threshold
             passed = passed & gate[:, found.column]
         agreed = agree(passed, self.decision)
-        rows, place = np.unique(found.row, return_inverse=True)
-        # Rows in which many birds are candidates are few, and ranked as `decide` ranks them.
+        # Entries are in order of row. Rows in which more birds agree than are wanted are few, and
+        # ranked as `decide` ranks them.
         chosen = agreed.copy()
-        counts = np.bincount(place, agreed, len(rows))
+        starts = np.flatnonzero(np.diff(found.row, prepend=-1))
+        counts = np.add.reduceat(agreed, starts, dtype=np.intp) if len(starts) else starts
+        ends = np.append(starts[1:], len(agreed))
         for crowded in np.flatnonzero(counts > self.decision.max_birds):
-            own = np.flatnonzero(place == crowded)
+            own = slice(starts[crowded], ends[crowded])
             chosen[own] = keep_strongest(
                 agreed[None, own], found.strength[None, own], self.decision.max_birds
             )[0]
