@@ -506,7 +506,13 @@ def predict(
         typer.Option(help="Folder in the competition's layout: writes submission.csv."),
     ] = None,
     package: Annotated[Path, typer.Option(help="A staged package.")] = KERNEL_BUILD / "dataset",
-    output: Output = None,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="Where results go.",
+            show_default="output/predictions, or output/<name of the data folder>",
+        ),
+    ] = None,
     format: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from birdcall.fingerprint import digest
 from birdcall.inference import Piece, hear, open_recording
 from birdcall.journal import Journal
 from birdcall.manifest import MANIFEST_FILE
+from birdcall.onnx_detector import is_onnx_installed
 from birdcall.outputs import (
     Event,
     write_audacity_labels,
@@ -56,6 +58,7 @@ TABLES: dict[str, Callable[..., None]] = {
 PER_RECORDING = {"raven": ".selections.txt", "audacity": ".labels.txt"}
 FORMATS = (*TABLES, *PER_RECORDING)
 DEFAULT_FORMATS = ("csv", "raven")
+ROWS_AT_ONCE = 512  # of a Parquet file of embeddings
 PROGRESS = "{percentage:3.0f} % of {total:.0f} s{postfix}, {remaining} left"
 
 
@@ -199,6 +202,8 @@ def detect_recordings(
                 continue
             if isinstance(item, End):
                 detected = Detected(item.seconds, tuple(detector.finish(item.seconds)))
+                if writer is not None:
+                    writer.flush()
             else:
                 detected = Detected(0.0, reason=item.reason)
                 if writer is not None:
@@ -218,8 +223,18 @@ class _EmbeddingWriter:
         self.temporary = open_file.enter_context(atomic_path(path))
         self.open_file = open_file
         self.writer: pq.ParquetWriter | None = None
+        self.held: list[np.ndarray] = []
 
     def add(self, embedding: np.ndarray) -> None:
+        self.held.append(embedding)
+        if sum(map(len, self.held)) >= ROWS_AT_ONCE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has been added."""
+        if not self.held:
+            return
+        embedding, self.held = np.concatenate(self.held), []
         n_segments, size = embedding.shape
         onsets = SEGMENT_SECONDS * np.arange(
             self.n_segments, self.n_segments + n_segments, dtype=np.float64
@@ -245,9 +260,10 @@ class _EmbeddingWriter:
 
 
 def fingerprint_of(package: Path, embeddings: bool, device: str) -> str:
-    """Return what results depend on beside the recordings: code, weights, decision, device."""
+    """Return what results depend on beside the recordings: code, weights, decision, runtime."""
     manifest = (package / MANIFEST_FILE).read_text(encoding="utf-8")
-    return digest(json.dumps([manifest, embeddings, device]))
+    onnx_version = version("onnxruntime") if is_onnx_installed() else None
+    return digest(json.dumps([manifest, embeddings, device, version("torch"), onnx_version]))
 
 
 def predict_recordings(
@@ -261,15 +277,16 @@ def predict_recordings(
 
     ``listen`` yields what is found in the recordings given to it, in any order.
     """
-    left = [one for one in recordings if journal.find(state_of(one)) is None]
+    states = {one: state_of(one) for one in recordings}  # before they are heard
+    left = [one for one in recordings if journal.find(states[one]) is None]
     if len(left) < len(recordings):
         logger.info("%d recordings were finished before", len(recordings) - len(left))
     if left:
         for recording, detected in listen(left):
             if detected.reason:
                 logger.warning("%s: %s", recording.path, detected.reason)
-            journal.add(state_of(recording), detected.to_json())
-    found = {one: Detected.from_json(journal.find(state_of(one))) for one in recordings}
+            journal.add(states[recording], detected.to_json())
+    found = {one: Detected.from_json(journal.find(states[one])) for one in recordings}
     return write_results(found, output, wanted)
 
 
