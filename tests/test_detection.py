@@ -118,3 +118,21 @@ def test_pieces_of_any_length_give_the_events_of_the_whole(decision, n_members, 
         for end, start in zip(ends[:-1], starts[1:], strict=True):
             assert found[column, end:start].all() == (start - end <= 5)
             assert found[column, end:start].any() == (start - end <= 5)
+
+
+@pytest.mark.parametrize("gate", [0.0, 0.5, 0.99999])
+def test_what_is_kept_does_not_grow_with_classes_that_have_no_chance(gate):
+    """Every class passes the thresholds in every row; two birds of a row can be named."""
+    generator = np.random.default_rng(0)
+    n_classes, n_rows = 200, 50
+    decision = Decision(0.0, 0.0, max_birds=2, recording_threshold=gate)
+    detector = RecordingDetector(decision, [f"bird{one}" for one in range(n_classes)])
+    for _ in range(n_rows):
+        scores = generator.random((1, 1, n_classes), dtype=np.float32)
+        frames = np.repeat(scores[0].T, FRAMES_PER_SEGMENT, axis=1)
+        detector.add(Piece(scores, scores, frames, None))
+    n_kept = sum(len(one.row) for one in detector.candidates)
+    if gate < 0.9:
+        assert n_kept < 3 * n_rows
+    else:  # hardly any bird passes: all may still do
+        assert n_kept > 50 * n_rows

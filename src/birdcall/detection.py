@@ -39,8 +39,8 @@ class _Candidates(NamedTuple):
 class RecordingDetector:
     """Collects what is heard in a recording and decides, as `decision.decide` would on all of it.
 
-    What is kept grows with the birds, not with classes x seconds: a row is decided as soon as its
-    neighbours are known, all but the gate, for which the whole recording must have been heard.
+    What is kept grows with the birds that can be named, not with classes x seconds: a row is
+    decided as soon as its neighbours are known, all but the gate, which asks the whole recording.
     """
 
     def __init__(self, decision: Decision, classes: Sequence[str]) -> None:
@@ -87,7 +87,7 @@ class RecordingDetector:
         highest = voters.clipwise[:, own].max(axis=1)
         self.highest = highest if self.highest is None else np.maximum(self.highest, highest)
         passed = pass_thresholds(voters, self.decision)[:, own]
-        row, column = np.nonzero(passed.any(axis=0))
+        row, column = np.nonzero(self._may_be_chosen(passed, voters.strength[own]))
         by_row = rows.frames.reshape(len(self.classes), -1, FRAMES_PER_SEGMENT)
         frames = by_row[column, row + first]
         calibration = self.decision.calibration
@@ -106,6 +106,18 @@ class RecordingDetector:
                 frames,
             )
         )
+
+    def _may_be_chosen(self, passed: np.ndarray, strength: np.ndarray) -> np.ndarray:
+        """Return which of ``(voters, rows, classes)`` can be among the strongest of their row.
+
+        Who has passed the gate before the end has passed it. So a bird that is weaker than as many
+        of these as a row may have is out, whatever is still to be heard.
+        """
+        sure = passed & (self.highest >= self.decision.recording_threshold)[:, None]
+        n_kept = min(self.decision.max_birds, strength.shape[1])
+        strengths = np.where(agree(sure, self.decision), strength, -np.inf)
+        weakest = np.partition(strengths, -n_kept, axis=1)[:, -n_kept]
+        return passed.any(axis=0) & (strength >= weakest[:, None])
 
     def _choose(self, found: _Candidates) -> _Candidates:
         """Return those that pass the gate and are among the strongest of their row."""
