@@ -364,6 +364,21 @@ def test_killed_at_twenty_moments_it_goes_on_and_ends_the_same(package, tmp_path
     assert n_killed == 20
 
 
+def test_progress_says_how_far_it_is_and_how_fast(opened, tmp_path, capsys):
+    """Most segments of these are padding: more is heard than there is."""
+    for number, seconds in enumerate((0.3, 0.4, 12.0, 5.1)):
+        write_sound(tmp_path / f"{number}.wav", seconds)
+    (tmp_path / "bad.mp3").touch()
+    recordings = find_recordings([tmp_path])
+    listen = listen_here(*opened, tmp_path / "out", Wanted(), progress=True)
+    assert len(list(listen(recordings))) == 5
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert "100 % of 18 s, 5 of 5 recordings, " in last
+    assert " x real time, 00:00 left" in last
+    bad = [one for one in recordings if one.name == "bad.mp3"]
+    assert len(list(listen(bad))) == 1  # nothing that has a length
+
+
 def test_an_ensemble_of_a_package_is_that_of_its_runs(opened, trained_runs, tmp_path):
     write_sound(tmp_path / "a.wav", 12)
     recordings = find_recordings([tmp_path])

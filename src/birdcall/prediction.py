@@ -171,12 +171,16 @@ def state_of(recording: Recording) -> dict[str, Any]:
 # --- hearing them ---------------------------------------------------------------------------------
 
 
+def _ignore(_: float) -> None:
+    """Tell nobody of progress."""
+
+
 def detect_recordings(
     recordings: Sequence[Recording],
     ensemble: Ensemble,
     decision: Decision,
     embeddings: Path | None = None,
-    advance: Callable[[float], object] = lambda seconds: None,
+    advance: Callable[[float], object] = _ignore,
 ) -> Iterator[tuple[Recording, Detected]]:
     """Yield what is found in each recording, in order; one that does not decode has a reason.
 
@@ -299,20 +303,26 @@ def listen_here(
     def listen(recordings: Sequence[Recording]) -> Iterator[tuple[Recording, Detected]]:
         total = sum(map(_promised_seconds, recordings)) if progress else 0.0
         began, n_finished = time.monotonic(), 0
-        with tqdm(total=total, disable=not progress, bar_format=PROGRESS) as bar:
+        with tqdm(total=total, disable=not total, bar_format=PROGRESS) as bar:
 
             def advance(seconds: float) -> None:
-                speed = (bar.n + seconds) / max(time.monotonic() - began, 1e-3)
+                # A last segment is padded, and headers promise too little: tqdm knows no more
+                # than all.
+                bar.update(min(seconds, total - bar.n))
+                show()
+
+            def show() -> None:
+                speed = bar.n / max(time.monotonic() - began, 1e-3)
                 bar.set_postfix_str(
-                    f"{n_finished} of {len(recordings)} recordings, {speed:.0f} x real time",
-                    refresh=False,
+                    f"{n_finished} of {len(recordings)} recordings, {speed:.0f} x real time"
                 )
-                bar.update(seconds)
 
             for recording, detected in detect_recordings(
-                recordings, ensemble, decision, embeddings, advance
+                recordings, ensemble, decision, embeddings, advance if total else _ignore
             ):
                 n_finished += 1
+                if total:
+                    show()
                 yield recording, detected
 
     return listen
