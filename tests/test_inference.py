@@ -154,8 +154,9 @@ def test_however_much_is_heard_frames_are_where_the_sound_is(members):
         shout = score_waveforms(ensemble, {RATE: waveform}).frames
         quiet = score_waveforms(ensemble, {RATE: 1e-3 * noise(20)}).frames
         moved = np.abs(shout - quiet).sum(axis=0)
-        loudest = moved.argmax() * 5 / FRAMES_PER_SEGMENT
-        assert 10.5 < loudest < 12.5
+        changed = np.flatnonzero(moved > moved.max() / 2) * 5 / FRAMES_PER_SEGMENT
+        assert changed[0] > 9.5  # the network's own frames are a second long
+        assert changed[-1] < 12.6
 
 
 def test_members_of_other_classes_do_not_make_an_ensemble(members):
