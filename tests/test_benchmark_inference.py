@@ -60,6 +60,7 @@ def test_a_long_recording_is_as_long_as_it_was_asked_for(demo_folder, tmp_path):
 
 
 TAKE = """
+from birdcall.benchmark.measure import peak_megabytes
 import numpy as np
 before = peak_megabytes()
 taken = np.ones(2**25)
