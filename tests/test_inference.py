@@ -159,6 +159,16 @@ def test_however_much_is_heard_frames_are_where_the_sound_is(members):
         assert changed[-1] < 12.6
 
 
+def test_an_export_for_other_windows_is_not_heard_with(members, tmp_path):
+    exported = replace(members[0], export=tmp_path / "model.onnx")
+    ensemble = Ensemble(members[:1])
+    ensemble.members = [exported]
+    wide = ensemble.hearing(Listening(2))
+    assert wide.members[0].export is None
+    assert score_waveforms(wide, {RATE: noise(12)}).clipwise.shape[1] == 3
+    assert ensemble.hearing(Listening()) is ensemble
+
+
 def test_members_of_other_classes_do_not_make_an_ensemble(members):
     other = replace(members[1], checkpoint=replace(members[1].checkpoint, classes=("a", "b", "c")))
     with pytest.raises(ValueError, match="other classes"):

@@ -1,5 +1,7 @@
 """The spectrogram equals librosa's, stays small and exact, and refuses what it cannot transform."""
 
+import threading
+
 import librosa
 import numpy as np
 import pytest
@@ -184,3 +186,41 @@ def test_an_unknown_implementation_is_refused():
         Spectrogram(1024, 320, "stft")
     with pytest.raises(ValueError, match="hop_length 2048 must be in"):
         Spectrogram(1024, 2048)
+
+
+def test_products_stay_exact_while_any_thread_wants_them():
+    """One thread's end must not hand another one the rounded products of its surroundings."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "bf16"
+        with exact_float32(torch.device("cpu")):
+            with exact_float32(torch.device("cpu")):
+                assert matmul.fp32_precision == "ieee"
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "bf16"
+        inside, both, left = (threading.Event() for _ in range(3))
+        seen = []
+
+        def short():
+            with exact_float32(torch.device("cpu")):
+                inside.set()
+                both.wait()
+            left.set()
+
+        def long():
+            inside.wait()
+            with exact_float32(torch.device("cpu")):
+                both.set()
+                left.wait()
+                seen.append(matmul.fp32_precision)
+
+        threads = [threading.Thread(target=run) for run in (short, long)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert seen == ["ieee"]
+        assert matmul.fp32_precision == "bf16"
+    finally:
+        matmul.fp32_precision = before

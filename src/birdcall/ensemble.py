@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -164,8 +164,11 @@ class Ensemble:
         return Ensemble(members, self.device, self.listening)
 
     def hearing(self, listening: Listening) -> Ensemble:
-        """Return the same members that hear otherwise."""
-        return Ensemble(self.members, self.device, listening)
+        """Return the same members that hear otherwise; exports are for one way of hearing."""
+        if listening == self.listening:
+            return self
+        members = [replace(member, export=None) for member in self.members]
+        return Ensemble(members, self.device, listening)
 
     def _open_lane(self, number: int, device: torch.device) -> Lane:
         configs = {member.checkpoint.experiment.frontend for member in self.members}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -293,16 +295,40 @@ def exact_float32(device: torch.device) -> Iterator[None]:
     if is_traced():  # settings of the exporting process do not travel with the graph
         yield
         return
-    operators = _CUDA_PRODUCTS if device.type == "cuda" else _CPU_PRODUCTS
-    changed = [(op, op.fp32_precision) for op in operators if op.fp32_precision in ("tf32", "bf16")]
-    try:
-        for operator, _ in changed:
-            operator.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for operator, precision in changed:
-            operator.fp32_precision = precision
+    with _exactly(device.type), torch.autocast(device.type, enabled=False):
+        yield
+
+
+class _Exactness:
+    """Exact products of one kind of device, while any thread wants them: settings are global."""
+
+    def __init__(self, operators: Sequence[Any]) -> None:
+        self.operators, self.n_wanted = operators, 0
+        self.changed: list[tuple[Any, str]] = []
+        self.lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.n_wanted:
+                found = [(one, one.fp32_precision) for one in self.operators]
+                self.changed = [pair for pair in found if pair[1] in ("tf32", "bf16")]
+                for operator, _ in self.changed:
+                    operator.fp32_precision = "ieee"
+            self.n_wanted += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.n_wanted -= 1
+            if not self.n_wanted:
+                for operator, precision in self.changed:
+                    operator.fp32_precision = precision
+
+
+_EXACT_CUDA, _EXACT_CPU = _Exactness(_CUDA_PRODUCTS), _Exactness(_CPU_PRODUCTS)
+
+
+def _exactly(device_type: str) -> _Exactness:
+    return _EXACT_CUDA if device_type == "cuda" else _EXACT_CPU
 
 
 def keep_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
