@@ -44,7 +44,6 @@ from birdcall.prediction import (
 
 RATE = 32_000
 SCRIPT = Path(__file__).resolve().parents[1] / "kernels" / "submission" / "submission.py"
-DECISION = Decision(0.3, 0.3, neighbour_weight=0.25, max_birds=2)
 
 
 @pytest.fixture(scope="module")

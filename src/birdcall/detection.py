@@ -121,11 +121,8 @@ class RecordingDetector:
 
     def _choose(self, found: _Candidates) -> _Candidates:
         """Return those that pass the gate and are among the strongest of their row."""
-        passed = found.passed
-        if self.decision.recording_threshold > 0:
-            gate = self.highest >= self.decision.recording_threshold
-            passed = passed & gate[:, found.column]
-        agreed = agree(passed, self.decision)
+        gate = self.highest >= self.decision.recording_threshold
+        agreed = agree(found.passed & gate[:, found.column], self.decision)
         # Entries are in order of row. Rows in which more birds agree than are wanted are few, and
         # ranked as `decide` ranks them.
         chosen = agreed.copy()

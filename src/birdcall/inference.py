@@ -27,7 +27,15 @@ import torch
 from birdcall.audio import AudioError, iterate_rates
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.ensemble import READING, BatchScores, Ensemble
-from birdcall.windows import BLOCK_SECONDS, End, Sound, Waveforms, Window, cut_windows
+from birdcall.windows import (
+    BLOCK_SECONDS,
+    FRAMES_PER_SEGMENT,
+    End,
+    Sound,
+    Waveforms,
+    Window,
+    cut_windows,
+)
 
 MAX_READERS = 8
 READ_AHEAD_SEGMENTS = 32  # of each reader
@@ -164,9 +172,8 @@ def _cut_piece(scores: BatchScores, start: int, windows: Sequence[Window]) -> Pi
     )
     frames, embedding = scores.frames, scores.embedding
     if frames is not None:
-        per_segment = frames.shape[2] // (scores.clipwise.shape[2])
         frames = frames[own].transpose(1, 0, 2).reshape(frames.shape[1], -1)
-        frames = frames[:, : n_segments * per_segment]
+        frames = frames[:, : n_segments * FRAMES_PER_SEGMENT]
     if embedding is not None:
         embedding = embedding[own].reshape(-1, embedding.shape[2])[:n_segments]
     return Piece(clipwise, framewise, frames, embedding)

@@ -96,7 +96,7 @@ def _try_examples(
 def open_package(
     package: Path, device: torch.device | str
 ) -> tuple[Ensemble, Decision, dict[str, str]]:
-    """Load the members of a package in the decision's order: the most valuable one first.
+    """Load the members of a package in the decision's order: the best experiment's first.
 
     Also returns the members that are refused, and why: files that are missing, or not what the
     manifest says, or cannot be loaded. Raises an error if none is left, or if code or decision are
