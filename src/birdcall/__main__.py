@@ -529,6 +529,10 @@ def predict(
     embeddings: Annotated[
         bool, typer.Option("--embeddings", help="Also the networks' features of each segment.")
     ] = False,
+    view: Annotated[
+        bool,
+        typer.Option("--view", help="Also pages to look at, listen to, label and export from."),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Begin again, forget what is finished.")
     ] = False,
@@ -557,6 +561,8 @@ def predict(
 
     if bool(paths) == (data is not None):
         raise ValueError("predict takes either PATHS of recordings or --data DIR")
+    if view and (ray is not None or data is not None):
+        raise ValueError("--view is for PATHS heard on this machine: not with --ray or --data")
     device = default_device()
     ensemble, decision, refused = open_package(package, device)
     require_all_members(refused)
@@ -565,7 +571,7 @@ def predict(
         typer.echo(f"{submission}: {write_predictions(data, ensemble, decision, submission)}")
         return
     wanted = Wanted(
-        tuple(format or DEFAULT_FORMATS), min_confidence, tuple(species or ()), embeddings
+        tuple(format or DEFAULT_FORMATS), min_confidence, tuple(species or ()), embeddings, view
     )
     wanted.require_known(ensemble.classes)
     recordings = find_recordings(paths)
@@ -578,9 +584,7 @@ def predict(
         from birdcall.cluster import listen_on_cluster
 
         listen = listen_on_cluster(ray, package, output, embeddings=embeddings, progress=True)
-    with Journal(
-        output / JOURNAL_FILE, fingerprint_of(package, embeddings, device.type)
-    ) as journal:
+    with Journal(output / JOURNAL_FILE, fingerprint_of(package, wanted, device.type)) as journal:
         typer.echo(predict_recordings(recordings, journal, listen, output, wanted))
 
 

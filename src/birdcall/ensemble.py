@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 CPU_BATCH, CUDA_BATCH = 4, 64
 ALWAYS = ("clipwise", "framewise")
 READING, FRONT_END = "reading", "front end"
+MEMBER_FRAMES = "member_frames"
 
 # log_mel (windows, channels, frames, n_mels), names of outputs → these of `SegmentOutput`
 Detector = Callable[[Tensor, Sequence[str]], list[np.ndarray]]
@@ -60,14 +61,16 @@ class BatchScores(NamedTuple):
     """What members say of a batch of windows.
 
     clipwise, framewise: ``(members, windows, segments, classes)``. frames, the members' mean over
-    time: ``(windows, classes, segments * FRAMES_PER_SEGMENT)``. embedding, theirs one after the
-    other: ``(windows, segments, sizes)``. None where not asked for.
+    time: ``(windows, classes, segments * FRAMES_PER_SEGMENT)``; member_frames, each member's:
+    ``(members, …)``. embedding, theirs one after the other: ``(windows, segments, sizes)``. None
+    where not asked for.
     """
 
     clipwise: np.ndarray
     framewise: np.ndarray
     frames: np.ndarray | None
     embedding: np.ndarray | None
+    member_frames: np.ndarray | None = None
 
 
 class Costs:
@@ -202,7 +205,8 @@ class Ensemble:
     ) -> BatchScores:
         """Score up to ``batch_windows`` windows, ``(windows, samples)`` at each sample rate.
 
-        The first ``n_members`` hear them. ``extra``: also "frames" or "embedding". Raises
+        The first ``n_members`` hear them. ``extra``: also "frames", "embedding", and with frames
+        "member_frames". Raises
         MemberError for one that does not run, or says what is no number.
         """
         clock = time.thread_time if lane.device.type == "cpu" else time.perf_counter
@@ -210,7 +214,7 @@ class Ensemble:
         sound = (
             len(next(iter(waveforms.values()))) * self.listening.window_segments * SEGMENT_SECONDS
         )
-        names = (*ALWAYS, *extra)
+        names = (*ALWAYS, *(name for name in extra if name != MEMBER_FRAMES))
         said: dict[str, list[np.ndarray]] = {name: [] for name in names}
         for member, detect in zip(self.members[:n_members], lane.detectors, strict=False):
             frontend = member.checkpoint.experiment.frontend
@@ -229,6 +233,7 @@ class Ensemble:
             np.stack(said["framewise"]),
             None if frames is None else sum(frames[1:], frames[0]) / np.float32(len(frames)),
             None if embedding is None else np.concatenate(embedding, axis=2),
+            np.stack(frames) if MEMBER_FRAMES in extra else None,
         )
 
 

@@ -45,13 +45,15 @@ class Piece(NamedTuple):
     """What the members heard in some consecutive segments of a sound.
 
     clipwise, framewise: ``(members, segments, classes)``. frames: ``(classes, segments *
-    FRAMES_PER_SEGMENT)``; embedding: ``(segments, sizes)``; None where not asked for.
+    FRAMES_PER_SEGMENT)``; embedding: ``(segments, sizes)``; member_frames: ``(members, classes,
+    segments * FRAMES_PER_SEGMENT)``; None where not asked for.
     """
 
     clipwise: np.ndarray
     framewise: np.ndarray
     frames: np.ndarray | None
     embedding: np.ndarray | None
+    member_frames: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def hear(
     """Yield what is heard in the sounds, in order: pieces of each, then its end.
 
     A sound that does not decode ends with its `AudioError`, perhaps after some pieces.
-    ``extra``: also "frames", "embedding". ``choose_members`` is asked, when a sound begins, how
+    ``extra``: also "frames", "embedding", "member_frames". ``choose_members`` is asked, when a sound begins, how
     many of the members hear it, the first ones; at 0 nothing more is heard.
     """
     scored: deque[tuple[_Batch, Future[BatchScores] | None]] = deque()
@@ -170,13 +172,20 @@ def _cut_piece(scores: BatchScores, start: int, windows: Sequence[Window]) -> Pi
         one[:, own].reshape(len(one), -1, one.shape[-1])[:, :n_segments]
         for one in (scores.clipwise, scores.framewise)
     )
-    frames, embedding = scores.frames, scores.embedding
+    frames, embedding, member_frames = scores.frames, scores.embedding, scores.member_frames
+    n_frames = n_segments * FRAMES_PER_SEGMENT
     if frames is not None:
-        frames = frames[own].transpose(1, 0, 2).reshape(frames.shape[1], -1)
-        frames = frames[:, : n_segments * FRAMES_PER_SEGMENT]
+        frames = _join_windows(frames[own])[:, :n_frames]
+    if member_frames is not None:
+        member_frames = np.stack([_join_windows(one[own])[:, :n_frames] for one in member_frames])
     if embedding is not None:
         embedding = embedding[own].reshape(-1, embedding.shape[2])[:n_segments]
-    return Piece(clipwise, framewise, frames, embedding)
+    return Piece(clipwise, framewise, frames, embedding, member_frames)
+
+
+def _join_windows(frames: np.ndarray) -> np.ndarray:
+    """Lay windows one after another: ``(windows, classes, frames)`` → ``(classes, all)``."""
+    return frames.transpose(1, 0, 2).reshape(frames.shape[1], -1)
 
 
 # --- reading ahead --------------------------------------------------------------------------------

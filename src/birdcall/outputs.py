@@ -51,12 +51,16 @@ TIME_TOLERANCE = 1e-6  # seconds; times are rounded to it, or 3 x 0.1 s would no
 
 @dataclass(frozen=True)
 class Event:
-    """One bird heard from ``onset`` to ``offset``, in seconds of its recording."""
+    """One bird heard from ``onset`` to ``offset``, in seconds of its recording.
+
+    note: what a person has written beside it.
+    """
 
     ebird_code: str
     onset: float
     offset: float
     confidence: float = 1.0
+    note: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.onset <= self.offset < float("inf"):
@@ -339,6 +343,7 @@ def read_raven_table(path: Path, label_column: str | None = None) -> list[Event]
             row["Begin Time (s)"],
             row["End Time (s)"],
             row.get("Confidence") or 1.0,
+            row.get("Notes", ""),
         )
         for line, row in frame.drop_duplicates("Selection").iterrows()
     ]
@@ -399,8 +404,9 @@ def _event(
     onset: str | float,
     offset: str | float,
     confidence: str | float,
+    note: str = "",
 ) -> Event:
     try:
-        return Event(ebird_code, float(onset), float(offset), float(confidence))
+        return Event(ebird_code, float(onset), float(offset), float(confidence), note)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}, line {line}: {error}") from None

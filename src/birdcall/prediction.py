@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
@@ -25,7 +26,7 @@ from birdcall.audio import AudioError, probe_audio
 from birdcall.config import SEGMENT_SECONDS, require_choice, require_share
 from birdcall.decision import Decision
 from birdcall.detection import RecordingDetector
-from birdcall.ensemble import Ensemble
+from birdcall.ensemble import MEMBER_FRAMES, Ensemble
 from birdcall.files import atomic_path, inside
 from birdcall.fingerprint import digest
 from birdcall.inference import Piece, hear, open_recording
@@ -34,6 +35,7 @@ from birdcall.manifest import MANIFEST_FILE
 from birdcall.onnx_detector import is_onnx_installed
 from birdcall.outputs import (
     Event,
+    read_raven_table,
     write_audacity_labels,
     write_detections_csv,
     write_detections_jsonl,
@@ -41,7 +43,9 @@ from birdcall.outputs import (
     write_failures,
     write_raven_table,
 )
-from birdcall.soundscapes import AUDIO_SUFFIXES
+from birdcall.pages.page import fitting_name
+from birdcall.pages.soundscape import INDEX_FILE, Viewer, write_index
+from birdcall.soundscapes import AUDIO_SUFFIXES, raven_tables_of
 from birdcall.taxonomy import display_name
 from birdcall.windows import End
 
@@ -49,6 +53,7 @@ logger = logging.getLogger(__name__)
 
 JOURNAL_FILE = "journal.jsonl"
 FAILED_FILE = "failed.csv"
+VIEW_FOLDER = "view"
 # What can be written: a table of all recordings, or a file of each.
 TABLES: dict[str, Callable[..., None]] = {
     "csv": write_detections_csv,
@@ -93,12 +98,14 @@ class Wanted:
     """What of the events is written, and how.
 
     species: ebird codes, none for all. embeddings: also the networks' features of each segment.
+    view: also pages to look at and listen to.
     """
 
     formats: tuple[str, ...] = DEFAULT_FORMATS
     min_confidence: float = 0.0
     species: tuple[str, ...] = ()
     embeddings: bool = False
+    view: bool = False
 
     def __post_init__(self) -> None:
         for name in self.formats:
@@ -181,15 +188,20 @@ def detect_recordings(
     decision: Decision,
     embeddings: Path | None = None,
     advance: Callable[[float], object] = _ignore,
+    view: Path | None = None,
 ) -> Iterator[tuple[Recording, Detected]]:
     """Yield what is found in each recording, in order; one that does not decode has a reason.
 
-    ``embeddings``: a folder for a Parquet file of each recording. ``advance`` is told of every few
-    seconds that were heard.
+    ``embeddings``: a folder for a Parquet file of each recording; ``view``: one for its pages.
+    ``advance`` is told of every few seconds that were heard.
     """
     by_name = {one.name: one for one in recordings}
     sounds = {one.name: open_recording(one.path) for one in recordings}
-    extra = ("frames", "embedding") if embeddings is not None else ("frames",)
+    extra = ["frames"]
+    extra += ["embedding"] if embeddings is not None else []
+    extra += [MEMBER_FRAMES] if view is not None else []
+    names = tuple(member.name for member in ensemble.members)
+    viewer = view and Viewer(view, decision, ensemble.classes, names)
     detector = RecordingDetector(decision, ensemble.classes)
     writer: _EmbeddingWriter | None = None
     with ExitStack() as stack:
@@ -198,9 +210,12 @@ def detect_recordings(
         for name, item in heard:
             if isinstance(item, Piece):
                 detector.add(item)
+                if viewer:
+                    viewer.add(item)
                 if embeddings is not None:
                     if writer is None:
-                        writer = _EmbeddingWriter(inside(embeddings, f"{name}.parquet"), open_file)
+                        path = inside(embeddings, fitting_name(name, ".parquet"))
+                        writer = _EmbeddingWriter(path, open_file)
                     writer.add(item.embedding)
                 advance(item.clipwise.shape[1] * float(SEGMENT_SECONDS))
                 continue
@@ -208,13 +223,30 @@ def detect_recordings(
                 detected = Detected(item.seconds, tuple(detector.finish(item.seconds)))
                 if writer is not None:
                     writer.flush()
+                if viewer:
+                    path = by_name[name].path
+                    labels = _labels_beside(path)
+                    viewer.finish(name, path, item.seconds, detected.events, labels, labels)
             else:
                 detected = Detected(0.0, reason=item.reason)
                 if writer is not None:
                     writer.give_up()
+                if viewer:
+                    viewer.forget()
             open_file.close()
             detector, writer = RecordingDetector(decision, ensemble.classes), None
             yield by_name[name], detected
+
+
+def _labels_beside(recording: Path) -> list[Event]:
+    """Return what a person has labelled: the Raven selection tables beside a recording."""
+    labels: list[Event] = []
+    for table in raven_tables_of(recording):
+        try:
+            labels += read_raven_table(table)
+        except ValueError as error:  # there may be other text beside it
+            logger.warning("%s; not shown as labels", error)
+    return labels
 
 
 class _EmbeddingWriter:
@@ -263,11 +295,12 @@ class _EmbeddingWriter:
             self.path.unlink(missing_ok=True)
 
 
-def fingerprint_of(package: Path, embeddings: bool, device: str) -> str:
+def fingerprint_of(package: Path, wanted: Wanted, device: str) -> str:
     """Return what results depend on beside the recordings: code, weights, decision, runtime."""
     manifest = (package / MANIFEST_FILE).read_text(encoding="utf-8")
     onnx_version = version("onnxruntime") if is_onnx_installed() else None
-    return digest(json.dumps([manifest, embeddings, device, version("torch"), onnx_version]))
+    made = [wanted.embeddings, wanted.view]
+    return digest(json.dumps([manifest, *made, device, version("torch"), onnx_version]))
 
 
 def predict_recordings(
@@ -299,6 +332,7 @@ def listen_here(
 ) -> Callable[[Sequence[Recording]], Iterator[tuple[Recording, Detected]]]:
     """Return a ``listen`` for this machine, with a bar: x real time and the time left."""
     embeddings = output / "embeddings" if wanted.embeddings else None
+    view = output / VIEW_FOLDER if wanted.view else None
 
     def listen(recordings: Sequence[Recording]) -> Iterator[tuple[Recording, Detected]]:
         total = sum(map(_promised_seconds, recordings)) if progress else 0.0
@@ -318,7 +352,7 @@ def listen_here(
                 )
 
             for recording, detected in detect_recordings(
-                recordings, ensemble, decision, embeddings, advance if total else _ignore
+                recordings, ensemble, decision, embeddings, advance if total else _ignore, view
             ):
                 n_finished += 1
                 if total:
@@ -355,11 +389,13 @@ def write_results(found: Mapping[Recording, Detected], output: Path, wanted: Wan
         for name, suffix in PER_RECORDING.items():
             if name not in wanted.formats:
                 continue
-            path = inside(output / name, f"{recording.name}{suffix}")
+            path = inside(output / name, fitting_name(recording.name, suffix))
             if name == "raven":
                 write_raven_table(path, events, names)
             else:
                 write_audacity_labels(path, events)
+    if wanted.view:
+        write_index(output / VIEW_FOLDER, "Recordings", _index_table(found))
     failed = {str(one.path): two.reason for one, two in found.items() if two.reason}
     write_failures(output / FAILED_FILE, failed)
     n_events = sum(map(len, chosen.values()))
@@ -368,4 +404,21 @@ def write_results(found: Mapping[Recording, Detected], output: Path, wanted: Wan
     return (
         f"{tables or output}: {n_events} detections in {len(heard)} recordings of "
         f"{seconds / 60:.1f} min; {len(failed)} failed"
+        + (f"; look at {output / VIEW_FOLDER / INDEX_FILE}" if wanted.view else "")
+    )
+
+
+def _index_table(found: Mapping[Recording, Detected]) -> pd.DataFrame:
+    """Return a row for each recording: its length, what is in it, or why it was not heard."""
+    return pd.DataFrame(
+        {
+            "recording": one.name,
+            "minutes": np.nan if detected.reason else detected.seconds / 60,
+            "detections": len(detected.events),
+            "species": ", ".join(
+                sorted({display_name(event.ebird_code) for event in detected.events})
+            ),
+            "failed": detected.reason,
+        }
+        for one, detected in found.items()
     )

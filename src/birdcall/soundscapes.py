@@ -21,6 +21,7 @@ EXAMPLE_ANNOTATIONS = "example_test_audio_metadata.csv"
 SOLUTION = "solution.csv"
 
 FILE_SITE = "site_3"  # its recordings are labelled as a whole: rows without seconds
+RAVEN_SUFFIX = ".txt"
 AUDIO_SUFFIXES = (".mp3", ".wav", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".mp2")
 
 logger = logging.getLogger(__name__)
@@ -184,6 +185,17 @@ def read_annotations(data: Path, classes: Collection[str] | None = None) -> pd.D
         _log_foreign(path, annotations.loc[~known, "ebird_code"])
         annotations = annotations[known]
     return annotations.reset_index(drop=True)
+
+
+def raven_tables_of(recording: Path) -> list[Path]:
+    """Return the Raven selection tables beside a recording: ``<stem>.….txt``."""
+    return sorted(
+        one
+        for one in recording.parent.iterdir()
+        if one.suffix.lower() == RAVEN_SUFFIX
+        and one.name.startswith(f"{recording.stem}.")
+        and one.is_file()
+    )
 
 
 def read_solution(data: Path) -> pd.DataFrame:

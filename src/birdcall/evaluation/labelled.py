@@ -29,6 +29,7 @@ from birdcall.soundscapes import (
     EXAMPLE_LABELS,
     example_audio_folder,
     find_audio,
+    raven_tables_of,
     read_annotations,
     read_labelled_soundscapes,
 )
@@ -37,7 +38,6 @@ from birdcall.windows import count_segments
 
 logger = logging.getLogger(__name__)
 
-RAVEN_SUFFIX = ".txt"
 ANNOTATION_COLUMNS = ["recording", "onset", "offset", "ebird_code"]
 
 
@@ -177,11 +177,7 @@ def _read_raven_folder(folder: Path, known: Sequence[str]) -> Truth:
     rows, annotations = [], []
     for path in [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES]:
         name = path.relative_to(folder).with_suffix("").as_posix()
-        tables = [
-            one for one in files
-            if one.parent == path.parent and one.suffix.lower() == RAVEN_SUFFIX
-            and one.name.startswith(f"{path.stem}.")
-        ]  # fmt: skip
+        tables = raven_tables_of(path)
         if not tables:
             logger.warning("%s: no Raven selection table beside it; left out", path)
             continue
