@@ -280,6 +280,9 @@ def evaluate(
     output: Output = None,
     folds: Folds = None,
     noise: Noise = None,
+    pages: Annotated[
+        int, typer.Option(min=0, help="Labelled soundscapes with a page to see and hear.")
+    ] = 20,
     submission: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Only score this submission by the data's solution.csv."),
@@ -317,7 +320,7 @@ def evaluate(
     write_decision(output / "decision.json", found.decision)
     write_atomically(output / "scores.csv", found.table.to_csv(index=False))
     write_oof_parquet(output / "oof.parquet", list(heard.out_of_fold.values()), found.classes)
-    write_report(output / "report.html", data.resolve().name, found)
+    write_report(output / "report.html", data.resolve().name, found, pages)
     typer.echo(terminal_table(found.table))
     typer.echo(f"decision: {describe_decision(found)}")
     typer.echo(f"report: {output / 'report.html'}")

@@ -12,14 +12,10 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from birdcall.config import NOCALL, SEGMENT_SECONDS
-from birdcall.data.augment import UNKNOWN
+from birdcall.config import SEGMENT_SECONDS
 from birdcall.decision import Decision, combine
-from birdcall.evaluation.choosing import THRESHOLDS, Choice
 from birdcall.evaluation.held_out import HeldOutScores
-from birdcall.evaluation.tables import PRIOR, SIMULATED
 from birdcall.frontend import Spectrogram
-from birdcall.metrics import reliability
 from birdcall.taxonomy import display_name
 
 # Okabe and Ito's colours, apart for every kind of sight; markers differ as well.
@@ -28,91 +24,6 @@ COLORS = (BLUE, GREEN, PURPLE, "#56B4E9", "#E69F00", "#F0E442")
 MARKERS = ("o", "s", "^", "v", "D", "P")
 SNR_STEP_DB = 3.0
 SHOWN_SECONDS = 60
-
-
-def plot_thresholds(choice: Choice) -> Figure:
-    """Draw weighted row-wise F1 over clip and frame threshold, with the chosen pair."""
-    figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
-    image = axes.pcolormesh(THRESHOLDS, THRESHOLDS, choice.grid, cmap="cividis")
-    decision = choice.decision
-    axes.plot(decision.frame_threshold, decision.clip_threshold, "o", ms=10, mfc="w", mec="k")
-    axes.set(xlabel="frame threshold", ylabel="clip threshold", title="row-wise F1; ○ chosen")
-    figure.colorbar(image)
-    return figure
-
-
-def plot_steps(choice: Choice) -> Figure:
-    """Draw what each step of the choice would gain, with its standard error."""
-    steps = choice.steps.iloc[1:]
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.32 * max(1, len(steps))), layout="constrained")
-    place = -np.arange(len(steps))
-    axes.axvline(0, color="0.4", lw=1)
-    for adopted, color, marker, label in (
-        (False, "0.45", "o", "not better by a standard error"),
-        (True, ORANGE, "D", "adopted"),
-    ):
-        own = steps["adopted"].to_numpy() == adopted
-        axes.errorbar(
-            steps["gain"][own], place[own], xerr=steps["standard_error"][own], fmt=marker,
-            color=color, capsize=4, ms=7, label=label,
-        )  # fmt: skip
-    axes.set_yticks(place, list(steps["alternative"]))
-    axes.set(xlabel="gain in row-wise F1 over the rule so far")
-    axes.grid(axis="x", color="0.9")
-    axes.set_axisbelow(True)
-    figure.legend(loc="outside upper center", ncols=2)
-    return figure
-
-
-def plot_shares(table: pd.DataFrame) -> Figure:
-    """Draw row-wise F1 on simulated soundscapes over their share of nocall rows."""
-    own = table[(table["metric"] == "row_wise_f1") & table["sound"].str.startswith(f"{SIMULATED} ")]
-    names = [name for name in dict.fromkeys(own["name"]) if name != PRIOR]
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for order, name in enumerate(names):
-        rows = own[own["name"] == name]
-        share = rows["sound"].str.extract(r"(\d+)%")[0].astype(float).to_numpy()
-        is_nocall = name == f"all {NOCALL}"
-        errors = np.clip([rows["value"] - rows["low"], rows["high"] - rows["value"]], 0, None)
-        axes.errorbar(
-            share + 0.5 * (order - len(names) / 2), rows["value"], yerr=np.nan_to_num(errors),
-            color="0.3" if is_nocall else COLORS[order % len(COLORS)], capsize=3,
-            marker="x" if is_nocall else MARKERS[order % len(MARKERS)],
-            ls="--" if is_nocall else "-", label=name,
-        )  # fmt: skip
-    axes.set(xlabel="rows without a bird, %", ylabel="row-wise F1, nested", ylim=(None, 1))
-    axes.set_xticks(sorted({float(one) for one in own["sound"].str.extract(r"(\d+)%")[0]}))
-    axes.grid(color="0.9")
-    figure.legend(loc="outside right upper")
-    return figure
-
-
-def plot_reliability(
-    scores: np.ndarray, calibrated: np.ndarray | None, targets: np.ndarray
-) -> Figure:
-    """Draw how often what is said with a probability comes true, before and after calibration.
-
-    scores, calibrated, targets: ``(recordings, classes)`` of held-out recordings.
-    """
-    cells = (targets != UNKNOWN) & ~np.isnan(scores)
-    truth = targets[cells][:, None] > 0
-    figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(5.5, 6.5), height_ratios=(3, 1), sharex=True, layout="constrained"
-    )
-    top.plot([0, 1], [0, 1], color="0.6", lw=1)
-    for values, color, marker, label in (
-        (scores, BLUE, "o", "as the members say"),
-        (calibrated, ORANGE, "D", "calibrated"),
-    ):
-        if values is None:
-            continue
-        curve = reliability(truth, values[cells][:, None], 10)
-        top.plot(curve.mean_probability, curve.share_true, marker=marker, color=color, label=label)
-        bottom.plot(curve.mean_probability, curve.count, marker=marker, color=color)
-    top.set(ylabel="comes true", xlim=(0, 1), ylim=(0, 1))
-    bottom.set(xlabel="probability", ylabel="cells", yscale="log")
-    top.legend(loc="upper left")
-    return figure
 
 
 def recall_over_snr(

@@ -13,12 +13,13 @@ import torch
 
 from birdcall.checkpoint import read_checkpoint, require_same_classes
 from birdcall.data.dataset import TrainingData
-from birdcall.ensemble import load_ensemble
+from birdcall.ensemble import Ensemble, load_ensemble
 from birdcall.evaluation.held_out import HeldOutScores, concatenate
 from birdcall.evaluation.labelled import Labelled, hear_labelled
 from birdcall.evaluation.out_of_fold import OutOfFold, hear_out_of_fold
 from birdcall.evaluation.simulated_sound import hear_simulated
 from birdcall.evaluation.simulation import (
+    SimulatedSoundscape,
     SimulationConfig,
     describe_events,
     plan_soundscapes,
@@ -40,6 +41,7 @@ class Heard:
     out_of_fold: by experiment. simulated: by fold, each with the runs of that fold, whose names
     there are the experiments'. events: of the simulated soundscapes. groups: of each recording of
     the data, as in the simulated soundscapes. labelled: with all runs, named as in ``runs``.
+    soundscapes, config: of the simulation. ensemble: all runs, that can hear more.
     """
 
     data: TrainingData
@@ -49,6 +51,9 @@ class Heard:
     events: pd.DataFrame
     groups: np.ndarray
     labelled: Labelled | None
+    soundscapes: tuple[SimulatedSoundscape, ...]
+    config: SimulationConfig
+    ensemble: Ensemble
     listening: Listening = SEGMENT_BY_SEGMENT
 
     @property
@@ -134,5 +139,8 @@ def hear(
         describe_events(planned),
         recording_groups(data.recordings, config),
         hear_labelled(ensemble, labelled_folders, known, kept, progress),
+        tuple(planned),
+        config,
+        ensemble,
         listening,
     )

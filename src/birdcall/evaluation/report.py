@@ -1,71 +1,105 @@
-"""Show what an evaluation found: one self-contained page that opens from disk."""
+"""Show what an evaluation found: one self-contained page that opens from disk, and is heard."""
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Iterator
+import json
+import logging
+from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
-import matplotlib.pyplot as plt
-import pandas as pd
-from matplotlib.figure import Figure
+import numpy as np
 
-from birdcall.audio import AudioError, read_audio
-from birdcall.evaluation.figures import (
-    SHOWN_SECONDS,
-    plot_recall_over_snr,
-    plot_reliability,
-    plot_shares,
-    plot_soundscape,
-    plot_steps,
-    plot_thresholds,
-    recall_over_snr,
+from birdcall.config import SEGMENT_SECONDS
+from birdcall.evaluation.charts import (
+    Chart,
+    chart_confusions,
+    chart_recall_over_snr,
+    chart_reliability,
+    chart_shares,
+    chart_steps,
+    chart_threshold_curves,
+    chart_thresholds,
+    chart_votes,
+    join_confusions,
+    recording_confusions,
+    row_confusions,
+)
+from birdcall.evaluation.figures import recall_over_snr
+from birdcall.evaluation.labelled_pages import (
+    N_PAGES,
+    PAGES_FOLDER,
+    labelled_table,
+    write_labelled_pages,
+)
+from birdcall.evaluation.mistakes import (
+    FALSE,
+    HeardMistake,
+    Mistake,
+    find_mistakes,
+    hear_mistakes,
 )
 from birdcall.evaluation.scoring import Evaluation
-from birdcall.evaluation.tables import wide_table
-from birdcall.files import write_atomically
+from birdcall.evaluation.tables import LABELLED, wide_table
+from birdcall.pages.page import (
+    chart_script,
+    html_table,
+    read_asset,
+    readable,
+    table_scripts,
+    table_style,
+    write_page,
+)
+from birdcall.pages.sound import SAMPLE_RATE, draw_tiles, encode_mp3
 from birdcall.taxonomy import display_name
 
-SAMPLE_RATE = 32_000
+logger = logging.getLogger(__name__)
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem;
-       color: #1a1a1a; background: #fff }
-table { border-collapse: collapse; margin: 1rem 0 } caption { text-align: left; color: #444 }
-th, td { padding: .25rem .75rem; border-bottom: 1px solid #ccc; text-align: right }
-th:first-child, td:first-child { text-align: left } img { max-width: 100% }
-.wide { overflow-x: auto } figure { margin: 1.5rem 0 } figcaption { color: #444 }
-"""
+MAX_PAIRS = 200  # of confused species, in the table
+CURVE_WIDTH, CURVE_HEIGHT = 250, 44  # of a mistake's framewise output: a pixel is 20 ms
+CURVE_STYLES = (
+    *(("#d55e00", "6 3"), ("#009e73", "2 2"), ("#aa3377", "8 3 2 3"), ("#7a5c00", "1 3")),
+    *(("#0072b2", "12 4"), ("#4d4d4d", "4 4")),
+)
 
 
-def write_report(path: Path, title: str, evaluation: Evaluation) -> None:
-    """Write ``report.html``: scores, the decision and how it came about, classes, a soundscape."""
-    parts = [
-        f"<h1>birdcall on {escape(title)}</h1>",
-        "<h2>Scores on sound that was held out</h2>",
-        _table(
-            wide_table(evaluation.table),
-            "Recordings of the fold that a model was not trained on; soundscapes simulated from "
-            "these, each scored under a decision chosen without its recordists; labelled "
-            "soundscapes under the decision chosen on simulated ones. F1 is the competition's "
-            "row-wise F1; intervals (95 %) resample groups of recordists, or labelled soundscapes. "
-            "The prior knows how common species are, and nothing else.",
-        ),
-        *_decision(evaluation),
-        *_recordings(evaluation),
-        *_soundscape(evaluation),
-        "<h2>Species</h2>",
-        _species(evaluation),
-    ]
-    page = (
-        f"<!doctype html><html lang='en'><meta charset='utf-8'>"
-        f"<meta name='viewport' content='width=device-width'>"
-        f"<title>birdcall: {escape(title)}</title>"
-        f"<style>{STYLE}</style><body>{''.join(parts)}</body></html>\n"
+def write_report(path: Path, title: str, evaluation: Evaluation, n_pages: int = N_PAGES) -> None:
+    """Write ``report.html``: scores, the decision and how it came about, mistakes, species.
+
+    Beside it, in `PAGES_FOLDER`, a soundscape page of each of the ``n_pages`` worst labelled
+    soundscapes. What the report holds grows with species and soundscapes by a line of text each;
+    sound is of a fixed number of mistakes.
+    """
+    charts: list[Chart] = []
+    pages = write_labelled_pages(path.parent / PAGES_FOLDER, evaluation, n_pages)
+    sections = {
+        "scores": ("Scores on sound that was held out", _scores(evaluation)),
+        "decision": ("The decision", _decision(evaluation, charts)),
+        "probabilities": ("Are probabilities probabilities?", _recordings(evaluation, charts)),
+        "confusions": ("What is taken for what", _confusions(evaluation, charts)),
+        "mistakes": ("The worst mistakes, to see and hear", _mistakes(evaluation)),
+        "soundscapes": ("Labelled soundscapes", _soundscapes(evaluation, path.parent, pages)),
+        "species": ("Species", _species(evaluation)),
+    }
+    made = {name: (heading, "".join(parts)) for name, (heading, parts) in sections.items()}
+    shown = {name: section for name, section in made.items() if section[1]}
+    links = "".join(f"<li><a href='#{name}'>{head}</a></li>" for name, (head, _) in shown.items())
+    body = "".join(
+        f"<section id='{name}' aria-labelledby='h-{name}'><h2 id='h-{name}'>{head}</h2>{text}"
+        "</section>"
+        for name, (head, text) in shown.items()
     )
-    write_atomically(path, page)
+    heading = f"birdcall on {title}"
+    write_page(
+        path,
+        readable(heading),
+        f"<a class='skip' href='#scores'>To the scores</a><header><h1>{escape(readable(heading))}"
+        f"</h1><nav aria-label='Sections'><ul>{links}</ul></nav></header><main>{body}</main>",
+        scripts=(chart_script(), read_asset("report.js"), *table_scripts()),
+        styles=(table_style(), read_asset("report.css")),
+        data={"charts": [json.loads(chart.figure.to_json()) for chart in charts]},
+    )
 
 
 def describe_decision(evaluation: Evaluation) -> str:
@@ -86,89 +120,208 @@ def describe_decision(evaluation: Evaluation) -> str:
     return text
 
 
-def _decision(evaluation: Evaluation) -> Iterator[str]:
+# --- sections -------------------------------------------------------------------------------------
+
+
+def _scores(evaluation: Evaluation) -> Iterator[str]:
+    yield html_table(
+        wide_table(evaluation.table),
+        "Recordings of the fold that a model was not trained on; soundscapes simulated from "
+        "these, each scored under a decision chosen without its recordists; labelled "
+        "soundscapes under the decision chosen on simulated ones. F1 is the competition's "
+        "row-wise F1; intervals (95 %) resample groups of recordists, or labelled soundscapes. "
+        "The prior knows how common species are, and nothing else.",
+    )
+
+
+def _decision(evaluation: Evaluation, charts: list[Chart]) -> Iterator[str]:
     judgement = evaluation.judgement
-    yield f"<h2>The decision</h2><p>{escape(describe_decision(evaluation))}.</p>"
+    yield f"<p>{escape(describe_decision(evaluation))}.</p>"
     if judgement.choice is None:
         return
-    yield _image(
-        plot_steps(judgement.choice),
-        "What was tried, in this order: a step is adopted only if it is better by more than a "
-        "standard error, over soundscapes.",
-    )
-    yield _image(
-        plot_thresholds(judgement.choice),
-        "Row-wise F1 over both thresholds where they were chosen, so higher than the score.",
-    )
-    yield _image(plot_shares(evaluation.table), "The same at three shares of rows without a bird.")
     found = recall_over_snr(evaluation.heard.events, judgement.simulated, judgement.choice.nested)
-    yield _image(
-        plot_recall_over_snr(found),
-        "Simulated birds that are named, by their level above the noise in their own band; "
-        "beside the points, how many birds.",
-    )
+    for chart in (
+        chart_steps(judgement.choice),
+        chart_threshold_curves(judgement.choice),
+        chart_thresholds(judgement.choice),
+        chart_votes(judgement.simulated, judgement.weights, judgement.choice),
+        chart_shares(evaluation.table),
+        chart_recall_over_snr(found),
+    ):
+        if chart is not None:
+            yield _place(chart, charts)
 
 
-def _recordings(evaluation: Evaluation) -> Iterator[str]:
+def _recordings(evaluation: Evaluation, charts: list[Chart]) -> Iterator[str]:
     judgement = evaluation.judgement
-    clipwise, framewise = evaluation.heard.out_of_fold_for(judgement.experiments)
     if judgement.calibration is None:
         return
+    clipwise, framewise = evaluation.heard.out_of_fold_for(judgement.experiments)
     calibrated, _ = judgement.calibration.apply(clipwise, framewise)
-    yield "<h2>Are probabilities probabilities?</h2>"
-    yield _image(
-        plot_reliability(clipwise, calibrated, evaluation.targets),
-        "Held-out recordings: how often a species is there when it is said with a probability. "
-        "The calibration was fitted on these recordings; the decision uses it only if that paid.",
+    yield _place(chart_reliability(clipwise, calibrated, evaluation.targets), charts)
+
+
+def _confusions(evaluation: Evaluation, charts: list[Chart]) -> Iterator[str]:
+    judgement, classes = evaluation.judgement, evaluation.classes
+    clipwise, _ = evaluation.heard.out_of_fold_for(judgement.experiments)
+    nothing = np.zeros((0, len(classes)), dtype=bool)
+    truth, named = nothing, nothing
+    if judgement.choice is not None:
+        truth, named = judgement.simulated.labelled_truth, judgement.choice.nested
+    pairs = join_confusions(
+        recording_confusions(clipwise, evaluation.targets, classes),
+        row_confusions(truth, named, classes),
+    )
+    chart = chart_confusions(pairs)
+    if chart is None:
+        yield "<p>No species was taken for another.</p>"
+        return
+    yield _place(chart, charts)
+    cut = "" if len(pairs) <= MAX_PAIRS else f" The first {MAX_PAIRS} of {len(pairs)} pairs."
+    shown = pairs.head(MAX_PAIRS).rename(columns={"only": "no other"})
+    yield html_table(
+        shown.assign(sings=shown["sings"].map(display_name), said=shown["said"].map(display_name)),
+        "Pairs: recordings whose likeliest species is the wrong one, and rows in which the one is "
+        "missed and the other named. No other: the species is taken for nothing else." + cut,
+        sortable=True,
     )
 
 
-def _soundscape(evaluation: Evaluation) -> Iterator[str]:
+def _soundscapes(evaluation: Evaluation, folder: Path, pages: Mapping[str, Path]) -> Iterator[str]:
     labelled = evaluation.labelled
     if labelled is None:
         return
-    yield "<h2>A labelled soundscape</h2>"
     if labelled.foreign:
         named = ", ".join(f"{label} {count}" for label, count in labelled.foreign.most_common())
-        yield f"<p>Labels that are no species of the competition: {escape(named)}.</p>"
-    scores = labelled.scores
-    shown = scores.segments["seconds"].to_numpy() <= SHOWN_SECONDS
-    n_birds = pd.Series(scores.truth[shown].sum(axis=1))
-    recording = n_birds.groupby(scores.segments["recording"][shown].to_numpy()).sum().idxmax()
-    path = labelled.paths[recording]
-    try:
-        waveform = read_audio(path, SAMPLE_RATE)
-    except (AudioError, OSError) as error:
-        yield f"<p>{escape(str(error))}</p>"
-        return
-    figure = plot_soundscape(waveform, SAMPLE_RATE, scores, recording, evaluation.decision)
-    yield _image(figure, f"The first minute of {recording}, which no model was trained on.")
+        yield f"<p>Labels that are no species of the competition: {escape(readable(named))}.</p>"
+    links = {name: quote(page.relative_to(folder).as_posix()) for name, page in pages.items()}
+    yield html_table(
+        labelled_table(evaluation),
+        f"Every labelled soundscape, the worst first; {len(links)} of them have a page to see and "
+        "hear, with a link (birdcall evaluate --pages N). Birds: how many, summed over rows.",
+        sortable=True,
+        links=links,
+    )
 
 
-def _species(evaluation: Evaluation) -> str:
-    per_class = evaluation.per_class
+def _species(evaluation: Evaluation) -> Iterator[str]:
+    per_class = evaluation.per_class.copy()
     names = [display_name(code) for code in per_class["ebird_code"]]
-    per_class = per_class.copy()
-    per_class.insert(1, "name", names)
-    return _table(
-        per_class.round(3),
+    per_class.insert(0, "name", names)
+    yield html_table(
+        per_class.rename(columns=lambda name: name.replace("_", " ")),
         "The ensemble, per species. AP is of its mean probability, precision and recall are of "
-        "what the nested decisions name.",
+        "what the nested decisions name; recordings and rows are the support.",
+        sortable=True,
     )
 
 
-def _image(figure: Figure, caption: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    plt.close(figure)
-    encoded = base64.b64encode(buffer.getvalue()).decode()
+def _place(chart: Chart, charts: list[Chart]) -> str:
+    """Return where a chart will be drawn, with its caption and its numbers."""
+    charts.append(chart)
+    numbers = ""
+    if chart.numbers is not None:
+        table = html_table(chart.numbers, "The numbers of this chart")
+        numbers = f"<details><summary>Numbers</summary>{table}</details>"
     return (
-        f"<figure><img alt='{escape(caption, quote=True)}' src='data:image/png;base64,{encoded}'>"
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        f"<figure><div class='chart' data-chart='{len(charts) - 1}' role='img' "
+        f"aria-label='{escape(chart.caption, quote=True)}'></div>"
+        f"<figcaption>{escape(chart.caption)}</figcaption>{numbers}</figure>"
     )
 
 
-def _table(table: pd.DataFrame, caption: str) -> str:
-    body = table.to_html(index=False, na_rep="", border=0, escape=True)
-    head, _, rest = body.partition("\n")
-    return f"<div class='wide'>{head}<caption>{escape(caption)}</caption>{rest}</div>"
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+def _mistakes(evaluation: Evaluation) -> Iterator[str]:
+    found = find_mistakes(evaluation)
+    groups: dict[tuple[str, str], list[str]] = {}
+    for number, heard in enumerate(hear_mistakes(evaluation, found)):
+        key = heard.mistake.sound, heard.mistake.kind
+        groups.setdefault(key, []).append(_card(number, heard))
+    if found:
+        yield (
+            "<p>Area: the members' mean probability over the five seconds; lines: each member; "
+            "orange bars: when the species sings, where that is known.</p>"
+        )
+    for (sound, kind), cards in groups.items():
+        yield f"<h3>{sound.capitalize()} soundscapes: {kind}</h3><div class='cards'>"
+        yield from cards
+        yield "</div>"
+
+
+def _card(number: int, heard: HeardMistake) -> str:
+    mistake = heard.mistake
+    name = display_name(mistake.ebird_code)
+    place = (
+        f"{readable(mistake.recording)}, {mistake.start:g} to {mistake.start + SEGMENT_SECONDS:g} s"
+    )
+    if heard.waveform is None:
+        seen = f"<p class='notice'>No sound: {escape(readable(heard.reason))}</p>"
+    else:
+        # A padded row's picture is as long as the others'.
+        n_row = SEGMENT_SECONDS * SAMPLE_RATE
+        waveform = np.pad(heard.waveform, (0, max(0, n_row - len(heard.waveform))))
+        (tile,) = draw_tiles(waveform)
+        seen = (
+            f"<div class='seen'><img src='{tile.picture}' alt='Spectrogram, 0 to 16 kHz' "
+            "width='250' height='256'><span class='cursor'></span></div>"
+        )
+        player = (
+            f"<audio controls preload='none' aria-label='Five seconds: {escape(name, quote=True)}' "
+            f"src='data:audio/mpeg;base64,{encode_mp3(waveform)}'></audio>"
+        )
+    curves = "".join(_curve(heard, place, code) for place, code in enumerate(mistake.species[:4]))
+    true = ", ".join(map(display_name, mistake.true)) or "no bird"
+    named = ", ".join(map(display_name, mistake.named)) or "no bird"
+    return (
+        f"<article class='card' aria-labelledby='m{number}'><h4 id='m{number}'>{escape(name)}</h4>"
+        f"<p>{escape(_say_score(mistake))}<br>{escape(place)}</p>{seen}{curves}"
+        f"<p>true: {escape(true)}<br>named: {escape(named)}</p>"
+        f"{player if heard.waveform is not None else ''}</article>"
+    )
+
+
+def _say_score(mistake: Mistake) -> str:
+    if mistake.kind == FALSE:
+        return f"named with a frame probability of {mistake.score:.2f}"
+    if mistake.sound == LABELLED:
+        return f"missed, with a frame probability of {-mistake.score:.2f}"
+    return f"missed, {mistake.score:.0f} dB above the noise of its band"
+
+
+def _curve(heard: HeardMistake, place: int, code: str) -> str:
+    """Draw the framewise output of one species as SVG, with when it sings."""
+    mistake = heard.mistake
+    bars = "".join(
+        f"<rect x='{_across(one.onset - mistake.start):.1f}' y='0' height='5' "
+        f"width='{_across(one.offset - one.onset):.1f}' fill='#b34700'/>"
+        for one in heard.events
+        if one.ebird_code == code
+    )
+    lines, highest = "", "not heard again"
+    if heard.frames is not None and np.isfinite(heard.frames[:, place]).all():
+        own = heard.frames[:, place]
+        lines = f"<polygon points='0,{CURVE_HEIGHT} {_points(own[0])} {CURVE_WIDTH},{CURVE_HEIGHT}' fill='#a9c7dd'/>"
+        lines += "".join(
+            f"<polyline points='{_points(one)}' fill='none' stroke='{color}' "
+            f"stroke-dasharray='{dash}'/>"
+            for one, (color, dash) in zip(own[1:], CURVE_STYLES, strict=False)
+        )
+        highest = f"at most {own[0].max():.2f}"
+    name = display_name(code)
+    return (
+        f"<div class='curve'><span>{escape(name)}</span><svg viewBox='0 0 {CURVE_WIDTH} "
+        f"{CURVE_HEIGHT}' preserveAspectRatio='none' role='img' aria-label='Probability of "
+        f"{escape(name, quote=True)} over five seconds: {highest}'>{lines}{bars}</svg></div>"
+    )
+
+
+def _across(seconds: float) -> float:
+    return seconds / SEGMENT_SECONDS * CURVE_WIDTH
+
+
+def _points(frames: np.ndarray) -> str:
+    x = np.linspace(0, CURVE_WIDTH, len(frames))
+    y = CURVE_HEIGHT - 1 - frames * (CURVE_HEIGHT - 8)
+    return " ".join(f"{one:.0f},{two:.1f}" for one, two in zip(x, y, strict=True))

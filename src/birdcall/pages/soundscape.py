@@ -1,4 +1,4 @@
-"""Write the soundscape page: a recording to look at, hear and label, with what members say of it."""
+"""Write the soundscape page: a recording to look at, hear and label, and what members say."""
 
 from __future__ import annotations
 
@@ -281,6 +281,7 @@ class Viewer:
     decision: Decision
     classes: tuple[str, ...]
     members: tuple[str, ...]
+    home: str = INDEX_FILE
     collector: FrameCollector = field(init=False)
 
     def __post_init__(self) -> None:
@@ -316,7 +317,7 @@ class Viewer:
             self.classes,
         )
         self.forget()
-        return write_soundscape_pages(self.folder, soundscape)
+        return write_soundscape_pages(self.folder, soundscape, self.home)
 
 
 def n_parts_of(seconds: float) -> int:

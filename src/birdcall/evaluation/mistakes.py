@@ -1,0 +1,239 @@
+"""Pick the worst mistakes of an evaluation and make them heard again: picture, curves and sound."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from birdcall.audio import AudioError, read_audio
+from birdcall.config import SEGMENT_SECONDS
+from birdcall.decision import combine
+from birdcall.ensemble import MEMBER_FRAMES, Ensemble
+from birdcall.evaluation.held_out import HeldOutScores
+from birdcall.evaluation.simulated_sound import open_noise, render
+from birdcall.evaluation.tables import LABELLED, SIMULATED
+from birdcall.inference import Piece, hear
+from birdcall.outputs import Event
+from birdcall.pages.sound import SAMPLE_RATE
+from birdcall.windows import FRAMES_PER_SEGMENT, Sound
+
+if TYPE_CHECKING:
+    from birdcall.evaluation.scoring import Evaluation
+
+logger = logging.getLogger(__name__)
+
+FALSE, MISSED = "named, not there", "there, not named"
+N_OF_A_KIND = 6  # for each kind of sound and of mistake
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A row in which a species is named that is not there, or the other way round.
+
+    score: of a false bird its framewise probability, of a missed one how sure it should be heard:
+    its SNR where that is known, else how little probability it has. named, true: all of the row.
+    """
+
+    kind: str
+    sound: str
+    recording: str
+    start: float  # of the row, seconds
+    ebird_code: str
+    score: float
+    named: tuple[str, ...]
+    true: tuple[str, ...]
+
+    @property
+    def species(self) -> tuple[str, ...]:
+        """Return what it is about, the species itself first."""
+        return tuple(dict.fromkeys((self.ebird_code, *self.named, *self.true)))
+
+
+@dataclass(frozen=True, eq=False)
+class HeardMistake:
+    """A mistake with its sound.
+
+    waveform: ``(samples,)`` of its row, or None and ``reason``. frames: ``(1 + members, species,
+    FRAMES_PER_SEGMENT)``, the mean first, NaN for species that the members do not know; None where
+    nothing was heard again. events: of the row's species, where times are known.
+    """
+
+    mistake: Mistake
+    waveform: np.ndarray | None
+    reason: str
+    frames: np.ndarray | None
+    members: tuple[str, ...]
+    events: tuple[Event, ...]
+
+
+def find_mistakes(evaluation: Evaluation, n_of_a_kind: int = N_OF_A_KIND) -> list[Mistake]:
+    """Return the worst rows of simulated and of labelled soundscapes, worst first in each kind.
+
+    Of a species in a recording the worst row only: a page of the same bird teaches nothing.
+    """
+    found = []
+    judgement = evaluation.judgement
+    if judgement.choice is not None:
+        found += _worst(
+            SIMULATED,
+            judgement.simulated,
+            judgement.choice.nested,
+            n_of_a_kind,
+            _levels(evaluation),
+        )
+    if evaluation.labelled is not None:
+        scores = evaluation.labelled.scores
+        found += _worst(LABELLED, scores, scores.decide(evaluation.decision), n_of_a_kind, {})
+    return found
+
+
+def _levels(evaluation: Evaluation) -> dict[tuple[str, int, str], float]:
+    """Return the SNR of each simulated bird in each row that it begins or goes on in."""
+    levels: dict[tuple[str, int, str], float] = {}
+    for one in evaluation.heard.events.itertuples():
+        for row in range(int(one.onset // SEGMENT_SECONDS), int(one.offset // SEGMENT_SECONDS) + 1):
+            key = (one.recording, row, one.ebird_code)
+            levels[key] = max(one.snr_db, levels.get(key, -np.inf))
+    return levels
+
+
+def _worst(
+    sound: str,
+    scores: HeldOutScores,
+    named: np.ndarray,
+    n_of_a_kind: int,
+    levels: dict[tuple[str, int, str], float],
+) -> list[Mistake]:
+    truth, classes = scores.labelled_truth, scores.classes
+    probability = combine(scores.framewise)[scores.labelled]
+    segments = scores.segments[scores.labelled]
+    recordings = segments["recording"].to_numpy()
+    starts = segments["seconds"].to_numpy(float) - SEGMENT_SECONDS
+    found = []
+    for kind, wrong in ((FALSE, named & ~truth), (MISSED, truth & ~named)):
+        worst: dict[tuple[str, str], Mistake] = {}
+        for row, column in zip(*np.nonzero(wrong[:, : len(classes)]), strict=True):
+            code, recording = classes[column], str(recordings[row])
+            score = float(probability[row, column])
+            if kind == MISSED:
+                at = (recording, int(starts[row] // SEGMENT_SECONDS), code)
+                score = levels.get(at, -score)
+            old = worst.get((recording, code))
+            if old is None or score > old.score:
+                worst[recording, code] = Mistake(
+                    kind, sound, recording, float(starts[row]), code, score,
+                    _codes(named[row], classes), _codes(truth[row], classes),
+                )  # fmt: skip
+        ranked = sorted(worst.values(), key=lambda one: (-one.score, one.recording, one.ebird_code))
+        found += ranked[:n_of_a_kind]
+    return found
+
+
+def _codes(chosen: np.ndarray, classes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(classes[column] for column in np.flatnonzero(chosen[: len(classes)]))
+
+
+def hear_mistakes(evaluation: Evaluation, found: list[Mistake]) -> Iterator[HeardMistake]:
+    """Make the sound of each mistake, and let the members that did not train on it hear it again."""
+    heard = evaluation.heard
+    simulated = {one.name: one for one in heard.soundscapes}
+    for mistake in found:
+        reason, waveform, sound, ensemble = "", None, None, heard.ensemble
+        events: tuple[Event, ...] = ()
+        row = slice(
+            round(mistake.start * SAMPLE_RATE),
+            round((mistake.start + SEGMENT_SECONDS) * SAMPLE_RATE),
+        )
+        try:
+            if mistake.sound == SIMULATED:
+                soundscape = simulated[mistake.recording]
+                members = [
+                    one for one in ensemble.members if one.checkpoint.fold == soundscape.fold
+                ]
+                ensemble = ensemble.of_members(members)
+                noise = open_noise(heard.data, soundscape.fold, heard.config.sample_rate)
+                rates = sorted({SAMPLE_RATE, *ensemble.sample_rates})
+                rendered = render(soundscape, heard.data, noise, heard.config, rates)
+                waveform = rendered[SAMPLE_RATE][row]
+                sound = _of_row(rendered, mistake.start, ensemble)
+                events = tuple(
+                    Event(one.ebird_code, one.onset, one.offset) for one in soundscape.events
+                )
+            else:
+                path = evaluation.labelled.paths[mistake.recording]
+                waveform = _read_row(path, mistake.start, SAMPLE_RATE)
+                sound = _read_sound(path, mistake.start, ensemble)
+                own = evaluation.labelled.annotations
+                own = own[own["recording"] == mistake.recording]
+                events = tuple(
+                    Event(one.ebird_code, one.onset, one.offset) for one in own.itertuples()
+                )
+        except (AudioError, OSError) as error:
+            reason = str(error)
+            logger.warning("%s; a mistake is shown without its sound", error)
+        end = mistake.start + SEGMENT_SECONDS
+        yield HeardMistake(
+            mistake,
+            waveform,
+            reason,
+            None if sound is None else _hear_again(ensemble, sound, mistake, evaluation),
+            tuple(member.name for member in ensemble.members),
+            tuple(
+                replace(one, onset=max(one.onset, mistake.start), offset=min(one.offset, end))
+                for one in events
+                if one.ebird_code in mistake.species
+                and one.onset < end and one.offset > mistake.start
+            ),
+        )  # fmt: skip
+
+
+def _of_row(rendered: dict[int, np.ndarray], start: float, ensemble: Ensemble) -> Sound:
+    """Return the row alone where it is heard alone, else the whole soundscape."""
+    if ensemble.listening.is_plain:
+        rendered = {
+            rate: one[round(start * rate) : round((start + SEGMENT_SECONDS) * rate)]
+            for rate, one in rendered.items()
+        }
+    return lambda rates: {rate: rendered[rate] for rate in rates}
+
+
+def _read_row(path: Path, start: float, rate: int) -> np.ndarray:
+    """Read a row of a recording, the last of which may be shorter."""
+    try:
+        return read_audio(path, rate, start, float(SEGMENT_SECONDS))
+    except AudioError:
+        return read_audio(path, rate, start)
+
+
+def _read_sound(path: Path, start: float, ensemble: Ensemble) -> Sound:
+    rates = ensemble.sample_rates
+    if ensemble.listening.is_plain:
+        waveforms = {rate: _read_row(path, start, rate) for rate in rates}
+    else:
+        waveforms = {rate: read_audio(path, rate) for rate in rates}
+    return lambda wanted: {rate: waveforms[rate] for rate in wanted}
+
+
+def _hear_again(
+    ensemble: Ensemble, sound: Sound, mistake: Mistake, evaluation: Evaluation
+) -> np.ndarray:
+    """Return ``(1 + members, species, FRAMES_PER_SEGMENT)`` of the mistake's row."""
+    pieces = [
+        item for _, item in hear(ensemble, {"": sound}, ("frames", MEMBER_FRAMES))
+        if isinstance(item, Piece)
+    ]  # fmt: skip
+    frames = np.concatenate(
+        [np.concatenate([piece.frames[None], piece.member_frames]) for piece in pieces], axis=2
+    )
+    first = 0 if ensemble.listening.is_plain else round(mistake.start / SEGMENT_SECONDS)
+    own = frames[:, :, first * FRAMES_PER_SEGMENT : (first + 1) * FRAMES_PER_SEGMENT]
+    column = {code: place for place, code in enumerate(evaluation.classes)}
+    nothing = np.full((len(own), own.shape[2]), np.nan, np.float32)
+    return np.stack(
+        [own[:, column[code]] if code in column else nothing for code in mistake.species], axis=1
+    )
