@@ -39,10 +39,14 @@ TRAINING = (
 EVALUATION = (
     *("held_out", "stored", "out_of_fold", "stretches", "simulation", "simulated_sound"),
     *("labelled", "hearing", "calibration", "choosing", "tables", "scoring", "submission"),
-    *("comparison", "ablation", "ablation_report", "figures", "report"),
+    *("comparison", "ablation", "ablation_report", "figures", "charts", "mistakes"),
+    *("labelled_pages", "report"),
 )
+PAGES = ("page", "sound", "soundscape", "browser")
 TRAINING_SIDE = (
-    *("experiments", "fingerprint", "export", "journal", "prediction", "cluster"),
+    *("experiments", "fingerprint", "export", "journal"),
+    *("pages", *(f"pages.{name}" for name in PAGES)),
+    *("prediction", "cluster"),
     *("metrics", "event_metrics"),
     *("data", *(f"data.{name}" for name in DATA)),
     *("training", *(f"training.{name}" for name in TRAINING)),

@@ -242,7 +242,7 @@ def predict(paths, output, package, opened, wanted=Wanted(("csv",)), heard=None)
         return listen(left)
 
     with Journal(
-        output / "journal.jsonl", fingerprint_of(package, wanted.embeddings, "cpu")
+        output / "journal.jsonl", fingerprint_of(package, wanted, "cpu")
     ) as journal:
         return predict_recordings(recordings, journal, counted, output, wanted)
 

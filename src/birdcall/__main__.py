@@ -283,6 +283,10 @@ def evaluate(
     pages: Annotated[
         int, typer.Option(min=0, help="Labelled soundscapes with a page to see and hear.")
     ] = 20,
+    screenshots: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder for pictures of the report, by Chromium.", show_default="none"),
+    ] = None,
     submission: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Only score this submission by the data's solution.csv."),
@@ -320,10 +324,17 @@ def evaluate(
     write_decision(output / "decision.json", found.decision)
     write_atomically(output / "scores.csv", found.table.to_csv(index=False))
     write_oof_parquet(output / "oof.parquet", list(heard.out_of_fold.values()), found.classes)
-    write_report(output / "report.html", data.resolve().name, found, pages)
+    seen = write_report(output / "report.html", data.resolve().name, found, pages)
     typer.echo(terminal_table(found.table))
     typer.echo(f"decision: {describe_decision(found)}")
     typer.echo(f"report: {output / 'report.html'}")
+    if screenshots is not None:
+        from birdcall.pages.browser import take_screenshots
+
+        # The best soundscape: the worst would show what a model cannot do, and nothing of the page.
+        shown = list(seen.values())[-1] if seen else None
+        for picture in take_screenshots(output / "report.html", shown, screenshots):
+            typer.echo(f"screenshot: {picture}")
 
 
 @app.command()

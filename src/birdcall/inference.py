@@ -83,8 +83,9 @@ def hear(
     """Yield what is heard in the sounds, in order: pieces of each, then its end.
 
     A sound that does not decode ends with its `AudioError`, perhaps after some pieces.
-    ``extra``: also "frames", "embedding", "member_frames". ``choose_members`` is asked, when a sound begins, how
-    many of the members hear it, the first ones; at 0 nothing more is heard.
+    ``extra``: also "frames", "embedding", and with frames "member_frames". ``choose_members`` is
+    asked, when a sound begins, how many of the members hear it, the first ones; at 0 nothing more
+    is heard.
     """
     scored: deque[tuple[_Batch, Future[BatchScores] | None]] = deque()
     with closing(_read_ahead(ensemble, sounds)) as windows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -185,8 +186,6 @@ def vote_scores(
     scores: HeldOutScores, weights: np.ndarray, choice: Choice
 ) -> list[tuple[int, float]]:
     """Return for each number of votes the weighted row-wise F1 at the chosen thresholds."""
-    from dataclasses import replace
-
     n_members = len(scores.member_names)
     found = []
     for n_votes in range(1, n_members + 1):
@@ -398,7 +397,9 @@ def chart_confusions(pairs: pd.DataFrame) -> Chart | None:
             x=names,
             y=names,
             z=grid.tolist(),
-            colorscale="Cividis",
+            text=np.where(grid, grid.astype(str), "").tolist(),
+            texttemplate="%{text}",
+            colorscale="Blues",
             colorbar={"title": {"text": "times"}},
             hovertemplate="%{y} taken for %{x}: %{z} times<extra></extra>",
         )

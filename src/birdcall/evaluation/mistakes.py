@@ -139,7 +139,7 @@ def _codes(chosen: np.ndarray, classes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def hear_mistakes(evaluation: Evaluation, found: list[Mistake]) -> Iterator[HeardMistake]:
-    """Make the sound of each mistake, and let the members that did not train on it hear it again."""
+    """Make the sound of each mistake; members that did not train on it hear it again."""
     heard = evaluation.heard
     simulated = {one.name: one for one in heard.soundscapes}
     for mistake in found:

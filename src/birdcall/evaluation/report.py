@@ -64,12 +64,14 @@ CURVE_STYLES = (
 )
 
 
-def write_report(path: Path, title: str, evaluation: Evaluation, n_pages: int = N_PAGES) -> None:
+def write_report(
+    path: Path, title: str, evaluation: Evaluation, n_pages: int = N_PAGES
+) -> dict[str, Path]:
     """Write ``report.html``: scores, the decision and how it came about, mistakes, species.
 
     Beside it, in `PAGES_FOLDER`, a soundscape page of each of the ``n_pages`` worst labelled
     soundscapes. What the report holds grows with species and soundscapes by a line of text each;
-    sound is of a fixed number of mistakes.
+    sound is of a fixed number of mistakes. Returns the soundscape pages by recording.
     """
     charts: list[Chart] = []
     pages = write_labelled_pages(path.parent / PAGES_FOLDER, evaluation, n_pages)
@@ -100,6 +102,7 @@ def write_report(path: Path, title: str, evaluation: Evaluation, n_pages: int = 
         styles=(table_style(), read_asset("report.css")),
         data={"charts": [json.loads(chart.figure.to_json()) for chart in charts]},
     )
+    return pages
 
 
 def describe_decision(evaluation: Evaluation) -> str:
@@ -302,7 +305,8 @@ def _curve(heard: HeardMistake, place: int, code: str) -> str:
     lines, highest = "", "not heard again"
     if heard.frames is not None and np.isfinite(heard.frames[:, place]).all():
         own = heard.frames[:, place]
-        lines = f"<polygon points='0,{CURVE_HEIGHT} {_points(own[0])} {CURVE_WIDTH},{CURVE_HEIGHT}' fill='#a9c7dd'/>"
+        corners = f"0,{CURVE_HEIGHT}", f"{CURVE_WIDTH},{CURVE_HEIGHT}"
+        lines = f"<polygon points='{corners[0]} {_points(own[0])} {corners[1]}' fill='#a9c7dd'/>"
         lines += "".join(
             f"<polyline points='{_points(one)}' fill='none' stroke='{color}' "
             f"stroke-dasharray='{dash}'/>"

@@ -129,19 +129,20 @@ def html_table(
     """
     head = "".join(f"<th scope='col'>{escape(str(name))}</th>" for name in table.columns)
     rows = "".join(
-        f"<tr>{''.join(_cell(value, links if not at else None) for at, value in enumerate(row))}</tr>"
-        for row in table.itertuples(index=False)
+        f"<tr>{_cell(first, links)}{''.join(map(_cell, others))}</tr>"
+        for first, *others in table.itertuples(index=False)
     )
     kind = " class='sortable'" if sortable else ""
+    label = escape(caption[:80], quote=True)
     # What can scroll must be reached by the keyboard too.
     return (
-        f"<div class='wide' tabindex='0' role='region' aria-label='{escape(caption[:80], quote=True)}'>"
+        f"<div class='wide' tabindex='0' role='region' aria-label='{label}'>"
         f"<table{kind}><caption>{escape(caption)}</caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
 
-def _cell(value: Any, links: dict[str, str] | None) -> str:
+def _cell(value: Any, links: dict[str, str] | None = None) -> str:
     if isinstance(value, int | float) or hasattr(value, "dtype"):
         number = float(value)
         if number != number:

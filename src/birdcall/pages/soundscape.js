@@ -525,7 +525,7 @@ function listLabels() {
       const isGood = text !== '' && value >= 0 && value <= data.total + 0.01 && (isOnset ? value < label.offset : value > label.onset);
       return isGood ? round(value) : null;
     };
-    const number = (value) => element('input', { type: 'number', step: '0.1', min: '0', value: String(value), className: 'time' });
+    const number = (value) => element('input', { type: 'number', step: '0.1', min: '0', value: String(Math.round(value * 100) / 100), className: 'time' });
     const hear = element('button', { type: 'button', textContent: 'Show', onclick: () => select(label) });
     const remove = element('button', { type: 'button', textContent: 'Delete', onclick: () => {
       state.labels.splice(state.labels.indexOf(label), 1);

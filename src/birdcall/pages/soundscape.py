@@ -79,6 +79,8 @@ class FrameCollector:
     def add(self, piece: Piece) -> None:
         """Take the next segments, with frames and member_frames."""
         outputs = np.concatenate([piece.frames[None], piece.member_frames])
+        if not np.isfinite(outputs).all():
+            raise ValueError("framewise output holds NaN or infinity: did a model diverge?")
         if self.decision.calibration is not None:
             scale = self.decision.calibration.frame_scale
             offset = self.decision.calibration.frame_offset
@@ -155,7 +157,7 @@ def write_soundscape_pages(folder: Path, soundscape: Soundscape, home: str = IND
     for part, (waveform, reason) in enumerate(_read_parts(soundscape.path, n_parts)):
         depth = len(Path(names[part]).parts) - 1
         links = [
-            "../" * depth + quote(target) if target else None
+            "" if target is None else "../" * depth + quote(target)
             for target in (
                 home,
                 names[part - 1] if part else None,
@@ -247,15 +249,17 @@ def _of_part(events: Sequence[Event], start: float, n_parts: int) -> list[Event]
     return [one for one in events if start <= one.onset < start + PART_SECONDS]
 
 
-def _body(title: str, data: dict[str, object], links: Sequence[str | None], reason: str) -> str:
+def _body(title: str, data: dict[str, object], links: Sequence[str], reason: str) -> str:
     home, previous, following = links
-    steps = [f"<li><a href='{escape(home, quote=True)}'>All recordings</a></li>"] if home else []
+    whole = "All recordings" if home.endswith(INDEX_FILE) else "The report"
+    steps = [f"<li><a href='{escape(home, quote=True)}'>{whole}</a></li>"]
     for target, text in ((previous, "Part before"), (following, "Part after")):
         if target:
             steps.append(f"<li><a href='{escape(target, quote=True)}'>{text}</a></li>")
     notice = ""
     if reason:
-        notice = f"<p class='notice' role='status'>No sound to see or hear: {escape(readable(reason))}</p>"
+        said = escape(readable(reason))
+        notice = f"<p class='notice' role='status'>No sound to see or hear: {said}</p>"
     if not data["classes"]:
         notice += (
             f"<p class='notice'>No species reaches a probability of {FAINTEST:g} here: the slider "
