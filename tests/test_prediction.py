@@ -241,9 +241,7 @@ def predict(paths, output, package, opened, wanted=Wanted(("csv",)), heard=None)
             heard.extend(one.name for one in left)
         return listen(left)
 
-    with Journal(
-        output / "journal.jsonl", fingerprint_of(package, wanted, "cpu")
-    ) as journal:
+    with Journal(output / "journal.jsonl", fingerprint_of(package, wanted, "cpu")) as journal:
         return predict_recordings(recordings, journal, counted, output, wanted)
 
 

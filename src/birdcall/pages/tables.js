@@ -17,3 +17,4 @@ window.birdcallTables('table.sortable').each((_, table) => {
     input.setAttribute('aria-label', `Filter: ${caption.slice(0, 60)}`);
   });
 });
+if (!document.querySelector('[data-chart]')) document.body.dataset.ready = 'yes';
