@@ -34,7 +34,7 @@ DATA = (
 )
 TRAINING = (
     *("losses", "initialisation", "distributed", "averaging", "resume", "log", "validation"),
-    *("step", "trainer", "run", "runs", "relabelling"),
+    *("pictures", "step", "trainer", "run", "runs", "relabelling"),
 )
 EVALUATION = (
     *("held_out", "stored", "out_of_fold", "stretches", "simulation", "simulated_sound"),

@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from birdcall.files import write_atomically
 
 LOG_FILE = "log.csv"
 TENSORBOARD_FOLDER = "tensorboard"
+CLIPS_TAG = "clips as the network hears them"
 
 
 class TrainingInterrupted(RuntimeError):  # noqa: N818 - as KeyboardInterrupt
@@ -62,6 +65,11 @@ class TensorBoard:
         for name, value in entry.row().items():
             if name != "epoch":
                 self.writer.add_scalar(name, value, entry.epoch)
+        self.writer.flush()
+
+    def write_clips(self, epoch: int, picture: np.ndarray) -> None:
+        """Add a picture ``(height, width, 3)`` of clips, and flush: the first comes at once."""
+        self.writer.add_image(CLIPS_TAG, picture, epoch, dataformats="HWC")
         self.writer.flush()
 
     def close(self) -> None:

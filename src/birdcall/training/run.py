@@ -23,6 +23,7 @@ from birdcall.training.log import (
     TrainingInterrupted,
     write_log,
 )
+from birdcall.training.pictures import draw_clips
 from birdcall.training.resume import delete_state
 from birdcall.training.trainer import Run, start_training
 
@@ -64,6 +65,10 @@ def train_run(
     board = (
         TensorBoard(folder / TENSORBOARD_FOLDER, len(training.log)) if processes.is_first else None
     )
+    if board is not None:
+        training.watch = lambda epoch, watched: board.write_clips(
+            epoch, draw_clips(watched, data.classes)
+        )
     n_steps = config.epochs * training.steps_per_epoch
     with (
         stop_requests() as stop,

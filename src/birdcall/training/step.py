@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from birdcall.frontend import SpecAugment
 from birdcall.models import SEDModel, SEDOutput
 from birdcall.training.distributed import ALONE, Processes, share_batch_norm
 from birdcall.training.losses import sed_loss
+from birdcall.training.pictures import Watched
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -51,11 +53,13 @@ def batch_loss(
     position: int,
     device: torch.device,
     processes: Processes = ALONE,
+    watch: Callable[[Watched], None] | None = None,
 ) -> Tensor:
     """Augment a batch, detect in it, and return the loss of this process's clips.
 
     ``epoch`` and ``position`` of the batch in it decide what is drawn. NaN where the model's output
-    is not finite: cross-entropy of NaN would end a CUDA process without saying where.
+    is not finite: cross-entropy of NaN would end a CUDA process without saying where. ``watch`` is
+    shown the clips as the network heard them.
     """
     config = experiment.train
     waveform = batch.waveform.to(device, non_blocking=True)
@@ -77,6 +81,8 @@ def batch_loss(
     dtype = PRECISIONS[config.precision]
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         output = detect(log_mel)
+    if watch is not None:
+        watch(Watched.of(log_mel, target, output, batch.recordings))
     if not (output.framewise.isfinite().all() and output.clipwise.isfinite().all()):
         # Still a function of the weights, as the other processes expect of this one.
         return output.framewise.sum() * math.nan

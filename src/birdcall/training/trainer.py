@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from birdcall.training.averaging import BestWeights, make_moving_average
 from birdcall.training.distributed import ALONE, Processes
 from birdcall.training.initialisation import initialise
 from birdcall.training.log import EpochLog
+from birdcall.training.pictures import Watched, is_drawn
 from birdcall.training.resume import (
     delete_state,
     generator_tensors,
@@ -102,6 +104,9 @@ class Training:
     processes: Processes
     progress: Progress = field(default_factory=Progress)
     log: list[EpochLog] = field(default_factory=list)
+    # Is shown the first batch that is trained on, and later those that begin some epochs.
+    watch: Callable[[int, Watched], None] | None = None
+    has_shown: bool = False
 
     @property
     def config(self) -> TrainConfig:
@@ -202,7 +207,7 @@ class Training:
         """
         loss = batch_loss(
             self.model, self.detect, batch, self.run.experiment, self.progress.epoch, position,
-            self.device, self.processes,
+            self.device, self.processes, self._watch_at(position),
         )  # fmt: skip
         total = self.processes.sum(loss.detach()) / self.processes.world_size
         if not total.isfinite():
@@ -210,6 +215,15 @@ class Training:
             return None
         self.scaler.scale(loss * share).backward()
         return total.item()
+
+    def _watch_at(self, position: int) -> Callable[[Watched], None] | None:
+        if self.watch is None:
+            return None
+        epoch = self.progress.epoch
+        if self.has_shown and not (position == 0 and is_drawn(epoch)):
+            return None
+        self.has_shown = True
+        return partial(self.watch, epoch + 1)
 
     def _on_non_finite(self, batch: ClipBatch, elsewhere: bool) -> None:
         named = "another process" if elsewhere else ", ".join(dict.fromkeys(batch.recordings))
