@@ -338,7 +338,7 @@ def test_tables_and_picture_are_written(real):
     assert len(pd.read_csv(folder / "ablation_differences.csv")) == len(found.measures)
     assert len(pd.read_csv(folder / "ablation_means.csv")) == 2 * len(found.measures)
     height, width = matplotlib.image.imread(folder / "ablation.png").shape[:2]
-    assert width == 1200
+    assert width == 1320
     assert height > 500
 
 

@@ -44,7 +44,7 @@ EVALUATION = (
 )
 PAGES = ("page", "sound", "soundscape", "browser")
 TRAINING_SIDE = (
-    *("experiments", "fingerprint", "export", "journal"),
+    *("experiments", "fingerprint", "export", "journal", "style", "road"),
     *("pages", *(f"pages.{name}" for name in PAGES)),
     *("prediction", "cluster"),
     *("metrics", "event_metrics"),
@@ -52,7 +52,7 @@ TRAINING_SIDE = (
     *("training", *(f"training.{name}" for name in TRAINING)),
     *("evaluation", *(f"evaluation.{name}" for name in EVALUATION)),
     *("packaging", "training_packaging", "demo", "architecture", "receptive_field"),
-    *("benchmark", "__main__"),
+    *("benchmark", "gallery", "__main__"),
 )
 ORDER = (*KERNEL_SIDE, *TRAINING_SIDE)
 FORBIDDEN_IN_KERNEL = (

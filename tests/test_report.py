@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from dataclasses import replace
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -24,25 +23,20 @@ from birdcall.evaluation.charts import (
     vote_scores,
 )
 from birdcall.evaluation.choosing import THRESHOLDS
-from birdcall.evaluation.figures import plot_soundscape, recall_over_snr
+from birdcall.evaluation.figures import plot_soundscape
 from birdcall.evaluation.hearing import hear
 from birdcall.evaluation.held_out import HeldOutScores, segments_of
 from birdcall.evaluation.mistakes import FALSE, find_mistakes, hear_mistakes
 from birdcall.evaluation.report import describe_decision, write_report
 from birdcall.evaluation.scoring import evaluate
 from birdcall.evaluation.simulation import SimulationConfig
+from birdcall.evaluation.tables import recall_over_snr
 
 
 @pytest.fixture(scope="module")
 def evaluation(trained_runs, training_data):
     config = SimulationConfig(soundscapes=4, soundscape_seconds=30.0)
     return evaluate(hear(trained_runs, training_data, config=config))
-
-
-@pytest.fixture(autouse=True)
-def _close_figures():
-    yield
-    plt.close("all")
 
 
 @pytest.fixture(scope="module")

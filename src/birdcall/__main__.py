@@ -142,6 +142,7 @@ def folds(
     from birdcall.data.audit import read_audit, same_sound, usable_recordings
     from birdcall.data.folds import check_folds, fold_report, make_folds, plot_folds, write_folds
     from birdcall.data.recordings import read_recordings
+    from birdcall.style import save_figure
 
     output, folds = _output_of(data, output), _folds_of(data, folds)
     table = read_audit(output / "audit.csv")
@@ -150,7 +151,7 @@ def folds(
     check_folds(made, recordings)
     write_folds(made, folds)
     picture = output / "folds.png"
-    plot_folds(made, recordings).savefig(picture)
+    save_figure(plot_folds(made, recordings), picture)
     typer.echo(fold_report(made, recordings).round(3).to_string())
     typer.echo(f"{folds}: {len(made)} recordings in {n_folds} folds; see {picture}")
 
@@ -335,6 +336,36 @@ def evaluate(
         shown = list(seen.values())[-1] if seen else None
         for picture in take_screenshots(output / "report.html", shown, screenshots):
             typer.echo(f"screenshot: {picture}")
+
+
+@app.command()
+def figures(
+    data: Data,
+    experiment: Annotated[
+        str, typer.Option(help="Whose architecture is drawn.")
+    ] = "efficientnet_b0_gru_attention",
+    output: Output = None,
+    folds: Folds = None,
+    noise: Noise = None,
+    to: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("docs/figures"),
+) -> None:
+    """Draw the figures of README and docs from what the other commands have left."""
+    from birdcall.ensemble import default_device
+    from birdcall.evaluation.hearing import hear
+    from birdcall.evaluation.scoring import Evaluation, evaluate
+    from birdcall.experiments import find_experiment
+    from birdcall.gallery import write_figures
+
+    output = _output_of(data, output)
+
+    def evaluation() -> Evaluation:
+        runs = _find_runs(output, None)
+        training_data = _load_training_data(data, output, folds, noise)
+        kept = output / "heard"
+        return evaluate(hear(runs, training_data, default_device(), kept=kept, progress=True))
+
+    for line in write_figures(to, output, find_experiment(experiment), evaluation):
+        typer.echo(line)
 
 
 @app.command()

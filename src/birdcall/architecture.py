@@ -21,18 +21,18 @@ from birdcall.models import (
     SEDModel,
     build_model,
 )
+from birdcall.style import AMBER, GREEN, GREY, PURPLE, SKY, use_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by the colour-blind too; each row says its part in words.
 COLORS = {
-    "input": "#999999",
-    "front end": "#E69F00",
-    "backbone": "#56B4E9",
-    "temporal layer": "#009E73",
-    "head": "#CC79A7",
+    "input": GREY,
+    "front end": AMBER,
+    "backbone": SKY,
+    "temporal layer": GREEN,
+    "head": PURPLE,
 }
 POOLING_NAMES = {MeanPooling: "mean over mel bins", GeM: "GeM over mel bins"}
 HEAD_NAMES = {
@@ -179,6 +179,7 @@ def plot_architecture(experiment: Experiment, n_classes: int, seconds: float = 5
     from matplotlib.figure import Figure
 
     require(seconds > 0, f"seconds is {seconds}; it must be above 0")
+    use_style()
     n_samples = round(seconds * experiment.frontend.sample_rate)
     with torch.random.fork_rng(devices=[]):
         model = build_model(experiment, n_classes)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,10 @@ from birdcall.audio import AudioError, crop_or_pad, probe_audio, read_audio
 from birdcall.config import SEGMENT_SECONDS, FrontendConfig, require
 from birdcall.data.recordings import read_recordings
 from birdcall.frontend import LogMel, power_to_db
+from birdcall.style import AMBER, GREEN, GREY, SKY, save_figure, use_style
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +33,7 @@ ROUND_CLIPS = 256
 COMPARED_CLIPS = 64
 HEARD_DB = -80.0  # differences count above this
 LIBROSA, TORCHLIBROSA, OURS = "librosa", "torchlibrosa", "birdcall"
-# Okabe and Ito's colours, told apart by the colour-blind too.
-COLORS = {LIBROSA: "#999999", TORCHLIBROSA: "#E69F00", "nnAudio": "#56B4E9", OURS: "#009E73"}
+COLORS = {LIBROSA: GREY, TORCHLIBROSA: AMBER, "nnAudio": SKY, OURS: GREEN}
 
 
 class Side(NamedTuple):
@@ -72,7 +75,7 @@ def benchmark_frontend(
     table = pd.concat(tables, ignore_index=True)
     output.mkdir(parents=True, exist_ok=True)
     table.to_csv(output / "frontend.csv", index=False)
-    plot_benchmark(table, output / "frontend.png")
+    save_figure(plot_benchmark(table), output / "frontend.png")
     return table
 
 
@@ -256,8 +259,9 @@ def time_sides(sides: list[Side], clips: np.ndarray, repeats: int) -> np.ndarray
 # --- the plot ------------------------------------------------------------------------------------
 
 
-def plot_benchmark(table: pd.DataFrame, path: Path) -> None:
-    """Draw clips per second, a panel per configuration, as a PNG file."""
+def plot_benchmark(table: pd.DataFrame) -> Figure:
+    """Draw clips per second, a panel per configuration."""
+    use_style()
     from matplotlib.figure import Figure
 
     side = ["implementation", "device", "batch_size"]
@@ -280,9 +284,8 @@ def plot_benchmark(table: pd.DataFrame, path: Path) -> None:
         n_fft, hop_length, n_mels = config.split("/")
         axes.set_title(f"n_fft {n_fft}, hop_length {hop_length}, {n_mels} mel bins")
         axes.set_xlabel("five-second clips per second  (× librosa)")
-        axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"From waveform to log-mel, {table['threads'].iloc[0]} CPU threads")
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def _label(row: NamedTuple) -> str:

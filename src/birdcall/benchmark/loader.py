@@ -14,7 +14,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -32,7 +32,11 @@ from birdcall.data.sampling import ClipSampler
 from birdcall.experiments import find_experiment
 from birdcall.files import atomic_path, write_atomically
 from birdcall.models import SEDModel, build_model
+from birdcall.style import AMBER, GREEN, GREY, SKY, save_figure, use_style
 from birdcall.training.step import Detector, batch_loss
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +46,7 @@ CROPS = 4  # of one opened recording, where several are compared with one
 LIBROSA, LIBROSA_OFFSET = "librosa.load, whole file", "librosa.load, offset="
 SEEK, CACHED = "birdcall, seek in the file", "birdcall, cache"
 LOADER, TRAINING = "birdcall loader", f"birdcall train, {SMALL}"
-# Okabe and Ito's colours, told apart by the colour-blind too; as in the front end's benchmark.
-COLORS = {LIBROSA: "#999999", LIBROSA_OFFSET: "#E69F00", SEEK: "#56B4E9", CACHED: "#009E73"}
+COLORS = {LIBROSA: GREY, LIBROSA_OFFSET: AMBER, SEEK: SKY, CACHED: GREEN}
 
 ReadOne = Callable[[str, float], np.ndarray]  # (path, offset in seconds) → waveform (samples,)
 
@@ -112,7 +115,7 @@ def benchmark_loader(
     )
     output.mkdir(parents=True, exist_ok=True)
     table.to_csv(output / "loader.csv", index=False)
-    plot_benchmark(table, output / "loader.png")
+    save_figure(plot_benchmark(table), output / "loader.png")
     return table
 
 
@@ -395,8 +398,9 @@ def _write_recording(audio: Path, noise: np.ndarray, seed: int, name: str) -> No
 # --- the plot ------------------------------------------------------------------------------------
 
 
-def plot_benchmark(table: pd.DataFrame, path: Path) -> None:
-    """Draw clips per second, of the readers and of the loader, as a PNG file."""
+def plot_benchmark(table: pd.DataFrame) -> Figure:
+    """Draw clips per second, of the readers and of the loader."""
+    use_style()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.6), layout="constrained")
@@ -411,10 +415,8 @@ def plot_benchmark(table: pd.DataFrame, path: Path) -> None:
     readers.set_title("One clip after another, one process")
     readers.set_xlabel("five-second clips per second  (× librosa.load of the file)")
     _plot_loaders(loaders, table[table["side"] == LOADER])
-    for axes in (readers, loaders):
-        axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"From recording to training clip, {table['cores'].iloc[0]} CPU cores")
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def _plot_loaders(axes: object, rows: pd.DataFrame) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from birdcall.files import read_table, write_atomically
+from birdcall.style import COLORS, MARKERS, ORANGE, use_style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -275,22 +276,28 @@ def class_shares(folds: pd.DataFrame) -> pd.DataFrame:
 
 def plot_folds(folds: pd.DataFrame, recordings: pd.DataFrame) -> Figure:
     """Draw each species' share in each fold against an equal share, and the folds' recordists."""
+    use_style()
     from matplotlib.figure import Figure
 
     shares, report = class_shares(folds), fold_report(folds, recordings)
     sizes = folds["ebird_code"].value_counts().reindex(shares.index)
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[3, 1])
-    for fold in shares.columns:
-        left.scatter(sizes, shares[fold], s=14, alpha=0.7, label=f"fold {fold}")
+    for order, fold in enumerate(shares.columns):
+        color, marker = COLORS[order % len(COLORS)], MARKERS[order % len(MARKERS)]
+        left.scatter(
+            sizes, shares[fold], s=18, alpha=0.7, color=color, marker=marker, label=f"fold {fold}"
+        )
     left.axhline(1 / len(shares.columns), color="black", linewidth=1, label="equal share")
     left.set(xscale="log", xlabel="recordings of the species", ylabel="share in the fold")
     left.set_title(f"{len(shares)} species: how evenly each is divided", loc="left")
     left.legend(fontsize="small")
     names = [str(fold) for fold in report.index]
-    right.bar(names, report["recordings"], color="lightgray", label="all")
+    right.bar(names, report["recordings"], color="0.8", label="all")
     largest = report["recordings"] * report["largest_recordist"]
-    right.bar(names, largest, color="tab:red", label="by the largest recordist")
+    right.bar(
+        names, largest, color=ORANGE, hatch="//", ec="white", label="by the largest recordist"
+    )
     right.set(xlabel="fold", ylabel="recordings", ylim=(0, 1.25 * report["recordings"].max()))
     right.legend(fontsize="small")
     return figure

@@ -5,10 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # a picture is made without a screen
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -16,10 +12,9 @@ from matplotlib.figure import Figure
 
 from birdcall.evaluation.ablation import Ablation
 from birdcall.evaluation.comparison import LEVEL, N_RESAMPLES
-from birdcall.files import atomic_path
+from birdcall.style import ORANGE, SKY, save_figure, use_style
 
-# Okabe and Ito's colours, apart for every kind of sight; dots and diamonds differ as well.
-SEED_COLOR, MEAN_COLOR = "#56B4E9", "#D55E00"
+SEED_COLOR, MEAN_COLOR = SKY, ORANGE
 
 
 def describe_ablation(ablation: Ablation, command: str = "") -> str:
@@ -217,19 +212,15 @@ def _markdown(table: pd.DataFrame) -> str:
 
 def write_picture(path: Path, ablation: Ablation) -> None:
     """Write ``ablation.png``, whole or not at all."""
-    figure = plot_ablation(ablation)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=100)
-    plt.close(figure)
+    save_figure(plot_ablation(ablation), path)
 
 
 def plot_ablation(ablation: Ablation) -> Figure:
     """Draw each measure in a row: scores on the left, differences from the reference right."""
     n_rows, names = len(ablation.measures), [one.name for one in ablation.experiments]
-    figure, axes = plt.subplots(
-        n_rows, 2, figsize=(12, n_rows * (0.9 + 0.32 * len(names))),
-        layout="constrained", squeeze=False,
-    )  # fmt: skip
+    use_style()
+    figure = Figure(figsize=(12, n_rows * (0.9 + 0.32 * len(names))), layout="constrained")
+    axes = figure.subplots(n_rows, 2, squeeze=False)
     for (key, measure), (left, right) in zip(ablation.measures.items(), axes, strict=True):
         seeds = ablation.table.pivot(index="experiment", columns="seed", values=key).loc[names]
         means = ablation.means[ablation.means["measure"] == key].set_index("experiment")
@@ -267,5 +258,5 @@ def _draw(axes: Axes, seeds: pd.DataFrame, centre: pd.Series, bounds: pd.DataFra
     )  # fmt: skip
     axes.set_yticks(list(place.values()), list(place))
     axes.set_ylim(min(place.values()) - 0.6, 0.6)
-    axes.grid(axis="x", color="0.9")
+    axes.grid(axis="x")
     axes.set_axisbelow(True)

@@ -13,10 +13,10 @@ from birdcall.config import NOCALL
 from birdcall.data.augment import UNKNOWN
 from birdcall.decision import decide
 from birdcall.evaluation.choosing import THRESHOLDS, Choice
-from birdcall.evaluation.figures import BLUE, COLORS, ORANGE, SNR_STEP_DB
 from birdcall.evaluation.held_out import HeldOutScores
-from birdcall.evaluation.tables import PRIOR, SIMULATED
+from birdcall.evaluation.tables import PRIOR, SIMULATED, SNR_STEP_DB
 from birdcall.metrics import reliability, row_f1_scores
+from birdcall.style import BLUE, COLORS, ORANGE
 from birdcall.taxonomy import display_name
 
 SYMBOLS = ("circle", "square", "triangle-up", "triangle-down", "diamond", "pentagon")

@@ -26,7 +26,6 @@ from birdcall.evaluation.charts import (
     recording_confusions,
     row_confusions,
 )
-from birdcall.evaluation.figures import recall_over_snr
 from birdcall.evaluation.labelled_pages import (
     N_PAGES,
     PAGES_FOLDER,
@@ -41,7 +40,7 @@ from birdcall.evaluation.mistakes import (
     hear_mistakes,
 )
 from birdcall.evaluation.scoring import Evaluation
-from birdcall.evaluation.tables import LABELLED, wide_table
+from birdcall.evaluation.tables import LABELLED, recall_over_snr, wide_table
 from birdcall.pages.page import (
     chart_script,
     html_table,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from birdcall.config import SEGMENT_SECONDS
 from birdcall.data.augment import UNKNOWN
 from birdcall.decision import Decision, combine
 from birdcall.detection import detect_events
@@ -30,6 +31,7 @@ COLUMNS = (*("name", "members", "sound", "metric", "value", "low", "high", "rows
 RECORDINGS, SIMULATED, LABELLED = "recordings", "simulated", "labelled"
 ENSEMBLE, PRIOR = "ensemble", "prior"  # names that are no experiment's
 SEGMENT_SECONDS_OF_EVENTS = 1.0
+SNR_STEP_DB = 3.0
 # People mark a bird's song by eye on a spectrogram of seconds: half a second is as good as it gets.
 ONSET_COLLAR_SECONDS = 0.5
 
@@ -234,3 +236,29 @@ def per_class_table(
             columns["simulated_precision"] = hits / guess.sum(axis=0)
             columns["simulated_recall"] = hits / truth.sum(axis=0)
     return pd.DataFrame(columns)
+
+
+def recall_over_snr(
+    events: pd.DataFrame, simulated: HeldOutScores, named: np.ndarray
+) -> pd.DataFrame:
+    """Return how many simulated events are found, by their SNR: snr_db (from), events, recall.
+
+    An event is found where its species is named in a segment in which it is heard. named:
+    ``(labelled rows, known species)``.
+    """
+    own = events[events["recording"].isin(set(simulated.recordings))]
+    column = {code: place for place, code in enumerate(simulated.classes)}
+    names = simulated.segments["recording"].iloc[simulated.starts]
+    first = dict(zip(names, simulated.starts, strict=True))
+    hits = named & simulated.labelled_truth
+    found = [
+        hits[
+            first[one.recording] + int(one.onset // SEGMENT_SECONDS) :
+            first[one.recording] + int(one.offset // SEGMENT_SECONDS) + 1,
+            column[one.ebird_code],
+        ].any()
+        for one in own.itertuples()
+    ]  # fmt: skip
+    step = (own["snr_db"] // SNR_STEP_DB * SNR_STEP_DB).to_numpy()
+    table = pd.DataFrame({"snr_db": step, "found": found}).groupby("snr_db")["found"]
+    return table.agg(events="size", recall="mean").reset_index()

@@ -25,6 +25,7 @@ CODE = (
         "config",
         "files",
         "fingerprint",
+        "style",
         "taxonomy",
         "audio",
         "threads",
@@ -39,6 +40,7 @@ CODE = (
     *("data.sampling", "data.dataset", "data.loader", "training.losses", "training.initialisation"),
     *("training.distributed", "training.averaging", "training.resume", "training.log"),
     *("training.validation", "training.step", "training.trainer", "training.run"),
+    "training.pictures",
 )
 
 Values = dict[str, Any]  # what JSON can hold
