@@ -330,10 +330,10 @@ def evaluate(
     typer.echo(f"decision: {describe_decision(found)}")
     typer.echo(f"report: {output / 'report.html'}")
     if screenshots is not None:
+        from birdcall.evaluation.labelled_pages import fullest
         from birdcall.pages.browser import take_screenshots
 
-        # The best soundscape: the worst would show what a model cannot do, and nothing of the page.
-        shown = list(seen.values())[-1] if seen else None
+        shown = seen.get(fullest(found, list(seen)) or "")
         for picture in take_screenshots(output / "report.html", shown, screenshots):
             typer.echo(f"screenshot: {picture}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,6 +51,14 @@ def labelled_table(evaluation: Evaluation) -> pd.DataFrame:
     how = {"rows": "sum", "f1": "mean", "birds": "sum", "found": "sum", "false": "sum"}
     table = rows.groupby("recording", sort=True).agg(how).reset_index()
     return table.sort_values("f1", kind="stable").reset_index(drop=True)
+
+
+def fullest(evaluation: Evaluation, recordings: Sequence[str]) -> str | None:
+    """Return which of the soundscapes has most birds."""
+    if not recordings:
+        return None
+    table = labelled_table(evaluation).set_index("recording")
+    return str(table.loc[list(recordings), "birds"].idxmax())
 
 
 def write_labelled_pages(

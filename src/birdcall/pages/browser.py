@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from PIL import Image
 
 from birdcall.files import write_atomically
 
@@ -57,30 +60,26 @@ def take_screenshots(report: Path, soundscape: Path | None, folder: Path) -> lis
     made = []
     with open_browser() as browser:
         page = open_page(browser, report)
-        made.append(_keep(page.screenshot(), folder / "report.png"))
+        made.append(_keep(page.screenshot(), folder / "report.webp"))
         if page.query_selector(".cards"):
             page.eval_on_selector("#mistakes", "one => one.scrollIntoView()")
             page.wait_for_timeout(300)
-            made.append(_keep(page.screenshot(), folder / "mistakes.png"))
+            made.append(_keep(page.screenshot(), folder / "mistakes.webp"))
         if page.query_selector("#confusions .chart"):
             page.eval_on_selector("#confusions", "one => one.scrollIntoView()")
             page.wait_for_timeout(300)
-            made.append(_keep(page.screenshot(), folder / "confusions.png"))
+            made.append(_keep(page.screenshot(), folder / "confusions.webp"))
         if soundscape is not None:
             page = open_page(browser, soundscape)
             page.check("#members")
             page.wait_for_timeout(300)
-            made.append(_keep(page.screenshot(), folder / "soundscape.png"))
+            made.append(_keep(page.screenshot(), folder / "soundscape.webp"))
     return made
 
 
 def _keep(picture: bytes, path: Path) -> Path:
-    """Write a screenshot with a palette: a third as large, and as readable."""
-    import io
-
-    from PIL import Image
-
+    """Write a screenshot as WebP: a spectrogram's noise makes a PNG many times as large."""
     small = io.BytesIO()
-    Image.open(io.BytesIO(picture)).convert("RGB").quantize(128).save(small, "PNG", optimize=True)
+    Image.open(io.BytesIO(picture)).convert("RGB").save(small, "WEBP", quality=85, method=6)
     write_atomically(path, small.getvalue())
     return path
