@@ -71,6 +71,7 @@ def take_screenshots(report: Path, soundscape: Path | None, folder: Path) -> lis
             made.append(_keep(page.screenshot(), folder / "confusions.webp"))
         if soundscape is not None:
             page = open_page(browser, soundscape)
+            page.set_viewport_size({"width": SIZE["width"], "height": 1120})
             page.check("#members")
             page.wait_for_timeout(300)
             made.append(_keep(page.screenshot(), folder / "soundscape.webp"))

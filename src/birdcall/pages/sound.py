@@ -21,6 +21,9 @@ TILE_SECONDS = 60  # a WebP picture is at most 16,383 pixels wide
 # Levels of white and black: of a noisy place, and of its loudest birds.
 PERCENTILES = (20.0, 99.9)
 FLOOR_DB = 30.0  # between them, at least: silence is no noise to look at
+# What lies further below the loudest point is no noise of the place, but a recorder's or codec's
+# limit in frequency; counted in, it would make all noise black.
+NOISE_DB = 90.0
 PICTURE_QUALITY = 50
 MP3_COMPRESSION = 0.9  # 56 kbit/s, constant, so that a player can seek exactly
 
@@ -43,7 +46,8 @@ def draw_tiles(waveform: np.ndarray) -> list[Tile]:
     levels = [
         _levels(waveform[start : start + n_tile]) for start in range(0, len(waveform), n_tile)
     ]
-    low, high = np.percentile(np.concatenate(levels, axis=1), PERCENTILES)
+    together = np.concatenate(levels, axis=1)
+    low, high = np.percentile(together[together >= together.max() - NOISE_DB], PERCENTILES)
     high = max(high, low + FLOOR_DB)
     tiles = []
     for number, level in enumerate(levels):
