@@ -245,6 +245,69 @@ def predict(paths, output, package, opened, wanted=Wanted(("csv",)), heard=None)
         return predict_recordings(recordings, journal, counted, output, wanted)
 
 
+def page_data(path):
+    return json.loads(path.read_text().split("id='data'>")[1].split("</script>")[0])
+
+
+def test_a_page_of_each_recording_shows_what_the_tables_say(opened, package, tmp_path):
+    write_sound(tmp_path / "in" / "<b>&.wav", 12)
+    write_sound(tmp_path / "in" / "deep" / "a.wav", 0.5)
+    (tmp_path / "in" / "bad.mp3").write_text("<html>")
+    wanted = Wanted(("csv",), view=True)
+    said = predict([tmp_path / "in"], tmp_path / "out", package, opened, wanted)
+    view = tmp_path / "out" / "view"
+    assert f"look at {view / 'index.html'}" in said
+    tables = read_detections_csv(tmp_path / "out" / "detections.csv")
+    for name in ("<b>&.wav", "deep/a.wav"):
+        data = page_data(view / f"{name}.html")
+        events = tables.get(str(tmp_path / "in" / name), [])
+        assert [tuple(one) for one in data["decided"]] == [
+            (one.ebird_code, one.onset, one.offset, one.confidence) for one in events
+        ]
+        assert data["outputs"] == ["ensemble", *(member.name for member in opened[0].members)]
+        assert data["nFrames"] == 50 * max(1, -(-int(data["seconds"]) // 5))
+    index = (view / "index.html").read_text()
+    assert "href='deep/a.wav.html'" in index and "cannot be decoded" in index
+    assert "%3Cb%3E%26.wav.html" in index and "<b>&" not in index
+    assert not (view / "bad.mp3.html").exists()
+
+
+def test_labels_beside_a_recording_are_shown_once_they_are_there(opened, package, tmp_path):
+    write_sound(tmp_path / "in" / "a.wav", 7)
+    write_sound(tmp_path / "in" / "b.wav", 7)
+    wanted, heard = Wanted(("csv",), view=True), []
+    run = lambda: predict([tmp_path / "in"], tmp_path / "out", package, opened, wanted, heard)  # noqa: E731
+    run()
+    (tmp_path / "in" / "a.selections.txt").write_text(
+        "Selection\tBegin Time (s)\tEnd Time (s)\tSpecies Code\tNotes\n1\t1.5\t2\tamecro\tfar\n"
+    )
+    (tmp_path / "in" / "b.readme.txt").write_text("no table\n")
+    run()
+    assert heard == ["a.wav", "b.wav", "a.wav", "b.wav"]
+    page = tmp_path / "out" / "view" / "a.wav.html"
+    assert page_data(page)["labels"] == [["amecro", 1.5, 2.0, "far"]]
+    assert page_data(page)["truth"] == [["amecro", 1.5, 2.0]]
+    page.unlink()
+    run()
+    run()
+    assert heard[4:] == ["a.wav"]
+    assert page.is_file()
+
+
+def test_frames_of_members_average_to_those_of_the_ensemble(opened, tmp_path):
+    from birdcall.inference import Piece, hear, open_recording
+
+    write_sound(tmp_path / "a.wav", 23)
+    sounds = {"a": open_recording(tmp_path / "a.wav")}
+    for _, piece in hear(opened[0], sounds, ("frames", "member_frames")):
+        if isinstance(piece, Piece):
+            np.testing.assert_allclose(piece.member_frames.mean(axis=0), piece.frames, atol=1e-6)
+            by_segment = piece.member_frames.reshape(*piece.member_frames.shape[:2], -1, 50)
+            highest = by_segment.max(axis=3).swapaxes(1, 2)
+            assert (highest <= piece.framewise + 1e-6).all()
+            assert np.abs(highest - piece.framewise).max() < 0.05
+
+
 def test_finished_recordings_are_not_heard_again_unless_they_change(opened, package, tmp_path):
     for number in range(3):
         write_sound(tmp_path / "in" / f"{number}.wav", 7, number)

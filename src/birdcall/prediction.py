@@ -44,7 +44,13 @@ from birdcall.outputs import (
     write_raven_table,
 )
 from birdcall.pages.page import fitting_name
-from birdcall.pages.soundscape import INDEX_FILE, Viewer, write_index
+from birdcall.pages.soundscape import (
+    INDEX_FILE,
+    Viewer,
+    n_parts_of,
+    page_names,
+    write_index,
+)
 from birdcall.soundscapes import AUDIO_SUFFIXES, raven_tables_of
 from birdcall.taxonomy import display_name
 from birdcall.windows import End
@@ -164,15 +170,21 @@ def find_recordings(paths: Sequence[str | Path]) -> list[Recording]:
     return recordings
 
 
-def state_of(recording: Recording) -> dict[str, Any]:
-    """Return by what a journal knows a file again: a changed one is heard again."""
+def state_of(recording: Recording, with_labels: bool = False) -> dict[str, Any]:
+    """Return by what a journal knows a file again: a changed one is heard again.
+
+    ``with_labels``: and one whose labels have changed, which its page shows.
+    """
     try:
         stat = recording.path.stat()
+        tables = raven_tables_of(recording.path) if with_labels else []
+        labels = [[one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in tables]
     except OSError:
         return {"recording": str(recording.path), "size": None, "mtime_ns": None}
-    return {
+    state = {
         "recording": str(recording.path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns
     }  # fmt: skip
+    return state | ({"labels": labels} if labels else {})
 
 
 # --- hearing them ---------------------------------------------------------------------------------
@@ -314,8 +326,9 @@ def predict_recordings(
 
     ``listen`` yields what is found in the recordings given to it, in any order.
     """
-    states = {one: state_of(one) for one in recordings}  # before they are heard
-    left = [one for one in recordings if journal.find(states[one]) is None]
+    view = output / VIEW_FOLDER if wanted.view else None
+    states = {one: state_of(one, wanted.view) for one in recordings}  # before they are heard
+    left = [one for one in recordings if not _is_finished(one, journal.find(states[one]), view)]
     if len(left) < len(recordings):
         logger.info("%d recordings were finished before", len(recordings) - len(left))
     if left:
@@ -325,6 +338,13 @@ def predict_recordings(
             journal.add(states[recording], detected.to_json())
     found = {one: Detected.from_json(journal.find(states[one])) for one in recordings}
     return write_results(found, output, wanted)
+
+
+def _is_finished(recording: Recording, value: dict[str, Any] | None, view: Path | None) -> bool:
+    """Say whether a recording is in the journal, and its page, if wanted, where it belongs."""
+    if value is None or view is None or value["reason"]:
+        return value is not None
+    return (view / page_names(recording.name, n_parts_of(value["seconds"]))[0]).is_file()
 
 
 def listen_here(
