@@ -14,6 +14,9 @@ from birdcall.data.dataset import TrainingData, load_training_data
 from birdcall.data.folds import make_folds, write_folds
 from birdcall.data.recordings import read_recordings
 from birdcall.demo import DemoConfig, make_demo
+from birdcall.evaluation.hearing import hear
+from birdcall.evaluation.scoring import Evaluation, evaluate
+from birdcall.evaluation.simulation import SimulationConfig
 from birdcall.experiments import find_experiment
 from birdcall.training.runs import plan_runs, train_many
 
@@ -94,3 +97,10 @@ def trained_runs(training_data, tiny_experiment, tmp_path_factory) -> list[Path]
         plan_runs([tiny_experiment, other], training_data, None, runs), training_data, workers=0
     )
     return sorted(path for path in runs.glob("*/*"))
+
+
+@pytest.fixture(scope="session")
+def evaluation(trained_runs, training_data) -> Evaluation:
+    """What two experiments found on held-out sound, with short simulated soundscapes."""
+    config = SimulationConfig(soundscapes=4, soundscape_seconds=30.0)
+    return evaluate(hear(trained_runs, training_data, config=config))

@@ -11,11 +11,8 @@ import pytest
 import soundfile
 
 from birdcall.decision import Decision
-from birdcall.evaluation.hearing import hear
 from birdcall.evaluation.labelled import read_truth
 from birdcall.evaluation.report import write_report
-from birdcall.evaluation.scoring import evaluate
-from birdcall.evaluation.simulation import SimulationConfig
 from birdcall.inference import Piece
 from birdcall.outputs import (
     Event,
@@ -477,12 +474,6 @@ def test_a_name_does_not_leave_its_folder(tmp_path, name):
 
 
 # --- the report ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def evaluation(trained_runs, training_data):
-    config = SimulationConfig(soundscapes=4, soundscape_seconds=30.0)
-    return evaluate(hear(trained_runs, training_data, config=config))
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,6 @@ import pytest
 import typer.main
 
 from birdcall.__main__ import app
-from birdcall.evaluation.hearing import hear
-from birdcall.evaluation.scoring import evaluate
-from birdcall.evaluation.simulation import SimulationConfig
 from birdcall.gallery import plot_inference, write_figures
 from birdcall.road import STEPS, plot_road
 from birdcall.style import BLUE, COLORS, GREEN, GREY, MARKERS, ORANGE, save_figure
@@ -91,14 +88,10 @@ def test_the_command_makes_what_it_can_and_says_what_is_missing(tmp_path, tiny_e
     assert any("birdcall train" in line and "no snr.svg" in line for line in said)
 
 
-def test_all_figures_are_made_where_all_is_there(
-    tmp_path, tiny_experiment, trained_runs, training_data
-):
+def test_all_figures_are_made_where_all_is_there(tmp_path, tiny_experiment, evaluation):
     (tmp_path / "benchmark").mkdir()
     INFERENCE.to_csv(tmp_path / "benchmark" / "inference.csv", index=False)
-    config = SimulationConfig(soundscapes=4, soundscape_seconds=30.0)
-    found = evaluate(hear(trained_runs, training_data, config=config))
-    list(write_figures(tmp_path / "to", tmp_path, tiny_experiment, lambda: found, 3))
+    list(write_figures(tmp_path / "to", tmp_path, tiny_experiment, lambda: evaluation, 3))
     assert {path.name for path in (tmp_path / "to").iterdir()} == {
         *("road.svg", "architecture.svg", "inference.svg", "snr.svg", "spectrogram.webp")
     }

@@ -117,8 +117,10 @@ def test_each_step_leaves_what_the_readme_says(road):
     assert (folder / "folds" / "tiny.csv").is_file()
     report = (output / "report.html").read_text()
     assert "all nocall" in report
-    assert "data:image/png;base64," in report
-    assert "://" not in report  # it opens without a network
+    assert "data:audio/mpeg;base64," in report
+    assert "default-src 'none'" in report  # it opens without a network
+    assert len(report) < 15e6
+    assert (output / "soundscapes").is_dir()
 
 
 def test_the_package_is_what_kaggle_takes(road):

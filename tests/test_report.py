@@ -24,19 +24,11 @@ from birdcall.evaluation.charts import (
 )
 from birdcall.evaluation.choosing import THRESHOLDS
 from birdcall.evaluation.figures import plot_soundscape
-from birdcall.evaluation.hearing import hear
 from birdcall.evaluation.held_out import HeldOutScores, segments_of
 from birdcall.evaluation.mistakes import FALSE, find_mistakes, hear_mistakes
 from birdcall.evaluation.report import describe_decision, write_report
 from birdcall.evaluation.scoring import evaluate
-from birdcall.evaluation.simulation import SimulationConfig
 from birdcall.evaluation.tables import recall_over_snr
-
-
-@pytest.fixture(scope="module")
-def evaluation(trained_runs, training_data):
-    config = SimulationConfig(soundscapes=4, soundscape_seconds=30.0)
-    return evaluate(hear(trained_runs, training_data, config=config))
 
 
 @pytest.fixture(scope="module")
