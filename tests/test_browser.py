@@ -458,7 +458,7 @@ def test_hostile_names_are_inert(browser, tmp_path, name):
     assert watched.page.evaluate("state.labels[0].note") == code
     watched.check()
     table = pd.DataFrame(
-        {"recording": [hostile.name], "minutes": [0.5], "species": [code], "failed": [HOSTILE]}
+        {"recording": [hostile.name], "seconds": [30.0], "species": [code], "failed": [HOSTILE]}
     )
     index = Watched(browser, write_index(tmp_path / "view", HOSTILE, table))
     index.check()
@@ -622,7 +622,7 @@ def any_page(request, tmp_path):
         return request.getfixturevalue("report")
     soundscape = make_soundscape(tmp_path, labels=(Event("amecro", 1.0, 2.0),))
     page = write_soundscape_pages(tmp_path / "view", soundscape)
-    table = pd.DataFrame({"recording": [soundscape.name], "minutes": [0.5], "failed": [""]})
+    table = pd.DataFrame({"recording": [soundscape.name], "seconds": [30.0], "failed": [""]})
     return page if request.param == "soundscape" else write_index(page.parent, "All", table)
 
 
@@ -662,8 +662,8 @@ def test_twenty_recordings_are_there_within_two_seconds(browser, tmp_path):
     rows = []
     for number in range(20):
         write_soundscape_pages(tmp_path / "view", replace(base, name=f"recording {number}.wav"))
-        rows.append((f"recording {number}.wav", 0.5, 2, "American Crow, Blue Jay", ""))
-    table = pd.DataFrame(rows, columns=["recording", "minutes", "detections", "species", "failed"])
+        rows.append((f"recording {number}.wav", 30.0, 2, "American Crow, Blue Jay", ""))
+    table = pd.DataFrame(rows, columns=["recording", "seconds", "detections", "species", "failed"])
     index = write_index(tmp_path / "view", "Recordings", table)
     page = Watched(browser, index).page
     assert ready_after(page) < 2

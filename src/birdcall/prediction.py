@@ -433,7 +433,7 @@ def _index_table(found: Mapping[Recording, Detected]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "recording": one.name,
-            "minutes": np.nan if detected.reason else detected.seconds / 60,
+            "seconds": np.nan if detected.reason else detected.seconds,
             "detections": len(detected.events),
             "species": ", ".join(
                 sorted({display_name(event.ebird_code) for event in detected.events})

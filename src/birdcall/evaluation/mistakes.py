@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -23,7 +24,10 @@ from birdcall.pages.sound import SAMPLE_RATE
 from birdcall.windows import FRAMES_PER_SEGMENT, Sound
 
 if TYPE_CHECKING:
+    from birdcall.evaluation.hearing import Heard
+    from birdcall.evaluation.labelled import Labelled
     from birdcall.evaluation.scoring import Evaluation
+    from birdcall.evaluation.simulation import SimulatedSoundscape
 
 logger = logging.getLogger(__name__)
 
@@ -138,58 +142,67 @@ def _codes(chosen: np.ndarray, classes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(classes[column] for column in np.flatnonzero(chosen[: len(classes)]))
 
 
-def hear_mistakes(evaluation: Evaluation, found: list[Mistake]) -> Iterator[HeardMistake]:
+def hear_mistakes(evaluation: Evaluation, found: Sequence[Mistake]) -> Iterator[HeardMistake]:
     """Make the sound of each mistake; members that did not train on it hear it again."""
     heard = evaluation.heard
+    of_fold = cache(
+        lambda fold: heard.ensemble.of_members(
+            [one for one in heard.ensemble.members if one.checkpoint.fold == fold]
+        )
+    )
     simulated = {one.name: one for one in heard.soundscapes}
     for mistake in found:
-        reason, waveform, sound, ensemble = "", None, None, heard.ensemble
-        events: tuple[Event, ...] = ()
-        row = slice(
-            round(mistake.start * SAMPLE_RATE),
-            round((mistake.start + SEGMENT_SECONDS) * SAMPLE_RATE),
-        )
+        ensemble = heard.ensemble
         try:
             if mistake.sound == SIMULATED:
                 soundscape = simulated[mistake.recording]
-                members = [
-                    one for one in ensemble.members if one.checkpoint.fold == soundscape.fold
-                ]
-                ensemble = ensemble.of_members(members)
-                noise = open_noise(heard.data, soundscape.fold, heard.config.sample_rate)
-                rates = sorted({SAMPLE_RATE, *ensemble.sample_rates})
-                rendered = render(soundscape, heard.data, noise, heard.config, rates)
-                waveform = rendered[SAMPLE_RATE][row]
-                sound = _of_row(rendered, mistake.start, ensemble)
-                events = tuple(
-                    Event(one.ebird_code, one.onset, one.offset) for one in soundscape.events
-                )
+                ensemble = of_fold(soundscape.fold)
+                row = _render_row(soundscape, heard, ensemble, mistake.start)
             else:
-                path = evaluation.labelled.paths[mistake.recording]
-                waveform = _read_row(path, mistake.start, SAMPLE_RATE)
-                sound = _read_sound(path, mistake.start, ensemble)
-                own = evaluation.labelled.annotations
-                own = own[own["recording"] == mistake.recording]
-                events = tuple(
-                    Event(one.ebird_code, one.onset, one.offset) for one in own.itertuples()
-                )
+                row = _read_labelled_row(evaluation.labelled, ensemble, mistake)
         except (AudioError, OSError) as error:
-            reason = str(error)
             logger.warning("%s; a mistake is shown without its sound", error)
-        end = mistake.start + SEGMENT_SECONDS
-        yield HeardMistake(
-            mistake,
-            waveform,
-            reason,
-            None if sound is None else _hear_again(ensemble, sound, mistake, evaluation),
-            tuple(member.name for member in ensemble.members),
-            tuple(
-                replace(one, onset=max(one.onset, mistake.start), offset=min(one.offset, end))
-                for one in events
-                if one.ebird_code in mistake.species
-                and one.onset < end and one.offset > mistake.start
-            ),
-        )  # fmt: skip
+            yield HeardMistake(mistake, None, str(error), None, (), ())
+            continue
+        frames = _hear_again(ensemble, row.sound, mistake, evaluation.classes)
+        members = tuple(member.name for member in ensemble.members)
+        events = tuple(_cut_events(row.events, mistake))
+        yield HeardMistake(mistake, row.waveform, "", frames, members, events)
+
+
+class _Row(NamedTuple):
+    """The sound of a row, to be played and to be heard again, and the events of its soundscape."""
+
+    waveform: np.ndarray
+    sound: Sound
+    events: list[Event]
+
+
+def _render_row(
+    soundscape: SimulatedSoundscape, heard: Heard, ensemble: Ensemble, start: float
+) -> _Row:
+    noise = open_noise(heard.data, soundscape.fold, heard.config.sample_rate)
+    rates = sorted({SAMPLE_RATE, *ensemble.sample_rates})
+    rendered = render(soundscape, heard.data, noise, heard.config, rates)
+    row = slice(round(start * SAMPLE_RATE), round((start + SEGMENT_SECONDS) * SAMPLE_RATE))
+    events = [Event(one.ebird_code, one.onset, one.offset) for one in soundscape.events]
+    return _Row(rendered[SAMPLE_RATE][row], _of_row(rendered, start, ensemble), events)
+
+
+def _read_labelled_row(labelled: Labelled, ensemble: Ensemble, mistake: Mistake) -> _Row:
+    path = labelled.paths[mistake.recording]
+    own = labelled.annotations[labelled.annotations["recording"] == mistake.recording]
+    events = [Event(one.ebird_code, one.onset, one.offset) for one in own.itertuples()]
+    waveform = _read_row(path, mistake.start, SAMPLE_RATE)
+    return _Row(waveform, _read_sound(path, mistake.start, ensemble), events)
+
+
+def _cut_events(events: Sequence[Event], mistake: Mistake) -> Iterator[Event]:
+    """Yield what of the mistake's species lies in its row."""
+    start, end = mistake.start, mistake.start + SEGMENT_SECONDS
+    for one in events:
+        if one.ebird_code in mistake.species and one.onset < end and one.offset > start:
+            yield replace(one, onset=max(one.onset, start), offset=min(one.offset, end))
 
 
 def _of_row(rendered: dict[int, np.ndarray], start: float, ensemble: Ensemble) -> Sound:
@@ -220,7 +233,7 @@ def _read_sound(path: Path, start: float, ensemble: Ensemble) -> Sound:
 
 
 def _hear_again(
-    ensemble: Ensemble, sound: Sound, mistake: Mistake, evaluation: Evaluation
+    ensemble: Ensemble, sound: Sound, mistake: Mistake, classes: Sequence[str]
 ) -> np.ndarray:
     """Return ``(1 + members, species, FRAMES_PER_SEGMENT)`` of the mistake's row."""
     pieces = [
@@ -232,7 +245,7 @@ def _hear_again(
     )
     first = 0 if ensemble.listening.is_plain else round(mistake.start / SEGMENT_SECONDS)
     own = frames[:, :, first * FRAMES_PER_SEGMENT : (first + 1) * FRAMES_PER_SEGMENT]
-    column = {code: place for place, code in enumerate(evaluation.classes)}
+    column = {code: place for place, code in enumerate(classes)}
     nothing = np.full((len(own), own.shape[2]), np.nan, np.float32)
     return np.stack(
         [own[:, column[code]] if code in column else nothing for code in mistake.species], axis=1

@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from birdcall.files import write_atomically
@@ -143,14 +144,13 @@ def html_table(
 
 
 def _cell(value: Any, links: dict[str, str] | None = None) -> str:
-    if isinstance(value, int | float) or hasattr(value, "dtype"):
-        number = float(value)
-        if number != number:
-            return "<td class='number' data-order='-1'></td>"
-        shown = (
-            f"{number:.3f}" if not number.is_integer() or isinstance(value, float) else str(value)
-        )
-        return f"<td class='number' data-order='{number:.9g}'>{shown}</td>"
+    if value is pd.NA or (isinstance(value, float) and value != value):
+        return "<td class='number' data-order='-1'></td>"
+    if isinstance(value, bool | np.bool_):
+        return f"<td>{'yes' if value else ''}</td>"
+    if isinstance(value, int | float | np.number):
+        shown = f"{value:.3f}" if isinstance(value, float | np.floating) else str(value)
+        return f"<td class='number' data-order='{float(value):.9g}'>{shown}</td>"
     text = escape(readable(str(value)))
     if links and str(value) in links:
         target = escape(links[str(value)], quote=True)

@@ -332,12 +332,14 @@ def n_parts_of(seconds: float) -> int:
 def write_index(folder: Path, title: str, table: pd.DataFrame) -> Path:
     """Write the page that leads to all recordings; ``table``: a row each, ``recording`` first.
 
-    A recording whose ``minutes`` are NaN has no page.
+    A recording whose ``seconds`` are NaN has no page.
     """
     links = {}
-    for name, minutes in zip(table["recording"], table["minutes"], strict=True):
-        if minutes == minutes:
-            links[name] = quote(page_names(name, n_parts_of(60 * minutes))[0])
+    for name, seconds in zip(table["recording"], table["seconds"], strict=True):
+        if seconds == seconds:
+            links[name] = quote(page_names(name, n_parts_of(seconds))[0])
+    # Whole seconds are enough to read, and to sort by.
+    table = table.assign(seconds=table["seconds"].round().astype("Int64"))
     body = (
         f"<main><h1>{escape(readable(title))}</h1>"
         + html_table(table, "Recordings and what was found in them", sortable=True, links=links)
