@@ -21,7 +21,7 @@ from birdcall.outputs import (
     read_raven_table,
 )
 from birdcall.pages import soundscape as soundscape_pages
-from birdcall.pages.browser import find_browser, open_browser, open_page
+from birdcall.pages.browser import find_browser, open_browser, open_page, take_screenshots
 from birdcall.pages.soundscape import (
     FrameCollector,
     Soundscape,
@@ -698,3 +698,17 @@ def test_only_named_scripts_run(browser, tmp_path):
     page = open_page(browser, tmp_path / "p.html")
     assert page.inner_text("#x") == "ours"
     assert page.evaluate("window.bitten") is None
+
+
+def test_screenshots_are_of_what_is_there(browser, report, tmp_path):
+    from PIL import Image
+
+    pages = sorted((report.parent / "soundscapes").iterdir())
+    made = take_screenshots(browser, report, pages[0], tmp_path)
+    assert [one.name for one in made] == [
+        *("report.webp", "mistakes.webp", "confusions.webp", "soundscape.webp")
+    ]
+    for path in made:
+        picture = np.asarray(Image.open(path).convert("L"))
+        assert picture.shape[1] == 1280
+        assert picture.std() > 15  # not a blank page

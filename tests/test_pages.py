@@ -172,3 +172,14 @@ def test_scripts_come_from_packages_and_this_folder():
     bundle, ours = table_scripts()
     assert "DataTables" in bundle and "window.birdcallTables=" in bundle
     assert ours == read_asset("tables.js")
+
+
+def test_screenshots_without_a_browser_are_refused_at_once(monkeypatch):
+    from birdcall.pages import browser
+
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(FileNotFoundError, match="screenshots need Chromium"):
+        browser.require_browser()
+    monkeypatch.setattr(browser, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"pip install 'birdcall\[browser\]'"):
+        browser.require_browser()

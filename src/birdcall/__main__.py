@@ -299,6 +299,10 @@ def evaluate(
     if submission is not None:
         typer.echo(score_submission(data, submission))
         return
+    if screenshots is not None:
+        from birdcall.pages.browser import require_browser
+
+        require_browser()  # before an hour of hearing, not after it
     from birdcall.decision import write_decision
     from birdcall.ensemble import default_device
     from birdcall.evaluation.hearing import hear
@@ -331,11 +335,12 @@ def evaluate(
     typer.echo(f"report: {output / 'report.html'}")
     if screenshots is not None:
         from birdcall.evaluation.labelled_pages import fullest
-        from birdcall.pages.browser import take_screenshots
+        from birdcall.pages.browser import open_browser, take_screenshots
 
         shown = seen.get(fullest(found, list(seen)) or "")
-        for picture in take_screenshots(output / "report.html", shown, screenshots):
-            typer.echo(f"screenshot: {picture}")
+        with open_browser() as browser:
+            made = take_screenshots(browser, output / "report.html", shown, screenshots)
+        typer.echo("screenshots: " + ", ".join(map(str, made)))
 
 
 @app.command()

@@ -6,6 +6,7 @@ import io
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,18 +27,22 @@ def find_browser() -> str | None:
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
-@contextmanager
-def open_browser() -> Iterator[Browser]:
-    """Run a headless Chromium. Raises FileNotFoundError where it or playwright is missing."""
+def require_browser() -> str:
+    """Return where Chromium is; raise FileNotFoundError where it or playwright is missing."""
+    if find_spec("playwright") is None:
+        raise FileNotFoundError("screenshots need playwright: pip install 'birdcall[browser]'")
     place = find_browser()
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError as error:
-        raise FileNotFoundError(
-            "screenshots need playwright: pip install 'birdcall[browser]'"
-        ) from error
     if place is None:
         raise FileNotFoundError("screenshots need Chromium, on Debian `apt install chromium`")
+    return place
+
+
+@contextmanager
+def open_browser() -> Iterator[Browser]:
+    """Run a headless Chromium; see `require_browser`."""
+    place = require_browser()
+    from playwright.sync_api import sync_playwright
+
     with sync_playwright() as playwright:
         # Where everything runs as root there is no sandbox; the pages are ours.
         browser = playwright.chromium.launch(executable_path=place, args=["--no-sandbox"])
@@ -55,26 +60,24 @@ def open_page(browser: Browser, path: Path, width: int = SIZE["width"]) -> Page:
     return page
 
 
-def take_screenshots(report: Path, soundscape: Path | None, folder: Path) -> list[Path]:
+def take_screenshots(
+    browser: Browser, report: Path, soundscape: Path | None, folder: Path
+) -> list[Path]:
     """Write pictures of a report, its mistakes and a soundscape page; return their paths."""
     made = []
-    with open_browser() as browser:
-        page = open_page(browser, report)
-        made.append(_keep(page.screenshot(), folder / "report.webp"))
-        if page.query_selector(".cards"):
-            page.eval_on_selector("#mistakes", "one => one.scrollIntoView()")
+    page = open_page(browser, report)
+    made.append(_keep(page.screenshot(), folder / "report.webp"))
+    for name, shown in (("mistakes", ".cards"), ("confusions", "#confusions .chart")):
+        if page.query_selector(shown):
+            page.eval_on_selector(f"#{name}", "one => one.scrollIntoView()")
             page.wait_for_timeout(300)
-            made.append(_keep(page.screenshot(), folder / "mistakes.webp"))
-        if page.query_selector("#confusions .chart"):
-            page.eval_on_selector("#confusions", "one => one.scrollIntoView()")
-            page.wait_for_timeout(300)
-            made.append(_keep(page.screenshot(), folder / "confusions.webp"))
-        if soundscape is not None:
-            page = open_page(browser, soundscape)
-            page.set_viewport_size({"width": SIZE["width"], "height": 1120})
-            page.check("#members")
-            page.wait_for_timeout(300)
-            made.append(_keep(page.screenshot(), folder / "soundscape.webp"))
+            made.append(_keep(page.screenshot(), folder / f"{name}.webp"))
+    if soundscape is not None:
+        page = open_page(browser, soundscape)
+        page.set_viewport_size({"width": SIZE["width"], "height": 1120})
+        page.check("#members")
+        page.wait_for_timeout(300)
+        made.append(_keep(page.screenshot(), folder / "soundscape.webp"))
     return made
 
 
