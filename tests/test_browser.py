@@ -1,6 +1,7 @@
 """What a person does with the pages, done in headless Chromium: look, sort, play, label, save."""
 
 import json
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -441,7 +442,7 @@ def test_scores_that_are_no_numbers_are_refused():
         FrameCollector(Decision(), ("amecro",)).add(Piece(frames, frames, frames[0], None, frames))
 
 
-@pytest.mark.parametrize("name", [HOSTILE, "ü" * 120, "🐦 owl", "a" * 240, "%2e%2e%2f"])
+@pytest.mark.parametrize("name", [HOSTILE, "🐦" * 70, "%2e%2e%2f"])
 def test_hostile_names_are_inert(browser, tmp_path, name):
     base = make_soundscape(tmp_path)
     code = f"{HOSTILE}</script><script>window.bitten='yes'</script>"
@@ -658,10 +659,10 @@ def test_the_tab_key_goes_through_the_page_from_top_to_bottom(opened):
 
 
 def test_twenty_recordings_are_there_within_two_seconds(browser, tmp_path):
-    base = make_soundscape(tmp_path)
+    page = write_soundscape_pages(tmp_path / "view", make_soundscape(tmp_path))
     rows = []
     for number in range(20):
-        write_soundscape_pages(tmp_path / "view", replace(base, name=f"recording {number}.wav"))
+        shutil.copy(page, page.with_name(f"recording {number}.wav.html"))
         rows.append((f"recording {number}.wav", 30.0, 2, "American Crow, Blue Jay", ""))
     table = pd.DataFrame(rows, columns=["recording", "seconds", "detections", "species", "failed"])
     index = write_index(tmp_path / "view", "Recordings", table)
