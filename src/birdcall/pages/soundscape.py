@@ -116,9 +116,9 @@ class FrameCollector:
 class Soundscape:
     """What a soundscape page shows.
 
-    name: of the recording among the results, relative. outputs: names of the members. species: what
-    a label can be, ebird codes. truth: what is known to sing; labels: where a person's labelling
-    begins, with notes.
+    name: of the recording among the results, relative. members: their names. threshold: where the
+    slider begins. decided: what the decision names; truth: what is known to sing; labels: where a
+    person's labelling begins, with notes. species: what a label can be, beside the 264: ebird codes.
     """
 
     name: str
