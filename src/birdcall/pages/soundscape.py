@@ -118,7 +118,8 @@ class Soundscape:
 
     name: of the recording among the results, relative. members: their names. threshold: where the
     slider begins. decided: what the decision names; truth: what is known to sing; labels: where a
-    person's labelling begins, with notes. species: what a label can be, beside the 264: ebird codes.
+    person's labelling begins, with notes. species: ebird codes that a label can have, beside the
+    competition's.
     """
 
     name: str
