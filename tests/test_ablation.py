@@ -24,7 +24,17 @@ BLOCK_SECONDS = 100.0
 
 
 def log_of(losses):
-    return [EpochLog(epoch + 1, loss, 0.1, 2.0, 10.0, 0.0) for epoch, loss in enumerate(losses)]
+    return [
+        EpochLog(
+            epoch=epoch + 1,
+            loss=loss,
+            learning_rate=0.1,
+            seconds=2.0,
+            clips_per_second=10.0,
+            waiting_share=0.0,
+        )
+        for epoch, loss in enumerate(losses)
+    ]
 
 
 class FakeTraining:

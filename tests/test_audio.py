@@ -127,7 +127,7 @@ def test_the_first_channel_has_the_share_that_was_asked_for(tmp_path: Path, down
     ):
         start = round(offset * RATE)
         np.testing.assert_allclose(crop, expected[start : start + 2 * RATE], atol=1e-6)
-    resampled = read_audio(path, 16_000, 1.0, 1.0, downmix)
+    resampled = read_audio(path, 16_000, offset_seconds=1.0, duration_seconds=1.0, downmix=downmix)
     np.testing.assert_allclose(
         resampled, soxr.resample(expected, RATE, 16_000)[16_000:32_000], atol=1e-4
     )

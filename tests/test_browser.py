@@ -95,12 +95,27 @@ def make_soundscape(folder: Path, seconds: float = 30.0, **changes) -> Soundscap
     members[:, 2] += 0.3 * (np.sin(at * 3) > 0.7)
     collector = FrameCollector(Decision(), CLASSES)
     nothing = np.zeros((2, n_frames // FRAMES_PER_SEGMENT, len(CLASSES)), np.float32)
-    collector.add(Piece(nothing, nothing, members.mean(axis=0), None, members))
+    collector.add(
+        Piece(
+            clipwise=nothing,
+            framewise=nothing,
+            frames=members.mean(axis=0),
+            embedding=None,
+            member_frames=members,
+        )
+    )
     made = Soundscape(
-        path.name, path, seconds, collector.finish(), ("one", "two"), 0.5,
-        (Event("amecro", 6.9, 9.1, 0.9), Event("blujay", 19.5, 20.5, 0.36)),
-        (Event("amecro", 7.0, 9.0),), (), CLASSES,
-    )  # fmt: skip
+        name=path.name,
+        path=path,
+        seconds=seconds,
+        parts=collector.finish(),
+        members=("one", "two"),
+        threshold=0.5,
+        decided=(Event("amecro", 6.9, 9.1, 0.9), Event("blujay", 19.5, 20.5, 0.36)),
+        truth=(Event("amecro", 7.0, 9.0),),
+        labels=(),
+        species=CLASSES,
+    )
     return replace(made, **changes)
 
 
@@ -186,7 +201,14 @@ def check_slider(opened, percent: int, output: int) -> None:
     )
     (part,) = opened.soundscape.parts
     levels = part.unpack()[output] / 200
-    wanted = frames_to_events(levels, part.classes, FRAME_SECONDS, percent / 100, 0.0, 0.5)
+    wanted = frames_to_events(
+        levels,
+        part.classes,
+        frame_seconds=FRAME_SECONDS,
+        threshold=percent / 100,
+        min_seconds=0.0,
+        max_gap_seconds=0.5,
+    )
     found = listed(page)
     assert [(one.ebird_code, one.onset, one.offset) for one in found] == [
         (one.ebird_code, one.onset, one.offset) for one in wanted
@@ -201,7 +223,15 @@ def test_levels_say_of_a_threshold_what_the_probabilities_say(tmp_path):
     frames = np.random.default_rng(3).random((1, 1, 500), dtype=np.float32)
     collector = FrameCollector(Decision(), ("amecro",))
     nothing = np.zeros((1, 10, 1), np.float32)
-    collector.add(Piece(nothing, nothing, frames[0], None, frames))
+    collector.add(
+        Piece(
+            clipwise=nothing,
+            framewise=nothing,
+            frames=frames[0],
+            embedding=None,
+            member_frames=frames,
+        )
+    )
     levels = collector.finish()[0].unpack()[0, 0]
     for percent in range(5, 100):
         assert ((levels >= 2 * percent) == (frames[0, 0] >= np.float32(percent / 100))).all()
@@ -439,7 +469,15 @@ def test_a_long_recording_is_shown_in_parts(browser, tmp_path, monkeypatch):
 def test_scores_that_are_no_numbers_are_refused():
     frames = np.full((1, 1, 50), np.nan, np.float32)
     with pytest.raises(ValueError, match="did a model diverge"):
-        FrameCollector(Decision(), ("amecro",)).add(Piece(frames, frames, frames[0], None, frames))
+        FrameCollector(Decision(), ("amecro",)).add(
+            Piece(
+                clipwise=frames,
+                framewise=frames,
+                frames=frames[0],
+                embedding=None,
+                member_frames=frames,
+            )
+        )
 
 
 @pytest.mark.parametrize("name", [HOSTILE, "🐦" * 70, "%2e%2e%2f"])

@@ -75,7 +75,9 @@ def test_what_would_be_cached_is_what_a_cached_file_gives_back(tmp_path: Path, p
 
 def test_a_downmix_is_for_files_and_cached_sound_is_mono_already(cache: Cache, data: Path) -> None:
     from_file = cache.read_crops(data, NAME, [1], 2, 0.0)[0]
-    np.testing.assert_array_equal(from_file, read_audio(data / NAME, RATE, 1, 2, 0.0))
+    np.testing.assert_array_equal(
+        from_file, read_audio(data / NAME, RATE, offset_seconds=1, duration_seconds=2, downmix=0.0)
+    )
     assert not np.array_equal(from_file, cache.read_crops(data, NAME, [1], 2, 1.0)[0])
     fill(cache, data)
     mono = [cache.read_crops(data, NAME, [1], 2, downmix)[0] for downmix in (None, 0.0, 1.0)]

@@ -24,12 +24,12 @@ def soundscapes(truth, clipwise, framewise=None, n_groups=4, n_rows=12):
     ]
     n_classes = clipwise.shape[2]
     return HeldOutScores(
-        pd.concat(parts, ignore_index=True),
-        truth,
-        clipwise,
-        clipwise if framewise is None else framewise,
-        tuple(f"m{k}" for k in range(len(clipwise))),
-        tuple(f"bird{k}" for k in range(n_classes)),
+        segments=pd.concat(parts, ignore_index=True),
+        truth=truth,
+        clipwise=clipwise,
+        framewise=clipwise if framewise is None else framewise,
+        member_names=tuple(f"m{k}" for k in range(len(clipwise))),
+        classes=tuple(f"bird{k}" for k in range(n_classes)),
     )
 
 

@@ -27,7 +27,7 @@ def package(trained_runs, tmp_path_factory):
     names = tuple(read_checkpoint(run).name for run in trained_runs[:2])
     decision = Decision(0.3, 0.3, max_birds=2, members=names)
     build = tmp_path_factory.mktemp("build")
-    return stage_package(trained_runs[:2], decision, SCRIPT, build, "somebody")
+    return stage_package(trained_runs[:2], decision, script=SCRIPT, build=build, owner="somebody")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def expected(package, recordings, tmp_path_factory):
     wanted = Wanted(FORMATS)
     listen = listen_here(ensemble, decision, output, wanted, progress=False)
     with Journal(output / "journal.jsonl", "x") as journal:
-        predict_recordings(recordings, journal, listen, output, wanted)
+        predict_recordings(recordings, journal, listen=listen, output=output, wanted=wanted)
     return output
 
 
@@ -102,7 +102,7 @@ def predict_there(cluster, package, recordings, output, on_found=lambda n_found:
             yield found
 
     with Journal(output / "journal.jsonl", "x") as journal:
-        predict_recordings(recordings, journal, watched, output, wanted)
+        predict_recordings(recordings, journal, listen=watched, output=output, wanted=wanted)
 
 
 @pytest.mark.slow
@@ -127,7 +127,7 @@ def test_a_worker_that_is_lost_is_replaced(cluster, package, recordings, expecte
             cluster.remove_node(cluster.workers[0], allow_graceful=False)
             lost.set()
 
-    predict_there(cluster, package, recordings, tmp_path, lose)
+    predict_there(cluster, package, recordings=recordings, output=tmp_path, on_found=lose)
     assert lost.is_set()
     assert_same_tables(tmp_path, expected)
 

@@ -17,7 +17,13 @@ from birdcall.training.step import batch_loss, make_detector
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_losses_and_gradients_are_those_of_the_plain_network(tiny_experiment):
     waveform = 0.1 * torch.randn(4, 64_000, generator=torch.Generator().manual_seed(1))
-    batch = ClipBatch(waveform, torch.eye(3)[[0, 1, 2, 0]], torch.ones(4), ("a",) * 4, ())
+    batch = ClipBatch(
+        waveform=waveform,
+        target=torch.eye(3)[[0, 1, 2, 0]],
+        weight=torch.ones(4),
+        recordings=("a",) * 4,
+        failures=(),
+    )
     found = []
     for compiled in (False, True):
         train = replace(tiny_experiment.train, compile=compiled)
@@ -25,7 +31,9 @@ def test_losses_and_gradients_are_those_of_the_plain_network(tiny_experiment):
         torch.manual_seed(0)
         model, cpu = build_model(experiment, 3).train(), torch.device("cpu")
         detect = make_detector(model, experiment, cpu, ALONE)
-        loss = batch_loss(model, detect, batch, experiment, 0, 0, cpu)
+        loss = batch_loss(
+            model, detect, batch=batch, experiment=experiment, epoch=0, position=0, device=cpu
+        )
         loss.backward()
         found.append((loss.item(), [p.grad for p in model.parameters()]))
     (plain, gradients), (made, others) = found

@@ -66,7 +66,7 @@ def test_the_kernel_runs_on_the_gpu(trained_runs, tmp_path):
     checkpoints = [read_checkpoint(run) for run in runs]
     names = tuple(one.name for one in checkpoints)
     decision = Decision(0.0, 0.0, max_birds=2, classes=checkpoints[0].classes, members=names)
-    stage_package(runs, decision, SCRIPT, tmp_path / "build", "somebody")
+    stage_package(runs, decision, script=SCRIPT, build=tmp_path / "build", owner="somebody")
     (tmp_path / "data").mkdir()
     write_sound(tmp_path / "data" / "test_audio" / "aa.wav", 60)
     write_rows(tmp_path / "data", rows_of("aa", 60))

@@ -83,7 +83,13 @@ def make_clip(clips, request):
 
 def dataset(recordings, experiment, noise_files=(), augment=NO_AUGMENT):
     experiment = replace(experiment, augment=augment)
-    return ClipDataset(recordings, CLASSES, experiment, read_ramp, noise_files)
+    return ClipDataset(
+        recordings=recordings,
+        classes=CLASSES,
+        experiment=experiment,
+        read_clip=read_ramp,
+        noise_files=noise_files,
+    )
 
 
 def test_clips_are_exactly_as_long_as_the_experiment_says(recordings, tiny_experiment):
@@ -260,7 +266,9 @@ def test_ratings_and_balance_combine():
     np.testing.assert_allclose(
         recording_weights(codes, "balanced+rated", ratings), [5 / 12, 1 / 12, 1 / 2]
     )
-    sampler = ClipSampler(codes, 120, "balanced+rated", 0, ratings)
+    sampler = ClipSampler(
+        ebird_codes=codes, n_clips=120, sampling="balanced+rated", seed=0, ratings=ratings
+    )
     drawn = np.bincount([request.index for request in sampler])
     assert (np.abs(drawn - [50, 10, 60]) <= 1).all()
 
@@ -326,7 +334,14 @@ def shared_samplers(world_size, batch_size=8, n_clips=30, crops=3):
 @pytest.mark.parametrize("start", [0, 8, 24])
 def test_processes_share_each_batch_of_the_one_epoch(world_size, start):
     samplers = shared_samplers(world_size)
-    whole = ClipSampler([f"c{n % 4}" for n in range(20)], 30, "balanced", 1, None, 3)
+    whole = ClipSampler(
+        ebird_codes=[f"c{n % 4}" for n in range(20)],
+        n_clips=30,
+        sampling="balanced",
+        seed=1,
+        ratings=None,
+        crops_per_recording=3,
+    )
     for sampler in (whole, *samplers):
         sampler.set_epoch(2, start if sampler is not whole else 0)
     parts = [list(sampler) for sampler in samplers]
@@ -450,7 +465,12 @@ def test_decoded_noise_is_kept_where_the_training_data_says(
     made = []
     for store in (None, tmp_path / "store"):
         clips = ClipDataset(
-            recordings, CLASSES, experiment, read_ramp, [noise_file], noise_store=store
+            recordings=recordings,
+            classes=CLASSES,
+            experiment=experiment,
+            read_clip=read_ramp,
+            noise_files=[noise_file],
+            noise_store=store,
         )
         made.append(make_clip(clips, ClipRequest(0, 0, 0)).waveform)
     assert torch.equal(*made)
@@ -470,7 +490,14 @@ def test_a_clip_has_the_labels_of_its_own_stretch(recordings, tiny_experiment):
     names = ["filename", "ebird_code", "onset", "offset", "state", "probability"]
     table = pd.DataFrame(rows, columns=names)
     experiment = replace(tiny_experiment, augment=NO_AUGMENT)
-    clips = ClipDataset(recordings, CLASSES, experiment, read_ramp, (), table)
+    clips = ClipDataset(
+        recordings=recordings,
+        classes=CLASSES,
+        experiment=experiment,
+        read_clip=read_ramp,
+        noise_files=(),
+        relabelled=table,
+    )
     made = clips.make_clips([ClipRequest(0, position, 0) for position in range(60)])
     starts = np.array([clip.waveform[0].item() * 100 for clip in made])  # of two seconds each
     targets = np.array([clip.target.tolist() for clip in made])
@@ -654,7 +681,15 @@ def test_failures_are_counted_once_over_epochs(many, tiny_experiment):
     failure = ReadFailure("recording", "bad3.wav", "bad3.wav: lost sync")
     for _ in range(10):
         zeros = torch.zeros(1, 1)
-        failures.count(ClipBatch(zeros, zeros, zeros[0], ("bad3.wav",), (failure,)))
+        failures.count(
+            ClipBatch(
+                waveform=zeros,
+                target=zeros,
+                weight=zeros[0],
+                recordings=("bad3.wav",),
+                failures=(failure,),
+            )
+        )
     assert len(failures.failed) == 1
 
 

@@ -214,9 +214,23 @@ def test_a_calibration_that_turns_the_ranking_round_is_refused(changes, complain
 
 def test_a_decision_survives_its_file(tmp_path):
     decision = Decision(
-        0.3, 0.25, "votes", 2 / 3, 0.7, 0.25, 2, 0.6, 5, 6, 2.5, IDENTITY, CLASSES,
-        ("a-fold0", "b-fold1"), "10 rows", {"nested_row_wise_f1": 0.6},
-    )  # fmt: skip
+        clip_threshold=0.3,
+        frame_threshold=0.25,
+        combination="votes",
+        vote_share=2 / 3,
+        recording_threshold=0.7,
+        neighbour_weight=0.25,
+        max_birds=2,
+        file_threshold=0.6,
+        file_max_birds=5,
+        window_segments=6,
+        context_seconds=2.5,
+        calibration=IDENTITY,
+        classes=CLASSES,
+        members=("a-fold0", "b-fold1"),
+        chosen_on="10 rows",
+        score={"nested_row_wise_f1": 0.6},
+    )
     write_decision(tmp_path / "decision.json", decision)
     assert read_decision(tmp_path / "decision.json") == decision
 

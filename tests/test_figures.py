@@ -82,7 +82,11 @@ def test_the_command_makes_what_it_can_and_says_what_is_missing(tmp_path, tiny_e
     def nothing():
         raise FileNotFoundError("runs: no trained run; `birdcall train` makes one")
 
-    said = list(write_figures(tmp_path / "to", tmp_path, tiny_experiment, nothing, 3))
+    said = list(
+        write_figures(
+            tmp_path / "to", tmp_path, experiment=tiny_experiment, evaluation=nothing, n_classes=3
+        )
+    )
     assert {path.name for path in (tmp_path / "to").iterdir()} == {"road.svg", "architecture.svg"}
     assert any("inference.csv is missing: `birdcall benchmark inference`" in line for line in said)
     assert any("birdcall train" in line and "no snr.svg" in line for line in said)
@@ -91,7 +95,15 @@ def test_the_command_makes_what_it_can_and_says_what_is_missing(tmp_path, tiny_e
 def test_all_figures_are_made_where_all_is_there(tmp_path, tiny_experiment, evaluation):
     (tmp_path / "benchmark").mkdir()
     INFERENCE.to_csv(tmp_path / "benchmark" / "inference.csv", index=False)
-    list(write_figures(tmp_path / "to", tmp_path, tiny_experiment, lambda: evaluation, 3))
+    list(
+        write_figures(
+            tmp_path / "to",
+            tmp_path,
+            experiment=tiny_experiment,
+            evaluation=lambda: evaluation,
+            n_classes=3,
+        )
+    )
     assert {path.name for path in (tmp_path / "to").iterdir()} == {
         *("road.svg", "architecture.svg", "inference.svg", "snr.svg", "spectrogram.webp")
     }

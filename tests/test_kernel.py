@@ -40,7 +40,7 @@ def built(trained_runs, tmp_path_factory):
     decision = Decision(
         0.0, 0.0, max_birds=2, file_threshold=0.0, classes=checkpoints[0].classes, members=members
     )
-    stage_package(runs, decision, SCRIPT, build, "somebody")
+    stage_package(runs, decision, script=SCRIPT, build=build, owner="somebody")
     return build
 
 

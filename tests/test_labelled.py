@@ -65,7 +65,7 @@ def ravens(tmp_path):
     ],
 )
 def test_half_a_second_or_half_of_an_event_counts(onset, offset, segments):
-    truth = label_times(np.array([onset]), np.array([offset]), [1], 4, 3)
+    truth = label_times(np.array([onset]), np.array([offset]), columns=[1], n_segments=4, n_known=3)
     assert np.flatnonzero(truth[:, 1]).tolist() == segments
     assert not truth[:, [0, 2]].any()
 
@@ -76,7 +76,11 @@ def test_the_example_s_rows_follow_from_its_annotations_in_the_demo(demo_folder)
         own = truth.annotations[truth.annotations["recording"] == name]
         columns = [KNOWN.index(code) for code in own["ebird_code"]]
         found = label_times(
-            own["onset"].to_numpy(), own["offset"].to_numpy(), columns, len(rows), len(KNOWN)
+            own["onset"].to_numpy(),
+            own["offset"].to_numpy(),
+            columns=columns,
+            n_segments=len(rows),
+            n_known=len(KNOWN),
         )
         expected = [sorted(birds) for birds in rows["birds"]]
         assert [sorted(KNOWN[k] for k in np.flatnonzero(row)) for row in found] == expected

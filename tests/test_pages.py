@@ -83,7 +83,13 @@ def pieces(frames: np.ndarray, sizes: list[int]):
         stop = start + n_segments * FRAMES_PER_SEGMENT
         own = frames[:, :, start:stop]
         nothing = np.zeros((len(own), n_segments, own.shape[1]), np.float32)
-        yield Piece(nothing, nothing, own.mean(axis=0), None, own)
+        yield Piece(
+            clipwise=nothing,
+            framewise=nothing,
+            frames=own.mean(axis=0),
+            embedding=None,
+            member_frames=own,
+        )
         start = stop
 
 

@@ -52,7 +52,11 @@ def package(trained_runs, tmp_path_factory):
     names = tuple(read_checkpoint(run).name for run in trained_runs[:2])
     decision = Decision(0.3, 0.3, max_birds=2, neighbour_weight=0.25, members=names)
     return stage_package(
-        trained_runs[:2], decision, SCRIPT, tmp_path_factory.mktemp("build"), "somebody"
+        trained_runs[:2],
+        decision,
+        script=SCRIPT,
+        build=tmp_path_factory.mktemp("build"),
+        owner="somebody",
     )
 
 
@@ -242,7 +246,7 @@ def predict(paths, output, package, opened, wanted=Wanted(("csv",)), heard=None)
         return listen(left)
 
     with Journal(output / "journal.jsonl", fingerprint_of(package, wanted, "cpu")) as journal:
-        return predict_recordings(recordings, journal, counted, output, wanted)
+        return predict_recordings(recordings, journal, listen=counted, output=output, wanted=wanted)
 
 
 def page_data(path):
@@ -254,7 +258,9 @@ def test_a_page_of_each_recording_shows_what_the_tables_say(opened, package, tmp
     write_sound(tmp_path / "in" / "deep" / "a.wav", 0.5)
     (tmp_path / "in" / "bad.mp3").write_text("<html>")
     wanted = Wanted(("csv",), view=True)
-    said = predict([tmp_path / "in"], tmp_path / "out", package, opened, wanted)
+    said = predict(
+        [tmp_path / "in"], tmp_path / "out", package=package, opened=opened, wanted=wanted
+    )
     view = tmp_path / "out" / "view"
     assert f"look at {view / 'index.html'}" in said
     tables = read_detections_csv(tmp_path / "out" / "detections.csv")
@@ -276,7 +282,17 @@ def test_labels_beside_a_recording_are_shown_once_they_are_there(opened, package
     write_sound(tmp_path / "in" / "a.wav", 7)
     write_sound(tmp_path / "in" / "b.wav", 7)
     wanted, heard = Wanted(("csv",), view=True), []
-    run = lambda: predict([tmp_path / "in"], tmp_path / "out", package, opened, wanted, heard)  # noqa: E731
+
+    def run():
+        predict(
+            [tmp_path / "in"],
+            tmp_path / "out",
+            package=package,
+            opened=opened,
+            wanted=wanted,
+            heard=heard,
+        )
+
     run()
     (tmp_path / "in" / "a.selections.txt").write_text(
         "Selection\tBegin Time (s)\tEnd Time (s)\tSpecies Code\tNotes\n1\t1.5\t2\tamecro\tfar\n"
@@ -329,7 +345,14 @@ def test_other_formats_and_filters_need_no_hearing(opened, package, tmp_path):
     predict([tmp_path / "in"], tmp_path / "out", package, opened)
     heard = []
     wanted = Wanted(("jsonl", "audacity"), min_confidence=0.99)
-    predict([tmp_path / "in"], tmp_path / "out", package, opened, wanted, heard)
+    predict(
+        [tmp_path / "in"],
+        tmp_path / "out",
+        package=package,
+        opened=opened,
+        wanted=wanted,
+        heard=heard,
+    )
     assert heard == []
     assert (tmp_path / "out" / "detections.jsonl").exists()
 
@@ -412,7 +435,7 @@ def kill_and_go_on(package, tmp_path, n_recordings, n_kills, seconds):
 
 
 def test_killed_once_it_goes_on_and_ends_the_same(package, tmp_path):
-    n_killed, n_opened = kill_and_go_on(package, tmp_path, 12, 1, 20.0)
+    n_killed, n_opened = kill_and_go_on(package, tmp_path, n_recordings=12, n_kills=1, seconds=20.0)
     assert n_killed == 1
     assert n_opened >= 13
 
@@ -420,7 +443,7 @@ def test_killed_once_it_goes_on_and_ends_the_same(package, tmp_path):
 @pytest.mark.slow
 def test_killed_at_twenty_moments_it_goes_on_and_ends_the_same(package, tmp_path):
     """Fifty recordings; each run finishes some of them before it is killed."""
-    n_killed, _ = kill_and_go_on(package, tmp_path, 50, 20, 120.0)
+    n_killed, _ = kill_and_go_on(package, tmp_path, n_recordings=50, n_kills=20, seconds=120.0)
     assert n_killed == 20
 
 

@@ -234,7 +234,14 @@ def test_recall_is_counted_by_level():
     )
     truth = np.array([[True], [False], [True], [True]])
     nothing = np.zeros((1, 4, 1), np.float32)
-    scores = HeldOutScores(segments, truth, nothing, nothing, ("m",), ("amecro",))
+    scores = HeldOutScores(
+        segments=segments,
+        truth=truth,
+        clipwise=nothing,
+        framewise=nothing,
+        member_names=("m",),
+        classes=("amecro",),
+    )
     events = pd.DataFrame(
         [("a", 1.0, 2.0, 10.0), ("b", 3.0, 4.0, 11.0), ("b", 6.0, 7.0, 25.0)],
         columns=["recording", "onset", "offset", "snr_db"],
@@ -250,7 +257,9 @@ def test_a_soundscape_is_drawn_with_what_is_there_and_what_was_named(evaluation)
     scores = evaluation.labelled.scores
     name = scores.segments["recording"].iloc[0]
     waveform = 0.1 * np.random.default_rng(0).standard_normal(30 * 32_000).astype("f4")
-    figure = plot_soundscape(waveform, 32_000, scores, name, Decision(0.0, 0.0))
+    figure = plot_soundscape(
+        waveform, 32_000, scores=scores, recording=name, decision=Decision(0.0, 0.0)
+    )
     own = (scores.segments["recording"] == name).to_numpy()
     bottom = figure.axes[1]
     assert len(bottom.patches) == scores.truth[own][:, : len(scores.classes)].sum()

@@ -113,9 +113,16 @@ def test_a_stretch_at_the_end_can_be_read_wherever_it_is_placed(
     seconds = (found.offset - found.onset) / factor
     for onset in (0.0, 7.77777, 12.34567, 5.00004, 5.00006):
         event = SimulatedEvent(
-            path, "amecro", found.onset, round(onset, 4), round(onset + seconds, 4),
-            (2900.0, 3100.0), 10.0, 0.0, factor,
-        )  # fmt: skip
+            path=path,
+            ebird_code="amecro",
+            recording_onset=found.onset,
+            onset=round(onset, 4),
+            offset=round(onset + seconds, 4),
+            band_hz=(2900.0, 3100.0),
+            snr_db=10.0,
+            fade_db=0.0,
+            transposed=factor,
+        )
         assert len(read_event(event, data, RATE)) == pytest.approx(seconds * RATE, abs=10)
 
 
@@ -249,7 +256,17 @@ def test_another_animal_sounds_at_its_transposed_pitch(training_data, tmp_path):
     soundfile.write(tmp_path / path, 0.3 * np.sin(2 * np.pi * 3000 * time), RATE)
     reader = replace(training_data.read_clip, folder=tmp_path, cache=tmp_path / "cache")
     data = replace(training_data, folder=tmp_path, read_clip=reader)
-    event = SimulatedEvent(path, "amecro", 0.0, 1.0, 3.0, (4200.0, 4800.0), 10.0, 0.0, 1.5)
+    event = SimulatedEvent(
+        path=path,
+        ebird_code="amecro",
+        recording_onset=0.0,
+        onset=1.0,
+        offset=3.0,
+        band_hz=(4200.0, 4800.0),
+        snr_db=10.0,
+        fade_db=0.0,
+        transposed=1.5,
+    )
     heard = read_event(event, data, RATE)
     assert len(heard) == pytest.approx(2 * RATE, abs=2)
     peak = np.abs(np.fft.rfft(heard)).argmax() * RATE / len(heard)
@@ -326,7 +343,16 @@ def test_band_power_of_a_tone_is_that_of_a_tone():
 
 def test_the_recording_s_own_noise_outside_the_bird_s_band_is_taken_out(training_data):
     path = training_data.recordings["path"].iloc[0]
-    event = SimulatedEvent(path, "amecro", 0.0, 1.0, 3.0, (3000.0, 4000.0), 10.0, 0.0)
+    event = SimulatedEvent(
+        path=path,
+        ebird_code="amecro",
+        recording_onset=0.0,
+        onset=1.0,
+        offset=3.0,
+        band_hz=(3000.0, 4000.0),
+        snr_db=10.0,
+        fade_db=0.0,
+    )
     (whole,) = training_data.read_clip(path, RATE, [0.0], 2.0, None)
     heard = read_event(event, training_data, RATE)
     for band in ((300, 1500), (8000, 14000)):
@@ -337,12 +363,15 @@ def test_what_is_rendered_does_not_depend_on_other_rates_or_soundscapes(
     planned, training_data, noise
 ):
     one = busiest(planned)
-    alone = render(one, training_data, noise, CONFIG, [RATE])
-    both = render(one, training_data, noise, CONFIG, [16_000, RATE])
+    alone = render(one, training_data, noise=noise, config=CONFIG, sample_rates=[RATE])
+    both = render(one, training_data, noise=noise, config=CONFIG, sample_rates=[16_000, RATE])
     assert np.array_equal(alone[RATE], both[RATE])
     assert len(both[16_000]) == 30 * 16_000
-    render(planned[0], training_data, noise, CONFIG, [RATE])
-    assert np.array_equal(alone[RATE], render(one, training_data, noise, CONFIG, [RATE])[RATE])
+    render(planned[0], training_data, noise=noise, config=CONFIG, sample_rates=[RATE])
+    assert np.array_equal(
+        alone[RATE],
+        render(one, training_data, noise=noise, config=CONFIG, sample_rates=[RATE])[RATE],
+    )
     assert alone[RATE].dtype == np.float32
     assert 0.01 < np.abs(alone[RATE]).max() <= 1.0
 
@@ -368,12 +397,30 @@ def test_a_damaged_recording_is_named(training_data, noise, tmp_path):
     path = "train_audio/amecro/XC1.mp3"
     (tmp_path / path).parent.mkdir(parents=True)
     (tmp_path / path).write_bytes(b"<html>no sound</html>" * 50)
-    event = SimulatedEvent(path, "amecro", 0.0, 1.0, 3.0, (3000.0, 4000.0), 10.0, 0.0)
-    one = SimulatedSoundscape("s", 0, "fold0-part0", 0.5, 30.0, (0, 1), (event,), ())
+    event = SimulatedEvent(
+        path=path,
+        ebird_code="amecro",
+        recording_onset=0.0,
+        onset=1.0,
+        offset=3.0,
+        band_hz=(3000.0, 4000.0),
+        snr_db=10.0,
+        fade_db=0.0,
+    )
+    one = SimulatedSoundscape(
+        name="s",
+        fold=0,
+        group="fold0-part0",
+        nocall_share=0.5,
+        seconds=30.0,
+        seed=(0, 1),
+        events=(event,),
+        others=(),
+    )
     reader = replace(training_data.read_clip, folder=tmp_path)
     broken = replace(training_data, folder=tmp_path, read_clip=reader)
     with pytest.raises(AudioError, match=r"XC1\.mp3"):
-        render(one, broken, noise, CONFIG, [RATE])
+        render(one, broken, noise=noise, config=CONFIG, sample_rates=[RATE])
 
 
 # --- what members hear ---------------------------------------------------------------------------
@@ -382,7 +429,9 @@ def test_a_damaged_recording_is_named(training_data, noise, tmp_path):
 def test_members_hear_only_soundscapes_of_their_own_fold(training_data, trained_runs, planned):
     known = [*training_data.classes, "norcar", "extra"]
     of_fold = [folder for folder in trained_runs if folder.name == "fold0"]
-    heard = hear_simulated(load_ensemble(of_fold), planned, training_data, CONFIG, known)
+    heard = hear_simulated(
+        load_ensemble(of_fold), planned, data=training_data, config=CONFIG, known=known
+    )
     assert heard.member_names == ("other", "tiny")
     assert heard.truth.shape == (len(planned) * 6, len(known))
     assert heard.labelled.all()
@@ -392,15 +441,15 @@ def test_members_hear_only_soundscapes_of_their_own_fold(training_data, trained_
     ).all()
     wrong = load_ensemble([folder for folder in trained_runs if folder.name == "fold1"])
     with pytest.raises(ValueError, match="has trained on the recordings of simulated-fold0"):
-        hear_simulated(wrong, planned, training_data, CONFIG, known)
+        hear_simulated(wrong, planned, data=training_data, config=CONFIG, known=known)
 
 
 def test_what_is_heard_is_what_is_rendered(training_data, trained_runs, planned, noise):
     ensemble = load_ensemble([trained_runs[0]])
     heard = hear_simulated(
-        ensemble, planned[:2], training_data, CONFIG, list(training_data.classes)
+        ensemble, planned[:2], data=training_data, config=CONFIG, known=list(training_data.classes)
     )
-    waveforms = render(planned[1], training_data, noise, CONFIG, [RATE])
+    waveforms = render(planned[1], training_data, noise=noise, config=CONFIG, sample_rates=[RATE])
     expected = score_waveforms(ensemble, waveforms)
     np.testing.assert_allclose(heard.clipwise[:, 6:], expected.clipwise, atol=1e-6)
 
@@ -438,5 +487,5 @@ def test_real_recordings_make_the_same_plan_in_a_second_process(real_data):
     )  # fmt: skip
     assert done.stdout.strip() == repr(planned)
     noise = open_noise(data, 0, RATE)
-    waveform = render(busiest(planned), data, noise, CONFIG, [RATE])[RATE]
+    waveform = render(busiest(planned), data, noise=noise, config=CONFIG, sample_rates=[RATE])[RATE]
     assert np.isfinite(waveform).all()

@@ -147,7 +147,9 @@ def _like(member):
 
 def test_a_budget_that_is_over_hears_nothing(sounds, members):
     rows, folder = sounds
-    labels, summary = label_rows_of(rows, folder, Ensemble(members), ANY_BIRD, 0.0)
+    labels, summary = label_rows_of(
+        rows, folder, ensemble=Ensemble(members), decision=ANY_BIRD, budget_seconds=0.0
+    )
     assert set(labels) == {"nocall"}
     assert summary.late == ("r0", "r1", "r2")
     assert summary.members == {}
@@ -156,7 +158,9 @@ def test_a_budget_that_is_over_hears_nothing(sounds, members):
 def test_a_large_budget_changes_nothing(sounds, members):
     rows, folder = sounds
     free, _ = label_rows_of(rows, folder, Ensemble(members), ANY_BIRD)
-    rich, summary = label_rows_of(rows, folder, Ensemble(members), ANY_BIRD, 3600.0)
+    rich, summary = label_rows_of(
+        rows, folder, ensemble=Ensemble(members), decision=ANY_BIRD, budget_seconds=3600.0
+    )
     assert rich == free
     assert summary.members == {"m0": 3, "m1": 3, "m2": 3}
 
@@ -215,7 +219,9 @@ def test_the_first_members_go_on_where_the_time_is_short(sounds, members, monkey
         return (3, 1, 0)[len(heard) - 1]
 
     monkeypatch.setattr(Budget, "choose_members", choose)
-    labels, summary = label_rows_of(rows, folder, Ensemble(members), ANY_BIRD, 1e9)
+    labels, summary = label_rows_of(
+        rows, folder, ensemble=Ensemble(members), decision=ANY_BIRD, budget_seconds=1e9
+    )
     assert summary.members == {"m0": 2, "m1": 1, "m2": 1}
     assert summary.late == ("r2",)
     monkeypatch.undo()

@@ -43,9 +43,13 @@ def scores_of(seed=0, n_recordings=6, n_rows=12, n_classes=5, n_known=6):
         segments_of(f"s{k}", n_rows, is_labelled=True, group=f"s{k}") for k in range(n_recordings)
     ]
     return HeldOutScores(
-        pd.concat(parts, ignore_index=True), truth, clipwise, clipwise**0.8, ("a", "b"),
-        tuple(f"bird{k}" for k in range(n_classes)),
-    )  # fmt: skip
+        segments=pd.concat(parts, ignore_index=True),
+        truth=truth,
+        clipwise=clipwise,
+        framewise=clipwise**0.8,
+        member_names=("a", "b"),
+        classes=tuple(f"bird{k}" for k in range(n_classes)),
+    )
 
 
 def values_of(rows):
@@ -60,7 +64,7 @@ def scores():
 def test_what_was_named_is_scored_as_scikit_learn_does(scores):
     named = scores.decide(Decision(0.4, 0.4))
     truth = scores.labelled_truth
-    found = values_of(decided_rows("x", 2, "labelled", scores, named))
+    found = values_of(decided_rows("x", 2, sound="labelled", scores=scores, named=named))
     with_nocall = [np.hstack([m, ~m.any(axis=1, keepdims=True)]) for m in (truth, named)]
     assert found["row_wise_f1"] == pytest.approx(f1_score(*with_nocall, average="samples"))
     assert found["precision"] == pytest.approx((truth & named).sum() / named.sum())
@@ -72,7 +76,7 @@ def test_what_was_named_is_scored_as_scikit_learn_does(scores):
 
 
 def test_f1_has_an_interval_that_holds_it(scores):
-    rows = decided_rows("x", 2, "labelled", scores, scores.decide(Decision()))
+    rows = decided_rows("x", 2, sound="labelled", scores=scores, named=scores.decide(Decision()))
     assert rows[0]["low"] < rows[0]["value"] < rows[0]["high"]
     assert (rows[0]["rows"], rows[0]["recordings"]) == (72, 6)
 
@@ -85,9 +89,13 @@ def test_weights_give_the_score_at_another_share_of_nocall(scores, share):
     f1 = row_f1_scores(truth, named)
     empty = ~truth.any(axis=1)
     mixed = share * f1[empty].mean() + (1 - share) * f1[~empty].mean()
-    found = values_of(decided_rows("x", 2, "simulated", scores, named, weights))
+    found = values_of(
+        decided_rows("x", 2, sound="simulated", scores=scores, named=named, weights=weights)
+    )
     assert found["row_wise_f1"] == pytest.approx(mixed)
-    nothing = values_of(decided_rows("x", 0, "simulated", scores, named & False, weights))
+    nothing = values_of(
+        decided_rows("x", 0, sound="simulated", scores=scores, named=named & False, weights=weights)
+    )
     assert nothing["row_wise_f1"] == pytest.approx(share)
     assert weights.mean() == pytest.approx(1)
 
@@ -125,10 +133,10 @@ def test_secondary_labels_are_no_mistakes_of_a_class():
         average_precision_score(targets[~unknown[:, k], k] > 0, scores[~unknown[:, k], k])
         for k in range(3)
     ]
-    found = values_of(out_of_fold_rows("x", 1, scores, marked, None))
+    found = values_of(out_of_fold_rows("x", 1, clipwise=scores, targets=marked, calibrated=None))
     assert found["macro_ap"] == pytest.approx(np.mean(expected))
     spoilt = np.where(unknown, 1 - scores, scores)
-    again = values_of(out_of_fold_rows("x", 1, spoilt, marked, None))
+    again = values_of(out_of_fold_rows("x", 1, clipwise=spoilt, targets=marked, calibrated=None))
     for metric in ("macro_ap", "macro_auc", "ece"):
         assert again[metric] == pytest.approx(found[metric])
 
@@ -138,12 +146,14 @@ def test_recordings_that_nobody_held_out_are_not_counted():
     targets = np.eye(3)[generator.integers(3, size=30)]
     scores = np.clip(targets * 0.6 + 0.3 * generator.random((30, 3)), 0, 1)
     scores[::5] = np.nan
-    found = out_of_fold_rows("x", 1, scores, targets, scores / 2)
+    found = out_of_fold_rows("x", 1, clipwise=scores, targets=targets, calibrated=scores / 2)
     assert found[0]["recordings"] == 24
     values = values_of(found)
     assert values["top1"] == values["macro_ap"] == values["macro_auc"] == 1.0
     assert values["ece_calibrated"] != values["ece"]
-    assert "ece_calibrated" not in values_of(out_of_fold_rows("x", 1, scores, targets, None))
+    assert "ece_calibrated" not in values_of(
+        out_of_fold_rows("x", 1, clipwise=scores, targets=targets, calibrated=None)
+    )
 
 
 def labelled_events():
@@ -153,12 +163,21 @@ def labelled_events():
     clipwise = np.array([[[0.9, 0.1], [0.1, 0.1]]], np.float32)
     segments = segments_of("s", 2, is_labelled=True, group="s")
     truth = np.array([[True, False], [False, False]])
-    scores = HeldOutScores(segments, truth, clipwise, clipwise, ("a",), ("bird0", "bird1"))
+    scores = HeldOutScores(
+        segments=segments,
+        truth=truth,
+        clipwise=clipwise,
+        framewise=clipwise,
+        member_names=("a",),
+        classes=("bird0", "bird1"),
+    )
     annotations = pd.DataFrame(
         [("s", 1.0, 3.0, "bird0")], columns=["recording", "onset", "offset", "ebird_code"]
     )
     heard = SegmentScores(clipwise, clipwise, frames, 10.0)
-    return Labelled(scores, annotations, {"s": heard}, None, {})
+    return Labelled(
+        scores=scores, annotations=annotations, frames={"s": heard}, foreign=None, paths={}
+    )
 
 
 def test_detected_events_are_scored_by_annotations():
@@ -179,7 +198,7 @@ def test_the_short_table_has_a_line_per_name_and_fits_a_terminal(scores):
     for name in ("small_gru", "small_attention_normed", "ensemble", "all nocall"):
         named = scores.decide(Decision())
         for sound in ("simulated", "simulated 50%", "simulated 60%", "simulated 80%", "labelled"):
-            rows += decided_rows(name, 2, sound, scores, named)
+            rows += decided_rows(name, 2, sound=sound, scores=scores, named=named)
         rows += ranked_rows(name, 2, "labelled", scores)
     table = tidy_table(rows)
     wide = wide_table(table)
@@ -196,7 +215,14 @@ def test_a_class_has_its_support_and_its_share_of_right_names(scores):
     targets = np.eye(5)[generator.integers(5, size=40)]
     out_of_fold = generator.random((40, 5))
     named = scores.decide(Decision(0.4, 0.4))
-    table = per_class_table(scores.classes, targets, out_of_fold, scores, named, scores)
+    table = per_class_table(
+        scores.classes,
+        targets,
+        out_of_fold=out_of_fold,
+        simulated=scores,
+        named=named,
+        labelled=scores,
+    )
     truth = scores.labelled_truth[:, :5]
     assert list(table["recordings"]) == targets.sum(axis=0).tolist()
     assert list(table["simulated_rows"]) == truth.sum(axis=0).tolist()

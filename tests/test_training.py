@@ -28,13 +28,23 @@ def with_train(experiment, **changes):
 def batch_of(waveform, target):
     n_clips = len(waveform)
     names = tuple(f"clip{number}" for number in range(n_clips))
-    return ClipBatch(waveform, target, torch.ones(n_clips), names, ())
+    return ClipBatch(
+        waveform=waveform, target=target, weight=torch.ones(n_clips), recordings=names, failures=()
+    )
 
 
 def loss_of(model, waveform, target, experiment, position=0):
     batch = batch_of(waveform, target)
     cpu = torch.device("cpu")
-    return batch_loss(model, Detector(model), batch, experiment, 0, position, cpu)
+    return batch_loss(
+        model,
+        Detector(model),
+        batch=batch,
+        experiment=experiment,
+        epoch=0,
+        position=position,
+        device=cpu,
+    )
 
 
 def test_a_model_can_learn_one_batch_by_heart(tiny_experiment):

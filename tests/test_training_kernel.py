@@ -138,7 +138,11 @@ def test_a_package_that_was_changed_is_refused(session):
     (session.package / "audit.csv").write_text("another audit")
     with pytest.raises(ValueError, match=r"audit.csv: its sha256"):
         run_training_kernel(
-            session.package, session.mounts, session.mounts, session.working, session.scratch
+            session.package,
+            session.mounts,
+            mounts=session.mounts,
+            working=session.working,
+            scratch=session.scratch,
         )
 
 
@@ -203,7 +207,9 @@ def test_the_output_of_another_fold_is_left_alone(session):
 def test_one_command_line_that_the_real_command_understands(tmp_path):
     (tmp_path / "labels.csv").touch()
     settings = TrainingSettings("tiny", 1, init="init/weights.pth")
-    command = training_command(settings, tmp_path, tmp_path, tmp_path, 41_400.0, 0)
+    command = training_command(
+        settings, tmp_path, data=tmp_path, output=tmp_path, seconds=41_400.0, n_gpus=0
+    )
     assert command[:4] == [sys.executable, "-m", "birdcall", "train"]
     assert command[-1] == "--resume"
     train = typer.main.get_command(app).commands["train"]
@@ -216,11 +222,15 @@ def test_one_command_line_that_the_real_command_understands(tmp_path):
 
 
 def test_several_gpus_share_one_training_and_its_workers(tmp_path):
-    command = training_command(SETTINGS, tmp_path, tmp_path, tmp_path, 60.0, 2)
+    command = training_command(
+        SETTINGS, tmp_path, data=tmp_path, output=tmp_path, seconds=60.0, n_gpus=2
+    )
     assert command[1:6] == [
         *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"),
     ]
-    alone = training_command(SETTINGS, tmp_path, tmp_path, tmp_path, 60.0, 1)
+    alone = training_command(
+        SETTINGS, tmp_path, data=tmp_path, output=tmp_path, seconds=60.0, n_gpus=1
+    )
     place = command.index("--workers") + 1
     assert (command[place], alone[alone.index("--workers") + 1]) == ("2", "4")
     assert command[6:place] == alone[2 : alone.index("--workers") + 1]
@@ -238,7 +248,13 @@ def test_torchrun_starts_a_process_per_gpu_that_finds_the_packages_code(session,
 
 
 def test_settings_are_read_as_they_were_written(tmp_path):
-    settings = TrainingSettings("small_gru", 3, 7200.0, 2, "init/weights.safetensors")
+    settings = TrainingSettings(
+        experiment="small_gru",
+        fold=3,
+        time_limit_seconds=7200.0,
+        workers=2,
+        init="init/weights.safetensors",
+    )
     write_settings(tmp_path, settings)
     assert read_settings(tmp_path) == settings
 
@@ -271,7 +287,7 @@ def test_a_package_without_settings_says_what_makes_them(tmp_path):
 def test_a_weights_file_outside_the_package_is_refused(tmp_path):
     settings = TrainingSettings("tiny", 0, init="../weights.pth")
     with pytest.raises(ValueError, match=r"\.\./weights\.pth"):
-        training_command(settings, tmp_path, tmp_path, tmp_path, 60.0, 0)
+        training_command(settings, tmp_path, data=tmp_path, output=tmp_path, seconds=60.0, n_gpus=0)
 
 
 # --- its place among the modules ----------------------------------------------------------------

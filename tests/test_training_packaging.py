@@ -205,7 +205,13 @@ def test_recordings_that_the_audit_does_not_know_are_refused(stage, demo_folder,
     audit.iloc[1:].to_csv(tmp_path / "audit.csv", index=False)
     with pytest.raises(ValueError, match="the audit does not know"):
         stage_training(
-            SETTINGS, demo_folder, tables[0], tmp_path / "audit.csv", SCRIPT, tmp_path / "b", "me"
+            SETTINGS,
+            demo_folder,
+            folds=tables[0],
+            audit=tmp_path / "audit.csv",
+            script=SCRIPT,
+            build=tmp_path / "b",
+            owner="me",
         )
 
 

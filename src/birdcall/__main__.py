@@ -205,7 +205,7 @@ def train(
     deadline = None if time_limit is None else time.monotonic() + time_limit
     chosen = [find_experiment(name) for name in experiment]
     output = _output_of(data, output)
-    training_data = _load_training_data(data, output, folds, noise, labels)
+    training_data = _load_training_data(data, output, folds=folds, noise=noise, labels=labels)
     runs = plan_runs(chosen, training_data, _parse_fold(fold), output / "runs")
     try:
         with joined_processes(default_device()) as (processes, device):
@@ -447,7 +447,9 @@ def package(
     output = _output_of(data, output)
     decision = read_decision(output / "decision.json")
     members = [_run_folder(output, name) for name in decision.members]
-    dataset = stage_package(members, decision, script, build, owner, wheels)
+    dataset = stage_package(
+        members, decision, script=script, build=build, owner=owner, wheels=wheels
+    )
     typer.echo(f"{dataset}: {len(members)} members, {_megabytes(dataset):.1f} MB")
     if dry_run:
         submission = output / "submission.csv"
@@ -494,11 +496,11 @@ def package_training(
     dataset = stage_training(
         settings,
         data,
-        folds,
-        output / "audit.csv",
-        script,
-        build,
-        owner,
+        folds=folds,
+        audit=output / "audit.csv",
+        script=script,
+        build=build,
+        owner=owner,
         init=init,
         noise=noise,
         labels=labels,
@@ -621,7 +623,11 @@ def predict(
         typer.echo(f"{submission}: {write_predictions(data, ensemble, decision, submission)}")
         return
     wanted = Wanted(
-        tuple(format or DEFAULT_FORMATS), min_confidence, tuple(species or ()), embeddings, view
+        formats=tuple(format or DEFAULT_FORMATS),
+        min_confidence=min_confidence,
+        species=tuple(species or ()),
+        embeddings=embeddings,
+        view=view,
     )
     wanted.require_known(ensemble.classes)
     recordings = find_recordings(paths)
@@ -635,7 +641,9 @@ def predict(
 
         listen = listen_on_cluster(ray, package, output, embeddings=embeddings, progress=True)
     with Journal(output / JOURNAL_FILE, fingerprint_of(package, wanted, device.type)) as journal:
-        typer.echo(predict_recordings(recordings, journal, listen, output, wanted))
+        typer.echo(
+            predict_recordings(recordings, journal, listen=listen, output=output, wanted=wanted)
+        )
 
 
 @benchmark_app.command("frontend")
@@ -800,7 +808,12 @@ def _load_training_data(
     from birdcall.data.dataset import load_training_data
 
     return load_training_data(
-        data, _folds_of(data, folds), output / "audit.csv", output / "cache", noise, labels
+        data,
+        _folds_of(data, folds),
+        audit=output / "audit.csv",
+        cache=output / "cache",
+        noise=noise,
+        labels=labels,
     )
 
 

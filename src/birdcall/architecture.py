@@ -92,18 +92,70 @@ def trace_stages(model: SEDModel, waveform: Tensor) -> list[Stage]:
     )
     framewise, clipwise = tuple(output.framewise.shape), tuple(output.clipwise.shape)
     return [
-        Stage("input", "waveform", tuple(waveform.shape), ("samples",), 0),
-        Stage("front end", "power spectrogram", tuple(power.shape), POWER, 0),
         Stage(
-            "front end", ", ".join(model.frontend.config.features), shapes["front end"], IMAGE, 0
+            part="input",
+            name="waveform",
+            shape=tuple(waveform.shape),
+            axes=("samples",),
+            n_weights=0,
         ),
-        Stage("front end", "each mel bin normalised", shapes["front end"], IMAGE, norm),
+        Stage(
+            part="front end",
+            name="power spectrogram",
+            shape=tuple(power.shape),
+            axes=POWER,
+            n_weights=0,
+        ),
+        Stage(
+            part="front end",
+            name=", ".join(model.frontend.config.features),
+            shape=shapes["front end"],
+            axes=IMAGE,
+            n_weights=0,
+        ),
+        Stage(
+            part="front end",
+            name="each mel bin normalised",
+            shape=shapes["front end"],
+            axes=IMAGE,
+            n_weights=norm,
+        ),
         *_backbone_stages(model.backbone, features),
-        Stage("backbone", POOLING_NAMES[type(model.pooling)], shapes["pooling"], SEQUENCE, pooling),
-        Stage("backbone", "projected", shapes["project"], SEQUENCE, projection),
-        Stage("temporal layer", _name_temporal(model), shapes["temporal"], SEQUENCE, temporal),
-        Stage("head", "framewise output", framewise, ("classes", "frames"), head),
-        Stage("head", f"clipwise: {HEAD_NAMES[type(model.head)]}", clipwise, ("classes",), 0),
+        Stage(
+            part="backbone",
+            name=POOLING_NAMES[type(model.pooling)],
+            shape=shapes["pooling"],
+            axes=SEQUENCE,
+            n_weights=pooling,
+        ),
+        Stage(
+            part="backbone",
+            name="projected",
+            shape=shapes["project"],
+            axes=SEQUENCE,
+            n_weights=projection,
+        ),
+        Stage(
+            part="temporal layer",
+            name=_name_temporal(model),
+            shape=shapes["temporal"],
+            axes=SEQUENCE,
+            n_weights=temporal,
+        ),
+        Stage(
+            part="head",
+            name="framewise output",
+            shape=framewise,
+            axes=("classes", "frames"),
+            n_weights=head,
+        ),
+        Stage(
+            part="head",
+            name=f"clipwise: {HEAD_NAMES[type(model.head)]}",
+            shape=clipwise,
+            axes=("classes",),
+            n_weights=0,
+        ),
     ]
 
 
@@ -143,7 +195,11 @@ def _backbone_stages(backbone: nn.Module, outputs: list[Output]) -> list[Stage]:
         names = [_shorten(o.name, joined, outputs) for o in joined if _is_innermost(o, outputs)]
         name = " … ".join(dict.fromkeys((names[0], names[-1])))
         n_weights = sum(parameter.numel() for parameter in used)
-        stages.append(Stage("backbone", name, joined[-1].shape, IMAGE, n_weights))
+        stages.append(
+            Stage(
+                part="backbone", name=name, shape=joined[-1].shape, axes=IMAGE, n_weights=n_weights
+            )
+        )
     return stages
 
 

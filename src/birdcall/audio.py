@@ -118,7 +118,13 @@ def read_audio(
     or AudioError is raised, as it is for what does not decode. Without it, all that decodes comes
     back, and a warning is logged where the header promised more (see LENGTH_TOLERANCE).
     """
-    return read_crops(path, sample_rate, [offset_seconds], duration_seconds, downmix)[0]
+    return read_crops(
+        path,
+        sample_rate,
+        offsets=[offset_seconds],
+        duration_seconds=duration_seconds,
+        downmix=downmix,
+    )[0]
 
 
 def read_crops(
@@ -140,7 +146,15 @@ def read_crops(
             if number:
                 file.seek(0)  # where it stood when it was opened
             crops.append(
-                _read_stretch(path, file, sample_rate, offset, duration_seconds, promised, downmix)
+                _read_stretch(
+                    path,
+                    file,
+                    sample_rate=sample_rate,
+                    offset=offset,
+                    duration=duration_seconds,
+                    promised=promised,
+                    downmix=downmix,
+                )
             )
     return crops
 
@@ -325,7 +339,9 @@ def _read_stretch(
         asked = "its end" if duration is None else f"{duration:g} s"
         has = f"{total / sample_rate:g} s"
         raise AudioError(path, f"asked for {asked} from {offset:g} s, has {has}")
-    waveform = _read_samples(path, file, sample_rate, start, start + n_samples, downmix)
+    waveform = _read_samples(
+        path, file, sample_rate=sample_rate, start=start, stop=start + n_samples, downmix=downmix
+    )
     if len(waveform) < n_samples:
         ends = (start + len(waveform)) / sample_rate
         reason = f"decodes only to {ends:.2f} s of {promised:.2f} s"

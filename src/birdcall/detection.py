@@ -99,11 +99,11 @@ class RecordingDetector:
             frames = calibrate(frames.T, scale, offset).T
         self.candidates.append(
             _Candidates(
-                row + self.n_decided,
-                column,
-                passed[:, row, column],
-                voters.strength[own][row, column],
-                frames,
+                row=row + self.n_decided,
+                column=column,
+                passed=passed[:, row, column],
+                strength=voters.strength[own][row, column],
+                frames=frames,
             )
         )
 
@@ -135,11 +135,11 @@ class RecordingDetector:
                 agreed[None, own], found.strength[None, own], self.decision.max_birds
             )[0]
         return _Candidates(
-            found.row[chosen],
-            found.column[chosen],
-            found.passed[:, chosen],
-            found.strength[chosen],
-            found.frames[chosen],
+            row=found.row[chosen],
+            column=found.column[chosen],
+            passed=found.passed[:, chosen],
+            strength=found.strength[chosen],
+            frames=found.frames[chosen],
         )
 
     def _find_events(self, chosen: _Candidates, seconds: float) -> list[Event]:

@@ -178,9 +178,21 @@ class Ensemble:
         frontends = {config: LogMel(config).to(device) for config in configs}
         detectors = tuple(self._open_detector(member, number, device) for member in self.members)
         if device.type != "cpu":
-            return Lane(device, frontends, detectors, ThreadPoolExecutor(1), 1)
+            return Lane(
+                device=device,
+                frontends=frontends,
+                detectors=detectors,
+                threads=ThreadPoolExecutor(1),
+                n_threads=1,
+            )
         n_threads = torch.get_num_threads()
-        return Lane(device, frontends, detectors, worker_pool(n_threads), n_threads)
+        return Lane(
+            device=device,
+            frontends=frontends,
+            detectors=detectors,
+            threads=worker_pool(n_threads),
+            n_threads=n_threads,
+        )
 
     def _open_detector(self, member: Member, number: int, device: torch.device) -> Detector:
         if member.export is not None and device.type == "cpu":
@@ -229,11 +241,11 @@ class Ensemble:
                 said[name].append(output)
         frames, embedding = said.get("frames"), said.get("embedding")
         return BatchScores(
-            np.stack(said["clipwise"]),
-            np.stack(said["framewise"]),
-            None if frames is None else sum(frames[1:], frames[0]) / np.float32(len(frames)),
-            None if embedding is None else np.concatenate(embedding, axis=2),
-            np.stack(frames) if MEMBER_FRAMES in extra else None,
+            clipwise=np.stack(said["clipwise"]),
+            framewise=np.stack(said["framewise"]),
+            frames=None if frames is None else sum(frames[1:], frames[0]) / np.float32(len(frames)),
+            embedding=None if embedding is None else np.concatenate(embedding, axis=2),
+            member_frames=np.stack(frames) if MEMBER_FRAMES in extra else None,
         )
 
 

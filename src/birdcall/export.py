@@ -51,7 +51,13 @@ def export_onnx(
             inputs = model.frontend(inputs)
     inputs = inputs.clone()  # no tensor of inference mode can be traced
     with atomic_path(path) as temporary:
-        _write(network, inputs, temporary, describe_export(checkpoint, listening, source), source)
+        _write(
+            network,
+            inputs,
+            path=temporary,
+            about=describe_export(checkpoint, listening, source),
+            source=source,
+        )
         difference = _compare(SegmentDetector(model, listening), inputs, temporary, source)
         if not difference <= TOLERANCE:  # NaN too
             raise ExportError(

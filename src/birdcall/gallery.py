@@ -80,7 +80,14 @@ def _spectrogram(found: Evaluation) -> Figure:
     waveform = read_audio(labelled.paths[recording], SAMPLE_RATE)
     heard = labelled.frames.get(recording)
     frames = None if heard is None else heard.frames
-    return plot_soundscape(waveform, SAMPLE_RATE, scores, recording, found.decision, frames)
+    return plot_soundscape(
+        waveform,
+        SAMPLE_RATE,
+        scores=scores,
+        recording=recording,
+        decision=found.decision,
+        frames=frames,
+    )
 
 
 def plot_inference(table: pd.DataFrame) -> Figure:

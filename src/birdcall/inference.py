@@ -181,7 +181,13 @@ def _cut_piece(scores: BatchScores, start: int, windows: Sequence[Window]) -> Pi
         member_frames = np.stack([_join_windows(one[own])[:, :n_frames] for one in member_frames])
     if embedding is not None:
         embedding = embedding[own].reshape(-1, embedding.shape[2])[:n_segments]
-    return Piece(clipwise, framewise, frames, embedding, member_frames)
+    return Piece(
+        clipwise=clipwise,
+        framewise=framewise,
+        frames=frames,
+        embedding=embedding,
+        member_frames=member_frames,
+    )
 
 
 def _join_windows(frames: np.ndarray) -> np.ndarray:

@@ -56,9 +56,13 @@ def run_kernel(
     logger.info("%d members on %s, data in %s", len(ensemble.members), ensemble.device, data)
     folder = find_test_audio_folder(data)
     if folder is None:
-        summary = _try_examples(data, ensemble, decision, submission, budget_seconds)
+        summary = _try_examples(
+            data, ensemble, decision=decision, submission=submission, budget_seconds=budget_seconds
+        )
     else:
-        labels, summary = label_rows_of(rows, folder, ensemble, decision, budget_seconds)
+        labels, summary = label_rows_of(
+            rows, folder, ensemble=ensemble, decision=decision, budget_seconds=budget_seconds
+        )
         write_submission(submission, list(rows["row_id"]), labels)
     summary = replace(summary, left_out=refused | summary.left_out)
     write_summary(submission.with_name(SUMMARY_FILE), summary)
@@ -88,7 +92,9 @@ def _try_examples(
         "%s is not there: every row says nocall; trying the members on %s", TEST_AUDIO, folder
     )
     rows = read_example_rows(data)
-    labels, summary = label_rows_of(rows, folder, ensemble, decision, budget_seconds)
+    labels, summary = label_rows_of(
+        rows, folder, ensemble=ensemble, decision=decision, budget_seconds=budget_seconds
+    )
     write_submission(submission.with_name(EXAMPLE_SUBMISSION), list(rows["row_id"]), labels)
     return summary
 

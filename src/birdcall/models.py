@@ -351,11 +351,11 @@ def build_model(experiment: Experiment, n_classes: int, *, pretrained: bool = Fa
     frontend, config = experiment.frontend, experiment.model
     backbone = build_backbone(config, len(frontend.features), pretrained=pretrained)
     return SEDModel(
-        LogMel(frontend),
-        backbone,
-        POOLINGS[config.pooling](),
-        build_temporal(config),
-        HEADS[config.head](config.temporal_size, n_classes),
+        frontend=LogMel(frontend),
+        backbone=backbone,
+        pooling=POOLINGS[config.pooling](),
+        temporal=build_temporal(config),
+        head=HEADS[config.head](config.temporal_size, n_classes),
         n_mels=frontend.n_mels,
         n_features=_count_features(backbone, config.backbone, frontend),
         temporal_size=config.temporal_size,

@@ -225,10 +225,10 @@ def read_detections_csv(path: Path) -> dict[str, list[Event]]:
         event = _event(
             path,
             line,
-            row["ebird_code"],
-            row["onset"],
-            row["offset"],
-            row["confidence"],
+            ebird_code=row["ebird_code"],
+            onset=row["onset"],
+            offset=row["offset"],
+            confidence=row["confidence"],
         )
         detections.setdefault(row["recording"], []).append(event)
     return detections
@@ -339,11 +339,11 @@ def read_raven_table(path: Path, label_column: str | None = None) -> list[Event]
         _event(
             path,
             line,
-            row[column],
-            row["Begin Time (s)"],
-            row["End Time (s)"],
-            row.get("Confidence") or 1.0,
-            row.get("Notes", ""),
+            ebird_code=row[column],
+            onset=row["Begin Time (s)"],
+            offset=row["End Time (s)"],
+            confidence=row.get("Confidence") or 1.0,
+            note=row.get("Notes", ""),
         )
         for line, row in frame.drop_duplicates("Selection").iterrows()
     ]
@@ -370,7 +370,16 @@ def read_audacity_labels(path: Path) -> list[Event]:
         if len(label) not in (1, 2):
             raise ValueError(f"{path}, line {line}: {text!r} is not onset, offset, label")
         confidence = label[1] if len(label) == 2 else 1.0
-        events.append(_event(path, line, label[0], cells[0], cells[1], confidence))
+        events.append(
+            _event(
+                path,
+                line,
+                ebird_code=label[0],
+                onset=cells[0],
+                offset=cells[1],
+                confidence=confidence,
+            )
+        )
     return events
 
 
@@ -407,6 +416,12 @@ def _event(
     note: str = "",
 ) -> Event:
     try:
-        return Event(ebird_code, float(onset), float(offset), float(confidence), note)
+        return Event(
+            ebird_code=ebird_code,
+            onset=float(onset),
+            offset=float(offset),
+            confidence=float(confidence),
+            note=note,
+        )
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}, line {line}: {error}") from None

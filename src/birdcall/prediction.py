@@ -238,7 +238,14 @@ def detect_recordings(
                 if viewer:
                     path = by_name[name].path
                     labels = _labels_beside(path)
-                    viewer.finish(name, path, item.seconds, detected.events, labels, labels)
+                    viewer.finish(
+                        name,
+                        path,
+                        seconds=item.seconds,
+                        decided=detected.events,
+                        labels=labels,
+                        truth=labels,
+                    )
             else:
                 detected = Detected(0.0, reason=item.reason)
                 if writer is not None:
@@ -372,7 +379,12 @@ def listen_here(
                 )
 
             for recording, detected in detect_recordings(
-                recordings, ensemble, decision, embeddings, advance if total else _ignore, view
+                recordings,
+                ensemble,
+                decision=decision,
+                embeddings=embeddings,
+                advance=advance if total else _ignore,
+                view=view,
             ):
                 n_finished += 1
                 if total:

@@ -63,15 +63,15 @@ def describe_model(experiment: Experiment, n_classes: int) -> ModelSummary:
         config.backbone, config.backbone_options, len(frontend.features), frontend.n_mels
     )
     return ModelSummary(
-        experiment.name,
-        experiment.description,
-        sum(parameter.numel() for parameter in model.parameters()),
-        field.stride,
-        field.stride * model.frontend.frame_seconds,
-        field.frames,
-        field.frames * model.frontend.frame_seconds,
-        field.mels,
-        field.reach,
+        experiment=experiment.name,
+        description=experiment.description,
+        n_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        stride_frames=field.stride,
+        stride_seconds=field.stride * model.frontend.frame_seconds,
+        field_frames=field.frames,
+        field_seconds=field.frames * model.frontend.frame_seconds,
+        field_mels=field.mels,
+        reach_frames=field.reach,
     )
 
 

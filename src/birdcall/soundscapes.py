@@ -45,16 +45,16 @@ def read_test_rows(data: Path) -> pd.DataFrame:
     _refuse(
         path,
         frame,
-        by_file & (frame["seconds"] != ""),
-        "seconds",
-        f"{FILE_SITE} has none",
+        wrong=by_file & (frame["seconds"] != ""),
+        column="seconds",
+        why=f"{FILE_SITE} has none",
     )
     _refuse(
         path,
         frame,
-        ~by_file & (frame["seconds"] == ""),
-        "seconds",
-        f"only {FILE_SITE} is scored by file",
+        wrong=~by_file & (frame["seconds"] == ""),
+        column="seconds",
+        why=f"only {FILE_SITE} is scored by file",
     )
     seconds = pd.Series(np.nan, index=frame.index)
     seconds[~by_file] = _segment_ends(path, frame[~by_file])
@@ -136,7 +136,13 @@ def read_labelled_soundscapes(data: Path, classes: Collection[str] | None = None
     _require_distinct(path, frame, "filename_seconds")
     seconds = _segment_ends(path, frame)
     again = pd.DataFrame({"filename": frame["filename"], "seconds": seconds}).duplicated()
-    _refuse(path, frame, again, "seconds", "an earlier row has this segment of the same file")
+    _refuse(
+        path,
+        frame,
+        wrong=again,
+        column="seconds",
+        why="an earlier row has this segment of the same file",
+    )
     labels = [_birds_of(path, line, text) for line, text in frame["birds"].items()]
     scored = {code for row in labels for code in row} if classes is None else set(classes)
     known = [tuple(code for code in row if code in scored) for row in labels]
@@ -167,11 +173,17 @@ def read_annotations(data: Path, classes: Collection[str] | None = None) -> pd.D
     _refuse(
         path,
         frame,
-        onset < 0,
-        "time_start",
-        "give seconds from the start of the recording",
+        wrong=onset < 0,
+        column="time_start",
+        why="give seconds from the start of the recording",
     )
-    _refuse(path, frame, offset < onset, "time_end", "the annotation ends before it begins")
+    _refuse(
+        path,
+        frame,
+        wrong=offset < onset,
+        column="time_end",
+        why="the annotation ends before it begins",
+    )
     annotations = pd.DataFrame(
         {
             "filename": frame["file_id"],
@@ -244,17 +256,29 @@ def _refuse(path: Path, frame: pd.DataFrame, wrong: pd.Series, column: str, why:
 
 
 def _require_filled(path: Path, frame: pd.DataFrame, column: str) -> None:
-    _refuse(path, frame, frame[column].str.strip() == "", column, "it must not be empty")
+    _refuse(
+        path,
+        frame,
+        wrong=frame[column].str.strip() == "",
+        column=column,
+        why="it must not be empty",
+    )
 
 
 def _require_distinct(path: Path, frame: pd.DataFrame, column: str) -> None:
     again = frame[column].duplicated()
-    _refuse(path, frame, again, column, "an earlier row has it already")
+    _refuse(path, frame, wrong=again, column=column, why="an earlier row has it already")
 
 
 def _numbers(path: Path, frame: pd.DataFrame, column: str) -> pd.Series:
     numbers = pd.to_numeric(frame[column], errors="coerce").astype(float)
-    _refuse(path, frame, ~np.isfinite(numbers), column, "it must be a number of seconds")
+    _refuse(
+        path,
+        frame,
+        wrong=~np.isfinite(numbers),
+        column=column,
+        why="it must be a number of seconds",
+    )
     return numbers
 
 
@@ -262,7 +286,7 @@ def _segment_ends(path: Path, frame: pd.DataFrame) -> pd.Series:
     seconds = _numbers(path, frame, "seconds")
     wrong = (seconds <= 0) | (seconds % SEGMENT_SECONDS != 0)
     why = f"segments end at multiples of {SEGMENT_SECONDS} s: {SEGMENT_SECONDS}, ..."
-    _refuse(path, frame, wrong, "seconds", why)
+    _refuse(path, frame, wrong=wrong, column="seconds", why=why)
     return seconds
 
 

@@ -84,7 +84,11 @@ def write_predictions(
     """
     rows = write_nocall(data, submission)
     labels, summary = label_rows_of(
-        rows, find_test_audio_folder(data), ensemble, decision, budget_seconds
+        rows,
+        find_test_audio_folder(data),
+        ensemble=ensemble,
+        decision=decision,
+        budget_seconds=budget_seconds,
     )
     write_submission(submission, list(rows["row_id"]), labels)
     return summary
@@ -132,15 +136,15 @@ def label_rows_of(
     labels = [run.labels[row_id] for row_id in rows["row_id"]]
     n_birds = Counter(0 if text == NOCALL else len(text.split()) for text in labels)
     return labels, SubmissionSummary(
-        len(rows),
-        dict(n_birds),
-        dict(run.heard_by),
-        left_out,
-        len(paths) + len(failed),
-        tuple(failed + run.failed),
-        tuple(run.late),
-        time.perf_counter() - start,
-        run.audio_seconds,
+        n_rows=len(rows),
+        birds_per_row=dict(n_birds),
+        members=dict(run.heard_by),
+        left_out=left_out,
+        n_recordings=len(paths) + len(failed),
+        failed=tuple(failed + run.failed),
+        late=tuple(run.late),
+        seconds=time.perf_counter() - start,
+        audio_seconds=run.audio_seconds,
     )
 
 

@@ -115,7 +115,9 @@ def run_training_kernel(
     environment = _make_environment(package, scratch)
     limit = time_limit_seconds or settings.time_limit_seconds
     seconds = max(SHORTEST_SECONDS, limit - (time.monotonic() - started))
-    command = training_command(settings, package, data, output, seconds, n_gpus)
+    command = training_command(
+        settings, package, data=data, output=output, seconds=seconds, n_gpus=n_gpus
+    )
     logger.info("%d GPUs, %.2f hours for: %s", n_gpus, seconds / 3600, " ".join(command))
     try:
         code = subprocess.run(

@@ -65,7 +65,9 @@ def stage_training(
     """
     experiment = find_experiment(settings.experiment)
     _require_shareable_batch(experiment)
-    training = load_training_data(data, folds, audit, audit.parent / "cache", noise, labels)
+    training = load_training_data(
+        data, folds, audit=audit, cache=audit.parent / "cache", noise=noise, labels=labels
+    )
     training.split(settings.fold)
     model = initialise(experiment, len(training.classes), init, classes=training.classes)
     upload = _upload_of(settings, owner)
@@ -157,7 +159,9 @@ def rehearse_training(
         first, second = Path(scratch) / "first", Path(scratch) / "second"
         log = run_as_kaggle(build, data, first, time_limit_seconds=1e-3)
         step = _saved_step(first / run, log)
-        log += run_as_kaggle(build, data, second, first, second_seconds)
+        log += run_as_kaggle(
+            build, data, working=second, previous_output=first, time_limit_seconds=second_seconds
+        )
         is_finished = (second / run / SETTINGS_FILE).is_file()
         if not is_finished and _saved_step(second / run, log) <= step:
             raise ValueError(f"the second session did not get past step {step}: {_last(log)}")

@@ -112,7 +112,13 @@ def make_outputs(folder: Path, size: Size) -> None:
         framewise = 1 / (1 + np.exp(-(logits + generator.normal(0.7, 0.4, truth.shape))))
         lengths = dict.fromkeys(size.names, size.n_segments)
         seconds = dict.fromkeys(size.names, float(SEGMENT_SECONDS * size.n_segments))
-        outputs = Outputs(clipwise, framewise.astype(np.float32), lengths, seconds, {})
+        outputs = Outputs(
+            clipwise=clipwise,
+            framewise=framewise.astype(np.float32),
+            lengths=lengths,
+            seconds=seconds,
+            failed={},
+        )
         keep_outputs(_kept(folder), member, outputs)
     write_atomically(folder / SETTINGS_FILE, json.dumps(vars(size)))
 
@@ -161,7 +167,14 @@ def run(folder: str) -> None:
     for name, positions in {**sets, ENSEMBLE: range(size.n_members)}.items():
         part = scores.of_members(list(positions))
         choice = choose_decision(part, weights, start=Decision(classes=scores.classes))
-        rows += decided_rows(name, len(part.member_names), SIMULATED, part, choice.nested, weights)
+        rows += decided_rows(
+            name,
+            len(part.member_names),
+            sound=SIMULATED,
+            scores=part,
+            named=choice.nested,
+            weights=weights,
+        )
         rows += ranked_rows(name, len(part.member_names), SIMULATED, part)
         found[name] = float(np.average(choice.nested_f1, weights=weights))
     table = terminal_table(tidy_table(rows))
@@ -187,10 +200,10 @@ def read_scores(folder: Path, size: Size) -> HeldOutScores:
         segments_of(name, size.n_segments, is_labelled=True, group=name) for name in size.names
     ]
     return HeldOutScores(
-        pd.concat(parts, ignore_index=True),
-        make_truth(size),
-        np.concatenate([heard[name].clipwise for name in size.names], axis=1),
-        np.concatenate([heard[name].framewise for name in size.names], axis=1),
-        tuple(member.name for member in ensemble.members),
-        ensemble.classes,
+        segments=pd.concat(parts, ignore_index=True),
+        truth=make_truth(size),
+        clipwise=np.concatenate([heard[name].clipwise for name in size.names], axis=1),
+        framewise=np.concatenate([heard[name].framewise for name in size.names], axis=1),
+        member_names=tuple(member.name for member in ensemble.members),
+        classes=ensemble.classes,
     )

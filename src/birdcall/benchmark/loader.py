@@ -265,9 +265,13 @@ class _Run:
         train = experiment.train
         reader = _reader(recordings, side.cached)
         self.clips = ClipDataset(
-            table, classes_of(table), experiment, reader, recordings.noise_files,
+            recordings=table,
+            classes=classes_of(table),
+            experiment=experiment,
+            read_clip=reader,
+            noise_files=recordings.noise_files,
             noise_store=recordings.cache / "noise" if side.cached else None,
-        )  # fmt: skip
+        )
         self.sampler = ClipSampler(
             list(table["ebird_code"]), max(n_clips, train.batch_size), train.sampling, train.seed,
             crops_per_recording=side.crops_per_recording,
@@ -340,7 +344,15 @@ def _train(run: _Run, experiment: Experiment, n_batches: int) -> tuple[float, fl
 def _step(
     model: SEDModel, optimizer: torch.optim.Optimizer, experiment: Experiment, batch: ClipBatch
 ) -> None:
-    loss = batch_loss(model, Detector(model), batch, experiment, 0, 0, torch.device("cpu"))
+    loss = batch_loss(
+        model,
+        Detector(model),
+        batch=batch,
+        experiment=experiment,
+        epoch=0,
+        position=0,
+        device=torch.device("cpu"),
+    )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()

@@ -66,7 +66,14 @@ def benchmark_training(
     n_threads = torch.get_num_threads()
     try:
         rows = [
-            _compare(setting, data, experiment, folder, n_steps, repeats)
+            _compare(
+                setting,
+                data,
+                experiment=experiment,
+                folder=folder,
+                n_steps=n_steps,
+                repeats=repeats,
+            )
             for setting in settings(n_threads)
         ]
     finally:

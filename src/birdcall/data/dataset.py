@@ -113,13 +113,13 @@ def load_training_data(
         logger.info("%s has no noise/: wind, rain, hum and coloured noise are generated", folder)
         noise_files = generate_noise(cache.parent / "generated_noise")
     return TrainingData(
-        folder,
-        recordings,
-        classes,
-        ClipReader(folder, cache),
-        noise_files,
-        None if labels is None else read_timed_labels(labels, recordings, classes),
-        cache / "noise",
+        folder=folder,
+        recordings=recordings,
+        classes=classes,
+        read_clip=ClipReader(folder, cache),
+        noise_files=noise_files,
+        relabelled=None if labels is None else read_timed_labels(labels, recordings, classes),
+        noise_store=cache / "noise",
     )
 
 
@@ -233,9 +233,21 @@ class ClipDataset:
         except NothingReadableError:
             recording = NOISE if draft.index == NOISE_ONLY else self.paths[draft.index]
             nothing = torch.zeros(self.targets.shape[1])
-            return Clip(None, nothing, 0.0, recording, tuple(failures))
+            return Clip(
+                waveform=None,
+                target=nothing,
+                weight=0.0,
+                recording=recording,
+                failures=tuple(failures),
+            )
         waveform = torch.from_numpy(np.ascontiguousarray(waveform, dtype=np.float32))
-        return Clip(waveform, torch.from_numpy(target), weight, recording, tuple(failures))
+        return Clip(
+            waveform=waveform,
+            target=torch.from_numpy(target),
+            weight=weight,
+            recording=recording,
+            failures=tuple(failures),
+        )
 
     def _target(self, index: int, place: float) -> np.ndarray:
         """Return the target ``(classes,)`` of the clip at ``place``, as in `_read_crops`."""

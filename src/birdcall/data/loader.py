@@ -97,11 +97,11 @@ def collate_clips(clips: Sequence[Clip]) -> ClipBatch:
     failures = tuple(failure for clip in clips for failure in clip.failures)
     readable = all(clip.waveform is not None for clip in clips)
     return ClipBatch(
-        default_collate([clip.waveform for clip in clips]) if readable else None,
-        default_collate([clip.target for clip in clips]),
-        torch.tensor([clip.weight for clip in clips], dtype=torch.float32),
-        tuple(clip.recording for clip in clips),
-        failures,
+        waveform=default_collate([clip.waveform for clip in clips]) if readable else None,
+        target=default_collate([clip.target for clip in clips]),
+        weight=torch.tensor([clip.weight for clip in clips], dtype=torch.float32),
+        recordings=tuple(clip.recording for clip in clips),
+        failures=failures,
     )
 
 

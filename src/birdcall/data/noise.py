@@ -147,7 +147,7 @@ def find_noise(folder: Path) -> list[Path]:
             )
         left_out |= {*birds, *strays}
         if tables or strays:
-            _log_collection(collection, listed, named, birds, strays)
+            _log_collection(collection, listed, named=named, birds=birds, strays=strays)
     return [path for path in audio if path not in left_out]
 
 

@@ -102,17 +102,35 @@ def read_timed_labels(path: Path, recordings: pd.DataFrame, classes: Sequence[st
     numbers = {name: pd.to_numeric(text[name], errors="coerce") for name in TIMED_COLUMNS[2:4]}
     probability = pd.to_numeric(text["probability"], errors="coerce")
     onset, offset = numbers["onset"], numbers["offset"]
-    _require_rows(path, text, "filename", seconds.notna(), "is no recording of the data")
+    _require_rows(
+        path, text, column="filename", valid=seconds.notna(), reason="is no recording of the data"
+    )
     codes = text["ebird_code"].isin(classes)
-    _require_rows(path, text, "ebird_code", codes, f"is none of the {len(classes)} classes")
-    _require_rows(path, text, "state", text["state"].isin(STATES), "is neither heard nor unsure")
+    _require_rows(
+        path,
+        text,
+        column="ebird_code",
+        valid=codes,
+        reason=f"is none of the {len(classes)} classes",
+    )
+    _require_rows(
+        path,
+        text,
+        column="state",
+        valid=text["state"].isin(STATES),
+        reason="is neither heard nor unsure",
+    )
     inside = (onset >= 0) & (onset < seconds)
-    _require_rows(path, text, "onset", inside, "lies outside its recording, in seconds")
+    _require_rows(
+        path, text, column="onset", valid=inside, reason="lies outside its recording, in seconds"
+    )
     inside = (offset > onset) & (offset <= seconds + END_TOLERANCE)
     reason = "is not between the onset and the end of its recording, in seconds"
-    _require_rows(path, text, "offset", inside, reason)
+    _require_rows(path, text, column="offset", valid=inside, reason=reason)
     share = probability.between(0, 1)
-    _require_rows(path, text, "probability", share, "is no probability from 0 to 1")
+    _require_rows(
+        path, text, column="probability", valid=share, reason="is no probability from 0 to 1"
+    )
     timed = text.assign(**numbers, probability=probability).reset_index(drop=True)
     _require_primaries(path, timed, recordings)
     return timed

@@ -219,7 +219,14 @@ def draw_event(
 ) -> Event:
     seed = int(generator.integers(2**62))
     seconds = compose_song(bird, np.random.default_rng(seed)).seconds
-    return Event(bird, seed, onset, seconds, snr_db, distance)
+    return Event(
+        individual=bird,
+        song_seed=seed,
+        onset_seconds=onset,
+        seconds=seconds,
+        snr_db=snr_db,
+        distance_metres=distance,
+    )
 
 
 def label_rows(

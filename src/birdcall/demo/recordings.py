@@ -76,9 +76,16 @@ def plan_recordings(config: DemoConfig) -> list[RecordingPlan]:
     ids = stream(config, "xc_id").choice(400_000, len(assigned), replace=False) + 100_000
     intact = len(assigned) - len(damages)
     plans = [
-        _plan_recording(config, index, int(ids[index]), one, recordist)
+        _plan_recording(config, index, xc_id=int(ids[index]), species=one, recordist=recordist)
         if index < intact
-        else _plan_damaged(config, index, int(ids[index]), one, recordist, damages[index - intact])
+        else _plan_damaged(
+            config,
+            index,
+            xc_id=int(ids[index]),
+            species=one,
+            recordist=recordist,
+            damage=damages[index - intact],
+        )
         for index, (one, recordist) in enumerate(assigned)
     ]
     return sorted(plans, key=lambda plan: (plan.species.ebird_code, plan.xc_id))
@@ -122,7 +129,13 @@ def _plan_recording(
             who = f"train/{recordist.name}/{others[other].ebird_code}/behind"
             level_db = -uniform(generator, 6, 15)
             quiet = draw_bird(config, who, others[other])
-            events += _sing_on(quiet, seconds, level_db, generator, uniform(generator, 0, 4))
+            events += _sing_on(
+                quiet,
+                seconds,
+                level_db=level_db,
+                generator=generator,
+                first_seconds=uniform(generator, 0, 4),
+            )
             if generator.random() < 2 / 3:
                 listed.append(others[other])
     return RecordingPlan(
@@ -166,7 +179,9 @@ def _sing_on(
     events: list[Event] = []
     while onset < seconds - 0.5:
         snr_db = level_db + float(generator.standard_normal())
-        events.append(draw_event(bird, onset, snr_db, distance, generator))
+        events.append(
+            draw_event(bird, onset, snr_db=snr_db, distance=distance, generator=generator)
+        )
         pause = uniform(generator, *bird.species.song_gap_seconds) / bird.tempo
         onset = events[-1].offset_seconds + pause
     return events

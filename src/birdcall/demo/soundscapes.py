@@ -61,7 +61,17 @@ def plan_examples(config: DemoConfig) -> list[SoundscapePlan]:
         file_id = name.split(".")[0]
         key = ("example", index)
         seconds = config.soundscape_seconds
-        plans.append(_plan_soundscape(config, key, path, device, file_id, seconds, empty_share))
+        plans.append(
+            _plan_soundscape(
+                config,
+                key,
+                path=path,
+                site=device,
+                name=file_id,
+                seconds=seconds,
+                empty_share=empty_share,
+            )
+        )
     return plans
 
 
@@ -78,7 +88,15 @@ def plan_tests(config: DemoConfig) -> list[SoundscapePlan]:
         seconds = config.site_3_seconds if site == "site_3" else config.soundscape_seconds
         path = f"test_audio/{audio_id}.mp3"
         plans.append(
-            _plan_soundscape(config, ("test", index), path, site, audio_id, seconds, float(share))
+            _plan_soundscape(
+                config,
+                ("test", index),
+                path=path,
+                site=site,
+                name=audio_id,
+                seconds=seconds,
+                empty_share=float(share),
+            )
         )
     return plans
 
@@ -100,7 +118,7 @@ def _plan_soundscape(
     empty_share: float,
 ) -> SoundscapePlan:
     generator = stream(config, "soundscape", *key)
-    birds = _plan_birds(config, site, seconds, empty_share, generator)
+    birds = _plan_birds(config, site, seconds=seconds, empty_share=empty_share, generator=generator)
     has_plane = seconds > 20 and generator.random() < 0.4
     plane_seconds = uniform(generator, 12, min(30, seconds - 4)) if has_plane else 0.0
     return SoundscapePlan(
@@ -112,7 +130,7 @@ def _plan_soundscape(
         level_db=uniform(generator, -38, -22),
         background=tuple((kind, db + uniform(generator, -4, 4)) for kind, db in SITES[site]),
         birds=tuple(birds),
-        others=tuple(_plan_others(config, site, seconds, birds, generator)),
+        others=tuple(_plan_others(config, site, seconds=seconds, birds=birds, generator=generator)),
         plane=(
             (
                 uniform(generator, 0, seconds - plane_seconds),
@@ -159,7 +177,9 @@ def _plan_birds(
             if events and generator.random() < TOGETHER_SHARE
             else uniform(generator, 0, seconds)
         )
-        proposed = events + _draw_bout(bird, max(0.0, onset), seconds, SNR_DB, generator)
+        proposed = events + _draw_bout(
+            bird, max(0.0, onset), seconds=seconds, snr_db=SNR_DB, generator=generator
+        )
         labels = label_rows(proposed, seconds, whole)
         fits = all(len(codes) <= MAX_BIRDS_PER_ROW for _, codes in labels)
         n_empty = sum(not codes for _, codes in labels)
@@ -187,7 +207,7 @@ def _plan_others(
         bird = draw_bird(config, name, animal)
         onsets = [uniform(generator, 0, seconds) for _ in range(3)]
         onset = max(onsets, key=lambda onset: min([abs(one - onset) for one in taken], default=0))
-        events += _draw_bout(bird, onset, seconds, OTHER_SNR_DB, generator)
+        events += _draw_bout(bird, onset, seconds=seconds, snr_db=OTHER_SNR_DB, generator=generator)
     return sorted(events, key=lambda event: event.onset_seconds)
 
 
@@ -204,7 +224,7 @@ def _draw_bout(
     events = []
     for _ in range(pick(generator, (1, 2, 3, 4))):
         song_snr_db = float(np.clip(bout_snr_db + generator.standard_normal(), *snr_db))
-        event = draw_event(bird, onset, song_snr_db, distance, generator)
+        event = draw_event(bird, onset, snr_db=song_snr_db, distance=distance, generator=generator)
         if event.offset_seconds > seconds:
             break
         events.append(event)

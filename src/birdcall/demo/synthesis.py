@@ -168,7 +168,9 @@ def compose_song(individual: Individual, generator: np.random.Generator) -> Song
         choices = [item for item in individual.repertoire if item is not phrase]
         phrase = choices[generator.integers(len(choices))] if choices else phrase
         assert phrase is not None  # a repertoire is never empty
-        written, onset = _compose_phrase(phrase, onset, pitch, tempo, generator)
+        written, onset = _compose_phrase(
+            phrase, onset, pitch=pitch, tempo=tempo, generator=generator
+        )
         notes += written
         onset += float(generator.uniform(*species.phrase_gap_seconds)) / tempo
     assert phrase is not None

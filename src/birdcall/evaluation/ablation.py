@@ -131,9 +131,21 @@ def ablate(
     measures, values = _gather(samples)
     means, differences = compare_all(measures, values, reference)
     return Ablation(
-        data, tuple(experiments), folds, reference, measures, pd.DataFrame(rows), means,
-        differences, ledger.seconds, tuple(left_out), budget_seconds, workers, jobs, init,
-    )  # fmt: skip
+        data=data,
+        experiments=tuple(experiments),
+        folds=folds,
+        reference=reference,
+        measures=measures,
+        table=pd.DataFrame(rows),
+        means=means,
+        differences=differences,
+        block_seconds=ledger.seconds,
+        left_out=tuple(left_out),
+        budget_seconds=budget_seconds,
+        workers=workers,
+        jobs=jobs,
+        init=init,
+    )
 
 
 def _check(
@@ -324,7 +336,13 @@ def _score_recordings(heard: Heard, data: TrainingData) -> dict[str, Sample]:
     targets = make_targets(recordings, data.classes, None)
     primary = [data.classes.index(code) for code in recordings["ebird_code"]]
     is_right = (scores.argmax(axis=1) == primary).astype(float)
-    ap = Measure("recordings: macro AP", clusters, "recordists", targets > 0, targets != UNKNOWN)
+    ap = Measure(
+        title="recordings: macro AP",
+        clusters=clusters,
+        cluster_kind="recordists",
+        truth=targets > 0,
+        known=targets != UNKNOWN,
+    )
     top1 = Measure("recordings: top-1", clusters, "recordists")
     return {"oof_ap": Sample(ap, scores), "oof_top1": Sample(top1, is_right)}
 

@@ -93,15 +93,15 @@ def choose_decision(
         recording_f1[held_out] = part.recording_f1(own)
         by_group |= dict.fromkeys(originals, own)
     return Choice(
-        found.decision,
-        found.tuned,
-        nested,
-        row_f1_scores(scores.labelled_truth, nested),
-        recording_f1,
-        found.grid,
-        found.place,
-        found.steps,
-        by_group,
+        decision=found.decision,
+        tuned=found.tuned,
+        nested=nested,
+        nested_f1=row_f1_scores(scores.labelled_truth, nested),
+        nested_recording_f1=recording_f1,
+        grid=found.grid,
+        place=found.place,
+        steps=found.steps,
+        by_group=by_group,
     )
 
 
@@ -192,7 +192,7 @@ class _Search:
             max_birds=3, calibration=None,
         )  # fmt: skip
         best = self._optimum(simplest, chosen)
-        steps = [_step("begin", simplest, best.score, 0.0, 0.0, adopted=True)]
+        steps = [_step("begin", simplest, score=best.score, gain=0.0, error=0.0, adopted=True)]
         for name, alternatives in self._steps(calibration):
             tried = [
                 self._optimum(replace(best.rule, **changes), chosen) for changes in alternatives
@@ -202,7 +202,9 @@ class _Search:
             for one in tried:
                 gain, error = self._gain(one, base, chosen)
                 adopted = one is challenger and gain > error
-                steps.append(_step(name, one.rule, one.score, gain, error, adopted=adopted))
+                steps.append(
+                    _step(name, one.rule, score=one.score, gain=gain, error=error, adopted=adopted)
+                )
                 best = one if adopted else best
         clip, frame = best.place
         rule = replace(
@@ -210,7 +212,11 @@ class _Search:
         )
         decision = self._choose_for_recordings(rule, chosen)
         return _Found(
-            decision, float(best.grid[best.place]), best.grid, best.place, pd.DataFrame(steps)
+            decision=decision,
+            tuned=float(best.grid[best.place]),
+            grid=best.grid,
+            place=best.place,
+            steps=pd.DataFrame(steps),
         )
 
     def segments_of(self, chosen: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -247,7 +253,7 @@ class _Search:
         place = flattest(flat)
         near = [np.clip([p - 1, p, p + 1], 0, len(THRESHOLDS) - 1) for p in place]
         around = sums[np.ix_(*near)].mean(axis=(0, 1))
-        return _Optimum(rule, grid, place, float(flat[place]), around)
+        return _Optimum(rule=rule, grid=grid, place=place, score=float(flat[place]), sums=around)
 
     def _gain(
         self, one: _Optimum, other: _Optimum, chosen: NDArray[np.bool_]
@@ -369,7 +375,13 @@ class _Cells:
         kept = reached.sum(axis=0) >= self.n_votes
         framewise = np.where(reached, self.framewise, -1)[:, kept]
         clipwise = self.clipwise[:, kept]
-        return _Cells(self.row[kept], self.is_true[kept], clipwise, framewise, self.n_votes)
+        return _Cells(
+            row=self.row[kept],
+            is_true=self.is_true[kept],
+            clipwise=clipwise,
+            framewise=framewise,
+            n_votes=self.n_votes,
+        )
 
     def name_birds(
         self, frame_threshold: float, max_birds: int
@@ -401,11 +413,11 @@ def _find_cells(scores: HeldOutScores, rule: Decision) -> _Cells:
     row_of_segment = np.cumsum(labelled) - 1
     counted = reached[:, segment, column]
     return _Cells(
-        row_of_segment[segment],
-        scores.truth[segment, column],
-        np.where(counted, voters.clipwise[:, segment, column], -1),
-        np.where(counted, voters.framewise[:, segment, column], -1),
-        n_votes,
+        row=row_of_segment[segment],
+        is_true=scores.truth[segment, column],
+        clipwise=np.where(counted, voters.clipwise[:, segment, column], -1),
+        framewise=np.where(counted, voters.framewise[:, segment, column], -1),
+        n_votes=n_votes,
     )
 
 

@@ -128,19 +128,23 @@ def hear(
         soundscapes = plan_soundscapes(data, fold, config)
         planned += soundscapes
         own = ensemble.of_members(members)
-        simulated[fold] = hear_simulated(own, soundscapes, data, config, known, kept, progress)
+        simulated[fold] = hear_simulated(
+            own, soundscapes, data=data, config=config, known=known, kept=kept, progress=progress
+        )
     if not labelled_folders and (data.folder / EXAMPLE_LABELS).is_file():
         labelled_folders = [data.folder]
     return Heard(
-        data,
-        tuple((m.checkpoint.experiment.name, m.checkpoint.fold) for m in ensemble.members),
-        out_of_fold,
-        simulated,
-        describe_events(planned),
-        recording_groups(data.recordings, config),
-        hear_labelled(ensemble, labelled_folders, known, kept, progress),
-        tuple(planned),
-        config,
-        ensemble,
-        listening,
+        data=data,
+        runs=tuple((m.checkpoint.experiment.name, m.checkpoint.fold) for m in ensemble.members),
+        out_of_fold=out_of_fold,
+        simulated=simulated,
+        events=describe_events(planned),
+        groups=recording_groups(data.recordings, config),
+        labelled=hear_labelled(
+            ensemble, labelled_folders, known=known, kept=kept, progress=progress
+        ),
+        soundscapes=tuple(planned),
+        config=config,
+        ensemble=ensemble,
+        listening=listening,
     )

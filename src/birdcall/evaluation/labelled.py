@@ -109,11 +109,11 @@ def hear_labelled(
     timed = {name: sounds[name] for name in truth.timed if name in heard}
     frames = hear_frames(ensemble, timed, place) if timed else {}
     return Labelled(
-        _gather(truth.rows, heard, known, ensemble),
-        annotations.reset_index(drop=True),
-        {name: replace(heard[name], frames=one) for name, one in frames.items()},
-        truth.foreign,
-        truth.paths,
+        scores=_gather(truth.rows, heard, known, ensemble),
+        annotations=annotations.reset_index(drop=True),
+        frames={name: replace(heard[name], frames=one) for name, one in frames.items()},
+        foreign=truth.foreign,
+        paths=truth.paths,
     )
 
 
@@ -160,11 +160,11 @@ def _read_examples(folder: Path, known: Sequence[str]) -> Truth:
     _log_foreign(folder / EXAMPLE_ANNOTATIONS, in_annotations)
     in_rows = Counter(label for labels in rows["foreign_labels"] for label in labels)
     return Truth(
-        {name: path for name, path in paths.items() if path is not None},
-        rows.rename(columns={"filename": "recording"})[["recording", "seconds", "birds"]],
-        annotations.loc[is_known, ANNOTATION_COLUMNS],
-        timed,
-        in_rows | in_annotations,  # both files tell of the same sounds: no sum
+        paths={name: path for name, path in paths.items() if path is not None},
+        rows=rows.rename(columns={"filename": "recording"})[["recording", "seconds", "birds"]],
+        annotations=annotations.loc[is_known, ANNOTATION_COLUMNS],
+        timed=timed,
+        foreign=in_rows | in_annotations,  # both files tell of the same sounds: no sum
     )
 
 
@@ -244,7 +244,7 @@ def _rows_of(
     columns = [known.index(code) for code in selections["ebird_code"]]
     truth = label_times(
         selections["onset"].to_numpy(float), selections["offset"].to_numpy(float),
-        columns, n_segments, len(known),
+        columns=columns, n_segments=n_segments, n_known=len(known),
     )  # fmt: skip
     birds = [tuple(known[column] for column in np.flatnonzero(row)) for row in truth]
     return pd.DataFrame(
@@ -287,10 +287,10 @@ def _gather(
         parts.append(segments_of(name, n_segments, is_labelled=is_labelled, group=name))
     names = list(heard)
     return HeldOutScores(
-        pd.concat(parts, ignore_index=True),
-        np.concatenate(truths),
-        np.concatenate([heard[name].clipwise for name in names], axis=1),
-        np.concatenate([heard[name].framewise for name in names], axis=1),
-        tuple(member.name for member in ensemble.members),
-        ensemble.classes,
+        segments=pd.concat(parts, ignore_index=True),
+        truth=np.concatenate(truths),
+        clipwise=np.concatenate([heard[name].clipwise for name in names], axis=1),
+        framewise=np.concatenate([heard[name].framewise for name in names], axis=1),
+        member_names=tuple(member.name for member in ensemble.members),
+        classes=ensemble.classes,
     )

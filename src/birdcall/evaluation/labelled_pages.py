@@ -75,7 +75,13 @@ def write_labelled_pages(
     ensemble = heard.ensemble
     sounds = {name: open_recording(labelled.paths[name]) for name in chosen}
     members = tuple(member.name for member in ensemble.members)
-    viewer = Viewer(folder, evaluation.decision, ensemble.classes, members, "../report.html")
+    viewer = Viewer(
+        folder=folder,
+        decision=evaluation.decision,
+        classes=ensemble.classes,
+        members=members,
+        home="../report.html",
+    )
     detector = RecordingDetector(evaluation.decision, ensemble.classes)
     pages = {}
     with closing(hear(ensemble, sounds, ("frames", MEMBER_FRAMES))) as pieces:
@@ -91,7 +97,9 @@ def write_labelled_pages(
                 # Names of recordings need not have a suffix: that of the file tells them apart.
                 page = f"{name}{path.suffix}"
                 inside(folder, page)
-                pages[name] = viewer.finish(page, path, item.seconds, decided, truth, truth)
+                pages[name] = viewer.finish(
+                    page, path, seconds=item.seconds, decided=decided, labels=truth, truth=truth
+                )
             else:
                 logger.warning("%s; it has no page", item)
                 viewer.forget()

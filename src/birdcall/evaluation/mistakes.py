@@ -86,13 +86,19 @@ def find_mistakes(evaluation: Evaluation, n_of_a_kind: int = N_OF_A_KIND) -> lis
         found += _worst(
             SIMULATED,
             judgement.simulated,
-            judgement.choice.nested,
-            n_of_a_kind,
-            _levels(evaluation),
+            named=judgement.choice.nested,
+            n_of_a_kind=n_of_a_kind,
+            levels=_levels(evaluation),
         )
     if evaluation.labelled is not None:
         scores = evaluation.labelled.scores
-        found += _worst(LABELLED, scores, scores.decide(evaluation.decision), n_of_a_kind, {})
+        found += _worst(
+            LABELLED,
+            scores,
+            named=scores.decide(evaluation.decision),
+            n_of_a_kind=n_of_a_kind,
+            levels={},
+        )
     return found
 
 
@@ -130,9 +136,15 @@ def _worst(
             old = worst.get((recording, code))
             if old is None or score > old.score:
                 worst[recording, code] = Mistake(
-                    kind, sound, recording, float(starts[row]), code, score,
-                    _codes(named[row], classes), _codes(truth[row], classes),
-                )  # fmt: skip
+                    kind=kind,
+                    sound=sound,
+                    recording=recording,
+                    start=float(starts[row]),
+                    ebird_code=code,
+                    score=score,
+                    named=_codes(named[row], classes),
+                    true=_codes(truth[row], classes),
+                )
         ranked = sorted(worst.values(), key=lambda one: (-one.score, one.recording, one.ebird_code))
         found += ranked[:n_of_a_kind]
     return found
@@ -162,12 +174,26 @@ def hear_mistakes(evaluation: Evaluation, found: Sequence[Mistake]) -> Iterator[
                 row = _read_labelled_row(evaluation.labelled, ensemble, mistake)
         except (AudioError, OSError) as error:
             logger.warning("%s; a mistake is shown without its sound", error)
-            yield HeardMistake(mistake, None, str(error), None, (), ())
+            yield HeardMistake(
+                mistake=mistake,
+                waveform=None,
+                reason=str(error),
+                frames=None,
+                members=(),
+                events=(),
+            )
             continue
         frames = _hear_again(ensemble, row.sound, mistake, evaluation.classes)
         members = tuple(member.name for member in ensemble.members)
         events = tuple(_cut_events(row.events, mistake))
-        yield HeardMistake(mistake, row.waveform, "", frames, members, events)
+        yield HeardMistake(
+            mistake=mistake,
+            waveform=row.waveform,
+            reason="",
+            frames=frames,
+            members=members,
+            events=events,
+        )
 
 
 class _Row(NamedTuple):
@@ -183,7 +209,7 @@ def _render_row(
 ) -> _Row:
     noise = open_noise(heard.data, soundscape.fold, heard.config.sample_rate)
     rates = sorted({SAMPLE_RATE, *ensemble.sample_rates})
-    rendered = render(soundscape, heard.data, noise, heard.config, rates)
+    rendered = render(soundscape, heard.data, noise=noise, config=heard.config, sample_rates=rates)
     row = slice(round(start * SAMPLE_RATE), round((start + SEGMENT_SECONDS) * SAMPLE_RATE))
     events = [Event(one.ebird_code, one.onset, one.offset) for one in soundscape.events]
     return _Row(rendered[SAMPLE_RATE][row], _of_row(rendered, start, ensemble), events)

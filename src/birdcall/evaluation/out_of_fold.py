@@ -67,7 +67,9 @@ def hear_out_of_fold(
         found.setdefault(member.checkpoint.experiment.name, [])
     for fold in sorted({member.checkpoint.fold for member in ensemble.members}):
         members = [member for member in ensemble.members if member.checkpoint.fold == fold]
-        for part in _hear_fold(ensemble.of_members(members), fold, data, kept, progress):
+        for part in _hear_fold(
+            ensemble.of_members(members), fold, data=data, kept=kept, progress=progress
+        ):
             found[part.experiment].append(part)
     return {name: _join(parts) for name, parts in found.items()}
 

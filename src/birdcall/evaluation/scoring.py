@@ -128,12 +128,18 @@ def evaluate(
     per_class = per_class_table(
         heard.data.classes,
         targets,
-        heard.out_of_fold_for(heard.experiments)[0],
-        together.simulated,
-        None if choice is None else choice.nested,
-        None if heard.labelled is None else heard.labelled.scores,
+        out_of_fold=heard.out_of_fold_for(heard.experiments)[0],
+        simulated=together.simulated,
+        named=None if choice is None else choice.nested,
+        labelled=None if heard.labelled is None else heard.labelled.scores,
     )
-    return Evaluation(heard, tidy_table(rows), per_class, targets, together)
+    return Evaluation(
+        heard=heard,
+        table=tidy_table(rows),
+        per_class=per_class,
+        targets=targets,
+        judgement=together,
+    )
 
 
 def _members_by_value(heard: Heard, judged: Sequence[Judgement]) -> tuple[str, ...]:
@@ -164,7 +170,15 @@ def judge(
     if simulated is None or simulated.segments["group"].nunique() < 2:
         logger.warning("%s: no fold was held out by all, or one recordist: nothing chosen", name)
         start = replace(start, chosen_on="nothing")
-        return Judgement(name, names, start, None, None, None, None)
+        return Judgement(
+            name=name,
+            experiments=names,
+            decision=start,
+            choice=None,
+            simulated=None,
+            weights=None,
+            calibration=None,
+        )
     clipwise, framewise = heard.out_of_fold_for(names)
     targets = make_targets(heard.data.recordings, heard.data.classes, None)
 
@@ -176,7 +190,15 @@ def judge(
     choice = choose_decision(simulated, weights, start=start, fit_calibration=fit)
     decision = _describe_choice(choice, simulated, weights, nocall_share)
     decision = _try_on_labelled(decision, heard.labelled_for(names), name)
-    return Judgement(name, names, decision, choice, simulated, weights, fit(frozenset()))
+    return Judgement(
+        name=name,
+        experiments=names,
+        decision=decision,
+        choice=choice,
+        simulated=simulated,
+        weights=weights,
+        calibration=fit(frozenset()),
+    )
 
 
 def _describe_choice(
@@ -242,15 +264,23 @@ def _score(judged: Judgement, heard: Heard, targets: np.ndarray) -> Rows:
         calibrated, _ = judged.calibration.apply(clipwise, framewise)
     rows: Rows = []
     if (~np.isnan(clipwise)).any():
-        rows += out_of_fold_rows(name, n_members, clipwise, targets, calibrated)
+        rows += out_of_fold_rows(
+            name, n_members, clipwise=clipwise, targets=targets, calibrated=calibrated
+        )
     if judged.choice is not None:
         rows += _simulated_rows(
-            name, n_members, judged.simulated, judged.choice.nested, judged.weights
+            name,
+            n_members,
+            scores=judged.simulated,
+            named=judged.choice.nested,
+            weights=judged.weights,
         )
         rows += ranked_rows(name, n_members, SIMULATED, judged.simulated)
     labelled = heard.labelled_for(names)
     if labelled is not None:
-        rows += decided_rows(name, n_members, LABELLED, labelled, labelled.decide(judged.decision))
+        rows += decided_rows(
+            name, n_members, sound=LABELLED, scores=labelled, named=labelled.decide(judged.decision)
+        )
         rows += ranked_rows(name, n_members, LABELLED, labelled)
     return rows
 
@@ -259,13 +289,19 @@ def _simulated_rows(
     name: str, n_members: int, scores: HeldOutScores, named: np.ndarray, weights: np.ndarray
 ) -> Rows:
     """Score simulated soundscapes at the expected share of nocall, and each share for itself."""
-    rows = decided_rows(name, n_members, SIMULATED, scores, named, weights)
+    rows = decided_rows(
+        name, n_members, sound=SIMULATED, scores=scores, named=named, weights=weights
+    )
     shares = scores.segments["nocall_share"].to_numpy()
     for share in sorted(set(shares)):
         own = shares == share
         part = scores.of_segments(own)
         rows += decided_rows(
-            name, n_members, simulated_at(share), part, named[own[scores.labelled]]
+            name,
+            n_members,
+            sound=simulated_at(share),
+            scores=part,
+            named=named[own[scores.labelled]],
         )
     return rows
 
@@ -278,24 +314,30 @@ def _baselines(heard: Heard, together: Judgement, targets: np.ndarray, nocall_sh
     if together.choice is not None:
         scores = together.simulated
         nothing = np.zeros_like(scores.labelled_truth)
-        rows += _simulated_rows(f"all {NOCALL}", 0, scores, nothing, together.weights)
+        rows += _simulated_rows(
+            f"all {NOCALL}", 0, scores=scores, named=nothing, weights=together.weights
+        )
         prior = _with_constant_scores(scores, common)
         choice = choose_decision(prior, together.weights)
         decision = choice.decision
-        rows += _simulated_rows(PRIOR, 0, prior, choice.nested, together.weights)
+        rows += _simulated_rows(
+            PRIOR, 0, scores=prior, named=choice.nested, weights=together.weights
+        )
         rows += ranked_rows(PRIOR, 0, SIMULATED, prior)
     if heard.labelled is not None:
         scores = heard.labelled.scores
         nothing = np.zeros_like(scores.labelled_truth)
-        rows += decided_rows(f"all {NOCALL}", 0, LABELLED, scores, nothing)
+        rows += decided_rows(f"all {NOCALL}", 0, sound=LABELLED, scores=scores, named=nothing)
         prior = _with_constant_scores(scores, common)
         if decision is not None:
-            rows += decided_rows(PRIOR, 0, LABELLED, prior, prior.decide(decision))
+            rows += decided_rows(
+                PRIOR, 0, sound=LABELLED, scores=prior, named=prior.decide(decision)
+            )
         rows += ranked_rows(PRIOR, 0, LABELLED, prior)
     known = ~np.isnan(heard.out_of_fold_for(heard.experiments)[0]).any(axis=1)
     if known.any():
         constant = np.where(known[:, None], common, np.nan)
-        rows += out_of_fold_rows(PRIOR, 0, constant, targets, None)
+        rows += out_of_fold_rows(PRIOR, 0, clipwise=constant, targets=targets, calibrated=None)
     return rows
 
 

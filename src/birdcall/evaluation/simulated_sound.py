@@ -88,12 +88,12 @@ def hear_simulated(
         if isinstance(scores, AudioError):
             raise scores
     return HeldOutScores(
-        pd.concat([_segments(one) for one in soundscapes], ignore_index=True),
-        np.concatenate([label_segments(one, known) for one in soundscapes]),
-        np.concatenate([heard[one.name].clipwise for one in soundscapes], axis=1),
-        np.concatenate([heard[one.name].framewise for one in soundscapes], axis=1),
-        tuple(member.checkpoint.experiment.name for member in ensemble.members),
-        ensemble.classes,
+        segments=pd.concat([_segments(one) for one in soundscapes], ignore_index=True),
+        truth=np.concatenate([label_segments(one, known) for one in soundscapes]),
+        clipwise=np.concatenate([heard[one.name].clipwise for one in soundscapes], axis=1),
+        framewise=np.concatenate([heard[one.name].framewise for one in soundscapes], axis=1),
+        member_names=tuple(member.checkpoint.experiment.name for member in ensemble.members),
+        classes=ensemble.classes,
     )
 
 
@@ -163,7 +163,7 @@ def make_bed(
     bed = _at_level(make_noise("pink", n_samples, config.sample_rate, generator), HISS_DB)
     failures: list[ReadFailure] = []
     for _ in range(BED_LAYERS):
-        _add_layer(bed, noise, config, generator, failures)
+        _add_layer(bed, noise, config=config, generator=generator, failures=failures)
     for failure in failures:
         logger.warning("%s; other noise takes its place", failure.reason)
     return bed

@@ -135,14 +135,22 @@ def plan_soundscapes(
             generator = np.random.default_rng(seed)
             planned.append(
                 SimulatedSoundscape(
-                    f"simulated-fold{fold}-{share:.0%}-{index:03d}",
-                    fold,
-                    group,
-                    share,
-                    config.soundscape_seconds,
-                    seed,
-                    tuple(_plan_events(birds[group], stretches, config, empty, generator)),
-                    tuple(_plan_others(others[group], stretches, config, generator)),
+                    name=f"simulated-fold{fold}-{share:.0%}-{index:03d}",
+                    fold=fold,
+                    group=group,
+                    nocall_share=share,
+                    seconds=config.soundscape_seconds,
+                    seed=seed,
+                    events=tuple(
+                        _plan_events(
+                            birds[group],
+                            stretches,
+                            config=config,
+                            n_empty=empty,
+                            generator=generator,
+                        )
+                    ),
+                    others=tuple(_plan_others(others[group], stretches, config, generator)),
                 )
             )
     return planned
@@ -173,9 +181,9 @@ def label_segments(soundscape: SimulatedSoundscape, known: Sequence[str]) -> np.
     return label_times(
         np.array([event.onset for event in soundscape.events]),
         np.array([event.offset for event in soundscape.events]),
-        [column[event.ebird_code] for event in soundscape.events],
-        round(soundscape.seconds / SEGMENT_SECONDS),
-        len(known),
+        columns=[column[event.ebird_code] for event in soundscape.events],
+        n_segments=round(soundscape.seconds / SEGMENT_SECONDS),
+        n_known=len(known),
     )
 
 
@@ -288,7 +296,9 @@ def _plan_events(
     while (heard == 0).sum() > n_empty and failures < MAX_TRIES:
         n_birds = int(generator.choice(len(TOGETHER), p=TOGETHER)) + 1
         birds = queue.take_distinct(n_birds)
-        found = _find_place(birds, events, stretches, config, n_empty, generator)
+        found = _find_place(
+            birds, events, stretches=stretches, config=config, n_empty=n_empty, generator=generator
+        )
         if found is not None:
             events, failures = found, 0
             heard = _heard(events, config)
@@ -311,7 +321,7 @@ def _plan_others(
     for _ in range(generator.poisson(config.soundscape_seconds / config.other_every_seconds)):
         bird = queue.take()
         moment = generator.uniform(0, config.soundscape_seconds)
-        event = _place(bird, stretches.of(bird), moment, config, generator)
+        event = _place(bird, stretches.of(bird), moment=moment, config=config, generator=generator)
         factor = 2 ** float(generator.choice([-1, 1]) * generator.uniform(*config.other_octaves))
         seconds = (event.offset - event.onset) / factor
         others.append(
@@ -338,7 +348,9 @@ def _find_place(
         moment = generator.uniform(0, config.soundscape_seconds)
         apart = generator.uniform(-TOGETHER_SECONDS, TOGETHER_SECONDS, len(birds))
         placed = [
-            _place(bird, stretches.of(bird), moment + later, config, generator)
+            _place(
+                bird, stretches.of(bird), moment=moment + later, config=config, generator=generator
+            )
             for bird, later in zip(birds, apart, strict=True)
         ]
         heard = _heard([*events, *placed], config)
@@ -358,14 +370,14 @@ def _place(
     seconds = min(stretch.offset - stretch.onset, config.soundscape_seconds)
     onset = float(np.clip(moment, 0, config.soundscape_seconds - seconds))
     return SimulatedEvent(
-        bird["path"],
-        bird["ebird_code"],
-        stretch.onset,
-        round(onset, 4),
-        round(onset + seconds, 4),
-        (stretch.low_hz, stretch.high_hz),
-        round(float(generator.uniform(*config.snr_db)), 2),
-        round(float(generator.uniform(*config.high_fade_db)), 2),
+        path=bird["path"],
+        ebird_code=bird["ebird_code"],
+        recording_onset=stretch.onset,
+        onset=round(onset, 4),
+        offset=round(onset + seconds, 4),
+        band_hz=(stretch.low_hz, stretch.high_hz),
+        snr_db=round(float(generator.uniform(*config.snr_db)), 2),
+        fade_db=round(float(generator.uniform(*config.high_fade_db)), 2),
     )
 
 
@@ -375,8 +387,8 @@ def _heard(events: Sequence[SimulatedEvent], config: SimulationConfig) -> np.nda
     truth = label_times(
         np.array([event.onset for event in events]),
         np.array([event.offset for event in events]),
-        [codes.index(event.ebird_code) for event in events],
-        config.segments,
-        len(codes),
+        columns=[codes.index(event.ebird_code) for event in events],
+        n_segments=config.segments,
+        n_known=len(codes),
     )
     return truth.sum(axis=1)

@@ -74,11 +74,13 @@ def hear_sounds(
     """
     kept = kept and kept.of(ensemble)
     found = [_read_kept(member, sounds, kept) for member in ensemble.members]
-    outputs = _hear_missing(ensemble, sounds, kept, found, progress)
+    outputs = _hear_missing(ensemble, sounds, kept=kept, found=found, progress=progress)
     if any(one.lengths != outputs[0].lengths for one in outputs):
         # A disk that was away for some members would shift all that comes after the sound.
         logger.warning("members heard different sounds of %s; all hear them again", list(sounds))
-        outputs = _hear_missing(ensemble, sounds, kept, [None] * len(found), progress)
+        outputs = _hear_missing(
+            ensemble, sounds, kept=kept, found=[None] * len(found), progress=progress
+        )
     return _join(outputs, list(sounds))
 
 
@@ -145,11 +147,11 @@ def _of_member(
     scored = {name: one for name, one in heard.items() if isinstance(one, SegmentScores)}
     empty = [np.zeros((0, n_classes), np.float32)]
     return Outputs(
-        np.concatenate(empty + [one.clipwise[place] for one in scored.values()]),
-        np.concatenate(empty + [one.framewise[place] for one in scored.values()]),
-        {name: one.clipwise.shape[1] for name, one in scored.items()},
-        {name: one.seconds for name, one in scored.items()},
-        {
+        clipwise=np.concatenate(empty + [one.clipwise[place] for one in scored.values()]),
+        framewise=np.concatenate(empty + [one.framewise[place] for one in scored.values()]),
+        lengths={name: one.clipwise.shape[1] for name, one in scored.items()},
+        seconds={name: one.seconds for name, one in scored.items()},
+        failed={
             name: (str(one.path), one.reason)
             for name, one in heard.items()
             if isinstance(one, AudioError)

@@ -71,7 +71,14 @@ def decided_rows(
         "false_birds_per_nocall_row": false_birds_per_nocall_row(truth, named),
         "nocall_share_named": float(np.average(~named.any(axis=1), weights=weights)),
     }
-    rows = _rows(name, n_members, sound, values, len(truth), len(set(recordings)))
+    rows = _rows(
+        name,
+        n_members,
+        sound=sound,
+        values=values,
+        n_rows=len(truth),
+        n_recordings=len(set(recordings)),
+    )
     rows[0] |= {"low": interval.low, "high": interval.high}
     return rows
 
@@ -94,7 +101,14 @@ def ranked_rows(name: str, n_members: int, sound: str, scores: HeldOutScores) ->
     if occurs.any():
         clipwise = combine(scores.clipwise)[scores.labelled]
         values["ece"] = expected_calibration_error(truth[:, occurs], clipwise[:, occurs])
-    return _rows(name, n_members, sound, values, len(truth), len(set(scores.recordings)))
+    return _rows(
+        name,
+        n_members,
+        sound=sound,
+        values=values,
+        n_rows=len(truth),
+        n_recordings=len(set(scores.recordings)),
+    )
 
 
 def out_of_fold_rows(
@@ -120,7 +134,14 @@ def out_of_fold_rows(
     }
     if calibrated is not None:
         values["ece_calibrated"] = calibration_error(target, calibrated[known])
-    return _rows(name, n_members, RECORDINGS, values, len(scores), len(scores))
+    return _rows(
+        name,
+        n_members,
+        sound=RECORDINGS,
+        values=values,
+        n_rows=len(scores),
+        n_recordings=len(scores),
+    )
 
 
 def calibration_error(targets: np.ndarray, scores: np.ndarray) -> float:
@@ -146,7 +167,14 @@ def event_rows(name: str, labelled: Labelled, decision: Decision) -> Rows:
         events += event_based_counts(*arguments, onset_collar_seconds=ONSET_COLLAR_SECONDS)
     values = {"segment_f1": segments.f1, "event_f1": events.f1}
     n_members = len(labelled.scores.member_names)
-    return _rows(name, n_members, LABELLED, values, len(labelled.annotations), len(labelled.frames))
+    return _rows(
+        name,
+        n_members,
+        sound=LABELLED,
+        values=values,
+        n_rows=len(labelled.annotations),
+        n_recordings=len(labelled.frames),
+    )
 
 
 def _rows(

@@ -165,7 +165,7 @@ def write_soundscape_pages(folder: Path, soundscape: Soundscape, home: str = IND
                 names[part + 1] if part + 1 < n_parts else None,
             )
         ]
-        data = _page_data(soundscape, part, n_parts, waveform, reason)
+        data = _page_data(soundscape, part, n_parts=n_parts, waveform=waveform, reason=reason)
         where = f", part {part + 1} of {n_parts}" if n_parts > 1 else ""
         title = f"{readable(soundscape.name)}{where}"
         write_page(
@@ -310,16 +310,16 @@ class Viewer:
     ) -> Path:
         """Write the pages of the recording that was added; return the first."""
         soundscape = Soundscape(
-            name,
-            path,
-            seconds,
-            self.collector.finish(),
-            self.members,
-            self.decision.frame_threshold,
-            decided,
-            truth,
-            labels,
-            self.classes,
+            name=name,
+            path=path,
+            seconds=seconds,
+            parts=self.collector.finish(),
+            members=self.members,
+            threshold=self.decision.frame_threshold,
+            decided=decided,
+            truth=truth,
+            labels=labels,
+            species=self.classes,
         )
         self.forget()
         return write_soundscape_pages(self.folder, soundscape, self.home)

@@ -96,7 +96,7 @@ def relabel_recordings(
     progress: bool = False,
 ) -> RelabelSummary:
     """Write to ``path`` where the labels of ``data`` are heard by the runs in ``folders``."""
-    timed = relabel(folders, data, config, device, progress)
+    timed = relabel(folders, data, config=config, device=device, progress=progress)
     write_timed_labels(path, timed)
     return summarise_labels(timed, data.recordings, config)
 
@@ -259,10 +259,12 @@ def summarise_labels(
     primaries = timed.merge(relabelled[["filename", "ebird_code"]])
     heard = primaries[primaries["state"] == HEARD]
     return RelabelSummary(
-        len(relabelled),
-        len(recordings) - len(relabelled),
-        counts["primary"],
-        counts["secondary"],
-        {state: others.count(state) for state in (HEARD, UNSURE)},
-        float((heard["offset"] - heard["onset"]).sum() / max(relabelled["seconds"].sum(), 1e-9)),
+        n_recordings=len(relabelled),
+        n_kept=len(recordings) - len(relabelled),
+        primary=counts["primary"],
+        secondary=counts["secondary"],
+        added={state: others.count(state) for state in (HEARD, UNSURE)},
+        primary_share=float(
+            (heard["offset"] - heard["onset"]).sum() / max(relabelled["seconds"].sum(), 1e-9)
+        ),
     )

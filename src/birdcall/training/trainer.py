@@ -206,9 +206,16 @@ class Training:
         one may be skipped, and then another than the last would have to do it.
         """
         loss = batch_loss(
-            self.model, self.detect, batch, self.run.experiment, self.progress.epoch, position,
-            self.device, self.processes, self._watch_at(position),
-        )  # fmt: skip
+            self.model,
+            self.detect,
+            batch=batch,
+            experiment=self.run.experiment,
+            epoch=self.progress.epoch,
+            position=position,
+            device=self.device,
+            processes=self.processes,
+            watch=self._watch_at(position),
+        )
         total = self.processes.sum(loss.detach()) / self.processes.world_size
         if not total.isfinite():
             self._on_non_finite(batch, bool(loss.isfinite()))
@@ -243,13 +250,13 @@ class Training:
         progress = self.progress
         seconds = max(progress.seconds, 1e-9)
         entry = EpochLog(
-            progress.epoch + 1,
-            progress.loss_sum / max(progress.n_batches, 1),
-            self.optimizer.param_groups[0]["lr"],
-            seconds,
-            progress.n_clips / seconds,
-            progress.waiting / seconds,
-            progress.n_skipped,
+            epoch=progress.epoch + 1,
+            loss=progress.loss_sum / max(progress.n_batches, 1),
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            seconds=seconds,
+            clips_per_second=progress.n_clips / seconds,
+            waiting_share=progress.waiting / seconds,
+            skipped=progress.n_skipped,
         )
         self.log.append(entry)
         progress.epoch += 1
@@ -269,7 +276,12 @@ class Training:
 
     def _score(self, recordings: pd.DataFrame) -> dict[str, float]:
         return validate(
-            self.trained, self._checkpoint, recordings, self.data, self.device, self.processes
+            self.trained,
+            self._checkpoint,
+            recordings=recordings,
+            data=self.data,
+            device=self.device,
+            processes=self.processes,
         )
 
     @property
@@ -357,20 +369,22 @@ def start_training(
     model = initialise(experiment, len(data.classes), init, classes=data.classes).to(device)
     # Weights are the same in all processes; what they drop must not be.
     torch.manual_seed(seed + 7919 * processes.rank)
-    loader = _make_loader(experiment, recordings, data, run.fold, workers, processes)
+    loader = _make_loader(
+        experiment, recordings, data=data, fold=run.fold, workers=workers, processes=processes
+    )
     return Training(
-        run,
-        data,
-        model,
-        make_detector(model, experiment, device, processes),
-        loader,
-        FailureCounter(loader.dataset.clips),
-        _make_optimizer(model, config),
-        torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
-        None if config.ema_decay is None else make_moving_average(model, config.ema_decay),
-        BestWeights(run.folder / "best", config.average_best, processes.is_first),
-        device,
-        processes,
+        run=run,
+        data=data,
+        model=model,
+        detect=make_detector(model, experiment, device, processes),
+        loader=loader,
+        failures=FailureCounter(loader.dataset.clips),
+        optimizer=_make_optimizer(model, config),
+        scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
+        average=None if config.ema_decay is None else make_moving_average(model, config.ema_decay),
+        best=BestWeights(run.folder / "best", config.average_best, processes.is_first),
+        device=device,
+        processes=processes,
     )
 
 
@@ -395,11 +409,11 @@ def _make_loader(
     config = experiment.train
     noise, _ = data.split_noise(fold)
     dataset = ClipDataset(
-        recordings,
-        data.classes,
-        experiment,
-        data.read_clip,
-        noise,
+        recordings=recordings,
+        classes=data.classes,
+        experiment=experiment,
+        read_clip=data.read_clip,
+        noise_files=noise,
         relabelled=data.relabelled,
         noise_store=data.noise_store,
     )
