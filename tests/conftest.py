@@ -14,7 +14,7 @@ from birdcall.data.dataset import TrainingData, load_training_data
 from birdcall.data.folds import make_folds, write_folds
 from birdcall.data.recordings import read_recordings
 from birdcall.demo import DemoConfig, make_demo
-from birdcall.evaluation.hearing import hear
+from birdcall.evaluation.predict import hear
 from birdcall.evaluation.scoring import Evaluation, evaluate
 from birdcall.evaluation.simulation import SimulationConfig
 from birdcall.experiments import find_experiment

@@ -10,16 +10,16 @@ import pytest
 import torch
 from test_kernel import SCRIPT, read_labels, read_summary, rows_of, write_rows, write_sound
 
-import birdcall.ensemble as ensemble_module
-from birdcall.checkpoint import Checkpoint, load_model, read_checkpoint, save_checkpoint
-from birdcall.decision import Decision
-from birdcall.ensemble import Ensemble, default_device, load_ensemble
+import birdcall.inference.ensemble as ensemble_module
 from birdcall.experiments import EXPERIMENTS, find_experiment
-from birdcall.inference import score_sounds, score_waveforms
-from birdcall.models import build_model
-from birdcall.packaging import run_as_kaggle, stage_package
+from birdcall.inference.decision import Decision
+from birdcall.inference.engine import score_sounds, score_waveforms
+from birdcall.inference.ensemble import Ensemble, default_device, load_ensemble
+from birdcall.inference.windows import Listening
+from birdcall.kaggle.packaging import run_as_kaggle, stage_package
+from birdcall.models.checkpoint import Checkpoint, load_model, read_checkpoint, save_checkpoint
+from birdcall.models.sed import build_model
 from birdcall.training.runs import plan_runs, train_many
-from birdcall.windows import Listening
 
 pytestmark = pytest.mark.cuda
 

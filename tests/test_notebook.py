@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from birdcall.architecture import plot_architecture, trace_stages
 from birdcall.experiments import EXPERIMENTS, find_experiment
-from birdcall.models import build_model
+from birdcall.models.sed import build_model
+from birdcall.report.architecture import plot_architecture, trace_stages
 
 FOLDER = Path(__file__).resolve().parents[1] / "kernels" / "how-to-classify-a-sound"
 SOURCE = FOLDER / "how-to-classify-a-sound.py"

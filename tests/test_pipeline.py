@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 import torch
 
-from birdcall.checkpoint import Checkpoint, save_checkpoint
 from birdcall.experiments import EXPERIMENTS, find_experiment
-from birdcall.models import build_model
+from birdcall.models.checkpoint import Checkpoint, save_checkpoint
+from birdcall.models.sed import build_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "kernels" / "submission" / "submission.py"

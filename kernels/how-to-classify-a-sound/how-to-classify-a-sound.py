@@ -56,22 +56,22 @@ import pandas as pd
 import torch
 from IPython.display import Audio, Image, display
 
-from birdcall.architecture import plot_architecture, trace_stages
-from birdcall.audio import crop_or_pad, read_audio
-from birdcall.checkpoint import find_checkpoints, read_checkpoint
+from birdcall.audio.frontend import LogMel, Spectrogram
+from birdcall.audio.reading import crop_or_pad, read_audio
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.data.recordings import classes_of, read_recordings
-from birdcall.decision import Decision
-from birdcall.detection import detect_events
-from birdcall.ensemble import default_device, load_ensemble
 from birdcall.experiments import find_experiment
-from birdcall.frontend import LogMel, Spectrogram
-from birdcall.inference import score_recordings
-from birdcall.kernel import MEMBERS_FOLDER, open_package, require_all_members
-from birdcall.manifest import MANIFEST_FILE
-from birdcall.soundscapes import example_audio_folder, find_audio, read_annotations
+from birdcall.inference.decision import Decision
+from birdcall.inference.engine import score_recordings
+from birdcall.inference.ensemble import default_device, load_ensemble
+from birdcall.inference.events import detect_events
+from birdcall.inference.windows import FRAMES_PER_SEGMENT
+from birdcall.kaggle.kernel import MEMBERS_FOLDER, open_package, require_all_members
+from birdcall.kaggle.manifest import MANIFEST_FILE
+from birdcall.kaggle.test_set import example_audio_folder, find_audio, read_annotations
+from birdcall.models.checkpoint import find_checkpoints, read_checkpoint
+from birdcall.report.architecture import plot_architecture, trace_stages
 from birdcall.taxonomy import display_name
-from birdcall.windows import FRAMES_PER_SEGMENT
 
 # %% [markdown]
 # What can be set, by environment variables of the same names or right here:
@@ -274,7 +274,7 @@ def train_small_model() -> tuple[Path, Path]:
     from birdcall.data.cache import Cache
     from birdcall.data.dataset import load_training_data
     from birdcall.data.folds import make_folds, write_folds
-    from birdcall.training.run import train_run
+    from birdcall.training.runs import train_run
     from birdcall.training.trainer import Run
 
     folder = data if len(recordings) <= MANY_RECORDINGS else make_tiny_demo()

@@ -22,12 +22,12 @@ def find(marker: str) -> Path:
 package = find("manifest.json")
 sys.path.insert(0, str(package))
 
-from birdcall.wheels import install_wheels  # noqa: E402 - found only now
+from birdcall.kaggle.manifest import install_wheels  # noqa: E402 - found only now
 
 site = install_wheels(package, TEMP)
 if site is not None:
     sys.path.insert(0, str(site))
 
-from birdcall.kernel import run_kernel  # noqa: E402 - some packages are found only now
+from birdcall.kaggle.kernel import run_kernel  # noqa: E402 - some packages are found only now
 
 run_kernel(package, find("sample_submission.csv"), WORKING / "submission.csv", BUDGET)

@@ -21,7 +21,7 @@ def find(marker: str) -> Path:
 package = find("training.json")
 sys.path.insert(0, str(package))
 
-from birdcall.training_kernel import run_training_kernel  # noqa: E402 - found only now
+from birdcall.kaggle.training_kernel import run_training_kernel  # noqa: E402 - found only now
 
 limit = float(TIME_LIMIT) if TIME_LIMIT else None
 sys.exit(run_training_kernel(package, find("train.csv"), INPUT, WORKING, TEMP, limit))

@@ -142,7 +142,7 @@ def folds(
     from birdcall.data.audit import read_audit, same_sound, usable_recordings
     from birdcall.data.folds import check_folds, fold_report, make_folds, plot_folds, write_folds
     from birdcall.data.recordings import read_recordings
-    from birdcall.style import save_figure
+    from birdcall.report.style import save_figure
 
     output, folds = _output_of(data, output), _folds_of(data, folds)
     table = read_audit(output / "audit.csv")
@@ -159,7 +159,7 @@ def folds(
 @app.command()
 def experiments() -> None:
     """List the named experiments: network, size, stride and receptive field."""
-    from birdcall.receptive_field import experiments_table
+    from birdcall.models.summary import experiments_table
 
     typer.echo(experiments_table(list(EXPERIMENTS)).to_string(index=False))
 
@@ -194,8 +194,8 @@ def train(
 
     For several GPUs: torchrun --nproc_per_node=2 -m birdcall train ...
     """
-    from birdcall.ensemble import default_device
     from birdcall.experiments import find_experiment
+    from birdcall.inference.ensemble import default_device
     from birdcall.training.distributed import joined_processes
     from birdcall.training.log import TrainingInterrupted
     from birdcall.training.runs import plan_runs, runs_table, train_many
@@ -239,8 +239,8 @@ def relabel(
     folds: Folds = None,
 ) -> None:
     """Say which labels are heard where, by models that did not train on the recording."""
-    from birdcall.ensemble import default_device
-    from birdcall.training.relabelling import relabel_recordings
+    from birdcall.inference.ensemble import default_device
+    from birdcall.training.pseudo_labels import relabel_recordings
 
     output = _output_of(data, output)
     training_data = _load_training_data(data, output, folds)
@@ -294,24 +294,24 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score runs on held-out sound of three kinds, choose the decision, write the report."""
-    from birdcall.evaluation.submission import score_submission
+    from birdcall.evaluation.scoring import score_submission
 
     if submission is not None:
         typer.echo(score_submission(data, submission))
         return
     if screenshots is not None:
-        from birdcall.pages.browser import require_browser
+        from birdcall.report.browser import require_browser
 
         require_browser()  # before an hour of hearing, not after it
-    from birdcall.decision import write_decision
-    from birdcall.ensemble import default_device
-    from birdcall.evaluation.hearing import hear
     from birdcall.evaluation.out_of_fold import write_oof_parquet
-    from birdcall.evaluation.report import describe_decision, write_report
+    from birdcall.evaluation.predict import hear
     from birdcall.evaluation.scoring import evaluate
     from birdcall.evaluation.tables import terminal_table
-    from birdcall.files import write_atomically
-    from birdcall.windows import Listening
+    from birdcall.inference.decision import write_decision
+    from birdcall.inference.ensemble import default_device
+    from birdcall.inference.windows import Listening
+    from birdcall.report.report import describe_decision, write_report
+    from birdcall.storage.files import write_atomically
 
     output = _output_of(data, output)
     training_data = _load_training_data(data, output, folds, noise)
@@ -334,8 +334,8 @@ def evaluate(
     typer.echo(f"decision: {describe_decision(found)}")
     typer.echo(f"report: {output / 'report.html'}")
     if screenshots is not None:
-        from birdcall.evaluation.labelled_pages import fullest
-        from birdcall.pages.browser import open_browser, take_screenshots
+        from birdcall.report.browser import open_browser, take_screenshots
+        from birdcall.report.labelled_pages import fullest
 
         shown = seen.get(fullest(found, list(seen)) or "")
         with open_browser() as browser:
@@ -355,11 +355,11 @@ def figures(
     to: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("docs/figures"),
 ) -> None:
     """Draw the figures of README and docs from what the other commands have left."""
-    from birdcall.ensemble import default_device
-    from birdcall.evaluation.hearing import hear
+    from birdcall.evaluation.predict import hear
     from birdcall.evaluation.scoring import Evaluation, evaluate
     from birdcall.experiments import find_experiment
-    from birdcall.gallery import write_figures
+    from birdcall.inference.ensemble import default_device
+    from birdcall.report.gallery import write_figures
 
     output = _output_of(data, output)
 
@@ -398,9 +398,9 @@ def ablate(
 ) -> None:
     """Compare experiments over seeds in a budget of time; a second call goes on."""
     from birdcall.evaluation.ablation import ablate
-    from birdcall.evaluation.ablation_report import describe_ablation, write_picture
     from birdcall.experiments import find_experiment
-    from birdcall.files import inside, write_atomically
+    from birdcall.report.ablation import describe_ablation, write_picture
+    from birdcall.storage.files import inside, write_atomically
 
     chosen = [find_experiment(one) for one in experiment]
     output = _output_of(data, output)
@@ -441,8 +441,8 @@ def package(
     ] = False,
 ) -> None:
     """Stage the submission kernel with the members of the decision."""
-    from birdcall.decision import read_decision
-    from birdcall.packaging import rehearse, stage_package
+    from birdcall.inference.decision import read_decision
+    from birdcall.kaggle.packaging import rehearse, stage_package
 
     output = _output_of(data, output)
     decision = read_decision(output / "decision.json")
@@ -487,8 +487,8 @@ def package_training(
     ] = False,
 ) -> None:
     """Stage the kernel that trains one run on Kaggle's GPUs, session by session."""
-    from birdcall.training_kernel import TrainingSettings
-    from birdcall.training_packaging import rehearse_training, stage_training
+    from birdcall.kaggle.packaging import rehearse_training, stage_training
+    from birdcall.kaggle.training_kernel import TrainingSettings
 
     output, folds = _output_of(data, output), _folds_of(data, folds)
     settings = TrainingSettings(experiment, fold, hours * 3600, workers)
@@ -531,9 +531,9 @@ def export(
     context_seconds: ContextSeconds = 0.0,
 ) -> None:
     """Write a model as ONNX, refused if ONNX Runtime says anything else than torch."""
-    from birdcall.export import export_onnx
-    from birdcall.onnx_detector import ONNX_FILE
-    from birdcall.windows import Listening
+    from birdcall.inference.export import export_onnx
+    from birdcall.inference.windows import Listening
+    from birdcall.models.onnx import ONNX_FILE
 
     path = to or checkpoint / ONNX_FILE
     if source != "log_mel" and to is None:
@@ -597,10 +597,10 @@ def predict(
 
     Finished recordings are kept in a journal: the same command again goes on after a stop.
     """
-    from birdcall.ensemble import default_device
-    from birdcall.journal import Journal
-    from birdcall.kernel import open_package, require_all_members
-    from birdcall.prediction import (
+    from birdcall.inference.ensemble import default_device
+    from birdcall.kaggle.kernel import open_package, require_all_members
+    from birdcall.kaggle.submission import write_predictions
+    from birdcall.prediction.local import (
         DEFAULT_FORMATS,
         JOURNAL_FILE,
         Wanted,
@@ -609,7 +609,7 @@ def predict(
         listen_here,
         predict_recordings,
     )
-    from birdcall.submission import write_predictions
+    from birdcall.storage.journal import Journal
 
     if bool(paths) == (data is not None):
         raise ValueError("predict takes either PATHS of recordings or --data DIR")
@@ -637,7 +637,7 @@ def predict(
     if ray is None:
         listen = listen_here(ensemble, decision, output, wanted, progress=True)
     else:
-        from birdcall.cluster import listen_on_cluster
+        from birdcall.prediction.ray_cluster import listen_on_cluster
 
         listen = listen_on_cluster(ray, package, output, embeddings=embeddings, progress=True)
     with Journal(output / JOURNAL_FILE, fingerprint_of(package, wanted, device.type)) as journal:
@@ -779,7 +779,7 @@ def benchmark_scale(
     members: Annotated[int, typer.Option(min=1, help="That hear the archive.")] = 5,
 ) -> None:
     """Reckon what the hidden test set and an archive take, from what `inference` measured."""
-    from birdcall.benchmark.scale import Archive, benchmark_scale
+    from birdcall.benchmark.inference import Archive, benchmark_scale
 
     archive = Archive(hours=hours, n_workers=workers, failures_per_day=failures)
     hidden, found = benchmark_scale(_output_of(data, output) / "benchmark", archive, members)
@@ -831,8 +831,8 @@ def _run_folder(output: Path, name: str) -> Path:
 
 
 def _find_runs(output: Path, experiments: list[str] | None, fold: int | None = None) -> list[Path]:
-    from birdcall.checkpoint import find_checkpoints
     from birdcall.experiments import find_experiment
+    from birdcall.models.checkpoint import find_checkpoints
 
     for name in experiments or []:
         find_experiment(name)

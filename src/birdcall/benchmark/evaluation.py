@@ -14,14 +14,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from birdcall.benchmark.measure import peak_megabytes
-from birdcall.checkpoint import Checkpoint, find_checkpoints, save_checkpoint
+from birdcall.benchmark.timing import peak_megabytes
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.decision import Decision
-from birdcall.ensemble import Member, load_ensemble
-from birdcall.evaluation.choosing import choose_decision
-from birdcall.evaluation.held_out import HeldOutScores, segments_of
-from birdcall.evaluation.stored import Kept, Outputs, hear_sounds, keep_outputs
+from birdcall.evaluation.decision_search import choose_decision
+from birdcall.evaluation.prediction_cache import Kept, Outputs, hear_sounds, keep_outputs
+from birdcall.evaluation.predictions import HeldOutScores, segments_of
 from birdcall.evaluation.tables import (
     ENSEMBLE,
     SIMULATED,
@@ -33,8 +30,11 @@ from birdcall.evaluation.tables import (
     tidy_table,
 )
 from birdcall.experiments import find_experiment
-from birdcall.files import write_atomically
-from birdcall.models import build_model
+from birdcall.inference.decision import Decision
+from birdcall.inference.ensemble import Member, load_ensemble
+from birdcall.models.checkpoint import Checkpoint, find_checkpoints, save_checkpoint
+from birdcall.models.sed import build_model
+from birdcall.storage.files import write_atomically
 from birdcall.taxonomy import all_species
 
 NOCALL_SHARE = 0.54

@@ -14,11 +14,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from birdcall.audio import AudioError, crop_or_pad, probe_audio, read_audio
+from birdcall.audio.frontend import LogMel, power_to_db
+from birdcall.audio.reading import AudioError, crop_or_pad, probe_audio, read_audio
 from birdcall.config import SEGMENT_SECONDS, FrontendConfig, require
 from birdcall.data.recordings import read_recordings
-from birdcall.frontend import LogMel, power_to_db
-from birdcall.style import AMBER, GREEN, GREY, SKY, save_figure, use_style
+from birdcall.report.style import AMBER, GREEN, GREY, SKY, save_figure, use_style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

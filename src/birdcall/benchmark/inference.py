@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import logging
 import subprocess
@@ -10,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import librosa
@@ -21,22 +22,23 @@ import soxr
 import torch
 from torch import Tensor, nn
 
-from birdcall.audio import read_audio
-from birdcall.benchmark.measure import peak_megabytes
-from birdcall.checkpoint import Checkpoint, save_checkpoint
-from birdcall.config import SEGMENT_SECONDS, Experiment, FrontendConfig
-from birdcall.decision import Decision
-from birdcall.ensemble import FRONT_END, READING, Ensemble, Member, load_ensemble
+from birdcall.audio.reading import read_audio
+from birdcall.benchmark.timing import peak_megabytes
+from birdcall.config import SEGMENT_SECONDS, Experiment, FrontendConfig, require
 from birdcall.experiments import find_experiment
-from birdcall.export import export_onnx, probe_windows
-from birdcall.files import write_atomically
-from birdcall.inference import score_recordings
-from birdcall.models import SEDModel, build_model
-from birdcall.onnx_detector import ONNX_FILE, is_onnx_installed
-from birdcall.prediction import Recording, detect_recordings
-from birdcall.soundscapes import AUDIO_SUFFIXES, EXAMPLE_AUDIO, TEST_AUDIO
+from birdcall.inference.decision import Decision
+from birdcall.inference.engine import score_recordings
+from birdcall.inference.ensemble import FRONT_END, READING, Ensemble, Member, load_ensemble
+from birdcall.inference.export import export_onnx, probe_windows
+from birdcall.kaggle.test_set import AUDIO_SUFFIXES, EXAMPLE_AUDIO, TEST_AUDIO
+from birdcall.models.checkpoint import Checkpoint, save_checkpoint
+from birdcall.models.onnx import ONNX_FILE, is_onnx_installed
+from birdcall.models.sed import SEDModel, build_model
+from birdcall.prediction.local import Recording, detect_recordings
+from birdcall.storage.files import read_table, write_atomically
 
 logger = logging.getLogger(__name__)
+
 
 NAIVE_BATCH = 8  # windows
 MP3_RATE = 22_050  # hertz, mono: as the competition's soundscapes
@@ -317,3 +319,172 @@ def hear_long(path: str, member: str, folder: str) -> None:
         "events": len(detected.events),
     }
     write_atomically(Path(folder) / RESULT_FILE, json.dumps(result))
+
+
+# --- scale ---
+
+
+HIDDEN_HOURS = 25.0  # 150 soundscapes of ten minutes
+LIMIT_SECONDS = 2 * 3600.0
+MP3_MEGABYTES_PER_HOUR = 28.8  # 64 kbit/s
+ROW_BYTES = 20.0  # of a detection in a Parquet shard: `predict` on the demo, 607 of them
+BUSY = 0.9  # of a core's time, beside what is counted: waiting, Python
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What hears: cores, and GPUs that hear so many times real time by one network each.
+
+    Without a GPU the cores run the networks too.
+    """
+
+    name: str
+    cores: int
+    gpus: int = 0
+    gpu_x_real_time: float = 0.0
+
+    def seconds_per_hour(self, costs: Costs, n_members: int) -> float:
+        """Return how long an hour of sound takes, all of the machine working side by side."""
+        reading = costs.reading
+        networks = costs.front_end + n_members * costs.network
+        if not self.gpus:
+            return (reading + networks) / (self.cores * BUSY)
+        on_gpus = 3600 * n_members / (self.gpu_x_real_time * self.gpus)
+        # Half of the cores read (`inference`): what takes longer decides.
+        return max(reading / (max(1, self.cores // 2) * BUSY), on_gpus)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of a core for an hour of sound; network: of one member."""
+
+    reading: float
+    front_end: float
+    network: float
+
+
+def read_costs(path: Path) -> Costs:
+    """Read the costs from an ``inference.csv``, those of its largest ensemble."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such measurement; `birdcall benchmark inference`")
+    columns = ["members", "reading_seconds", "front_end_seconds", "networks_seconds"]
+    table = read_table(path, columns)[columns].astype(float)
+    row = table.loc[table["members"].idxmax()]
+    return Costs(
+        row["reading_seconds"], row["front_end_seconds"], row["networks_seconds"] / row["members"]
+    )
+
+
+# A T4 has 8.1 TFLOP/s in float32, an H100 51; there five networks took 0.2 s each for an hour of
+# sound, most of it spent on starting small kernels. A tenth of that speed is reckoned with.
+MACHINES = (
+    Machine("two cores", 2),
+    Machine("Kaggle: T4 x2, four cores", 4, 2, 1_800.0),
+    Machine("16 cores", 16),
+)
+
+
+def hidden_test_table(costs: Costs, members: tuple[int, ...] = (1, 5, 13)) -> pd.DataFrame:
+    """Return what the hidden test set takes: seconds, and the share of the two hours."""
+    rows = []
+    for machine in MACHINES:
+        for n_members in members:
+            seconds = HIDDEN_HOURS * machine.seconds_per_hour(costs, n_members)
+            rows.append(
+                {
+                    "machine": machine.name,
+                    "members": n_members,
+                    "x_real_time": round(3600 * HIDDEN_HOURS / seconds),
+                    "seconds": round(seconds),
+                    "share_of_two_hours": round(seconds / LIMIT_SECONDS, 3),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class Archive:
+    """An archive and who hears it.
+
+    failures_per_day: of each worker. restart_seconds: until a lost worker is back, or another one
+    is there. task_hours: of sound in a task, which is lost with its worker.
+    """
+
+    hours: float = 1e6
+    n_workers: int = 200
+    task_hours: float = 16 / 6  # 16 recordings of ten minutes
+    failures_per_day: float = 1.0
+    restart_seconds: float = 300.0
+    detections_per_hour: float = 670.0  # as in the demo
+
+    def __post_init__(self) -> None:
+        for name in ("hours", "n_workers", "task_hours"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; give above 0")
+        for name in ("failures_per_day", "restart_seconds", "detections_per_hour"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; give 0 or more")
+
+
+def simulate_archive(
+    archive: Archive, seconds_per_hour: float, seed: int = 0
+) -> dict[str, float | int]:
+    """Hear an archive task by task on workers that are lost at random; return what that takes.
+
+    A worker is lost after an exponentially distributed time; its task goes to the next free one.
+    """
+    generator = np.random.default_rng(seed)
+    n_tasks = int(np.ceil(archive.hours / archive.task_hours))
+    task_seconds = archive.task_hours * seconds_per_hour
+    day = 86_400.0
+
+    def lifetime() -> float:
+        if not archive.failures_per_day:
+            return np.inf
+        return generator.exponential(day / archive.failures_per_day)
+
+    # (when a worker is free, its number); when it is lost.
+    free = [(0.0, number) for number in range(archive.n_workers)]
+    heapq.heapify(free)
+    lost_at = [lifetime() for _ in range(archive.n_workers)]
+    left, n_lost, wasted, end = n_tasks, 0, 0.0, 0.0
+    while left:
+        now, worker = heapq.heappop(free)
+        done = now + task_seconds
+        if done <= lost_at[worker]:
+            left -= 1
+            end = max(end, done)
+            heapq.heappush(free, (done, worker))
+            continue
+        n_lost += 1
+        wasted += max(0.0, lost_at[worker] - now)
+        back = lost_at[worker] + archive.restart_seconds
+        lost_at[worker] = back + lifetime()
+        heapq.heappush(free, (back, worker))
+    ideal = n_tasks * task_seconds / archive.n_workers
+    return {
+        "hours": archive.hours,
+        "workers": archive.n_workers,
+        "tasks": n_tasks,
+        "task_minutes": round(task_seconds / 60, 2),
+        "days": round(end / day, 2),
+        "lost_workers": n_lost,
+        "work_done_again": round(wasted / (n_tasks * task_seconds), 5),
+        "longer_than_without_failures": round(end / ideal - 1, 4),
+        "sound_terabytes": round(archive.hours * MP3_MEGABYTES_PER_HOUR / 1e6, 1),
+        "shards_gigabytes": round(archive.hours * archive.detections_per_hour * ROW_BYTES / 1e9, 1),
+    }
+
+
+def benchmark_scale(
+    folder: Path, archive: Archive, n_members: int = 5
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the hidden test set on known machines, and an archive on workers of two cores each.
+
+    Reads ``inference.csv`` in ``folder`` and writes ``scale_hidden.csv``, ``scale_archive.csv``.
+    """
+    costs = read_costs(folder / "inference.csv")
+    hidden = hidden_test_table(costs)
+    seconds = MACHINES[0].seconds_per_hour(costs, n_members)
+    found = pd.DataFrame([simulate_archive(archive, seconds)])
+    write_atomically(folder / "scale_hidden.csv", hidden.to_csv(index=False))
+    write_atomically(folder / "scale_archive.csv", found.to_csv(index=False))
+    return hidden, found

@@ -21,18 +21,18 @@ import pandas as pd
 import soundfile
 import torch
 
-from birdcall.audio import AudioError, iterate_audio, read_audio
+from birdcall.audio.reading import AudioError, iterate_audio, read_audio
 from birdcall.config import NO_AUGMENT, SEGMENT_SECONDS, Experiment, require
 from birdcall.data.cache import Cache
 from birdcall.data.dataset import ClipDataset, ClipReader
 from birdcall.data.loader import ClipBatch, FailureCounter, iterate_clips, make_loader
 from birdcall.data.noise import find_noise, generate_noise, make_noise
 from birdcall.data.recordings import classes_of, read_recordings
-from birdcall.data.sampling import ClipSampler
+from birdcall.data.targets import ClipSampler
 from birdcall.experiments import find_experiment
-from birdcall.files import atomic_path, write_atomically
-from birdcall.models import SEDModel, build_model
-from birdcall.style import AMBER, GREEN, GREY, SKY, save_figure, use_style
+from birdcall.models.sed import SEDModel, build_model
+from birdcall.report.style import AMBER, GREEN, GREY, SKY, save_figure, use_style
+from birdcall.storage.files import atomic_path, write_atomically
 from birdcall.training.step import Detector, batch_loss
 
 if TYPE_CHECKING:

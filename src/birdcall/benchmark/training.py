@@ -16,7 +16,7 @@ import torch
 from birdcall.config import NO_AUGMENT, Experiment
 from birdcall.data.dataset import TrainingData
 from birdcall.data.loader import ClipBatch
-from birdcall.files import write_atomically
+from birdcall.storage.files import write_atomically
 from birdcall.training.trainer import Run, Training, start_training
 
 logger = logging.getLogger(__name__)

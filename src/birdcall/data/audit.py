@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from birdcall.audio import (
+from birdcall.audio.reading import (
     LENGTH_TOLERANCE,
     AudioError,
     frame_blocks,
@@ -32,7 +32,7 @@ from birdcall.audio import (
     resample_blocks,
 )
 from birdcall.data.cache import Cache
-from birdcall.files import read_table, write_atomically
+from birdcall.storage.files import read_table, write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from birdcall.audio import AudioError, read_crops
-from birdcall.files import atomic_path
+from birdcall.audio.reading import AudioError, read_crops
+from birdcall.storage.files import atomic_path
 
 log = logging.getLogger(__name__)
 

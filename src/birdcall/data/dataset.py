@@ -14,17 +14,28 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from birdcall.audio import AudioError, crop_or_pad, is_cut
+from birdcall.audio.reading import AudioError, crop_or_pad, is_cut
 from birdcall.config import Experiment
 from birdcall.data.audit import read_audit, usable_recordings
 from birdcall.data.augment import ClipAugment
 from birdcall.data.cache import Cache
 from birdcall.data.folds import read_folds
-from birdcall.data.noise import find_noise, generate_noise, split_noise
-from birdcall.data.noise_files import MAX_TRIES, NothingReadableError, ReadFailure
+from birdcall.data.noise import (
+    MAX_TRIES,
+    NothingReadableError,
+    ReadFailure,
+    find_noise,
+    generate_noise,
+    split_noise,
+)
 from birdcall.data.recordings import check_recordings_exist, classes_of, read_recordings
-from birdcall.data.sampling import ClipRequest, rating_weights
-from birdcall.data.targets import TimedTargets, make_targets, read_timed_labels
+from birdcall.data.targets import (
+    ClipRequest,
+    TimedTargets,
+    make_targets,
+    rating_weights,
+    read_timed_labels,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from birdcall.files import read_table, write_atomically
-from birdcall.style import COLORS, MARKERS, ORANGE, use_style
+from birdcall.report.style import COLORS, MARKERS, ORANGE, use_style
+from birdcall.storage.files import read_table, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Load batches of training clips with worker processes, and count the files that fail."""
+"""Say how much memory is left: the machine's, or less where a control group has a limit."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import signal
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -15,11 +16,76 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from birdcall.config import Experiment
 from birdcall.data.dataset import Clip, ClipDataset
-from birdcall.data.memory import available_memory
-from birdcall.data.noise_files import MAX_TRIES, ReadFailure
-from birdcall.data.sampling import ClipRequest, ClipSampler
+from birdcall.data.noise import MAX_TRIES, ReadFailure
+from birdcall.data.targets import ClipRequest, ClipSampler
 
 logger = logging.getLogger(__name__)
+
+
+class _Names(NamedTuple):
+    """A control group's files; ``reclaimable``: pages that the kernel gives back, of used ones."""
+
+    limit: str
+    used: str
+    reclaimable: str
+
+
+_VERSION_1 = _Names("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_VERSION_2 = _Names("memory.max", "memory.current", "inactive_file")
+
+
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Return the bytes that can still be taken, None where the system does not say.
+
+    That is the least of the kernel's MemAvailable and of what the limits of the process's control
+    groups (a container's, a batch job's; version 1 or 2) leave. ``root``: where ``/proc`` and
+    ``/sys`` are.
+    """
+    found = [*_machine_memory(root / "proc/meminfo"), *_group_memory(root)]
+    return max(0, min(found)) if found else None
+
+
+def _machine_memory(path: Path) -> Iterator[int]:
+    for line in _read_lines(path):
+        if line.startswith("MemAvailable:"):
+            yield int(line.split()[1]) * 1024
+
+
+def _group_memory(root: Path) -> Iterator[int]:
+    """Yield what the limit of each group leaves that the process is in, up to the outermost."""
+    for line in _read_lines(root / "proc/self/cgroup"):
+        number, controllers, name = line.split(":", 2)
+        if number == "0" and not controllers:
+            mount, names = root / "sys/fs/cgroup", _VERSION_2
+        elif "memory" in controllers.split(","):
+            mount, names = root / "sys/fs/cgroup/memory", _VERSION_1
+        else:
+            continue
+        # In a container the name may be the host's, and only the mount itself be there.
+        group = mount / name.strip().lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(mount):
+                yield from _left_in(folder, names)
+
+
+def _left_in(folder: Path, names: _Names) -> Iterator[int]:
+    limit, used = (next(iter(_read_lines(folder / name)), "max") for name in names[:2])
+    if "max" in (limit, used):
+        return
+    pairs = (line.split() for line in _read_lines(folder / "memory.stat"))
+    reclaimable = {pair[0]: int(pair[1]) for pair in pairs if len(pair) == 2}
+    yield int(limit) - int(used) + reclaimable.get(names.reclaimable, 0)
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except OSError:  # another system, or a group that is not shown here
+        return []
+
+
+# --- loader ---
+
 
 MIN_FAILED = 3  # so many files may fail however few there are
 NAMED_FAILURES = 3  # in the error that stops a run

@@ -16,7 +16,7 @@ from typing import NamedTuple, NoReturn
 
 import pandas as pd
 
-from birdcall.files import inside, read_table
+from birdcall.storage.files import inside, read_table
 from birdcall.taxonomy import find_species
 
 log = logging.getLogger(__name__)

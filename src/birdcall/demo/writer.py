@@ -27,9 +27,8 @@ from birdcall.demo.plan import (
     draw_seed,
     pick,
 )
-from birdcall.demo.recordings import plan_recordings
 from birdcall.demo.rendering import Plan, write_file
-from birdcall.demo.soundscapes import plan_examples, plan_noises, plan_tests
+from birdcall.demo.schedule import plan_examples, plan_noises, plan_recordings, plan_tests
 
 MARKER = "demo.json"
 VERSION = 1  # raise it when the same config makes other data

@@ -15,23 +15,21 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from birdcall.checkpoint import SETTINGS_FILE
 from birdcall.config import Experiment, require
 from birdcall.data.augment import UNKNOWN
 from birdcall.data.dataset import TrainingData, make_targets
 from birdcall.data.folds import recordist_clusters
-from birdcall.decision import combine
-from birdcall.ensemble import default_device, load_ensemble
 from birdcall.evaluation.comparison import Measure, compare_all, rank_agreement
-from birdcall.evaluation.hearing import Heard, hear
-from birdcall.evaluation.scoring import Judgement, judge
-from birdcall.evaluation.submission import score_submission_rows
-from birdcall.files import write_atomically
-from birdcall.soundscapes import SOLUTION, find_test_audio_folder
-from birdcall.submission import write_predictions
+from birdcall.evaluation.predict import Heard, hear
+from birdcall.evaluation.scoring import Judgement, judge, score_submission_rows
+from birdcall.inference.decision import combine
+from birdcall.inference.ensemble import default_device, load_ensemble
+from birdcall.kaggle.submission import write_predictions
+from birdcall.kaggle.test_set import SOLUTION, find_test_audio_folder
+from birdcall.models.checkpoint import SETTINGS_FILE
+from birdcall.storage.files import write_atomically
 from birdcall.training.log import LOG_FILE, EpochLog, read_log, summarize_log
-from birdcall.training.run import Run
-from birdcall.training.runs import train_many
+from birdcall.training.runs import Run, train_many
 
 logger = logging.getLogger(__name__)
 

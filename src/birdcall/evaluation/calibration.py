@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import expit, logit
 
-from birdcall.decision import SMALLEST, Calibration
+from birdcall.inference.decision import SMALLEST, Calibration
 
 FloatArray = NDArray[np.float64]
 

@@ -10,7 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from birdcall.metrics import Interval, average_precision, bootstrap_rows, macro_average
+from birdcall.evaluation.metrics import Interval, average_precision, bootstrap_rows, macro_average
 
 FloatArray = NDArray[np.float64]
 

@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from birdcall.audio import AudioError, probe_audio
+from birdcall.audio.reading import AudioError, probe_audio
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.ensemble import Ensemble
-from birdcall.evaluation.held_out import HeldOutScores, label_times, segments_of
-from birdcall.evaluation.stored import Kept, hear_frames, hear_sounds
-from birdcall.fingerprint import digest_files
-from birdcall.inference import SegmentScores, open_recording
-from birdcall.outputs import read_raven_table
-from birdcall.soundscapes import (
+from birdcall.evaluation.prediction_cache import Kept, hear_frames, hear_sounds
+from birdcall.evaluation.predictions import HeldOutScores, label_times, segments_of
+from birdcall.inference.engine import SegmentScores, open_recording
+from birdcall.inference.ensemble import Ensemble
+from birdcall.inference.tables import read_raven_table
+from birdcall.inference.windows import count_segments
+from birdcall.kaggle.test_set import (
     AUDIO_SUFFIXES,
     EXAMPLE_ANNOTATIONS,
     EXAMPLE_LABELS,
@@ -33,8 +33,8 @@ from birdcall.soundscapes import (
     read_annotations,
     read_labelled_soundscapes,
 )
+from birdcall.storage.files import digest_files
 from birdcall.taxonomy import find_species
-from birdcall.windows import count_segments
 
 logger = logging.getLogger(__name__)
 

@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from birdcall.audio import AudioError, read_audio
+from birdcall.audio.reading import AudioError, read_audio
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.decision import combine
-from birdcall.ensemble import MEMBER_FRAMES, Ensemble
-from birdcall.evaluation.held_out import HeldOutScores
-from birdcall.evaluation.simulated_sound import open_noise, render
+from birdcall.evaluation.predictions import HeldOutScores
+from birdcall.evaluation.simulated_audio import open_noise, render
 from birdcall.evaluation.tables import LABELLED, SIMULATED
-from birdcall.inference import Piece, hear
-from birdcall.outputs import Event
-from birdcall.pages.sound import SAMPLE_RATE
-from birdcall.windows import FRAMES_PER_SEGMENT, Sound
+from birdcall.inference.decision import combine
+from birdcall.inference.engine import Piece, hear
+from birdcall.inference.ensemble import MEMBER_FRAMES, Ensemble
+from birdcall.inference.tables import Event
+from birdcall.inference.windows import FRAMES_PER_SEGMENT, Sound
+from birdcall.report.html import SAMPLE_RATE
 
 if TYPE_CHECKING:
-    from birdcall.evaluation.hearing import Heard
     from birdcall.evaluation.labelled import Labelled
+    from birdcall.evaluation.predict import Heard
     from birdcall.evaluation.scoring import Evaluation
     from birdcall.evaluation.simulation import SimulatedSoundscape
 

@@ -11,14 +11,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from birdcall.audio import AudioError
+from birdcall.audio.reading import AudioError
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.data.dataset import TrainingData
-from birdcall.ensemble import Ensemble
-from birdcall.evaluation.stored import Kept, hear_sounds
-from birdcall.files import atomic_path
-from birdcall.fingerprint import digest, digest_files
-from birdcall.inference import open_recording
+from birdcall.evaluation.prediction_cache import Kept, hear_sounds
+from birdcall.inference.engine import open_recording
+from birdcall.inference.ensemble import Ensemble
+from birdcall.storage.files import atomic_path, digest, digest_files
 from birdcall.training.validation import VALIDATION_SECONDS
 
 OUTPUTS = ("clipwise", "framewise")

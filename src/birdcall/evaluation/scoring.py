@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from birdcall.config import NOCALL, require
 from birdcall.data.dataset import make_targets
-from birdcall.decision import Calibration, Decision
 from birdcall.evaluation.calibration import fit_calibration
-from birdcall.evaluation.choosing import Choice, choose_decision
-from birdcall.evaluation.hearing import Heard
-from birdcall.evaluation.held_out import HeldOutScores
+from birdcall.evaluation.decision_search import Choice, choose_decision
 from birdcall.evaluation.labelled import Labelled
+from birdcall.evaluation.metrics import Interval, bootstrap_interval, row_wise_f1
 from birdcall.evaluation.out_of_fold import OutOfFold
+from birdcall.evaluation.predict import Heard
+from birdcall.evaluation.predictions import HeldOutScores
 from birdcall.evaluation.tables import (
     ENSEMBLE,
     LABELLED,
@@ -33,9 +35,12 @@ from birdcall.evaluation.tables import (
     simulated_at,
     tidy_table,
 )
-from birdcall.metrics import bootstrap_interval
+from birdcall.inference.decision import Calibration, Decision
+from birdcall.inference.tables import read_submission
+from birdcall.kaggle.test_set import read_solution, read_test_rows
 
 logger = logging.getLogger(__name__)
+
 
 # Public rows of the competition without a bird, as probed with an all-nocall file; on the private
 # side there were about as many (5th place).
@@ -344,3 +349,57 @@ def _baselines(heard: Heard, together: Judgement, targets: np.ndarray, nocall_sh
 def _with_constant_scores(scores: HeldOutScores, common: np.ndarray) -> HeldOutScores:
     constant = np.broadcast_to(common.astype(np.float32), (1, len(scores.segments), len(common)))
     return replace(scores, clipwise=constant, framewise=constant, member_names=(PRIOR,))
+
+
+# --- submission ---
+
+
+class SubmissionRows(NamedTuple):
+    """A submission's rows in the order of test.csv: each one's F1, that of nocall, and whose."""
+
+    f1: np.ndarray
+    nocall_f1: np.ndarray
+    recordings: list[str]
+
+
+@dataclass(frozen=True)
+class SubmissionScore:
+    """A submission against the truth of the hidden rows, with all-nocall beside it."""
+
+    row_wise_f1: float
+    interval: Interval
+    all_nocall: float
+    n_rows: int
+
+    def __str__(self) -> str:
+        return (
+            f"submission: row-wise F1 {self.row_wise_f1:.3f} "
+            f"[{self.interval.low:.3f}, {self.interval.high:.3f}] on {self.n_rows} hidden rows; "
+            f"all nocall: {self.all_nocall:.3f}; "
+            f"difference {self.row_wise_f1 - self.all_nocall:+.3f}"
+        )
+
+
+def score_submission(data: Path, submission: Path) -> SubmissionScore:
+    """Score ``submission.csv`` as a whole, with an interval from resampled recordings."""
+    rows = score_submission_rows(data, submission)
+    return SubmissionScore(
+        float(rows.f1.mean()),
+        bootstrap_interval(rows.f1, rows.recordings),
+        float(rows.nocall_f1.mean()),
+        len(rows.f1),
+    )
+
+
+def score_submission_rows(data: Path, submission: Path) -> SubmissionRows:
+    """Score each row of ``submission.csv`` by ``solution.csv``."""
+    rows = read_test_rows(data)
+    predicted = read_submission(submission, list(rows["row_id"]))["birds"]
+    solution = read_solution(data).set_index("row_id")["birds"]
+    missing = [row_id for row_id in rows["row_id"] if row_id not in solution.index]
+    if missing:
+        raise ValueError(f"{data / 'solution.csv'}: no row {missing[0]}, which test.csv has")
+    truth = list(solution.loc[rows["row_id"]])
+    f1 = [row_wise_f1([t], [p]) for t, p in zip(truth, predicted, strict=True)]
+    nocall_f1 = [row_wise_f1([t], [NOCALL]) for t in truth]
+    return SubmissionRows(np.array(f1), np.array(nocall_f1), list(rows["audio_id"]))

@@ -16,8 +16,8 @@ import pandas as pd
 from birdcall.config import SEGMENT_SECONDS, require, require_range, require_share
 from birdcall.data.dataset import TrainingData
 from birdcall.data.folds import recordist_clusters
-from birdcall.evaluation.held_out import label_times
-from birdcall.evaluation.stretches import Stretch, find_stretch
+from birdcall.evaluation.predictions import label_times
+from birdcall.evaluation.salient_segments import Stretch, find_stretch
 
 # How many birds begin together; among the rows with birds of the competition's example soundscapes
 # 54, 20 and 4 have one, two and three.

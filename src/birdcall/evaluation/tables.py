@@ -9,14 +9,12 @@ import pandas as pd
 
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.data.augment import UNKNOWN
-from birdcall.decision import Decision, combine
-from birdcall.detection import detect_events
-from birdcall.evaluation.held_out import HeldOutScores
 from birdcall.evaluation.labelled import Labelled
-from birdcall.event_metrics import DetectionCounts, event_based_counts, segment_based_counts
-from birdcall.metrics import (
+from birdcall.evaluation.metrics import (
+    DetectionCounts,
     average_precision,
     bootstrap_interval,
+    event_based_counts,
     expected_calibration_error,
     false_birds_per_nocall_row,
     lwlrap,
@@ -25,7 +23,11 @@ from birdcall.metrics import (
     recall,
     roc_auc,
     row_f1_scores,
+    segment_based_counts,
 )
+from birdcall.evaluation.predictions import HeldOutScores
+from birdcall.inference.decision import Decision, combine
+from birdcall.inference.events import detect_events
 
 COLUMNS = (*("name", "members", "sound", "metric", "value", "low", "high", "rows", "recordings"),)
 RECORDINGS, SIMULATED, LABELLED = "recordings", "simulated", "labelled"

@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from timm.models import adapt_input_conv, clean_state_dict
 from torch import Tensor, nn
 
-from birdcall.checkpoint import SETTINGS_FILE, read_checkpoint
 from birdcall.config import FEATURES, Experiment, require
-from birdcall.models import SEDModel, build_model
-from birdcall.panns import PANNS
+from birdcall.models.backbones import PANNS
+from birdcall.models.checkpoint import SETTINGS_FILE, read_checkpoint
+from birdcall.models.sed import SEDModel, build_model
 
 logger = logging.getLogger(__name__)
 

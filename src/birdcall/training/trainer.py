@@ -17,22 +17,22 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from birdcall.checkpoint import STATE_FILE, Checkpoint, save_checkpoint
 from birdcall.config import Experiment, TrainConfig
 from birdcall.data.dataset import ClipDataset, TrainingData
 from birdcall.data.loader import ClipBatch, FailureCounter, iterate_clips, make_loader
-from birdcall.data.sampling import ClipSampler
-from birdcall.ensemble import default_device
-from birdcall.models import SEDModel
-from birdcall.training.averaging import BestWeights, make_moving_average
+from birdcall.data.targets import ClipSampler
+from birdcall.inference.ensemble import default_device
+from birdcall.models.checkpoint import STATE_FILE, Checkpoint, save_checkpoint
+from birdcall.models.sed import SEDModel
 from birdcall.training.distributed import ALONE, Processes
 from birdcall.training.initialisation import initialise
-from birdcall.training.log import EpochLog
-from birdcall.training.pictures import Watched, is_drawn
+from birdcall.training.log import EpochLog, Watched, is_drawn
 from birdcall.training.resume import (
+    BestWeights,
     delete_state,
     generator_tensors,
     identity_of,
+    make_moving_average,
     optimizer_tensors,
     read_state,
     require_same_identity,

@@ -8,14 +8,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from birdcall.audio import AudioError
-from birdcall.checkpoint import Checkpoint
+from birdcall.audio.reading import AudioError
 from birdcall.data.augment import UNKNOWN
 from birdcall.data.dataset import TrainingData, make_targets
-from birdcall.ensemble import Ensemble, Member
-from birdcall.inference import score_recordings
-from birdcall.metrics import average_precision, macro_average
-from birdcall.models import SEDModel
+from birdcall.evaluation.metrics import average_precision, macro_average
+from birdcall.inference.engine import score_recordings
+from birdcall.inference.ensemble import Ensemble, Member
+from birdcall.models.checkpoint import Checkpoint
+from birdcall.models.sed import SEDModel
 from birdcall.training.distributed import ALONE, Processes
 
 VALIDATION_SECONDS = 30.0  # of each recording: most sing early on, and some last an hour

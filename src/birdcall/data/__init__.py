@@ -1,1 +1,0 @@
-"""Training data: recordings, folds, noise, and clips with their targets."""

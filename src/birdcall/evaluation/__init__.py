@@ -1,1 +1,0 @@
-"""Evaluation: scores on held-out sound, comparisons, and their pages."""

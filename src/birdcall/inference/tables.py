@@ -1,0 +1,427 @@
+"""Turn predictions into what others read: submissions, event tables, Raven and Audacity labels."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+
+from birdcall.config import NOCALL
+from birdcall.storage.files import atomic_path, read_table, write_atomically
+
+SUBMISSION_COLUMNS = ("row_id", "birds")
+DETECTION_COLUMNS = (
+    "recording",
+    "onset",
+    "offset",
+    "ebird_code",
+    "common_name",
+    "confidence",
+)
+RAVEN_COLUMNS = (
+    "Selection",
+    "View",
+    "Channel",
+    "Begin Time (s)",
+    "End Time (s)",
+    "Low Freq (Hz)",
+    "High Freq (Hz)",
+    "Species Code",
+    "Common Name",
+    "Confidence",
+)
+RAVEN_LABEL_COLUMNS = (
+    "Species Code",
+    "ebird_code",
+    "Code",
+    "Species",
+    "Annotation",
+    "Label",
+)
+
+TIME_TOLERANCE = 1e-6  # seconds; times are rounded to it, or 3 x 0.1 s would not be 0.3 s
+
+
+@dataclass(frozen=True)
+class Event:
+    """One bird heard from ``onset`` to ``offset``, in seconds of its recording.
+
+    note: what a person has written beside it.
+    """
+
+    ebird_code: str
+    onset: float
+    offset: float
+    confidence: float = 1.0
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.onset <= self.offset < float("inf"):
+            raise ValueError(
+                f"event of {self.ebird_code} lasts from {self.onset} to {self.offset} s; it must "
+                "not end before it begins, nor begin before 0"
+            )
+        if not np.isfinite(self.confidence):
+            raise ValueError(f"confidence of {self.ebird_code} is {self.confidence}")
+
+
+Detections = Mapping[str, Sequence[Event]]  # recording -> its events
+
+
+# --- the submission -----------------------------------------------------------------------------
+
+
+def write_submission(path: Path, row_ids: Sequence[str], birds: Sequence[str]) -> None:
+    """Write the columns row_id, birds in the order given; ``birds`` are label strings.
+
+    Raises ``ValueError`` rather than write what Kaggle would score wrongly: a doubled row, a row
+    without label, ``nocall`` beside birds.
+    """
+    if len(row_ids) != len(birds):
+        raise ValueError(f"{path}: {len(row_ids)} row_ids but {len(birds)} predictions")
+    _check_submission(path, row_ids, birds)
+    write_atomically(path, _csv_text([SUBMISSION_COLUMNS, *zip(row_ids, birds, strict=True)]))
+
+
+def read_submission(path: Path, row_ids: Sequence[str]) -> pd.DataFrame:
+    """Read a submission, columns row_id, birds; its rows must be ``row_ids``, in this order."""
+    frame = read_table(path, SUBMISSION_COLUMNS)
+    if frame.columns.tolist() != list(SUBMISSION_COLUMNS):
+        raise ValueError(f"{path}: the columns are {', '.join(frame)}, not row_id,birds")
+    found = frame["row_id"].tolist()
+    _check_submission(path, found, frame["birds"].tolist())
+    for line, row_id, expected in zip(frame.index, found, row_ids, strict=False):
+        if row_id != expected:
+            raise ValueError(f"{path}, line {line}: row_id is {row_id!r}; expected {expected!r}")
+    if len(found) != len(row_ids):
+        raise ValueError(f"{path}: {len(found)} rows where {len(row_ids)} were expected")
+    return frame.reset_index(drop=True)
+
+
+def _check_submission(path: Path, row_ids: Sequence[str], birds: Sequence[str]) -> None:
+    seen = set()
+    for number, (row_id, text) in enumerate(zip(row_ids, birds, strict=True), start=1):
+        where = f"{path}, row {number} ({row_id!r})"
+        if not isinstance(row_id, str) or not row_id or row_id in seen:
+            raise ValueError(f"{where}: row_id is empty or occurs twice")
+        seen.add(row_id)
+        tokens = text.split(" ") if isinstance(text, str) else [""]
+        if "" in tokens:
+            raise ValueError(
+                f"{where}: birds is {text!r}; give codes with a space between, or {NOCALL}"
+            )
+        if len(set(tokens)) != len(tokens):
+            raise ValueError(f"{where}: birds is {text!r}; it names a bird twice")
+        if NOCALL in tokens and len(tokens) > 1:
+            raise ValueError(f"{where}: birds is {text!r}; {NOCALL} cannot stand beside birds")
+
+
+# --- events -------------------------------------------------------------------------------------
+
+
+def frames_to_events(
+    framewise: ArrayLike,
+    classes: Sequence[str],
+    frame_seconds: float,
+    threshold: ArrayLike,
+    min_seconds: float = 0.0,
+    max_gap_seconds: float = 0.0,
+    start_seconds: float = 0.0,
+) -> list[Event]:
+    """Return the events in probabilities ``framewise (classes, frames)``, in order of onset.
+
+    An event is a run of frames at or above ``threshold`` (one, or one per class); its confidence
+    is the highest of them. Runs at most ``max_gap_seconds`` apart are one event; then those under
+    ``min_seconds`` are dropped. Frame 0 begins at ``start_seconds``: a long recording can be taken
+    piece by piece with no limits, and ``merge_events`` over all pieces gives the same result.
+    """
+    scores = np.asarray(framewise)
+    if scores.ndim != 2 or len(scores) != len(classes):
+        raise ValueError(
+            f"framewise has shape {scores.shape}; it must be ({len(classes)} classes, frames)"
+        )
+    if not np.isfinite(scores).all():
+        raise ValueError("framewise holds NaN or infinity: did a model diverge?")
+    if not frame_seconds > 0:
+        raise ValueError(f"frame_seconds is {frame_seconds}; it must be above 0")
+    limits = np.broadcast_to(np.asarray(threshold, dtype=scores.dtype), len(classes))
+    active = np.pad(scores >= limits[:, None], ((0, 0), (1, 1))).astype(np.int8)
+    change = np.diff(active, axis=1)
+    # Row by row there are as many starts as ends, in the same order.
+    rows, starts = np.nonzero(change == 1)
+    ends = np.nonzero(change == -1)[1]
+    runs = [
+        Event(
+            classes[row],
+            round(float(start_seconds + start * frame_seconds), 6),
+            round(float(start_seconds + end * frame_seconds), 6),
+            round(float(scores[row, start:end].max()), 6),
+        )
+        for row, start, end in zip(rows, starts, ends, strict=True)
+    ]
+    return merge_events(runs, min_seconds, max_gap_seconds)
+
+
+def merge_events(
+    events: Iterable[Event], min_seconds: float = 0.0, max_gap_seconds: float = 0.0
+) -> list[Event]:
+    """Join events of one bird at most ``max_gap_seconds`` apart, then drop the short ones."""
+    if not (min_seconds >= 0 and max_gap_seconds >= 0):
+        raise ValueError(
+            f"min_seconds is {min_seconds} and max_gap_seconds {max_gap_seconds}; neither may be "
+            "negative"
+        )
+    merged: dict[str, list[Event]] = {}
+    for event in sorted(events, key=_time_order):
+        earlier = merged.setdefault(event.ebird_code, [])
+        if earlier and event.onset - earlier[-1].offset <= max_gap_seconds + TIME_TOLERANCE:
+            earlier[-1] = Event(
+                event.ebird_code,
+                earlier[-1].onset,
+                max(earlier[-1].offset, event.offset),
+                max(earlier[-1].confidence, event.confidence),
+            )
+        else:
+            earlier.append(event)
+    kept = [
+        event
+        for of_one_bird in merged.values()
+        for event in of_one_bird
+        if event.offset - event.onset >= min_seconds - TIME_TOLERANCE
+    ]
+    return sorted(kept, key=_time_order)
+
+
+def _time_order(event: Event) -> tuple[float, float, str]:
+    return event.onset, event.offset, event.ebird_code
+
+
+# --- event files: one combined table, or one file per recording ---------------------------------
+
+
+def write_detections_csv(
+    path: Path, detections: Detections, common_names: Mapping[str, str] | None = None
+) -> None:
+    """Write the events of all recordings as one table with ``DETECTION_COLUMNS``.
+
+    Recordings are in the order given; one without events has no row. ``common_names`` maps ebird
+    codes to names; where it has none the cell is empty.
+    """
+    rows = detection_rows(detections, common_names)
+    write_atomically(path, _csv_text([DETECTION_COLUMNS, *(row.values() for row in rows)]))
+
+
+def read_detections_csv(path: Path) -> dict[str, list[Event]]:
+    """Return the events of each recording in a table of ``write_detections_csv``."""
+    detections: dict[str, list[Event]] = {}
+    for line, row in read_table(path, DETECTION_COLUMNS).iterrows():
+        event = _event(
+            path,
+            line,
+            ebird_code=row["ebird_code"],
+            onset=row["onset"],
+            offset=row["offset"],
+            confidence=row["confidence"],
+        )
+        detections.setdefault(row["recording"], []).append(event)
+    return detections
+
+
+def write_detections_jsonl(
+    path: Path, detections: Detections, common_names: Mapping[str, str] | None = None
+) -> None:
+    """Write one JSON object per event and line, with the keys ``DETECTION_COLUMNS``."""
+    rows = detection_rows(detections, common_names)
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_detections_parquet(
+    path: Path, detections: Detections, common_names: Mapping[str, str] | None = None
+) -> None:
+    """Write the table of `write_detections_csv` as Parquet; recordings and codes as text."""
+    import pyarrow as pa  # the kernel, which imports this module, can do without
+    import pyarrow.parquet as pq
+
+    types = {"onset": pa.float64(), "offset": pa.float64(), "confidence": pa.float64()}
+    schema = pa.schema([(name, types.get(name, pa.string())) for name in DETECTION_COLUMNS])
+    table = pa.Table.from_pylist(detection_rows(detections, common_names), schema=schema)
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def write_failures(path: Path, reasons: Mapping[str, str]) -> None:
+    """Write a table with the columns recording, reason."""
+    write_atomically(path, _csv_text([("recording", "reason"), *reasons.items()]))
+
+
+def read_detections_jsonl(path: Path) -> dict[str, list[Event]]:
+    """Return the events of each recording in a file of ``write_detections_jsonl``."""
+    detections: dict[str, list[Event]] = {}
+    for line, text in enumerate(_read_lines(path), start=1):
+        try:
+            row = json.loads(text)
+            values = [row[key] for key in ("ebird_code", "onset", "offset", "confidence")]
+            recording = row["recording"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}, line {line}: not a detection: {error}") from error
+        detections.setdefault(recording, []).append(_event(path, line, *values))
+    return detections
+
+
+def detection_rows(
+    detections: Detections, common_names: Mapping[str, str] | None = None
+) -> list[dict[str, str | float]]:
+    """Return one row per event, with the keys ``DETECTION_COLUMNS`` in order."""
+    names = common_names or {}
+    return [
+        {
+            "recording": recording,
+            "onset": float(event.onset),
+            "offset": float(event.offset),
+            "ebird_code": event.ebird_code,
+            "common_name": names.get(event.ebird_code, ""),
+            "confidence": float(event.confidence),
+        }
+        for recording, events in detections.items()
+        for event in events
+    ]
+
+
+def write_raven_table(
+    path: Path,
+    events: Iterable[Event],
+    common_names: Mapping[str, str] | None = None,
+    band_hz: tuple[float, float] = (0.0, 16_000.0),
+) -> None:
+    """Write one recording's events as a Raven selection table; its boxes span ``band_hz``."""
+    names = common_names or {}
+    rows = [
+        (
+            number,
+            "Spectrogram 1",
+            1,
+            _decimal(event.onset),
+            _decimal(event.offset),
+            *map(_decimal, band_hz),
+            event.ebird_code,
+            names.get(event.ebird_code, ""),
+            _decimal(event.confidence),
+        )
+        for number, event in enumerate(events, start=1)
+    ]
+    write_atomically(path, _csv_text([RAVEN_COLUMNS, *rows], delimiter="\t"))
+
+
+def read_raven_table(path: Path, label_column: str | None = None) -> list[Event]:
+    """Return the selections of a Raven table, ours or one drawn by hand in Raven.
+
+    The label is in ``label_column``, else in the first of ``RAVEN_LABEL_COLUMNS`` that is there; a
+    confidence, where there is none, is 1. Raven saves a selection once per view (waveform and
+    spectrogram): the first is taken. Raises ``ValueError`` naming the line of a bad one.
+    """
+    wanted = ("Selection", "Begin Time (s)", "End Time (s)")
+    frame = read_table(path, [*wanted, label_column] if label_column else wanted, delimiter="\t")
+    labels = [name for name in RAVEN_LABEL_COLUMNS if name in frame.columns]
+    if not (label_column or labels):
+        raise ValueError(
+            f"{path}: no column with labels ({', '.join(RAVEN_LABEL_COLUMNS)}); its columns are "
+            f"{', '.join(frame.columns)}"
+        )
+    column = label_column or labels[0]
+    return [
+        _event(
+            path,
+            line,
+            ebird_code=row[column],
+            onset=row["Begin Time (s)"],
+            offset=row["End Time (s)"],
+            confidence=row.get("Confidence") or 1.0,
+            note=row.get("Notes", ""),
+        )
+        for line, row in frame.drop_duplicates("Selection").iterrows()
+    ]
+
+
+def write_audacity_labels(path: Path, events: Iterable[Event]) -> None:
+    """Write one recording's events as an Audacity label track: ``aldfly 0.93``."""
+    lines = [
+        f"{_decimal(event.onset)}\t{_decimal(event.offset)}\t"
+        f"{event.ebird_code} {_decimal(event.confidence)}\n"
+        for event in events
+    ]
+    write_atomically(path, "".join(lines))
+
+
+def read_audacity_labels(path: Path) -> list[Event]:
+    """Return the labels of an Audacity track; a label without a number has confidence 1."""
+    events = []
+    for line, text in enumerate(_read_lines(path), start=1):
+        if text.startswith("\\") or not text.strip():
+            continue  # Audacity puts the frequency range of a label on a line of its own
+        cells = text.split("\t")
+        label = cells[2].split() if len(cells) == 3 else []
+        if len(label) not in (1, 2):
+            raise ValueError(f"{path}, line {line}: {text!r} is not onset, offset, label")
+        confidence = label[1] if len(label) == 2 else 1.0
+        events.append(
+            _event(
+                path,
+                line,
+                ebird_code=label[0],
+                onset=cells[0],
+                offset=cells[1],
+                confidence=confidence,
+            )
+        )
+    return events
+
+
+# --- text ---------------------------------------------------------------------------------------
+
+
+def _csv_text(rows: Iterable[Iterable[object]], delimiter: str = ",") -> str:
+    text = io.StringIO()
+    csv.writer(text, delimiter=delimiter, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _decimal(number: float) -> str:
+    """Return a float's shortest exact decimals: Raven and Audacity need not know 1e-05."""
+    return np.format_float_positional(float(number), trim="0")
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error}") from error
+
+
+def _event(
+    path: Path,
+    line: int,
+    ebird_code: str,
+    onset: str | float,
+    offset: str | float,
+    confidence: str | float,
+    note: str = "",
+) -> Event:
+    try:
+        return Event(
+            ebird_code=ebird_code,
+            onset=float(onset),
+            offset=float(offset),
+            confidence=float(confidence),
+            note=note,
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}, line {line}: {error}") from None

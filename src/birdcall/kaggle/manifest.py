@@ -1,0 +1,91 @@
+"""Say of every file of a package what it was when it was made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from birdcall.storage.files import inside
+
+MANIFEST_FILE = "manifest.json"
+NOT_MOUNTED = (MANIFEST_FILE, "dataset-metadata.json")  # Kaggle keeps the metadata to itself
+
+
+def make_manifest(package: Path) -> dict[str, str]:
+    """Return the sha256 of every file below ``package``, by relative path."""
+    files = sorted(path for path in package.rglob("*") if path.is_file())
+    return {
+        path.relative_to(package).as_posix(): _sha256(path)
+        for path in files
+        if path.name not in NOT_MOUNTED and path.suffix != ".pyc"
+    }
+
+
+def find_changes(package: Path) -> dict[str, str]:
+    """Return the files that are not as packaged, and what is wrong with each."""
+    path = package / MANIFEST_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such manifest; `birdcall package` makes one")
+    try:
+        digests = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable manifest: {error}") from error
+    changed = {}
+    for name, digest in digests.items():
+        file = inside(package, name)
+        if not file.is_file():
+            changed[name] = f"{file}: in the manifest, but missing from the package"
+        elif _sha256(file) != digest:
+            changed[name] = f"{file}: its sha256 is not the manifest's; upload the package again"
+    return changed
+
+
+def require_unchanged(package: Path) -> None:
+    """Raise ValueError naming the first file that is not as packaged."""
+    for reason in find_changes(package).values():
+        raise ValueError(reason)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- wheels ---
+
+
+WHEELS_FOLDER = "wheels"
+
+
+def find_wheels(folder: Path | None) -> list[Path]:
+    """Return the wheels in a folder; FileNotFoundError if it has none."""
+    wheels = [] if folder is None else sorted(folder.glob("*.whl"))
+    if folder is not None and not wheels:
+        raise FileNotFoundError(f"{folder}: no wheels; `pip download --no-deps -d` puts them there")
+    return wheels
+
+
+def copy_wheels(wheels: Sequence[Path], package: Path) -> None:
+    """Copy wheels to where `install_wheels` finds them."""
+    for path in wheels:
+        (package / WHEELS_FOLDER).mkdir(exist_ok=True)
+        shutil.copyfile(path, package / WHEELS_FOLDER / path.name)
+
+
+def install_wheels(package: Path, scratch: Path) -> Path | None:
+    """Install the package's wheels below ``scratch``, without a network; return where.
+
+    None if there are none. Raises CalledProcessError, after pip's message, if one does not fit.
+    """
+    wheels = sorted((package / WHEELS_FOLDER).glob("*.whl"))
+    if not wheels:
+        return None
+    site = scratch / "site-packages"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+    subprocess.run([*pip, "--upgrade", "--target", str(site), *map(str, wheels)], check=True)
+    return site

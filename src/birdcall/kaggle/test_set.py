@@ -1,0 +1,302 @@
+"""Read what the data says of its soundscapes: test rows, labels, annotations, audio files."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from birdcall.config import NOCALL, SEGMENT_SECONDS
+from birdcall.storage.files import inside, read_table
+
+TEST_ROWS = "test.csv"
+TEST_AUDIO = "test_audio"
+EXAMPLE_AUDIO = "example_test_audio"
+EXAMPLE_LABELS = "example_test_audio_summary.csv"
+EXAMPLE_ANNOTATIONS = "example_test_audio_metadata.csv"
+SOLUTION = "solution.csv"
+
+FILE_SITE = "site_3"  # its recordings are labelled as a whole: rows without seconds
+RAVEN_SUFFIX = ".txt"
+AUDIO_SUFFIXES = (".mp3", ".wav", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".mp2")
+
+logger = logging.getLogger(__name__)
+
+
+# --- which rows to predict, and from which files ------------------------------------------------
+
+
+def read_test_rows(data: Path) -> pd.DataFrame:
+    """Read ``test.csv``: columns row_id, site, audio_id, seconds, in the order of the file.
+
+    ``seconds`` is the end of the scored segment, or NaN for a row of site_3, scored by file. Other
+    columns are dropped. Raises ``ValueError`` with the line for a row that cannot be meant so.
+    """
+    path = data / TEST_ROWS
+    frame = read_table(path, ["row_id", "site", "audio_id", "seconds"])
+    for column in ("row_id", "audio_id"):
+        _require_filled(path, frame, column)
+    _require_distinct(path, frame, "row_id")
+    by_file = frame["site"] == FILE_SITE
+    _refuse(
+        path,
+        frame,
+        wrong=by_file & (frame["seconds"] != ""),
+        column="seconds",
+        why=f"{FILE_SITE} has none",
+    )
+    _refuse(
+        path,
+        frame,
+        wrong=~by_file & (frame["seconds"] == ""),
+        column="seconds",
+        why=f"only {FILE_SITE} is scored by file",
+    )
+    seconds = pd.Series(np.nan, index=frame.index)
+    seconds[~by_file] = _segment_ends(path, frame[~by_file])
+    frame = frame[["row_id", "site", "audio_id"]].assign(seconds=seconds)
+    return frame.reset_index(drop=True)
+
+
+def find_test_audio_folder(data: Path) -> Path | None:
+    """Return the folder of the test recordings, or None where they are not mounted.
+
+    On Kaggle the hidden recordings exist only on the rerun that is scored. At commit time the
+    visible ``test.csv`` has three rows and no audio: the caller answers them with nocall, and
+    rehearses on ``read_example_rows`` so that a kernel whose models do not run is noticed.
+    """
+    folder = data / TEST_AUDIO
+    return folder if folder.is_dir() else None
+
+
+def read_example_rows(data: Path) -> pd.DataFrame:
+    """Return the labelled example segments in the columns of ``read_test_rows``.
+
+    Their recordings lie in ``example_audio_folder``.
+    """
+    rows = read_labelled_soundscapes(data)
+    return rows.assign(site="example", audio_id=rows["filename"])[
+        ["row_id", "site", "audio_id", "seconds"]
+    ]
+
+
+def example_audio_folder(data: Path) -> Path:
+    """Return the folder of the labelled example soundscapes; it need not exist."""
+    return data / EXAMPLE_AUDIO
+
+
+def find_audio(folder: Path, name: str) -> Path | None:
+    """Return the recording that a CSV calls ``name``, or None where there is none.
+
+    ``name`` may be the file name, or its beginning up to a dot: the example soundscape
+    ORANGE-7-CAP_20190606_093000 is the file ``ORANGE-7-CAP_20190606_093000.pt623.mp3``. Of several
+    files, that of the first suffix in ``AUDIO_SUFFIXES`` is taken, else the one with the shortest
+    name. Raises ``ValueError`` if ``name`` has a path, or is a link that leaves ``folder``.
+    """
+    if Path(name).name != name or "\\" in name:
+        raise ValueError(f"{name!r} is not the name of a recording in {folder}: it has a path")
+    direct = [
+        inside(folder, name),
+        *(inside(folder, name + suffix) for suffix in AUDIO_SUFFIXES),
+    ]
+    for path in direct:  # most names are simple, and a folder may be long
+        if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file():
+            return path
+    if not folder.is_dir():
+        return None
+    names = [
+        path.name
+        for path in folder.iterdir()
+        if path.name.startswith(f"{name}.") and path.suffix.lower() in AUDIO_SUFFIXES
+    ]
+    for found in sorted(names, key=lambda found: (len(found), found)):
+        if inside(folder, found).is_file():
+            return folder / found
+    return None
+
+
+# --- what is known of the labelled ones ---------------------------------------------------------
+
+
+def read_labelled_soundscapes(data: Path, classes: Collection[str] | None = None) -> pd.DataFrame:
+    """Read the labelled segments: columns filename, seconds, row_id, birds, foreign_labels.
+
+    ``birds`` is a tuple of ebird codes, empty for nocall. Labels outside ``classes`` (the example
+    files have squirrel, unk, ...) are moved to the tuple ``foreign_labels``, counted and logged:
+    the competition scores a row with none but these as nocall.
+    """
+    path = data / EXAMPLE_LABELS
+    frame = read_table(path, ["filename_seconds", "birds", "filename", "seconds"])
+    for column in ("filename_seconds", "filename"):
+        _require_filled(path, frame, column)
+    _require_distinct(path, frame, "filename_seconds")
+    seconds = _segment_ends(path, frame)
+    again = pd.DataFrame({"filename": frame["filename"], "seconds": seconds}).duplicated()
+    _refuse(
+        path,
+        frame,
+        wrong=again,
+        column="seconds",
+        why="an earlier row has this segment of the same file",
+    )
+    labels = [_birds_of(path, line, text) for line, text in frame["birds"].items()]
+    scored = {code for row in labels for code in row} if classes is None else set(classes)
+    known = [tuple(code for code in row if code in scored) for row in labels]
+    foreign = [tuple(code for code in row if code not in scored) for row in labels]
+    _log_foreign(path, [code for row in foreign for code in row])
+    return pd.DataFrame(
+        {
+            "filename": frame["filename"].to_numpy(),
+            "seconds": seconds.to_numpy(),
+            "row_id": frame["filename_seconds"].to_numpy(),
+            "birds": pd.Series(known, dtype=object),
+            "foreign_labels": pd.Series(foreign, dtype=object),
+        }
+    )
+
+
+def read_annotations(data: Path, classes: Collection[str] | None = None) -> pd.DataFrame:
+    """Read the time-stamped annotations: columns filename, onset, offset (seconds), ebird_code.
+
+    Those outside ``classes`` are dropped, counted and logged. Raises ``ValueError`` with the line
+    for an annotation that ends before it begins.
+    """
+    path = data / EXAMPLE_ANNOTATIONS
+    frame = read_table(path, ["file_id", "ebird_code", "time_start", "time_end"])
+    for column in ("file_id", "ebird_code"):
+        _require_filled(path, frame, column)
+    onset, offset = (_numbers(path, frame, column) for column in ("time_start", "time_end"))
+    _refuse(
+        path,
+        frame,
+        wrong=onset < 0,
+        column="time_start",
+        why="give seconds from the start of the recording",
+    )
+    _refuse(
+        path,
+        frame,
+        wrong=offset < onset,
+        column="time_end",
+        why="the annotation ends before it begins",
+    )
+    annotations = pd.DataFrame(
+        {
+            "filename": frame["file_id"],
+            "onset": onset,
+            "offset": offset,
+            "ebird_code": frame["ebird_code"],
+        }
+    )
+    if classes is not None:
+        known = annotations["ebird_code"].isin(list(classes))
+        _log_foreign(path, annotations.loc[~known, "ebird_code"])
+        annotations = annotations[known]
+    return annotations.reset_index(drop=True)
+
+
+def raven_tables_of(recording: Path) -> list[Path]:
+    """Return the Raven selection tables beside a recording: ``<stem>.….txt``."""
+    return sorted(
+        one
+        for one in recording.parent.iterdir()
+        if one.suffix.lower() == RAVEN_SUFFIX
+        and one.name.startswith(f"{recording.stem}.")
+        and one.is_file()
+    )
+
+
+def read_solution(data: Path) -> pd.DataFrame:
+    """Read the truth of the hidden test rows, which made data has: columns row_id, birds.
+
+    ``birds`` are label strings, ready for ``row_wise_f1``; an empty cell is read as nocall.
+    """
+    path = data / SOLUTION
+    frame = read_table(path, ["row_id", "birds"])
+    _require_filled(path, frame, "row_id")
+    _require_distinct(path, frame, "row_id")
+    labels = [format_labels(_birds_of(path, line, text)) for line, text in frame["birds"].items()]
+    return pd.DataFrame({"row_id": frame["row_id"].to_numpy(), "birds": labels})
+
+
+def format_labels(birds: Iterable[str]) -> str:
+    """Return the label string of a row: its birds, or nocall where there is none."""
+    return " ".join(birds) or NOCALL
+
+
+def parse_labels(text: str) -> tuple[str, ...]:
+    """Return the distinct birds of a label string, none for nocall or nothing at all."""
+    birds = tuple(
+        dict.fromkeys(text.split())
+    )  # real labels name a bird twice: "cangoo purfin purfin"
+    if NOCALL in birds and len(birds) > 1:
+        raise ValueError(f"birds {text!r} is {NOCALL} and birds at once")
+    return () if birds == (NOCALL,) else birds
+
+
+# --- checks -------------------------------------------------------------------------------------
+
+
+def _birds_of(path: Path, line: int, text: str) -> tuple[str, ...]:
+    try:
+        return parse_labels(text)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {line}: {error}") from None
+
+
+def _refuse(path: Path, frame: pd.DataFrame, wrong: pd.Series, column: str, why: str) -> None:
+    """Raise for the first row of ``read_table``'s ``frame`` that is marked as ``wrong``."""
+    if wrong.any():
+        line = wrong.idxmax()
+        raise ValueError(f"{path}, line {line}: {column} is {frame.at[line, column]!r}; {why}")
+
+
+def _require_filled(path: Path, frame: pd.DataFrame, column: str) -> None:
+    _refuse(
+        path,
+        frame,
+        wrong=frame[column].str.strip() == "",
+        column=column,
+        why="it must not be empty",
+    )
+
+
+def _require_distinct(path: Path, frame: pd.DataFrame, column: str) -> None:
+    again = frame[column].duplicated()
+    _refuse(path, frame, wrong=again, column=column, why="an earlier row has it already")
+
+
+def _numbers(path: Path, frame: pd.DataFrame, column: str) -> pd.Series:
+    numbers = pd.to_numeric(frame[column], errors="coerce").astype(float)
+    _refuse(
+        path,
+        frame,
+        wrong=~np.isfinite(numbers),
+        column=column,
+        why="it must be a number of seconds",
+    )
+    return numbers
+
+
+def _segment_ends(path: Path, frame: pd.DataFrame) -> pd.Series:
+    seconds = _numbers(path, frame, "seconds")
+    wrong = (seconds <= 0) | (seconds % SEGMENT_SECONDS != 0)
+    why = f"segments end at multiples of {SEGMENT_SECONDS} s: {SEGMENT_SECONDS}, ..."
+    _refuse(path, frame, wrong=wrong, column="seconds", why=why)
+    return seconds
+
+
+def _log_foreign(path: Path, labels: Iterable[str]) -> None:
+    counts = Counter(labels)
+    if counts:
+        named = ", ".join(f"{code} {count}" for code, count in counts.most_common())
+        logger.warning(
+            "%s: %d labels are no class and count as no bird: %s",
+            path.name,
+            counts.total(),
+            named,
+        )

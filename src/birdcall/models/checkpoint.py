@@ -1,0 +1,105 @@
+"""Keep a trained model with all that is needed to use it: weights, experiment, classes, score."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from birdcall import __version__
+from birdcall.config import Experiment
+from birdcall.models.sed import SEDModel, build_model
+from birdcall.storage.files import write_atomically
+
+WEIGHTS_FILE = "model.safetensors"
+SETTINGS_FILE = "model.json"
+STATE_FILE = "state.safetensors"  # of a run that is not finished: see `training.resume`
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is known of a trained model, beside its weights."""
+
+    experiment: Experiment
+    classes: tuple[str, ...]  # ebird_codes, in the order of the model's outputs
+    fold: int
+    score: dict[str, float] = field(default_factory=dict)
+    version: str = __version__
+    weights_sha256: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.experiment.name}-fold{self.fold}"
+
+
+def save_checkpoint(folder: Path, model: SEDModel, checkpoint: Checkpoint) -> Checkpoint:
+    """Write ``model.safetensors``, then ``model.json`` with its hash: a torn pair is noticed."""
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
+    }
+    weights = safetensors.torch.save(tensors)
+    digest = hashlib.sha256(weights).hexdigest()
+    settings = asdict(checkpoint) | {"weights_sha256": digest}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / WEIGHTS_FILE, weights)
+    write_atomically(folder / SETTINGS_FILE, json.dumps(settings, indent=1) + "\n")
+    return read_checkpoint(folder)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read ``model.json``; ``FileNotFoundError`` or ``ValueError`` names what is wrong with it."""
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint; `birdcall train` makes one")
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        settings["experiment"] = Experiment.from_dict(settings["experiment"])
+        settings["classes"] = tuple(settings["classes"])
+        return Checkpoint(**settings)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable checkpoint: {error}") from error
+
+
+def load_model(folder: Path) -> tuple[SEDModel, Checkpoint]:
+    """Rebuild the model of a checkpoint on the CPU, in evaluation mode.
+
+    Weights are read as safetensors (nothing is unpickled) and refused if their hash differs.
+    """
+    checkpoint = read_checkpoint(folder)
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: the checkpoint's weights are missing")
+    weights = path.read_bytes()
+    if hashlib.sha256(weights).hexdigest() != checkpoint.weights_sha256:
+        raise ValueError(
+            f"{path}: sha256 differs from {SETTINGS_FILE}'s; the file is damaged or not its own"
+        )
+    model = build_model(checkpoint.experiment, len(checkpoint.classes))
+    try:
+        model.load_state_dict(safetensors.torch.load(weights))
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{path}: weights do not fit the experiment: {error}") from error
+    return model.eval(), checkpoint
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """Return the folders below ``folder`` that hold a checkpoint, in order of name."""
+    return sorted(path.parent for path in folder.rglob(SETTINGS_FILE))
+
+
+def require_same_classes(folder: Path, checkpoint: Checkpoint, classes: tuple[str, ...]) -> None:
+    """Raise ``ValueError`` naming the first difference, if the checkpoint is of other classes."""
+    if checkpoint.classes == classes:
+        return
+    only_here = sorted(set(checkpoint.classes) - set(classes))
+    only_there = sorted(set(classes) - set(checkpoint.classes))
+    raise ValueError(
+        f"{folder}: checkpoint of other classes: {len(checkpoint.classes)} instead of "
+        f"{len(classes)}; only in the checkpoint: {', '.join(only_here[:5]) or 'none'}; "
+        f"only in the data: {', '.join(only_there[:5]) or 'none'}"
+    )

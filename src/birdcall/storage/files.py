@@ -1,0 +1,138 @@
+"""Read tables strictly, write files whole or not at all, keep file names inside their folder."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib.util
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; it becomes ``path`` only if the block succeeds.
+
+    The temporary file lies beside ``path`` (a rename across disks is not atomic) and has its
+    suffix (pandas, torch and soundfile choose the format by it). Folders are made as needed; an
+    error leaves the old ``path`` as it was and no temporary file behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())  # else a power cut may leave the new name with no content
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write ``content`` to ``path`` whole or not at all; text as UTF-8, line ends as given."""
+    data = content.encode() if isinstance(content, str) else content
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return ``folder / name`` for a name that came from a file; it need not exist.
+
+    Raises ``ValueError`` where the name would leave ``folder``: absolute, with ``..``, or through
+    a symbolic link; ``OSError`` where its links lead in a circle. ``folder`` itself is trusted and
+    may be a link.
+    """
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
+        raise ValueError(f"{name!r} is not a name inside {folder}; give a relative path without ..")
+    path = folder / name
+    try:
+        target = path.resolve()
+    except RuntimeError as error:  # what Python 3.11 and 3.12 say of a loop
+        raise OSError(f"{name!r} leads nowhere in {folder}: its links form a circle") from error
+    if not target.is_relative_to(folder.resolve()):
+        raise ValueError(f"{name!r} leads out of {folder} through a link, to {target}")
+    return path
+
+
+def read_table(path: Path, columns: Sequence[str], delimiter: str = ",") -> pd.DataFrame:
+    """Read a CSV as text, cell by cell as written; the index is the line each row starts in.
+
+    Other columns than the needed ``columns`` are kept. Unlike ``pandas.read_csv`` it guesses
+    nothing: no value becomes NaN, and a row that is cut short is an error, not a row of NaN.
+
+    Raises ``FileNotFoundError`` or ``ValueError`` that names the file and the line or column.
+    """
+    rows, lines = [], []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # Excel writes a BOM
+            reader = csv.reader(file, delimiter=delimiter)
+            header = next(reader, [])
+            line = reader.line_num + 1
+            for row in reader:
+                if row:
+                    rows.append(row)
+                    lines.append(line)
+                line = reader.line_num + 1  # a cell can hold line ends, so a row several lines
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, {_undecodable(path)}: is not a CSV in UTF-8") from error
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: is not a CSV: {error}") from error
+    for column in columns:
+        if header.count(column) != 1:
+            found = "no column" if column not in header else "more than one column"
+            raise ValueError(f"{path}: {found} {column!r}; its columns are {', '.join(header)}")
+    for row, line in zip(rows, lines, strict=True):
+        if len(row) != len(header):
+            raise ValueError(
+                f"{path}, line {line}: {len(row)} fields where the header has {len(header)}; "
+                "is the file cut short?"
+            )
+    return pd.DataFrame(rows, columns=header, index=pd.Index(lines, name="line"), dtype=str)
+
+
+def _undecodable(path: Path) -> str:
+    """Say where a file stops being UTF-8; the error of reading it line by line cannot."""
+    content = path.read_bytes()
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        return f"line {line}, byte 0x{content[error.start]:02x}"
+    return "which changed meanwhile"
+
+
+# --- fingerprint ---
+
+
+def digest(content: bytes | str) -> str:
+    """Return the first 16 hexadecimal digits of the sha256."""
+    data = content.encode() if isinstance(content, str) else content
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def digest_table(table: pd.DataFrame) -> str:
+    return digest(table.to_csv(index=False))
+
+
+def digest_code(modules: Iterable[str]) -> dict[str, str]:
+    """Return the digest of each module's source; names are those below ``birdcall``."""
+    return {module: digest(_source(module)) for module in modules}
+
+
+def digest_files(paths: Iterable[Path]) -> str:
+    """Return a digest of files by name, size and time of change: their content is not read."""
+    stats = ((path, path.stat()) for path in paths)
+    return digest("\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats))
+
+
+def _source(module: str) -> bytes:
+    spec = importlib.util.find_spec(f"birdcall.{module}")
+    return Path(spec.origin).read_bytes() if spec and spec.origin else b""

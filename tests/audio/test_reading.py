@@ -1,0 +1,311 @@
+"""Any stretch of any sound file is read as it is, or refused with its path."""
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import librosa
+import numpy as np
+import pytest
+import soundfile
+import soxr
+
+from birdcall.audio.reading import (
+    AudioError,
+    crop_or_pad,
+    iterate_audio,
+    probe_audio,
+    read_audio,
+    read_crops,
+    resampled_length,
+)
+
+RATE = 32_000
+# Kinds of file: suffix, sampling rate, channels.
+KINDS = [
+    ("mp3", 44_100, 2),
+    ("mp3", 48_000, 1),
+    ("mp3", 22_050, 1),
+    ("ogg", 44_100, 1),
+    ("flac", 96_000, 8),
+    ("wav", 44_101, 1),  # has no common divisor with 32 kHz
+    ("wav", 8_000, 1),
+    ("wav", 32_000, 2),
+]
+
+
+def write_sound(path: Path, waveform: np.ndarray, sample_rate: int) -> Path:
+    """Write second by second: libsndfile crashes on long ogg at once."""
+    channels = 1 if waveform.ndim == 1 else waveform.shape[1]
+    with soundfile.SoundFile(path, "w", sample_rate, channels) as file:
+        for start in range(0, len(waveform), sample_rate):
+            file.write(waveform[start : start + sample_rate])
+    return path
+
+
+def write_noise(path: Path, sample_rate: int, channels: int, seconds: float = 12.3) -> Path:
+    """Write white noise, of which LAME makes some mp3 frames that do not decode alone."""
+    shape = (round(seconds * sample_rate), channels)
+    waveform = np.random.default_rng(0).normal(0, 0.2, shape).clip(-1, 1)
+    return write_sound(path, waveform, sample_rate)
+
+
+@pytest.fixture(scope="module")
+def mp3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_noise(tmp_path_factory.mktemp("audio") / "noise.mp3", 44_100, 2)
+
+
+@pytest.mark.parametrize("suffix, sample_rate, channels", KINDS)
+def test_a_seek_equals_the_same_stretch_of_the_full_decode(
+    tmp_path: Path, suffix: str, sample_rate: int, channels: int
+) -> None:
+    path = write_noise(tmp_path / f"noise.{suffix}", sample_rate, channels)
+    full = read_audio(path, RATE)
+    for offset, duration in [(0, 5), (0.3, 5), (1.23456, 5), (7.3, 5), (7, 0.01), (0, 12.3)]:
+        clip = read_audio(path, RATE, offset, duration)
+        start = round(offset * RATE)
+        assert len(clip) == round(duration * RATE)
+        np.testing.assert_allclose(clip, full[start : start + len(clip)], atol=1e-4)
+    rest = read_audio(path, RATE, 3.21)
+    np.testing.assert_allclose(rest, full[round(3.21 * RATE) :], atol=1e-4)
+
+
+def test_a_seek_in_an_mp3_of_low_bit_rate_finds_what_its_frames_lean_on(tmp_path: Path) -> None:
+    seconds = np.arange(20 * 16_000) / 16_000
+    sweep = 0.5 * np.sin(2 * np.pi * (500 * seconds + 150 * seconds**2))
+    path = tmp_path / "low.mp3"
+    lowest = {"format": "MP3", "bitrate_mode": "CONSTANT", "compression_level": 0.99}
+    soundfile.write(path, sweep, 16_000, **lowest)
+    assert path.stat().st_size < 20 * 10_000 / 8  # 8 kbit/s: frames lean on several before them
+    full = read_audio(path, RATE)
+    offsets = np.random.default_rng(0).uniform(1, 14, 60)
+    for offset, crop in zip(offsets, read_crops(path, RATE, offsets, 5), strict=True):
+        start = round(offset * RATE)
+        np.testing.assert_allclose(crop, full[start : start + len(crop)], atol=1e-4)
+        np.testing.assert_allclose(crop, read_audio(path, RATE, offset, 5), atol=1e-6)
+
+
+@pytest.mark.parametrize("suffix, sample_rate, channels", KINDS)
+def test_blocks_joined_equal_the_full_read(
+    tmp_path: Path, suffix: str, sample_rate: int, channels: int
+) -> None:
+    path = write_noise(tmp_path / f"noise.{suffix}", sample_rate, channels, 3.3)
+    blocks = list(iterate_audio(path, RATE, block_seconds=0.77))
+    assert {len(block) for block in blocks[:-1]} == {round(0.77 * RATE)}
+    np.testing.assert_array_equal(np.concatenate(blocks), read_audio(path, RATE))
+
+
+def test_a_full_read_equals_librosa(mp3: Path) -> None:
+    expected, _ = librosa.load(mp3, sr=RATE, res_type="soxr_hq")
+    waveform = read_audio(mp3, RATE)
+    assert waveform.dtype == np.float32
+    np.testing.assert_allclose(waveform, expected[: len(waveform)], atol=1e-5)
+    assert abs(len(waveform) - len(expected)) <= 1
+
+
+@pytest.mark.parametrize("sample_rate", [8_000, 44_100, 48_000, 192_000])
+def test_a_tone_stays_where_it_is_through_resampling(tmp_path: Path, sample_rate: int) -> None:
+    times = np.arange(2 * sample_rate) / sample_rate
+    tone = write_sound(tmp_path / "a.wav", 0.5 * np.sin(2 * np.pi * 1000 * times), sample_rate)
+    waveform = read_audio(tone, RATE)
+    assert len(waveform) == 2 * RATE
+    assert np.abs(np.fft.rfft(waveform)).argmax() == 2000  # bins of half a hertz
+
+
+@pytest.mark.parametrize("downmix", [0.0, 0.25, 1.0])
+def test_the_first_channel_has_the_share_that_was_asked_for(tmp_path: Path, downmix: float) -> None:
+    channels = np.random.default_rng(0).uniform(-0.9, 0.9, (3 * RATE, 2)).astype(np.float32)
+    path = tmp_path / "a.wav"
+    soundfile.write(path, channels, RATE, subtype="FLOAT")
+    expected = downmix * channels[:, 0] + (1 - downmix) * channels[:, 1]
+    np.testing.assert_allclose(read_audio(path, RATE, downmix=downmix), expected, atol=1e-6)
+    for offset, crop in zip(
+        (0.5, 1.0), read_crops(path, RATE, [0.5, 1.0], 2, downmix), strict=True
+    ):
+        start = round(offset * RATE)
+        np.testing.assert_allclose(crop, expected[start : start + 2 * RATE], atol=1e-6)
+    resampled = read_audio(path, 16_000, offset_seconds=1.0, duration_seconds=1.0, downmix=downmix)
+    np.testing.assert_allclose(
+        resampled, soxr.resample(expected, RATE, 16_000)[16_000:32_000], atol=1e-4
+    )
+
+
+def test_of_more_channels_the_others_share_the_rest_and_mono_stays(tmp_path: Path) -> None:
+    channels = np.random.default_rng(0).uniform(-0.9, 0.9, (RATE, 4)).astype(np.float32)
+    path = tmp_path / "a.wav"
+    soundfile.write(path, channels, RATE, subtype="FLOAT")
+    expected = 0.4 * channels[:, 0] + 0.2 * channels[:, 1:].sum(axis=1)
+    np.testing.assert_allclose(read_audio(path, RATE, downmix=0.4), expected, atol=1e-6)
+    soundfile.write(path, channels[:, 0], RATE, subtype="FLOAT")
+    np.testing.assert_array_equal(read_audio(path, RATE, downmix=0.4), channels[:, 0])
+    with pytest.raises(ValueError, match=r"downmix is 1\.5; it must be between 0 and 1"):
+        read_audio(path, RATE, downmix=1.5)
+
+
+def test_channels_are_averaged(tmp_path: Path) -> None:
+    left = np.random.default_rng(0).uniform(-1, 1, RATE).astype(np.float32)
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.stack([left, np.zeros(RATE)], axis=1), RATE, subtype="FLOAT")
+    np.testing.assert_allclose(read_audio(path, RATE), left / 2, atol=1e-7)
+
+
+def test_a_stretch_that_ends_with_the_file_can_be_asked_for_in_rounded_seconds(
+    tmp_path: Path,
+) -> None:
+    path = write_noise(tmp_path / "a.wav", RATE, 1, 2.0)
+    half_a_sample = 0.5 / RATE
+    offset, duration = 1 + 1.2 * half_a_sample, 1 - 0.8 * half_a_sample
+    assert round(offset * RATE) + round(duration * RATE) == 2 * RATE + 1
+    assert len(read_audio(path, RATE, offset, duration)) == RATE
+
+
+def test_the_header_is_read_without_decoding(mp3: Path) -> None:
+    info = probe_audio(mp3)
+    assert (info.sample_rate, info.channels) == (44_100, 2)
+    assert info.seconds == pytest.approx(12.3, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"", "cannot be decoded"),
+        (b"<!DOCTYPE html><html><body>403 Forbidden</body></html>" * 99, "cannot be decoded"),
+        (np.random.default_rng(0).bytes(50_000), "cannot be decoded"),
+    ],
+    ids=["empty", "html", "garbage"],
+)
+@pytest.mark.parametrize("suffix", ["mp3", "wav", "ogg", "raw"])
+def test_what_is_no_sound_raises_with_its_path(
+    tmp_path: Path, content: bytes, reason: str, suffix: str
+) -> None:
+    path = tmp_path / f"bad.{suffix}"
+    path.write_bytes(content)
+    for read in (
+        lambda: read_audio(path, RATE),
+        lambda: read_audio(path, RATE, 1.0, 5.0),
+        lambda: list(iterate_audio(path, RATE)),
+        lambda: probe_audio(path),
+    ):
+        with pytest.raises(AudioError, match=reason) as caught:
+            read()
+        assert str(caught.value).startswith(f"{path}: ")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_mp3_raises_although_its_header_promises_all(
+    tmp_path: Path, mp3: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "truncated.mp3"
+    path.write_bytes(mp3.read_bytes()[: mp3.stat().st_size // 3])
+    assert probe_audio(path).frames == probe_audio(mp3).frames
+    with pytest.raises(AudioError, match=r"truncated\.mp3: decodes only to"):
+        read_audio(path, RATE, 0, 12)
+    with pytest.raises(AudioError, match="truncated or damaged"):
+        read_audio(path, RATE, 9, 2)
+    np.testing.assert_allclose(  # what is there is still read
+        read_audio(path, RATE, 1, 2), read_audio(mp3, RATE, 1, 2), atol=1e-4
+    )
+    with caplog.at_level(logging.WARNING):
+        waveform = read_audio(path, RATE)
+        blocks = list(iterate_audio(path, RATE, 1))
+    assert len(waveform) == sum(map(len, blocks)) == pytest.approx(4.1 * RATE, abs=RATE / 10)
+    assert [str(path) in message for message in caplog.messages] == [True, True]
+
+
+def test_garbage_in_the_middle_raises_where_it_matters(tmp_path: Path, mp3: Path) -> None:
+    content = bytearray(mp3.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 20_000] = np.random.default_rng(0).bytes(20_000)
+    path = tmp_path / "garbage.mp3"
+    path.write_bytes(content)
+    with pytest.raises(AudioError, match=r"garbage\.mp3"):
+        read_audio(path, RATE, 4, 8)
+    assert len(read_audio(path, RATE, 0, 4)) == 4 * RATE
+
+
+def test_samples_that_are_no_numbers_raise(tmp_path: Path) -> None:
+    path = tmp_path / "nan.wav"
+    soundfile.write(path, np.array([0.1, np.nan, 0.2] * 99), RATE, subtype="FLOAT")
+    with pytest.raises(AudioError, match="not finite"):
+        read_audio(path, RATE)
+
+
+def test_what_is_no_file_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.mp3: no such file"):
+        read_audio(tmp_path / "none.mp3", RATE)
+    (tmp_path / "loop.mp3").symlink_to(tmp_path / "loop.mp3")
+    with pytest.raises(AudioError, match="symbolic links"):
+        read_audio(tmp_path / "loop.mp3", RATE)
+    with pytest.raises(AudioError, match="not a regular file"):
+        read_audio(tmp_path, RATE)
+    os.mkfifo(tmp_path / "pipe.mp3")
+    with pytest.raises(AudioError, match="not a regular file"):
+        probe_audio(tmp_path / "pipe.mp3")
+
+
+def test_names_with_spaces_and_letters_of_any_script_are_read(tmp_path: Path) -> None:
+    path = write_noise(tmp_path / "Größe 鳥 № 1 '.mp3", 44_100, 1, 1.0)
+    assert len(read_audio(path, RATE, 0.2, 0.5)) == RATE // 2
+
+
+def test_a_stretch_beyond_the_end_and_impossible_ones_raise(mp3: Path) -> None:
+    for offset, duration in [(10, 5), (12.4, None), (99, 1)]:
+        with pytest.raises(AudioError, match=r"noise\.mp3: asked for .* has 12.3"):
+            read_audio(mp3, RATE, offset, duration)
+    for offset, duration in [(-1, 1), (float("nan"), 1), (0, 0), (0, -1), (0, float("inf"))]:
+        with pytest.raises(ValueError, match="_seconds is"):
+            read_audio(mp3, RATE, offset, duration)
+    with pytest.raises(ValueError, match="sample_rate is 0"):
+        read_audio(mp3, 0)
+
+
+def test_a_clip_has_exactly_the_samples_asked_for() -> None:
+    waveform = np.arange(10.0)
+    np.testing.assert_array_equal(crop_or_pad(waveform, 4, 3), [3, 4, 5, 6])
+    np.testing.assert_array_equal(crop_or_pad(waveform, 4, 8), [8, 9, 0, 0])
+    np.testing.assert_array_equal(crop_or_pad(waveform, 2, 99), [0, 0])
+    assert crop_or_pad(np.ones((3, 10)), 16).shape == (3, 16)
+    with pytest.raises(ValueError, match="must not be negative"):
+        crop_or_pad(waveform, 4, -1)
+
+
+@pytest.mark.parametrize("n_samples", [1, 2, 137, 44_100, 1_323_077])
+@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 44_101, 48_000, 192_000])
+def test_the_length_after_resampling_is_known_before(n_samples: int, rate: int) -> None:
+    resampled = soxr.resample(np.zeros(n_samples, np.float32), rate, RATE)
+    assert resampled_length(n_samples, rate, RATE) == len(resampled)
+
+
+def test_reading_sound_imports_neither_librosa_nor_torch() -> None:
+    script = "import sys, birdcall.audio; sys.exit(bool({'librosa', 'torch'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_seek_is_seven_times_as_fast_as_librosa_on_the_whole_file(tmp_path: Path) -> None:
+    paths = [write_noise(tmp_path / f"{i}.mp3", 44_100, 1, 60) for i in range(10)]
+    librosa.load(paths[0], sr=RATE)  # imports what it loads late
+
+    def seconds(read: object) -> float:
+        start = time.perf_counter()
+        for path in paths:
+            read(path)
+        return time.perf_counter() - start
+
+    whole = seconds(lambda path: librosa.load(path, sr=RATE))
+    assert seconds(lambda path: read_audio(path, RATE, 30, 5)) * 7 < whole
+
+
+def test_no_whole_recording_of_the_real_ones_is_called_truncated(
+    cornell_mini: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Most of test_audio/ states no length and ends with tags; libsndfile promises 0.3 s too much.
+    paths = sorted((cornell_mini / "test_audio").glob("*.mp3"))
+    assert len(paths) == 14
+    for path in paths:
+        waveform = read_audio(path, 32_000)
+        assert probe_audio(path).seconds == pytest.approx(len(waveform) / 32_000, abs=0.05)
+    assert not caplog.records

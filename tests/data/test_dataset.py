@@ -1,0 +1,807 @@
+"""Clips are the same in any worker of any run, as long as they should be, and fairly drawn."""
+
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+
+from birdcall.audio.reading import AudioError, read_audio
+from birdcall.config import NO_AUGMENT, AugmentConfig
+from birdcall.data.augment import UNKNOWN
+from birdcall.data.cache import Cache
+from birdcall.data.dataset import (
+    ClipDataset,
+    ClipReader,
+    TrainingData,
+    check_classes,
+    load_training_data,
+)
+from birdcall.data.loader import (
+    BATCHES_PER_WORKER,
+    WORKER_BYTES,
+    ClipBatch,
+    FailureCounter,
+    check_worker_memory,
+    iterate_clips,
+    make_loader,
+)
+from birdcall.data.noise import ReadFailure
+from birdcall.data.targets import ClipRequest, ClipSampler, recording_weights
+
+RATE = 32_000
+CLASSES = ("amecro", "bkcchi", "norcar")
+
+
+def ramp(seconds):
+    """A waveform whose value says where in the recording it is: seconds / 100."""
+    return (np.arange(round(seconds * RATE)) / RATE / 100).astype(np.float32)
+
+
+LENGTHS = {"a.wav": 10.0, "b.wav": 1.0, "c.wav": 2.0}
+
+
+def read_ramp(path, sample_rate, offsets, duration, downmix=None):
+    waveform = ramp(LENGTHS[path])
+    starts = [round(offset * sample_rate) for offset in offsets]
+    ends = [None if duration is None else start + round(duration * sample_rate) for start in starts]
+    return [waveform[start:end] for start, end in zip(starts, ends, strict=True)]
+
+
+@pytest.fixture
+def noise_file(tmp_path):
+    path = tmp_path / "noise.wav"
+    soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(RATE), RATE)
+    return path
+
+
+@pytest.fixture
+def recordings():
+    return pd.DataFrame(
+        {
+            "path": list(LENGTHS),
+            "ebird_code": ["amecro", "bkcchi", "norcar"],
+            "secondary_codes": [("norcar",), (), ()],
+            "seconds": list(LENGTHS.values()),
+            "fold": [0, 1, 1],
+        }
+    )
+
+
+def make_clip(clips, request):
+    """The one clip of a request."""
+    return clips.make_clips([request])[0]
+
+
+def dataset(recordings, experiment, noise_files=(), augment=NO_AUGMENT):
+    experiment = replace(experiment, augment=augment)
+    return ClipDataset(
+        recordings=recordings,
+        classes=CLASSES,
+        experiment=experiment,
+        read_clip=read_ramp,
+        noise_files=noise_files,
+    )
+
+
+def test_clips_are_exactly_as_long_as_the_experiment_says(recordings, tiny_experiment):
+    clips = dataset(recordings, tiny_experiment)
+    for index in range(3):
+        clip = make_clip(clips, ClipRequest(0, index, index))
+        waveform, target = clip.waveform, clip.target
+        assert waveform.shape == (2 * RATE,)
+        assert waveform.dtype == target.dtype == torch.float32
+
+
+def test_a_crop_is_a_random_stretch_inside_the_recording(recordings, tiny_experiment):
+    clips = dataset(recordings, tiny_experiment)
+    made = clips.make_clips([ClipRequest(0, position, 0) for position in range(60)])
+    starts = [clip.waveform[0].item() * 100 for clip in made]
+    assert 0 <= min(starts) < 1.5
+    assert 6.5 < max(starts) <= 8.001
+    waveform = make_clip(clips, ClipRequest(0, 0, 0)).waveform
+    assert (waveform[-1] - waveform[0]).item() * 100 == pytest.approx(2.0, abs=1e-3)
+
+
+def test_a_short_recording_lies_whole_in_silence(recordings, tiny_experiment):
+    clips = dataset(recordings, tiny_experiment)
+    places = set()
+    for position in range(5):
+        waveform = make_clip(clips, ClipRequest(0, position, 1)).waveform.numpy()
+        first = int(np.flatnonzero(waveform)[0])
+        places.add(first)
+        assert np.array_equal(waveform[first : first + RATE - 1], ramp(1.0)[1:])
+        assert np.count_nonzero(waveform) == RATE - 1
+    assert len(places) > 1
+
+
+def make_sampler(recordings, n_clips, crops=1, sampling="balanced"):
+    return ClipSampler(
+        list(recordings["ebird_code"]), n_clips, sampling, 1, crops_per_recording=crops
+    )
+
+
+def epoch_of(clips, sampler, workers=0):
+    """All batches of an epoch, and what failed."""
+    failures = FailureCounter(clips)
+    return list(iterate_clips(make_loader(clips, sampler, workers), failures)), failures
+
+
+def assert_same(batches, others):
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others, strict=True):
+        assert torch.equal(batch.waveform, other.waveform)
+        assert torch.equal(batch.target, other.target)
+        assert torch.equal(batch.weight, other.weight)
+        assert batch.recordings == other.recordings
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("crops", [1, 3])
+def test_the_number_of_workers_changes_no_clip(recordings, tiny_experiment, noise_file, crops):
+    augment = AugmentConfig(noise_only_probability=0.3)
+    clips = dataset(recordings, tiny_experiment, [noise_file], augment)
+    sampler = make_sampler(recordings, 16, crops)
+    alone, _ = epoch_of(clips, sampler)
+    assert [len(batch.waveform) for batch in alone] == [4, 4, 4, 4]
+    for workers in (1, 2, 4):
+        assert_same(alone, epoch_of(clips, sampler, workers)[0])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_interrupted_epoch_goes_on_where_it_stopped(
+    recordings, tiny_experiment, noise_file, workers
+):
+    clips = dataset(recordings, tiny_experiment, [noise_file], AugmentConfig())
+    sampler = make_sampler(recordings, 16, crops=3)
+    sampler.set_epoch(5)
+    whole, _ = epoch_of(clips, sampler)
+    resumed = make_sampler(recordings, 16, crops=3)
+    resumed.set_epoch(5, start=8)
+    assert len(make_loader(clips, resumed, workers)) == 2
+    assert_same(whole[2:], epoch_of(clips, resumed, workers)[0])
+
+
+def test_a_kept_loader_serves_the_epoch_that_is_set(recordings, tiny_experiment):
+    clips = dataset(recordings, tiny_experiment)
+    sampler = make_sampler(recordings, 8)
+    loader = make_loader(clips, sampler, 1)
+    failures = FailureCounter(clips)
+    epochs = []
+    for epoch in (0, 1, 0):
+        loader.sampler.set_epoch(epoch)
+        epochs.append(list(iterate_clips(loader, failures)))
+    assert_same(epochs[0], epochs[2])
+    assert not torch.equal(epochs[0][0].waveform, epochs[1][0].waveform)
+
+
+def test_a_start_outside_the_epoch_is_refused(recordings):
+    with pytest.raises(ValueError, match="start is 17; an epoch has 16 clips"):
+        make_sampler(recordings, 16).set_epoch(0, start=17)
+
+
+def test_neighbouring_crops_of_a_recording_are_read_in_one_go(recordings, tiny_experiment):
+    reads = []
+
+    def read(path, sample_rate, offsets, duration, downmix=None):
+        reads.append((path, len(offsets)))
+        return read_ramp(path, sample_rate, offsets, duration)
+
+    experiment = replace(tiny_experiment, augment=NO_AUGMENT)
+    clips = ClipDataset(recordings, CLASSES, experiment, read)
+    requests = [ClipRequest(0, position, index) for position, index in enumerate([0, 0, 0, 2, 0])]
+    together = clips.make_clips(requests)
+    assert reads == [("a.wav", 3), ("c.wav", 1), ("a.wav", 1)]
+    starts = {clip.waveform[0].item() for clip in together}
+    assert len(starts) == 5, "each crop has its own place"
+    for request, clip in zip(requests, together, strict=True):
+        assert torch.equal(clip.waveform, make_clip(clips, request).waveform)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_crops_of_one_opened_mp3_equal_the_whole_decode(tmp_path, cached):
+    noise = 0.2 * np.random.default_rng(0).standard_normal(20 * 44_100)
+    soundfile.write(tmp_path / "a.mp3", noise, 44_100, format="MP3")
+    whole = read_audio(tmp_path / "a.mp3", RATE)
+    cache = Cache(tmp_path / "cache", RATE)
+    if cached:
+        cache.write(tmp_path, "a.mp3", [whole])
+    offsets = [12.3456, 0.0, 7.7, len(whole) / RATE - 2]
+    crops = ClipReader(tmp_path, cache.root)("a.mp3", RATE, offsets, 2.0)
+    assert len(crops) == 4
+    for offset, crop in zip(offsets, crops, strict=True):
+        start = round(offset * RATE)
+        np.testing.assert_allclose(crop, whole[start : start + 2 * RATE], atol=1e-4)
+    with pytest.raises(AudioError, match=r"asked for 2 s from 19"):
+        ClipReader(tmp_path, cache.root)("a.mp3", RATE, [0.0, 19.0], 2.0)
+
+
+def test_noise_only_clips_have_no_target(recordings, tiny_experiment, tmp_path):
+    path = tmp_path / "short.wav"
+    soundfile.write(path, np.full(RATE // 2, 0.25), RATE, subtype="FLOAT")
+    always = replace(NO_AUGMENT, noise_only_probability=1.0)
+    clips = dataset(recordings, tiny_experiment, [path], always)
+    clip = make_clip(clips, ClipRequest(0, 0, 0))
+    assert torch.equal(clip.waveform, torch.full((2 * RATE,), 0.25))
+    assert not clip.target.any()
+    assert (clip.weight, clip.recording) == (1.0, "noise")
+
+
+def test_without_noise_files_every_clip_has_its_bird(recordings, tiny_experiment):
+    always = replace(NO_AUGMENT, noise_only_probability=1.0)
+    clip = make_clip(dataset(recordings, tiny_experiment, (), always), ClipRequest(0, 0, 0))
+    assert clip.target[0] == 1
+    assert clip.recording == "a.wav"
+
+
+def test_balanced_sampling_draws_every_class_equally_often():
+    codes = ["amecro"] * 90 + ["bkcchi"] * 9 + ["norcar"]
+    sampler = ClipSampler(codes, 300, "balanced", seed=0)
+    drawn = pd.Series([codes[request.index] for request in sampler]).value_counts()
+    assert (drawn.sub(100).abs() <= 1).all()
+
+
+def test_uniform_sampling_draws_every_recording_once_in_an_epoch():
+    sampler = ClipSampler(["amecro"] * 5 + ["bkcchi"] * 2, None, "uniform", seed=0)
+    assert sorted(request.index for request in sampler) == list(range(7))
+
+
+def test_rated_sampling_takes_unrated_recordings_as_average_ones():
+    weights = recording_weights(["amecro"] * 4, "rated", [5.0, 2.5, 0.0, 0.25])
+    mean = (1.0 + 0.5 + 0.1) / 3
+    np.testing.assert_allclose(weights / weights[0], [1.0, 0.5, mean, 0.1])
+    np.testing.assert_allclose(recording_weights(["amecro"] * 4, "rated", [0.0] * 4), 0.25)
+
+
+def test_ratings_and_balance_combine():
+    codes, ratings = ["amecro", "amecro", "bkcchi"], [5.0, 1.0, 1.0]
+    np.testing.assert_allclose(
+        recording_weights(codes, "balanced+rated", ratings), [5 / 12, 1 / 12, 1 / 2]
+    )
+    sampler = ClipSampler(
+        ebird_codes=codes, n_clips=120, sampling="balanced+rated", seed=0, ratings=ratings
+    )
+    drawn = np.bincount([request.index for request in sampler])
+    assert (np.abs(drawn - [50, 10, 60]) <= 1).all()
+
+
+def test_impossible_sampling_is_refused():
+    with pytest.raises(ValueError, match="sampling is 'best'; choose one of uniform, balanced"):
+        ClipSampler(["amecro"], 1, "best", 0)
+    with pytest.raises(ValueError, match="sampling is 'rated', but there are no ratings"):
+        ClipSampler(["amecro"], 1, "rated", 0)
+
+
+def test_crops_of_a_recording_come_in_a_row_and_the_epoch_keeps_its_length():
+    sampler = ClipSampler([f"c{i}" for i in range(50)], 32, "uniform", 0, crops_per_recording=5)
+    requests = list(sampler)
+    assert [request.position for request in requests] == list(range(32))
+    indices = [request.index for request in requests]
+    assert all(len(set(indices[i : i + 5])) == 1 for i in range(0, 32, 5))
+    assert len(set(indices)) == 7
+
+
+def test_epochs_differ_and_can_be_asked_for_again():
+    sampler = ClipSampler(["amecro"] * 20, None, "uniform", seed=0)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert [r.index for r in first] != [r.index for r in second]
+    sampler.set_epoch(0)
+    assert list(sampler) == first
+
+
+def test_classes_that_a_fold_lacks_are_named_once(recordings, caplog):
+    check_classes(recordings.iloc[:1], recordings.iloc[1:], CLASSES, 3)
+    training, validation = (record.message for record in caplog.records)
+    assert training.startswith(
+        "fold 3 has no training recording of 2 of 3 classes (bkcchi, norcar)"
+    )
+    assert validation.startswith("fold 3 has no validation recording of 1 of 3 classes (amecro)")
+
+
+def test_a_fold_with_all_classes_warns_of_nothing(recordings, caplog):
+    check_classes(recordings, recordings, CLASSES, 0)
+    assert not caplog.records
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+
+def shared_samplers(world_size, batch_size=8, n_clips=30, crops=3):
+    codes = [f"c{number % 4}" for number in range(20)]
+    return [
+        ClipSampler(
+            *(codes, n_clips, "balanced", 1),
+            crops_per_recording=crops,
+            rank=rank,
+            world_size=world_size,
+            batch_size=batch_size,
+        )
+        for rank in range(world_size)
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("start", [0, 8, 24])
+def test_processes_share_each_batch_of_the_one_epoch(world_size, start):
+    samplers = shared_samplers(world_size)
+    whole = ClipSampler(
+        ebird_codes=[f"c{n % 4}" for n in range(20)],
+        n_clips=30,
+        sampling="balanced",
+        seed=1,
+        ratings=None,
+        crops_per_recording=3,
+    )
+    for sampler in (whole, *samplers):
+        sampler.set_epoch(2, start if sampler is not whole else 0)
+    parts = [list(sampler) for sampler in samplers]
+    assert [len(part) for part in parts] == [len(sampler) for sampler in samplers]
+    share = 8 // world_size
+    joined = [
+        request
+        for first in range(0, len(parts[0]), share)
+        for part in parts
+        for request in part[first : first + share]
+    ]
+    assert joined == list(whole)[start:24], "in order, and without the batch that is not full"
+
+
+def test_processes_load_the_batches_of_one(recordings, tiny_experiment, noise_file):
+    clips = dataset(recordings, tiny_experiment, [noise_file], AugmentConfig())
+    codes = list(recordings["ebird_code"])
+    alone, _ = epoch_of(clips, ClipSampler(codes, 10, "balanced", 1, batch_size=4))
+    samplers = [
+        ClipSampler(codes, 10, "balanced", 1, rank=rank, world_size=2, batch_size=4)
+        for rank in (0, 1)
+    ]
+    loaders = [make_loader(clips, sampler, 0, batch_size=2) for sampler in samplers]
+    failures = FailureCounter(clips)
+    halves = [list(iterate_clips(loader, failures)) for loader in loaders]
+    assert [len(half) for half in halves] == [2, 2] == [len(alone), len(loaders[0])]
+    for batch, first, second in zip(alone, *halves, strict=True):
+        assert torch.equal(batch.waveform, torch.cat([first.waveform, second.waveform]))
+        assert torch.equal(batch.target, torch.cat([first.target, second.target]))
+        assert batch.recordings == first.recordings + second.recordings
+
+
+def test_batches_that_cannot_be_shared_are_refused():
+    with pytest.raises(ValueError, match="a batch of 8 cannot be shared by 3 processes"):
+        shared_samplers(3)
+    with pytest.raises(ValueError, match="an epoch of 6 clips is less than one batch of 8"):
+        shared_samplers(2, n_clips=6)
+    with pytest.raises(ValueError, match="a batch of None cannot be shared by 2"):
+        shared_samplers(2, batch_size=None)
+    with pytest.raises(ValueError, match="rank is 2; with 2 it is below that"):
+        ClipSampler(["c"] * 9, None, "uniform", 0, rank=2, world_size=2, batch_size=2)
+
+
+def test_an_epoch_goes_on_only_where_a_batch_starts():
+    sampler = shared_samplers(2)[1]
+    with pytest.raises(ValueError, match="start is 9, within a batch of 8"):
+        sampler.set_epoch(0, start=9)
+    sampler.set_epoch(0, start=30)
+    assert len(sampler) == len(list(sampler)) == 0
+
+
+def test_an_epoch_of_less_than_a_batch_is_one_small_batch(recordings, tiny_experiment):
+    sampler = ClipSampler(list(recordings["ebird_code"]), None, "uniform", 0, batch_size=4)
+    batches, _ = epoch_of(dataset(recordings, tiny_experiment), sampler)
+    assert [len(batch.waveform) for batch in batches] == [3]
+
+
+# --- what a clip is worth, and its channels ------------------------------------------------------
+
+
+def test_a_clips_loss_counts_as_its_recordings_rating(recordings, tiny_experiment):
+    recordings = recordings.assign(rating=[5.0, 2.0, 0.0])
+    train = replace(tiny_experiment.train, rating_loss_weight=True)
+    rated = dataset(recordings, replace(tiny_experiment, train=train))
+    requests = [ClipRequest(0, position, position) for position in range(3)]
+    weights = [clip.weight for clip in rated.make_clips(requests)]
+    assert weights == pytest.approx([1.0, 0.4, 0.7])
+    plain = dataset(recordings, tiny_experiment)
+    assert [clip.weight for clip in plain.make_clips(requests)] == [1.0] * 3
+    sampler = ClipSampler(list(recordings["ebird_code"]), 3, "uniform", 0)
+    batch = epoch_of(rated, sampler)[0][0]
+    expected = dict(zip(recordings["path"], weights, strict=True))
+    assert batch.weight.dtype == torch.float32
+    assert batch.weight.tolist() == pytest.approx([expected[path] for path in batch.recordings])
+
+
+def test_the_recording_that_took_anothers_place_is_named(many, tiny_experiment):
+    clip = make_clip(good_clips(many, tiny_experiment), ClipRequest(0, 0, 3))
+    number = int(clip.recording.removeprefix("good").removesuffix(".wav"))
+    assert clip.waveform[0].item() * 100 == pytest.approx(number + 1, abs=0.1)
+
+
+def test_each_clip_has_its_own_downmix_and_neighbours_with_one_are_read_together(
+    recordings, tiny_experiment
+):
+    reads = []
+
+    def read(path, sample_rate, offsets, duration, downmix):
+        reads.append((len(offsets), downmix))
+        crops = read_ramp(path, sample_rate, offsets, duration)
+        return [crop + np.float32(0 if downmix is None else 1 + downmix) for crop in crops]
+
+    augment = replace(NO_AUGMENT, downmix_probability=0.5)
+    clips = ClipDataset(recordings, CLASSES, replace(tiny_experiment, augment=augment), read)
+    requests = [ClipRequest(0, position, 0) for position in range(40)]
+    together = clips.make_clips(requests)
+    assert sum(n for n, _ in reads) == 40
+    plain = sum(n for n, downmix in reads if downmix is None)
+    assert 10 <= plain <= 30
+    assert any(n > 1 for n, downmix in reads if downmix is None)
+    assert len({downmix for _, downmix in reads if downmix is not None}) == 40 - plain
+    for request, clip in zip(requests, together, strict=True):
+        assert torch.equal(clip.waveform, make_clip(clips, request).waveform)
+
+
+def test_a_downmix_is_the_share_of_the_first_channel(tmp_path):
+    channels = np.repeat([[0.5, 0.1]], RATE, axis=0)
+    soundfile.write(tmp_path / "stereo.wav", channels, RATE, subtype="FLOAT")
+    reader = ClipReader(tmp_path, tmp_path / "cache")
+    for downmix, level in ((None, 0.3), (1.0, 0.5), (0.0, 0.1), (0.25, 0.2)):
+        crop = reader("stereo.wav", RATE, [0.25], 0.5, downmix)[0]
+        assert crop == pytest.approx(np.full(RATE // 2, level), abs=1e-6)
+
+
+def test_decoded_noise_is_kept_where_the_training_data_says(
+    training_data, recordings, tiny_experiment, noise_file, tmp_path
+):
+    assert training_data.noise_store == training_data.read_clip.cache / "noise"
+    always = replace(NO_AUGMENT, noise_only_probability=1.0)
+    experiment = replace(tiny_experiment, augment=always)
+    made = []
+    for store in (None, tmp_path / "store"):
+        clips = ClipDataset(
+            recordings=recordings,
+            classes=CLASSES,
+            experiment=experiment,
+            read_clip=read_ramp,
+            noise_files=[noise_file],
+            noise_store=store,
+        )
+        made.append(make_clip(clips, ClipRequest(0, 0, 0)).waveform)
+    assert torch.equal(*made)
+    assert list((tmp_path / "store").rglob("*.npy"))
+
+
+# --- labels with times ---------------------------------------------------------------------------
+
+
+def test_a_clip_has_the_labels_of_its_own_stretch(recordings, tiny_experiment):
+    recordings = recordings.assign(filename=["XC1.mp3", "XC2.mp3", "XC3.mp3"])
+    rows = [
+        ("XC1.mp3", "amecro", 0.0, 5.0, "heard", 0.9),
+        ("XC1.mp3", "bkcchi", 6.0, 10.0, "heard", 0.9),
+        ("XC2.mp3", "bkcchi", 0.0, 1.0, "heard", 0.9),
+    ]
+    names = ["filename", "ebird_code", "onset", "offset", "state", "probability"]
+    table = pd.DataFrame(rows, columns=names)
+    experiment = replace(tiny_experiment, augment=NO_AUGMENT)
+    clips = ClipDataset(
+        recordings=recordings,
+        classes=CLASSES,
+        experiment=experiment,
+        read_clip=read_ramp,
+        noise_files=(),
+        relabelled=table,
+    )
+    made = clips.make_clips([ClipRequest(0, position, 0) for position in range(60)])
+    starts = np.array([clip.waveform[0].item() * 100 for clip in made])  # of two seconds each
+    targets = np.array([clip.target.tolist() for clip in made])
+    first = np.select([starts <= 4.5, starts < 5], [1.0, UNKNOWN], 0.0)
+    second = np.select([starts >= 4.5, starts > 4], [1.0, UNKNOWN], 0.0)
+    assert np.array_equal(targets, np.stack([first, second, 0 * first], axis=1))
+    assert len(np.unique(targets, axis=0)) >= 4
+    short = make_clip(clips, ClipRequest(0, 0, 1))
+    assert short.target.tolist() == [0.0, 1.0, 0.0], "wherever it lies in its clip"
+    assert make_clip(clips, ClipRequest(0, 0, 2)).target.tolist() == [0.0, 0.0, 1.0]
+
+
+def test_training_data_reads_labels_with_times(training_data, demo_folder, tmp_path):
+    names = ["filename", "ebird_code", "onset", "offset", "state", "probability"]
+    first = training_data.recordings.iloc[0]
+    row = (first["filename"], first["ebird_code"], 0.0, 1.0, "heard", 1.0)
+    labels, reader = tmp_path / "labels.csv", training_data.read_clip
+    pd.DataFrame([row], columns=names).to_csv(labels, index=False)
+    output = reader.cache.parent
+    data = load_training_data(
+        demo_folder, output / "folds.csv", output / "audit.csv", reader.cache, labels=labels
+    )
+    assert data.relabelled["filename"].tolist() == [first["filename"]]
+    assert training_data.relabelled is None
+
+
+def test_a_fold_out_of_range_lists_the_folds(recordings, tmp_path):
+    data = TrainingData(tmp_path, recordings, CLASSES, read_ramp)
+    with pytest.raises(ValueError, match="fold 7 is out of range; the folds are 0, 1"):
+        data.split(7)
+    training, validation = data.split(0)
+    assert set(training["path"]) == {"b.wav", "c.wav"}
+    assert set(validation["path"]) == {"a.wav"}
+
+
+# --- recordings that fail ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many():
+    """Twenty recordings of two classes; the name says which will fail."""
+    names = [f"{'bad' if number in (3, 7) else 'good'}{number}.wav" for number in range(20)]
+    return pd.DataFrame(
+        {
+            "path": names,
+            "ebird_code": ["amecro"] * 10 + ["bkcchi"] * 10,
+            "secondary_codes": [()] * 20,
+            "seconds": 10.0,
+        }
+    )
+
+
+def read_good(path, sample_rate, offsets, duration, downmix=None):
+    if path.startswith("bad"):
+        raise AudioError(Path(path), "cannot be decoded: lost sync")
+    number = int("".join(filter(str.isdigit, path)))
+    level = np.full(round(duration * sample_rate), (number + 1) / 100, dtype=np.float32)
+    return [level + np.float32(offset / 1e5) for offset in offsets]
+
+
+def good_clips(many, experiment, read=read_good, **train):
+    train = replace(experiment.train, **train)
+    experiment = replace(experiment, augment=NO_AUGMENT, train=train)
+    return ClipDataset(many, CLASSES, experiment, read)
+
+
+@pytest.mark.parametrize("crops", [1, 2])
+def test_a_failing_recording_is_replaced_alike_by_any_number_of_workers(
+    many, tiny_experiment, caplog, crops
+):
+    clips = good_clips(many, tiny_experiment)
+    sampler = make_sampler(many, 40, crops, "uniform")
+    alone, failures = epoch_of(clips, sampler)
+    named = [record.message for record in caplog.records]
+    assert sorted(failures.failed) == ["bad3.wav", "bad7.wav"]
+    assert len(named) == 2, "each once, however often it was drawn"
+    assert "recording cannot be read, another is taken: bad" in named[0]
+    assert "cannot be decoded: lost sync" in named[0]
+    assert all(batch.waveform.shape == (4, 2 * RATE) for batch in alone)
+    assert all(batch.waveform.abs().min() > 0 for batch in alone), "no silence in their place"
+    assert not [name for batch in alone for name in batch.recordings if name.startswith("bad")]
+    for workers in (1, 2):
+        others, failed = epoch_of(clips, sampler, workers)
+        assert_same(alone, others)
+        assert sorted(failed.failed) == sorted(failures.failed)
+
+
+def test_the_others_of_a_batch_do_not_change(many, tiny_experiment):
+    requests = [ClipRequest(0, position, index) for position, index in enumerate([2, 3, 3, 4])]
+    made = good_clips(many, tiny_experiment).make_clips(requests)
+    many = many.assign(path=many["path"].str.replace("bad", "good"))
+    healthy = good_clips(many, tiny_experiment).make_clips(requests)
+    for position in (0, 3):
+        assert torch.equal(made[position].waveform, healthy[position].waveform)
+    for position in (1, 2):
+        assert not torch.equal(made[position].waveform, healthy[position].waveform)
+        assert torch.equal(made[position].target, healthy[position].target), "of the same class"
+        assert {failure.path for failure in made[position].failures} <= {"bad3.wav", "bad7.wav"}
+        assert made[position].failures[0].path == "bad3.wav"
+
+
+def test_where_one_crop_of_several_fails_the_others_are_kept(many, tiny_experiment):
+    def read(path, sample_rate, offsets, duration, downmix=None):
+        if path == "good2.wav" and max(offsets) > 4:
+            raise AudioError(Path(path), "decodes only to 4 s of 10 s")
+        return read_good(path.replace("bad", "good"), sample_rate, offsets, duration)
+
+    clips = good_clips(many, tiny_experiment, read)
+    made = clips.make_clips([ClipRequest(0, position, 2) for position in range(8)])
+    levels = np.array([clip.waveform[0].item() * 100 for clip in made])
+    own = np.array([not clip.failures for clip in made])
+    assert 0 < own.sum() < 8
+    assert (levels[own].round(1) == 3.0).all()
+    assert (levels[~own].round(1) != 3.0).all()
+
+
+def test_too_many_failures_stop_the_run_and_name_the_first(many, tiny_experiment):
+    many = many.assign(path=[f"bad{number}.wav" for number in range(10)] + list(many["path"][10:]))
+    clips = good_clips(many, tiny_experiment)
+    with pytest.raises(ValueError) as stopped:
+        epoch_of(clips, make_sampler(many, 40, sampling="uniform"), workers=1)
+    message = str(stopped.value)
+    assert "of 20 recordings could not be read while training (more than 3), so it stops" in message
+    assert message.count(".wav: cannot be decoded: lost sync") == 3
+    assert "\n" not in message
+
+
+def test_the_share_that_may_fail_is_the_experiments(many, tiny_experiment):
+    many = many.assign(path=[f"bad{number}.wav" for number in range(5)] + list(many["path"][5:]))
+    sampler = make_sampler(many, 40, sampling="uniform")
+    _, failures = epoch_of(good_clips(many, tiny_experiment, max_failed_share=0.3), sampler)
+    assert len(failures.failed) == 6
+    with pytest.raises(ValueError, match=r"6 of 20 recordings|4 of 20|5 of 20"):
+        epoch_of(good_clips(many, tiny_experiment, max_failed_share=0.2), sampler)
+
+
+def test_a_clip_that_nothing_can_be_read_for_stops_the_run(many, tiny_experiment):
+    many = many.head(2).assign(path=["bad0.wav", "bad1.wav"])
+    with pytest.raises(ValueError, match=r"2 of 2 recordings could not be read.*bad"):
+        epoch_of(good_clips(many, tiny_experiment), make_sampler(many, 8), workers=1)
+
+
+def test_a_recording_that_vanished_or_shrank_fails_too(tiny_experiment, tmp_path):
+    soundfile.write(tmp_path / "short.wav", np.full(RATE // 2, 0.5), RATE, subtype="FLOAT")
+    recordings = pd.DataFrame(
+        {
+            "path": ["gone.wav", "short.wav"],
+            "ebird_code": ["amecro", "bkcchi"],
+            "secondary_codes": [(), ()],
+            "seconds": [10.0, 1.5],
+        }
+    )
+    reader = ClipReader(tmp_path, tmp_path / "cache")
+    experiment = replace(tiny_experiment, augment=NO_AUGMENT)
+    clips = ClipDataset(recordings, CLASSES, experiment, reader)
+    clip = make_clip(clips, ClipRequest(0, 0, 0))
+    assert (clip.waveform, clip.recording) == (None, "gone.wav")
+    gone, short = (failure.reason for failure in clip.failures)
+    assert re.search(r"No such file.*gone\.wav", gone)
+    assert re.search(r"short\.wav.*has 0\.5 s, had 1\.5 s", short)
+
+
+def test_noise_files_that_fail_are_counted_apart(recordings, tiny_experiment, tmp_path, caplog):
+    noise_files = [tmp_path / f"noise{number}.wav" for number in range(6)]
+    for path in noise_files:
+        path.write_bytes(b"<html>")
+    soundfile.write(noise_files[0], np.full(RATE, 0.25), RATE, subtype="FLOAT")
+    always = replace(NO_AUGMENT, noise_only_probability=1.0)
+    clips = dataset(recordings, tiny_experiment, noise_files, always)
+    with pytest.raises(ValueError, match=r"\d of 6 noise files could not be read.*more than 3"):
+        epoch_of(clips, make_sampler(recordings, 12), workers=1)
+    assert "noise file cannot be read, another is taken: " in caplog.text
+    clips = dataset(recordings, tiny_experiment, noise_files[:2], always)
+    batches, failures = epoch_of(clips, make_sampler(recordings, 12))
+    assert list(failures.failed) == [str(noise_files[1])]
+    assert all((batch.waveform == 0.25).all() for batch in batches)
+
+
+def test_failures_are_counted_once_over_epochs(many, tiny_experiment):
+    failures = FailureCounter(good_clips(many, tiny_experiment))
+    failure = ReadFailure("recording", "bad3.wav", "bad3.wav: lost sync")
+    for _ in range(10):
+        zeros = torch.zeros(1, 1)
+        failures.count(
+            ClipBatch(
+                waveform=zeros,
+                target=zeros,
+                weight=zeros[0],
+                recordings=("bad3.wav",),
+                failures=(failure,),
+            )
+        )
+    assert len(failures.failed) == 1
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def test_workers_that_do_not_fit_are_refused_with_the_number_that_would(tiny_experiment):
+    experiment = replace(
+        tiny_experiment, train=replace(tiny_experiment.train, batch_size=100, clips_per_epoch=None)
+    )
+    batches = 5 * 100 * 2 * RATE * 4  # clips of 2 s, float32
+    each = WORKER_BYTES[multiprocessing.get_start_method()] + batches
+    check_worker_memory(4, experiment, available=4 * each)
+    with pytest.raises(ValueError, match=r"^5 workers need .* GB each.*: 4 would fit; give"):
+        check_worker_memory(5, experiment, available=5 * each - 1)
+    with pytest.raises(ValueError, match="0 would fit; give --workers 0"):
+        check_worker_memory(1, experiment, available=10)
+    check_worker_memory(0, experiment, available=10)
+
+
+def test_workers_that_encode_clips_take_more(tiny_experiment):
+    plain = replace(tiny_experiment, augment=NO_AUGMENT)
+    each = WORKER_BYTES[multiprocessing.get_start_method()] + 5 * 4 * 2 * RATE * 4
+    check_worker_memory(2, plain, available=2 * each)
+    for name in ("mp3", "pitch", "tempo"):
+        augment = replace(NO_AUGMENT, **{f"{name}_probability": 0.1})
+        with pytest.raises(ValueError, match=r"give --workers \d$"):
+            check_worker_memory(2, replace(plain, augment=augment), available=2 * each)
+
+
+def test_processes_that_share_a_batch_have_workers_each(tiny_experiment):
+    experiment = replace(
+        tiny_experiment, train=replace(tiny_experiment.train, batch_size=100, clips_per_epoch=None)
+    )
+    each = WORKER_BYTES[multiprocessing.get_start_method()] + 5 * 50 * 2 * RATE * 4
+    check_worker_memory(3, experiment, processes=2, available=6 * each)
+    with pytest.raises(ValueError, match="3 would fit"):
+        check_worker_memory(4, experiment, processes=2, available=8 * each - 1)
+
+
+def test_a_worker_takes_no_more_than_is_reckoned_with(recordings, tiny_experiment):
+    """What a forked worker has of its own, beside what it shares (Private_Dirty of Linux)."""
+    if not Path("/proc/self/smaps_rollup").exists() or sys.platform != "linux":
+        pytest.skip("the kernel does not say what a process has of its own")
+    train = replace(tiny_experiment.train, batch_size=64, clips_per_epoch=None)
+    clips = dataset(recordings, replace(tiny_experiment, train=train))
+    sampler = ClipSampler(list(recordings["ebird_code"]), 64 * 6, "uniform", 0)
+    loader = make_loader(clips, sampler, 1, "fork")
+    own = 0
+    for _ in iterate_clips(loader, FailureCounter(clips)):
+        rollup = Path(f"/proc/{loader._iterator._workers[0].pid}/smaps_rollup").read_text()
+        own = max(own, int(re.search(r"Private_Dirty: +(\d+) kB", rollup)[1]) * 1024)
+    batches = BATCHES_PER_WORKER * 64 * 2 * RATE * 4
+    assert batches / 5 < own < WORKER_BYTES["fork"] + batches
+
+
+# --- what a worker is ----------------------------------------------------------------------------
+
+WORKER = """
+import json, os, sys
+from pathlib import Path
+import numpy as np, pandas as pd, torch
+from threadpoolctl import threadpool_info
+from birdcall.config import AugmentConfig
+from birdcall.experiments import find_experiment
+from birdcall.data.dataset import ClipDataset
+from birdcall.data.targets import ClipSampler
+from birdcall.data.loader import (FailureCounter, iterate_clips, make_loader)
+
+NOISE, FOUND = map(Path, sys.argv[1:3])
+
+def read(path, sample_rate, offsets, duration, downmix=None):
+    found = {
+        "modules": sorted(sys.modules), "pid": os.getpid(), "torch": torch.get_num_threads(),
+        "pools": [pool["num_threads"] for pool in threadpool_info()],
+    }
+    FOUND.write_text(json.dumps(found))
+    return [np.full(round(duration * sample_rate), 0.1, np.float32) for _ in offsets]
+
+if __name__ == "__main__":
+    recordings = pd.DataFrame({"path": ["a"] * 4, "ebird_code": ["amecro"] * 4,
+                               "secondary_codes": [()] * 4, "seconds": [99.0] * 4})
+    augment = AugmentConfig(
+        noise_probability=1, noise_only_probability=0, color_noise_probability=1,
+        low_pass_probability=1, short_noise_probability=1, mp3_probability=0,
+    )
+    from dataclasses import replace
+    experiment = find_experiment("small_gru")
+    experiment = replace(
+        experiment, augment=augment, train=replace(experiment.train, batch_size=2)
+    )
+    clips = ClipDataset(recordings, ["amecro"], experiment, read, [NOISE])
+    sampler = ClipSampler(["amecro"] * 4, 8, "uniform", 0)
+    loader = make_loader(clips, sampler, 1, sys.argv[3])
+    batches = list(iterate_clips(loader, FailureCounter(clips)))
+    assert len(batches) == 4
+    print(os.getpid())
+"""
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "fork"])
+def test_a_worker_imports_no_librosa_and_has_one_thread(start_method, noise_file, tmp_path):
+    script, found = tmp_path / "load.py", tmp_path / "found.json"
+    script.write_text(WORKER)
+    command = [sys.executable, str(script), str(noise_file), str(found), start_method]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    worker = json.loads(found.read_text())
+    assert worker["pid"] != int(done.stdout)
+    heavy = {"librosa", "numba", "audiomentations", "scipy.signal", "sklearn", "timm", "matplotlib"}
+    assert not heavy & set(worker["modules"])
+    assert "birdcall.data.augment" in worker["modules"]
+    assert worker["torch"] == 1
+    assert worker["pools"]
+    assert set(worker["pools"]) == {1}

@@ -1,0 +1,169 @@
+"""Noise is drawn from anywhere in any file, the same with a store, without one, or a full one."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from birdcall.audio.reading import read_audio
+from birdcall.data import noise as noise_files
+from birdcall.data.noise import NoiseFiles, NothingReadableError
+
+RATE = 32_000
+
+
+def power_db(waveform):
+    return 10 * np.log10(np.mean(np.square(waveform, dtype=np.float64)))
+
+
+def write_noise(path: Path, seconds: float, sample_rate: int = RATE, seed: int = 1) -> Path:
+    noise = 0.05 * np.random.default_rng(seed).standard_normal(round(seconds * sample_rate))
+    soundfile.write(path, noise, sample_rate)
+    return path
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A short file, one of another rate and an mp3 long enough for three pieces."""
+    write_noise(tmp_path / "a.wav", 1.0)
+    write_noise(tmp_path / "b.flac", 5.0, 44_100, seed=2)
+    write_noise(tmp_path / "c.mp3", 9.5, 22_050, seed=3)
+    return [tmp_path / name for name in ("a.wav", "b.flac", "c.mp3")]
+
+
+@pytest.fixture(autouse=True)
+def _short_pieces(monkeypatch):
+    monkeypatch.setattr(noise_files, "PIECE_SECONDS", 3.0)
+
+
+def draw(noise, n_clips=30, n_samples=2 * RATE):
+    failures = []
+    drawn = [noise.draw(n_samples, np.random.default_rng(n), failures) for n in range(n_clips)]
+    assert not failures
+    assert all(stretch.dtype == np.float32 and stretch.shape == (n_samples,) for stretch in drawn)
+    return np.stack(drawn)
+
+
+def test_store_or_none_empty_or_full_or_not_to_be_written_gives_the_same_to_the_bit(
+    files, tmp_path, monkeypatch, caplog
+):
+    expected = draw(NoiseFiles(files, RATE))
+    store = tmp_path / "store"
+    for _ in range(2):  # it fills, then it is there
+        assert np.array_equal(draw(NoiseFiles(files, RATE, store)), expected)
+    assert len(list(store.rglob("*.npy"))) == 1 + 1 + 3
+    assert not caplog.records
+    closed = tmp_path / "closed"
+    closed.write_text("a file in the store's place")
+    assert np.array_equal(draw(NoiseFiles(files, RATE, closed)), expected)
+    assert caplog.text.count("decoded noise is no longer kept") == 1
+    for name, value in (("STORE_BYTES", -1), ("MIN_FREE_BYTES", 1 << 60)):
+        with monkeypatch.context() as patch:
+            patch.setattr(noise_files, name, value)
+            full = tmp_path / f"full by {name}"
+            assert np.array_equal(draw(NoiseFiles(files, RATE, full)), expected)
+            assert bool(list(full.rglob("*.npy"))) is False
+    monkeypatch.setattr(noise_files, "MEMORY_BYTES", 0)
+    assert np.array_equal(draw(NoiseFiles(files, RATE)), expected)
+
+
+def test_what_is_drawn_is_a_stretch_of_the_file_in_its_right_place(files, tmp_path):
+    whole = read_audio(files[1], RATE)
+    for stretch in draw(NoiseFiles(files[1:2], RATE, tmp_path / "store"), 5, RATE):
+        spectrum = np.fft.rfft(whole, 1 << 19) * np.fft.rfft(stretch, 1 << 19).conj()
+        start = int(np.fft.irfft(spectrum).argmax())
+        # mp3, another rate: read by a seek, and rounded to 16 bits
+        np.testing.assert_allclose(stretch, whole[start : start + RATE], atol=1e-4)
+
+
+def test_a_decoded_file_is_not_opened_again(files, tmp_path, monkeypatch):
+    store = tmp_path / "store"
+    for noise in (NoiseFiles(files, RATE, store), NoiseFiles(files, RATE)):
+        expected = draw(noise)
+        with monkeypatch.context() as patch:
+            patch.setattr(noise_files, "read_audio", None)
+            assert np.array_equal(draw(noise), expected)
+    monkeypatch.setattr(noise_files, "read_audio", None)
+    assert np.array_equal(draw(NoiseFiles(files, RATE, store)), expected), "another process"
+
+
+def test_a_changed_file_is_decoded_anew_and_the_old_one_leaves_the_store(files, tmp_path):
+    store = tmp_path / "store"
+    before = draw(NoiseFiles(files[:1], RATE, store))
+    write_noise(files[0], 2.5, seed=9)
+    after = draw(NoiseFiles(files[:1], RATE, store))
+    assert not np.array_equal(before, after)
+    assert np.array_equal(after, draw(NoiseFiles(files[:1], RATE)))
+    assert len(list(store.rglob("*.npy"))) == 1
+
+
+def test_files_of_one_name_in_two_folders_are_two(tmp_path):
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        write_noise(tmp_path / str(number) / "a.wav", 2.0, seed=number)
+    paths = [tmp_path / str(number) / "a.wav" for number in range(2)]
+    drawn = [draw(NoiseFiles([path], RATE, tmp_path / "store"), 1) for path in paths]
+    assert not np.array_equal(*drawn)
+
+
+def test_memory_without_a_store_is_bounded(files, monkeypatch):
+    monkeypatch.setattr(noise_files, "MEMORY_BYTES", 5 * RATE * 2)
+    noise = NoiseFiles(files, RATE)
+    draw(noise)
+    assert 0 < sum(samples.nbytes for samples, _ in noise.memory.values()) <= 5 * RATE * 2
+
+
+def test_short_noise_is_repeated_and_long_noise_starts_anywhere(tmp_path):
+    path = tmp_path / "ramp.wav"
+    ramp = np.float32(np.arange(RATE) / RATE)
+    soundfile.write(path, ramp, RATE, subtype="FLOAT")
+    for store in (None, tmp_path / "store"):
+        noise = NoiseFiles([path], RATE, store)
+        whole = noise.draw(3 * RATE, np.random.default_rng(0), [])
+        np.testing.assert_allclose(whole, np.tile(ramp, 3), atol=2e-5)
+        starts = [noise.draw(RATE // 4, np.random.default_rng(seed), [])[0] for seed in range(30)]
+        assert min(starts) < 0.1
+        assert 0.6 < max(starts) < 0.76
+
+
+def test_all_pieces_of_a_long_file_are_drawn_from(tmp_path):
+    path = tmp_path / "ramp.wav"
+    soundfile.write(path, np.arange(10 * RATE) / (10 * RATE), RATE, subtype="FLOAT")
+    starts = 10 * draw(NoiseFiles([path], RATE), 80, RATE)[:, 0]
+    counts = np.histogram(starts, bins=[0, 10 / 3, 20 / 3, 10])[0]
+    assert counts.min() > 15
+    assert starts.max() <= 9
+
+
+def test_a_broken_noise_file_is_named_and_another_taken(tmp_path):
+    good, broken = write_noise(tmp_path / "good.wav", 5.0), tmp_path / "broken.wav"
+    broken.write_bytes(b"<html>not found</html>")
+    noise = NoiseFiles([broken, good], RATE, tmp_path / "store")
+    drawn = []
+    for seed in range(20):
+        failures = []
+        assert power_db(noise.draw(RATE, np.random.default_rng(seed), failures)) > -40
+        drawn.append([failure.path for failure in failures])
+    assert [str(broken)] in drawn
+    assert [] in drawn
+
+
+def test_noise_of_which_nothing_can_be_read_is_an_error(tmp_path):
+    failures = []
+    absent = NoiseFiles([tmp_path / "a.wav", tmp_path / "b.wav"], RATE)
+    with pytest.raises(NothingReadableError, match="none of 2 noise files can be read"):
+        absent.draw(RATE, np.random.default_rng(0), failures)
+    assert {failure.reason for failure in failures} == {
+        f"{tmp_path / name}: no such file" for name in ("a.wav", "b.wav")
+    }
+
+
+def test_a_look_at_the_store_comes_after_so_many_writes(files, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(noise_files, "LOOK_EVERY", 2)
+    monkeypatch.setattr(noise_files, "STORE_BYTES", 1000)
+    with caplog.at_level(logging.WARNING):
+        draw(NoiseFiles(files, RATE, tmp_path / "store"))
+    assert len(list((tmp_path / "store").rglob("*.npy"))) == 2
+    assert "it has 0.0 GB" in caplog.text

@@ -1,0 +1,117 @@
+"""Calibration makes scores probabilities, class by class, and moves rare classes little."""
+
+import numpy as np
+import pytest
+from scipy.special import expit, logit
+from sklearn.linear_model import LogisticRegression
+
+from birdcall.data.augment import UNKNOWN
+from birdcall.evaluation import calibration as module
+from birdcall.evaluation.calibration import fit_calibration, fit_scale_and_offset
+from birdcall.evaluation.metrics import expected_calibration_error
+from birdcall.inference.decision import calibrate
+
+
+def distorted(n_recordings=2000, n_classes=20, seed=0):
+    """Targets, and scores that say them at the wrong level, differently in each class."""
+    generator = np.random.default_rng(seed)
+    true_logit = generator.normal(-3, 2, (n_recordings, n_classes))
+    targets = (generator.random(true_logit.shape) < expit(true_logit)).astype(np.float32)
+    scale = np.exp(generator.normal(0.3, 0.2, n_classes))
+    offset = generator.normal(0.8, 0.5, n_classes)
+    scores = expit((true_logit - offset) / scale)
+    return scores.astype(np.float32), targets, scale, offset
+
+
+def log_loss(scores, targets):
+    clipped = np.clip(scores, 1e-7, 1 - 1e-7)
+    return -np.mean(targets * np.log(clipped) + (1 - targets) * np.log(1 - clipped))
+
+
+def test_a_known_distortion_is_found():
+    scores, targets, scale, offset = distorted(20_000)
+    found_scale, found_offset = fit_scale_and_offset(scores, targets)
+    assert found_scale == pytest.approx(scale, rel=0.1)
+    assert found_offset == pytest.approx(offset, abs=0.2)
+
+
+def test_error_and_loss_fall_on_recordings_that_it_was_not_fitted_on():
+    scores, targets, _, _ = distorted()
+    found = fit_scale_and_offset(scores[:1000], targets[:1000])
+    before, after = scores[1000:], calibrate(scores[1000:], *found)
+    truth = targets[1000:] > 0
+    errors = [expected_calibration_error(truth, one) for one in (before, after)]
+    assert errors[1] < 0.3 * errors[0]
+    assert log_loss(after, truth) < log_loss(before, truth)
+
+
+def test_the_ranking_within_a_class_stays():
+    scores, targets, _, _ = distorted()
+    after = calibrate(scores, *fit_scale_and_offset(scores, targets))
+    for column in range(scores.shape[1]):
+        order = np.argsort(scores[:, column], kind="stable")
+        assert (np.diff(after[order, column]) >= 0).all()
+
+
+def test_with_a_wide_prior_it_is_a_logistic_regression_of_each_class(monkeypatch):
+    monkeypatch.setattr(module, "LOG_SCALE_SPREAD", 50.0)
+    monkeypatch.setattr(module, "OFFSET_SPREAD", 50.0)
+    scores, targets, _, _ = distorted(1500, 3)
+    scale, offset = fit_scale_and_offset(scores, targets)
+    for column in range(3):
+        reference = LogisticRegression(C=np.inf, tol=1e-8, max_iter=1000)
+        z = logit(np.clip(scores[:, [column]].astype(float), 1e-7, 1 - 1e-7))
+        reference.fit(z, targets[:, column])
+        assert scale[column] == pytest.approx(reference.coef_[0, 0], rel=0.01)
+        assert offset[column] == pytest.approx(reference.intercept_[0], abs=0.02)
+
+
+def test_a_class_without_birds_moves_less_than_its_data_alone_would_say():
+    scores, targets, _, _ = distorted(300)
+    targets[:, 0] = 0
+    scale, offset = fit_scale_and_offset(scores, targets)
+    shared_scale, shared_offset = np.exp(np.log(scale[1:]).mean()), offset[1:].mean()
+    assert abs(np.log(scale[0] / shared_scale)) < 3 * module.LOG_SCALE_SPREAD
+    assert abs(offset[0] - shared_offset) < 4 * module.OFFSET_SPREAD
+    assert np.isfinite([*scale, *offset]).all()
+
+
+def test_a_class_that_no_recording_tells_of_gets_what_all_share():
+    scores, targets, _, _ = distorted(500, 4)
+    targets[:, 0] = UNKNOWN
+    scale, offset = fit_scale_and_offset(scores, targets)
+    rest_scale, rest_offset = fit_scale_and_offset(scores[:, 1:], targets[:, 1:])
+    assert scale[1:] == pytest.approx(rest_scale, rel=1e-3)
+    assert offset[1:] == pytest.approx(rest_offset, abs=1e-3)
+    assert min(rest_scale) < scale[0] < max(rest_scale)
+    assert min(rest_offset) < offset[0] < max(rest_offset)
+
+
+def test_cells_that_may_be_either_and_rows_of_nobody_are_left_out():
+    scores, targets, _, _ = distorted(400, 5)
+    generator = np.random.default_rng(0)
+    unknown = generator.random(targets.shape) < 0.1
+    nobody = np.arange(400) % 7 == 0
+    marked, missing = targets.copy(), scores.copy()
+    marked[unknown] = UNKNOWN
+    missing[nobody] = np.nan
+    spoilt = np.where(unknown, 1 - scores, missing)
+    first = fit_scale_and_offset(missing, marked)
+    second = fit_scale_and_offset(spoilt, marked)
+    assert np.allclose(first, second)
+    kept = fit_scale_and_offset(scores[~nobody], marked[~nobody])
+    assert np.allclose(first, kept, atol=1e-3)
+
+
+def test_clip_and_frame_are_fitted_apart():
+    scores, targets, _, _ = distorted(400, 3)
+    found = fit_calibration(scores, calibrate(scores, (2.0,) * 3, (1.0,) * 3), targets)
+    assert found.frame_scale == pytest.approx(np.array(found.clip_scale) / 2, rel=0.05)
+    assert found.frame_offset != found.clip_offset
+
+
+def test_nothing_to_fit_on_is_an_error():
+    with pytest.raises(ValueError, match="no out-of-fold recording"):
+        fit_scale_and_offset(np.full((3, 2), np.nan), np.zeros((3, 2)))
+    with pytest.raises(ValueError, match="framewise has shape"):
+        fit_calibration(np.zeros((3, 2)), np.zeros((3, 3)), np.zeros((3, 2)))

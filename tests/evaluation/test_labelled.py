@@ -1,0 +1,329 @@
+"""Labelled soundscapes: the competition's example files, and anyone's Raven selection tables."""
+
+import shutil
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+
+from birdcall.config import SEGMENT_SECONDS
+from birdcall.evaluation.labelled import hear_labelled, read_truth
+from birdcall.evaluation.metrics import row_f1_scores
+from birdcall.evaluation.predictions import label_times
+from birdcall.evaluation.tables import event_rows
+from birdcall.inference.decision import Decision
+from birdcall.inference.ensemble import load_ensemble
+from birdcall.inference.tables import Event, write_raven_table
+from birdcall.kaggle.test_set import find_audio, read_labelled_soundscapes
+from birdcall.taxonomy import all_species
+
+KNOWN = [species.ebird_code for species in all_species()]
+HEADER = "Selection\tView\tChannel\tBegin Time (s)\tEnd Time (s)\tSpecies Code\n"
+
+
+def write_noise(path, seconds, rate=32_000):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = 0.1 * np.random.default_rng(len(path.name)).standard_normal(round(seconds * rate))
+    soundfile.write(path, noise.astype("f4"), rate)
+
+
+def known_of(data):
+    return list(dict.fromkeys((*data.classes, *KNOWN)))
+
+
+@pytest.fixture
+def ravens(tmp_path):
+    """Two recordings with Raven tables, one without."""
+    folder = tmp_path / "mine"
+    write_noise(folder / "dawn.wav", 23.0)
+    write_noise(folder / "night" / "quiet.flac", 12.0)
+    write_noise(folder / "unlabelled.wav", 6.0)
+    events = [Event("amecro", 1.0, 2.0, 1.0), Event("norcar", 4.0, 6.0, 1.0)]
+    write_raven_table(folder / "dawn.Table.1.selections.txt", events)
+    (folder / "night" / "quiet.txt").write_text(HEADER)
+    return folder
+
+
+# --- times to rows -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "onset, offset, segments",
+    [
+        (1.0, 2.0, [0]),
+        (4.0, 6.0, [0, 1]),
+        (4.6, 7.0, [1]),  # 0.4 s in the first
+        (4.5, 7.0, [0, 1]),  # half a second in the first
+        (4.8, 5.2, [0, 1]),  # half of it in either
+        (4.9, 5.2, [1]),
+        (3.0, 16.0, [0, 1, 2, 3]),
+        (5.0, 5.0, [1]),  # a click
+        (14.9, 30.0, [3]),
+    ],
+)
+def test_half_a_second_or_half_of_an_event_counts(onset, offset, segments):
+    truth = label_times(np.array([onset]), np.array([offset]), columns=[1], n_segments=4, n_known=3)
+    assert np.flatnonzero(truth[:, 1]).tolist() == segments
+    assert not truth[:, [0, 2]].any()
+
+
+def test_the_example_s_rows_follow_from_its_annotations_in_the_demo(demo_folder):
+    truth = read_truth([demo_folder], KNOWN)
+    for name, rows in truth.rows.groupby("recording"):
+        own = truth.annotations[truth.annotations["recording"] == name]
+        columns = [KNOWN.index(code) for code in own["ebird_code"]]
+        found = label_times(
+            own["onset"].to_numpy(),
+            own["offset"].to_numpy(),
+            columns=columns,
+            n_segments=len(rows),
+            n_known=len(KNOWN),
+        )
+        expected = [sorted(birds) for birds in rows["birds"]]
+        assert [sorted(KNOWN[k] for k in np.flatnonzero(row)) for row in found] == expected
+
+
+# --- what members hear ---------------------------------------------------------------------------
+
+
+def test_the_examples_are_heard_and_every_label_stands_at_its_segment(
+    demo_folder, training_data, trained_runs
+):
+    ensemble = load_ensemble(trained_runs[:2])
+    known = known_of(training_data)
+    heard = hear_labelled(ensemble, [demo_folder], known)
+    rows = read_labelled_soundscapes(demo_folder, KNOWN)
+    scores = heard.scores
+    assert scores.member_names == ("other-fold0", "other-fold1")
+    assert scores.labelled.sum() == len(rows)
+    assert set(scores.segments["group"]) == set(rows["filename"])
+    place = {
+        (recording, seconds): row
+        for row, (recording, seconds) in enumerate(
+            zip(scores.segments["recording"], scores.segments["seconds"], strict=True)
+        )
+    }
+    for row in rows.itertuples():
+        birds = {known[k] for k in np.flatnonzero(scores.truth[place[row.filename, row.seconds]])}
+        assert birds == set(row.birds)
+    in_rows = Counter(label for labels in rows["foreign_labels"] for label in labels)
+    table = pd.read_csv(demo_folder / "example_test_audio_metadata.csv")
+    in_annotations = Counter(code for code in table["ebird_code"] if code not in known)
+    assert in_rows != in_annotations
+    assert heard.foreign == in_rows | in_annotations
+    assert set(heard.frames) == set(heard.annotations["recording"])
+    name = rows["filename"].iloc[0]
+    path = find_audio(demo_folder / "example_test_audio", name)
+    assert heard.paths[name] == path
+    own = (scores.segments["recording"] == name).to_numpy()
+    np.testing.assert_allclose(scores.clipwise[:, own], heard.frames[name].clipwise, atol=1e-6)
+
+
+def test_raven_tables_label_recordings_as_a_whole(ravens, trained_runs, training_data, caplog):
+    known = known_of(training_data)
+    heard = hear_labelled(load_ensemble(trained_runs[:1]), [ravens], known)
+    scores = heard.scores
+    assert list(scores.segments["recording"]) == ["dawn"] * 5 + ["night/quiet"] * 3
+    assert scores.labelled.all()
+    birds = [{known[k] for k in np.flatnonzero(row)} for row in scores.truth]
+    assert birds == [{"amecro", "norcar"}, {"norcar"}, *[set()] * 6]
+    assert "unlabelled.wav: no Raven selection table" in caplog.text
+    assert list(heard.annotations["ebird_code"]) == ["amecro", "norcar"]
+
+
+def test_both_layouts_are_heard_together(ravens, demo_folder, trained_runs, training_data):
+    known = known_of(training_data)
+    heard = hear_labelled(load_ensemble(trained_runs[:1]), [demo_folder, ravens], known)
+    assert heard.scores.segments["recording"].nunique() == 2 + 2
+    with pytest.raises(ValueError, match="dawn is in another folder of soundscapes too"):
+        read_truth([ravens, ravens], known)
+
+
+def test_names_of_species_are_known_and_others_counted(ravens):
+    (ravens / "dawn.Table.1.selections.txt").write_text(
+        HEADER.replace("Species Code", "Species")
+        + "1\tSpectrogram 1\t1\t1.0\t2.0\tAmerican Crow\n"
+        + "2\tSpectrogram 1\t1\t6.0\t7.0\tred squirrel\n"
+        + "3\tSpectrogram 1\t1\t11.0\t12.0\tCardinalis cardinalis\n"
+    )
+    truth = read_truth([ravens], KNOWN)
+    birds = truth.rows[truth.rows["recording"] == "dawn"]["birds"]
+    assert list(birds) == [("amecro",), (), ("norcar",), (), ()]
+    assert truth.foreign == Counter({"red squirrel": 1})
+
+
+def test_a_selection_after_the_end_is_left_out_and_said(ravens, caplog):
+    late = [Event("amecro", 22.0, 40.0, 1.0), Event("norcar", 30.0, 31.0, 1.0)]
+    write_raven_table(ravens / "dawn.Table.1.selections.txt", late)
+    truth = read_truth([ravens], KNOWN)
+    assert truth.annotations[["onset", "offset"]].to_numpy().tolist() == [[22.0, 23.0]]
+    assert "a selection at 30 s is after the end of its recording (23 s)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "line, complaint",
+    [
+        ("1\tS\t1\t5.0\t4.0\tamecro\n", r"dawn\.Table\.1\.selections\.txt, line 2: .*end before"),
+        ("1\tS\t1\tearly\t4.0\tamecro\n", r"selections\.txt, line 2: .*early"),
+        ("1\tS\t1\t-1.0\t4.0\tamecro\n", r"selections\.txt, line 2: .*begin before 0"),
+    ],
+)
+def test_a_selection_that_cannot_be_meant_is_named(ravens, line, complaint):
+    (ravens / "dawn.Table.1.selections.txt").write_text(HEADER + line)
+    with pytest.raises(ValueError, match=complaint):
+        read_truth([ravens], KNOWN)
+
+
+def test_a_folder_without_labels_is_named(tmp_path):
+    write_noise(tmp_path / "some" / "a.wav", 5)
+    with pytest.raises(FileNotFoundError, match=r"neither example_test_audio_summary\.csv nor"):
+        read_truth([tmp_path / "some"], KNOWN)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        read_truth([tmp_path / "nowhere"], KNOWN)
+    assert hear_labelled(None, [], KNOWN) is None
+
+
+def test_a_second_time_nothing_is_heard(
+    ravens, demo_folder, trained_runs, training_data, tmp_path, monkeypatch
+):
+    known, ensemble = known_of(training_data), load_ensemble(trained_runs[:2])
+    first = hear_labelled(ensemble, [demo_folder, ravens], known, tmp_path / "heard")
+    monkeypatch.setattr("birdcall.evaluation.prediction_cache.score_sounds", None)
+    again = hear_labelled(ensemble, [demo_folder, ravens], known, tmp_path / "heard")
+    assert np.array_equal(again.scores.clipwise, first.scores.clipwise)
+    assert list(again.frames) == list(first.frames)
+    for name, scores in first.frames.items():
+        assert np.array_equal(again.frames[name].frames, scores.frames)
+        assert np.array_equal(again.frames[name].framewise, scores.framewise)
+
+
+def test_birds_named_where_a_table_is_empty_are_false_events(ravens, trained_runs, training_data):
+    known = known_of(training_data)
+    heard = hear_labelled(load_ensemble(trained_runs[:1]), [ravens], known)
+    assert list(heard.frames) == ["dawn", "night/quiet"]
+    of_dawn = replace(heard, frames={"dawn": heard.frames["dawn"]})
+    everything = Decision(clip_threshold=0.0, frame_threshold=0.0, max_birds=3)
+    with_quiet, without = (event_rows("x", one, everything) for one in (heard, of_dawn))
+    # Three birds in each second of twelve more, none of them there.
+    assert with_quiet[0]["metric"] == "segment_f1"
+    assert 0 < with_quiet[0]["value"] < without[0]["value"]
+    assert (with_quiet[0]["recordings"], without[0]["recordings"]) == (2, 1)
+
+
+# --- rows that are missing, doubled or too many --------------------------------------------------
+
+
+@pytest.fixture
+def examples(demo_folder, tmp_path):
+    """A copy of the demo's labelled soundscapes, to be spoilt."""
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    shutil.copytree(demo_folder / "example_test_audio", folder / "example_test_audio")
+    for name in ("example_test_audio_summary.csv", "example_test_audio_metadata.csv"):
+        shutil.copy(demo_folder / name, folder / name)
+    return folder
+
+
+def change_rows(folder, change, name="example_test_audio_summary.csv"):
+    table = pd.read_csv(folder / name, keep_default_na=False, dtype=str)
+    change(table).to_csv(folder / name, index=False)
+
+
+def test_rows_that_are_missing_are_heard_and_not_scored(
+    examples, trained_runs, training_data, caplog
+):
+    change_rows(examples, lambda table: table.drop(index=[1, 2]))
+    heard = hear_labelled(load_ensemble(trained_runs[:1]), [examples], known_of(training_data))
+    assert (~heard.scores.labelled).sum() == 2
+    assert "2 of its 6 segments are not labelled and not scored" in caplog.text
+
+
+def test_rows_beyond_the_end_are_left_out_and_counted(
+    examples, trained_runs, training_data, caplog
+):
+    def longer(table):
+        last = table.iloc[[0]].assign(filename_seconds="beyond", seconds="500")
+        return pd.concat([table, last])
+
+    change_rows(examples, longer)
+    heard = hear_labelled(load_ensemble(trained_runs[:1]), [examples], known_of(training_data))
+    assert heard.scores.labelled.sum() == len(read_labelled_soundscapes(examples)) - 1
+    assert "1 labelled rows lie beyond its end" in caplog.text
+
+
+def test_a_doubled_row_is_named_with_its_line(examples, trained_runs, training_data):
+    change_rows(examples, lambda table: pd.concat([table, table.iloc[[0]]]))
+    n_lines = len(pd.read_csv(examples / "example_test_audio_summary.csv")) + 1
+    with pytest.raises(ValueError, match=rf"summary\.csv, line {n_lines}: filename_seconds"):
+        hear_labelled(load_ensemble(trained_runs[:1]), [examples], known_of(training_data))
+
+
+def test_the_same_segment_under_two_names_is_named_with_its_line(examples):
+    def again(table):
+        return pd.concat([table, table.iloc[[0]].assign(filename_seconds="other name")])
+
+    change_rows(examples, again)
+    with pytest.raises(ValueError, match=r"summary\.csv, line \d+: seconds is '5'"):
+        read_truth([examples], KNOWN)
+
+
+def test_an_annotation_that_ends_before_it_begins_is_named_with_its_line(examples):
+    def turn(table):
+        table.loc[3, ["time_start", "time_end"]] = ["9.0", "8.0"]
+        return table
+
+    change_rows(examples, turn, "example_test_audio_metadata.csv")
+    with pytest.raises(ValueError, match=r"metadata\.csv, line 5: time_end is '8\.0'; the ann"):
+        read_truth([examples], KNOWN)
+
+
+def test_a_soundscape_without_its_recording_is_left_out_and_named(
+    examples, trained_runs, training_data, caplog
+):
+    gone, damaged = sorted((examples / "example_test_audio").iterdir())
+    gone.unlink()
+    known = known_of(training_data)
+    heard = hear_labelled(load_ensemble(trained_runs[:1]), [examples], known)
+    assert heard.scores.segments["recording"].nunique() == 1
+    assert gone.name.split(".")[0] in caplog.text
+    damaged.write_bytes(b"<html></html>")
+    assert hear_labelled(load_ensemble(trained_runs[:1]), [examples], known) is None
+    assert damaged.name in caplog.text
+
+
+# --- the real ones -------------------------------------------------------------------------------
+
+
+def test_all_nocall_scores_what_is_known_of_the_real_soundscapes(cornell_mini):
+    truth = read_truth([cornell_mini], KNOWN)
+    expected = {"ORANGE-7-CAP_20190606_093000": 0.533, "SSW52": 0.617}
+    assert set(truth.paths) == set(expected)
+    for name, rows in truth.rows.groupby("recording"):
+        matrix = np.array([[code in birds for code in KNOWN] for birds in rows["birds"]])
+        score = row_f1_scores(matrix, np.zeros_like(matrix)).mean()
+        assert score == pytest.approx(expected[name], abs=0.0005)
+
+
+def test_labels_outside_the_classes_are_counted_in_the_real_annotations(cornell_mini):
+    foreign = read_truth([cornell_mini], KNOWN).foreign
+    assert foreign == Counter({"squirrel": 66, "mouqua": 44, "unk": 7, "hawo": 1})
+
+
+def test_the_real_annotations_agree_with_the_real_rows(cornell_mini):
+    truth = read_truth([cornell_mini], KNOWN)
+    rows = truth.rows[truth.rows["recording"].str.startswith("ORANGE")]
+    touched = {
+        (int(seconds // SEGMENT_SECONDS), one.ebird_code)
+        for one in truth.annotations.itertuples()
+        for seconds in np.arange(one.onset, one.offset, 0.05)
+    }
+    labelled = {
+        (int(row.seconds // SEGMENT_SECONDS) - 1, bird)
+        for row in rows.itertuples()
+        for bird in row.birds
+    }
+    assert labelled
+    assert len(labelled & touched) / len(labelled) > 0.9

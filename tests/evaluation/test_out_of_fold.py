@@ -1,0 +1,105 @@
+"""Every run hears the recordings that it was not trained on, and all of it can be read back."""
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from birdcall.audio.reading import AudioError, read_audio
+from birdcall.evaluation.out_of_fold import KEYS, hear_out_of_fold, write_oof_parquet
+from birdcall.inference.engine import score_waveforms
+from birdcall.inference.ensemble import load_ensemble
+from birdcall.training.validation import VALIDATION_SECONDS, score_out_of_fold
+
+
+@pytest.fixture(scope="module")
+def heard(training_data, trained_runs):
+    return hear_out_of_fold(load_ensemble(trained_runs), training_data)
+
+
+def test_every_recording_is_heard_by_the_run_that_did_not_train_on_it(
+    heard, training_data, trained_runs
+):
+    assert list(heard) == ["other", "tiny"]
+    part = heard["tiny"]
+    rng = np.random.default_rng(0)
+    for row in rng.choice(len(training_data.recordings), 6, replace=False):
+        recording = training_data.recordings.iloc[row]
+        (folder,) = [
+            one for one in trained_runs if one.parts[-2:] == ("tiny", f"fold{recording['fold']}")
+        ]
+        waveform = read_audio(training_data.folder / recording["path"], 32_000)
+        assert len(waveform) < VALIDATION_SECONDS * 32_000
+        expected = score_waveforms(load_ensemble([folder]), {32_000: waveform})
+        own = (part.segments["row"] == row).to_numpy()
+        assert set(part.segments["path"][own]) == {recording["path"]}
+        assert set(part.segments["fold"][own]) == {recording["fold"]}
+        assert list(part.segments["seconds"][own]) == [
+            5.0 * (k + 1) for k in range(expected.clipwise.shape[1])
+        ]
+        np.testing.assert_allclose(part.clipwise[own], expected.clipwise[0], atol=1e-5)
+        np.testing.assert_allclose(part.framewise[own], expected.framewise[0], atol=1e-5)
+
+
+def test_of_recordings_is_the_highest_segment_as_in_training(heard, training_data, trained_runs):
+    clipwise, framewise = heard["tiny"].of_recordings(len(training_data.recordings))
+    assert not np.isnan(clipwise).any()
+    assert (framewise >= clipwise - 1e-6).mean() > 0.5
+    of_fold = (training_data.recordings["fold"] == 0).to_numpy()
+    (folder,) = [one for one in trained_runs if one.parts[-2:] == ("tiny", "fold0")]
+    expected = score_out_of_fold(
+        load_ensemble([folder]), training_data.recordings[of_fold], training_data.folder
+    )
+    np.testing.assert_allclose(clipwise[of_fold], expected, atol=1e-5)
+
+
+def test_recordings_that_no_run_held_out_are_nan(training_data, trained_runs):
+    of_fold = [folder for folder in trained_runs if folder.name == "fold1"]
+    heard = hear_out_of_fold(load_ensemble(of_fold), training_data)
+    clipwise, _ = heard["other"].of_recordings(len(training_data.recordings))
+    missing = np.isnan(clipwise).all(axis=1)
+    assert np.array_equal(missing, (training_data.recordings["fold"] == 0).to_numpy())
+    assert not np.isnan(clipwise[~missing]).any()
+
+
+def test_a_second_time_it_is_read(training_data, trained_runs, heard, tmp_path, monkeypatch):
+    ensemble = load_ensemble(trained_runs)
+    hear_out_of_fold(ensemble, training_data, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
+    monkeypatch.setattr("birdcall.evaluation.prediction_cache.score_sounds", None)
+    again = hear_out_of_fold(ensemble, training_data, tmp_path)
+    for name, part in heard.items():
+        np.testing.assert_allclose(again[name].clipwise, part.clipwise, atol=1e-6)
+        pd.testing.assert_frame_equal(again[name].segments, part.segments)
+
+
+def test_a_recording_that_does_not_decode_is_named(training_data, trained_runs, monkeypatch):
+    broken = training_data.recordings["path"].iloc[0]
+
+    def open_recording(path, limit_seconds):
+        def read(sample_rates):
+            if str(path).endswith(broken):
+                raise AudioError(path, "is no sound")
+            return {32_000: np.zeros(32_000, np.float32)}
+
+        return read
+
+    monkeypatch.setattr("birdcall.evaluation.out_of_fold.open_recording", open_recording)
+    with pytest.raises(AudioError, match=broken):
+        hear_out_of_fold(load_ensemble(trained_runs), training_data)
+
+
+def test_the_parquet_has_every_segment_and_every_class(heard, training_data, tmp_path):
+    path = tmp_path / "oof.parquet"
+    write_oof_parquet(path, list(heard.values()), training_data.classes)
+    table = pd.read_parquet(path)
+    assert list(table.columns) == [*KEYS, *training_data.classes]
+    assert len(table) == 2 * sum(len(part.segments) for part in heard.values())
+    for name, part in heard.items():
+        for output in ("clipwise", "framewise"):
+            own = table[(table["experiment"] == name) & (table["output"] == output)]
+            assert np.array_equal(own[list(training_data.classes)], getattr(part, output))
+            assert np.array_equal(own["seconds"], part.segments["seconds"])
+            assert list(own["path"]) == list(part.segments["path"])
+    assert pq.ParquetFile(path).num_row_groups >= 4  # an experiment at a time
+    assert [one.name for one in tmp_path.iterdir()] == ["oof.parquet"]

@@ -1,0 +1,233 @@
+"""Tables say what independent computations say, and what is not known stays away."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import (
+    average_precision_score,
+    f1_score,
+    label_ranking_average_precision_score,
+    roc_auc_score,
+)
+
+from birdcall.data.augment import UNKNOWN
+from birdcall.evaluation.labelled import Labelled
+from birdcall.evaluation.metrics import row_f1_scores
+from birdcall.evaluation.predictions import HeldOutScores, segments_of
+from birdcall.evaluation.tables import (
+    decided_rows,
+    event_rows,
+    out_of_fold_rows,
+    per_class_table,
+    ranked_rows,
+    share_weights,
+    terminal_table,
+    tidy_table,
+    wide_table,
+)
+from birdcall.inference.decision import Decision
+from birdcall.inference.engine import SegmentScores
+from birdcall.inference.windows import FRAMES_PER_SEGMENT
+
+
+def scores_of(seed=0, n_recordings=6, n_rows=12, n_classes=5, n_known=6):
+    """Two members that know something."""
+    generator = np.random.default_rng(seed)
+    total = n_recordings * n_rows
+    truth = generator.random((total, n_known)) < 0.12
+    heard = generator.normal(-2, 1, (2, total, n_classes)) + 3 * truth[:, :n_classes]
+    clipwise = (1 / (1 + np.exp(-heard))).astype(np.float32)
+    parts = [
+        segments_of(f"s{k}", n_rows, is_labelled=True, group=f"s{k}") for k in range(n_recordings)
+    ]
+    return HeldOutScores(
+        segments=pd.concat(parts, ignore_index=True),
+        truth=truth,
+        clipwise=clipwise,
+        framewise=clipwise**0.8,
+        member_names=("a", "b"),
+        classes=tuple(f"bird{k}" for k in range(n_classes)),
+    )
+
+
+def values_of(rows):
+    return {row["metric"]: row["value"] for row in rows}
+
+
+@pytest.fixture
+def scores():
+    return scores_of()
+
+
+def test_what_was_named_is_scored_as_scikit_learn_does(scores):
+    named = scores.decide(Decision(0.4, 0.4))
+    truth = scores.labelled_truth
+    found = values_of(decided_rows("x", 2, sound="labelled", scores=scores, named=named))
+    with_nocall = [np.hstack([m, ~m.any(axis=1, keepdims=True)]) for m in (truth, named)]
+    assert found["row_wise_f1"] == pytest.approx(f1_score(*with_nocall, average="samples"))
+    assert found["precision"] == pytest.approx((truth & named).sum() / named.sum())
+    assert found["recall"] == pytest.approx((truth & named).sum() / truth.sum())
+    empty = ~truth.any(axis=1)
+    expected = named[empty].sum() / empty.sum()
+    assert found["false_birds_per_nocall_row"] == pytest.approx(expected)
+    assert found["nocall_share_named"] == pytest.approx((~named.any(axis=1)).mean())
+
+
+def test_f1_has_an_interval_that_holds_it(scores):
+    rows = decided_rows("x", 2, sound="labelled", scores=scores, named=scores.decide(Decision()))
+    assert rows[0]["low"] < rows[0]["value"] < rows[0]["high"]
+    assert (rows[0]["rows"], rows[0]["recordings"]) == (72, 6)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.54, 0.9])
+def test_weights_give_the_score_at_another_share_of_nocall(scores, share):
+    truth = scores.labelled_truth
+    weights = share_weights(truth, share)
+    named = scores.decide(Decision())
+    f1 = row_f1_scores(truth, named)
+    empty = ~truth.any(axis=1)
+    mixed = share * f1[empty].mean() + (1 - share) * f1[~empty].mean()
+    found = values_of(
+        decided_rows("x", 2, sound="simulated", scores=scores, named=named, weights=weights)
+    )
+    assert found["row_wise_f1"] == pytest.approx(mixed)
+    nothing = values_of(
+        decided_rows("x", 0, sound="simulated", scores=scores, named=named & False, weights=weights)
+    )
+    assert nothing["row_wise_f1"] == pytest.approx(share)
+    assert weights.mean() == pytest.approx(1)
+
+
+def test_rows_of_one_kind_weigh_the_same():
+    assert (share_weights(np.zeros((4, 2), bool), 0.5) == 1).all()
+    assert (share_weights(np.ones((4, 2), bool), 0.5) == 1).all()
+
+
+def test_rankings_are_those_of_scikit_learn_over_classes_that_occur(scores):
+    scores.truth[:, 3] = False
+    found = values_of(ranked_rows("x", 2, "labelled", scores))
+    truth = scores.labelled_truth[:, :5]
+    probability = scores.framewise.mean(axis=0)
+    occurs = [0, 1, 2, 4]
+    expected = np.mean([average_precision_score(truth[:, k], probability[:, k]) for k in occurs])
+    assert found["macro_ap"] == pytest.approx(expected)
+    expected = np.mean([roc_auc_score(truth[:, k], probability[:, k]) for k in occurs])
+    assert found["macro_auc"] == pytest.approx(expected)
+    some = truth.any(axis=1)
+    expected = label_ranking_average_precision_score(
+        truth[some], probability[some], sample_weight=truth[some].sum(axis=1)
+    )
+    assert found["lwlrap"] == pytest.approx(expected)
+
+
+def test_secondary_labels_are_no_mistakes_of_a_class():
+    generator = np.random.default_rng(0)
+    targets = (generator.random((40, 3)) < 0.3).astype(float)
+    targets[targets.sum(axis=1) == 0, 0] = 1
+    scores = generator.random((40, 3)).astype(np.float32)
+    unknown = (targets == 0) & (generator.random((40, 3)) < 0.2)
+    marked = np.where(unknown, UNKNOWN, targets)
+    expected = [
+        average_precision_score(targets[~unknown[:, k], k] > 0, scores[~unknown[:, k], k])
+        for k in range(3)
+    ]
+    found = values_of(out_of_fold_rows("x", 1, clipwise=scores, targets=marked, calibrated=None))
+    assert found["macro_ap"] == pytest.approx(np.mean(expected))
+    spoilt = np.where(unknown, 1 - scores, scores)
+    again = values_of(out_of_fold_rows("x", 1, clipwise=spoilt, targets=marked, calibrated=None))
+    for metric in ("macro_ap", "macro_auc", "ece"):
+        assert again[metric] == pytest.approx(found[metric])
+
+
+def test_recordings_that_nobody_held_out_are_not_counted():
+    generator = np.random.default_rng(0)
+    targets = np.eye(3)[generator.integers(3, size=30)]
+    scores = np.clip(targets * 0.6 + 0.3 * generator.random((30, 3)), 0, 1)
+    scores[::5] = np.nan
+    found = out_of_fold_rows("x", 1, clipwise=scores, targets=targets, calibrated=scores / 2)
+    assert found[0]["recordings"] == 24
+    values = values_of(found)
+    assert values["top1"] == values["macro_ap"] == values["macro_auc"] == 1.0
+    assert values["ece_calibrated"] != values["ece"]
+    assert "ece_calibrated" not in values_of(
+        out_of_fold_rows("x", 1, clipwise=scores, targets=targets, calibrated=None)
+    )
+
+
+def labelled_events():
+    """One recording of two segments with an event from 1 to 3 s, which is heard exactly."""
+    frames = np.zeros((2, 2 * FRAMES_PER_SEGMENT), np.float32)
+    frames[0, FRAMES_PER_SEGMENT // 5 : 3 * FRAMES_PER_SEGMENT // 5] = 0.9
+    clipwise = np.array([[[0.9, 0.1], [0.1, 0.1]]], np.float32)
+    segments = segments_of("s", 2, is_labelled=True, group="s")
+    truth = np.array([[True, False], [False, False]])
+    scores = HeldOutScores(
+        segments=segments,
+        truth=truth,
+        clipwise=clipwise,
+        framewise=clipwise,
+        member_names=("a",),
+        classes=("bird0", "bird1"),
+    )
+    annotations = pd.DataFrame(
+        [("s", 1.0, 3.0, "bird0")], columns=["recording", "onset", "offset", "ebird_code"]
+    )
+    heard = SegmentScores(clipwise, clipwise, frames, 10.0)
+    return Labelled(
+        scores=scores, annotations=annotations, frames={"s": heard}, foreign=None, paths={}
+    )
+
+
+def test_detected_events_are_scored_by_annotations():
+    labelled = labelled_events()
+    assert values_of(event_rows("x", labelled, Decision())) == {"segment_f1": 1.0, "event_f1": 1.0}
+    late = labelled.annotations.assign(onset=1.6, offset=3.6)
+    found = values_of(event_rows("x", replace(labelled, annotations=late), Decision()))
+    assert found["event_f1"] == 0.0  # 0.6 s off, and the collar is half a second
+    # Segments 1 and 2 are named, 1, 2 and 3 are true.
+    assert found["segment_f1"] == pytest.approx(2 * 2 / (2 + 3))
+    near = labelled.annotations.assign(onset=1.4, offset=3.4)
+    found = values_of(event_rows("x", replace(labelled, annotations=near), Decision()))
+    assert found["event_f1"] == 1.0
+
+
+def test_the_short_table_has_a_line_per_name_and_fits_a_terminal(scores):
+    rows = []
+    for name in ("small_gru", "small_attention_normed", "ensemble", "all nocall"):
+        named = scores.decide(Decision())
+        for sound in ("simulated", "simulated 50%", "simulated 60%", "simulated 80%", "labelled"):
+            rows += decided_rows(name, 2, sound=sound, scores=scores, named=named)
+        rows += ranked_rows(name, 2, "labelled", scores)
+    table = tidy_table(rows)
+    wide = wide_table(table)
+    assert list(wide["name"]) == ["small_gru", "small_attention_normed", "ensemble", "all nocall"]
+    assert "recordings: AP" not in wide  # nothing is known of it
+    text = terminal_table(table)
+    assert max(map(len, text.splitlines())) <= 160
+    low, high = rows[0]["low"], rows[0]["high"]
+    assert f"{rows[0]['value']:.3f} [{low:.3f}, {high:.3f}]" in text
+
+
+def test_a_class_has_its_support_and_its_share_of_right_names(scores):
+    generator = np.random.default_rng(0)
+    targets = np.eye(5)[generator.integers(5, size=40)]
+    out_of_fold = generator.random((40, 5))
+    named = scores.decide(Decision(0.4, 0.4))
+    table = per_class_table(
+        scores.classes,
+        targets,
+        out_of_fold=out_of_fold,
+        simulated=scores,
+        named=named,
+        labelled=scores,
+    )
+    truth = scores.labelled_truth[:, :5]
+    assert list(table["recordings"]) == targets.sum(axis=0).tolist()
+    assert list(table["simulated_rows"]) == truth.sum(axis=0).tolist()
+    k = 2
+    expected = (truth[:, k] & named[:, k]).sum() / named[:, k].sum()
+    assert table["simulated_precision"][k] == pytest.approx(expected)
+    expected = average_precision_score(truth[:, k], scores.framewise.mean(axis=0)[:, k])
+    assert table["labelled_ap"][k] == pytest.approx(expected)

@@ -1,0 +1,133 @@
+"""An exported model says what the model says, or there is no file."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import birdcall.inference.export as export
+from birdcall.benchmark.inference import spread_outputs
+from birdcall.experiments import EXPERIMENTS
+from birdcall.inference.engine import score_waveforms
+from birdcall.inference.ensemble import load_ensemble, load_member
+from birdcall.inference.export import ExportError, export_onnx, probe_windows
+from birdcall.inference.windows import Listening
+from birdcall.models.checkpoint import Checkpoint, load_model, save_checkpoint
+from birdcall.models.onnx import ONNX_FILE, open_session
+from birdcall.models.sed import build_model
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+RATE = 32_000
+
+
+def noise(seconds, seed=0):
+    return 0.1 * np.random.default_rng(seed).standard_normal(round(seconds * RATE)).astype("f4")
+
+
+@pytest.fixture
+def run(trained_runs, tmp_path):
+    """A copy of a trained run that a test may add files to."""
+    model, checkpoint = load_model(trained_runs[0])
+    save_checkpoint(tmp_path / "run", model, checkpoint)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("listening", [Listening(), Listening(3, 1.5)], ids=["plain", "wide"])
+def test_an_ensemble_takes_the_export_and_scores_as_torch_does(run, listening):
+    torch_scores = score_waveforms(load_ensemble([run], listening=listening), {RATE: noise(33)})
+    assert export_onnx(run, run / ONNX_FILE, listening) < 1e-5
+    ensemble = load_ensemble([run], listening=listening)
+    assert ensemble.members[0].export == run / ONNX_FILE
+    scores = score_waveforms(ensemble, {RATE: noise(33)})
+    for name in ("clipwise", "framewise", "frames"):
+        np.testing.assert_allclose(
+            getattr(scores, name), getattr(torch_scores, name), atol=1e-5, err_msg=name
+        )
+        assert not np.array_equal(getattr(scores, name), np.zeros_like(getattr(scores, name)))
+
+
+def test_the_runtime_and_not_torch_scores_where_there_is_an_export(run, monkeypatch):
+    export_onnx(run, run / ONNX_FILE)
+    ensemble = load_ensemble([run])
+    monkeypatch.setattr(ensemble.members[0].model, "features", None)
+    assert score_waveforms(ensemble, {RATE: noise(12)}).clipwise.shape[1] == 3
+
+
+def test_an_export_scores_the_same_to_the_bit_in_any_company(run):
+    export_onnx(run, run / ONNX_FILE)
+    ensemble = load_ensemble([run])
+    one = score_waveforms(ensemble, {RATE: noise(42)})
+    torch.set_num_threads(3)
+    other = score_waveforms(load_ensemble([run]), {RATE: noise(42)})
+    assert np.array_equal(one.clipwise, other.clipwise)
+    assert np.array_equal(one.frames, other.frames)
+
+
+@pytest.mark.parametrize("change", ["weights", "listening"])
+def test_an_export_of_another_state_is_not_taken(run, change, caplog):
+    export_onnx(run, run / ONNX_FILE)
+    if change == "weights":
+        model, checkpoint = load_model(run)
+        with torch.no_grad():
+            model.head.detection.bias.add_(1)
+        save_checkpoint(run, model, checkpoint)
+    member = load_member(run, Listening(2) if change == "listening" else Listening())
+    assert member.export is None
+    assert "torch runs in its place" in caplog.text
+
+
+def test_an_export_that_is_no_model_is_named(run):
+    (run / ONNX_FILE).write_bytes(b"<html>")
+    with pytest.raises(ValueError, match=r"model.onnx: not a model that ONNX Runtime reads"):
+        load_ensemble([run])
+
+
+def test_a_waveform_goes_in_where_that_is_asked_for(run, tmp_path):
+    """As another program would use it: nothing but ONNX Runtime and samples."""
+    path = tmp_path / "whole.onnx"
+    export_onnx(run, path, source="waveform")
+    waveforms = np.stack([noise(5, seed) for seed in range(3)])
+    session = open_session(path)
+    clipwise, framewise = session.run(["clipwise", "framewise"], {"waveform": waveforms})
+    with torch.inference_mode():
+        said = load_model(run)[0](torch.from_numpy(waveforms))
+    np.testing.assert_allclose(clipwise[:, 0], said.clipwise, atol=1e-4)
+    np.testing.assert_allclose(framewise[:, 0], said.framewise.amax(dim=2), atol=1e-4)
+    about = json.loads(session.get_modelmeta().custom_metadata_map["birdcall"])
+    assert about["classes"] == list(load_model(run)[1].classes)
+    assert about["input"] == "waveform"
+
+
+@pytest.mark.parametrize("damage", [1e-3, float("nan")])
+def test_an_export_that_says_something_else_is_refused_and_not_written(run, damage, monkeypatch):
+    """The exported copy has other weights than torch runs."""
+    real = export._Exported
+
+    def damaged(model, *rest):
+        import copy
+
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other.head.detection.bias.add_(4 * damage)
+        return real(other, *rest)
+
+    monkeypatch.setattr(export, "_Exported", damaged)
+    with pytest.raises(ExportError, match="differ from torch's by"):
+        export_onnx(run, run / ONNX_FILE)
+    assert not list(run.glob("*.onnx"))
+    assert not list(run.glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(EXPERIMENTS))
+def test_every_experiment_can_be_exported(name, tmp_path):
+    experiment = EXPERIMENTS[name]
+    torch.manual_seed(0)
+    classes = tuple(f"bird{number}" for number in range(264))
+    model = build_model(experiment, len(classes))
+    spread_outputs(model, probe_windows(experiment.frontend.sample_rate))
+    save_checkpoint(tmp_path, model, Checkpoint(experiment, classes, 0))
+    assert export_onnx(tmp_path, tmp_path / ONNX_FILE) <= 1e-4

@@ -1,0 +1,82 @@
+"""Sound of any length becomes windows, whatever blocks it comes in."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from birdcall.inference.windows import SEGMENT_BY_SEGMENT, End, Listening, Window, cut_windows
+
+RATE = 100
+
+
+def ramp(seconds, rate=RATE):
+    return np.arange(1, round(seconds * rate) + 1, dtype=np.float32)
+
+
+def cut(sound, listening=SEGMENT_BY_SEGMENT):
+    *windows, end = cut_windows(sound, listening)
+    assert isinstance(end, End)
+    assert all(isinstance(window, Window) for window in windows)
+    return windows, end.seconds
+
+
+def test_twelve_seconds_are_three_segments_the_last_one_padded():
+    windows, seconds = cut({RATE: ramp(12.3)})
+    assert seconds == pytest.approx(12.3)
+    joined = np.concatenate([window.waveforms[RATE] for window in windows])
+    assert joined.shape == (1500,)
+    assert np.array_equal(joined[:1230], ramp(12.3))
+    assert not joined[1230:].any()
+    assert [window.n_segments for window in windows] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("seconds, n_windows", [(0.01, 1), (4.99, 1), (5.0, 1), (5.01, 2), (10, 2)])
+def test_a_window_begins_only_where_there_is_sound(seconds, n_windows):
+    assert len(cut({RATE: ramp(seconds)})[0]) == n_windows
+
+
+def test_a_window_hears_what_is_before_and_after_its_segments():
+    windows, _ = cut({RATE: ramp(23)}, Listening(2, 1.5))
+    assert [window.n_segments for window in windows] == [2, 2, 1]
+    padded = np.concatenate([np.zeros(150), ramp(23), np.zeros(2000)]).astype("f4")
+    for number, window in enumerate(windows):
+        start = number * 1000
+        assert np.array_equal(window.waveforms[RATE], padded[start : start + 1300])
+
+
+@given(
+    st.integers(1, 4000),
+    st.lists(st.integers(1, 900), min_size=1, max_size=6),
+    st.integers(1, 3),
+    st.sampled_from([0.0, 0.1, 2.5, 7.0]),
+)
+def test_blocks_do_not_change_the_windows(n_samples, cuts, window_segments, context):
+    """Two rates, cut into blocks of the same length in time."""
+    listening = Listening(window_segments, context)
+    sound = {RATE: ramp(n_samples / RATE), 2 * RATE: ramp(n_samples / RATE, 2 * RATE)}
+    edges = np.unique(np.minimum(np.cumsum([0, *cuts, n_samples]), n_samples))
+    blocks = [
+        {rate: one[a * rate // RATE : b * rate // RATE] for rate, one in sound.items()}
+        for a, b in pairwise(edges)
+    ]
+    (whole, end), (parts, end_of_parts) = cut(sound, listening), cut(iter(blocks), listening)
+    assert end == end_of_parts == pytest.approx(n_samples / RATE)
+    assert [window.n_segments for window in whole] == [window.n_segments for window in parts]
+    for one, other in zip(whole, parts, strict=True):
+        for rate in sound:
+            assert np.array_equal(one.waveforms[rate], other.waveforms[rate])
+
+
+@pytest.mark.parametrize("context", [-1.0, 0.05, 0.123])
+def test_context_is_a_whole_number_of_frames(context):
+    with pytest.raises(ValueError, match="context_seconds"):
+        Listening(1, context)
+
+
+@pytest.mark.parametrize("n", [0, -1, 1.5])
+def test_a_window_has_at_least_one_segment(n):
+    with pytest.raises(ValueError, match="window_segments"):
+        Listening(n)

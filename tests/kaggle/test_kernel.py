@@ -1,0 +1,381 @@
+"""The real kernel script, in a fresh process without network, on data and packages with faults.
+
+Each fault ends in a valid submission, or in a non-zero exit code with a line that says why; where a
+file can be written at all, a valid all-nocall one lies there even then.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import safetensors.torch
+import soundfile
+import torch
+
+from birdcall.inference.decision import Decision, write_decision
+from birdcall.kaggle.kernel import DECISION_FILE, EXAMPLE_SUBMISSION
+from birdcall.kaggle.manifest import MANIFEST_FILE, find_changes, make_manifest
+from birdcall.kaggle.packaging import rehearse, run_as_kaggle, stage_package
+from birdcall.kaggle.submission import SUMMARY_FILE
+from birdcall.models.checkpoint import load_model, read_checkpoint, save_checkpoint
+
+SCRIPT = Path(__file__).resolve().parents[2] / "kernels" / "submission" / "submission.py"
+RATE = 32_000
+
+
+@pytest.fixture(scope="module")
+def built(trained_runs, tmp_path_factory):
+    """A package of two members that hear a bird or two everywhere."""
+    build = tmp_path_factory.mktemp("build")
+    runs = trained_runs[::-1][:2]
+    checkpoints = [read_checkpoint(run) for run in runs]
+    members = tuple(one.name for one in checkpoints)
+    decision = Decision(
+        0.0, 0.0, max_birds=2, file_threshold=0.0, classes=checkpoints[0].classes, members=members
+    )
+    stage_package(runs, decision, script=SCRIPT, build=build, owner="somebody")
+    return build
+
+
+@pytest.fixture
+def build(built, tmp_path):
+    """A copy of the package that a test may damage."""
+    shutil.copytree(built, tmp_path / "build")
+    return tmp_path / "build"
+
+
+def write_rows(data, rows):
+    pd.DataFrame(rows, columns=["site", "row_id", "seconds", "audio_id"]).to_csv(
+        data / "test.csv", index=False
+    )
+    (data / "sample_submission.csv").write_text("row_id,birds\n")
+
+
+def rows_of(name, seconds=10, site="site_1"):
+    return [(site, f"{site}_{name}_{end}", end, name) for end in range(5, seconds + 5, 5)]
+
+
+def write_sound(path, seconds=10.0, rate=RATE, channels=1):
+    generator = np.random.default_rng(0)
+    path.parent.mkdir(exist_ok=True)
+    soundfile.write(path, generator.normal(0, 0.1, (round(seconds * rate), channels)), rate)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Two recordings of ten seconds, and one of site 3."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    names = ("aa", "bb", "cc")
+    for name in names:
+        write_sound(folder / "test_audio" / f"{name}.wav")
+    rows = [*rows_of("aa"), *rows_of("bb"), ("site_3", "site_3_cc", None, "cc")]
+    write_rows(folder, rows)
+    return folder
+
+
+def read_labels(working, data):
+    """The labels by row_id of a submission that must be valid."""
+    expected = pd.read_csv(data / "test.csv")["row_id"]
+    written = pd.read_csv(working / "submission.csv")
+    assert list(written.columns) == ["row_id", "birds"]
+    assert list(written["row_id"]) == list(expected)
+    assert not written["birds"].isna().any()
+    return dict(zip(written["row_id"], written["birds"], strict=True))
+
+
+def read_summary(working):
+    return json.loads((working / SUMMARY_FILE).read_text())
+
+
+def fails(build, data, working, complaint, **options):
+    """Run the kernel, which must exit with an error whose last line says so."""
+    with pytest.raises(ValueError, match=r"kernel failed with exit code [1-9]") as caught:
+        run_as_kaggle(build, data, working, **options)
+    assert complaint in str(caught.value)
+
+
+def test_a_sound_kernel_labels_every_row_and_says_how(built, data, tmp_path):
+    log = run_as_kaggle(built, data, tmp_path / "working")
+    labels = read_labels(tmp_path / "working", data)
+    assert all(len(text.split()) == 2 for text in labels.values())
+    summary = read_summary(tmp_path / "working")
+    assert summary["failed"] == summary["late"] == []
+    assert summary["left_out"] == {}
+    assert summary["birds_per_row"] == {"2": 5}
+    members = json.loads((built / "dataset" / DECISION_FILE).read_text())["members"]
+    assert list(summary["members"]) == members  # in the decision's order: the best one first
+    for name in ("aa", "bb", "cc"):
+        (line,) = (line for line in log.splitlines() if f" {name}: " in line)
+        assert "x real time" in line
+    assert "5 rows: 5 with 2 birds; 2 members; 3 recordings, 0 failed" in log
+
+
+# --- the data ------------------------------------------------------------------------------------
+
+FAULTY = {
+    "missing": "no recording of this audio_id",
+    "empty": "cannot be decoded",
+    "html": "cannot be decoded",
+    "outside": "leads out of",
+}
+SOUND = ("truncated", "tenth", "stereo", "good")
+
+
+@pytest.fixture(scope="module")
+def faulty(built, tmp_path_factory):
+    """One run over recordings with each of the faults, and a good one among them."""
+    folder = tmp_path_factory.mktemp("faulty")
+    data, working = folder / "data", folder / "working"
+    audio = data / "test_audio"
+    audio.mkdir(parents=True)
+    (audio / "empty.mp3").touch()
+    (audio / "html.mp3").write_text("<html>not found</html>")
+    write_sound(audio / "tenth.wav", 0.1)
+    write_sound(audio / "stereo.wav", 10, 192_000, 2)
+    write_sound(audio / "good.wav")
+    write_sound(audio / "whole.mp3", 30)
+    content = (audio / "whole.mp3").read_bytes()
+    (audio / "truncated.mp3").write_bytes(content[: len(content) // 3])
+    write_sound(folder / "secret.wav")
+    (audio / "outside.wav").symlink_to(folder / "secret.wav")
+    write_rows(data, [row for name in (*FAULTY, *SOUND) for row in rows_of(name, 30)])
+    log = run_as_kaggle(built, data, working)
+    return read_labels(working, data), read_summary(working), log
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_a_recording_that_cannot_be_heard_says_nocall_and_is_named(faulty, name):
+    labels, summary, log = faulty
+    assert {labels[row[1]] for row in rows_of(name, 30)} == {"nocall"}
+    assert name in summary["failed"]
+    (line,) = (line for line in log.splitlines() if FAULTY[name] in line and name in line)
+    assert "its rows say nocall" in line
+
+
+@pytest.mark.parametrize(
+    "name, n_rows", [("truncated", 2), ("tenth", 1), ("stereo", 2), ("good", 2)]
+)
+def test_what_there_is_of_a_recording_is_labelled(faulty, name, n_rows):
+    labels, summary, _ = faulty
+    texts = [labels[row[1]] for row in rows_of(name, 30)]
+    assert all(len(text.split()) == 2 for text in texts[:n_rows])
+    assert set(texts[n_rows:]) == {"nocall"}
+    assert name not in summary["failed"]
+
+
+def test_without_test_audio_the_examples_are_heard(built, data, demo_folder, tmp_path):
+    """As when the kernel is saved on Kaggle, before it is scored."""
+    shutil.rmtree(data / "test_audio")
+    for name in ("example_test_audio", "example_test_audio_summary.csv"):
+        (data / name).symlink_to(demo_folder / name)
+    log = run_as_kaggle(built, data, tmp_path / "working")
+    assert set(read_labels(tmp_path / "working", data).values()) == {"nocall"}
+    examples = pd.read_csv(tmp_path / "working" / EXAMPLE_SUBMISSION)
+    truth = pd.read_csv(demo_folder / "example_test_audio_summary.csv")
+    assert list(examples["row_id"]) == list(truth["filename_seconds"])
+    assert (examples["birds"] != "nocall").all()
+    assert "test_audio is not there" in log
+    assert len(read_summary(tmp_path / "working")["members"]) == 2
+
+
+def test_without_any_audio_it_fails(built, data, tmp_path):
+    shutil.rmtree(data / "test_audio")
+    fails(built, data, tmp_path / "working", "nothing to run the models on")
+    assert set(read_labels(tmp_path / "working", data).values()) == {"nocall"}
+
+
+def test_recordings_that_all_fail_are_no_success(built, data, tmp_path):
+    for path in (data / "test_audio").iterdir():
+        path.write_text("<html>")
+    fails(built, data, tmp_path / "working", "no member has heard anything (3 recordings failed")
+    assert set(read_labels(tmp_path / "working", data).values()) == {"nocall"}
+
+
+def test_three_rows_with_columns_that_nobody_knows(built, data, tmp_path):
+    table = pd.read_csv(data / "test.csv", dtype=str)[:3]
+    table.insert(0, "filename_seconds", "x")
+    table["new"] = "<b>"
+    table.to_csv(data / "test.csv", index=False)
+    run_as_kaggle(built, data, tmp_path / "working")
+    assert "nocall" not in read_labels(tmp_path / "working", data).values()
+
+
+def test_site_3_alone(built, data, tmp_path):
+    write_rows(data, [("site_3", "site_3_cc", None, "cc"), ("site_3", "site_3_aa", None, "aa")])
+    run_as_kaggle(built, data, tmp_path / "working")
+    labels = read_labels(tmp_path / "working", data)
+    assert "nocall" not in labels.values()
+
+
+# --- the package ---------------------------------------------------------------------------------
+
+
+def member_folders(build):
+    return sorted((build / "dataset" / "members").iterdir())
+
+
+def sign(build):
+    """Make the manifest anew, as if the package had been staged so."""
+    dataset = build / "dataset"
+    (dataset / MANIFEST_FILE).write_text(json.dumps(make_manifest(dataset)))
+
+
+@pytest.mark.parametrize("fault", ["missing", "corrupt", "onnx"])
+def test_a_member_that_is_not_as_packaged_is_left_out(build, data, tmp_path, fault):
+    folder = member_folders(build)[0]
+    weights = folder / "model.safetensors"
+    if fault == "missing":
+        weights.unlink()
+    else:
+        file = folder / "model.onnx" if fault == "onnx" else weights
+        content = bytearray(file.read_bytes())
+        content[-9] ^= 255
+        file.write_bytes(content)
+    log = run_as_kaggle(build, data, tmp_path / "working")
+    labels = read_labels(tmp_path / "working", data)
+    assert all(len(text.split()) == 2 for text in labels.values())
+    summary = read_summary(tmp_path / "working")
+    assert list(summary["left_out"]) == [folder.name]
+    assert list(summary["members"]) == [member_folders(build)[1].name]
+    assert f"{folder.name}: left out" in log
+    reason = "missing from the package" if fault == "missing" else "its sha256 is not"
+    assert reason in summary["left_out"][folder.name]
+
+
+def test_a_rehearsal_with_a_member_left_out_is_a_failure(build, data, tmp_path):
+    (member_folders(build)[0] / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"the kernel has left out .*missing from the package"):
+        rehearse(build, data, tmp_path / "submission.csv")
+    assert not (tmp_path / "submission.csv").exists()
+
+
+def test_without_any_member_it_fails(build, data, tmp_path):
+    for folder in member_folders(build):
+        (folder / "model.safetensors").write_bytes(b"")
+    fails(build, data, tmp_path / "working", "no member can be used")
+    assert set(read_labels(tmp_path / "working", data).values()) == {"nocall"}
+
+
+def test_a_member_that_returns_nan_is_left_out(build, data, tmp_path):
+    folder = member_folders(build)[1]
+    model, checkpoint = load_model(folder)
+    with torch.no_grad():
+        model.head.detection.bias.fill_(float("nan"))
+    save_checkpoint(folder, model, checkpoint)
+    (folder / "model.onnx").unlink()
+    sign(build)
+    log = run_as_kaggle(build, data, tmp_path / "working")
+    assert all(len(t.split()) == 2 for t in read_labels(tmp_path / "working", data).values())
+    summary = read_summary(tmp_path / "working")
+    assert "holds NaN" in summary["left_out"][folder.name]
+    assert list(summary["members"]) == [member_folders(build)[0].name]
+    assert "holds NaN" in log
+
+
+class _Bomb:
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+    def __init__(self, target):
+        self.target = target
+
+
+def test_a_pickle_in_place_of_weights_is_not_unpickled(build, data, tmp_path):
+    """Its manifest and its settings are right: whoever made it could write those too."""
+    exploded = tmp_path / "exploded"
+    folder = member_folders(build)[0]
+    payload = pickle.dumps(_Bomb(str(exploded)))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(payload)
+    settings = json.loads((folder / "model.json").read_text())
+    settings["weights_sha256"] = hashlib.sha256(payload).hexdigest()
+    (folder / "model.json").write_text(json.dumps(settings))
+    sign(build)
+    run_as_kaggle(build, data, tmp_path / "working")
+    assert not exploded.exists()
+    assert list(read_summary(tmp_path / "working")["left_out"]) == [folder.name]
+    pickle.loads(payload)  # it would have
+    assert exploded.exists()
+
+
+def test_code_that_is_not_as_packaged_is_not_run_on_any_member(build, data, tmp_path):
+    module = build / "dataset" / "birdcall" / "taxonomy.py"
+    module.write_text(module.read_text() + "\n")
+    fails(build, data, tmp_path / "working", "taxonomy.py: its sha256 is not the manifest's")
+    assert set(read_labels(tmp_path / "working", data).values()) == {"nocall"}
+
+
+def test_a_manifest_cannot_name_files_elsewhere(build):
+    dataset = build / "dataset"
+    (dataset / MANIFEST_FILE).write_text(json.dumps({"../../etc/passwd": "0"}))
+    with pytest.raises(ValueError, match="give a relative path"):
+        find_changes(dataset)
+
+
+def test_a_decision_of_other_classes_fails(build, data, tmp_path):
+    write_decision(build / "dataset" / DECISION_FILE, Decision(classes=("aldfly", "ameavo")))
+    sign(build)
+    fails(build, data, tmp_path / "working", "the decision is for other classes")
+    assert set(read_labels(tmp_path / "working", data).values()) == {"nocall"}
+
+
+# --- time and disk -------------------------------------------------------------------------------
+
+
+def test_a_budget_of_zero_fails_and_leaves_nocall(built, data, tmp_path):
+    fails(built, data, tmp_path / "working", "no member has heard anything", time_limit_seconds=0)
+    assert set(read_labels(tmp_path / "working", data).values()) == {"nocall"}
+    assert read_summary(tmp_path / "working")["late"] == ["aa", "bb", "cc"]
+
+
+@pytest.fixture
+def limited(tmp_path, monkeypatch):
+    """Let the kernel's files have no more than so many blocks of 512 bytes: as a full disk."""
+
+    def limit(n_blocks):
+        python = tmp_path / "python"
+        python.write_text(f'#!/bin/sh\nulimit -f {n_blocks}\nexec "{sys.executable}" "$@"\n')
+        python.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(python))
+
+    return limit
+
+
+def test_a_disk_that_is_full_when_all_is_labelled_leaves_nocall(built, data, tmp_path, limited):
+    write_rows(data, [row for name in ("aa", "bb") for row in rows_of(name, 300)])
+    run_as_kaggle(built, data, tmp_path / "first")  # the recordings last ten seconds
+    for name in ("aa", "bb"):
+        write_sound(data / "test_audio" / f"{name}.wav", 300)
+    size = (tmp_path / "first" / "submission.csv").stat().st_size
+    limited(-(-size // 512))
+    fails(built, data, tmp_path / "working", "File too large")
+    assert set(read_labels(tmp_path / "working", data).values()) == {"nocall"}
+    assert [path.name for path in (tmp_path / "working").iterdir()] == ["submission.csv"]
+
+
+def test_a_disk_that_is_full_from_the_beginning_fails(built, data, tmp_path, limited):
+    write_rows(data, [row for name in ("aa", "bb") for row in rows_of(name, 300)])
+    limited(1)
+    fails(built, data, tmp_path / "working", "File too large")
+    assert list((tmp_path / "working").iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that even root cannot write")
+def test_a_working_folder_that_cannot_be_written_fails(built, data):
+    fails(built, data, Path("/proc"), "submission")
+
+
+def test_members_are_safetensors_and_onnx_alone(built):
+    """What is uploaded holds nothing that would have to be unpickled."""
+    suffixes = {path.suffix for path in (built / "dataset" / "members").rglob("*.*")}
+    assert suffixes == {".json", ".safetensors", ".onnx"}
+    for path in (built / "dataset").rglob("*.safetensors"):
+        assert safetensors.torch.load_file(path)

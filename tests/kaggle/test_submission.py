@@ -1,0 +1,241 @@
+"""Every row of test.csv gets a label, in order, within the time there is."""
+
+import json
+import logging
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+
+from birdcall.inference.decision import Decision
+from birdcall.inference.engine import SegmentScores
+from birdcall.inference.ensemble import Costs, Ensemble, Member, MemberError
+from birdcall.inference.windows import FRAMES_PER_SEGMENT
+from birdcall.kaggle.submission import (
+    SAFE_SHARE,
+    Budget,
+    label_recording,
+    label_rows_of,
+    write_predictions,
+    write_summary,
+)
+from birdcall.models.checkpoint import Checkpoint
+from birdcall.models.sed import build_model
+
+RATE = 32_000
+CLASSES = ("amecro", "bkcchi", "norcar")
+ANY_BIRD = Decision(0.0, 0.0, max_birds=2)
+
+
+@pytest.fixture(scope="module")
+def members(tiny_experiment):
+    made = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = build_model(tiny_experiment, len(CLASSES)).eval()
+        made.append(Member(f"m{seed}", model, Checkpoint(tiny_experiment, CLASSES, seed)))
+    return made
+
+
+def scores_of(clipwise):
+    clipwise = np.asarray(clipwise, dtype=np.float32)[None]
+    frames = np.repeat(clipwise[0].T, FRAMES_PER_SEGMENT, axis=1)
+    return SegmentScores(clipwise, clipwise, frames, 5.0 * clipwise.shape[1])
+
+
+def test_rows_are_labelled_by_their_end_and_site_3_by_file():
+    scores = scores_of([[0.9, 0, 0], [0, 0, 0], [0, 0.8, 0]])
+    seconds = [15.0, 5.0, 10.0, float("nan"), 20.0]
+    labels = label_recording(scores, seconds, Decision(0.5, 0.5), CLASSES)
+    assert labels == ["bkcchi", "amecro", "nocall", "amecro bkcchi", "nocall"]
+
+
+@pytest.fixture
+def competition(tmp_path, cornell_mini):
+    """test.csv of the real stand-in with two of its recordings; all others are missing."""
+    (tmp_path / "test_audio").mkdir()
+    shutil.copyfile(cornell_mini / "test.csv", tmp_path / "test.csv")
+    for path in sorted((cornell_mini / "test_audio").iterdir())[:2]:
+        shutil.copyfile(path, tmp_path / "test_audio" / path.name)
+    return tmp_path
+
+
+def test_every_row_is_answered_in_order_although_recordings_are_missing(
+    competition, members, caplog
+):
+    submission = competition / "out" / "submission.csv"
+    with caplog.at_level(logging.WARNING):
+        summary = write_predictions(competition, Ensemble(members), ANY_BIRD, submission)
+    rows = pd.read_csv(competition / "test.csv")
+    written = pd.read_csv(submission)
+    assert list(written["row_id"]) == list(rows["row_id"])
+    present = {path.stem for path in (competition / "test_audio").iterdir()}
+    missing = ~rows["audio_id"].isin(present)
+    assert (written.loc[missing, "birds"] == "nocall").all()
+    assert (written.loc[~missing, "birds"].str.split().map(len) == 2).all()
+    assert summary.n_rows_with_birds == (~missing).sum()
+    assert summary.birds_per_row == {0: missing.sum(), 2: (~missing).sum()}
+    assert summary.members == {"m0": 2, "m1": 2, "m2": 2}
+    for name in set(rows.loc[missing, "audio_id"]):
+        assert name in caplog.text
+        assert name in summary.failed
+
+
+def test_without_test_audio_every_row_says_nocall(competition, members):
+    shutil.rmtree(competition / "test_audio")
+    submission = competition / "submission.csv"
+    write_predictions(competition, Ensemble(members), ANY_BIRD, submission)
+    assert (pd.read_csv(submission)["birds"] == "nocall").all()
+
+
+@pytest.fixture
+def sounds(tmp_path):
+    """Rows of three recordings of 40 s, and the folder where they are."""
+    for number in range(3):
+        generator = np.random.default_rng(number)
+        soundfile.write(tmp_path / f"r{number}.wav", generator.normal(0, 0.1, 40 * RATE), RATE)
+    rows = [(f"{n}_{s}", f"r{n}", float(s)) for n in range(3) for s in range(5, 45, 5)]
+    return pd.DataFrame(rows, columns=["row_id", "audio_id", "seconds"]), tmp_path
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a\0b", ".."])
+def test_a_name_that_leads_out_of_the_folder_is_not_followed(sounds, members, name, caplog):
+    rows, folder = sounds
+    soundfile.write(folder.parent / "secret.wav", np.zeros(5 * RATE), RATE)
+    rows.loc[0, "audio_id"] = name
+    labels, summary = label_rows_of(rows, folder, Ensemble(members), ANY_BIRD)
+    assert labels[0] == "nocall"
+    assert set(labels[1:]) != {"nocall"}
+    assert summary.failed == (name,)
+
+
+def test_a_member_that_says_nan_is_left_out_and_the_others_answer(sounds, members, caplog):
+    rows, folder = sounds
+    torch.manual_seed(1)
+    broken = replace(members[1], name="broken", model=build_model(*_like(members[1])))
+    with torch.no_grad():
+        broken.model.head.detection.bias.fill_(float("nan"))
+    found, summary = label_rows_of(
+        rows, folder, Ensemble([members[0], broken, members[2]]), ANY_BIRD
+    )
+    expected, _ = label_rows_of(rows, folder, Ensemble([members[0], members[2]]), ANY_BIRD)
+    assert found == expected
+    assert list(summary.left_out) == ["broken"]
+    assert summary.members == {"m0": 3, "m2": 3}
+    assert "holds NaN" in caplog.text
+
+
+def test_without_any_member_that_runs_it_fails(sounds, members):
+    rows, folder = sounds
+    broken = replace(members[1], model=build_model(*_like(members[1])))
+    with torch.no_grad():
+        broken.model.project.weight.fill_(float("nan"))
+    with pytest.raises(MemberError, match="holds NaN"):
+        label_rows_of(rows, folder, Ensemble([broken]), ANY_BIRD)
+
+
+def _like(member):
+    return member.checkpoint.experiment, len(member.checkpoint.classes)
+
+
+# --- the budget ----------------------------------------------------------------------------------
+
+
+def test_a_budget_that_is_over_hears_nothing(sounds, members):
+    rows, folder = sounds
+    labels, summary = label_rows_of(
+        rows, folder, ensemble=Ensemble(members), decision=ANY_BIRD, budget_seconds=0.0
+    )
+    assert set(labels) == {"nocall"}
+    assert summary.late == ("r0", "r1", "r2")
+    assert summary.members == {}
+
+
+def test_a_large_budget_changes_nothing(sounds, members):
+    rows, folder = sounds
+    free, _ = label_rows_of(rows, folder, Ensemble(members), ANY_BIRD)
+    rich, summary = label_rows_of(
+        rows, folder, ensemble=Ensemble(members), decision=ANY_BIRD, budget_seconds=3600.0
+    )
+    assert rich == free
+    assert summary.members == {"m0": 3, "m1": 3, "m2": 3}
+
+
+def spend(costs, name, seconds, sound):
+    """Let ``name`` have taken so many seconds for so much sound, by a clock that is told."""
+    times = iter((0.0, seconds))
+    with costs.measure(name, sound, lambda: next(times)):
+        pass
+
+
+@pytest.fixture
+def costs():
+    """100 s of sound: each member took 20 s of a thread, all else 40 s; in 50 s, by two threads."""
+    made = Costs()
+    spend(made, "reading", 30.0, 100.0)
+    spend(made, "front end", 10.0, 100.0)
+    for name in ("a", "b", "c"):
+        spend(made, name, 20.0, 100.0)
+    return made
+
+
+def test_an_estimate_is_what_it_took_so_far(costs):
+    assert costs.estimate(["a", "b", "c"], 50.0) == pytest.approx(0.5)
+    assert costs.estimate(["a"], 50.0) == pytest.approx(0.5 * 60 / 100)
+    assert Costs().estimate(["a"], 50.0) == 0
+
+
+@pytest.mark.parametrize(
+    "left_seconds, n_members",
+    [(0.5 / SAFE_SHARE, 3), (0.499 / SAFE_SHARE, 2), (0.35 / SAFE_SHARE, 1), (0.01, 1), (0, 0)],
+)
+def test_as_many_members_hear_as_the_time_allows(costs, tmp_path, left_seconds, n_members):
+    """A recording of one second is left; three members need 0.5 s for it, two 0.4, one 0.3."""
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.zeros(RATE), RATE)
+    now = 0.0
+    budget = Budget({"a": path}, 50 + left_seconds, lambda: now)
+    now = 50.0
+    assert budget.choose_members(costs, ["a", "b", "c"], ["a"]) == n_members
+
+
+def test_while_the_costs_are_unknown_all_members_hear(tmp_path):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.zeros(RATE), RATE)
+    assert Budget({"a": path}, 1e-3, lambda: 0.0).choose_members(Costs(), ["a", "b"], ["a"]) == 2
+
+
+def test_the_first_members_go_on_where_the_time_is_short(sounds, members, monkeypatch):
+    """The most valuable are the first; a recording is heard by all its members or none."""
+    rows, folder = sounds
+    heard = []
+
+    def choose(self, costs, names, left):
+        heard.append(1)
+        return (3, 1, 0)[len(heard) - 1]
+
+    monkeypatch.setattr(Budget, "choose_members", choose)
+    labels, summary = label_rows_of(
+        rows, folder, ensemble=Ensemble(members), decision=ANY_BIRD, budget_seconds=1e9
+    )
+    assert summary.members == {"m0": 2, "m1": 1, "m2": 1}
+    assert summary.late == ("r2",)
+    monkeypatch.undo()
+    alone, _ = label_rows_of(rows, folder, Ensemble(members[:1]), ANY_BIRD)
+    assert labels[8:16] == alone[8:16]
+    assert set(labels[16:]) == {"nocall"}
+
+
+def test_a_summary_can_be_read_by_programs(sounds, members, tmp_path):
+    rows, folder = sounds
+    _, summary = label_rows_of(rows, folder, Ensemble(members), ANY_BIRD)
+    write_summary(tmp_path / "summary.json", summary)
+    values = json.loads((tmp_path / "summary.json").read_text())
+    assert values["n_rows"] == 24
+    assert values["birds_per_row"] == {"2": 24}
+    assert values["members"] == {"m0": 3, "m1": 3, "m2": 3}
+    assert "24 rows: 24 with 2 birds; 3 members; 3 recordings, 0 failed" in str(summary)

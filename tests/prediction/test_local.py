@@ -1,0 +1,472 @@
+"""Anyone's recordings: nothing stops at a bad file, nothing is lost, nothing is heard twice."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+
+from birdcall.evaluation.labelled import read_truth
+from birdcall.inference.decision import Decision
+from birdcall.inference.ensemble import load_ensemble
+from birdcall.inference.tables import (
+    Event,
+    read_audacity_labels,
+    read_detections_csv,
+    read_detections_jsonl,
+    read_raven_table,
+)
+from birdcall.kaggle.kernel import open_package
+from birdcall.kaggle.packaging import stage_package
+from birdcall.models.checkpoint import read_checkpoint
+from birdcall.prediction.local import (
+    Detected,
+    Recording,
+    Wanted,
+    detect_recordings,
+    find_recordings,
+    fingerprint_of,
+    listen_here,
+    predict_recordings,
+    write_results,
+)
+from birdcall.storage.files import write_atomically
+from birdcall.storage.journal import Journal
+
+RATE = 32_000
+SCRIPT = Path(__file__).resolve().parents[2] / "kernels" / "submission" / "submission.py"
+
+
+@pytest.fixture(scope="module")
+def package(trained_runs, tmp_path_factory):
+    """A package of two members."""
+    names = tuple(read_checkpoint(run).name for run in trained_runs[:2])
+    decision = Decision(0.3, 0.3, max_birds=2, neighbour_weight=0.25, members=names)
+    return stage_package(
+        trained_runs[:2],
+        decision,
+        script=SCRIPT,
+        build=tmp_path_factory.mktemp("build"),
+        owner="somebody",
+    )
+
+
+@pytest.fixture(scope="module")
+def opened(package):
+    ensemble, decision, _ = open_package(package, "cpu")
+    return ensemble, decision
+
+
+def write_sound(path, seconds, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    envelope = np.repeat(generator.random(round(seconds * 4) + 1), RATE // 4)
+    n_samples = round(seconds * RATE)
+    waveform = generator.normal(0, 0.2, n_samples) * envelope[:n_samples]
+    soundfile.write(path, waveform.astype("f4"), RATE)
+
+
+# --- which recordings ----------------------------------------------------------------------------
+
+
+def test_files_folders_and_globs_are_found_once_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/x.wav", "a/deep/y.mp3", "b/x.wav", "b/notes.txt", "z.flac"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_recordings(["a", "*/x.wav", "z.flac", tmp_path / "b"])
+    assert [(str(one.path), one.name) for one in found[:4]] == [
+        ("a/deep/y.mp3", "deep/y.mp3"),
+        ("a/x.wav", "x.wav"),
+        ("b/x.wav", "2/x.wav"),  # another recording of the same name
+        ("z.flac", "z.flac"),
+    ]
+    assert len({one.name for one in found}) == len(found)
+
+
+@pytest.mark.parametrize("path", ["nowhere", "no*.wav"])
+def test_a_path_without_recordings_is_named(tmp_path, path):
+    with pytest.raises(FileNotFoundError, match="no such recording or folder, nor does any match"):
+        find_recordings([tmp_path / path])
+    with pytest.raises(FileNotFoundError, match=r"no recording; known are \.mp3"):
+        find_recordings([tmp_path])
+
+
+# --- what is found -------------------------------------------------------------------------------
+
+
+def test_a_bad_file_is_told_of_and_the_others_are_heard(opened, tmp_path):
+    write_sound(tmp_path / "a.wav", 12)
+    (tmp_path / "b.mp3").write_text("<html>")
+    (tmp_path / "c.wav").touch()
+    write_sound(tmp_path / "d.wav", 0.3)
+    found = {
+        one.name: detected
+        for one, detected in detect_recordings(find_recordings([tmp_path]), *opened)
+    }
+    assert "cannot be decoded" in found["b.mp3"].reason
+    assert found["c.wav"].reason
+    assert found["a.wav"].seconds == 12
+    assert found["d.wav"].seconds == pytest.approx(0.3)
+    assert found["a.wav"].events
+
+
+def test_events_stay_where_they_are_in_a_longer_recording(opened, tmp_path):
+    """The same sound, 20 minutes later: the same events, 20 minutes later."""
+    write_sound(tmp_path / "short.wav", 60, seed=3)
+    short, _ = soundfile.read(tmp_path / "short.wav")
+    quiet = np.zeros(20 * 60 * RATE)
+    soundfile.write(tmp_path / "long.wav", np.concatenate([quiet, short]), RATE)
+    found = {one.name: got for one, got in detect_recordings(find_recordings([tmp_path]), *opened)}
+    late = [event for event in found["long.wav"].events if event.onset >= 1210]
+    early = [event for event in found["short.wav"].events if event.onset >= 10]
+    assert len(early) > 3
+    assert [(e.ebird_code, e.onset + 1200, e.offset + 1200) for e in early] == [
+        (e.ebird_code, pytest.approx(e.onset), pytest.approx(e.offset)) for e in late
+    ]
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+EVENTS = (Event("amecro", 0.5, 2.0, 0.9), Event("norcar", 3.0, 4.5, 0.4))
+
+
+@pytest.fixture
+def found():
+    """Two recordings, one without a bird, and one that failed."""
+    return {
+        Recording(Path("in/dawn <1>.mp3"), "dawn <1>.mp3"): Detected(5.0, EVENTS),
+        Recording(Path("in/quiet.wav"), "deep/quiet.wav"): Detected(5.0),
+        Recording(Path('in/"bad".wav'), "bad.wav"): Detected(0.0, reason='is "no" sound,\nat all'),
+    }
+
+
+def test_every_format_says_the_same(found, tmp_path):
+    said = write_results(found, tmp_path, Wanted(("csv", "parquet", "jsonl", "raven", "audacity")))
+    assert "2 detections in 2 recordings" in said
+    assert "1 failed" in said
+    expected = {"in/dawn <1>.mp3": list(EVENTS)}
+    assert read_detections_csv(tmp_path / "detections.csv") == expected
+    assert read_detections_jsonl(tmp_path / "detections.jsonl") == expected
+    parquet = pd.read_parquet(tmp_path / "detections.parquet")
+    csv = pd.read_csv(tmp_path / "detections.csv")
+    pd.testing.assert_frame_equal(parquet.astype(csv.dtypes), csv)
+    assert read_raven_table(tmp_path / "raven" / "dawn <1>.mp3.selections.txt") == list(EVENTS)
+    assert read_audacity_labels(tmp_path / "audacity" / "dawn <1>.mp3.labels.txt") == list(EVENTS)
+    assert read_raven_table(tmp_path / "raven" / "deep" / "quiet.wav.selections.txt") == []
+    failed = pd.read_csv(tmp_path / "failed.csv")
+    assert failed.to_numpy().tolist() == [['in/"bad".wav', 'is "no" sound,\nat all']]
+
+
+def test_raven_tables_are_truth_that_evaluate_reads(found, tmp_path):
+    """They lie beside the recordings, corrected by hand, when they are read again."""
+    write_sound(tmp_path / "mine" / "dawn.wav", 5)
+    (recording,) = find_recordings([tmp_path / "mine"])
+    write_results({recording: Detected(5.0, EVENTS)}, tmp_path / "out", Wanted())
+    table = tmp_path / "out" / "raven" / "dawn.wav.selections.txt"
+    shutil.copyfile(table, tmp_path / "mine" / "dawn.selections.txt")
+    truth = read_truth([tmp_path / "mine"], ["amecro", "norcar"])
+    assert list(truth.annotations["ebird_code"]) == ["amecro", "norcar"]
+
+
+def test_what_is_not_wanted_is_left_out(found, tmp_path):
+    write_results(found, tmp_path, Wanted(("csv",), min_confidence=0.5))
+    assert read_detections_csv(tmp_path / "detections.csv") == {"in/dawn <1>.mp3": [EVENTS[0]]}
+    write_results(found, tmp_path, Wanted(("csv",), species=("norcar",)))
+    assert read_detections_csv(tmp_path / "detections.csv") == {"in/dawn <1>.mp3": [EVENTS[1]]}
+    assert {path.name for path in tmp_path.iterdir()} == {"detections.csv", "failed.csv"}
+
+
+@pytest.mark.parametrize(
+    "options, complaint",
+    [
+        ({"formats": ("excel",)}, "format is 'excel'"),
+        ({"min_confidence": 1.5}, "min_confidence is 1.5"),
+    ],
+)
+def test_what_cannot_be_wanted_is_refused(options, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        Wanted(**options)
+
+
+def test_a_species_that_the_model_does_not_know_is_refused():
+    with pytest.raises(ValueError, match="knows no species aldfly"):
+        Wanted(species=("aldfly",)).require_known(("amecro", "norcar"))
+
+
+def test_names_do_not_lead_out_of_the_output(found, tmp_path):
+    outside = {Recording(Path("x.wav"), "../../x.wav"): Detected(5.0, EVENTS)}
+    with pytest.raises(ValueError, match="give a relative path"):
+        write_results(outside, tmp_path / "out", Wanted())
+    assert not list(tmp_path.rglob("*x.wav*"))
+
+
+def test_embeddings_are_what_the_heads_see_of_each_segment(opened, tmp_path):
+    write_sound(tmp_path / "in" / "a.wav", 32)
+    (tmp_path / "in" / "bad.wav").touch()
+    ensemble, decision = opened
+    recordings = find_recordings([tmp_path / "in"])
+    list(detect_recordings(recordings, ensemble, decision, tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.wav.parquet"]
+    table = pd.read_parquet(tmp_path / "out" / "a.wav.parquet")
+    assert list(table["onset"]) == [5.0 * number for number in range(7)]
+    vectors = np.stack(table["embedding"])
+    sizes = [m.checkpoint.experiment.model.temporal_size for m in ensemble.members]
+    assert vectors.shape == (7, sum(sizes))
+    import torch
+
+    waveform, _ = soundfile.read(tmp_path / "in" / "a.wav", dtype="float32")
+    with torch.inference_mode():
+        model = ensemble.members[1].model
+        segment = torch.from_numpy(waveform[5 * RATE : 10 * RATE])[None]
+        expected = model.features(model.frontend(segment)).mean(dim=2)[0]
+    np.testing.assert_allclose(vectors[1, sizes[0] :], expected, atol=1e-4)
+
+
+# --- going on ------------------------------------------------------------------------------------
+
+
+def predict(paths, output, package, opened, wanted=Wanted(("csv",)), heard=None):  # noqa: B008
+    """Predict as the command does; ``heard`` collects what is heard now."""
+    recordings = find_recordings(paths)
+    listen = listen_here(*opened, output, wanted, progress=False)
+
+    def counted(left):
+        if heard is not None:
+            heard.extend(one.name for one in left)
+        return listen(left)
+
+    with Journal(output / "journal.jsonl", fingerprint_of(package, wanted, "cpu")) as journal:
+        return predict_recordings(recordings, journal, listen=counted, output=output, wanted=wanted)
+
+
+def page_data(path):
+    return json.loads(path.read_text().split("id='data'>")[1].split("</script>")[0])
+
+
+def test_a_page_of_each_recording_shows_what_the_tables_say(opened, package, tmp_path):
+    write_sound(tmp_path / "in" / "<b>&.wav", 12)
+    write_sound(tmp_path / "in" / "deep" / "a.wav", 0.5)
+    (tmp_path / "in" / "bad.mp3").write_text("<html>")
+    wanted = Wanted(("csv",), view=True)
+    said = predict(
+        [tmp_path / "in"], tmp_path / "out", package=package, opened=opened, wanted=wanted
+    )
+    view = tmp_path / "out" / "view"
+    assert f"look at {view / 'index.html'}" in said
+    tables = read_detections_csv(tmp_path / "out" / "detections.csv")
+    for name in ("<b>&.wav", "deep/a.wav"):
+        data = page_data(view / f"{name}.html")
+        events = tables.get(str(tmp_path / "in" / name), [])
+        assert [tuple(one) for one in data["decided"]] == [
+            (one.ebird_code, one.onset, one.offset, one.confidence) for one in events
+        ]
+        assert data["outputs"] == ["ensemble", *(member.name for member in opened[0].members)]
+        assert data["nFrames"] == 50 * max(1, -(-int(data["seconds"]) // 5))
+    index = (view / "index.html").read_text()
+    assert "href='deep/a.wav.html'" in index and "cannot be decoded" in index
+    assert "%3Cb%3E%26.wav.html" in index and "<b>&" not in index
+    assert not (view / "bad.mp3.html").exists()
+
+
+def test_labels_beside_a_recording_are_shown_once_they_are_there(opened, package, tmp_path):
+    write_sound(tmp_path / "in" / "a.wav", 7)
+    write_sound(tmp_path / "in" / "b.wav", 7)
+    wanted, heard = Wanted(("csv",), view=True), []
+
+    def run():
+        predict(
+            [tmp_path / "in"],
+            tmp_path / "out",
+            package=package,
+            opened=opened,
+            wanted=wanted,
+            heard=heard,
+        )
+
+    run()
+    (tmp_path / "in" / "a.selections.txt").write_text(
+        "Selection\tBegin Time (s)\tEnd Time (s)\tSpecies Code\tNotes\n1\t1.5\t2\tamecro\tfar\n"
+    )
+    (tmp_path / "in" / "b.readme.txt").write_text("no table\n")
+    run()
+    assert heard == ["a.wav", "b.wav", "a.wav", "b.wav"]
+    page = tmp_path / "out" / "view" / "a.wav.html"
+    assert page_data(page)["labels"] == [["amecro", 1.5, 2.0, "far"]]
+    assert page_data(page)["truth"] == [["amecro", 1.5, 2.0]]
+    page.unlink()
+    run()
+    run()
+    assert heard[4:] == ["a.wav"]
+    assert page.is_file()
+
+
+def test_frames_of_members_average_to_those_of_the_ensemble(opened, tmp_path):
+    from birdcall.inference.engine import Piece, hear, open_recording
+
+    write_sound(tmp_path / "a.wav", 23)
+    sounds = {"a": open_recording(tmp_path / "a.wav")}
+    for _, piece in hear(opened[0], sounds, ("frames", "member_frames")):
+        if isinstance(piece, Piece):
+            np.testing.assert_allclose(piece.member_frames.mean(axis=0), piece.frames, atol=1e-6)
+            by_segment = piece.member_frames.reshape(*piece.member_frames.shape[:2], -1, 50)
+            highest = by_segment.max(axis=3).swapaxes(1, 2)
+            assert (highest <= piece.framewise + 1e-6).all()
+            assert np.abs(highest - piece.framewise).max() < 0.05
+
+
+def test_finished_recordings_are_not_heard_again_unless_they_change(opened, package, tmp_path):
+    for number in range(3):
+        write_sound(tmp_path / "in" / f"{number}.wav", 7, number)
+    first, again, changed = [], [], []
+    predict([tmp_path / "in"], tmp_path / "out", package, opened, heard=first)
+    table = (tmp_path / "out" / "detections.csv").read_bytes()
+    predict([tmp_path / "in"], tmp_path / "out", package, opened, heard=again)
+    assert first == ["0.wav", "1.wav", "2.wav"]
+    assert again == []
+    assert (tmp_path / "out" / "detections.csv").read_bytes() == table
+    write_sound(tmp_path / "in" / "1.wav", 9, 1)
+    write_sound(tmp_path / "in" / "3.wav", 5, 1)
+    predict([tmp_path / "in"], tmp_path / "out", package, opened, heard=changed)
+    assert changed == ["1.wav", "3.wav"]
+
+
+def test_other_formats_and_filters_need_no_hearing(opened, package, tmp_path):
+    write_sound(tmp_path / "in" / "a.wav", 20)
+    predict([tmp_path / "in"], tmp_path / "out", package, opened)
+    heard = []
+    wanted = Wanted(("jsonl", "audacity"), min_confidence=0.99)
+    predict(
+        [tmp_path / "in"],
+        tmp_path / "out",
+        package=package,
+        opened=opened,
+        wanted=wanted,
+        heard=heard,
+    )
+    assert heard == []
+    assert (tmp_path / "out" / "detections.jsonl").exists()
+
+
+def test_results_of_another_package_are_not_mixed_with_these(opened, package, tmp_path):
+    write_sound(tmp_path / "in" / "a.wav", 5)
+    predict([tmp_path / "in"], tmp_path / "out", package, opened)
+    other = tmp_path / "other"
+    shutil.copytree(package, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    write_atomically(other / "manifest.json", json.dumps({**manifest, "decision.json": "0"}))
+    with pytest.raises(ValueError, match=r"another model, or of other parameters.*--overwrite"):
+        predict([tmp_path / "in"], tmp_path / "out", other, opened)
+
+
+# Runs the real command; each recording that is opened to be decoded is written down, with the
+# recordings that the journal had when the process began.
+SPY = """
+import sys
+from pathlib import Path
+import birdcall.inference.engine as inference
+log, journal = Path(sys.argv.pop(1)), Path(sys.argv.pop(1))
+finished = journal.read_text(errors="replace").split("\\n")[1:-1] if journal.exists() else []
+real = inference.iterate_rates
+def spy(path, *rest):
+    with log.open("a") as file:
+        is_finished = any(f'"{path}"' in line for line in finished)
+        file.write(f"{path.name} {is_finished}\\n")
+    return real(path, *rest)
+inference.iterate_rates = spy
+from birdcall.__main__ import main
+main()
+"""
+
+
+def start(folder, package, output, log):
+    command = [sys.executable, "-c", SPY, log, output / "journal.jsonl", "--quiet", "predict"]
+    command += [folder, "--package", package, "--output", output, "--format", "csv"]
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def kill_and_go_on(package, tmp_path, n_recordings, n_kills, seconds):
+    """Kill predict so often at random moments of its work; return what the last run leaves."""
+    folder, output, log = tmp_path / "in", tmp_path / "out", tmp_path / "opened.txt"
+    for number in range(n_recordings):
+        write_sound(folder / f"{number:02}.wav", seconds, number)
+    (folder / "bad.mp3").write_text("<html>")
+    random.seed(0)
+    journal = output / "journal.jsonl"
+    n_killed = 0
+    while n_killed < n_kills:
+        before = journal.stat().st_size if journal.exists() else 0
+        process = start(folder, package, output, log)
+        while process.poll() is None and (not journal.exists() or journal.stat().st_size == before):
+            time.sleep(0.002)  # it is still starting
+        time.sleep(random.random() * 0.1)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            n_killed += 1
+        process.wait()
+        assert process.returncode in (0, -signal.SIGKILL)
+        if process.returncode == 0:
+            break
+    process = start(folder, package, output, log)
+    assert process.wait() == 0
+    whole = tmp_path / "whole"
+    assert start(folder, package, whole, tmp_path / "whole.txt").wait() == 0
+    assert (output / "detections.csv").read_bytes() == (whole / "detections.csv").read_bytes()
+    assert (output / "failed.csv").read_bytes() == (whole / "failed.csv").read_bytes()
+    assert len((output / "detections.csv").read_text().splitlines()) > n_recordings
+    opened = [line.split() for line in log.read_text().splitlines()]
+    assert not [name for name, is_finished in opened if is_finished == "True"]
+    lines = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
+    finished = [Path(line["key"]["recording"]).name for line in lines]
+    assert len(finished) == len(set(finished)) == n_recordings + 1
+    return n_killed, len(opened)
+
+
+def test_killed_once_it_goes_on_and_ends_the_same(package, tmp_path):
+    n_killed, n_opened = kill_and_go_on(package, tmp_path, n_recordings=12, n_kills=1, seconds=20.0)
+    assert n_killed == 1
+    assert n_opened >= 13
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_moments_it_goes_on_and_ends_the_same(package, tmp_path):
+    """Fifty recordings; each run finishes some of them before it is killed."""
+    n_killed, _ = kill_and_go_on(package, tmp_path, n_recordings=50, n_kills=20, seconds=120.0)
+    assert n_killed == 20
+
+
+def test_progress_says_how_far_it_is_and_how_fast(opened, tmp_path, capsys):
+    """Most segments of these are padding: more is heard than there is."""
+    for number, seconds in enumerate((0.3, 0.4, 12.0, 5.1)):
+        write_sound(tmp_path / f"{number}.wav", seconds)
+    (tmp_path / "bad.mp3").touch()
+    recordings = find_recordings([tmp_path])
+    listen = listen_here(*opened, tmp_path / "out", Wanted(), progress=True)
+    assert len(list(listen(recordings))) == 5
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert "100 % of 18 s, 5 of 5 recordings, " in last
+    assert " x real time, 00:00 left" in last
+    bad = [one for one in recordings if one.name == "bad.mp3"]
+    assert len(list(listen(bad))) == 1  # nothing that has a length
+
+
+def test_an_ensemble_of_a_package_is_that_of_its_runs(opened, trained_runs, tmp_path):
+    write_sound(tmp_path / "a.wav", 12)
+    recordings = find_recordings([tmp_path])
+    ((_, packaged),) = detect_recordings(recordings, *opened)
+    ((_, by_torch),) = detect_recordings(recordings, load_ensemble(trained_runs[:2]), opened[1])
+    assert [(e.ebird_code, e.onset, e.offset) for e in packaged.events] == [
+        (e.ebird_code, e.onset, e.offset) for e in by_torch.events
+    ]

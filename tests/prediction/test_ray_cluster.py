@@ -1,0 +1,139 @@
+"""A cluster of two workers finds what one machine finds, and goes on when it loses one of them."""
+
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+
+from birdcall.inference.decision import Decision
+from birdcall.kaggle.kernel import open_package
+from birdcall.kaggle.packaging import stage_package
+from birdcall.models.checkpoint import read_checkpoint
+from birdcall.prediction.local import Wanted, find_recordings, listen_here, predict_recordings
+from birdcall.prediction.ray_cluster import SHARDS_FOLDER, Worker, listen_on_cluster
+from birdcall.storage.journal import Journal
+
+RATE = 32_000
+SCRIPT = Path(__file__).resolve().parents[2] / "kernels" / "submission" / "submission.py"
+FORMATS = ("csv", "parquet")
+
+
+@pytest.fixture(scope="module")
+def package(trained_runs, tmp_path_factory):
+    names = tuple(read_checkpoint(run).name for run in trained_runs[:2])
+    decision = Decision(0.3, 0.3, max_birds=2, members=names)
+    build = tmp_path_factory.mktemp("build")
+    return stage_package(trained_runs[:2], decision, script=SCRIPT, build=build, owner="somebody")
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    """Twenty-three recordings and one that does not decode."""
+    folder = tmp_path_factory.mktemp("in")
+    for number in range(23):
+        generator = np.random.default_rng(number)
+        envelope = np.repeat(generator.random(80), RATE // 4)
+        waveform = generator.normal(0, 0.2, len(envelope)) * envelope
+        soundfile.write(folder / f"{number:02}.wav", waveform.astype("f4"), RATE)
+    (folder / "bad.mp3").write_text("<html>")
+    return find_recordings([folder])
+
+
+@pytest.fixture(scope="module")
+def expected(package, recordings, tmp_path_factory):
+    """What this machine finds."""
+    output = tmp_path_factory.mktemp("here")
+    ensemble, decision, _ = open_package(package, "cpu")
+    wanted = Wanted(FORMATS)
+    listen = listen_here(ensemble, decision, output, wanted, progress=False)
+    with Journal(output / "journal.jsonl", "x") as journal:
+        predict_recordings(recordings, journal, listen=listen, output=output, wanted=wanted)
+    return output
+
+
+def assert_same_tables(output, expected):
+    assert (output / "detections.csv").read_text() == (expected / "detections.csv").read_text()
+    assert (output / "failed.csv").read_text() == (expected / "failed.csv").read_text()
+
+
+def test_a_task_leaves_a_shard_and_says_what_it_found(package, recordings, expected, tmp_path):
+    """What a worker does, without a cluster."""
+    worker = Worker(str(package), str(tmp_path), embeddings=True, n_threads=1)
+    task = {
+        "path": np.array([str(one.path) for one in recordings[:4]], dtype=object),
+        "name": np.array([one.name for one in recordings[:4]], dtype=object),
+    }
+    said = worker(task)
+    assert list(said["name"]) == list(task["name"])
+    (shard,) = (tmp_path / SHARDS_FOLDER).iterdir()
+    whole = pd.read_parquet(expected / "detections.parquet")
+    own = whole[whole["recording"].isin(list(task["path"]))].reset_index(drop=True)
+    pd.testing.assert_frame_equal(pd.read_parquet(shard), own)
+    worker(task)
+    assert list((tmp_path / SHARDS_FOLDER).iterdir()) == [shard]  # done again, the same file
+    assert len(list((tmp_path / "embeddings").iterdir())) == 4
+
+
+@pytest.fixture
+def cluster():
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    os.environ["PYTHONWARNINGS"] = "ignore"
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    made.workers = [made.add_node(num_cpus=1) for _ in range(2)]
+    made.wait_for_nodes()
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def predict_there(cluster, package, recordings, output, on_found=lambda n_found: None):
+    wanted = Wanted(FORMATS)
+    listen = listen_on_cluster(cluster.address, package, output, embeddings=False, progress=False)
+
+    def watched(left):
+        for number, found in enumerate(listen(left), start=1):
+            on_found(number)
+            yield found
+
+    with Journal(output / "journal.jsonl", "x") as journal:
+        predict_recordings(recordings, journal, listen=watched, output=output, wanted=wanted)
+
+
+@pytest.mark.slow
+def test_a_cluster_finds_the_same(cluster, package, recordings, expected, tmp_path):
+    predict_there(cluster, package, recordings, tmp_path)
+    assert_same_tables(tmp_path, expected)
+    shards = [pd.read_parquet(path) for path in (tmp_path / SHARDS_FOLDER).iterdir()]
+    assert len(shards) > 2
+    together = pd.concat(shards).sort_values(["recording", "onset", "ebird_code"])
+    whole = pd.read_parquet(expected / "detections.parquet")
+    whole = whole.sort_values(["recording", "onset", "ebird_code"])
+    pd.testing.assert_frame_equal(together.reset_index(drop=True), whole.reset_index(drop=True))
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_lost_is_replaced(cluster, package, recordings, expected, tmp_path):
+    """The node goes away while it has tasks in hand; another takes its place."""
+    lost = threading.Event()
+
+    def lose(n_found):
+        if n_found == 1:
+            cluster.remove_node(cluster.workers[0], allow_graceful=False)
+            lost.set()
+
+    predict_there(cluster, package, recordings=recordings, output=tmp_path, on_found=lose)
+    assert lost.is_set()
+    assert_same_tables(tmp_path, expected)
+
+
+def test_without_a_cluster_it_says_so(package, recordings, tmp_path):
+    pytest.importorskip("ray")
+    listen = listen_on_cluster("127.0.0.1:1", package, tmp_path, embeddings=False, progress=False)
+    with pytest.raises(ConnectionError, match=r"--ray 127\.0\.0\.1:1: no cluster answers there"):
+        list(listen(recordings[:1]))

@@ -1,0 +1,753 @@
+"""What a person does with the pages, done in headless Chromium: look, sort, play, label, save."""
+
+import json
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+
+from birdcall.evaluation.labelled import read_truth
+from birdcall.inference.decision import Decision
+from birdcall.inference.engine import Piece
+from birdcall.inference.tables import (
+    Event,
+    frames_to_events,
+    read_audacity_labels,
+    read_raven_table,
+)
+from birdcall.inference.windows import FRAME_SECONDS, FRAMES_PER_SEGMENT
+from birdcall.report import soundscape as soundscape_pages
+from birdcall.report.browser import find_browser, open_browser, open_page, take_screenshots
+from birdcall.report.report import write_report
+from birdcall.report.soundscape import (
+    FrameCollector,
+    Soundscape,
+    write_index,
+    write_soundscape_pages,
+)
+
+pytest.importorskip("playwright", reason="playwright is not installed")
+if find_browser() is None:
+    pytest.skip("Chromium is not installed (apt install chromium)", allow_module_level=True)
+
+CLASSES = ("amecro", "blujay", "norcar")
+HOSTILE = "<img src=x onerror=\"window.bitten='yes'\">"
+RATE = 32_000
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with open_browser() as browser:
+        yield browser
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Training is over: the browser has threads of its own."""
+
+
+class Watched:
+    """A page that notes what it must not do."""
+
+    def __init__(self, browser, path: Path, width: int = 1280) -> None:
+        self.said: list[str] = []
+        self.asked: list[str] = []
+        context = browser.new_context(
+            viewport={"width": width, "height": 900}, accept_downloads=True
+        )
+        self.page = context.new_page()
+        self.page.on("console", lambda message: self._note(message))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(path.resolve().as_uri())
+        self.page.wait_for_selector("body[data-ready=yes]", timeout=20_000)
+
+    def _note(self, message) -> None:
+        if message.type in ("error", "warning"):
+            self.said.append(message.text)
+
+    def check(self) -> None:
+        """Nothing was complained of, and nothing asked for but the page itself."""
+        assert self.said == []
+        outside = {url for url in self.asked if not url.startswith(("data:", "blob:"))}
+        assert len(outside) == 1
+        assert outside.pop().startswith("file://")
+        assert self.page.evaluate("window.bitten") is None
+
+
+def make_soundscape(folder: Path, seconds: float = 30.0, **changes) -> Soundscape:
+    """Two birds that come and go, as two members hear them."""
+    path = folder / "site <1>.wav"
+    generator = np.random.default_rng(0)
+    time = np.arange(round(seconds * RATE)) / RATE
+    sound = 0.01 * generator.standard_normal(len(time)) + 0.2 * np.sin(2 * np.pi * 3000 * time)
+    soundfile.write(path, sound.astype(np.float32), RATE)
+    n_frames = FRAMES_PER_SEGMENT * max(1, int(np.ceil(seconds / 5)))
+    at = np.arange(n_frames) * FRAME_SECONDS
+    members = 0.02 * generator.random((2, len(CLASSES), n_frames), dtype=np.float32)
+    members[:, 0] += 0.9 * np.exp(-np.square((at - 8) / 1.5))
+    members[0, 1] += 0.7 * np.exp(-np.square((at - 20) / 1.0))
+    members[:, 2] += 0.3 * (np.sin(at * 3) > 0.7)
+    collector = FrameCollector(Decision(), CLASSES)
+    nothing = np.zeros((2, n_frames // FRAMES_PER_SEGMENT, len(CLASSES)), np.float32)
+    collector.add(
+        Piece(
+            clipwise=nothing,
+            framewise=nothing,
+            frames=members.mean(axis=0),
+            embedding=None,
+            member_frames=members,
+        )
+    )
+    made = Soundscape(
+        name=path.name,
+        path=path,
+        seconds=seconds,
+        parts=collector.finish(),
+        members=("one", "two"),
+        threshold=0.5,
+        decided=(Event("amecro", 6.9, 9.1, 0.9), Event("blujay", 19.5, 20.5, 0.36)),
+        truth=(Event("amecro", 7.0, 9.0),),
+        labels=(),
+        species=CLASSES,
+    )
+    return replace(made, **changes)
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """The page of `make_soundscape`."""
+    soundscape = make_soundscape(tmp_path)
+    watched = Watched(browser, write_soundscape_pages(tmp_path / "view", soundscape))
+    watched.soundscape = soundscape
+    watched.page.evaluate("player.muted = true")
+    yield watched
+    watched.check()
+    watched.page.context.close()
+
+
+def listed(page) -> list[Event]:
+    return [
+        Event(one["code"], one["onset"], one["offset"], one["confidence"])
+        for one in page.evaluate("detections")
+    ]
+
+
+def until(page, condition: str, seconds: float = 8.0) -> None:
+    """Wait for a condition; playwright's own way needs an eval, which the pages forbid."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(condition):
+        assert time.monotonic() < end, f"it never came to {condition}"
+        page.wait_for_timeout(20)
+
+
+def saved(page, button: str, folder: Path) -> Path:
+    with page.expect_download() as download:
+        page.click(button)
+    path = folder / download.value.suggested_filename
+    download.value.save_as(path)
+    return path
+
+
+# --- the soundscape page ------------------------------------------------------------------------
+
+
+def test_it_shows_what_was_decided(opened):
+    assert listed(opened.page) == sorted(opened.soundscape.decided, key=lambda one: one.onset)
+    rows = opened.page.inner_text("#detections").splitlines()
+    assert any("American Crow" in row for row in rows)
+    assert any("Blue Jay" in row for row in rows)
+
+
+def test_the_spectrogram_is_where_the_tone_is(opened):
+    """A tone at 3 kHz is a dark line at 3/16 of the height, and moves when the band is zoomed."""
+    darkest = """() => {
+      const canvas = document.getElementById('strip'), scale = canvas.height / (260 + 22);
+      const copy = document.createElement('canvas');
+      [copy.width, copy.height] = [canvas.width, canvas.height];
+      const context = copy.getContext('2d', { willReadFrequently: true });
+      context.drawImage(canvas, 0, 0);
+      const column = context.getImageData(canvas.width / 2, 0, 1, 260 * scale).data;
+      let best = 0;
+      for (let y = 0; y < 260 * scale; y++) if (column[4 * y] < column[4 * best]) best = y;
+      return 1 - best / (260 * scale);
+    }"""
+    opened.page.wait_for_timeout(200)
+    assert opened.page.evaluate(darkest) == pytest.approx(3 / 16, abs=0.02)
+    opened.page.fill("#high", "6")
+    opened.page.dispatch_event("#high", "change")
+    opened.page.wait_for_timeout(200)
+    assert opened.page.evaluate(darkest) == pytest.approx(3 / 6, abs=0.03)
+
+
+def test_the_slider_finds_what_the_library_finds(opened):
+    for output in (0, 1, 2):
+        for percent in (5, 20, 35, 50, 80):
+            check_slider(opened, percent, output)
+
+
+def check_slider(opened, percent: int, output: int) -> None:
+    page = opened.page
+    page.select_option("#output", str(output))
+    page.evaluate(
+        "value => { const s = document.getElementById('threshold'); s.value = value;"
+        "s.dispatchEvent(new Event('input')); }",
+        percent,
+    )
+    (part,) = opened.soundscape.parts
+    levels = part.unpack()[output] / 200
+    wanted = frames_to_events(
+        levels,
+        part.classes,
+        frame_seconds=FRAME_SECONDS,
+        threshold=percent / 100,
+        min_seconds=0.0,
+        max_gap_seconds=0.5,
+    )
+    found = listed(page)
+    assert [(one.ebird_code, one.onset, one.offset) for one in found] == [
+        (one.ebird_code, one.onset, one.offset) for one in wanted
+    ]
+    assert [one.confidence for one in found] == pytest.approx([one.confidence for one in wanted])
+    assert page.is_checked("#bythreshold")
+    page.check("#asdecided")
+    assert listed(page) == list(opened.soundscape.decided)
+
+
+def test_levels_say_of_a_threshold_what_the_probabilities_say(tmp_path):
+    frames = np.random.default_rng(3).random((1, 1, 500), dtype=np.float32)
+    collector = FrameCollector(Decision(), ("amecro",))
+    nothing = np.zeros((1, 10, 1), np.float32)
+    collector.add(
+        Piece(
+            clipwise=nothing,
+            framewise=nothing,
+            frames=frames[0],
+            embedding=None,
+            member_frames=frames,
+        )
+    )
+    levels = collector.finish()[0].unpack()[0, 0]
+    for percent in range(5, 100):
+        assert ((levels >= 2 * percent) == (frames[0, 0] >= np.float32(percent / 100))).all()
+
+
+def test_it_plays_from_where_one_clicks(opened):
+    page = opened.page
+    page.click("#strip", position={"x": page.evaluate("width()") / 2, "y": 100})
+    until(page, "player.currentTime > 15.1 && !player.paused")
+    page.keyboard.press("Tab")
+    page.click("#play")
+    assert page.evaluate("player.paused")
+    assert 15 < page.evaluate("state.cursor") < 20
+
+
+def test_sound_is_as_long_and_as_loud_as_it_should_be(opened):
+    assert opened.page.evaluate("player.duration") == pytest.approx(30.0, abs=0.06)
+    loudest = opened.page.evaluate(
+        """async () => {
+          const bytes = Uint8Array.from(atob(data.audio), (one) => one.charCodeAt(0));
+          const sound = await new OfflineAudioContext(1, 1, 32000).decodeAudioData(bytes.buffer);
+          return sound.getChannelData(0).reduce((a, b) => Math.max(a, Math.abs(b)), 0);
+        }"""
+    )
+    assert 0.5 < loudest <= 1.1
+
+
+def test_a_detection_that_is_clicked_plays_to_its_end(opened):
+    page = opened.page
+    x = page.evaluate("x(8)")
+    row = page.evaluate("lanes().indexOf('amecro')")
+    page.click("#lanes", position={"x": x, "y": 30 * row + 15})
+    assert page.evaluate("state.selected.code") == "amecro"
+    until(page, "player.paused && state.cursor >= 9.1")
+    assert page.evaluate("state.cursor") < 9.6
+
+
+def test_the_keyboard_moves_plays_zooms_and_goes_to_detections(opened):
+    page = opened.page
+    page.focus("#board")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Shift+ArrowRight")
+    assert page.evaluate("state.cursor") == pytest.approx(5.5)
+    assert page.evaluate("player.currentTime") == pytest.approx(5.5, abs=0.05)
+    page.keyboard.press("ArrowLeft")
+    assert page.evaluate("state.cursor") == pytest.approx(5.0)
+    page.keyboard.press("n")
+    assert page.evaluate("state.selected.code") == "amecro"
+    page.keyboard.press("n")
+    assert page.evaluate("[state.selected.code, state.cursor]") == ["blujay", 19.5]
+    assert "Blue Jay" in page.inner_text("#said")
+    page.keyboard.press("n")
+    assert "No detection after" in page.inner_text("#said")
+    page.keyboard.press("p")
+    assert page.evaluate("state.selected.code") == "amecro"
+    page.keyboard.press("+")
+    assert page.evaluate("view.seconds") == pytest.approx(15)
+    page.keyboard.press("-")
+    assert page.evaluate("view.seconds") == pytest.approx(30)
+    page.keyboard.press("End")
+    assert page.evaluate("state.cursor") == pytest.approx(30)
+    page.keyboard.press("Home")
+    page.keyboard.press("Space")
+    until(page, "!player.paused && state.cursor > 0.1")
+    page.keyboard.press("Space")
+    assert page.evaluate("player.paused")
+
+
+def test_keys_in_a_field_are_the_fields_own(opened):
+    page = opened.page
+    page.focus("#note")
+    page.keyboard.type("n p + space")
+    assert page.input_value("#note") == "n p + space"
+    assert page.evaluate("state.cursor") == 0
+
+
+def test_species_can_be_hidden_and_shown(opened):
+    page = opened.page
+    page.click("summary:has-text('Species shown')")
+    page.uncheck("#filter input[value=amecro]")
+    assert [one.ebird_code for one in listed(page)] == ["blujay"]
+    assert "amecro" not in page.evaluate("lanes()")
+    page.click("#shownone")
+    assert listed(page) == []
+    page.click("#showall")
+    assert len(listed(page)) == 2
+
+
+def test_what_is_exported_is_what_is_shown(opened, tmp_path):
+    page = opened.page
+    page.evaluate(
+        "() => { const s = document.getElementById('threshold'); s.value = 12;"
+        "s.dispatchEvent(new Event('input')); }"
+    )
+    page.click("summary:has-text('Species shown')")
+    page.uncheck("#filter input[value=blujay]")
+    shown = listed(page)
+    assert len(shown) > 3
+    raven = saved(page, "#saveraven", tmp_path)
+    audacity = saved(page, "#saveaudacity", tmp_path)
+    assert raven.name == "site _1_.detections.txt"  # the browser's doing: < is no name on Windows
+    assert read_raven_table(raven) == shown
+    assert read_audacity_labels(audacity) == shown
+    assert "American Crow" in raven.read_text()
+
+
+def test_labels_are_made_mended_kept_saved_and_read_as_truth(opened, tmp_path):
+    page = opened.page
+    page.click("#take")
+    page.select_option("#labels tr:nth-child(2) select", "norcar")
+    page.fill("#labels tr:nth-child(1) td:nth-child(4) input", 'far\taway, "two" of them')
+    page.dispatch_event("#labels tr:nth-child(1) td:nth-child(4) input", "change")
+    wide = page.evaluate("width()")
+    page.locator("#strip").scroll_into_view_if_needed()
+    box = page.locator("#strip").bounding_box()
+    page.mouse.move(box["x"] + wide * 12 / 30, box["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(box["x"] + wide * 13 / 30, box["y"] + 60)
+    page.mouse.move(box["x"] + wide * 14 / 30, box["y"] + 60)
+    page.mouse.up()
+    assert page.evaluate("[state.selection.onset, state.selection.offset]") == pytest.approx(
+        [12, 14], abs=0.1
+    )
+    page.select_option("#species", "blujay")
+    page.click("#add")
+    assert "Kept in this browser" in page.inner_text("#said")
+    page.reload()
+    page.wait_for_selector("body[data-ready=yes]")
+    assert page.inner_text("#nlabels") == "3 labels"
+    folder = tmp_path / "truth"
+    folder.mkdir()
+    page.click("button[aria-label='Delete label 3']")
+    page.click("#take")  # those that are there already are not taken twice
+    assert page.inner_text("#nlabels") == "3 labels"
+    page.click("button[aria-label='Delete label 3']")
+    table = saved(page, "#savelabels", folder)
+    events = read_raven_table(table)
+    assert [one.ebird_code for one in events] == ["amecro", "blujay"]
+    assert events[0].note == "far away,  two  of them"  # a table knows no quotes
+    opened.soundscape.path.rename(folder / "site _1_.wav")
+    truth = read_truth([folder], CLASSES)
+    assert truth.timed == ["site _1_"]
+    assert list(truth.annotations["ebird_code"]) == ["amecro", "blujay"]
+    assert truth.annotations["onset"].tolist() == pytest.approx([6.9, 12], abs=0.1)
+    birds = dict(zip(truth.rows["seconds"], truth.rows["birds"], strict=True))
+    assert birds[10.0] == ("amecro",) and birds[15.0] == ("blujay",) and birds[25.0] == ()
+
+
+def test_a_saved_table_is_gone_on_with(opened, tmp_path):
+    page = opened.page
+    page.click("#take")
+    page.fill("#labels tr:nth-child(1) td:nth-child(4) input", "sure")
+    page.dispatch_event("#labels tr:nth-child(1) td:nth-child(4) input", "change")
+    table = saved(page, "#savelabels", tmp_path)
+    page.click("button[aria-label='Delete label 1']")
+    page.set_input_files("#openlabels", str(table))
+    until(page, "state.labels.length === 2")
+    assert page.evaluate("state.labels[0].note") == "sure"
+    wrong = tmp_path / "wrong.txt"
+    wrong.write_text("no\ttable\n1\t2\n")
+    page.set_input_files("#openlabels", str(wrong))
+    until(page, "document.getElementById('said').textContent.includes('no Raven')")
+    assert page.inner_text("#nlabels") == "2 labels"
+
+
+def test_a_label_outside_the_recording_is_refused(opened):
+    page = opened.page
+    page.select_option("#species", "blujay")
+    for onset, offset in (("5", "4"), ("29", "31"), ("", "")):
+        page.fill("#onset", onset)
+        page.fill("#offset", offset)
+        page.click("#add")
+        assert "later end" in page.inner_text("#said")
+    assert page.inner_text("#nlabels") == "0 labels"
+
+
+# --- bad input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"decided": (), "truth": ()},
+        {"seconds": 0.5, "decided": (Event("amecro", 0.1, 0.4, 0.9),), "truth": ()},
+        {"species": ("amecro",)},
+        {"parts": (), "decided": ()},
+    ],
+    ids=["no detections", "half a second", "one class", "nothing heard"],
+)
+def test_poor_input_makes_a_page_that_works(browser, tmp_path, changes):
+    soundscape = make_soundscape(tmp_path, changes.pop("seconds", 30.0), **changes)
+    watched = Watched(browser, write_soundscape_pages(tmp_path / "view", soundscape))
+    assert len(listed(watched.page)) == len(soundscape.decided)
+    watched.page.evaluate("player.muted = true; toggle()")
+    until(watched.page, "player.currentTime > 0 || player.ended")
+    watched.check()
+
+
+def test_missing_sound_is_said_and_the_page_works(browser, tmp_path):
+    soundscape = replace(make_soundscape(tmp_path), path=tmp_path / "gone.wav")
+    watched = Watched(browser, write_soundscape_pages(tmp_path / "view", soundscape))
+    assert "gone.wav: no such file" in watched.page.inner_text(".notice")
+    assert watched.page.is_disabled("#play")
+    watched.page.focus("#board")
+    watched.page.keyboard.press("n")
+    assert watched.page.evaluate("state.selected.code") == "amecro"
+    watched.check()
+
+
+def test_a_long_recording_is_shown_in_parts(browser, tmp_path, monkeypatch):
+    monkeypatch.setattr(soundscape_pages, "PART_SECONDS", 10)
+    soundscape = make_soundscape(tmp_path, 25.0)
+    first = write_soundscape_pages(tmp_path / "view", soundscape)
+    assert len(list((tmp_path / "view").iterdir())) == 3
+    page = Watched(browser, first).page
+    assert [one.ebird_code for one in listed(page)] == ["amecro"]
+    page.click("text=Part after")
+    page.wait_for_selector("body[data-ready=yes]")
+    assert [one.ebird_code for one in listed(page)] == ["blujay"]
+    assert page.evaluate("[data.start, data.seconds, data.total]") == [10, 10, 25]
+    page.evaluate(
+        "() => { const s = document.getElementById('threshold'); s.value = 30;"
+        "s.dispatchEvent(new Event('input')); }"
+    )
+    own = [one for one in listed(page) if one.ebird_code == "blujay"]
+    assert own
+    assert all(one.onset > 19 and one.offset <= 20 for one in own)
+    assert saved(page, "#savelabels", tmp_path).name.endswith(".part002.selections.txt")
+    page.click("text=Part after")
+    page.wait_for_selector("body[data-ready=yes]")
+    assert page.evaluate("data.seconds") == 5
+    assert page.locator("text=Part after").count() == 0
+
+
+def test_scores_that_are_no_numbers_are_refused():
+    frames = np.full((1, 1, 50), np.nan, np.float32)
+    with pytest.raises(ValueError, match="did a model diverge"):
+        FrameCollector(Decision(), ("amecro",)).add(
+            Piece(
+                clipwise=frames,
+                framewise=frames,
+                frames=frames[0],
+                embedding=None,
+                member_frames=frames,
+            )
+        )
+
+
+@pytest.mark.parametrize("name", [HOSTILE, "🐦" * 70, "%2e%2e%2f"])
+def test_hostile_names_are_inert(browser, tmp_path, name):
+    base = make_soundscape(tmp_path)
+    code = f"{HOSTILE}</script><script>window.bitten='yes'</script>"
+    hostile = replace(
+        base,
+        name=f"{name}.wav".replace("/", "∕"),
+        decided=(Event(code, 1.0, 2.0, 0.5),),
+        truth=(Event(code, 1.0, 2.0),),
+        labels=(Event(code, 1.0, 2.0, 1.0, code),),
+    )
+    path = write_soundscape_pages(tmp_path / "view", hostile)
+    assert path.parent == tmp_path / "view"
+    watched = Watched(browser, path)
+    assert watched.page.evaluate("state.labels[0].note") == code
+    watched.check()
+    table = pd.DataFrame(
+        {"recording": [hostile.name], "seconds": [30.0], "species": [code], "failed": [HOSTILE]}
+    )
+    index = Watched(browser, write_index(tmp_path / "view", HOSTILE, table))
+    index.check()
+    index.page.click("tbody a >> nth=0")
+    index.page.wait_for_selector("#board")
+    assert index.page.evaluate("data.decided[0][0]") == code
+
+
+@pytest.mark.parametrize("name", ["../out.wav", "/out.wav", "a/../../out.wav"])
+def test_a_name_does_not_leave_its_folder(tmp_path, name):
+    with pytest.raises(ValueError, match="give a relative path"):
+        write_soundscape_pages(tmp_path / "view", replace(make_soundscape(tmp_path), name=name))
+
+
+# --- the report ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report(evaluation, tmp_path_factory):
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    write_report(path, "demo", evaluation)
+    return path
+
+
+@pytest.fixture
+def read(browser, report):
+    watched = Watched(browser, report)
+    yield watched
+    watched.check()
+    watched.page.context.close()
+
+
+def column(page, table: str, place: int) -> list[str]:
+    return page.eval_on_selector_all(
+        f"{table} tbody tr", f"rows => rows.map((row) => row.cells[{place}].textContent)"
+    )
+
+
+def test_the_report_is_drawn_without_the_network(read):
+    assert read.page.locator(".chart .main-svg").count() > 0
+    empty = read.page.eval_on_selector_all(
+        ".chart", "charts => charts.filter((one) => !one.querySelector('.main-svg')).length"
+    )
+    assert empty == 0
+
+
+def test_a_table_is_sorted_by_mouse_and_keyboard(read):
+    page, table = read.page, "#species table.sortable"
+    header = page.locator(f"{table} thead th", has_text="recordings").first
+    place = header.evaluate("one => one.cellIndex")
+    header.click()
+    numbers = [float(one) for one in column(page, table, place)]
+    assert numbers == sorted(numbers) and len(set(numbers)) > 1
+    until(page, f"document.querySelector('{table} th[aria-sort=ascending]') !== null")
+    header.locator("[tabindex]").first.focus()
+    page.keyboard.press("Enter")
+    until(page, f"document.querySelector('{table} th[aria-sort=descending]') !== null")
+    assert [float(one) for one in column(page, table, place)] == numbers[::-1]
+
+
+def test_a_table_is_filtered(read):
+    page, table = read.page, "#species table.sortable"
+    all_names = column(page, table, 0)
+    page.fill("#species input[type=search]", all_names[1])
+    until(page, "document.querySelectorAll('#species table.sortable tbody tr').length === 1")
+    assert column(page, table, 0) == [all_names[1]]
+    page.fill("#species input[type=search]", "no such bird")
+    page.wait_for_selector("text=no row has these words")
+
+
+def test_a_mistake_plays(read):
+    page = read.page
+    cards = page.locator(".card")
+    assert cards.count() > 3
+    players = page.locator(".card audio")
+    assert players.count() == cards.count()
+    page.evaluate(
+        "document.querySelectorAll('.card audio').forEach((one) => { one.muted = true; })"
+    )
+    players.nth(0).evaluate("one => one.play()")
+    until(page, "document.querySelector('.card audio').currentTime > 0.3")
+    assert players.nth(0).evaluate("one => one.duration") == pytest.approx(5, abs=0.1)
+    left = page.locator(".card .cursor").nth(0).evaluate("one => parseFloat(one.style.left)")
+    assert left > 0
+    players.nth(1).evaluate("one => one.play()")
+    until(page, "document.querySelector('.card audio').paused")
+
+
+def test_a_mistake_shows_picture_curves_and_truth(read):
+    for card in read.page.locator(".card").all():
+        assert card.locator("img").evaluate("one => one.naturalWidth") >= 250
+        assert card.locator("svg polygon").count() >= 1
+        assert "true:" in card.inner_text() and "named:" in card.inner_text()
+
+
+def test_the_report_leads_to_the_soundscape_and_back(browser, read):
+    page = read.page
+    page.click("#soundscapes tbody a >> nth=0")
+    page.wait_for_selector("#board")
+    assert page.evaluate("data.truth.length") > 0
+    page.click("text=The report")
+    page.wait_for_selector("#species")
+    del read.asked[1:]
+
+
+def test_hostile_labels_are_inert_in_the_report(browser, evaluation, tmp_path):
+    from collections import Counter
+
+    labelled = replace(evaluation.labelled, foreign=Counter({HOSTILE: 3}))
+    heard = replace(evaluation.heard, labelled=labelled)
+    table = evaluation.table.replace({"name": {"tiny": HOSTILE}})
+    path = tmp_path / "report.html"
+    write_report(path, HOSTILE, replace(evaluation, heard=heard, table=table), n_pages=0)
+    watched = Watched(browser, path)
+    assert HOSTILE in watched.page.inner_text("h1")
+    watched.check()
+
+
+# --- for everybody ------------------------------------------------------------------------------
+
+UNNAMED = """() => [...document.querySelectorAll('button, input, select, textarea, audio, img,'
+    + 'canvas, [role=img], [role=region], [role=application], a[href]')]
+  .filter((one) => one.getClientRects().length)
+  .filter((one) => !(one.getAttribute('aria-label') || one.getAttribute('alt') || one.title
+    || (one.labels && [...one.labels].some((label) => label.textContent.trim()))
+    || (['BUTTON', 'A'].includes(one.tagName) && one.textContent.trim())))
+  .map((one) => one.outerHTML.slice(0, 120))"""
+
+CONTRAST = """() => {
+  const read = (text) => (text.match(/[\\d.]+/g) || []).map(Number);
+  const linear = (value) => (value /= 255) <= 0.03928 ? value / 12.92
+    : ((value + 0.055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+  const ground = (one) => {
+    for (; one; one = one.parentElement) {
+      const color = read(getComputedStyle(one).backgroundColor);
+      if (color.length === 3 || color[3] === 1) return color;
+    }
+    return [255, 255, 255];
+  };
+  const poor = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const one = walker.currentNode.parentElement, text = walker.currentNode.textContent.trim();
+    if (!text || one.closest('script, style, svg, [disabled], .disabled, option')) continue;
+    if (!one.getClientRects().length) continue;
+    const a = light(read(getComputedStyle(one).color)), b = light(ground(one));
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < 4.5) poor.push(`${ratio.toFixed(2)} ${text.slice(0, 40)}`);
+  }
+  return poor;
+}"""
+
+FOCUSABLE = """() => [...document.querySelectorAll('[tabindex]')]
+  .filter((one) => one.tabIndex > 0).length"""
+
+
+@pytest.fixture(params=["report", "soundscape", "index"])
+def any_page(request, tmp_path):
+    if request.param == "report":
+        return request.getfixturevalue("report")
+    soundscape = make_soundscape(tmp_path, labels=(Event("amecro", 1.0, 2.0),))
+    page = write_soundscape_pages(tmp_path / "view", soundscape)
+    table = pd.DataFrame({"recording": [soundscape.name], "seconds": [30.0], "failed": [""]})
+    return page if request.param == "soundscape" else write_index(page.parent, "All", table)
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_everybody_can_use_it(browser, any_page, width):
+    watched = Watched(browser, any_page, width)
+    page = watched.page
+    page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    page.wait_for_timeout(200)
+    assert page.evaluate(UNNAMED) == []
+    assert page.evaluate(CONTRAST) == []
+    assert page.evaluate(FOCUSABLE) == 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("document.documentElement.lang") == "en"
+    assert page.locator("h1").count() == 1
+    watched.check()
+
+
+def test_the_tab_key_goes_through_the_page_from_top_to_bottom(opened):
+    page, seen = opened.page, []
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        where = page.evaluate("document.activeElement.id || document.activeElement.textContent")
+        seen.append(where.strip())
+    wanted = ["play", "next", "zoomin", "low", "threshold", "board", "saveraven", "add"]
+    places = [seen.index(one) for one in wanted]
+    assert places == sorted(places)
+    outline = page.evaluate(
+        "() => { document.getElementById('play').focus(); return getComputedStyle("
+        "document.activeElement).outlineStyle; }"
+    )
+    assert outline != "none"
+
+
+def test_twenty_recordings_are_there_within_two_seconds(browser, tmp_path):
+    page = write_soundscape_pages(tmp_path / "view", make_soundscape(tmp_path))
+    rows = []
+    for number in range(20):
+        shutil.copy(page, page.with_name(f"recording {number}.wav.html"))
+        rows.append((f"recording {number}.wav", 30.0, 2, "American Crow, Blue Jay", ""))
+    table = pd.DataFrame(rows, columns=["recording", "seconds", "detections", "species", "failed"])
+    index = write_index(tmp_path / "view", "Recordings", table)
+    page = Watched(browser, index).page
+    assert ready_after(page) < 2
+    page.click("text=recording 7.wav")
+    page.wait_for_selector("body[data-ready=yes]")
+    assert ready_after(page) < 2
+
+
+def ready_after(page) -> float:
+    """Seconds from the beginning of a navigation to now."""
+    return page.evaluate("performance.now()") / 1000
+
+
+def test_data_in_a_page_cannot_end_its_element(tmp_path):
+    from birdcall.report.html import write_page
+
+    data = {"a": "</script><b>", "b": float("nan"), "c": "\u2028", "d": "\udcff"}
+    write_page(tmp_path / "p.html", "t", "", data=data)
+    text = (tmp_path / "p.html").read_text()
+    held = text.split("id='data'>")[1].split("</script>")[0]
+    assert json.loads(held) == {"a": "</script><b>", "b": None, "c": "\u2028", "d": "?"}
+    assert "<b>" not in held
+
+
+def test_only_named_scripts_run(browser, tmp_path):
+    """The policy holds even where something slipped through the escaping."""
+    from birdcall.report.html import write_page
+
+    body = f"{HOSTILE}<script>window.bitten='yes'</script><div id='x'></div>"
+    script = "document.getElementById('x').textContent = 'ours'; document.body.dataset.ready='yes'"
+    write_page(tmp_path / "p.html", "t", body, scripts=(script,))
+    page = open_page(browser, tmp_path / "p.html")
+    assert page.inner_text("#x") == "ours"
+    assert page.evaluate("window.bitten") is None
+
+
+def test_screenshots_are_of_what_is_there(browser, report, tmp_path):
+    from PIL import Image
+
+    pages = sorted((report.parent / "soundscapes").iterdir())
+    made = take_screenshots(browser, report, pages[0], tmp_path)
+    assert [one.name for one in made] == [
+        *("report.webp", "mistakes.webp", "confusions.webp", "soundscape.webp")
+    ]
+    for path in made:
+        picture = np.asarray(Image.open(path).convert("L"))
+        assert picture.shape[1] == 1280
+        assert picture.std() > 15  # not a blank page

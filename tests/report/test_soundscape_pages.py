@@ -1,0 +1,199 @@
+"""What goes into a page: pictures, sound, frames in parts, names that fit, tables."""
+
+import base64
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+from PIL import Image
+
+from birdcall.inference.decision import Calibration, Decision, calibrate
+from birdcall.inference.engine import Piece
+from birdcall.inference.windows import FRAMES_PER_SEGMENT
+from birdcall.report import soundscape as soundscape_pages
+from birdcall.report.html import (
+    SAMPLE_RATE,
+    draw_tiles,
+    encode_mp3,
+    fitting_name,
+    html_table,
+    read_asset,
+    table_scripts,
+    write_page,
+)
+from birdcall.report.soundscape import (
+    LEVELS,
+    MAX_CLASSES,
+    PART_SECONDS,
+    FrameCollector,
+    n_parts_of,
+    page_names,
+)
+
+
+def noise(seconds: float, seed: int = 0) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    return 0.05 * generator.standard_normal(round(seconds * SAMPLE_RATE)).astype(np.float32)
+
+
+def darkness(tile) -> np.ndarray:
+    picture = Image.open(io.BytesIO(base64.b64decode(tile.picture.split(",")[1])))
+    return 1 - np.asarray(picture.convert("L"), float) / 255
+
+
+def test_tiles_stand_side_by_side():
+    tiles = draw_tiles(noise(130))
+    assert [(one.start, one.seconds) for one in tiles] == [(0, 60), (60, 60), (120, 10)]
+    assert [darkness(one).shape for one in tiles] == [(256, 3000), (256, 3000), (256, 500)]
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.5])
+def test_the_shortest_sound_has_a_picture(seconds):
+    (tile,) = draw_tiles(noise(seconds))
+    assert tile.seconds == pytest.approx(seconds)
+    assert darkness(tile).shape[0] == 256
+
+
+def test_silence_is_white():
+    assert darkness(draw_tiles(np.zeros(SAMPLE_RATE, np.float32))[0]).max() < 0.02
+
+
+def test_a_codecs_limit_does_not_blacken_the_noise_below_it():
+    """Of a recording without anything above 8 kHz, noise looks as in one with all of it."""
+    whole = noise(20)
+    spectrum = np.fft.rfft(whole)
+    spectrum[len(spectrum) // 2 :] = 0
+    halved = np.fft.irfft(spectrum, len(whole)).astype(np.float32)
+    low_rows = slice(140, 250)
+    both = [darkness(draw_tiles(one)[0])[low_rows].mean() for one in (whole, halved)]
+    assert both[1] == pytest.approx(both[0], abs=0.1)
+    assert darkness(draw_tiles(halved)[0])[10:120].mean() < 0.02
+
+
+def test_sound_comes_back_where_it_was():
+    time = np.arange(5 * SAMPLE_RATE) / SAMPLE_RATE
+    click = 0.01 * np.sin(2 * np.pi * 2000 * time) * np.exp(-np.square((time - 3.2) / 0.01))
+    content = base64.b64decode(encode_mp3(click.astype(np.float32)))
+    back, rate = soundfile.read(io.BytesIO(content))
+    assert rate == SAMPLE_RATE
+    assert len(back) == len(click)
+    assert np.abs(back).argmax() / SAMPLE_RATE == pytest.approx(3.2, abs=0.005)
+    assert 0.5 < np.abs(back).max() <= 1.05
+    assert len(content) < 5 * 60_000 / 8 + 2000
+
+
+def pieces(frames: np.ndarray, sizes: list[int]):
+    """Cut ``(members, classes, frames)`` into pieces of so many segments."""
+    start = 0
+    for n_segments in sizes:
+        stop = start + n_segments * FRAMES_PER_SEGMENT
+        own = frames[:, :, start:stop]
+        nothing = np.zeros((len(own), n_segments, own.shape[1]), np.float32)
+        yield Piece(
+            clipwise=nothing,
+            framewise=nothing,
+            frames=own.mean(axis=0),
+            embedding=None,
+            member_frames=own,
+        )
+        start = stop
+
+
+def test_frames_are_the_same_however_they_come(monkeypatch):
+    monkeypatch.setattr(soundscape_pages, "PART_SECONDS", 40)
+    classes = tuple(f"c{place}" for place in range(6))
+    frames = np.random.default_rng(0).random((3, 6, 20 * FRAMES_PER_SEGMENT), dtype=np.float32)
+    made = []
+    for sizes in ([20], [1] * 20, [7, 7, 6]):
+        collector = FrameCollector(Decision(), classes)
+        for piece in pieces(frames, sizes):
+            collector.add(piece)
+        made.append(collector.finish())
+    assert made[0] == made[1] == made[2]
+    assert [one.n_frames for one in made[0]] == [400, 400, 200]
+    outputs = np.concatenate([frames.mean(axis=0)[None], frames])
+    for number, part in enumerate(made[0]):
+        order = [classes.index(code) for code in part.classes]
+        own = outputs[:, order, 400 * number : 400 * number + part.n_frames]
+        assert (part.unpack() == np.floor(own * LEVELS)).all()
+
+
+def test_a_page_grows_with_sound_and_not_with_classes():
+    generator = np.random.default_rng(0)
+    sizes = []
+    for n_classes in (24, 264):
+        frames = generator.random((2, n_classes, 500), dtype=np.float32)
+        classes = tuple(f"c{place}" for place in range(n_classes))
+        collector = FrameCollector(Decision(), classes)
+        collector.add(next(pieces(frames, [10])))
+        (part,) = collector.finish()
+        assert len(part.classes) == MAX_CLASSES
+        sizes.append(len(part.packed))
+    assert sizes[1] < 1.1 * sizes[0]
+
+
+def test_what_nobody_hears_is_left_out():
+    frames = np.zeros((1, 3, 50), np.float32)
+    frames[0, 1, 7] = 0.06
+    collector = FrameCollector(Decision(), ("a", "b", "c"))
+    collector.add(next(pieces(frames, [1])))
+    assert collector.finish()[0].classes == ("b",)
+
+
+def test_frames_are_calibrated_as_detections_are():
+    calibration = Calibration((1.0,), (0.0,), (2.0,), (-0.5,))
+    frames = np.random.default_rng(1).random((2, 1, 50), dtype=np.float32)
+    collector = FrameCollector(Decision(calibration=calibration), ("a",))
+    collector.add(next(pieces(frames, [1])))
+    wanted = calibrate(frames[1].T, (2.0,), (-0.5,)).T
+    assert (collector.finish()[0].unpack()[2] == np.floor(wanted * LEVELS)).all()
+
+
+def test_a_day_is_144_pages():
+    assert n_parts_of(24 * 3600) == 144 == len(page_names("day.wav", 144))
+    assert n_parts_of(0.5) == 1 == n_parts_of(PART_SECONDS)
+    assert n_parts_of(PART_SECONDS + 0.1) == 2
+    assert page_names("a/b.mp3", 1) == ["a/b.mp3.html"]
+    assert page_names("b.mp3", 2)[1] == "b.mp3.part002.html"
+
+
+def test_names_fit_and_stay_apart():
+    one, other = (fitting_name("x" * 260 + end, ".html") for end in "ab")
+    assert one != other
+    assert len(one.encode()) <= 200 and one.endswith(".html")
+    assert fitting_name("ü" * 90 + "/name.wav", ".html") == "ü" * 90 + "/name.wav.html"
+    assert len(fitting_name("ü" * 300, ".html").encode()) <= 200
+
+
+def test_tables_sort_by_number_and_escape_text():
+    table = pd.DataFrame({"name": ["<b>", "x"], "n": [3, 12], "f1": [0.12345, np.nan]})
+    text = html_table(table, "a <caption>", sortable=True, links={"x": "y'z.html"})
+    assert "<b>" not in text and "&lt;b&gt;" in text
+    assert "data-order='12'>12</td>" in text
+    assert "data-order='0.12345'>0.123</td>" in text
+    assert "data-order='-1'></td>" in text
+    assert "href='y&#x27;z.html'" in text
+
+
+def test_a_script_that_ends_itself_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds its own end"):
+        write_page(tmp_path / "p.html", "t", "", scripts=("'</script>'",))
+
+
+def test_scripts_come_from_packages_and_this_folder():
+    bundle, ours = table_scripts()
+    assert "DataTables" in bundle and "window.birdcallTables=" in bundle
+    assert ours == read_asset("tables.js")
+
+
+def test_screenshots_without_a_browser_are_refused_at_once(monkeypatch):
+    from birdcall.report import browser
+
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(FileNotFoundError, match="screenshots need Chromium"):
+        browser.require_browser()
+    monkeypatch.setattr(browser, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"pip install 'birdcall\[browser\]'"):
+        browser.require_browser()

@@ -1,0 +1,145 @@
+"""Files appear whole or not at all, and names from a CSV cannot leave their folder."""
+
+from pathlib import Path
+
+import pytest
+
+from birdcall.storage.files import atomic_path, inside, read_table, write_atomically
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def write_half(path: Path, error: BaseException) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise error
+
+
+@pytest.mark.parametrize("content", ["åäö\r\nline\n", b"\x00\xff", ""])
+def test_what_is_written_is_read_back_byte_for_byte(tmp_path: Path, content: str | bytes) -> None:
+    path = tmp_path / "new" / "folder" / "file.txt"
+    write_atomically(path, content)
+    assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
+
+
+def test_a_second_write_replaces_the_first(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "a.csv", "long old content")
+    write_atomically(tmp_path / "a.csv", "new")
+    assert (tmp_path / "a.csv").read_text() == "new"
+    assert files_below(tmp_path) == ["a.csv"]
+
+
+def test_an_error_while_writing_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("old")
+    with pytest.raises(OSError, match="disk full"):
+        write_half(path, OSError("disk full"))
+    assert path.read_text() == "old"
+    assert files_below(tmp_path) == ["a.csv"]
+
+
+def test_an_interrupt_leaves_no_temporary_file(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        write_half(tmp_path / "a.csv", KeyboardInterrupt())
+    assert files_below(tmp_path) == []
+
+
+def test_the_target_keeps_its_old_content_until_the_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("old")
+    with atomic_path(path) as temporary:
+        assert (temporary.parent, temporary.suffix) == (path.parent, ".csv")
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+def test_the_file_has_the_permissions_of_an_ordinary_file(tmp_path: Path) -> None:
+    (tmp_path / "ordinary").write_text("")
+    write_atomically(tmp_path / "atomic", "")
+    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+@pytest.mark.parametrize("name", ["a.mp3", "sub/a.mp3", "a..b.mp3", "..mp3", "./a.mp3"])
+def test_a_plain_name_is_joined_to_its_folder(tmp_path: Path, name: str) -> None:
+    assert inside(tmp_path, name) == tmp_path / name
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../a", "sub/../../a", "/etc/passwd", "a\0b"])
+def test_a_name_that_leaves_its_folder_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="not a name inside"):
+        inside(tmp_path, name)
+
+
+def test_a_link_out_of_the_folder_is_refused_and_a_link_within_it_is_not(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (tmp_path / "secret.mp3").write_text("")
+    (folder / "a.mp3").write_text("")
+    (folder / "out.mp3").symlink_to(tmp_path / "secret.mp3")
+    (folder / "within.mp3").symlink_to(folder / "a.mp3")
+    assert inside(folder, "within.mp3").exists()
+    with pytest.raises(ValueError, match="leads out of"):
+        inside(folder, "out.mp3")
+
+
+def test_a_circle_of_links_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.mp3").symlink_to("b.mp3")
+    (tmp_path / "b.mp3").symlink_to("a.mp3")
+    with pytest.raises(OSError, match=r"'a\.mp3' leads nowhere .*: its links form a circle"):
+        inside(tmp_path, "a.mp3")
+
+
+def test_the_folder_itself_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "real")
+    assert inside(tmp_path / "linked", "a.mp3") == tmp_path / "linked" / "a.mp3"
+
+
+def table(folder: Path, content: str | bytes) -> Path:
+    write_atomically(folder / "t.csv", content)
+    return folder / "t.csv"
+
+
+def test_a_table_is_read_as_it_is_written_with_the_line_of_each_row(tmp_path: Path) -> None:
+    path = table(tmp_path, '\ufeffcode,note,other\nNA,"two\nlines, one cell",\n\n1.50,nan,x\n')
+    frame = read_table(path, ["code", "note"])
+    assert frame.columns.tolist() == ["code", "note", "other"]
+    assert frame["code"].tolist() == ["NA", "1.50"]
+    assert frame["note"].tolist() == ["two\nlines, one cell", "nan"]
+    assert frame["other"].tolist() == ["", "x"]
+    assert frame.index.tolist() == [2, 5]  # where a row starts
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "no column 'a'"),
+        ("b,c\n1,2\n", "no column 'a'; its columns are b, c"),
+        ("a,a\n1,2\n", "more than one column 'a'"),
+        ("a,b\n1,2\n3\n", "t.csv, line 3: 1 fields where the header has 2"),
+        ("a,b\n1,2,3\n", "t.csv, line 2: 3 fields where the header has 2"),
+        ('a,b\n1,"two\nlines"\n3,"two\nlines",5\n', "t.csv, line 4: 3 fields"),
+        ("a,b\né,2\n".encode("latin-1"), "t.csv, line 2, byte 0xe9: is not a CSV in UTF-8"),
+        (b"a,b\n" + b"1,2\n" * 20_000 + b"\xff,2\n", "t.csv, line 20002, byte 0xff: is not"),
+        ("a,b\n1,2\n3," + "4" * 200_000 + "\n", "t.csv, line 3: is not a CSV: field larger"),
+    ],
+)
+def test_a_broken_table_is_refused_in_one_line(
+    tmp_path: Path, content: str | bytes, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        read_table(table(tmp_path, content), ["a"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_table_without_rows_has_its_columns(tmp_path: Path) -> None:
+    frame = read_table(table(tmp_path, "a,b\n"), ["a"])
+    assert (len(frame), frame.columns.tolist()) == (0, ["a", "b"])
+
+
+def test_a_missing_table_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no\.csv is missing"):
+        read_table(tmp_path / "no.csv", ["a"])

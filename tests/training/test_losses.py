@@ -1,0 +1,143 @@
+"""The loss is that of the clip and of its loudest frame, of what is known, by weight."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional
+from torchvision.ops import sigmoid_focal_loss
+
+from birdcall.config import TrainConfig
+from birdcall.data.augment import UNKNOWN
+from birdcall.models.sed import SEDOutput
+from birdcall.training.step import sed_loss, smooth_labels
+
+BCE = TrainConfig(loss="bce", framewise_loss_weight=0.5)
+FOCAL = replace(BCE, loss="focal", focal_gamma=2.0)
+TARGET = torch.tensor([[1.0, 0, 0, 0.3], [0, 0, 0, 0], [0, 1, 1, 0], [0.3, 0, 0, 1]])
+
+
+def draw_logits(scale=2.0):
+    generator = torch.Generator().manual_seed(0)
+    return scale * torch.randn(4, 4, 6, generator=generator)
+
+
+def output_of(logits):
+    """Clipwise is the middle frame here, so that both terms have logits of their own."""
+    framewise = logits.sigmoid()
+    return SEDOutput(framewise[..., 3], framewise)
+
+
+def test_cross_entropy_is_that_of_clip_and_loudest_frame():
+    logits = draw_logits()
+    expected = functional.binary_cross_entropy_with_logits(logits[..., 3], TARGET)
+    peak = functional.binary_cross_entropy_with_logits(logits.amax(-1), TARGET)
+    torch.testing.assert_close(sed_loss(output_of(logits), TARGET, BCE), expected + 0.5 * peak)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_focal_loss_equals_torchvisions_on_logits(gamma):
+    logits = draw_logits()
+    clip, peak = (
+        sigmoid_focal_loss(one, TARGET, alpha=-1, gamma=gamma, reduction="mean")
+        for one in (logits[..., 3], logits.amax(-1))
+    )
+    config = replace(FOCAL, focal_gamma=gamma)
+    torch.testing.assert_close(sed_loss(output_of(logits), TARGET, config), clip + 0.5 * peak)
+
+
+def test_focal_loss_has_torchvisions_gradient():
+    logits, reference = (draw_logits().requires_grad_() for _ in range(2))
+    sed_loss(output_of(logits), TARGET, replace(FOCAL, framewise_loss_weight=0.0)).backward()
+    loss = sigmoid_focal_loss(reference[..., 3], TARGET, alpha=-1, gamma=2.0, reduction="mean")
+    loss.backward()
+    torch.testing.assert_close(logits.grad, reference.grad, atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize("config", [BCE, FOCAL, replace(FOCAL, focal_gamma=0.5)])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_certainty_is_finite_and_dear_only_where_it_is_wrong(config, value):
+    certain = torch.full((2, 3), value, requires_grad=True)
+    output = SEDOutput(certain, certain[..., None])
+    wrong = sed_loss(output, 1 - certain.detach(), config)
+    right = sed_loss(output, certain.detach(), config)
+    assert wrong > 10
+    assert right == 0
+    (wrong + right).backward()
+    assert certain.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("config", [BCE, FOCAL, replace(BCE, label_smoothing=0.1)])
+def test_a_class_that_is_unknown_adds_nothing_and_learns_nothing(config):
+    logits = draw_logits().requires_grad_()
+    target = TARGET.clone()
+    target[0, 1] = target[2, 2] = UNKNOWN
+    masked = sed_loss(output_of(logits), target, config)
+    masked.backward()
+    assert (logits.grad[0, 1] == 0).all()
+    assert (logits.grad[2, 2] == 0).all()
+    assert (logits.grad.abs().sum(-1) > 0).sum() == 14
+    alone = [
+        sed_loss(output_of(logits[row : row + 1, [k]]), TARGET[row : row + 1, [k]], config)
+        for row, k in ((0, 1), (2, 2))
+    ]
+    whole = sed_loss(output_of(logits), TARGET, config)
+    torch.testing.assert_close(masked, whole - sum(alone) / 16)
+
+
+def test_a_masked_loss_worked_by_hand():
+    half = torch.full((1, 4), 0.5)
+    target = torch.tensor([[1.0, UNKNOWN, UNKNOWN, 0.0]])
+    loss = sed_loss(SEDOutput(half, half[..., None]), target, BCE)
+    # Two of four classes are known, each log 2 for the clip and half of that for the frame.
+    torch.testing.assert_close(loss, 2 / 4 * 1.5 * torch.tensor(2.0).log())
+
+
+def test_a_clip_with_nothing_known_costs_nothing():
+    output = output_of(draw_logits())
+    assert sed_loss(output, torch.full((4, 4), UNKNOWN), BCE) == 0
+
+
+def test_the_mean_of_two_halves_is_the_whole():
+    output, target = output_of(draw_logits()), TARGET.clone()
+    target[0] = UNKNOWN
+    weight = torch.tensor([1.0, 0.2, 0.5, 0.7])
+    halves = [
+        sed_loss(SEDOutput(*(part[rows] for part in output)), target[rows], FOCAL, weight[rows])
+        for rows in (slice(0, 2), slice(2, 4))
+    ]
+    torch.testing.assert_close(sum(halves) / 2, sed_loss(output, target, FOCAL, weight))
+
+
+def test_each_clip_counts_by_its_weight():
+    output = output_of(draw_logits())
+    weight = torch.tensor([1.0, 0.2, 0.5, 0.0])
+    alone = [
+        sed_loss(SEDOutput(*(part[[row]] for part in output)), TARGET[[row]], BCE)
+        for row in range(4)
+    ]
+    expected = (torch.stack(alone) * weight).mean()
+    torch.testing.assert_close(sed_loss(output, TARGET, BCE, weight), expected)
+    ones = sed_loss(output, TARGET, BCE, torch.ones(4))
+    torch.testing.assert_close(ones, sed_loss(output, TARGET, BCE))
+
+
+def test_smoothing_moves_targets_towards_one_half():
+    target = torch.tensor([0.0, 1.0, 0.3, 0.5])
+    torch.testing.assert_close(smooth_labels(target, 0.1), torch.tensor([0.05, 0.95, 0.32, 0.5]))
+    logits = draw_logits()
+    smoothed = sed_loss(output_of(logits), TARGET, replace(BCE, label_smoothing=0.1))
+    by_hand = sed_loss(output_of(logits), 0.9 * TARGET + 0.05, BCE)
+    torch.testing.assert_close(smoothed, by_hand)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("config", [BCE, FOCAL])
+def test_half_precision_outputs_give_a_float32_loss(dtype, config):
+    output = SEDOutput(torch.rand(2, 3).to(dtype), torch.rand(2, 3, 4).to(dtype))
+    target = torch.zeros(2, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = sed_loss(output, target, config, torch.ones(2, dtype=dtype))
+    assert loss.dtype == torch.float32
+    exact = sed_loss(SEDOutput(*(part.float() for part in output)), target, config)
+    torch.testing.assert_close(loss, exact)

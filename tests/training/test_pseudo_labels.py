@@ -1,0 +1,269 @@
+"""Labels get times from models that did not train on the recording; none is believed blindly."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from birdcall.config import config_from_dict
+from birdcall.data.augment import UNKNOWN
+from birdcall.data.targets import TimedTargets, make_targets, read_timed_labels
+from birdcall.demo.plan import DemoConfig
+from birdcall.demo.schedule import plan_recordings
+from birdcall.experiments import find_experiment
+from birdcall.inference.engine import SegmentScores
+from birdcall.inference.windows import FRAMES_PER_SEGMENT
+from birdcall.models.checkpoint import Checkpoint, save_checkpoint
+from birdcall.models.sed import build_model
+from birdcall.training.pseudo_labels import (
+    RelabelConfig,
+    find_stretches,
+    held_out_recordings,
+    relabel_recordings,
+    summarise_labels,
+)
+from birdcall.training.runs import plan_runs, train_many
+
+CLASSES = ("amecro", "bkcchi", "norcar")
+CONFIG = RelabelConfig()
+
+
+def scores_of(seconds=15.0, clipwise=1.0, **heard):
+    """Scores of a recording in which birds are heard in stretches of (onset, offset, probability).
+
+    Clipwise is the same for all.
+    """
+    n_segments = -(-int(seconds) // 5)
+    frames = np.zeros((3, n_segments * FRAMES_PER_SEGMENT), np.float32)
+    for code, stretches in heard.items():
+        for onset, offset, probability in stretches:
+            frames[CLASSES.index(code), round(onset * 10) : round(offset * 10)] = probability
+    clips = np.full((2, n_segments, 3), clipwise, np.float32)
+    return SegmentScores(clips, clips, frames, seconds)
+
+
+def stretches_of(scores, *given, config=CONFIG):
+    return [
+        (event.ebird_code, event.onset, event.offset, state)
+        for event, state in find_stretches(scores, given, CLASSES, config)
+    ]
+
+
+def test_a_heard_stretch_lies_within_the_one_where_the_bird_may_be_heard():
+    scores = scores_of(amecro=[(2, 8, 0.2), (4, 6, 0.8)])
+    assert stretches_of(scores, "amecro") == [
+        ("amecro", 2.0, 8.0, "unsure"),
+        ("amecro", 4.0, 6.0, "heard"),
+    ]
+
+
+def test_the_silence_around_a_song_is_silence():
+    table = as_table(scores_of(amecro=[(4, 6, 0.8)]), "amecro")
+    targets = TimedTargets(pd.DataFrame({"filename": ["XC1.mp3"]}), CLASSES, table)
+    assert targets.find(0, 3.0, 5.0).tolist() == [1.0, 0.0, 0.0]
+    assert targets.find(0, 8.0, 5.0).tolist() == [0.0, 0.0, 0.0]
+
+
+def as_table(scores, *given):
+    rows = [("XC1.mp3", *row, 1.0) for row in stretches_of(scores, *given)]
+    names = ["filename", "ebird_code", "onset", "offset", "state", "probability"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def test_a_pause_within_a_song_is_no_absence():
+    found = stretches_of(scores_of(amecro=[(1, 2, 0.9), (2.5, 4, 0.9), (6, 7, 0.9)]), "amecro")
+    heard = [row for row in found if row[3] == "heard"]
+    assert heard == [("amecro", 1.0, 4.0, "heard"), ("amecro", 6.0, 7.0, "heard")]
+
+
+def test_the_primary_label_never_vanishes():
+    found = stretches_of(scores_of(amecro=[(9, 9.2, 0.02)]), "amecro")
+    assert found == [("amecro", 0.0, 15.0, "unsure"), ("amecro", 6.55, 11.55, "heard")]
+    nowhere = stretches_of(scores_of(), "amecro")
+    assert nowhere == [("amecro", 0.0, 5.0, "heard"), ("amecro", 0.0, 15.0, "unsure")]
+    at_end = stretches_of(scores_of(amecro=[(14.9, 15, 0.02)]), "amecro")
+    assert ("amecro", 10.0, 15.0, "heard") in at_end
+    short = stretches_of(scores_of(2.3, amecro=[(1, 2, 0.02)]), "amecro")
+    assert set(short) == {("amecro", 0.0, 2.3, "heard"), ("amecro", 0.0, 2.3, "unsure")}
+
+
+def test_who_hears_a_bird_nowhere_cannot_say_where_it_is_not():
+    scores = scores_of(amecro=[(0, 5, 0.9)], norcar=[(3, 4, 0.3)])
+    assert ("norcar", 0.0, 15.0, "unsure") in stretches_of(scores, "amecro", "norcar")
+
+
+def test_a_secondary_label_without_a_trace_is_dropped():
+    scores = scores_of(amecro=[(0, 5, 0.9)], norcar=[(3, 4, 0.04)])
+    assert {row[0] for row in stretches_of(scores, "amecro", "norcar")} == {"amecro"}
+
+
+def test_a_bird_that_is_not_listed_is_added_only_where_clip_and_frame_are_sure():
+    heard = {"amecro": [(0, 5, 0.9)], "bkcchi": [(6, 8, 0.95), (10, 11, 0.7), (12, 13, 0.4)]}
+    others = [row for row in stretches_of(scores_of(**heard), "amecro") if row[0] == "bkcchi"]
+    assert others == [
+        ("bkcchi", 6.0, 8.0, "heard"),
+        ("bkcchi", 6.0, 8.0, "unsure"),
+        ("bkcchi", 10.0, 11.0, "unsure"),
+    ]
+    quiet = stretches_of(scores_of(clipwise=0.6, **heard), "amecro")
+    assert [row[3] for row in quiet if row[0] == "bkcchi"] == ["unsure", "unsure"]
+    assert {row[0] for row in stretches_of(scores_of(clipwise=0.4, **heard), "amecro")} == {
+        "amecro"
+    }
+
+
+def test_nothing_is_heard_in_the_padding_behind_the_recording():
+    found = stretches_of(scores_of(12.34, amecro=[(11, 15, 0.9)]), "amecro")
+    assert max(row[2] for row in found) == 12.3
+
+
+def test_thresholds_out_of_order_are_refused():
+    with pytest.raises(ValueError, match=r"unsure_threshold 0\.7, heard_threshold 0\.5 and"):
+        RelabelConfig(unsure_threshold=0.7)
+    with pytest.raises(ValueError, match=r"heard_threshold is 1\.5; a probability"):
+        RelabelConfig(heard_threshold=1.5)
+
+
+@pytest.fixture
+def runs(training_data, tiny_experiment, tmp_path):
+    """A run per fold: that of fold 0 hears only the first class, that of fold 1 the second."""
+    folders = []
+    for fold in training_data.folds:
+        model = build_model(tiny_experiment, len(training_data.classes))
+        torch.nn.init.zeros_(model.head.detection.weight)
+        with torch.no_grad():
+            model.head.detection.bias[:] = torch.tensor([-9.0, -9.0, -9.0])
+            model.head.detection.bias[fold] = 9.0
+        folders.append(tmp_path / "runs" / f"fold{fold}")
+        checkpoint = Checkpoint(tiny_experiment, training_data.classes, fold)
+        save_checkpoint(folders[-1], model, checkpoint)
+    return folders
+
+
+def test_a_recording_is_heard_only_by_members_that_did_not_train_on_it(
+    runs, training_data, tmp_path
+):
+    summary = relabel_recordings(runs, training_data, tmp_path / "relabelled.csv")
+    recordings = training_data.recordings
+    timed = read_timed_labels(tmp_path / "relabelled.csv", recordings, training_data.classes)
+    assert set(timed["filename"]) == set(recordings["filename"])
+    fold = timed["filename"].map(recordings.set_index("filename")["fold"])
+    sure = timed[timed["probability"] > 0.9]
+    by_fold = sure.groupby(fold[sure.index])["ebird_code"].unique()
+    assert by_fold[0].tolist() == [training_data.classes[0]]
+    assert by_fold[1].tolist() == [training_data.classes[1]]
+    ends = sure.groupby("filename")["offset"].max()
+    seconds = recordings.set_index("filename")["seconds"][ends.index]
+    assert np.allclose(ends, seconds, atol=0.06), "each is heard to its end"
+    assert summary.n_recordings == len(recordings)
+    assert sum(summary.primary.values()) == len(recordings)
+    heard = [training_data.classes[fold] for fold in recordings["fold"]]
+    assert summary.primary["confirmed"] == (recordings["ebird_code"] == heard).sum() > 0
+
+
+def test_folds_without_a_run_keep_their_labels(runs, training_data, tmp_path, caplog):
+    summary = relabel_recordings(runs[:1], training_data, tmp_path / "relabelled.csv")
+    in_fold = (training_data.recordings["fold"] == 0).sum()
+    assert summary.n_recordings == in_fold
+    assert summary.n_kept == len(training_data.recordings) - in_fold
+    assert "no run has held out fold 1: " in caplog.text
+
+
+def test_a_recording_that_cannot_be_read_keeps_its_labels(runs, training_data, tmp_path, caplog):
+    broken = tmp_path / "broken.mp3"
+    broken.write_bytes(b"<html>" * 100)
+    recordings = training_data.recordings.copy()
+    recordings.loc[recordings.index[0], "path"] = str(broken)
+    data = replace(training_data, recordings=recordings)
+    summary = relabel_recordings(runs, data, tmp_path / "relabelled.csv")
+    assert summary.n_kept == 1
+    assert "broken.mp3" in caplog.text
+    assert "its labels stay as they are" in caplog.text
+
+
+def test_runs_of_other_data_are_refused(runs, training_data):
+    with pytest.raises(ValueError, match="checkpoint of other classes"):
+        held_out_recordings(runs, replace(training_data, classes=("amecro", "zzz")))
+    recordings = training_data.recordings[training_data.recordings["fold"] == 0]
+    with pytest.raises(ValueError, match="fold1: of fold 1; the data's folds are 0"):
+        held_out_recordings(runs, replace(training_data, recordings=recordings))
+
+
+def test_the_summary_counts_each_label_once():
+    recordings = pd.DataFrame(
+        {
+            "filename": ["XC1.mp3", "XC2.mp3", "XC3.mp3"],
+            "ebird_code": ["amecro", "bkcchi", "norcar"],
+            "secondary_codes": [("bkcchi", "norcar"), ("amecro",), ("amecro",)],
+            "seconds": [10.0, 20.0, 10.0],
+        }
+    )
+    rows = [
+        ("XC1.mp3", "amecro", 0.0, 9.0, "unsure", 0.9),
+        ("XC1.mp3", "amecro", 1.0, 2.0, "heard", 0.9),
+        ("XC1.mp3", "amecro", 4.0, 7.0, "heard", 0.9),
+        ("XC1.mp3", "bkcchi", 0.0, 9.0, "unsure", 0.3),
+        ("XC3.mp3", "norcar", 0.0, 5.0, "heard", 0.2),
+        ("XC3.mp3", "norcar", 0.0, 10.0, "unsure", 0.2),
+        ("XC3.mp3", "amecro", 0.0, 2.0, "heard", 0.6),
+        ("XC3.mp3", "bkcchi", 0.0, 2.0, "heard", 0.95),
+    ]
+    names = ["filename", "ebird_code", "onset", "offset", "state", "probability"]
+    summary = summarise_labels(pd.DataFrame(rows, columns=names), recordings, CONFIG)
+    assert str(summary) == (
+        "2 recordings relabelled, 1 as they were; primary: 1 confirmed, 1 unsure, 0 dropped; "
+        "secondary: 1 confirmed, 1 unsure, 1 dropped; not listed: 1 added, 0 unsure; "
+        "primary heard in 45% of the time"
+    )
+
+
+@pytest.mark.slow
+def test_relabelled_targets_are_nearer_to_the_truth_than_labels_of_whole_recordings(
+    training_data, demo_folder, tiny_experiment, tmp_path
+):
+    """Every third recording gets a secondary label of a species that is not in it."""
+    data, truth = with_wrong_labels(training_data, demo_folder)
+    small = find_experiment("small_plain")
+    train = replace(small.train, epochs=10, clips_per_epoch=128, batch_size=16, validate_every=10)
+    experiment = replace(small, train=train)
+    runs = plan_runs([experiment], training_data, None, tmp_path / "runs")
+    train_many(runs, training_data, workers=0)
+    path = tmp_path / "relabelled.csv"
+    summary = relabel_recordings([run.folder for run in runs], data, path)
+    timed = TimedTargets(
+        data.recordings, data.classes, read_timed_labels(path, data.recordings, data.classes)
+    )
+    weak = make_targets(data.recordings, data.classes, 1.0)
+    there, given, timed_targets = [], [], []
+    for row, filename in enumerate(data.recordings["filename"]):
+        for start in np.arange(0, data.recordings["seconds"].iloc[row] - 2, 0.5):
+            there.append([is_heard(truth[filename], code, start) for code in data.classes])
+            given.append(weak[row])
+            timed_targets.append(timed.find(row, start, 2.0))
+    there, given, target = np.array(there), np.array(given), np.array(timed_targets)
+    known = target != UNKNOWN
+    assert known.mean() > 0.75, str(summary)
+    assert (target != there)[known].sum() < (given != there)[known].sum()
+    assert (target != there)[known].sum() < 0.5 * (given != there).sum()
+
+
+def with_wrong_labels(data, folder):
+    """Return the data with wrong secondary labels, and the songs of each recording."""
+    settings = json.loads((folder / "demo.json").read_text())["config"]
+    plans = plan_recordings(config_from_dict(DemoConfig, settings))
+    truth = {f"XC{plan.xc_id}.mp3": plan.events for plan in plans}
+    recordings, generator = data.recordings.copy(), np.random.default_rng(0)
+    labels = []
+    for filename, codes in zip(recordings["filename"], recordings["secondary_codes"], strict=True):
+        absent = set(data.classes) - {event.ebird_code for event in truth[filename]}
+        added = generator.permutation(sorted(absent))[: generator.random() < 1 / 3]
+        labels.append((*codes, *added))
+    recordings["secondary_codes"] = labels
+    return replace(data, recordings=recordings), truth
+
+
+def is_heard(events, code, start):
+    return any(event.ebird_code == code and event.is_heard(start, start + 2) for event in events)

@@ -1,0 +1,241 @@
+"""A training that was interrupted, anyhow and anywhere, ends with the same bits."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_architecture import PACKAGE, imports_of
+
+from birdcall.models.checkpoint import STATE_FILE
+from birdcall.training.log import TrainingInterrupted, read_log
+from birdcall.training.resume import CODE, read_state, write_state
+from birdcall.training.runs import train_run
+from birdcall.training.trainer import Run
+
+
+@pytest.fixture(scope="module")
+def rich_experiment(tiny_experiment):
+    """All that has a state of its own: dropout, moving average, best epochs, accumulation."""
+    return replace(
+        tiny_experiment,
+        name="rich",
+        model=replace(tiny_experiment.model, dropout=0.3),
+        train=replace(
+            tiny_experiment.train,
+            epochs=3,
+            clips_per_epoch=20,
+            accumulate=2,
+            ema_decay=0.9,
+            average_best=2,
+            validate_every=1,
+        ),
+    )
+
+
+def train_step_by_step(run, data, workers=0):
+    """Interrupt a run after each of its steps and take it up again; return how often."""
+    for n_interruptions in range(1000):
+        try:
+            train_run(run, data, workers=workers, resume=True, deadline=time.monotonic())
+        except TrainingInterrupted:
+            continue
+        else:
+            return n_interruptions
+    raise AssertionError("it never ends")
+
+
+@pytest.mark.parametrize("precision", ["float32", "fp16"])
+def test_interrupted_after_every_step_it_ends_with_the_same_bits(
+    training_data, rich_experiment, tmp_path, precision
+):
+    experiment = replace(rich_experiment, train=replace(rich_experiment.train, precision=precision))
+    whole, parts = (Run(experiment, 0, tmp_path / name) for name in ("whole", "parts"))
+    train_run(whole, training_data, workers=0)
+    assert train_step_by_step(parts, training_data) == 9  # three epochs of three steps
+    for name in ("model.safetensors", "model.json"):
+        assert (parts.folder / name).read_bytes() == (whole.folder / name).read_bytes()
+    first, second = (read_log(run.folder / "log.csv") for run in (whole, parts))
+    for one, other in zip(first, second, strict=True):
+        assert (one.epoch, one.loss, one.validation) == (other.epoch, other.loss, other.validation)
+
+
+def test_an_epoch_that_was_left_in_its_middle_is_not_started_again(
+    training_data, rich_experiment, tmp_path
+):
+    run = Run(rich_experiment, 0, tmp_path)
+    with pytest.raises(TrainingInterrupted, match="stopped after step 1 of 9"):
+        train_run(run, training_data, workers=0, deadline=time.monotonic())
+    _, values = read_state(tmp_path / STATE_FILE)
+    assert values["progress"]["epoch_step"] == 1
+    assert values["progress"]["n_clips"] == 8
+    assert not (tmp_path / "log.csv").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_writes_a_state_and_says_how_to_go_on(
+    training_data, tiny_experiment, tmp_path, number
+):
+    long = replace(tiny_experiment, train=replace(tiny_experiment.train, epochs=10_000))
+    before = signal.getsignal(number)
+
+    def signal_when_it_trains():
+        while not (tmp_path / "log.csv").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=signal_when_it_trains, daemon=True).start()
+    with pytest.raises(TrainingInterrupted, match="the same command with --resume") as caught:
+        train_run(Run(long, 0, tmp_path), training_data, workers=0, save_every=10**6)
+    step = read_state(tmp_path / STATE_FILE)[1]["progress"]["step"]
+    assert f"stopped after step {step} of 20000" in str(caught.value)
+    assert signal.getsignal(number) == before
+
+
+def interrupted(experiment, data, folder):
+    with pytest.raises(TrainingInterrupted):
+        train_run(Run(experiment, 0, folder), data, workers=0, deadline=time.monotonic())
+    return folder / STATE_FILE
+
+
+def test_a_state_of_another_experiment_is_refused_and_says_what_differs(
+    training_data, tiny_experiment, tmp_path
+):
+    path = interrupted(tiny_experiment, training_data, tmp_path)
+    before = path.read_bytes()
+    other = replace(
+        tiny_experiment,
+        train=replace(tiny_experiment.train, learning_rate=0.5),
+        frontend=replace(tiny_experiment.frontend, n_mels=40),
+    )
+    with pytest.raises(ValueError, match="of another training, so it cannot go on") as caught:
+        train_run(Run(other, 0, tmp_path), training_data, workers=0, resume=True)
+    assert "experiment.frontend.n_mels was 32, is 40" in str(caught.value)
+    assert "experiment.train.learning_rate was 0.003, is 0.5" in str(caught.value)
+    assert path.read_bytes() == before
+
+
+def test_a_state_of_other_code_is_refused_and_names_the_module(
+    training_data, tiny_experiment, tmp_path
+):
+    path = interrupted(tiny_experiment, training_data, tmp_path)
+    tensors, values = read_state(path)
+    values["identity"]["code"]["training.losses"] = "0" * 16
+    values["identity"]["version"] = "0.0.1"
+    write_state(path, tensors, values)
+    with pytest.raises(ValueError, match=r"version was '0\.0\.1'.*training/losses\.py has changed"):
+        train_run(Run(tiny_experiment, 0, tmp_path), training_data, workers=0, resume=True)
+
+
+def test_a_state_of_other_recordings_is_refused(training_data, tiny_experiment, tmp_path):
+    interrupted(tiny_experiment, training_data, tmp_path)
+    fewer = replace(training_data, recordings=training_data.recordings.iloc[1:])
+    with pytest.raises(ValueError, match="the recordings are others"):
+        train_run(Run(tiny_experiment, 0, tmp_path), fewer, workers=0, resume=True)
+
+
+def test_a_torn_state_is_one_line_that_names_it(training_data, tiny_experiment, tmp_path):
+    path = interrupted(tiny_experiment, training_data, tmp_path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"state\.safetensors: not a readable state"):
+        train_run(Run(tiny_experiment, 0, tmp_path), training_data, workers=0, resume=True)
+
+
+def test_starting_again_leaves_nothing_of_the_old_state(training_data, tiny_experiment, tmp_path):
+    interrupted(tiny_experiment, training_data, tmp_path)
+    (tmp_path / ".state.0123456789abcdef.safetensors").write_bytes(b"torn by a kill")
+    train_run(Run(tiny_experiment, 0, tmp_path), training_data, workers=0)
+    assert not list(tmp_path.glob("*state*"))
+    assert not list(tmp_path.glob(".state*"))
+
+
+def test_values_and_tensors_survive_the_file_to_the_bit(tmp_path):
+    generator = np.random.default_rng(0)
+    values = {"floats": list(generator.normal(size=100)), "infinite": -np.inf, "text": "é"}
+    tensors = {"a": torch.randn(3, 4).t(), "step": torch.tensor(7.0), "whole": torch.arange(3)}
+    write_state(tmp_path / STATE_FILE, tensors, values)
+    read, again = read_state(tmp_path / STATE_FILE)
+    assert again == values
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+    assert all(read[name].dtype == tensors[name].dtype for name in tensors)
+
+
+PACKAGES = {"data", "training"}
+
+
+def test_the_code_of_a_training_is_all_that_it_imports():
+    found, queue = set(), ["training.run"]
+    while queue:
+        name = queue.pop()
+        if name not in found:
+            found.add(name)
+            queue += imports_of(PACKAGE / f"{name.replace('.', '/')}.py") - PACKAGES
+    assert set(CODE) == found
+
+
+COMMAND = """
+import sys
+from dataclasses import replace
+import birdcall.experiments as experiments
+from birdcall.config import ModelConfig
+small = experiments.EXPERIMENTS["small_gru"]
+experiments.EXPERIMENTS["small_gru"] = replace(
+    small,
+    frontend=replace(small.frontend, n_mels=32, hop_length=1000),
+    model=ModelConfig(
+        backbone="test_byobnet", pretrained=False, temporal="gru+attention", temporal_size=16
+    ),
+    train=replace(
+        small.train, clip_seconds=2.0, epochs=8, clips_per_epoch=64, batch_size=8,
+        accumulate=2, ema_decay=0.95, average_best=2, validate_every=2,
+    ),
+)
+from birdcall.__main__ import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_killed_ten_times_at_random_moments_it_ends_with_the_same_bits(demo_folder, tmp_path):
+    """The real command with a loader process, killed by SIGKILL, and resumed each time."""
+
+    def command(*arguments, **options):
+        line = [sys.executable, "-c", COMMAND, "--quiet", *map(str, arguments)]
+        return subprocess.Popen(line, cwd=tmp_path, start_new_session=True, **options)
+
+    for name in ("audit", "folds"):
+        options = ("--n-folds", 2) if name == "folds" else ()
+        assert command(name, "--data", demo_folder, *options).wait() == 0
+    output = tmp_path / "output" / demo_folder.name
+    run = output / "runs" / "small_gru" / "fold0"
+    train = ("train", "--data", demo_folder, "--experiment", "small_gru", "--fold", 0)
+    train = (*train, "--workers", 1, "--save-every", 3)
+    assert command(*train, stderr=subprocess.DEVNULL).wait() == 0
+    whole = (run / "model.safetensors").read_bytes()
+    (run / "model.json").unlink()
+    (run / "model.safetensors").unlink()
+
+    moments = random.Random(5)
+    steps = []
+    for _ in range(10):
+        before = run / STATE_FILE
+        seen = before.stat().st_mtime_ns if before.exists() else 0
+        process = command(*train, "--resume", stderr=subprocess.DEVNULL)
+        while not (before.exists() and before.stat().st_mtime_ns > seen):
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0.0, 0.3))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        steps.append(read_state(run / STATE_FILE)[1]["progress"]["step"])
+    assert steps == sorted(steps)
+    assert not (run / "model.json").exists(), "all ten kills came before the end"
+    assert command(*train, "--resume", stderr=subprocess.DEVNULL).wait() == 0
+    assert (run / "model.safetensors").read_bytes() == whole

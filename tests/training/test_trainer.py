@@ -1,0 +1,271 @@
+"""A run learns, repeats itself, and leaves a checkpoint that inference can use."""
+
+import csv
+import logging
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from birdcall.config import NO_AUGMENT, TrainConfig
+from birdcall.data.loader import ClipBatch
+from birdcall.models.checkpoint import load_model
+from birdcall.models.sed import build_model
+from birdcall.training.log import read_log
+from birdcall.training.runs import train_run
+from birdcall.training.step import Detector, batch_loss, warmup_cosine
+from birdcall.training.trainer import Run, start_training
+
+PRECISIONS = ("float32", "bf16", "fp16")
+
+
+def with_train(experiment, **changes):
+    return replace(experiment, train=replace(experiment.train, **changes))
+
+
+def batch_of(waveform, target):
+    n_clips = len(waveform)
+    names = tuple(f"clip{number}" for number in range(n_clips))
+    return ClipBatch(
+        waveform=waveform, target=target, weight=torch.ones(n_clips), recordings=names, failures=()
+    )
+
+
+def loss_of(model, waveform, target, experiment, position=0):
+    batch = batch_of(waveform, target)
+    cpu = torch.device("cpu")
+    return batch_loss(
+        model,
+        Detector(model),
+        batch=batch,
+        experiment=experiment,
+        epoch=0,
+        position=position,
+        device=cpu,
+    )
+
+
+def test_a_model_can_learn_one_batch_by_heart(tiny_experiment):
+    torch.manual_seed(0)
+    experiment = replace(tiny_experiment, augment=NO_AUGMENT)
+    model = build_model(experiment, 3).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    waveform, target = 0.1 * torch.randn(6, 64_000), torch.eye(3).repeat(2, 1)
+    losses = []
+    for _ in range(80):
+        loss = loss_of(model, waveform, target, experiment)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_a_run_leaves_a_checkpoint_with_all_that_is_known(training_data, tiny_experiment, tmp_path):
+    checkpoint = train_run(Run(tiny_experiment, 0, tmp_path), training_data, workers=0)
+    model, read = load_model(tmp_path)
+    assert read == checkpoint
+    assert read.classes == training_data.classes
+    assert read.experiment == tiny_experiment
+    assert 0 <= read.score["macro_ap"] <= 1
+    assert not model.training
+    with (tmp_path / "log.csv").open() as file:
+        log = list(csv.DictReader(file))
+    assert [row["epoch"] for row in log] == ["1", "2"]
+    assert float(log[-1]["macro_ap"]) == read.score["macro_ap"]
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"model.json", "model.safetensors", "log.csv", "tensorboard"}
+
+
+def test_tensorboard_holds_what_the_log_holds(training_data, tiny_experiment, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train_run(Run(tiny_experiment, 0, tmp_path), training_data, workers=0)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    log = read_log(tmp_path / "log.csv")
+    for name in ("loss", "learning_rate", "clips_per_second", "waiting_share"):
+        written = [(one.step, one.value) for one in events.Scalars(name)]
+        expected = [(entry.epoch, entry.row()[name]) for entry in log]
+        np.testing.assert_allclose(written, expected, rtol=1e-6)
+
+
+def test_two_runs_of_one_seed_have_the_same_weights(training_data, tiny_experiment, tmp_path):
+    digests = {
+        train_run(
+            Run(tiny_experiment, 1, tmp_path / name), training_data, workers=workers
+        ).weights_sha256
+        for name, workers in (("a", 0), ("b", 0), ("c", 2))
+    }
+    assert len(digests) == 1
+
+
+def test_another_seed_has_other_weights(training_data, tiny_experiment, tmp_path):
+    other = with_train(tiny_experiment, seed=9)
+    first = train_run(Run(tiny_experiment, 1, tmp_path / "a"), training_data, workers=0)
+    second = train_run(Run(other, 1, tmp_path / "b"), training_data, workers=0)
+    assert first.weights_sha256 != second.weights_sha256
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_silent_and_a_full_scale_clip_give_finite_gradients(tiny_experiment, precision):
+    torch.manual_seed(0)
+    experiment = with_train(tiny_experiment, precision=precision)
+    model = build_model(experiment, 3).train()
+    waveform = torch.zeros(4, 64_000)
+    waveform[1] = torch.sign(torch.randn(64_000))
+    waveform[2] = 1e-6 * torch.randn(64_000)
+    waveform[3] = torch.sin(torch.arange(64_000) * 0.6)
+    scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16", init_scale=2.0**10)
+    loss = loss_of(model, waveform, torch.eye(3)[[0, 1, 2, 0]], experiment)
+    assert loss.isfinite()
+    assert loss.dtype == torch.float32
+    scaler.scale(loss).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def test_the_network_computes_in_the_precision_asked_for_and_the_front_end_does_not(
+    tiny_experiment,
+):
+    seen = {}
+    experiment = with_train(tiny_experiment, precision="bf16")
+    model = build_model(experiment, 3)
+    model.project.register_forward_hook(lambda *args: seen.update(network=args[2].dtype))
+    model.frontend.register_forward_hook(lambda *args: seen.update(frontend=args[2].dtype))
+    loss_of(model, torch.randn(2, 64_000), torch.zeros(2, 3), experiment)
+    assert seen == {"network": torch.bfloat16, "frontend": torch.float32}
+
+
+def test_a_step_of_two_batches_has_the_gradient_of_one_of_both(
+    training_data, tiny_experiment, tmp_path
+):
+    # Without batch normalisation, whose statistics are those of each batch.
+    plain = replace(tiny_experiment, augment=NO_AUGMENT)
+    train_part, _ = training_data.split(0)
+
+    def gradients(accumulate, waveforms):
+        experiment = with_train(plain, accumulate=accumulate, gradient_clip=1e9)
+        run = Run(experiment, 0, tmp_path)
+        training = start_training(run, training_data, train_part, workers=0)
+        training.model.eval()
+        kept = {}
+        training.optimizer.step = lambda *_: kept.update(
+            {name: p.grad.clone() for name, p in training.model.named_parameters()}
+        )
+        target = torch.eye(3)[[0, 1, 2, 0]]
+        parts = zip(waveforms, target.chunk(len(waveforms)), strict=True)
+        training.step([batch_of(waveform, part) for waveform, part in parts])
+        return kept
+
+    waveform = 0.1 * torch.randn(4, 64_000, generator=torch.Generator().manual_seed(1))
+    whole, halves = gradients(1, [waveform]), gradients(2, waveform.chunk(2))
+    for name, gradient in whole.items():
+        torch.testing.assert_close(halves[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_epochs_of_accumulated_batches_leave_none_out(training_data, tiny_experiment, tmp_path):
+    experiment = with_train(tiny_experiment, accumulate=2, clips_per_epoch=20, epochs=1)
+    train_part, _ = training_data.split(0)
+    training = start_training(Run(experiment, 0, tmp_path), training_data, train_part, workers=0)
+    assert training.steps_per_epoch == 3  # of two, two and one batch
+    assert len(list(training.steps())) == 3
+    assert training.progress.n_clips == 20
+
+
+def spoil(monkeypatch, at):
+    """Let the loss of the batches at these positions of an epoch be NaN."""
+    real = batch_loss
+
+    def spoiled(*args):
+        loss = real(*args)
+        return loss * math.nan if args[5] in at else loss
+
+    monkeypatch.setattr("birdcall.training.trainer.batch_loss", spoiled)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_recordings(
+    training_data, tiny_experiment, tmp_path, monkeypatch
+):
+    spoil(monkeypatch, {1})
+    experiment = replace(tiny_experiment, augment=NO_AUGMENT)
+    with pytest.raises(
+        ValueError, match=r"tiny, fold 0: the loss is not finite in a batch of .*/XC\d+\.mp3"
+    ):
+        train_run(Run(experiment, 0, tmp_path), training_data, workers=0)
+
+
+def test_a_batch_whose_loss_is_not_finite_can_be_skipped(
+    training_data, tiny_experiment, tmp_path, monkeypatch, caplog
+):
+    spoil(monkeypatch, {1})
+    experiment = with_train(tiny_experiment, on_non_finite="skip")
+    with caplog.at_level(logging.WARNING):
+        train_run(Run(experiment, 0, tmp_path), training_data, workers=0)
+    assert "the loss is not finite in a batch of" in caplog.text
+    log = read_log(tmp_path / "log.csv")
+    assert [entry.skipped for entry in log] == [1, 1]
+    assert all(math.isfinite(entry.loss) for entry in log)
+    model, _ = load_model(tmp_path)
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def test_an_output_that_is_not_finite_has_no_finite_loss(tiny_experiment):
+    model = build_model(tiny_experiment, 3)
+    torch.nn.init.constant_(model.head.detection.bias, torch.nan)
+    loss = loss_of(model, torch.randn(2, 64_000), torch.zeros(2, 3), tiny_experiment)
+    assert not loss.isfinite()
+
+
+def test_the_learning_rate_rises_then_falls_to_nothing():
+    config = TrainConfig(warmup_share=0.1)
+    steps = [warmup_cosine(config, step, 100) for step in range(100)]
+    assert steps[:10] == pytest.approx([0.1 * k for k in range(1, 11)])
+    assert max(steps) == 1.0
+    assert steps[10:] == sorted(steps[10:], reverse=True)
+    assert steps[-1] < 0.001
+
+
+def test_training_ends_early_when_it_no_longer_gets_better(
+    training_data, tiny_experiment, tmp_path, monkeypatch
+):
+    scores = iter([0.3, 0.5, 0.4, 0.5, 0.9, 0.9])
+    monkeypatch.setattr("birdcall.training.trainer.validate", lambda *_: {"macro_ap": next(scores)})
+    experiment = with_train(tiny_experiment, epochs=6, validate_every=1, patience=2)
+    train_run(Run(experiment, 0, tmp_path), training_data, workers=0)
+    assert [entry.validation["macro_ap"] for entry in read_log(tmp_path / "log.csv")] == [
+        *(0.3, 0.5, 0.4, 0.5)
+    ]
+
+
+def test_the_moving_average_is_what_is_kept(training_data, tiny_experiment, tmp_path):
+    train_part, _ = training_data.split(0)
+    experiment = with_train(tiny_experiment, ema_decay=0.9, epochs=1)
+    training = start_training(Run(experiment, 0, tmp_path), training_data, train_part, workers=0)
+    history = []
+    for _ in training.steps():
+        history.append(training.model.head.detection.weight.detach().clone())
+    expected = history[0]
+    for n_steps, weight in enumerate(history[1:], start=1):
+        expected = torch.lerp(expected, weight, 1 - min(0.9, (1 + n_steps) / (10 + n_steps)))
+    torch.testing.assert_close(training.trained.head.detection.weight, expected)
+    assert not torch.equal(expected, history[-1])
+
+
+def test_the_best_epochs_are_averaged(training_data, tiny_experiment, tmp_path, monkeypatch):
+    kept, scores = [], iter([0.2, 0.9, 0.5, 0.7, 0.66])
+
+    def score(model, *_):
+        kept.append({name: value.clone() for name, value in model.state_dict().items()})
+        return {"macro_ap": next(scores)}
+
+    monkeypatch.setattr("birdcall.training.trainer.validate", score)
+    experiment = with_train(tiny_experiment, epochs=4, validate_every=1, average_best=2)
+    checkpoint = train_run(Run(experiment, 0, tmp_path), training_data, workers=0)
+    model, _ = load_model(tmp_path)
+    assert checkpoint.score == {"macro_ap": 0.66}  # that of the mean, not of its best part
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, (kept[1][name] + kept[3][name]) / 2)
+    assert not (tmp_path / "best").exists()
