@@ -13,9 +13,9 @@ from test_kernel import SCRIPT, read_labels, read_summary, rows_of, write_rows, 
 import birdcall.inference.ensemble as ensemble_module
 from birdcall.experiments import EXPERIMENTS, find_experiment
 from birdcall.inference.decision import Decision
-from birdcall.inference.engine import score_sounds, score_waveforms
+from birdcall.inference.engine import predict_audio, predict_waveforms
 from birdcall.inference.ensemble import Ensemble, default_device, load_ensemble
-from birdcall.inference.windows import Listening
+from birdcall.inference.windows import WindowConfig
 from birdcall.kaggle.packaging import run_as_kaggle, stage_package
 from birdcall.models.checkpoint import Checkpoint, load_model, read_checkpoint, save_checkpoint
 from birdcall.models.sed import build_model
@@ -39,10 +39,10 @@ def noise(seconds, seed=0):
 SOUNDS = {name: (lambda rates, s=s: {RATE: noise(3 + 9 * s, s)}) for s, name in enumerate("abcdef")}
 
 
-@pytest.mark.parametrize("listening", [Listening(), Listening(2, 2.5)], ids=["plain", "wide"])
+@pytest.mark.parametrize("listening", [WindowConfig(), WindowConfig(2, 2.5)], ids=["plain", "wide"])
 def test_a_gpu_scores_as_a_cpu_does(trained_runs, listening):
-    on_gpu = dict(score_sounds(load_ensemble(trained_runs, "cuda", listening), SOUNDS))
-    on_cpu = dict(score_sounds(load_ensemble(trained_runs, "cpu", listening), SOUNDS))
+    on_gpu = dict(predict_audio(load_ensemble(trained_runs, "cuda", listening), SOUNDS))
+    on_cpu = dict(predict_audio(load_ensemble(trained_runs, "cpu", listening), SOUNDS))
     for name in SOUNDS:
         for output in ("clipwise", "framewise", "frames"):
             one, other = (getattr(found[name], output) for found in (on_gpu, on_cpu))
@@ -51,13 +51,13 @@ def test_a_gpu_scores_as_a_cpu_does(trained_runs, listening):
 
 def test_batches_go_to_all_gpus_in_turn(trained_runs, monkeypatch):
     """Where there is one GPU, it stands for two: each has its own copy of the networks."""
-    expected = dict(score_sounds(load_ensemble(trained_runs, "cuda"), SOUNDS))
+    expected = dict(predict_audio(load_ensemble(trained_runs, "cuda"), SOUNDS))
     monkeypatch.setattr(ensemble_module, "CUDA_BATCH", 3)
     both = [torch.device("cuda", 0), torch.device("cuda", torch.cuda.device_count() - 1)]
     monkeypatch.setattr(ensemble_module, "_devices", lambda device: both)
     found = load_ensemble(trained_runs, "cuda")
     assert len(found.lanes) == 2
-    for name, scores in score_sounds(found, SOUNDS):
+    for name, scores in predict_audio(found, SOUNDS):
         np.testing.assert_allclose(scores.clipwise, expected[name].clipwise, atol=1e-4)
 
 
@@ -86,7 +86,7 @@ def test_a_training_on_the_gpu_ends_with_a_checkpoint_that_scores_on_a_cpu(
     train_many(runs, training_data, workers=0, device=default_device())
     model, checkpoint = load_model(runs[0].folder)
     assert np.isfinite(checkpoint.score["macro_ap"])
-    assert score_waveforms(load_ensemble([runs[0].folder]), {RATE: noise(12)}).seconds == 12
+    assert predict_waveforms(load_ensemble([runs[0].folder]), {RATE: noise(12)}).seconds == 12
     assert not any(tensor.is_cuda for tensor in model.state_dict().values())
 
 
@@ -105,7 +105,7 @@ def test_an_experiment_for_a_gpu_scores_there_as_on_a_cpu(name, tmp_path):
             model.train()(windows)
     save_checkpoint(tmp_path, model.eval(), Checkpoint(experiment, classes, 0))
     scores = [
-        score_waveforms(load_ensemble([tmp_path], device), {RATE: noise(30, 1)})
+        predict_waveforms(load_ensemble([tmp_path], device), {RATE: noise(30, 1)})
         for device in ("cpu", "cuda")
     ]
     np.testing.assert_allclose(scores[0].clipwise, scores[1].clipwise, atol=1e-3)

@@ -62,7 +62,7 @@ from birdcall.config import SEGMENT_SECONDS
 from birdcall.data.recordings import classes_of, read_recordings
 from birdcall.experiments import find_experiment
 from birdcall.inference.decision import Decision
-from birdcall.inference.engine import score_recordings
+from birdcall.inference.engine import predict_files
 from birdcall.inference.ensemble import default_device, load_ensemble
 from birdcall.inference.events import detect_events
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
@@ -337,7 +337,7 @@ filename = annotations.loc[is_class, "filename"].value_counts().idxmax()  # with
 here = annotations["filename"] == filename
 truth, others = annotations[here & is_class], annotations[here & ~is_class]
 path = find_audio(example_audio_folder(data), filename)
-_, scores = next(score_recordings(ensemble, {filename: path}, limit_seconds=SHOWN_SECONDS))
+_, scores = next(predict_files(ensemble, {filename: path}, limit_seconds=SHOWN_SECONDS))
 events = detect_events(scores, decision, ensemble.classes)
 print(f"{filename}: {len(events)} detections in {scores.seconds:g} s")
 display(pd.DataFrame(events))

@@ -58,7 +58,9 @@ Init = Annotated[
 ]
 Labels = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option(help="What `birdcall relabel` wrote.", show_default="train.csv's labels"),
+    typer.Option(
+        help="What `birdcall make_pseudo_labels` wrote.", show_default="train.csv's labels"
+    ),
 ]
 WindowSegments = Annotated[int, typer.Option(min=1, help="Segments that the models hear at once.")]
 ContextSeconds = Annotated[
@@ -196,7 +198,7 @@ def train(
     """
     from birdcall.experiments import find_experiment
     from birdcall.inference.ensemble import default_device
-    from birdcall.training.distributed import joined_processes
+    from birdcall.training.distributed import distributed_context
     from birdcall.training.log import TrainingInterrupted
     from birdcall.training.runs import plan_runs, runs_table, train_many
 
@@ -208,14 +210,14 @@ def train(
     training_data = _load_training_data(data, output, folds=folds, noise=noise, labels=labels)
     runs = plan_runs(chosen, training_data, _parse_fold(fold), output / "runs")
     try:
-        with joined_processes(default_device()) as (processes, device):
+        with distributed_context(default_device()) as (distributed, device):
             train_many(
                 runs,
                 training_data,
                 workers=workers,
                 jobs=jobs,
                 device=device,
-                processes=processes,
+                distributed=distributed,
                 init=init,
                 resume=resume,
                 overwrite=overwrite,
@@ -223,7 +225,7 @@ def train(
                 deadline=deadline,
                 progress=True,
             )
-            if processes.is_first:
+            if distributed.is_first:
                 typer.echo(runs_table(runs).to_string(index=False))
     except TrainingInterrupted as interruption:
         if deadline is None or time.monotonic() < deadline:
@@ -232,7 +234,7 @@ def train(
 
 
 @app.command()
-def relabel(
+def make_pseudo_labels(
     data: Data,
     experiment: Trained = None,
     output: Output = None,
@@ -240,13 +242,13 @@ def relabel(
 ) -> None:
     """Say which labels are heard where, by models that did not train on the recording."""
     from birdcall.inference.ensemble import default_device
-    from birdcall.training.pseudo_labels import relabel_recordings
+    from birdcall.training.pseudo_labels import write_pseudo_labels
 
     output = _output_of(data, output)
     training_data = _load_training_data(data, output, folds)
     labels = output / "relabelled.csv"
     runs = _find_runs(output, experiment)
-    summary = relabel_recordings(
+    summary = write_pseudo_labels(
         runs, training_data, labels, device=default_device(), progress=True
     )
     typer.echo(summary)
@@ -309,7 +311,7 @@ def evaluate(
     from birdcall.evaluation.tables import terminal_table
     from birdcall.inference.decision import write_decision
     from birdcall.inference.ensemble import default_device
-    from birdcall.inference.windows import Listening
+    from birdcall.inference.windows import WindowConfig
     from birdcall.report.report import describe_decision, write_report
     from birdcall.storage.files import write_atomically
 
@@ -320,7 +322,7 @@ def evaluate(
         training_data,
         default_device(),
         labelled_folders=soundscapes or (),
-        listening=Listening(window_segments, context_seconds),
+        listening=WindowConfig(window_segments, context_seconds),
         kept=output / "heard",
         progress=True,
     )
@@ -442,7 +444,7 @@ def package(
 ) -> None:
     """Stage the submission kernel with the members of the decision."""
     from birdcall.inference.decision import read_decision
-    from birdcall.kaggle.packaging import rehearse, stage_package
+    from birdcall.kaggle.packaging import dry_run_submission, stage_package
 
     output = _output_of(data, output)
     decision = read_decision(output / "decision.json")
@@ -453,7 +455,7 @@ def package(
     typer.echo(f"{dataset}: {len(members)} members, {_megabytes(dataset):.1f} MB")
     if dry_run:
         submission = output / "submission.csv"
-        typer.echo(rehearse(build, data, submission).rstrip())
+        typer.echo(dry_run_submission(build, data, submission).rstrip())
         typer.echo(f"{submission}: written by the kernel, valid")
 
 
@@ -487,7 +489,7 @@ def package_training(
     ] = False,
 ) -> None:
     """Stage the kernel that trains one run on Kaggle's GPUs, session by session."""
-    from birdcall.kaggle.packaging import rehearse_training, stage_training
+    from birdcall.kaggle.packaging import dry_run_training, stage_training
     from birdcall.kaggle.training_kernel import TrainingSettings
 
     output, folds = _output_of(data, output), _folds_of(data, folds)
@@ -508,9 +510,9 @@ def package_training(
     )
     typer.echo(f"{dataset}: {settings.name}, {_megabytes(dataset):.1f} MB")
     if dry_run:
-        rehearsal = output / "rehearsal" / settings.name
-        typer.echo(rehearse_training(build, data, rehearsal).rstrip())
-        typer.echo(f"{rehearsal}: two sessions, the second went on from the first")
+        dry_run_output = output / "rehearsal" / settings.name
+        typer.echo(dry_run_training(build, data, dry_run_output).rstrip())
+        typer.echo(f"{dry_run_output}: two sessions, the second went on from the first")
 
 
 @app.command()
@@ -532,13 +534,15 @@ def export(
 ) -> None:
     """Write a model as ONNX, refused if ONNX Runtime says anything else than torch."""
     from birdcall.inference.export import export_onnx
-    from birdcall.inference.windows import Listening
+    from birdcall.inference.windows import WindowConfig
     from birdcall.models.onnx import ONNX_FILE
 
     path = to or checkpoint / ONNX_FILE
     if source != "log_mel" and to is None:
         raise ValueError("--input waveform needs --to FILE: the folder's is for log-mels")
-    difference = export_onnx(checkpoint, path, Listening(window_segments, context_seconds), source)
+    difference = export_onnx(
+        checkpoint, path, WindowConfig(window_segments, context_seconds), source
+    )
     typer.echo(
         f"{path}: {path.stat().st_size / 1e6:.1f} MB, probabilities within {difference:.1g} of "
         "torch's"
@@ -599,14 +603,14 @@ def predict(
     """
     from birdcall.inference.ensemble import default_device
     from birdcall.kaggle.kernel import open_package, require_all_members
-    from birdcall.kaggle.submission import write_predictions
+    from birdcall.kaggle.submission import predict_test_set
     from birdcall.prediction.local import (
         DEFAULT_FORMATS,
         JOURNAL_FILE,
-        Wanted,
+        ResultOptions,
         find_recordings,
         fingerprint_of,
-        listen_here,
+        predict_locally,
         predict_recordings,
     )
     from birdcall.storage.journal import Journal
@@ -620,29 +624,29 @@ def predict(
     require_all_members(refused)
     if data is not None:
         submission = _output_of(data, output) / "submission.csv"
-        typer.echo(f"{submission}: {write_predictions(data, ensemble, decision, submission)}")
+        typer.echo(f"{submission}: {predict_test_set(data, ensemble, decision, submission)}")
         return
-    wanted = Wanted(
+    options = ResultOptions(
         formats=tuple(format or DEFAULT_FORMATS),
         min_confidence=min_confidence,
         species=tuple(species or ()),
         embeddings=embeddings,
         view=view,
     )
-    wanted.require_known(ensemble.classes)
+    options.require_known(ensemble.classes)
     recordings = find_recordings(paths)
     output = output or Path("output/predictions")
     if overwrite:
         (output / JOURNAL_FILE).unlink(missing_ok=True)
     if ray is None:
-        listen = listen_here(ensemble, decision, output, wanted, progress=True)
+        listen = predict_locally(ensemble, decision, output, options, progress=True)
     else:
-        from birdcall.prediction.ray_cluster import listen_on_cluster
+        from birdcall.prediction.ray_cluster import predict_on_ray
 
-        listen = listen_on_cluster(ray, package, output, embeddings=embeddings, progress=True)
-    with Journal(output / JOURNAL_FILE, fingerprint_of(package, wanted, device.type)) as journal:
+        listen = predict_on_ray(ray, package, output, embeddings=embeddings, progress=True)
+    with Journal(output / JOURNAL_FILE, fingerprint_of(package, options, device.type)) as journal:
         typer.echo(
-            predict_recordings(recordings, journal, listen=listen, output=output, wanted=wanted)
+            predict_recordings(recordings, journal, listen=listen, output=output, options=options)
         )
 
 

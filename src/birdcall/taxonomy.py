@@ -42,10 +42,10 @@ def find_species(name: str) -> Species | None:
     A label whose scientific name has changed since 2020 is still found by its common name, and the
     other way round. None means: not among the 264.
     """
-    wanted = _normal(name)
-    scientific, _, common = wanted.partition("_")
+    options = _normal(name)
+    scientific, _, common = options.partition("_")
     names = _by_name()
-    return names.get(wanted) or names.get(scientific) or names.get(common)
+    return names.get(options) or names.get(scientific) or names.get(common)
 
 
 def display_name(ebird_code: str) -> str:

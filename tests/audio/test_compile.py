@@ -9,7 +9,7 @@ import torch
 from birdcall.config import NO_AUGMENT
 from birdcall.data.loader import ClipBatch
 from birdcall.models.sed import build_model
-from birdcall.training.distributed import ALONE
+from birdcall.training.distributed import SINGLE_PROCESS
 from birdcall.training.step import batch_loss, make_detector
 
 
@@ -30,7 +30,7 @@ def test_losses_and_gradients_are_those_of_the_plain_network(tiny_experiment):
         experiment = replace(tiny_experiment, augment=NO_AUGMENT, train=train)
         torch.manual_seed(0)
         model, cpu = build_model(experiment, 3).train(), torch.device("cpu")
-        detect = make_detector(model, experiment, cpu, ALONE)
+        detect = make_detector(model, experiment, cpu, SINGLE_PROCESS)
         loss = batch_loss(
             model, detect, batch=batch, experiment=experiment, epoch=0, position=0, device=cpu
         )

@@ -17,7 +17,7 @@ from birdcall.benchmark.inference import (
     write_long,
     write_soundscapes,
 )
-from birdcall.inference.engine import score_recordings
+from birdcall.inference.engine import predict_files
 from birdcall.inference.ensemble import load_ensemble
 
 
@@ -39,7 +39,7 @@ def test_the_naive_kernel_is_another_way_to_the_same_scores(small, demo_folder, 
     sounds = write_soundscapes(demo_folder, tmp_path / "sounds", 0.6)
     ensemble = load_ensemble(make_members(tmp_path / "members", sounds, 2))
     naive = NaiveKernel(ensemble.members).hear(sounds)
-    for one, (_, other) in zip(naive, score_recordings(ensemble, sounds), strict=True):
+    for one, (_, other) in zip(naive, predict_files(ensemble, sounds), strict=True):
         np.testing.assert_allclose(one, other.clipwise, atol=1e-3)
         assert one.std(axis=1).mean() > 0.02  # it says other things of other segments
 

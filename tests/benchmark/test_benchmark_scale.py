@@ -2,9 +2,9 @@
 
 import pytest
 
-from birdcall.benchmark.inference import Archive, Costs, Machine, read_costs, simulate_archive
+from birdcall.benchmark.inference import Archive, CostMeter, Machine, read_costs, simulate_archive
 
-COSTS = Costs(reading=2.0, front_end=1.0, network=3.0)
+COSTS = CostMeter(reading=2.0, front_end=1.0, network=3.0)
 
 
 def test_cores_share_all_of_the_work():
@@ -45,7 +45,7 @@ def test_costs_are_those_of_the_largest_ensemble(tmp_path):
     path.write_text(
         "members,reading_seconds,front_end_seconds,networks_seconds\n1,2,1,4\n5,2.5,1.5,20\n"
     )
-    assert read_costs(path) == Costs(2.5, 1.5, 4.0)
+    assert read_costs(path) == CostMeter(2.5, 1.5, 4.0)
     with pytest.raises(FileNotFoundError, match="birdcall benchmark inference"):
         read_costs(tmp_path / "none.csv")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from birdcall.config import NO_AUGMENT, AugmentConfig
-from birdcall.data.augment import UNKNOWN, BatchDraws, augment_batch
+from birdcall.data.augment import IGNORE_TARGET, BatchDraws, augment_batch
 
 N = 8
 
@@ -52,10 +52,12 @@ def test_mixing_adds_each_partner_at_the_clips_own_power_times_the_gain():
 
 
 def test_a_class_is_unknown_where_it_is_so_in_one_and_positive_in_none():
-    target = torch.tensor([[UNKNOWN, UNKNOWN, 0, 1, 0], [1, 0, UNKNOWN, UNKNOWN, 0.0]])
+    target = torch.tensor(
+        [[IGNORE_TARGET, IGNORE_TARGET, 0, 1, 0], [1, 0, IGNORE_TARGET, IGNORE_TARGET, 0.0]]
+    )
     draws = by_hand(2, partners=[[1, 0], [0, 1]], mix_gain=[[1.0, 0.0], [1.0, 0.0]])
     _, union = augment_batch(torch.ones(2, 4), target, draws)
-    assert union.tolist() == [[1, UNKNOWN, UNKNOWN, 1, 0]] * 2
+    assert union.tolist() == [[1, IGNORE_TARGET, IGNORE_TARGET, 1, 0]] * 2
 
 
 def test_a_silent_clip_takes_and_gives_no_label():
@@ -140,7 +142,7 @@ def test_shift_and_gain_are_drawn_in_their_shares_and_ranges():
 def test_the_parts_equal_the_whole_to_the_bit(n_parts):
     config = AugmentConfig(shift_probability=0.5, mixup_probability=0.9, gain_probability=0.5)
     waveform, target = batch(n_samples=40_001)
-    target[target == 0] = torch.tensor([0, UNKNOWN, 0.3])[torch.arange(24) % 3]
+    target[target == 0] = torch.tensor([0, IGNORE_TARGET, 0.3])[torch.arange(24) % 3]
     draws = BatchDraws.draw(N, config, generator())
     whole = augment_batch(waveform, target, draws)
     size = N // n_parts

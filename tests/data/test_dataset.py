@@ -16,7 +16,7 @@ import torch
 
 from birdcall.audio.reading import AudioError, read_audio
 from birdcall.config import NO_AUGMENT, AugmentConfig
-from birdcall.data.augment import UNKNOWN
+from birdcall.data.augment import IGNORE_TARGET
 from birdcall.data.cache import Cache
 from birdcall.data.dataset import (
     ClipDataset,
@@ -496,13 +496,13 @@ def test_a_clip_has_the_labels_of_its_own_stretch(recordings, tiny_experiment):
         experiment=experiment,
         read_clip=read_ramp,
         noise_files=(),
-        relabelled=table,
+        strong_labels=table,
     )
     made = clips.make_clips([ClipRequest(0, position, 0) for position in range(60)])
     starts = np.array([clip.waveform[0].item() * 100 for clip in made])  # of two seconds each
     targets = np.array([clip.target.tolist() for clip in made])
-    first = np.select([starts <= 4.5, starts < 5], [1.0, UNKNOWN], 0.0)
-    second = np.select([starts >= 4.5, starts > 4], [1.0, UNKNOWN], 0.0)
+    first = np.select([starts <= 4.5, starts < 5], [1.0, IGNORE_TARGET], 0.0)
+    second = np.select([starts >= 4.5, starts > 4], [1.0, IGNORE_TARGET], 0.0)
     assert np.array_equal(targets, np.stack([first, second, 0 * first], axis=1))
     assert len(np.unique(targets, axis=0)) >= 4
     short = make_clip(clips, ClipRequest(0, 0, 1))
@@ -520,8 +520,8 @@ def test_training_data_reads_labels_with_times(training_data, demo_folder, tmp_p
     data = load_training_data(
         demo_folder, output / "folds.csv", output / "audit.csv", reader.cache, labels=labels
     )
-    assert data.relabelled["filename"].tolist() == [first["filename"]]
-    assert training_data.relabelled is None
+    assert data.strong_labels["filename"].tolist() == [first["filename"]]
+    assert training_data.strong_labels is None
 
 
 def test_a_fold_out_of_range_lists_the_folds(recordings, tmp_path):
@@ -725,9 +725,9 @@ def test_processes_that_share_a_batch_have_workers_each(tiny_experiment):
         tiny_experiment, train=replace(tiny_experiment.train, batch_size=100, clips_per_epoch=None)
     )
     each = WORKER_BYTES[multiprocessing.get_start_method()] + 5 * 50 * 2 * RATE * 4
-    check_worker_memory(3, experiment, processes=2, available=6 * each)
+    check_worker_memory(3, experiment, n_processes=2, available=6 * each)
     with pytest.raises(ValueError, match="3 would fit"):
-        check_worker_memory(4, experiment, processes=2, available=8 * each - 1)
+        check_worker_memory(4, experiment, n_processes=2, available=8 * each - 1)
 
 
 def test_a_worker_takes_no_more_than_is_reckoned_with(recordings, tiny_experiment):

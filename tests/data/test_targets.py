@@ -3,12 +3,12 @@
 import pandas as pd
 import pytest
 
-from birdcall.data.augment import UNKNOWN
+from birdcall.data.augment import IGNORE_TARGET
 from birdcall.data.targets import (
-    TimedTargets,
+    StrongTargets,
     make_targets,
-    read_timed_labels,
-    write_timed_labels,
+    read_strong_labels,
+    write_strong_labels,
 )
 
 CLASSES = ("amecro", "bkcchi", "norcar")
@@ -40,7 +40,7 @@ def test_targets_hold_primary_and_weighted_secondary_labels(recordings):
 
 
 def test_secondary_labels_without_a_weight_are_unknown(recordings):
-    assert make_targets(recordings, CLASSES, None)[0].tolist() == [1.0, 0.0, UNKNOWN]
+    assert make_targets(recordings, CLASSES, None)[0].tolist() == [1.0, 0.0, IGNORE_TARGET]
 
 
 @pytest.mark.parametrize(
@@ -48,13 +48,13 @@ def test_secondary_labels_without_a_weight_are_unknown(recordings):
     [
         (0.0, 5.0, 0.0),  # silence before the first song
         (2.0, 5.6, 1.0),  # 0.6 s of it
-        (2.0, 5.4, UNKNOWN),  # its edge only
+        (2.0, 5.4, IGNORE_TARGET),  # its edge only
         (6.0, 7.0, 1.0),
-        (9.6, 12.0, UNKNOWN),
+        (9.6, 12.0, IGNORE_TARGET),
         (10.0, 12.0, 0.0),
         (11.0, 12.9, 1.0),  # half of a call of 0.2 s
-        (11.0, 12.85, UNKNOWN),
-        (14.0, 16.0, UNKNOWN),  # an unsure stretch
+        (11.0, 12.85, IGNORE_TARGET),
+        (14.0, 16.0, IGNORE_TARGET),  # an unsure stretch
         (18.0, 20.0, 0.0),
         (-4.0, 1.0, 0.0),
     ],
@@ -65,32 +65,32 @@ def test_a_class_is_there_where_a_heard_stretch_lies_in_the_clip(recordings, sta
         ("amecro", 12.8, 13.0, "heard"),
         ("amecro", 15.0, 18.0, "unsure"),
     )
-    target = TimedTargets(recordings, CLASSES, table).find(0, start, end - start)
+    target = StrongTargets(recordings, CLASSES, table).find(0, start, end - start)
     assert target.tolist() == [expected, 0.0, 0.0]
 
 
 def test_what_is_heard_outweighs_what_is_unsure(recordings):
     table = timed_table(("amecro", 0.0, 20.0, "unsure"), ("amecro", 5.0, 10.0, "heard"))
-    targets = TimedTargets(recordings, CLASSES, table)
+    targets = StrongTargets(recordings, CLASSES, table)
     assert targets.find(0, 4.0, 5.0).tolist() == [1.0, 0.0, 0.0]
-    assert targets.find(0, 14.0, 5.0).tolist() == [UNKNOWN, 0.0, 0.0]
+    assert targets.find(0, 14.0, 5.0).tolist() == [IGNORE_TARGET, 0.0, 0.0]
 
 
 def test_a_short_recording_within_its_clip_is_heard_whole(recordings):
     table = timed_table(("bkcchi", 0.5, 1.0, "heard")).assign(filename="XC2.mp3")
-    targets = TimedTargets(recordings, CLASSES, table)
+    targets = StrongTargets(recordings, CLASSES, table)
     assert targets.find(1, -7.0, 10.0).tolist() == [0.0, 1.0, 0.0]
 
 
 def test_a_recording_without_times_keeps_its_labels(recordings):
     table = timed_table(("amecro", 5.0, 10.0, "heard"))
-    assert TimedTargets(recordings, CLASSES, table).find(1, 0.0, 5.0) is None
+    assert StrongTargets(recordings, CLASSES, table).find(1, 0.0, 5.0) is None
 
 
 def test_what_is_written_is_read_again(recordings, tmp_path):
     table = timed_table(("amecro", 0.25, 20.0, "heard"), ("norcar", 1.0, 2.0, "unsure"))
-    write_timed_labels(tmp_path / "relabelled.csv", table)
-    read = read_timed_labels(tmp_path / "relabelled.csv", recordings, CLASSES)
+    write_strong_labels(tmp_path / "relabelled.csv", table)
+    read = read_strong_labels(tmp_path / "relabelled.csv", recordings, CLASSES)
     pd.testing.assert_frame_equal(read, table, check_dtype=False)
 
 
@@ -113,14 +113,14 @@ def test_a_wrong_row_is_named(recordings, tmp_path, row, message):
     path = tmp_path / "relabelled.csv"
     path.write_text(f"{HEADER}XC1.mp3,amecro,1,2,heard,0.9\n{row}\n")
     with pytest.raises(ValueError, match=r"relabelled\.csv") as raised:
-        read_timed_labels(path, recordings, CLASSES)
+        read_strong_labels(path, recordings, CLASSES)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
 def test_a_missing_file_or_column_is_named(recordings, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.csv is missing"):
-        read_timed_labels(tmp_path / "none.csv", recordings, CLASSES)
+        read_strong_labels(tmp_path / "none.csv", recordings, CLASSES)
     (tmp_path / "some.csv").write_text("filename,ebird_code\nXC1.mp3,amecro\n")
     with pytest.raises(ValueError, match=r"some\.csv: no column 'onset'"):
-        read_timed_labels(tmp_path / "some.csv", recordings, CLASSES)
+        read_strong_labels(tmp_path / "some.csv", recordings, CLASSES)

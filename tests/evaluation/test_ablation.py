@@ -11,7 +11,13 @@ import pandas as pd
 import pytest
 
 from birdcall.evaluation import ablation as ablation_module
-from birdcall.evaluation.ablation import Ledger, Sample, ablate, loss_change_last_fifth, score_seed
+from birdcall.evaluation.ablation import (
+    BlockTimes,
+    Sample,
+    ablate,
+    loss_change_last_fifth,
+    score_seed,
+)
 from birdcall.evaluation.comparison import Measure
 from birdcall.evaluation.predict import hear
 from birdcall.evaluation.scoring import evaluate, score_submission
@@ -165,7 +171,7 @@ def test_another_ablation_in_the_same_folder_is_refused(fake, pair, training_dat
 def test_a_ledger_that_is_none_is_refused(text, tmp_path):
     (tmp_path / "ablation.json").write_text(text)
     with pytest.raises(ValueError, match=r"ablation\.json: not a readable ablation"):
-        Ledger.open(tmp_path, ["a"], [0])
+        BlockTimes.open(tmp_path, ["a"], [0])
 
 
 @pytest.mark.parametrize(

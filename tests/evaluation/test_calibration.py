@@ -5,7 +5,7 @@ import pytest
 from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 
-from birdcall.data.augment import UNKNOWN
+from birdcall.data.augment import IGNORE_TARGET
 from birdcall.evaluation import calibration as module
 from birdcall.evaluation.calibration import fit_calibration, fit_scale_and_offset
 from birdcall.evaluation.metrics import expected_calibration_error
@@ -78,7 +78,7 @@ def test_a_class_without_birds_moves_less_than_its_data_alone_would_say():
 
 def test_a_class_that_no_recording_tells_of_gets_what_all_share():
     scores, targets, _, _ = distorted(500, 4)
-    targets[:, 0] = UNKNOWN
+    targets[:, 0] = IGNORE_TARGET
     scale, offset = fit_scale_and_offset(scores, targets)
     rest_scale, rest_offset = fit_scale_and_offset(scores[:, 1:], targets[:, 1:])
     assert scale[1:] == pytest.approx(rest_scale, rel=1e-3)
@@ -93,7 +93,7 @@ def test_cells_that_may_be_either_and_rows_of_nobody_are_left_out():
     unknown = generator.random(targets.shape) < 0.1
     nobody = np.arange(400) % 7 == 0
     marked, missing = targets.copy(), scores.copy()
-    marked[unknown] = UNKNOWN
+    marked[unknown] = IGNORE_TARGET
     missing[nobody] = np.nan
     spoilt = np.where(unknown, 1 - scores, missing)
     first = fit_scale_and_offset(missing, marked)

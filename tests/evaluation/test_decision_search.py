@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from birdcall.evaluation import decision_search as choosing
-from birdcall.evaluation.decision_search import THRESHOLDS, choose_decision, flattest
+from birdcall.evaluation.decision_search import THRESHOLDS, flattest, search_decision
 from birdcall.evaluation.metrics import row_f1_scores
-from birdcall.evaluation.predictions import HeldOutScores, concatenate, segments_of
+from birdcall.evaluation.predictions import LabelledPredictions, concatenate, segments_of
 from birdcall.inference.decision import Calibration, Decision
 
 
@@ -23,7 +23,7 @@ def soundscapes(truth, clipwise, framewise=None, n_groups=4, n_rows=12):
         for k in range(n_recordings)
     ]
     n_classes = clipwise.shape[2]
-    return HeldOutScores(
+    return LabelledPredictions(
         segments=pd.concat(parts, ignore_index=True),
         truth=truth,
         clipwise=clipwise,
@@ -103,7 +103,7 @@ def test_every_pair_of_thresholds_scores_what_decide_says(
 def test_the_decision_has_the_score_that_the_search_says():
     scores = example()
     weights = np.where(scores.labelled_truth.any(axis=1), 0.5, 1.5)
-    choice = choose_decision(scores, weights)
+    choice = search_decision(scores, weights)
     assert choice.tuned == pytest.approx(
         np.average(scores.row_f1(choice.decision), weights=weights)
     )
@@ -126,7 +126,7 @@ def test_random_scores_get_no_more_than_all_nocall(seed, n_classes):
         truth[generator.random(len(truth)) < 0.15, 0] = True
     chance = generator.random((3, *truth.shape), dtype=np.float32)
     scores = soundscapes(truth, chance, generator.random(chance.shape, dtype=np.float32))
-    choice = choose_decision(scores, ones(scores))
+    choice = search_decision(scores, ones(scores))
     nocall = row_f1_scores(truth, np.zeros_like(truth)).mean()
     assert choice.nested_f1.mean() <= nocall + 0.005
     fresh = random_truth(generator, 12 * 24, n_classes)
@@ -139,7 +139,7 @@ def test_perfect_scores_get_one():
     generator = np.random.default_rng(0)
     truth = random_truth(generator, 12 * 8, 5)
     scores = soundscapes(truth, np.where(truth, 0.9, 0.05)[None].astype(np.float32))
-    choice = choose_decision(scores, ones(scores))
+    choice = search_decision(scores, ones(scores))
     assert choice.nested_f1.mean() == 1.0
     assert choice.nested_recording_f1.mean() == 1.0
     assert np.array_equal(choice.nested, truth)
@@ -151,8 +151,8 @@ def test_a_group_s_own_labels_do_not_choose_its_decision():
     generator = np.random.default_rng(5)
     spoilt = scores.truth.copy()
     spoilt[first] = random_truth(generator, int(first.sum()), 6, bird_share=0.99)
-    before = choose_decision(scores, ones(scores))
-    after = choose_decision(replace(scores, truth=spoilt), ones(scores))
+    before = search_decision(scores, ones(scores))
+    after = search_decision(replace(scores, truth=spoilt), ones(scores))
     assert np.array_equal(before.nested[first], after.nested[first])
     assert before.by_group["g0"] == after.by_group["g0"]
     assert before.by_group["g1"] != after.by_group["g1"]  # the others must follow it
@@ -160,20 +160,20 @@ def test_a_group_s_own_labels_do_not_choose_its_decision():
 
 def test_each_group_is_decided_by_the_decision_chosen_on_the_others():
     scores = example(seed=3)
-    choice = choose_decision(scores, ones(scores))
+    choice = search_decision(scores, ones(scores))
     assert set(choice.by_group) == {"g0", "g1", "g2", "g3"}
     for group, decision in choice.by_group.items():
         own = scores.segments["group"].to_numpy() == group
-        others = choose_decision(scores.of_segments(~own), ones(scores)[~own])
+        others = search_decision(scores.select(~own), ones(scores)[~own])
         assert decision == others.decision
-        assert np.array_equal(choice.nested[own], scores.of_segments(own).decide(decision))
+        assert np.array_equal(choice.nested[own], scores.select(own).decide(decision))
 
 
 def test_the_nested_score_is_below_the_tuned_one_where_there_is_little_to_tune_on():
     gaps = []
     for seed in range(8):
         scores = example(seed=seed, n_recordings=4, skill=1.5)
-        choice = choose_decision(scores, ones(scores))
+        choice = search_decision(scores, ones(scores))
         gaps.append(choice.tuned - choice.nested_f1.mean())
     assert np.mean(gaps) > 0.01
 
@@ -182,7 +182,7 @@ def test_a_single_group_cannot_be_scored():
     scores = example(n_recordings=3)
     scores.segments["group"] = "only"
     with pytest.raises(ValueError, match="all soundscapes are of one group"):
-        choose_decision(scores, ones(scores))
+        search_decision(scores, ones(scores))
 
 
 def test_many_groups_are_merged_and_none_is_lost():
@@ -193,11 +193,11 @@ def test_many_groups_are_merged_and_none_is_lost():
     def fit(groups):
         asked.append(groups)
 
-    choice = choose_decision(scores, ones(scores), fit_calibration=fit, max_groups=3)
+    choice = search_decision(scores, ones(scores), fit_calibration=fit, max_groups=3)
     assert len(choice.by_group) == 20
     assert sorted(map(len, asked)) == [0, 6, 7, 7]
     assert frozenset().union(*asked) == {f"s{k}" for k in range(20)}
-    again = choose_decision(scores, ones(scores), max_groups=3)
+    again = search_decision(scores, ones(scores), max_groups=3)
     assert np.array_equal(choice.nested, again.nested)
 
 
@@ -206,7 +206,7 @@ def test_many_groups_are_merged_and_none_is_lost():
 )
 def test_weights_that_are_none_are_refused(weights):
     with pytest.raises(ValueError, match="weights"):
-        choose_decision(example(), weights)
+        search_decision(example(), weights)
 
 
 # --- simple and flat -----------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def test_of_equals_the_highest_thresholds_are_taken():
 
 
 def test_the_simplest_rule_stays_where_nothing_is_better():
-    decision = choose_decision(example(own=0.0), ones(example())).decision
+    decision = search_decision(example(own=0.0), ones(example())).decision
     assert decision.combination == "mean"
     assert decision.neighbour_weight == decision.recording_threshold == 0.0
     assert decision.max_birds == 3
@@ -244,7 +244,7 @@ def test_smoothing_is_adopted_where_birds_sing_on_and_scores_flicker():
     for start in range(0, len(truth), 12):
         truth[start + 3 : start + 9, generator.integers(3)] = True
     scores = soundscapes(truth, noisy(generator, truth, skill=2.5, own=1.0))
-    assert "neighbours" in adopted(choose_decision(scores, ones(scores)))
+    assert "neighbours" in adopted(search_decision(scores, ones(scores)))
 
 
 def test_the_gate_is_adopted_where_a_bird_is_once_sure_and_then_faint():
@@ -259,7 +259,7 @@ def test_the_gate_is_adopted_where_a_bird_is_once_sure_and_then_faint():
         strength[rows[0], bird] = 0.95
         strength[start + generator.choice(12, 6, replace=False), ghost] = 0.4  # is never sure
     scores = soundscapes(truth, strength[None].astype(np.float32))
-    choice = choose_decision(scores, ones(scores))
+    choice = search_decision(scores, ones(scores))
     assert "gate" in adopted(choice)
     assert choice.nested_f1.mean() > 0.95
 
@@ -271,7 +271,7 @@ def test_votes_are_adopted_where_one_member_shouts():
     for row in range(len(truth)):  # in every row another member is sure of a bird that is not there
         scores[generator.integers(3), row, generator.integers(6)] = 1.0
     scores = soundscapes(truth, scores.astype(np.float32))
-    choice = choose_decision(scores, ones(scores))
+    choice = search_decision(scores, ones(scores))
     assert choice.decision.combination == "votes"
     assert choice.nested_f1.mean() > 0.95
     alone = replace(choice.decision, combination="mean")
@@ -285,9 +285,9 @@ def test_calibration_is_adopted_where_classes_speak_at_different_levels():
     logits = generator.normal(-3, 1, truth.shape) + 6 * truth + offsets
     scores = soundscapes(truth, (1 / (1 + np.exp(-logits)))[None].astype(np.float32))
     level = Calibration((1.0,) * 6, tuple(-offsets), (1.0,) * 6, tuple(-offsets))
-    choice = choose_decision(scores, ones(scores), fit_calibration=lambda groups: level)
+    choice = search_decision(scores, ones(scores), fit_calibration=lambda groups: level)
     assert choice.decision.calibration == level
-    without = choose_decision(scores, ones(scores))
+    without = search_decision(scores, ones(scores))
     assert without.decision.calibration is None
     assert choice.nested_f1.mean() > without.nested_f1.mean() + 0.02
 
@@ -302,7 +302,7 @@ def test_a_calibration_is_tried_only_on_recordings_that_it_has_not_seen():
     def overfitted(groups):
         return good if not groups else bad  # with all recordings it looks perfect
 
-    choice = choose_decision(scores, ones(scores), fit_calibration=overfitted)
+    choice = search_decision(scores, ones(scores), fit_calibration=overfitted)
     assert choice.decision.calibration is None
     tried = choice.steps.set_index("step").loc["calibration"]
     assert tried["gain"] < 0
@@ -349,7 +349,7 @@ def test_whole_recordings_get_a_threshold_of_their_own():
 
 
 def test_every_step_is_told_with_its_gain():
-    steps = choose_decision(
+    steps = search_decision(
         example(n_recordings=8, n_members=3), ones(example(n_recordings=8))
     ).steps
     assert list(dict.fromkeys(steps["step"])) == [

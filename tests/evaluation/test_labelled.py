@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.evaluation.labelled import hear_labelled, read_truth
+from birdcall.evaluation.labelled import predict_labelled, read_truth
 from birdcall.evaluation.metrics import row_f1_scores
 from birdcall.evaluation.predictions import label_times
 from birdcall.evaluation.tables import event_rows
@@ -94,7 +94,7 @@ def test_the_examples_are_heard_and_every_label_stands_at_its_segment(
 ):
     ensemble = load_ensemble(trained_runs[:2])
     known = known_of(training_data)
-    heard = hear_labelled(ensemble, [demo_folder], known)
+    heard = predict_labelled(ensemble, [demo_folder], known)
     rows = read_labelled_soundscapes(demo_folder, KNOWN)
     scores = heard.scores
     assert scores.member_names == ("other-fold0", "other-fold1")
@@ -124,7 +124,7 @@ def test_the_examples_are_heard_and_every_label_stands_at_its_segment(
 
 def test_raven_tables_label_recordings_as_a_whole(ravens, trained_runs, training_data, caplog):
     known = known_of(training_data)
-    heard = hear_labelled(load_ensemble(trained_runs[:1]), [ravens], known)
+    heard = predict_labelled(load_ensemble(trained_runs[:1]), [ravens], known)
     scores = heard.scores
     assert list(scores.segments["recording"]) == ["dawn"] * 5 + ["night/quiet"] * 3
     assert scores.labelled.all()
@@ -136,7 +136,7 @@ def test_raven_tables_label_recordings_as_a_whole(ravens, trained_runs, training
 
 def test_both_layouts_are_heard_together(ravens, demo_folder, trained_runs, training_data):
     known = known_of(training_data)
-    heard = hear_labelled(load_ensemble(trained_runs[:1]), [demo_folder, ravens], known)
+    heard = predict_labelled(load_ensemble(trained_runs[:1]), [demo_folder, ravens], known)
     assert heard.scores.segments["recording"].nunique() == 2 + 2
     with pytest.raises(ValueError, match="dawn is in another folder of soundscapes too"):
         read_truth([ravens, ravens], known)
@@ -183,16 +183,16 @@ def test_a_folder_without_labels_is_named(tmp_path):
         read_truth([tmp_path / "some"], KNOWN)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         read_truth([tmp_path / "nowhere"], KNOWN)
-    assert hear_labelled(None, [], KNOWN) is None
+    assert predict_labelled(None, [], KNOWN) is None
 
 
 def test_a_second_time_nothing_is_heard(
     ravens, demo_folder, trained_runs, training_data, tmp_path, monkeypatch
 ):
     known, ensemble = known_of(training_data), load_ensemble(trained_runs[:2])
-    first = hear_labelled(ensemble, [demo_folder, ravens], known, tmp_path / "heard")
-    monkeypatch.setattr("birdcall.evaluation.prediction_cache.score_sounds", None)
-    again = hear_labelled(ensemble, [demo_folder, ravens], known, tmp_path / "heard")
+    first = predict_labelled(ensemble, [demo_folder, ravens], known, tmp_path / "heard")
+    monkeypatch.setattr("birdcall.evaluation.prediction_cache.predict_audio", None)
+    again = predict_labelled(ensemble, [demo_folder, ravens], known, tmp_path / "heard")
     assert np.array_equal(again.scores.clipwise, first.scores.clipwise)
     assert list(again.frames) == list(first.frames)
     for name, scores in first.frames.items():
@@ -202,7 +202,7 @@ def test_a_second_time_nothing_is_heard(
 
 def test_birds_named_where_a_table_is_empty_are_false_events(ravens, trained_runs, training_data):
     known = known_of(training_data)
-    heard = hear_labelled(load_ensemble(trained_runs[:1]), [ravens], known)
+    heard = predict_labelled(load_ensemble(trained_runs[:1]), [ravens], known)
     assert list(heard.frames) == ["dawn", "night/quiet"]
     of_dawn = replace(heard, frames={"dawn": heard.frames["dawn"]})
     everything = Decision(clip_threshold=0.0, frame_threshold=0.0, max_birds=3)
@@ -236,7 +236,7 @@ def test_rows_that_are_missing_are_heard_and_not_scored(
     examples, trained_runs, training_data, caplog
 ):
     change_rows(examples, lambda table: table.drop(index=[1, 2]))
-    heard = hear_labelled(load_ensemble(trained_runs[:1]), [examples], known_of(training_data))
+    heard = predict_labelled(load_ensemble(trained_runs[:1]), [examples], known_of(training_data))
     assert (~heard.scores.labelled).sum() == 2
     assert "2 of its 6 segments are not labelled and not scored" in caplog.text
 
@@ -249,7 +249,7 @@ def test_rows_beyond_the_end_are_left_out_and_counted(
         return pd.concat([table, last])
 
     change_rows(examples, longer)
-    heard = hear_labelled(load_ensemble(trained_runs[:1]), [examples], known_of(training_data))
+    heard = predict_labelled(load_ensemble(trained_runs[:1]), [examples], known_of(training_data))
     assert heard.scores.labelled.sum() == len(read_labelled_soundscapes(examples)) - 1
     assert "1 labelled rows lie beyond its end" in caplog.text
 
@@ -258,7 +258,7 @@ def test_a_doubled_row_is_named_with_its_line(examples, trained_runs, training_d
     change_rows(examples, lambda table: pd.concat([table, table.iloc[[0]]]))
     n_lines = len(pd.read_csv(examples / "example_test_audio_summary.csv")) + 1
     with pytest.raises(ValueError, match=rf"summary\.csv, line {n_lines}: filename_seconds"):
-        hear_labelled(load_ensemble(trained_runs[:1]), [examples], known_of(training_data))
+        predict_labelled(load_ensemble(trained_runs[:1]), [examples], known_of(training_data))
 
 
 def test_the_same_segment_under_two_names_is_named_with_its_line(examples):
@@ -286,11 +286,11 @@ def test_a_soundscape_without_its_recording_is_left_out_and_named(
     gone, damaged = sorted((examples / "example_test_audio").iterdir())
     gone.unlink()
     known = known_of(training_data)
-    heard = hear_labelled(load_ensemble(trained_runs[:1]), [examples], known)
+    heard = predict_labelled(load_ensemble(trained_runs[:1]), [examples], known)
     assert heard.scores.segments["recording"].nunique() == 1
     assert gone.name.split(".")[0] in caplog.text
     damaged.write_bytes(b"<html></html>")
-    assert hear_labelled(load_ensemble(trained_runs[:1]), [examples], known) is None
+    assert predict_labelled(load_ensemble(trained_runs[:1]), [examples], known) is None
     assert damaged.name in caplog.text
 
 

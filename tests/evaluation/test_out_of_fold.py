@@ -6,15 +6,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from birdcall.audio.reading import AudioError, read_audio
-from birdcall.evaluation.out_of_fold import KEYS, hear_out_of_fold, write_oof_parquet
-from birdcall.inference.engine import score_waveforms
+from birdcall.evaluation.out_of_fold import KEYS, predict_out_of_fold, write_oof_parquet
+from birdcall.inference.engine import predict_waveforms
 from birdcall.inference.ensemble import load_ensemble
 from birdcall.training.validation import VALIDATION_SECONDS, score_out_of_fold
 
 
 @pytest.fixture(scope="module")
 def heard(training_data, trained_runs):
-    return hear_out_of_fold(load_ensemble(trained_runs), training_data)
+    return predict_out_of_fold(load_ensemble(trained_runs), training_data)
 
 
 def test_every_recording_is_heard_by_the_run_that_did_not_train_on_it(
@@ -30,7 +30,7 @@ def test_every_recording_is_heard_by_the_run_that_did_not_train_on_it(
         ]
         waveform = read_audio(training_data.folder / recording["path"], 32_000)
         assert len(waveform) < VALIDATION_SECONDS * 32_000
-        expected = score_waveforms(load_ensemble([folder]), {32_000: waveform})
+        expected = predict_waveforms(load_ensemble([folder]), {32_000: waveform})
         own = (part.segments["row"] == row).to_numpy()
         assert set(part.segments["path"][own]) == {recording["path"]}
         assert set(part.segments["fold"][own]) == {recording["fold"]}
@@ -55,7 +55,7 @@ def test_of_recordings_is_the_highest_segment_as_in_training(heard, training_dat
 
 def test_recordings_that_no_run_held_out_are_nan(training_data, trained_runs):
     of_fold = [folder for folder in trained_runs if folder.name == "fold1"]
-    heard = hear_out_of_fold(load_ensemble(of_fold), training_data)
+    heard = predict_out_of_fold(load_ensemble(of_fold), training_data)
     clipwise, _ = heard["other"].of_recordings(len(training_data.recordings))
     missing = np.isnan(clipwise).all(axis=1)
     assert np.array_equal(missing, (training_data.recordings["fold"] == 0).to_numpy())
@@ -64,10 +64,10 @@ def test_recordings_that_no_run_held_out_are_nan(training_data, trained_runs):
 
 def test_a_second_time_it_is_read(training_data, trained_runs, heard, tmp_path, monkeypatch):
     ensemble = load_ensemble(trained_runs)
-    hear_out_of_fold(ensemble, training_data, tmp_path)
+    predict_out_of_fold(ensemble, training_data, tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
-    monkeypatch.setattr("birdcall.evaluation.prediction_cache.score_sounds", None)
-    again = hear_out_of_fold(ensemble, training_data, tmp_path)
+    monkeypatch.setattr("birdcall.evaluation.prediction_cache.predict_audio", None)
+    again = predict_out_of_fold(ensemble, training_data, tmp_path)
     for name, part in heard.items():
         np.testing.assert_allclose(again[name].clipwise, part.clipwise, atol=1e-6)
         pd.testing.assert_frame_equal(again[name].segments, part.segments)
@@ -86,7 +86,7 @@ def test_a_recording_that_does_not_decode_is_named(training_data, trained_runs, 
 
     monkeypatch.setattr("birdcall.evaluation.out_of_fold.open_recording", open_recording)
     with pytest.raises(AudioError, match=broken):
-        hear_out_of_fold(load_ensemble(trained_runs), training_data)
+        predict_out_of_fold(load_ensemble(trained_runs), training_data)
 
 
 def test_the_parquet_has_every_segment_and_every_class(heard, training_data, tmp_path):

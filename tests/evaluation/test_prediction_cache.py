@@ -13,8 +13,12 @@ import torch
 
 from birdcall.audio.reading import AudioError
 from birdcall.evaluation import prediction_cache as stored
-from birdcall.evaluation.prediction_cache import Kept, hear_frames, hear_sounds
-from birdcall.inference.engine import score_waveforms
+from birdcall.evaluation.prediction_cache import (
+    PredictionCache,
+    predict_cached,
+    predict_frames_cached,
+)
+from birdcall.inference.engine import predict_waveforms
 from birdcall.inference.ensemble import Ensemble, load_ensemble
 
 RATE = 32_000
@@ -36,7 +40,7 @@ SOUNDS = {"a": partial(noise, 0), "b": partial(noise, 1), "broken": damaged, "c"
 
 @pytest.fixture
 def kept(tmp_path):
-    return Kept(tmp_path / "heard", "some-sounds", "made-from-this")
+    return PredictionCache(tmp_path / "heard", "some-sounds", "made-from-this")
 
 
 @pytest.fixture
@@ -63,9 +67,9 @@ def assert_same(one, other):
 
 
 def test_it_is_what_the_ensemble_says(ensemble, kept):
-    heard = hear_sounds(ensemble, SOUNDS, kept)
+    heard = predict_cached(ensemble, SOUNDS, kept)
     for name in ("a", "b", "c"):
-        expected = score_waveforms(ensemble, SOUNDS[name]([RATE]))
+        expected = predict_waveforms(ensemble, SOUNDS[name]([RATE]))
         np.testing.assert_allclose(heard[name].clipwise, expected.clipwise, atol=1e-6)
         np.testing.assert_allclose(heard[name].framewise, expected.framewise, atol=1e-6)
         assert heard[name].seconds == pytest.approx(12.3)
@@ -75,35 +79,35 @@ def test_it_is_what_the_ensemble_says(ensemble, kept):
 
 
 def test_a_second_time_nothing_is_heard_and_the_bits_are_the_same(ensemble, kept):
-    first = hear_sounds(ensemble, SOUNDS, kept)
-    assert_same(first, hear_sounds(ensemble, UNHEARD, kept))
+    first = predict_cached(ensemble, SOUNDS, kept)
+    assert_same(first, predict_cached(ensemble, UNHEARD, kept))
 
 
 def test_only_a_new_member_hears(trained_runs, kept, monkeypatch):
-    hear_sounds(load_ensemble(trained_runs[:1]), SOUNDS, kept)
+    predict_cached(load_ensemble(trained_runs[:1]), SOUNDS, kept)
     members = []
-    real = stored.score_sounds
+    real = stored.predict_audio
 
     def count(ensemble, sounds, with_frames):
         members.append([member.name for member in ensemble.members])
         return real(ensemble, sounds, with_frames=with_frames)
 
-    monkeypatch.setattr(stored, "score_sounds", count)
-    together = hear_sounds(load_ensemble(trained_runs[:2]), SOUNDS, kept)
+    monkeypatch.setattr(stored, "predict_audio", count)
+    together = predict_cached(load_ensemble(trained_runs[:2]), SOUNDS, kept)
     assert members == [["other-fold1"]]
-    alone = hear_sounds(load_ensemble(trained_runs[1:2]), SOUNDS)
+    alone = predict_cached(load_ensemble(trained_runs[1:2]), SOUNDS)
     assert np.array_equal(together["b"].clipwise[1:], alone["b"].clipwise)
 
 
 def test_the_order_of_members_is_theirs_and_not_the_store_s(trained_runs, kept):
-    first = hear_sounds(load_ensemble(trained_runs[:2]), SOUNDS, kept)
-    turned = hear_sounds(load_ensemble(trained_runs[1::-1]), UNHEARD, kept)
+    first = predict_cached(load_ensemble(trained_runs[:2]), SOUNDS, kept)
+    turned = predict_cached(load_ensemble(trained_runs[1::-1]), UNHEARD, kept)
     assert np.array_equal(first["a"].clipwise, turned["a"].clipwise[::-1])
 
 
 @pytest.mark.parametrize("change", ["sounds", "weights", "code", "names"])
 def test_what_has_changed_is_heard_again(ensemble, kept, monkeypatch, change):
-    hear_sounds(ensemble, SOUNDS, kept)
+    predict_cached(ensemble, SOUNDS, kept)
     sounds = UNHEARD
     if change == "sounds":
         kept = replace(kept, fingerprint="made from something else")
@@ -116,52 +120,53 @@ def test_what_has_changed_is_heard_again(ensemble, kept, monkeypatch, change):
             settings = replace(member.checkpoint, weights_sha256="0" * 64)
             object.__setattr__(member, "checkpoint", settings)
     with pytest.raises(AssertionError, match="heard again"):
-        hear_sounds(ensemble, sounds, kept)
+        predict_cached(ensemble, sounds, kept)
 
 
 def test_kept_sounds_in_another_order_are_not_mistaken_for_each_other(trained_runs, kept):
     sounds = {name: SOUNDS[name] for name in ("a", "b", "c")}
-    hear_sounds(load_ensemble(trained_runs[:1]), dict(reversed(sounds.items())), kept)
-    together = hear_sounds(load_ensemble(trained_runs[:2]), sounds, kept)
-    assert_same(together, hear_sounds(load_ensemble(trained_runs[:2]), sounds))
+    predict_cached(load_ensemble(trained_runs[:1]), dict(reversed(sounds.items())), kept)
+    together = predict_cached(load_ensemble(trained_runs[:2]), sounds, kept)
+    assert_same(together, predict_cached(load_ensemble(trained_runs[:2]), sounds))
 
 
 def test_a_sound_that_failed_for_one_member_only_is_heard_again_by_all(trained_runs, kept, caplog):
     sounds = {name: SOUNDS[name] for name in ("a", "b", "c")}
-    hear_sounds(load_ensemble(trained_runs[:1]), {**sounds, "b": damaged}, kept)
-    together = hear_sounds(load_ensemble(trained_runs[:2]), sounds, kept)
+    predict_cached(load_ensemble(trained_runs[:1]), {**sounds, "b": damaged}, kept)
+    together = predict_cached(load_ensemble(trained_runs[:2]), sounds, kept)
     assert "heard different sounds" in caplog.text
-    assert_same(together, hear_sounds(load_ensemble(trained_runs[:2]), sounds))
+    assert_same(together, predict_cached(load_ensemble(trained_runs[:2]), sounds))
     assert_same(
-        together, hear_sounds(load_ensemble(trained_runs[:2]), dict.fromkeys("abc", silent), kept)
+        together,
+        predict_cached(load_ensemble(trained_runs[:2]), dict.fromkeys("abc", silent), kept),
     )
 
 
 def test_frames_are_kept_for_members_together(ensemble, trained_runs, kept, caplog):
-    first = hear_frames(ensemble, SOUNDS, kept)
+    first = predict_frames_cached(ensemble, SOUNDS, kept)
     assert list(first) == ["a", "b", "c"]
     for name, frames in first.items():
-        assert np.array_equal(frames, score_waveforms(ensemble, SOUNDS[name]([RATE])).frames)
+        assert np.array_equal(frames, predict_waveforms(ensemble, SOUNDS[name]([RATE])).frames)
     decoded = dict.fromkeys("abc", silent)
-    again = hear_frames(ensemble, decoded, kept)
+    again = predict_frames_cached(ensemble, decoded, kept)
     assert all(np.array_equal(again[name], frames) for name, frames in first.items())
     with pytest.raises(AssertionError, match="heard again"):
-        hear_frames(load_ensemble(trained_runs[:1]), decoded, kept)
+        predict_frames_cached(load_ensemble(trained_runs[:1]), decoded, kept)
     with pytest.raises(AssertionError, match="heard again"):
-        hear_frames(ensemble, decoded, replace(kept, fingerprint="new"))
+        predict_frames_cached(ensemble, decoded, replace(kept, fingerprint="new"))
     (path,) = kept.folder.iterdir()
     path.write_bytes(path.read_bytes()[:100])
-    repaired = hear_frames(ensemble, {name: SOUNDS[name] for name in "abc"}, kept)
+    repaired = predict_frames_cached(ensemble, {name: SOUNDS[name] for name in "abc"}, kept)
     assert all(np.array_equal(repaired[name], frames) for name, frames in first.items())
     assert [one.levelname for one in caplog.records] == ["WARNING"]
-    assert hear_frames(ensemble, decoded, kept).keys() == first.keys()
+    assert predict_frames_cached(ensemble, decoded, kept).keys() == first.keys()
 
 
 def test_old_outputs_of_a_member_are_deleted(ensemble, kept):
-    hear_sounds(ensemble, SOUNDS, kept)
+    predict_cached(ensemble, SOUNDS, kept)
     before = set(kept.folder.iterdir())
-    hear_sounds(ensemble, SOUNDS, replace(kept, sounds="others"))
-    hear_sounds(ensemble, SOUNDS, replace(kept, fingerprint="new"))
+    predict_cached(ensemble, SOUNDS, replace(kept, sounds="others"))
+    predict_cached(ensemble, SOUNDS, replace(kept, fingerprint="new"))
     after = set(kept.folder.iterdir())
     assert len(before) == 2
     assert len(after) == 4
@@ -170,13 +175,13 @@ def test_old_outputs_of_a_member_are_deleted(ensemble, kept):
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "empty"])
 def test_a_damaged_file_is_one_warning_and_is_made_again(ensemble, kept, caplog, damage):
-    first = hear_sounds(ensemble, SOUNDS, kept)
+    first = predict_cached(ensemble, SOUNDS, kept)
     path = sorted(kept.folder.iterdir())[0]
     whole = path.read_bytes()
     path.write_bytes(
         {"cut": whole[: len(whole) // 2], "garbage": b"\x80\x04pickle", "empty": b""}[damage]
     )
-    assert_same(first, hear_sounds(ensemble, SOUNDS, kept))
+    assert_same(first, predict_cached(ensemble, SOUNDS, kept))
     warnings = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
     assert len(warnings) == 1
     assert path.name in warnings[0]
@@ -186,7 +191,7 @@ def test_a_damaged_file_is_one_warning_and_is_made_again(ensemble, kept, caplog,
 def test_a_network_that_is_still_in_training_leaves_nothing(ensemble, kept):
     member = ensemble.members[0]
     unnamed = replace(member, checkpoint=replace(member.checkpoint, weights_sha256=""))
-    hear_sounds(Ensemble([unnamed]), SOUNDS, kept)
+    predict_cached(Ensemble([unnamed]), SOUNDS, kept)
     assert not kept.folder.exists()
 
 
@@ -195,7 +200,7 @@ def test_a_member_that_says_nan_is_named_and_nothing_is_kept(ensemble, kept):
     with torch.no_grad():
         changed.model.head.detection.bias.fill_(math.nan)
     with pytest.raises(ValueError, match=f"{changed.name}: its clipwise output holds NaN"):
-        hear_sounds(ensemble.of_members([ensemble.members[0], changed]), SOUNDS, kept)
+        predict_cached(ensemble.for_members([ensemble.members[0], changed]), SOUNDS, kept)
     assert not kept.folder.exists()
 
 

@@ -12,10 +12,10 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from birdcall.data.augment import UNKNOWN
+from birdcall.data.augment import IGNORE_TARGET
 from birdcall.evaluation.labelled import Labelled
 from birdcall.evaluation.metrics import row_f1_scores
-from birdcall.evaluation.predictions import HeldOutScores, segments_of
+from birdcall.evaluation.predictions import LabelledPredictions, segments_of
 from birdcall.evaluation.tables import (
     decided_rows,
     event_rows,
@@ -28,7 +28,7 @@ from birdcall.evaluation.tables import (
     wide_table,
 )
 from birdcall.inference.decision import Decision
-from birdcall.inference.engine import SegmentScores
+from birdcall.inference.engine import SegmentPredictions
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
 
 
@@ -42,7 +42,7 @@ def scores_of(seed=0, n_recordings=6, n_rows=12, n_classes=5, n_known=6):
     parts = [
         segments_of(f"s{k}", n_rows, is_labelled=True, group=f"s{k}") for k in range(n_recordings)
     ]
-    return HeldOutScores(
+    return LabelledPredictions(
         segments=pd.concat(parts, ignore_index=True),
         truth=truth,
         clipwise=clipwise,
@@ -128,7 +128,7 @@ def test_secondary_labels_are_no_mistakes_of_a_class():
     targets[targets.sum(axis=1) == 0, 0] = 1
     scores = generator.random((40, 3)).astype(np.float32)
     unknown = (targets == 0) & (generator.random((40, 3)) < 0.2)
-    marked = np.where(unknown, UNKNOWN, targets)
+    marked = np.where(unknown, IGNORE_TARGET, targets)
     expected = [
         average_precision_score(targets[~unknown[:, k], k] > 0, scores[~unknown[:, k], k])
         for k in range(3)
@@ -163,7 +163,7 @@ def labelled_events():
     clipwise = np.array([[[0.9, 0.1], [0.1, 0.1]]], np.float32)
     segments = segments_of("s", 2, is_labelled=True, group="s")
     truth = np.array([[True, False], [False, False]])
-    scores = HeldOutScores(
+    scores = LabelledPredictions(
         segments=segments,
         truth=truth,
         clipwise=clipwise,
@@ -174,7 +174,7 @@ def labelled_events():
     annotations = pd.DataFrame(
         [("s", 1.0, 3.0, "bird0")], columns=["recording", "onset", "offset", "ebird_code"]
     )
-    heard = SegmentScores(clipwise, clipwise, frames, 10.0)
+    heard = SegmentPredictions(clipwise, clipwise, frames, 10.0)
     return Labelled(
         scores=scores, annotations=annotations, frames={"s": heard}, foreign=None, paths={}
     )

@@ -13,15 +13,15 @@ from birdcall.evaluation.predict import hear
 from birdcall.evaluation.scoring import (
     NOCALL_SHARE,
     _try_on_labelled,
+    decide_ensemble,
     evaluate,
-    judge,
     score_submission,
 )
 from birdcall.evaluation.simulation import SimulationConfig
 from birdcall.inference.decision import Decision, read_decision, write_decision
 from birdcall.inference.ensemble import load_ensemble
 from birdcall.inference.tables import read_submission
-from birdcall.kaggle.submission import write_nocall, write_predictions
+from birdcall.kaggle.submission import predict_test_set, write_nocall
 from birdcall.kaggle.test_set import read_labelled_soundscapes, read_test_rows
 
 CONFIG = SimulationConfig(soundscapes=6, soundscape_seconds=30.0)
@@ -122,11 +122,11 @@ def test_the_labelled_score_is_that_of_the_stored_decision(heard, evaluation, tm
 
 
 def test_the_decision_says_where_it_comes_from_and_what_it_is_worth(evaluation, training_data):
-    decision, choice = evaluation.decision, evaluation.judgement.choice
+    decision, choice = evaluation.decision, evaluation.ensemble_decision.choice
     assert sorted(decision.members) == ["other-fold0", "other-fold1", "tiny-fold0", "tiny-fold1"]
     assert decision.classes == training_data.classes
     assert decision.chosen_on.startswith("216 rows of 36 soundscapes simulated from held-out")
-    weights = evaluation.judgement.weights
+    weights = evaluation.ensemble_decision.weights
     nested = np.average(choice.nested_f1, weights=weights)
     assert decision.score["nested_row_wise_f1"] == pytest.approx(nested, abs=1e-4)
     assert decision.score["tuned_row_wise_f1"] == pytest.approx(choice.tuned, abs=1e-4)
@@ -139,14 +139,14 @@ def test_the_decision_says_where_it_comes_from_and_what_it_is_worth(evaluation, 
 @pytest.mark.parametrize("best", ["tiny", "other"])
 def test_members_of_the_best_experiment_come_first(heard, best, monkeypatch):
     """A kernel that is short of time takes the first ones."""
-    real = scoring.judge
+    real = scoring.decide_ensemble
 
-    def judge(heard, experiments, nocall_share, name):
+    def decide_ensemble(heard, experiments, nocall_share, name):
         one = real(heard, experiments, nocall_share, name)
         score = {"nested_row_wise_f1": 0.6 + 0.1 * (name == best)}
         return replace(one, decision=replace(one.decision, score=one.decision.score | score))
 
-    monkeypatch.setattr(scoring, "judge", judge)
+    monkeypatch.setattr(scoring, "decide_ensemble", decide_ensemble)
     members = evaluate(heard).decision.members
     worse = {"tiny": "other", "other": "tiny"}[best]
     assert members == tuple(f"{name}-fold{fold}" for name in (best, worse) for fold in (0, 1))
@@ -159,7 +159,7 @@ def test_calibration_is_fitted_without_the_recordings_it_is_scored_on(heard, mon
         fitted.append(len(targets))
 
     monkeypatch.setattr("birdcall.evaluation.scoring.fit_calibration", fit)
-    judge(heard, heard.experiments)
+    decide_ensemble(heard, heard.experiments)
     n_recordings = len(heard.data.recordings)
     groups = set(heard.simulated_for(heard.experiments).segments["group"])
     assert fitted[-1] == fitted[-2] == n_recordings  # for the decision, and for the report
@@ -169,7 +169,7 @@ def test_calibration_is_fitted_without_the_recordings_it_is_scored_on(heard, mon
 
 
 def test_another_share_of_nocall_chooses_for_it(heard):
-    few, many = (judge(heard, heard.experiments, share) for share in (0.0, 1.0))
+    few, many = (decide_ensemble(heard, heard.experiments, share) for share in (0.0, 1.0))
     assert many.decision.score["nocall_share_named"] == pytest.approx(1.0)
     assert many.decision.score["nested_row_wise_f1"] == pytest.approx(1.0)
     assert few.decision.score["all_nocall"] == pytest.approx(0.0)
@@ -191,7 +191,7 @@ def test_experiments_that_share_no_fold_are_scored_alone(trained_runs, training_
         one for one in trained_runs if one.parts[-2:] in (("tiny", "fold0"), ("other", "fold1"))
     ]
     found = evaluate(hear(runs, training_data, config=CONFIG))
-    assert found.judgement.choice is None
+    assert found.ensemble_decision.choice is None
     assert found.decision.chosen_on == "nothing"
     table = found.table
     assert set(table[table["sound"] == "simulated"]["name"]) == {"other", "tiny"}
@@ -208,7 +208,7 @@ def test_a_run_of_a_fold_that_the_data_has_not_is_named(trained_runs, training_d
 def test_one_fold_is_enough_for_a_choice(trained_runs, training_data):
     runs = [one for one in trained_runs if one.name == "fold0"]
     found = evaluate(hear(runs, training_data, config=CONFIG))
-    assert found.judgement.choice is not None
+    assert found.ensemble_decision.choice is not None
     assert set(found.decision.members) == {"other-fold0", "tiny-fold0"}
     recordings = found.table[found.table["sound"] == "recordings"]["recordings"]
     assert set(recordings) == {int((training_data.recordings["fold"] == 0).sum())}
@@ -249,7 +249,7 @@ def test_a_second_evaluation_hears_nothing_again(
     trained_runs, training_data, heard, tmp_path, monkeypatch
 ):
     hear(trained_runs, training_data, config=CONFIG, kept=tmp_path)
-    monkeypatch.setattr("birdcall.evaluation.prediction_cache.score_sounds", None)
+    monkeypatch.setattr("birdcall.evaluation.prediction_cache.predict_audio", None)
     again = hear(trained_runs, training_data, config=CONFIG, kept=tmp_path)
     for fold, scores in heard.simulated.items():
         np.testing.assert_allclose(again.simulated[fold].clipwise, scores.clipwise, atol=1e-6)
@@ -265,19 +265,19 @@ def test_the_kernel_s_inference_does_what_the_decision_says(
         frame_threshold=0.4, neighbour_weight=0.25, recording_threshold=0.35, file_threshold=0.36,
     )  # fmt: skip
     path = tmp_path / "submission.csv"
-    write_predictions(demo_folder, ensemble, decision, path)
+    predict_test_set(demo_folder, ensemble, decision, path)
     rows = read_test_rows(demo_folder)
     birds = read_submission(path, list(rows["row_id"]))["birds"]
     assert (birds != "nocall").any()
     changed = replace(decision, clip_threshold=1.0)
-    write_predictions(demo_folder, ensemble, changed, path)
+    predict_test_set(demo_folder, ensemble, changed, path)
     assert (read_submission(path, list(rows["row_id"]))["birds"] == "nocall").all()
 
 
 def test_a_decision_for_other_classes_is_refused(trained_runs, demo_folder, tmp_path):
     decision = Decision(classes=("a", "b", "c"))
     with pytest.raises(ValueError, match="decision is for other classes"):
-        write_predictions(
+        predict_test_set(
             demo_folder, load_ensemble(trained_runs), decision, tmp_path / "submission.csv"
         )
 

@@ -15,14 +15,14 @@ from birdcall.data.audit import audit_recordings, usable_recordings
 from birdcall.data.dataset import load_training_data
 from birdcall.data.folds import make_folds, write_folds
 from birdcall.data.recordings import read_recordings
-from birdcall.evaluation.salient_segments import MAX_SECONDS, find_stretch
+from birdcall.evaluation.salient_segments import MAX_SECONDS, find_salient_segment
 from birdcall.evaluation.simulated_audio import (
     band_power,
     event_gain,
-    hear_simulated,
-    make_bed,
+    mix_background,
     mix_soundscape,
     open_noise,
+    predict_simulated,
     read_event,
     render,
 )
@@ -35,7 +35,7 @@ from birdcall.evaluation.simulation import (
     plan_soundscapes,
     recording_groups,
 )
-from birdcall.inference.engine import score_waveforms
+from birdcall.inference.engine import predict_waveforms
 from birdcall.inference.ensemble import load_ensemble
 
 RATE = 32_000
@@ -69,7 +69,7 @@ def tone(onset, seconds, hertz, total=8.0, level=0.3, background=0.003):
     "onset, seconds, hertz", [(1.0, 0.5, 3000), (5.2, 2.0, 700), (0.0, 1, 9000)]
 )
 def test_a_burst_is_found_with_its_times_and_its_band(onset, seconds, hertz):
-    found = find_stretch(tone(onset, seconds, hertz), RATE)
+    found = find_salient_segment(tone(onset, seconds, hertz), RATE)
     assert found.onset == pytest.approx(onset, abs=0.05)
     assert found.offset == pytest.approx(onset + seconds, abs=0.05)
     assert found.low_hz < hertz < found.high_hz
@@ -79,14 +79,14 @@ def test_a_burst_is_found_with_its_times_and_its_band(onset, seconds, hertz):
 def test_notes_of_a_song_are_one_stretch_and_other_songs_are_not():
     song = sum(tone(start, 0.3, 4000, background=0.001) for start in (2.0, 2.6, 3.2))
     other = tone(6.5, 0.3, 4000, level=0.1, background=0.0)
-    found = find_stretch(song + other, RATE)
+    found = find_salient_segment(song + other, RATE)
     assert (found.onset, found.offset) == pytest.approx((2.0, 3.5), abs=0.05)
 
 
 def test_a_long_song_is_cut_to_its_loudest_part():
     long = tone(0.5, 7.0, 3000, level=0.1)
     loud = tone(4.0, 2.0, 3000, background=0.0)
-    found = find_stretch(long + loud, RATE)
+    found = find_salient_segment(long + loud, RATE)
     assert found.offset - found.onset <= MAX_SECONDS + 0.01
     assert found.onset <= 4.05
     assert found.offset >= 5.95
@@ -94,7 +94,7 @@ def test_a_long_song_is_cut_to_its_loudest_part():
 
 def test_rumble_is_no_bird():
     rumble = tone(0.5, 3.0, 60, level=0.9, background=0.003)
-    found = find_stretch(rumble + tone(6.0, 0.5, 4000, background=0.0), RATE)
+    found = find_salient_segment(rumble + tone(6.0, 0.5, 4000, background=0.0), RATE)
     assert found.onset == pytest.approx(6.0, abs=0.05)
 
 
@@ -109,7 +109,7 @@ def test_a_stretch_at_the_end_can_be_read_wherever_it_is_placed(
     soundfile.write(tmp_path / path, waveform, RATE)
     reader = replace(training_data.read_clip, folder=tmp_path, cache=tmp_path / "cache")
     data = replace(training_data, folder=tmp_path, read_clip=reader)
-    found = find_stretch(waveform, RATE)
+    found = find_salient_segment(waveform, RATE)
     seconds = (found.offset - found.onset) / factor
     for onset in (0.0, 7.77777, 12.34567, 5.00004, 5.00006):
         event = SimulatedEvent(
@@ -128,7 +128,7 @@ def test_a_stretch_at_the_end_can_be_read_wherever_it_is_placed(
 
 @pytest.mark.parametrize("waveform", [np.zeros(RATE, np.float32), np.zeros(100, np.float32)])
 def test_silence_has_a_stretch_too(waveform):
-    found = find_stretch(waveform, RATE)
+    found = find_salient_segment(waveform, RATE)
     assert 0 <= found.onset <= found.offset <= len(waveform) / RATE
     assert (found.low_hz, found.high_hz) == (0.0, RATE / 2)
 
@@ -306,15 +306,15 @@ def busiest(planned):
 
 def test_a_bird_has_its_snr_in_its_own_band(planned, training_data, noise):
     one = busiest(planned)
-    bed = make_bed(one, noise, CONFIG)
+    background = mix_background(one, noise, CONFIG)
     assert one.events
     for event in (*one.events, *one.others):
         bird = read_event(event, training_data, RATE)
         start = round(event.onset * RATE)
         place = slice(start, start + len(bird))
-        gain = event_gain(event, bird, bed[place], RATE)
+        gain = event_gain(event, bird, background[place], RATE)
         low, high = event.band_hz
-        spectra = [np.abs(np.fft.rfft(sound)) ** 2 for sound in (gain * bird, bed[place])]
+        spectra = [np.abs(np.fft.rfft(sound)) ** 2 for sound in (gain * bird, background[place])]
         hertz = np.fft.rfftfreq(len(bird), 1 / RATE)
         inside = (hertz >= low) & (hertz <= high)
         snr_db = 10 * np.log10(spectra[0][inside].sum() / spectra[1][inside].sum())
@@ -325,7 +325,9 @@ def test_a_mixture_is_its_bed_where_nothing_sings_and_louder_where_something_doe
     planned, training_data, noise
 ):
     one = busiest(planned)
-    difference = mix_soundscape(one, training_data, noise, CONFIG) - make_bed(one, noise, CONFIG)
+    difference = mix_soundscape(one, training_data, noise, CONFIG) - mix_background(
+        one, noise, CONFIG
+    )
     sings = np.zeros(len(difference), dtype=bool)
     for event in (*one.events, *one.others):
         sings[round(event.onset * RATE) : round(event.offset * RATE) + 1] = True
@@ -385,11 +387,11 @@ def test_only_noise_that_no_run_has_trained_with_is_heard(training_data):
 
 
 def test_the_bed_is_never_silent_and_has_no_clicks(planned, noise):
-    bed = make_bed(planned[0], noise, CONFIG)
-    power = np.square(bed).reshape(-1, RATE // 10).mean(axis=1)
+    background = mix_background(planned[0], noise, CONFIG)
+    power = np.square(background).reshape(-1, RATE // 10).mean(axis=1)
     assert power.min() > 1e-8
     # A crossfade's end that is cut would be a step above all that the noise itself does.
-    steps = np.abs(np.diff(bed))
+    steps = np.abs(np.diff(background))
     assert steps.max() < 20 * np.quantile(steps, 0.99)
 
 
@@ -429,7 +431,7 @@ def test_a_damaged_recording_is_named(training_data, noise, tmp_path):
 def test_members_hear_only_soundscapes_of_their_own_fold(training_data, trained_runs, planned):
     known = [*training_data.classes, "norcar", "extra"]
     of_fold = [folder for folder in trained_runs if folder.name == "fold0"]
-    heard = hear_simulated(
+    heard = predict_simulated(
         load_ensemble(of_fold), planned, data=training_data, config=CONFIG, known=known
     )
     assert heard.member_names == ("other", "tiny")
@@ -441,16 +443,16 @@ def test_members_hear_only_soundscapes_of_their_own_fold(training_data, trained_
     ).all()
     wrong = load_ensemble([folder for folder in trained_runs if folder.name == "fold1"])
     with pytest.raises(ValueError, match="has trained on the recordings of simulated-fold0"):
-        hear_simulated(wrong, planned, data=training_data, config=CONFIG, known=known)
+        predict_simulated(wrong, planned, data=training_data, config=CONFIG, known=known)
 
 
 def test_what_is_heard_is_what_is_rendered(training_data, trained_runs, planned, noise):
     ensemble = load_ensemble([trained_runs[0]])
-    heard = hear_simulated(
+    heard = predict_simulated(
         ensemble, planned[:2], data=training_data, config=CONFIG, known=list(training_data.classes)
     )
     waveforms = render(planned[1], training_data, noise=noise, config=CONFIG, sample_rates=[RATE])
-    expected = score_waveforms(ensemble, waveforms)
+    expected = predict_waveforms(ensemble, waveforms)
     np.testing.assert_allclose(heard.clipwise[:, 6:], expected.clipwise, atol=1e-6)
 
 

@@ -14,12 +14,12 @@ from birdcall.audio.reading import AudioError, read_audio
 from birdcall.inference.engine import (
     hear,
     open_recording,
-    score_recordings,
-    score_sounds,
-    score_waveforms,
+    predict_audio,
+    predict_files,
+    predict_waveforms,
 )
 from birdcall.inference.ensemble import Ensemble, Member, MemberError
-from birdcall.inference.windows import FRAMES_PER_SEGMENT, Listening
+from birdcall.inference.windows import FRAMES_PER_SEGMENT, WindowConfig
 from birdcall.models.checkpoint import Checkpoint
 from birdcall.models.sed import build_model
 
@@ -56,7 +56,7 @@ def assert_same(one, other):
 
 
 def test_scores_have_a_place_for_every_member_segment_and_class(members):
-    scores = score_waveforms(Ensemble(members), {RATE: noise(12.3)})
+    scores = predict_waveforms(Ensemble(members), {RATE: noise(12.3)})
     assert scores.clipwise.shape == scores.framewise.shape == (3, 3, 3)
     assert scores.frames.shape == (3, 3 * FRAMES_PER_SEGMENT)
     assert scores.seconds == pytest.approx(12.3)
@@ -64,7 +64,7 @@ def test_scores_have_a_place_for_every_member_segment_and_class(members):
 
 def test_a_segment_is_what_its_model_says_of_it(members):
     """The reference is the model itself, on the five seconds cut by hand."""
-    scores = score_waveforms(Ensemble(members[2:]), {RATE: noise(12.3)})
+    scores = predict_waveforms(Ensemble(members[2:]), {RATE: noise(12.3)})
     for number in range(3):
         segment = np.zeros(5 * RATE, np.float32)
         own = noise(12.3)[number * 5 * RATE : (number + 1) * 5 * RATE]
@@ -77,9 +77,9 @@ def test_a_segment_is_what_its_model_says_of_it(members):
 
 
 def test_a_member_says_the_same_alone_and_in_company(members):
-    together = score_waveforms(Ensemble(members), {RATE: noise(12.3)})
+    together = predict_waveforms(Ensemble(members), {RATE: noise(12.3)})
     for position, member in enumerate(members):
-        alone = score_waveforms(Ensemble([member]), {RATE: noise(12.3)})
+        alone = predict_waveforms(Ensemble([member]), {RATE: noise(12.3)})
         assert np.array_equal(alone.clipwise[0], together.clipwise[position])
         assert np.array_equal(alone.framewise[0], together.framewise[position])
 
@@ -90,7 +90,7 @@ def test_members_that_share_a_front_end_share_its_log_mel(members, monkeypatch):
     monkeypatch.setattr(
         LogMel, "forward", lambda self, w: calls.append(self.config.hop_length) or forward(self, w)
     )
-    score_waveforms(Ensemble(members), {RATE: noise(5)})
+    predict_waveforms(Ensemble(members), {RATE: noise(5)})
     assert set(calls) == {1000, 800}
     assert calls.count(1000) == calls.count(800)
 
@@ -99,32 +99,32 @@ def test_a_sound_says_the_same_to_the_bit_whatever_is_heard_beside_it(members):
     ensemble = Ensemble(members)
     lengths = {"a": 7.0, "b": 0.2, "c": 31.0, "d": 5.0, "e": 12.3}
     sounds = {name: sound(seconds, seed) for seed, (name, seconds) in enumerate(lengths.items())}
-    together = dict(score_sounds(ensemble, sounds))
-    backwards = dict(score_sounds(ensemble, dict(reversed(sounds.items()))))
+    together = dict(predict_audio(ensemble, sounds))
+    backwards = dict(predict_audio(ensemble, dict(reversed(sounds.items()))))
     for name, one in sounds.items():
-        ((_, alone),) = score_sounds(ensemble, {name: one})
+        ((_, alone),) = predict_audio(ensemble, {name: one})
         assert_same(together[name], alone)
         assert_same(backwards[name], alone)
 
 
 def test_the_batch_does_not_change_a_score(members, monkeypatch):
-    expected = score_waveforms(Ensemble(members), {RATE: noise(40)})
+    expected = predict_waveforms(Ensemble(members), {RATE: noise(40)})
     monkeypatch.setattr("birdcall.inference.ensemble.CPU_BATCH", 3)
-    found = score_waveforms(Ensemble(members), {RATE: noise(40)})
+    found = predict_waveforms(Ensemble(members), {RATE: noise(40)})
     np.testing.assert_allclose(found.clipwise, expected.clipwise, atol=1e-6)
     np.testing.assert_allclose(found.framewise, expected.framewise, atol=1e-6)
 
 
 def test_the_number_of_threads_does_not_change_a_bit(members):
-    one = score_waveforms(Ensemble(members), {RATE: noise(42)})
+    one = predict_waveforms(Ensemble(members), {RATE: noise(42)})
     torch.set_num_threads(3)
-    three = score_waveforms(Ensemble(members), {RATE: noise(42)})
+    three = predict_waveforms(Ensemble(members), {RATE: noise(42)})
     assert_same(one, three)
 
 
 def test_a_long_window_answers_by_segments(members):
-    ensemble = Ensemble(members[:1], listening=Listening(3))
-    scores = score_waveforms(ensemble, {RATE: noise(23)})
+    ensemble = Ensemble(members[:1], listening=WindowConfig(3))
+    scores = predict_waveforms(ensemble, {RATE: noise(23)})
     assert scores.clipwise.shape == scores.framewise.shape == (1, 5, 3)
     assert scores.frames.shape == (3, 5 * FRAMES_PER_SEGMENT)
     peaks = scores.frames.reshape(3, 5, FRAMES_PER_SEGMENT).max(axis=2).T
@@ -136,9 +136,9 @@ def test_what_is_beside_a_segment_is_heard_and_not_scored(members):
     """A shout after the segment changes its score only where there is context."""
     quiet, shout = 1e-3 * noise(20), 1e-3 * noise(20)
     shout[23 * RATE // 2 : 27 * RATE // 2] += noise(2, seed=7) * 5
-    plain, wide = Ensemble(members[:1]), Ensemble(members[:1], listening=Listening(1, 2.5))
+    plain, wide = Ensemble(members[:1]), Ensemble(members[:1], listening=WindowConfig(1, 2.5))
     for ensemble, is_changed in ((plain, False), (wide, True)):
-        before, after = (score_waveforms(ensemble, {RATE: one}) for one in (quiet, shout))
+        before, after = (predict_waveforms(ensemble, {RATE: one}) for one in (quiet, shout))
         assert np.array_equal(before.clipwise[:, 0], after.clipwise[:, 0])
         assert np.array_equal(before.clipwise[:, 1], after.clipwise[:, 1]) != is_changed
         assert np.array_equal(before.clipwise[:, 3], after.clipwise[:, 3]) != is_changed
@@ -149,10 +149,10 @@ def test_however_much_is_heard_frames_are_where_the_sound_is(members):
     """A shout changes most where it is."""
     waveform = 1e-3 * noise(20)
     waveform[11 * RATE : 12 * RATE] += noise(1, seed=7) * 5
-    for listening in (Listening(), Listening(2, 2.5), Listening(4, 0.0)):
+    for listening in (WindowConfig(), WindowConfig(2, 2.5), WindowConfig(4, 0.0)):
         ensemble = Ensemble(members[:1], listening=listening)
-        shout = score_waveforms(ensemble, {RATE: waveform}).frames
-        quiet = score_waveforms(ensemble, {RATE: 1e-3 * noise(20)}).frames
+        shout = predict_waveforms(ensemble, {RATE: waveform}).frames
+        quiet = predict_waveforms(ensemble, {RATE: 1e-3 * noise(20)}).frames
         moved = np.abs(shout - quiet).sum(axis=0)
         changed = np.flatnonzero(moved > moved.max() / 2) * 5 / FRAMES_PER_SEGMENT
         assert changed[0] > 9.5  # the network's own frames are a second long
@@ -163,10 +163,10 @@ def test_an_export_for_other_windows_is_not_heard_with(members, tmp_path):
     exported = replace(members[0], export=tmp_path / "model.onnx")
     ensemble = Ensemble(members[:1])
     ensemble.members = [exported]
-    wide = ensemble.hearing(Listening(2))
+    wide = ensemble.hearing(WindowConfig(2))
     assert wide.members[0].export is None
-    assert score_waveforms(wide, {RATE: noise(12)}).clipwise.shape[1] == 3
-    assert ensemble.hearing(Listening()) is ensemble
+    assert predict_waveforms(wide, {RATE: noise(12)}).clipwise.shape[1] == 3
+    assert ensemble.hearing(WindowConfig()) is ensemble
 
 
 def test_members_of_other_classes_do_not_make_an_ensemble(members):
@@ -183,8 +183,8 @@ def test_members_of_two_sample_rates_hear_one_decode(members, tiny_experiment, t
     path = tmp_path / "a.wav"
     soundfile.write(path, noise(12.3), RATE)
     paths = {"a": path}
-    ((_, both),) = score_recordings(Ensemble([members[0], low]), paths)
-    ((_, alone),) = score_recordings(Ensemble([low]), paths)
+    ((_, both),) = predict_files(Ensemble([members[0], low]), paths)
+    ((_, alone),) = predict_files(Ensemble([low]), paths)
     assert np.array_equal(both.clipwise[1], alone.clipwise[0])
 
 
@@ -193,7 +193,7 @@ def test_a_recording_that_does_not_decode_does_not_stop_the_others(members, tmp_
     soundfile.write(good, noise(6), RATE)
     bad.write_bytes(b"<html>not found</html>")
     paths = {"bad": bad, "gone": tmp_path / "gone.wav", "good": good}
-    results = dict(score_recordings(Ensemble(members[:1]), paths))
+    results = dict(predict_files(Ensemble(members[:1]), paths))
     assert "bad.mp3" in str(results["bad"])
     assert isinstance(results["gone"], AudioError)
     assert "gone.wav" in str(results["gone"])
@@ -208,9 +208,9 @@ def test_a_sound_that_breaks_off_ends_with_its_error(members):
     items = [item for _, item in hear(Ensemble(members[:1]), {"a": broken, "b": sound(5)})]
     assert isinstance(items[-3], AudioError)
     assert sum(item.clipwise.shape[1] for item in items[:-3]) == 4
-    results = dict(score_sounds(Ensemble(members[:1]), {"a": broken, "b": sound(5)}))
+    results = dict(predict_audio(Ensemble(members[:1]), {"a": broken, "b": sound(5)}))
     assert isinstance(results["a"], AudioError)
-    assert_same(results["b"], score_waveforms(Ensemble(members[:1]), {RATE: noise(5)}))
+    assert_same(results["b"], predict_waveforms(Ensemble(members[:1]), {RATE: noise(5)}))
 
 
 def test_an_unexpected_error_of_a_reader_reaches_the_caller(members):
@@ -218,7 +218,7 @@ def test_an_unexpected_error_of_a_reader_reaches_the_caller(members):
         raise KeyError("a bug")
 
     with pytest.raises(KeyError, match="a bug"):
-        dict(score_sounds(Ensemble(members[:1]), {"a": sound(5), "b": crash}))
+        dict(predict_audio(Ensemble(members[:1]), {"a": sound(5), "b": crash}))
 
 
 def test_who_stops_listening_leaves_no_reader_behind(members):
@@ -256,10 +256,10 @@ def test_a_limit_hears_the_beginning_only(members, tmp_path):
     path = tmp_path / "long.wav"
     soundfile.write(path, noise(21), RATE)
     ensemble = Ensemble(members[:1])
-    ((_, scores),) = score_recordings(ensemble, {"a": path}, limit_seconds=10.0)
+    ((_, scores),) = predict_files(ensemble, {"a": path}, limit_seconds=10.0)
     assert scores.clipwise.shape[1] == 2
     assert scores.seconds == 10
-    ((_, whole),) = score_recordings(ensemble, {"a": path}, limit_seconds=30.0)
+    ((_, whole),) = predict_files(ensemble, {"a": path}, limit_seconds=30.0)
     assert whole.clipwise.shape[1] == 5
     np.testing.assert_allclose(whole.clipwise[:, :2], scores.clipwise, atol=1e-6)
 
@@ -277,9 +277,9 @@ def test_a_limited_recording_is_its_beginning_to_the_sample(tmp_path):
 def test_some_members_hear_and_at_none_nothing_more_is_heard(members):
     sounds = {name: sound(6, seed) for seed, name in enumerate("abcd")}
     n_members = iter((3, 1, 0))
-    heard = dict(score_sounds(Ensemble(members), sounds, lambda name: next(n_members)))
+    heard = dict(predict_audio(Ensemble(members), sounds, lambda name: next(n_members)))
     assert {name: len(scores.clipwise) for name, scores in heard.items()} == {"a": 3, "b": 1}
-    alone = score_waveforms(Ensemble(members[:1]), sounds["b"]([RATE]))
+    alone = predict_waveforms(Ensemble(members[:1]), sounds["b"]([RATE]))
     assert_same(heard["b"], alone)
 
 
@@ -289,13 +289,13 @@ def test_a_member_that_says_nan_is_named(members, tiny_experiment):
         model.head.detection.bias.fill_(float("nan"))
     bad = Member("bad", model, Checkpoint(tiny_experiment, CLASSES, 0))
     with pytest.raises(MemberError, match="bad: its clipwise output holds NaN") as caught:
-        score_waveforms(Ensemble([members[0], bad]), {RATE: noise(5)})
+        predict_waveforms(Ensemble([members[0], bad]), {RATE: noise(5)})
     assert caught.value.member == "bad"
 
 
 def test_costs_tell_what_the_time_went_to(members):
     ensemble = Ensemble(members)
-    score_waveforms(ensemble, {RATE: noise(40)})
+    predict_waveforms(ensemble, {RATE: noise(40)})
     assert set(ensemble.costs.seconds) == {"reading", "front end", "m0", "m1", "m2"}
     assert all(seconds > 0 for seconds in ensemble.costs.seconds.values())
     assert ensemble.costs.sound["m0"] == 40

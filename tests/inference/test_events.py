@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.inference.decision import Calibration, Decision, decide
-from birdcall.inference.engine import Piece, SegmentScores
+from birdcall.inference.engine import Piece, SegmentPredictions
 from birdcall.inference.events import RecordingDetector, detect_events
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
 
@@ -20,7 +20,7 @@ def scores_of(clipwise, framewise=None):
     clipwise = np.asarray(clipwise, dtype=np.float32)[None]
     framewise = clipwise if framewise is None else np.asarray(framewise, dtype=np.float32)[None]
     frames = np.repeat(framewise[0].T, FRAMES_PER_SEGMENT, axis=1)
-    return SegmentScores(clipwise, framewise, frames, 5.0 * clipwise.shape[1])
+    return SegmentPredictions(clipwise, framewise, frames, 5.0 * clipwise.shape[1])
 
 
 def test_every_decided_bird_has_an_event_in_its_segment():

@@ -9,10 +9,10 @@ import torch
 import birdcall.inference.export as export
 from birdcall.benchmark.inference import spread_outputs
 from birdcall.experiments import EXPERIMENTS
-from birdcall.inference.engine import score_waveforms
+from birdcall.inference.engine import predict_waveforms
 from birdcall.inference.ensemble import load_ensemble, load_member
 from birdcall.inference.export import ExportError, export_onnx, probe_windows
-from birdcall.inference.windows import Listening
+from birdcall.inference.windows import WindowConfig
 from birdcall.models.checkpoint import Checkpoint, load_model, save_checkpoint
 from birdcall.models.onnx import ONNX_FILE, open_session
 from birdcall.models.sed import build_model
@@ -35,13 +35,13 @@ def run(trained_runs, tmp_path):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("listening", [Listening(), Listening(3, 1.5)], ids=["plain", "wide"])
+@pytest.mark.parametrize("listening", [WindowConfig(), WindowConfig(3, 1.5)], ids=["plain", "wide"])
 def test_an_ensemble_takes_the_export_and_scores_as_torch_does(run, listening):
-    torch_scores = score_waveforms(load_ensemble([run], listening=listening), {RATE: noise(33)})
+    torch_scores = predict_waveforms(load_ensemble([run], listening=listening), {RATE: noise(33)})
     assert export_onnx(run, run / ONNX_FILE, listening) < 1e-5
     ensemble = load_ensemble([run], listening=listening)
     assert ensemble.members[0].export == run / ONNX_FILE
-    scores = score_waveforms(ensemble, {RATE: noise(33)})
+    scores = predict_waveforms(ensemble, {RATE: noise(33)})
     for name in ("clipwise", "framewise", "frames"):
         np.testing.assert_allclose(
             getattr(scores, name), getattr(torch_scores, name), atol=1e-5, err_msg=name
@@ -53,15 +53,15 @@ def test_the_runtime_and_not_torch_scores_where_there_is_an_export(run, monkeypa
     export_onnx(run, run / ONNX_FILE)
     ensemble = load_ensemble([run])
     monkeypatch.setattr(ensemble.members[0].model, "features", None)
-    assert score_waveforms(ensemble, {RATE: noise(12)}).clipwise.shape[1] == 3
+    assert predict_waveforms(ensemble, {RATE: noise(12)}).clipwise.shape[1] == 3
 
 
 def test_an_export_scores_the_same_to_the_bit_in_any_company(run):
     export_onnx(run, run / ONNX_FILE)
     ensemble = load_ensemble([run])
-    one = score_waveforms(ensemble, {RATE: noise(42)})
+    one = predict_waveforms(ensemble, {RATE: noise(42)})
     torch.set_num_threads(3)
-    other = score_waveforms(load_ensemble([run]), {RATE: noise(42)})
+    other = predict_waveforms(load_ensemble([run]), {RATE: noise(42)})
     assert np.array_equal(one.clipwise, other.clipwise)
     assert np.array_equal(one.frames, other.frames)
 
@@ -74,7 +74,7 @@ def test_an_export_of_another_state_is_not_taken(run, change, caplog):
         with torch.no_grad():
             model.head.detection.bias.add_(1)
         save_checkpoint(run, model, checkpoint)
-    member = load_member(run, Listening(2) if change == "listening" else Listening())
+    member = load_member(run, WindowConfig(2) if change == "listening" else WindowConfig())
     assert member.export is None
     assert "torch runs in its place" in caplog.text
 

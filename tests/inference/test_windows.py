@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from birdcall.inference.windows import SEGMENT_BY_SEGMENT, End, Listening, Window, cut_windows
+from birdcall.inference.windows import SINGLE_SEGMENT, End, Window, WindowConfig, cut_windows
 
 RATE = 100
 
@@ -16,7 +16,7 @@ def ramp(seconds, rate=RATE):
     return np.arange(1, round(seconds * rate) + 1, dtype=np.float32)
 
 
-def cut(sound, listening=SEGMENT_BY_SEGMENT):
+def cut(sound, listening=SINGLE_SEGMENT):
     *windows, end = cut_windows(sound, listening)
     assert isinstance(end, End)
     assert all(isinstance(window, Window) for window in windows)
@@ -39,7 +39,7 @@ def test_a_window_begins_only_where_there_is_sound(seconds, n_windows):
 
 
 def test_a_window_hears_what_is_before_and_after_its_segments():
-    windows, _ = cut({RATE: ramp(23)}, Listening(2, 1.5))
+    windows, _ = cut({RATE: ramp(23)}, WindowConfig(2, 1.5))
     assert [window.n_segments for window in windows] == [2, 2, 1]
     padded = np.concatenate([np.zeros(150), ramp(23), np.zeros(2000)]).astype("f4")
     for number, window in enumerate(windows):
@@ -55,7 +55,7 @@ def test_a_window_hears_what_is_before_and_after_its_segments():
 )
 def test_blocks_do_not_change_the_windows(n_samples, cuts, window_segments, context):
     """Two rates, cut into blocks of the same length in time."""
-    listening = Listening(window_segments, context)
+    listening = WindowConfig(window_segments, context)
     sound = {RATE: ramp(n_samples / RATE), 2 * RATE: ramp(n_samples / RATE, 2 * RATE)}
     edges = np.unique(np.minimum(np.cumsum([0, *cuts, n_samples]), n_samples))
     blocks = [
@@ -73,10 +73,10 @@ def test_blocks_do_not_change_the_windows(n_samples, cuts, window_segments, cont
 @pytest.mark.parametrize("context", [-1.0, 0.05, 0.123])
 def test_context_is_a_whole_number_of_frames(context):
     with pytest.raises(ValueError, match="context_seconds"):
-        Listening(1, context)
+        WindowConfig(1, context)
 
 
 @pytest.mark.parametrize("n", [0, -1, 1.5])
 def test_a_window_has_at_least_one_segment(n):
     with pytest.raises(ValueError, match="window_segments"):
-        Listening(n)
+        WindowConfig(n)

@@ -22,7 +22,7 @@ import torch
 from birdcall.inference.decision import Decision, write_decision
 from birdcall.kaggle.kernel import DECISION_FILE, EXAMPLE_SUBMISSION
 from birdcall.kaggle.manifest import MANIFEST_FILE, find_changes, make_manifest
-from birdcall.kaggle.packaging import rehearse, run_as_kaggle, stage_package
+from birdcall.kaggle.packaging import dry_run_submission, run_as_kaggle, stage_package
 from birdcall.kaggle.submission import SUMMARY_FILE
 from birdcall.models.checkpoint import load_model, read_checkpoint, save_checkpoint
 
@@ -253,7 +253,7 @@ def test_a_member_that_is_not_as_packaged_is_left_out(build, data, tmp_path, fau
 def test_a_rehearsal_with_a_member_left_out_is_a_failure(build, data, tmp_path):
     (member_folders(build)[0] / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"the kernel has left out .*missing from the package"):
-        rehearse(build, data, tmp_path / "submission.csv")
+        dry_run_submission(build, data, tmp_path / "submission.csv")
     assert not (tmp_path / "submission.csv").exists()
 
 

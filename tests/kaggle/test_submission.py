@@ -12,15 +12,15 @@ import soundfile
 import torch
 
 from birdcall.inference.decision import Decision
-from birdcall.inference.engine import SegmentScores
-from birdcall.inference.ensemble import Costs, Ensemble, Member, MemberError
+from birdcall.inference.engine import SegmentPredictions
+from birdcall.inference.ensemble import CostMeter, Ensemble, Member, MemberError
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
 from birdcall.kaggle.submission import (
     SAFE_SHARE,
     Budget,
     label_recording,
     label_rows_of,
-    write_predictions,
+    predict_test_set,
     write_summary,
 )
 from birdcall.models.checkpoint import Checkpoint
@@ -44,7 +44,7 @@ def members(tiny_experiment):
 def scores_of(clipwise):
     clipwise = np.asarray(clipwise, dtype=np.float32)[None]
     frames = np.repeat(clipwise[0].T, FRAMES_PER_SEGMENT, axis=1)
-    return SegmentScores(clipwise, clipwise, frames, 5.0 * clipwise.shape[1])
+    return SegmentPredictions(clipwise, clipwise, frames, 5.0 * clipwise.shape[1])
 
 
 def test_rows_are_labelled_by_their_end_and_site_3_by_file():
@@ -69,7 +69,7 @@ def test_every_row_is_answered_in_order_although_recordings_are_missing(
 ):
     submission = competition / "out" / "submission.csv"
     with caplog.at_level(logging.WARNING):
-        summary = write_predictions(competition, Ensemble(members), ANY_BIRD, submission)
+        summary = predict_test_set(competition, Ensemble(members), ANY_BIRD, submission)
     rows = pd.read_csv(competition / "test.csv")
     written = pd.read_csv(submission)
     assert list(written["row_id"]) == list(rows["row_id"])
@@ -88,7 +88,7 @@ def test_every_row_is_answered_in_order_although_recordings_are_missing(
 def test_without_test_audio_every_row_says_nocall(competition, members):
     shutil.rmtree(competition / "test_audio")
     submission = competition / "submission.csv"
-    write_predictions(competition, Ensemble(members), ANY_BIRD, submission)
+    predict_test_set(competition, Ensemble(members), ANY_BIRD, submission)
     assert (pd.read_csv(submission)["birds"] == "nocall").all()
 
 
@@ -175,7 +175,7 @@ def spend(costs, name, seconds, sound):
 @pytest.fixture
 def costs():
     """100 s of sound: each member took 20 s of a thread, all else 40 s; in 50 s, by two threads."""
-    made = Costs()
+    made = CostMeter()
     spend(made, "reading", 30.0, 100.0)
     spend(made, "front end", 10.0, 100.0)
     for name in ("a", "b", "c"):
@@ -186,7 +186,7 @@ def costs():
 def test_an_estimate_is_what_it_took_so_far(costs):
     assert costs.estimate(["a", "b", "c"], 50.0) == pytest.approx(0.5)
     assert costs.estimate(["a"], 50.0) == pytest.approx(0.5 * 60 / 100)
-    assert Costs().estimate(["a"], 50.0) == 0
+    assert CostMeter().estimate(["a"], 50.0) == 0
 
 
 @pytest.mark.parametrize(
@@ -200,13 +200,15 @@ def test_as_many_members_hear_as_the_time_allows(costs, tmp_path, left_seconds, 
     now = 0.0
     budget = Budget({"a": path}, 50 + left_seconds, lambda: now)
     now = 50.0
-    assert budget.choose_members(costs, ["a", "b", "c"], ["a"]) == n_members
+    assert budget.choose_n_members(costs, ["a", "b", "c"], ["a"]) == n_members
 
 
 def test_while_the_costs_are_unknown_all_members_hear(tmp_path):
     path = tmp_path / "a.wav"
     soundfile.write(path, np.zeros(RATE), RATE)
-    assert Budget({"a": path}, 1e-3, lambda: 0.0).choose_members(Costs(), ["a", "b"], ["a"]) == 2
+    assert (
+        Budget({"a": path}, 1e-3, lambda: 0.0).choose_n_members(CostMeter(), ["a", "b"], ["a"]) == 2
+    )
 
 
 def test_the_first_members_go_on_where_the_time_is_short(sounds, members, monkeypatch):
@@ -218,7 +220,7 @@ def test_the_first_members_go_on_where_the_time_is_short(sounds, members, monkey
         heard.append(1)
         return (3, 1, 0)[len(heard) - 1]
 
-    monkeypatch.setattr(Budget, "choose_members", choose)
+    monkeypatch.setattr(Budget, "choose_n_members", choose)
     labels, summary = label_rows_of(
         rows, folder, ensemble=Ensemble(members), decision=ANY_BIRD, budget_seconds=1e9
     )

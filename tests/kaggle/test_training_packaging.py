@@ -15,7 +15,7 @@ from birdcall.data.noise import find_noise, split_noise
 from birdcall.data.recordings import read_recordings
 from birdcall.experiments import EXPERIMENTS, find_experiment
 from birdcall.kaggle.manifest import MANIFEST_FILE, make_manifest, require_unchanged
-from birdcall.kaggle.packaging import Upload, rehearse_training, run_as_kaggle, stage_training
+from birdcall.kaggle.packaging import Upload, dry_run_training, run_as_kaggle, stage_training
 from birdcall.kaggle.training_kernel import TrainingSettings, read_settings
 from birdcall.models.checkpoint import STATE_FILE, load_model, read_checkpoint
 from birdcall.training.initialisation import initialise
@@ -244,7 +244,7 @@ def test_two_sessions_the_second_of_which_gets_further(stage, demo_folder, tmp_p
     dataset = stage()
     change_code(dataset, "__main__", STAND_IN + "save(10 * n_sessions)\n")
     output = tmp_path / "rehearsal"
-    log = rehearse_training(dataset.parent, demo_folder, output)
+    log = dry_run_training(dataset.parent, demo_folder, output)
     assert log.count("session 1") == log.count("session 2") == 1
     assert "session 1 of dataset" in log  # the staged code ran, not this checkout's
     assert (output / "runs" / "small_gru" / "fold1" / STATE_FILE).is_file()
@@ -254,7 +254,7 @@ def test_a_session_that_fails_ends_the_rehearsal_with_its_last_line(stage, demo_
     dataset = stage()
     change_code(dataset, "__main__", f"{STAND_IN}print('no birds'); sys.exit(3)\n")
     with pytest.raises(ValueError, match=r"exit code 3: no birds$"):
-        rehearse_training(dataset.parent, demo_folder, tmp_path / "rehearsal")
+        dry_run_training(dataset.parent, demo_folder, tmp_path / "rehearsal")
     assert not (tmp_path / "rehearsal").exists()
 
 
@@ -279,7 +279,7 @@ def test_a_session_that_gets_nowhere_ends_the_rehearsal(
 
     monkeypatch.setattr("birdcall.kaggle.packaging.run_as_kaggle", run)
     with pytest.raises(ValueError, match=reason):
-        rehearse_training(stage().parent, demo_folder, tmp_path / "rehearsal")
+        dry_run_training(stage().parent, demo_folder, tmp_path / "rehearsal")
     assert not (tmp_path / "rehearsal").exists()
 
 
@@ -304,7 +304,7 @@ def test_a_real_training_stops_at_its_limit_and_is_finished_by_the_next_session(
     code = (dataset / "birdcall" / "experiments.py").read_text()
     change_code(dataset, "experiments", code + SHORTENED)
     output = tmp_path / "rehearsal"
-    log = rehearse_training(dataset.parent, demo_folder, output)
+    log = dry_run_training(dataset.parent, demo_folder, output)
     assert "goes on after step 1" in log
     assert "small_gru-fold1 is finished" in log
     run = output / "runs" / "small_gru" / "fold1"

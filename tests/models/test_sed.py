@@ -15,7 +15,7 @@ from birdcall.config import TEMPORAL_LAYERS, ModelConfig
 from birdcall.experiments import EXPERIMENTS, find_experiment
 from birdcall.models.sed import (
     HEADS,
-    LEAST_FRAMES,
+    MIN_FRAMES,
     POOLINGS,
     AttentionHead,
     BiGRU,
@@ -85,7 +85,7 @@ def test_clips_of_odd_lengths_and_shorter_than_one_stride_have_frames(experiment
 def test_a_clip_shorter_than_one_stride_is_heard_as_if_its_last_frame_went_on(tiny_experiment):
     model = build_model(tiny_experiment, 3).eval()
     short = torch.randn(1, 1, 5, 32)
-    by_hand = torch.cat([short[:, :, [min(k, 4)]] for k in range(LEAST_FRAMES)], dim=2)
+    by_hand = torch.cat([short[:, :, [min(k, 4)]] for k in range(MIN_FRAMES)], dim=2)
     with torch.no_grad():
         torch.testing.assert_close(model.detect(short), model.detect(by_hand))
 

@@ -29,13 +29,13 @@ from birdcall.kaggle.kernel import open_package
 from birdcall.kaggle.packaging import stage_package
 from birdcall.models.checkpoint import read_checkpoint
 from birdcall.prediction.local import (
-    Detected,
     Recording,
-    Wanted,
+    RecordingResult,
+    ResultOptions,
     detect_recordings,
     find_recordings,
     fingerprint_of,
-    listen_here,
+    predict_locally,
     predict_recordings,
     write_results,
 )
@@ -144,14 +144,18 @@ EVENTS = (Event("amecro", 0.5, 2.0, 0.9), Event("norcar", 3.0, 4.5, 0.4))
 def found():
     """Two recordings, one without a bird, and one that failed."""
     return {
-        Recording(Path("in/dawn <1>.mp3"), "dawn <1>.mp3"): Detected(5.0, EVENTS),
-        Recording(Path("in/quiet.wav"), "deep/quiet.wav"): Detected(5.0),
-        Recording(Path('in/"bad".wav'), "bad.wav"): Detected(0.0, reason='is "no" sound,\nat all'),
+        Recording(Path("in/dawn <1>.mp3"), "dawn <1>.mp3"): RecordingResult(5.0, EVENTS),
+        Recording(Path("in/quiet.wav"), "deep/quiet.wav"): RecordingResult(5.0),
+        Recording(Path('in/"bad".wav'), "bad.wav"): RecordingResult(
+            0.0, reason='is "no" sound,\nat all'
+        ),
     }
 
 
 def test_every_format_says_the_same(found, tmp_path):
-    said = write_results(found, tmp_path, Wanted(("csv", "parquet", "jsonl", "raven", "audacity")))
+    said = write_results(
+        found, tmp_path, ResultOptions(("csv", "parquet", "jsonl", "raven", "audacity"))
+    )
     assert "2 detections in 2 recordings" in said
     assert "1 failed" in said
     expected = {"in/dawn <1>.mp3": list(EVENTS)}
@@ -171,7 +175,7 @@ def test_raven_tables_are_truth_that_evaluate_reads(found, tmp_path):
     """They lie beside the recordings, corrected by hand, when they are read again."""
     write_sound(tmp_path / "mine" / "dawn.wav", 5)
     (recording,) = find_recordings([tmp_path / "mine"])
-    write_results({recording: Detected(5.0, EVENTS)}, tmp_path / "out", Wanted())
+    write_results({recording: RecordingResult(5.0, EVENTS)}, tmp_path / "out", ResultOptions())
     table = tmp_path / "out" / "raven" / "dawn.wav.selections.txt"
     shutil.copyfile(table, tmp_path / "mine" / "dawn.selections.txt")
     truth = read_truth([tmp_path / "mine"], ["amecro", "norcar"])
@@ -179,9 +183,9 @@ def test_raven_tables_are_truth_that_evaluate_reads(found, tmp_path):
 
 
 def test_what_is_not_wanted_is_left_out(found, tmp_path):
-    write_results(found, tmp_path, Wanted(("csv",), min_confidence=0.5))
+    write_results(found, tmp_path, ResultOptions(("csv",), min_confidence=0.5))
     assert read_detections_csv(tmp_path / "detections.csv") == {"in/dawn <1>.mp3": [EVENTS[0]]}
-    write_results(found, tmp_path, Wanted(("csv",), species=("norcar",)))
+    write_results(found, tmp_path, ResultOptions(("csv",), species=("norcar",)))
     assert read_detections_csv(tmp_path / "detections.csv") == {"in/dawn <1>.mp3": [EVENTS[1]]}
     assert {path.name for path in tmp_path.iterdir()} == {"detections.csv", "failed.csv"}
 
@@ -195,18 +199,18 @@ def test_what_is_not_wanted_is_left_out(found, tmp_path):
 )
 def test_what_cannot_be_wanted_is_refused(options, complaint):
     with pytest.raises(ValueError, match=complaint):
-        Wanted(**options)
+        ResultOptions(**options)
 
 
 def test_a_species_that_the_model_does_not_know_is_refused():
     with pytest.raises(ValueError, match="knows no species aldfly"):
-        Wanted(species=("aldfly",)).require_known(("amecro", "norcar"))
+        ResultOptions(species=("aldfly",)).require_known(("amecro", "norcar"))
 
 
 def test_names_do_not_lead_out_of_the_output(found, tmp_path):
-    outside = {Recording(Path("x.wav"), "../../x.wav"): Detected(5.0, EVENTS)}
+    outside = {Recording(Path("x.wav"), "../../x.wav"): RecordingResult(5.0, EVENTS)}
     with pytest.raises(ValueError, match="give a relative path"):
-        write_results(outside, tmp_path / "out", Wanted())
+        write_results(outside, tmp_path / "out", ResultOptions())
     assert not list(tmp_path.rglob("*x.wav*"))
 
 
@@ -235,18 +239,20 @@ def test_embeddings_are_what_the_heads_see_of_each_segment(opened, tmp_path):
 # --- going on ------------------------------------------------------------------------------------
 
 
-def predict(paths, output, package, opened, wanted=Wanted(("csv",)), heard=None):  # noqa: B008
+def predict(paths, output, package, opened, options=ResultOptions(("csv",)), heard=None):  # noqa: B008
     """Predict as the command does; ``heard`` collects what is heard now."""
     recordings = find_recordings(paths)
-    listen = listen_here(*opened, output, wanted, progress=False)
+    listen = predict_locally(*opened, output, options, progress=False)
 
     def counted(left):
         if heard is not None:
             heard.extend(one.name for one in left)
         return listen(left)
 
-    with Journal(output / "journal.jsonl", fingerprint_of(package, wanted, "cpu")) as journal:
-        return predict_recordings(recordings, journal, listen=counted, output=output, wanted=wanted)
+    with Journal(output / "journal.jsonl", fingerprint_of(package, options, "cpu")) as journal:
+        return predict_recordings(
+            recordings, journal, listen=counted, output=output, options=options
+        )
 
 
 def page_data(path):
@@ -257,9 +263,9 @@ def test_a_page_of_each_recording_shows_what_the_tables_say(opened, package, tmp
     write_sound(tmp_path / "in" / "<b>&.wav", 12)
     write_sound(tmp_path / "in" / "deep" / "a.wav", 0.5)
     (tmp_path / "in" / "bad.mp3").write_text("<html>")
-    wanted = Wanted(("csv",), view=True)
+    options = ResultOptions(("csv",), view=True)
     said = predict(
-        [tmp_path / "in"], tmp_path / "out", package=package, opened=opened, wanted=wanted
+        [tmp_path / "in"], tmp_path / "out", package=package, opened=opened, options=options
     )
     view = tmp_path / "out" / "view"
     assert f"look at {view / 'index.html'}" in said
@@ -281,7 +287,7 @@ def test_a_page_of_each_recording_shows_what_the_tables_say(opened, package, tmp
 def test_labels_beside_a_recording_are_shown_once_they_are_there(opened, package, tmp_path):
     write_sound(tmp_path / "in" / "a.wav", 7)
     write_sound(tmp_path / "in" / "b.wav", 7)
-    wanted, heard = Wanted(("csv",), view=True), []
+    options, heard = ResultOptions(("csv",), view=True), []
 
     def run():
         predict(
@@ -289,7 +295,7 @@ def test_labels_beside_a_recording_are_shown_once_they_are_there(opened, package
             tmp_path / "out",
             package=package,
             opened=opened,
-            wanted=wanted,
+            options=options,
             heard=heard,
         )
 
@@ -344,13 +350,13 @@ def test_other_formats_and_filters_need_no_hearing(opened, package, tmp_path):
     write_sound(tmp_path / "in" / "a.wav", 20)
     predict([tmp_path / "in"], tmp_path / "out", package, opened)
     heard = []
-    wanted = Wanted(("jsonl", "audacity"), min_confidence=0.99)
+    options = ResultOptions(("jsonl", "audacity"), min_confidence=0.99)
     predict(
         [tmp_path / "in"],
         tmp_path / "out",
         package=package,
         opened=opened,
-        wanted=wanted,
+        options=options,
         heard=heard,
     )
     assert heard == []
@@ -453,7 +459,7 @@ def test_progress_says_how_far_it_is_and_how_fast(opened, tmp_path, capsys):
         write_sound(tmp_path / f"{number}.wav", seconds)
     (tmp_path / "bad.mp3").touch()
     recordings = find_recordings([tmp_path])
-    listen = listen_here(*opened, tmp_path / "out", Wanted(), progress=True)
+    listen = predict_locally(*opened, tmp_path / "out", ResultOptions(), progress=True)
     assert len(list(listen(recordings))) == 5
     last = capsys.readouterr().err.split("\r")[-1]
     assert "100 % of 18 s, 5 of 5 recordings, " in last

@@ -13,8 +13,13 @@ from birdcall.inference.decision import Decision
 from birdcall.kaggle.kernel import open_package
 from birdcall.kaggle.packaging import stage_package
 from birdcall.models.checkpoint import read_checkpoint
-from birdcall.prediction.local import Wanted, find_recordings, listen_here, predict_recordings
-from birdcall.prediction.ray_cluster import SHARDS_FOLDER, Worker, listen_on_cluster
+from birdcall.prediction.local import (
+    ResultOptions,
+    find_recordings,
+    predict_locally,
+    predict_recordings,
+)
+from birdcall.prediction.ray_cluster import SHARDS_FOLDER, Worker, predict_on_ray
 from birdcall.storage.journal import Journal
 
 RATE = 32_000
@@ -48,10 +53,10 @@ def expected(package, recordings, tmp_path_factory):
     """What this machine finds."""
     output = tmp_path_factory.mktemp("here")
     ensemble, decision, _ = open_package(package, "cpu")
-    wanted = Wanted(FORMATS)
-    listen = listen_here(ensemble, decision, output, wanted, progress=False)
+    options = ResultOptions(FORMATS)
+    listen = predict_locally(ensemble, decision, output, options, progress=False)
     with Journal(output / "journal.jsonl", "x") as journal:
-        predict_recordings(recordings, journal, listen=listen, output=output, wanted=wanted)
+        predict_recordings(recordings, journal, listen=listen, output=output, options=options)
     return output
 
 
@@ -93,16 +98,16 @@ def cluster():
 
 
 def predict_there(cluster, package, recordings, output, on_found=lambda n_found: None):
-    wanted = Wanted(FORMATS)
-    listen = listen_on_cluster(cluster.address, package, output, embeddings=False, progress=False)
+    options = ResultOptions(FORMATS)
+    listen = predict_on_ray(cluster.address, package, output, embeddings=False, progress=False)
 
-    def watched(left):
+    def preview(left):
         for number, found in enumerate(listen(left), start=1):
             on_found(number)
             yield found
 
     with Journal(output / "journal.jsonl", "x") as journal:
-        predict_recordings(recordings, journal, listen=watched, output=output, wanted=wanted)
+        predict_recordings(recordings, journal, listen=preview, output=output, options=options)
 
 
 @pytest.mark.slow
@@ -134,6 +139,6 @@ def test_a_worker_that_is_lost_is_replaced(cluster, package, recordings, expecte
 
 def test_without_a_cluster_it_says_so(package, recordings, tmp_path):
     pytest.importorskip("ray")
-    listen = listen_on_cluster("127.0.0.1:1", package, tmp_path, embeddings=False, progress=False)
+    listen = predict_on_ray("127.0.0.1:1", package, tmp_path, embeddings=False, progress=False)
     with pytest.raises(ConnectionError, match=r"--ray 127\.0\.0\.1:1: no cluster answers there"):
         list(listen(recordings[:1]))

@@ -51,7 +51,7 @@ def _one_thread():
     """Training is over: the browser has threads of its own."""
 
 
-class Watched:
+class BatchPreview:
     """A page that notes what it must not do."""
 
     def __init__(self, browser, path: Path, width: int = 1280) -> None:
@@ -123,12 +123,12 @@ def make_soundscape(folder: Path, seconds: float = 30.0, **changes) -> Soundscap
 def opened(browser, tmp_path):
     """The page of `make_soundscape`."""
     soundscape = make_soundscape(tmp_path)
-    watched = Watched(browser, write_soundscape_pages(tmp_path / "view", soundscape))
-    watched.soundscape = soundscape
-    watched.page.evaluate("player.muted = true")
-    yield watched
-    watched.check()
-    watched.page.context.close()
+    preview = BatchPreview(browser, write_soundscape_pages(tmp_path / "view", soundscape))
+    preview.soundscape = soundscape
+    preview.page.evaluate("player.muted = true")
+    yield preview
+    preview.check()
+    preview.page.context.close()
 
 
 def listed(page) -> list[Event]:
@@ -201,7 +201,7 @@ def check_slider(opened, percent: int, output: int) -> None:
     )
     (part,) = opened.soundscape.parts
     levels = part.unpack()[output] / 200
-    wanted = frames_to_events(
+    options = frames_to_events(
         levels,
         part.classes,
         frame_seconds=FRAME_SECONDS,
@@ -211,9 +211,9 @@ def check_slider(opened, percent: int, output: int) -> None:
     )
     found = listed(page)
     assert [(one.ebird_code, one.onset, one.offset) for one in found] == [
-        (one.ebird_code, one.onset, one.offset) for one in wanted
+        (one.ebird_code, one.onset, one.offset) for one in options
     ]
-    assert [one.confidence for one in found] == pytest.approx([one.confidence for one in wanted])
+    assert [one.confidence for one in found] == pytest.approx([one.confidence for one in options])
     assert page.is_checked("#bythreshold")
     page.check("#asdecided")
     assert listed(page) == list(opened.soundscape.decided)
@@ -423,22 +423,22 @@ def test_a_label_outside_the_recording_is_refused(opened):
 )
 def test_poor_input_makes_a_page_that_works(browser, tmp_path, changes):
     soundscape = make_soundscape(tmp_path, changes.pop("seconds", 30.0), **changes)
-    watched = Watched(browser, write_soundscape_pages(tmp_path / "view", soundscape))
-    assert len(listed(watched.page)) == len(soundscape.decided)
-    watched.page.evaluate("player.muted = true; toggle()")
-    until(watched.page, "player.currentTime > 0 || player.ended")
-    watched.check()
+    preview = BatchPreview(browser, write_soundscape_pages(tmp_path / "view", soundscape))
+    assert len(listed(preview.page)) == len(soundscape.decided)
+    preview.page.evaluate("player.muted = true; toggle()")
+    until(preview.page, "player.currentTime > 0 || player.ended")
+    preview.check()
 
 
 def test_missing_sound_is_said_and_the_page_works(browser, tmp_path):
     soundscape = replace(make_soundscape(tmp_path), path=tmp_path / "gone.wav")
-    watched = Watched(browser, write_soundscape_pages(tmp_path / "view", soundscape))
-    assert "gone.wav: no such file" in watched.page.inner_text(".notice")
-    assert watched.page.is_disabled("#play")
-    watched.page.focus("#board")
-    watched.page.keyboard.press("n")
-    assert watched.page.evaluate("state.selected.code") == "amecro"
-    watched.check()
+    preview = BatchPreview(browser, write_soundscape_pages(tmp_path / "view", soundscape))
+    assert "gone.wav: no such file" in preview.page.inner_text(".notice")
+    assert preview.page.is_disabled("#play")
+    preview.page.focus("#board")
+    preview.page.keyboard.press("n")
+    assert preview.page.evaluate("state.selected.code") == "amecro"
+    preview.check()
 
 
 def test_a_long_recording_is_shown_in_parts(browser, tmp_path, monkeypatch):
@@ -446,7 +446,7 @@ def test_a_long_recording_is_shown_in_parts(browser, tmp_path, monkeypatch):
     soundscape = make_soundscape(tmp_path, 25.0)
     first = write_soundscape_pages(tmp_path / "view", soundscape)
     assert len(list((tmp_path / "view").iterdir())) == 3
-    page = Watched(browser, first).page
+    page = BatchPreview(browser, first).page
     assert [one.ebird_code for one in listed(page)] == ["amecro"]
     page.click("text=Part after")
     page.wait_for_selector("body[data-ready=yes]")
@@ -493,13 +493,13 @@ def test_hostile_names_are_inert(browser, tmp_path, name):
     )
     path = write_soundscape_pages(tmp_path / "view", hostile)
     assert path.parent == tmp_path / "view"
-    watched = Watched(browser, path)
-    assert watched.page.evaluate("state.labels[0].note") == code
-    watched.check()
+    preview = BatchPreview(browser, path)
+    assert preview.page.evaluate("state.labels[0].note") == code
+    preview.check()
     table = pd.DataFrame(
         {"recording": [hostile.name], "seconds": [30.0], "species": [code], "failed": [HOSTILE]}
     )
-    index = Watched(browser, write_index(tmp_path / "view", HOSTILE, table))
+    index = BatchPreview(browser, write_index(tmp_path / "view", HOSTILE, table))
     index.check()
     index.page.click("tbody a >> nth=0")
     index.page.wait_for_selector("#board")
@@ -524,10 +524,10 @@ def report(evaluation, tmp_path_factory):
 
 @pytest.fixture
 def read(browser, report):
-    watched = Watched(browser, report)
-    yield watched
-    watched.check()
-    watched.page.context.close()
+    preview = BatchPreview(browser, report)
+    yield preview
+    preview.check()
+    preview.page.context.close()
 
 
 def column(page, table: str, place: int) -> list[str]:
@@ -611,9 +611,9 @@ def test_hostile_labels_are_inert_in_the_report(browser, evaluation, tmp_path):
     table = evaluation.table.replace({"name": {"tiny": HOSTILE}})
     path = tmp_path / "report.html"
     write_report(path, HOSTILE, replace(evaluation, heard=heard, table=table), n_pages=0)
-    watched = Watched(browser, path)
-    assert HOSTILE in watched.page.inner_text("h1")
-    watched.check()
+    preview = BatchPreview(browser, path)
+    assert HOSTILE in preview.page.inner_text("h1")
+    preview.check()
 
 
 # --- for everybody ------------------------------------------------------------------------------
@@ -667,8 +667,8 @@ def any_page(request, tmp_path):
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_everybody_can_use_it(browser, any_page, width):
-    watched = Watched(browser, any_page, width)
-    page = watched.page
+    preview = BatchPreview(browser, any_page, width)
+    page = preview.page
     page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
     page.wait_for_timeout(200)
     assert page.evaluate(UNNAMED) == []
@@ -677,7 +677,7 @@ def test_everybody_can_use_it(browser, any_page, width):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate("document.documentElement.lang") == "en"
     assert page.locator("h1").count() == 1
-    watched.check()
+    preview.check()
 
 
 def test_the_tab_key_goes_through_the_page_from_top_to_bottom(opened):
@@ -686,8 +686,8 @@ def test_the_tab_key_goes_through_the_page_from_top_to_bottom(opened):
         page.keyboard.press("Tab")
         where = page.evaluate("document.activeElement.id || document.activeElement.textContent")
         seen.append(where.strip())
-    wanted = ["play", "next", "zoomin", "low", "threshold", "board", "saveraven", "add"]
-    places = [seen.index(one) for one in wanted]
+    options = ["play", "next", "zoomin", "low", "threshold", "board", "saveraven", "add"]
+    places = [seen.index(one) for one in options]
     assert places == sorted(places)
     outline = page.evaluate(
         "() => { document.getElementById('play').focus(); return getComputedStyle("
@@ -704,7 +704,7 @@ def test_twenty_recordings_are_there_within_two_seconds(browser, tmp_path):
         rows.append((f"recording {number}.wav", 30.0, 2, "American Crow, Blue Jay", ""))
     table = pd.DataFrame(rows, columns=["recording", "seconds", "detections", "species", "failed"])
     index = write_index(tmp_path / "view", "Recordings", table)
-    page = Watched(browser, index).page
+    page = BatchPreview(browser, index).page
     assert ready_after(page) < 2
     page.click("text=recording 7.wav")
     page.wait_for_selector("body[data-ready=yes]")

@@ -10,7 +10,7 @@ import typer.main
 
 from birdcall.__main__ import app
 from birdcall.report.gallery import plot_inference, write_figures
-from birdcall.report.plots import STEPS, plot_road
+from birdcall.report.plots import STEPS, plot_pipeline
 from birdcall.report.style import BLUE, COLORS, GREEN, GREY, MARKERS, ORANGE, save_figure
 
 
@@ -40,7 +40,7 @@ def test_every_step_of_the_road_is_a_command_and_a_module():
 
 
 def test_the_road_is_drawn_with_all_its_steps():
-    axes = plot_road().axes[0]
+    axes = plot_pipeline().axes[0]
     said = {text.get_text() for text in axes.texts}
     for step in STEPS:
         assert {step.name, f"birdcall {step.command}", step.module} <= said
@@ -56,7 +56,7 @@ def test_the_road_is_drawn_with_all_its_steps():
 def test_a_figure_is_the_same_file_each_time(tmp_path, suffix):
     paths = [tmp_path / f"{name}{suffix}" for name in "ab"]
     for path in paths:
-        save_figure(plot_road(), path)
+        save_figure(plot_pipeline(), path)
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert paths[0].stat().st_size > 5000
 

@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from birdcall.data.augment import UNKNOWN
+from birdcall.data.augment import IGNORE_TARGET
 from birdcall.evaluation.decision_search import THRESHOLDS
-from birdcall.evaluation.mistakes import FALSE, find_mistakes, hear_mistakes
-from birdcall.evaluation.predictions import HeldOutScores, segments_of
+from birdcall.evaluation.mistakes import FALSE, find_mistakes, predict_mistakes
+from birdcall.evaluation.predictions import LabelledPredictions, segments_of
 from birdcall.evaluation.scoring import evaluate
 from birdcall.evaluation.tables import recall_over_snr
 from birdcall.inference.decision import Decision
@@ -73,8 +73,10 @@ def test_a_report_without_labelled_soundscapes_is_a_page_too(evaluation, tmp_pat
 
 
 def test_a_report_without_a_choice_is_a_page_too(evaluation, tmp_path):
-    judgement = replace(evaluation.judgement, choice=None, simulated=None, calibration=None)
-    found = replace(evaluation, judgement=judgement)
+    ensemble_decision = replace(
+        evaluation.ensemble_decision, choice=None, simulated=None, calibration=None
+    )
+    found = replace(evaluation, ensemble_decision=ensemble_decision)
     write_report(tmp_path / "r.html", "demo", found, 0)
     page = (tmp_path / "r.html").read_text()
     assert "Labelled soundscapes: " in page and "Simulated soundscapes: " not in page
@@ -140,18 +142,18 @@ def test_mistakes_are_mistakes_and_the_worst(evaluation):
 def test_a_mistake_is_heard_as_it_was_scored(evaluation):
     """What a card draws comes to what the row's scores were, and its sound is the row's."""
     column = {code: place for place, code in enumerate(evaluation.classes)}
-    for heard in hear_mistakes(evaluation, find_mistakes(evaluation, 2)):
+    for heard in predict_mistakes(evaluation, find_mistakes(evaluation, 2)):
         mistake = heard.mistake
         scores = evaluation.labelled.scores
         if mistake.sound == "simulated":
-            scores = evaluation.judgement.simulated
+            scores = evaluation.ensemble_decision.simulated
         row = np.flatnonzero(
             (scores.segments["recording"] == mistake.recording)
             & (scores.segments["seconds"] == mistake.start + 5)
         )[0]
         members = heard.frames[1:, 0].max(axis=1)
-        wanted = scores.framewise[:, row, column[mistake.ebird_code]]
-        np.testing.assert_allclose(members, wanted, atol=1e-5)
+        options = scores.framewise[:, row, column[mistake.ebird_code]]
+        np.testing.assert_allclose(members, options, atol=1e-5)
         assert len(heard.waveform) == 5 * 32_000
         assert all(
             mistake.start <= one.onset <= one.offset <= mistake.start + 5 for one in heard.events
@@ -160,7 +162,7 @@ def test_a_mistake_is_heard_as_it_was_scored(evaluation):
 
 def test_confusions_are_counted_by_hand():
     classes = ("amecro", "blujay", "norcar")
-    targets = np.array([[1, 0, 0], [1, 0, UNKNOWN], [0, 1, 0], [0, 0, 1]], float)
+    targets = np.array([[1, 0, 0], [1, 0, IGNORE_TARGET], [0, 1, 0], [0, 0, 1]], float)
     scores = np.array([[0.2, 0.9, 0], [0.2, 0.1, 0.9], [0.9, 0.3, 0], [np.nan] * 3])
     of_recordings = recording_confusions(scores, targets, classes)
     truth = np.array([[1, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]], bool)
@@ -178,12 +180,18 @@ def test_confusions_are_counted_by_hand():
 
 
 def test_votes_are_scored_as_the_rule_scores_them(evaluation):
-    judgement = evaluation.judgement
-    found = vote_scores(judgement.simulated, judgement.weights, judgement.choice)
+    ensemble_decision = evaluation.ensemble_decision
+    found = vote_scores(
+        ensemble_decision.simulated, ensemble_decision.weights, ensemble_decision.choice
+    )
     assert [n_votes for n_votes, _ in found] == [1, 2]
-    rule = replace(judgement.choice.decision, combination="votes", vote_share=1.0, members=())
-    wanted = np.average(judgement.simulated.row_f1(rule), weights=judgement.weights)
-    assert found[1][1] == pytest.approx(wanted)
+    rule = replace(
+        ensemble_decision.choice.decision, combination="votes", vote_share=1.0, members=()
+    )
+    options = np.average(
+        ensemble_decision.simulated.row_f1(rule), weights=ensemble_decision.weights
+    )
+    assert found[1][1] == pytest.approx(options)
 
 
 def test_the_decision_is_said_with_its_score_and_silence_beside_it(evaluation):
@@ -194,7 +202,7 @@ def test_the_decision_is_said_with_its_score_and_silence_beside_it(evaluation):
 
 
 def test_the_chosen_thresholds_are_marked_where_they_are(evaluation):
-    choice = evaluation.judgement.choice
+    choice = evaluation.ensemble_decision.choice
     figure = chart_thresholds(choice).figure
     clip, frame = choice.place
     assert (figure.data[1].x, figure.data[1].y) == ((THRESHOLDS[frame],), (THRESHOLDS[clip],))
@@ -205,7 +213,7 @@ def test_the_chosen_thresholds_are_marked_where_they_are(evaluation):
 
 
 def test_every_step_is_drawn_at_its_gain(evaluation):
-    choice = evaluation.judgement.choice
+    choice = evaluation.ensemble_decision.choice
     figure = chart_steps(choice).figure
     drawn = {name: gain for part in figure.data for name, gain in zip(part.y, part.x, strict=True)}
     steps = choice.steps.iloc[1:]
@@ -234,7 +242,7 @@ def test_recall_is_counted_by_level():
     )
     truth = np.array([[True], [False], [True], [True]])
     nothing = np.zeros((1, 4, 1), np.float32)
-    scores = HeldOutScores(
+    scores = LabelledPredictions(
         segments=segments,
         truth=truth,
         clipwise=nothing,

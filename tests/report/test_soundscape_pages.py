@@ -147,8 +147,8 @@ def test_frames_are_calibrated_as_detections_are():
     frames = np.random.default_rng(1).random((2, 1, 50), dtype=np.float32)
     collector = FrameCollector(Decision(calibration=calibration), ("a",))
     collector.add(next(pieces(frames, [1])))
-    wanted = calibrate(frames[1].T, (2.0,), (-0.5,)).T
-    assert (collector.finish()[0].unpack()[2] == np.floor(wanted * LEVELS)).all()
+    options = calibrate(frames[1].T, (2.0,), (-0.5,)).T
+    assert (collector.finish()[0].unpack()[2] == np.floor(options * LEVELS)).all()
 
 
 def test_a_day_is_144_pages():

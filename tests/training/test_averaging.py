@@ -25,8 +25,8 @@ def test_the_moving_average_has_the_closed_form_of_its_warm_up():
         keep = min(0.5, (1 + step) / (10 + step))
         expected = value if expected is None else keep * expected + (1 - keep) * value
         for name, one in average.module.state_dict().items():
-            wanted = value if name.endswith("num_batches_tracked") else expected
-            torch.testing.assert_close(one, torch.full_like(one, wanted))
+            options = value if name.endswith("num_batches_tracked") else expected
+            torch.testing.assert_close(one, torch.full_like(one, options))
 
 
 def test_of_equal_epochs_the_earlier_is_kept_and_their_mean_is_that_of_the_best(tmp_path):

@@ -9,16 +9,16 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from birdcall.data.augment import UNKNOWN
+from birdcall.data.augment import IGNORE_TARGET
 from birdcall.models.checkpoint import read_checkpoint
 from birdcall.training import runs as run_module
 from birdcall.training.log import (
     CLIPS_TAG,
+    BatchPreview,
     TrainingInterrupted,
-    Watched,
     describe_clip,
-    draw_clips,
-    is_drawn,
+    is_previewed,
+    plot_batch_preview,
 )
 from birdcall.training.runs import train_run
 from birdcall.training.trainer import Run
@@ -41,7 +41,7 @@ def with_train(experiment, **changes):
 
 
 def test_a_clip_is_described_by_target_and_prediction():
-    target = np.array([1.0, 0.4, UNKNOWN, 0.0])
+    target = np.array([1.0, 0.4, IGNORE_TARGET, 0.0])
     text = describe_clip(target, np.array([0.1, 0.7, 0.2, 0.05]), CLASSES)
     assert text == "is amecro, blujay 0.4, norcar?\nsaid blujay 0.70, norcar 0.20, amecro 0.10"
     nothing = describe_clip(np.zeros(4), np.zeros(4), CLASSES)
@@ -49,7 +49,7 @@ def test_a_clip_is_described_by_target_and_prediction():
 
 
 def test_the_epochs_that_are_drawn_become_rarer():
-    assert [epoch + 1 for epoch in range(40) if is_drawn(epoch)] == [1, 2, 4, 8, 16, 32]
+    assert [epoch + 1 for epoch in range(40) if is_previewed(epoch)] == [1, 2, 4, 8, 16, 32]
 
 
 def test_a_masked_band_is_seen():
@@ -57,8 +57,8 @@ def test_a_masked_band_is_seen():
     generator = torch.Generator().manual_seed(0)
     log_mel = torch.rand(2, 1, 200, 40, generator=generator)
     log_mel[0, :, 50:150] = 0
-    watched = Watched(log_mel, torch.zeros(2, 4), torch.zeros(2, 4), ("a$b$", "b"))
-    picture = draw_clips(watched, CLASSES)
+    preview = BatchPreview(log_mel, torch.zeros(2, 4), torch.zeros(2, 4), ("a$b$", "b"))
+    picture = plot_batch_preview(preview, CLASSES)
     height, width = picture.shape[:2]
     left, right = picture[height // 2, : width // 4], picture[height // 2, width // 4 : width // 2]
     darkest = (left.astype(int).sum(axis=1) < 30).mean()
@@ -87,7 +87,7 @@ def test_what_is_drawn_is_what_the_network_was_given(
     monkeypatch.setattr(
         run_module,
         "draw_clips",
-        lambda watched, classes: drawn.append(watched) or np.zeros((8, 8, 3), np.uint8),
+        lambda preview, classes: drawn.append(preview) or np.zeros((8, 8, 3), np.uint8),
     )
     from birdcall.models.sed import SEDModel
 

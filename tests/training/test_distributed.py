@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from birdcall.training.distributed import ALONE, Processes
+from birdcall.training.distributed import SINGLE_PROCESS, DistributedContext
 
 # Trains 20 steps and writes every loss; alone, or as one of those that torchrun starts.
 SCRIPT = """
@@ -109,17 +109,17 @@ def test_one_process_writes(results):
 
 def test_a_batch_that_cannot_be_shared_is_refused():
     with pytest.raises(ValueError, match="a batch of 9 clips cannot be shared by 2 processes"):
-        Processes(0, 2).part(9)
-    assert [Processes(rank, 3).part(9) for rank in range(3)] == [
+        DistributedContext(0, 2).part(9)
+    assert [DistributedContext(rank, 3).part(9) for rank in range(3)] == [
         *(slice(0, 3), slice(3, 6), slice(6, 9))
     ]
 
 
 def test_a_process_alone_has_the_whole_batch():
     value = torch.arange(4.0)
-    assert ALONE.part(5) == slice(0, 5)
-    assert ALONE.gather(value) is value
-    assert ALONE.sum(value) is value
+    assert SINGLE_PROCESS.part(5) == slice(0, 5)
+    assert SINGLE_PROCESS.gather(value) is value
+    assert SINGLE_PROCESS.sum(value) is value
 
 
 def test_the_command_trains_under_torchrun(demo_folder, tmp_path):

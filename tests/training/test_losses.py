@@ -8,7 +8,7 @@ from torch.nn import functional
 from torchvision.ops import sigmoid_focal_loss
 
 from birdcall.config import TrainConfig
-from birdcall.data.augment import UNKNOWN
+from birdcall.data.augment import IGNORE_TARGET
 from birdcall.models.sed import SEDOutput
 from birdcall.training.step import sed_loss, smooth_labels
 
@@ -71,7 +71,7 @@ def test_certainty_is_finite_and_dear_only_where_it_is_wrong(config, value):
 def test_a_class_that_is_unknown_adds_nothing_and_learns_nothing(config):
     logits = draw_logits().requires_grad_()
     target = TARGET.clone()
-    target[0, 1] = target[2, 2] = UNKNOWN
+    target[0, 1] = target[2, 2] = IGNORE_TARGET
     masked = sed_loss(output_of(logits), target, config)
     masked.backward()
     assert (logits.grad[0, 1] == 0).all()
@@ -87,7 +87,7 @@ def test_a_class_that_is_unknown_adds_nothing_and_learns_nothing(config):
 
 def test_a_masked_loss_worked_by_hand():
     half = torch.full((1, 4), 0.5)
-    target = torch.tensor([[1.0, UNKNOWN, UNKNOWN, 0.0]])
+    target = torch.tensor([[1.0, IGNORE_TARGET, IGNORE_TARGET, 0.0]])
     loss = sed_loss(SEDOutput(half, half[..., None]), target, BCE)
     # Two of four classes are known, each log 2 for the clip and half of that for the frame.
     torch.testing.assert_close(loss, 2 / 4 * 1.5 * torch.tensor(2.0).log())
@@ -95,12 +95,12 @@ def test_a_masked_loss_worked_by_hand():
 
 def test_a_clip_with_nothing_known_costs_nothing():
     output = output_of(draw_logits())
-    assert sed_loss(output, torch.full((4, 4), UNKNOWN), BCE) == 0
+    assert sed_loss(output, torch.full((4, 4), IGNORE_TARGET), BCE) == 0
 
 
 def test_the_mean_of_two_halves_is_the_whole():
     output, target = output_of(draw_logits()), TARGET.clone()
-    target[0] = UNKNOWN
+    target[0] = IGNORE_TARGET
     weight = torch.tensor([1.0, 0.2, 0.5, 0.7])
     halves = [
         sed_loss(SEDOutput(*(part[rows] for part in output)), target[rows], FOCAL, weight[rows])

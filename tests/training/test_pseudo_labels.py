@@ -9,26 +9,26 @@ import pytest
 import torch
 
 from birdcall.config import config_from_dict
-from birdcall.data.augment import UNKNOWN
-from birdcall.data.targets import TimedTargets, make_targets, read_timed_labels
+from birdcall.data.augment import IGNORE_TARGET
+from birdcall.data.targets import StrongTargets, make_targets, read_strong_labels
 from birdcall.demo.plan import DemoConfig
 from birdcall.demo.schedule import plan_recordings
 from birdcall.experiments import find_experiment
-from birdcall.inference.engine import SegmentScores
+from birdcall.inference.engine import SegmentPredictions
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
 from birdcall.models.checkpoint import Checkpoint, save_checkpoint
 from birdcall.models.sed import build_model
 from birdcall.training.pseudo_labels import (
-    RelabelConfig,
-    find_stretches,
+    PseudoLabelConfig,
+    find_label_intervals,
     held_out_recordings,
-    relabel_recordings,
     summarise_labels,
+    write_pseudo_labels,
 )
 from birdcall.training.runs import plan_runs, train_many
 
 CLASSES = ("amecro", "bkcchi", "norcar")
-CONFIG = RelabelConfig()
+CONFIG = PseudoLabelConfig()
 
 
 def scores_of(seconds=15.0, clipwise=1.0, **heard):
@@ -42,13 +42,13 @@ def scores_of(seconds=15.0, clipwise=1.0, **heard):
         for onset, offset, probability in stretches:
             frames[CLASSES.index(code), round(onset * 10) : round(offset * 10)] = probability
     clips = np.full((2, n_segments, 3), clipwise, np.float32)
-    return SegmentScores(clips, clips, frames, seconds)
+    return SegmentPredictions(clips, clips, frames, seconds)
 
 
 def stretches_of(scores, *given, config=CONFIG):
     return [
         (event.ebird_code, event.onset, event.offset, state)
-        for event, state in find_stretches(scores, given, CLASSES, config)
+        for event, state in find_label_intervals(scores, given, CLASSES, config)
     ]
 
 
@@ -62,7 +62,7 @@ def test_a_heard_stretch_lies_within_the_one_where_the_bird_may_be_heard():
 
 def test_the_silence_around_a_song_is_silence():
     table = as_table(scores_of(amecro=[(4, 6, 0.8)]), "amecro")
-    targets = TimedTargets(pd.DataFrame({"filename": ["XC1.mp3"]}), CLASSES, table)
+    targets = StrongTargets(pd.DataFrame({"filename": ["XC1.mp3"]}), CLASSES, table)
     assert targets.find(0, 3.0, 5.0).tolist() == [1.0, 0.0, 0.0]
     assert targets.find(0, 8.0, 5.0).tolist() == [0.0, 0.0, 0.0]
 
@@ -122,9 +122,9 @@ def test_nothing_is_heard_in_the_padding_behind_the_recording():
 
 def test_thresholds_out_of_order_are_refused():
     with pytest.raises(ValueError, match=r"unsure_threshold 0\.7, heard_threshold 0\.5 and"):
-        RelabelConfig(unsure_threshold=0.7)
+        PseudoLabelConfig(uncertain_threshold=0.7)
     with pytest.raises(ValueError, match=r"heard_threshold is 1\.5; a probability"):
-        RelabelConfig(heard_threshold=1.5)
+        PseudoLabelConfig(present_threshold=1.5)
 
 
 @pytest.fixture
@@ -146,9 +146,9 @@ def runs(training_data, tiny_experiment, tmp_path):
 def test_a_recording_is_heard_only_by_members_that_did_not_train_on_it(
     runs, training_data, tmp_path
 ):
-    summary = relabel_recordings(runs, training_data, tmp_path / "relabelled.csv")
+    summary = write_pseudo_labels(runs, training_data, tmp_path / "relabelled.csv")
     recordings = training_data.recordings
-    timed = read_timed_labels(tmp_path / "relabelled.csv", recordings, training_data.classes)
+    timed = read_strong_labels(tmp_path / "relabelled.csv", recordings, training_data.classes)
     assert set(timed["filename"]) == set(recordings["filename"])
     fold = timed["filename"].map(recordings.set_index("filename")["fold"])
     sure = timed[timed["probability"] > 0.9]
@@ -165,7 +165,7 @@ def test_a_recording_is_heard_only_by_members_that_did_not_train_on_it(
 
 
 def test_folds_without_a_run_keep_their_labels(runs, training_data, tmp_path, caplog):
-    summary = relabel_recordings(runs[:1], training_data, tmp_path / "relabelled.csv")
+    summary = write_pseudo_labels(runs[:1], training_data, tmp_path / "relabelled.csv")
     in_fold = (training_data.recordings["fold"] == 0).sum()
     assert summary.n_recordings == in_fold
     assert summary.n_kept == len(training_data.recordings) - in_fold
@@ -178,7 +178,7 @@ def test_a_recording_that_cannot_be_read_keeps_its_labels(runs, training_data, t
     recordings = training_data.recordings.copy()
     recordings.loc[recordings.index[0], "path"] = str(broken)
     data = replace(training_data, recordings=recordings)
-    summary = relabel_recordings(runs, data, tmp_path / "relabelled.csv")
+    summary = write_pseudo_labels(runs, data, tmp_path / "relabelled.csv")
     assert summary.n_kept == 1
     assert "broken.mp3" in caplog.text
     assert "its labels stay as they are" in caplog.text
@@ -232,9 +232,9 @@ def test_relabelled_targets_are_nearer_to_the_truth_than_labels_of_whole_recordi
     runs = plan_runs([experiment], training_data, None, tmp_path / "runs")
     train_many(runs, training_data, workers=0)
     path = tmp_path / "relabelled.csv"
-    summary = relabel_recordings([run.folder for run in runs], data, path)
-    timed = TimedTargets(
-        data.recordings, data.classes, read_timed_labels(path, data.recordings, data.classes)
+    summary = write_pseudo_labels([run.folder for run in runs], data, path)
+    timed = StrongTargets(
+        data.recordings, data.classes, read_strong_labels(path, data.recordings, data.classes)
     )
     weak = make_targets(data.recordings, data.classes, 1.0)
     there, given, timed_targets = [], [], []
@@ -244,7 +244,7 @@ def test_relabelled_targets_are_nearer_to_the_truth_than_labels_of_whole_recordi
             given.append(weak[row])
             timed_targets.append(timed.find(row, start, 2.0))
     there, given, target = np.array(there), np.array(given), np.array(timed_targets)
-    known = target != UNKNOWN
+    known = target != IGNORE_TARGET
     assert known.mean() > 0.75, str(summary)
     assert (target != there)[known].sum() < (given != there)[known].sum()
     assert (target != there)[known].sum() < 0.5 * (given != there).sum()

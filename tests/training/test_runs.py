@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from birdcall.models.checkpoint import STATE_FILE
-from birdcall.training.distributed import Processes
+from birdcall.training.distributed import DistributedContext
 from birdcall.training.log import TrainingInterrupted
 from birdcall.training.runs import plan_runs, runs_table, train_many
 
@@ -79,7 +79,7 @@ def test_runs_at_once_are_refused_where_processes_share_each(
 ):
     runs = plan_runs([tiny_experiment], training_data, None, tmp_path)
     with pytest.raises(ValueError, match="leave --jobs at 1 under torchrun"):
-        train_many(runs, training_data, jobs=2, processes=Processes(0, 2))
+        train_many(runs, training_data, jobs=2, distributed=DistributedContext(0, 2))
     assert not list(tmp_path.iterdir())
 
 

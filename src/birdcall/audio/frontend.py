@@ -32,7 +32,7 @@ AMIN = 1e-10  # librosa's floor of power_to_db: silence is -100 dB
 # lies this far below the mean, but can be heard, is computed in double precision. Of 200
 # recordings, at 200 the largest error is 6e-4 dB, at 400 it is 1.2e-3 dB.
 SAFE_RATIO = 200
-HEARD = 0.5e-8  # -83 dB
+AUDIBLE_POWER = 0.5e-8  # -83 dB
 BAND = 16  # mel filters to a product, see `MelFilters`
 DELTA_WIDTH = 9  # frames; librosa.feature.delta's default
 # PCEN as in the 6th place of 2020, which are librosa.pcen's defaults too.
@@ -120,7 +120,7 @@ class MelFilters(nn.Module):
     def is_inexact(self, power: Tensor, mel: Tensor) -> Tensor:
         """Return in which frames single precision may be 1e-3 dB off: (clips, frames)."""
         limit = power.mean(dim=-1, keepdim=True) * self.doubtful
-        return ((mel < limit) & (mel > HEARD)).any(dim=-1)
+        return ((mel < limit) & (mel > AUDIBLE_POWER)).any(dim=-1)
 
     def forward(self, power: Tensor) -> Tensor:
         bands = (getattr(self, f"band{number}") for number in range(1, len(self.bins) + 1))

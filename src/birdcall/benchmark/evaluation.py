@@ -16,9 +16,14 @@ import torch
 
 from birdcall.benchmark.timing import peak_megabytes
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.evaluation.decision_search import choose_decision
-from birdcall.evaluation.prediction_cache import Kept, Outputs, hear_sounds, keep_outputs
-from birdcall.evaluation.predictions import HeldOutScores, segments_of
+from birdcall.evaluation.decision_search import search_decision
+from birdcall.evaluation.prediction_cache import (
+    Outputs,
+    PredictionCache,
+    cache_predictions,
+    predict_cached,
+)
+from birdcall.evaluation.predictions import LabelledPredictions, segments_of
 from birdcall.evaluation.tables import (
     ENSEMBLE,
     SIMULATED,
@@ -119,7 +124,7 @@ def make_outputs(folder: Path, size: Size) -> None:
             seconds=seconds,
             failed={},
         )
-        keep_outputs(_kept(folder), member, outputs)
+        cache_predictions(_kept(folder), member, outputs)
     write_atomically(folder / SETTINGS_FILE, json.dumps(vars(size)))
 
 
@@ -148,8 +153,8 @@ def _save_member(folder: Path, number: int, classes: tuple[str, ...]) -> Member:
     return Member(saved.name, model, saved)
 
 
-def _kept(folder: Path) -> Kept:
-    return Kept(folder / "heard", "soundscapes", "made up")
+def _kept(folder: Path) -> PredictionCache:
+    return PredictionCache(folder / "heard", "soundscapes", "made up")
 
 
 # --- what the fresh process does ------------------------------------------------------------------
@@ -165,8 +170,8 @@ def run(folder: str) -> None:
     found = {}
     sets = {f"member {k}": [k] for k in range(size.n_members)}
     for name, positions in {**sets, ENSEMBLE: range(size.n_members)}.items():
-        part = scores.of_members(list(positions))
-        choice = choose_decision(part, weights, start=Decision(classes=scores.classes))
+        part = scores.for_members(list(positions))
+        choice = search_decision(part, weights, start=Decision(classes=scores.classes))
         rows += decided_rows(
             name,
             len(part.member_names),
@@ -188,18 +193,18 @@ def run(folder: str) -> None:
     write_atomically(place / RESULT_FILE, json.dumps(result))
 
 
-def read_scores(folder: Path, size: Size) -> HeldOutScores:
+def read_scores(folder: Path, size: Size) -> LabelledPredictions:
     """Read the members' outputs, each soundscape a group of its own."""
 
     def unheard(rates: object) -> dict[int, np.ndarray]:
         raise RuntimeError("the outputs are not where they were stored")
 
     ensemble = load_ensemble(find_checkpoints(folder / "runs"))
-    heard = hear_sounds(ensemble, dict.fromkeys(size.names, unheard), _kept(folder))
+    heard = predict_cached(ensemble, dict.fromkeys(size.names, unheard), _kept(folder))
     parts = [
         segments_of(name, size.n_segments, is_labelled=True, group=name) for name in size.names
     ]
-    return HeldOutScores(
+    return LabelledPredictions(
         segments=pd.concat(parts, ignore_index=True),
         truth=make_truth(size),
         clipwise=np.concatenate([heard[name].clipwise for name in size.names], axis=1),

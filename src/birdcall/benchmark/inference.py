@@ -27,7 +27,7 @@ from birdcall.benchmark.timing import peak_megabytes
 from birdcall.config import SEGMENT_SECONDS, Experiment, FrontendConfig, require
 from birdcall.experiments import find_experiment
 from birdcall.inference.decision import Decision
-from birdcall.inference.engine import score_recordings
+from birdcall.inference.engine import predict_files
 from birdcall.inference.ensemble import FRONT_END, READING, Ensemble, Member, load_ensemble
 from birdcall.inference.export import export_onnx, probe_windows
 from birdcall.kaggle.test_set import AUDIO_SUFFIXES, EXAMPLE_AUDIO, TEST_AUDIO
@@ -80,7 +80,7 @@ def _compare(
     naive = NaiveKernel(ensemble.members)
     sides: dict[str, Callable[[], list[np.ndarray]]] = {
         PEER: lambda: naive.hear(sounds),
-        OURS: lambda: [scores.clipwise for _, scores in score_recordings(ensemble, sounds)],
+        OURS: lambda: [scores.clipwise for _, scores in predict_files(ensemble, sounds)],
     }
     said = {name: run() for name, run in sides.items()}  # warm; and what they say is compared
     difference = max(
@@ -307,7 +307,7 @@ def write_long(path: Path, sources: Sequence[Path], seconds: float, rate: int = 
             left -= len(waveform)
 
 
-def hear_long(path: str, member: str, folder: str) -> None:
+def predict_long(path: str, member: str, folder: str) -> None:
     """Find the birds of one recording; leave in ``folder`` the highest memory that it took."""
     ensemble = load_ensemble([Path(member)])
     decision = Decision(0.6, 0.6, neighbour_weight=0.25, recording_threshold=0.7)
@@ -343,7 +343,7 @@ class Machine:
     gpus: int = 0
     gpu_x_real_time: float = 0.0
 
-    def seconds_per_hour(self, costs: Costs, n_members: int) -> float:
+    def seconds_per_hour(self, costs: CostMeter, n_members: int) -> float:
         """Return how long an hour of sound takes, all of the machine working side by side."""
         reading = costs.reading
         networks = costs.front_end + n_members * costs.network
@@ -355,7 +355,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Costs:
+class CostMeter:
     """Seconds of a core for an hour of sound; network: of one member."""
 
     reading: float
@@ -363,14 +363,14 @@ class Costs:
     network: float
 
 
-def read_costs(path: Path) -> Costs:
+def read_costs(path: Path) -> CostMeter:
     """Read the costs from an ``inference.csv``, those of its largest ensemble."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such measurement; `birdcall benchmark inference`")
     columns = ["members", "reading_seconds", "front_end_seconds", "networks_seconds"]
     table = read_table(path, columns)[columns].astype(float)
     row = table.loc[table["members"].idxmax()]
-    return Costs(
+    return CostMeter(
         row["reading_seconds"], row["front_end_seconds"], row["networks_seconds"] / row["members"]
     )
 
@@ -384,7 +384,7 @@ MACHINES = (
 )
 
 
-def hidden_test_table(costs: Costs, members: tuple[int, ...] = (1, 5, 13)) -> pd.DataFrame:
+def hidden_test_table(costs: CostMeter, members: tuple[int, ...] = (1, 5, 13)) -> pd.DataFrame:
     """Return what the hidden test set takes: seconds, and the share of the two hours."""
     rows = []
     for machine in MACHINES:

@@ -31,10 +31,10 @@ from birdcall.data.noise import (
 from birdcall.data.recordings import check_recordings_exist, classes_of, read_recordings
 from birdcall.data.targets import (
     ClipRequest,
-    TimedTargets,
+    StrongTargets,
     make_targets,
     rating_weights,
-    read_timed_labels,
+    read_strong_labels,
 )
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class TrainingData:
     classes: tuple[str, ...]
     read_clip: ReadClip
     noise_files: Sequence[Path] = ()
-    relabelled: pd.DataFrame | None = None  # labels with times, see `targets.TimedTargets`
+    strong_labels: pd.DataFrame | None = None  # labels with times, see `targets.StrongTargets`
     noise_store: Path | None = None  # where decoded noise is kept, see `noise_files.NoiseFiles`
 
     @property
@@ -129,7 +129,7 @@ def load_training_data(
         classes=classes,
         read_clip=ClipReader(folder, cache),
         noise_files=noise_files,
-        relabelled=None if labels is None else read_timed_labels(labels, recordings, classes),
+        strong_labels=None if labels is None else read_strong_labels(labels, recordings, classes),
         noise_store=cache / "noise",
     )
 
@@ -169,10 +169,10 @@ class ClipDataset:
     """Clips of recordings with their targets, a batch's at a time.
 
     recordings: rows with ``path``, ``ebird_code``, ``secondary_codes`` and ``seconds`` (the true
-    length), where ratings weigh the loss ``rating``, with ``relabelled`` ``filename``. noise_files:
-    bird-free sound, to mix in and to learn nocall from. relabelled: labels with times, for targets
-    by what is heard in a clip. noise_store: where decoded noise is kept, for all workers. A clip
-    depends on the experiment's seed and its request alone.
+    length), where ratings weigh the loss ``rating``, with ``strong_labels`` ``filename``.
+    noise_files: bird-free sound, to mix in and to learn nocall from. strong_labels: labels with
+    times, for targets by what is present in a clip. noise_store: where decoded noise is kept, for
+    all workers. A clip depends on the experiment's seed and its request alone.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class ClipDataset:
         experiment: Experiment,
         read_clip: ReadClip,
         noise_files: Sequence[Path] = (),
-        relabelled: pd.DataFrame | None = None,
+        strong_labels: pd.DataFrame | None = None,
         noise_store: Path | None = None,
     ) -> None:
         config = experiment.train
@@ -193,7 +193,9 @@ class ClipDataset:
         self.seconds = recordings["seconds"].to_numpy(dtype=np.float64)
         self.codes = pd.factorize(recordings["ebird_code"])[0]
         self.targets = make_targets(recordings, classes, config.secondary_label_weight)
-        self.timed = None if relabelled is None else TimedTargets(recordings, classes, relabelled)
+        self.timed = (
+            None if strong_labels is None else StrongTargets(recordings, classes, strong_labels)
+        )
         rated = config.rating_loss_weight
         self.weights = rating_weights(recordings["rating"]) if rated else np.ones(len(self.paths))
         self.augment = ClipAugment(

@@ -231,21 +231,21 @@ def iterate_clips(loader: Iterable[ClipBatch], failures: FailureCounter) -> Iter
 
 
 def check_worker_memory(
-    workers: int, experiment: Experiment, processes: int = 1, available: int | None = None
+    workers: int, experiment: Experiment, n_processes: int = 1, available: int | None = None
 ) -> None:
     """Raise ValueError where the loader's workers will not fit in the memory there is.
 
-    ``workers`` of each of ``processes`` that load on this machine. ``available``: bytes, None: what
+    ``workers`` of each of ``n_processes`` on this machine. ``available``: bytes, None: what
     `available_memory` finds; where the system does not say, nothing is refused.
     """
     available = available_memory() if available is None else available
     if available is None or workers == 0:
         return
-    each = _worker_bytes(experiment, experiment.train.batch_size // processes)
-    room = available // (each * processes)
+    each = _worker_bytes(experiment, experiment.train.batch_size // n_processes)
+    room = available // (each * n_processes)
     if workers > room:
         raise ValueError(
-            f"{workers} workers need {workers * each * processes / 1e9:.1f} GB, "
+            f"{workers} workers need {workers * each * n_processes / 1e9:.1f} GB, "
             f"{each / 1e9:.2f} GB each, and {available / 1e9:.1f} GB of memory are left: "
             f"{room} would fit; give --workers {room}"
         )

@@ -11,14 +11,16 @@ import pandas as pd
 from torch.utils.data import Sampler
 
 from birdcall.config import SAMPLINGS, require, require_choice
-from birdcall.data.augment import UNKNOWN
+from birdcall.data.augment import IGNORE_TARGET
 from birdcall.storage.files import read_table, write_atomically
 
-HEARD, UNSURE = "heard", "unsure"
-STATES = (HEARD, UNSURE)
+PRESENT, UNCERTAIN = "heard", "unsure"
+STATES = (PRESENT, UNCERTAIN)
 # Of a file of labels with times; seconds from the start of the recording.
-TIMED_COLUMNS = ("filename", "ebird_code", "onset", "offset", "state", "probability")
-HEARD_SECONDS = 0.5  # so much of a stretch, or half of it, must lie in a clip to be heard there
+STRONG_LABEL_COLUMNS = ("filename", "ebird_code", "onset", "offset", "state", "probability")
+MIN_OVERLAP_SECONDS = (
+    0.5  # so much of a stretch, or half of it, must lie in a clip to be heard there
+)
 END_TOLERANCE = 0.05  # seconds; ends are rounded, and so is the recording's length
 
 
@@ -31,7 +33,7 @@ def make_targets(
     """
     column = {code: position for position, code in enumerate(classes)}
     targets = np.zeros((len(recordings), len(classes)), dtype=np.float32)
-    others = UNKNOWN if secondary_label_weight is None else secondary_label_weight
+    others = IGNORE_TARGET if secondary_label_weight is None else secondary_label_weight
     rows = zip(recordings["ebird_code"], recordings["secondary_codes"], strict=True)
     for row, (primary, secondary) in enumerate(rows):
         for code in secondary:
@@ -49,12 +51,12 @@ class _Stretches(NamedTuple):
     heard: np.ndarray
 
 
-class TimedTargets:
+class StrongTargets:
     """Targets of clips by what is heard in their stretch of a recording.
 
     A class is 1 where a heard stretch lies in the clip; UNKNOWN where an unsure one does, or only
     the edge of a heard one (see HEARD_SECONDS); 0 elsewhere. ``timed`` is a table as
-    `read_timed_labels` returns it; recordings that are not in it keep their own labels.
+    `read_strong_labels` returns it; recordings that are not in it keep their own labels.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class TimedTargets:
         self.n_classes = len(classes)
         self.filenames = list(recordings["filename"])
         column = pd.Index(classes).get_indexer(timed["ebird_code"])
-        numbered = timed.assign(column=column, heard=timed["state"] == HEARD)
+        numbered = timed.assign(column=column, heard=timed["state"] == PRESENT)
         self.stretches = {
             filename: _Stretches(*(group[name].to_numpy() for name in _Stretches._fields))
             for filename, group in numbered.groupby("filename", sort=False)
@@ -81,27 +83,31 @@ class TimedTargets:
         column, onset, offset, heard = stretches
         ends = np.minimum(offset, start_seconds + clip_seconds)
         overlap = ends - np.maximum(onset, start_seconds)
-        enough = overlap >= np.minimum(HEARD_SECONDS, (offset - onset) / 2)
+        enough = overlap >= np.minimum(MIN_OVERLAP_SECONDS, (offset - onset) / 2)
         target = np.zeros(self.n_classes, dtype=np.float32)
-        target[column[overlap > 0]] = UNKNOWN
+        target[column[overlap > 0]] = IGNORE_TARGET
         target[column[enough & heard]] = 1.0
         return target
 
 
-def write_timed_labels(path: Path, timed: pd.DataFrame) -> None:
+def write_strong_labels(path: Path, timed: pd.DataFrame) -> None:
     """Write labels with times, whole or not at all."""
-    text = timed[list(TIMED_COLUMNS)].to_csv(index=False, lineterminator="\n")
+    text = timed[list(STRONG_LABEL_COLUMNS)].to_csv(index=False, lineterminator="\n")
     write_atomically(path, text)
 
 
-def read_timed_labels(path: Path, recordings: pd.DataFrame, classes: Sequence[str]) -> pd.DataFrame:
-    """Read what `write_timed_labels` wrote, or what a person wrote by hand, and check each row.
+def read_strong_labels(
+    path: Path, recordings: pd.DataFrame, classes: Sequence[str]
+) -> pd.DataFrame:
+    """Read what `write_strong_labels` wrote, or what a person wrote by hand, and check each row.
 
     Raises FileNotFoundError or ValueError naming file, line and column.
     """
-    text = read_table(path, TIMED_COLUMNS)[list(TIMED_COLUMNS)]
+    text = read_table(path, STRONG_LABEL_COLUMNS)[list(STRONG_LABEL_COLUMNS)]
     seconds = text["filename"].map(recordings.set_index("filename")["seconds"])
-    numbers = {name: pd.to_numeric(text[name], errors="coerce") for name in TIMED_COLUMNS[2:4]}
+    numbers = {
+        name: pd.to_numeric(text[name], errors="coerce") for name in STRONG_LABEL_COLUMNS[2:4]
+    }
     probability = pd.to_numeric(text["probability"], errors="coerce")
     onset, offset = numbers["onset"], numbers["offset"]
     _require_rows(
@@ -150,13 +156,13 @@ def _require_rows(
 
 def _require_primaries(path: Path, timed: pd.DataFrame, recordings: pd.DataFrame) -> None:
     """Refuse a table in which a recording's primary label is heard nowhere."""
-    heard = timed[timed["state"] == HEARD]
+    heard = timed[timed["state"] == PRESENT]
     known = set(zip(heard["filename"], heard["ebird_code"], strict=True))
     listed = recordings[recordings["filename"].isin(timed["filename"])]
     for filename, code in zip(listed["filename"], listed["ebird_code"], strict=True):
         if (filename, code) not in known:
             raise ValueError(
-                f"{path}: {filename} has no row in which its primary label {code} is {HEARD}; "
+                f"{path}: {filename} has no row in which its primary label {code} is {PRESENT}; "
                 "add one, or leave the recording out to keep its labels as they are"
             )
 

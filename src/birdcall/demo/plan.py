@@ -20,7 +20,7 @@ BACKGROUND_KINDS = (*NOISE_KINDS, "insects")
 NOISE_FILE_KINDS = (*BACKGROUND_KINDS, *BIRD_FREE_ANIMALS, "insects")
 Item = TypeVar("Item")
 
-HEARD_SECONDS = 0.5  # so much of a song, or half of it, must fall into a row to count there
+MIN_OVERLAP_SECONDS = 0.5  # so much of a song, or half of it, must fall into a row to count there
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Event:
 
     def is_heard(self, start_seconds: float, end_seconds: float) -> bool:
         inside = min(self.offset_seconds, end_seconds) - max(self.onset_seconds, start_seconds)
-        return inside >= min(HEARD_SECONDS, self.seconds / 2)
+        return inside >= min(MIN_OVERLAP_SECONDS, self.seconds / 2)
 
 
 @dataclass(frozen=True)

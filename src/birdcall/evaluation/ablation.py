@@ -16,15 +16,15 @@ import numpy as np
 import pandas as pd
 
 from birdcall.config import Experiment, require
-from birdcall.data.augment import UNKNOWN
+from birdcall.data.augment import IGNORE_TARGET
 from birdcall.data.dataset import TrainingData, make_targets
 from birdcall.data.folds import recordist_clusters
 from birdcall.evaluation.comparison import Measure, compare_all, rank_agreement
-from birdcall.evaluation.predict import Heard, hear
-from birdcall.evaluation.scoring import Judgement, judge, score_submission_rows
+from birdcall.evaluation.predict import HeldOutPredictions, hear
+from birdcall.evaluation.scoring import EnsembleDecision, decide_ensemble, score_submission_rows
 from birdcall.inference.decision import combine
 from birdcall.inference.ensemble import default_device, load_ensemble
-from birdcall.kaggle.submission import write_predictions
+from birdcall.kaggle.submission import predict_test_set
 from birdcall.kaggle.test_set import SOLUTION, find_test_audio_folder
 from birdcall.models.checkpoint import SETTINGS_FILE
 from birdcall.storage.files import write_atomically
@@ -111,7 +111,7 @@ def ablate(
     """
     reference = _check(experiments, n_seeds, budget_seconds, reference)
     folds = _check_folds(data, data.folds if folds is None else folds)
-    ledger = Ledger.open(folder, [one.name for one in experiments], folds)
+    ledger = BlockTimes.open(folder, [one.name for one in experiments], folds)
     options = {"workers": workers, "jobs": jobs, "init": init, "progress": progress}
     rows, samples, left_out = [], [], []
     for seed in range(n_seeds):
@@ -186,7 +186,7 @@ def plan_seed(experiment: Experiment, seed: int, folds: Sequence[int], folder: P
 
 
 @dataclass
-class Ledger:
+class BlockTimes:
     """The time that each block took, kept on disk through interruptions."""
 
     path: Path
@@ -196,7 +196,7 @@ class Ledger:
     complete: set[int] = field(default_factory=set)
 
     @classmethod
-    def open(cls, folder: Path, experiments: Sequence[str], folds: Sequence[int]) -> Ledger:
+    def open(cls, folder: Path, experiments: Sequence[str], folds: Sequence[int]) -> BlockTimes:
         """Read the ledger of ``folder``, or begin one; refuse one of another ablation."""
         ledger = cls(folder / LEDGER_FILE, list(experiments), list(folds))
         if not ledger.path.is_file():
@@ -276,17 +276,17 @@ def score_seed(runs: Sequence[Run], data: TrainingData) -> dict[str, Sample]:
     folder = runs[0].folder.parent
     device = default_device()
     heard = hear([run.folder for run in runs], data, device, kept=folder / "heard")
-    judged = judge(heard, heard.experiments)
+    judged = decide_ensemble(heard, heard.experiments)
     samples = _score_simulated(judged) | _score_labelled(heard, judged, data)
     if (data.folder / SOLUTION).is_file() and find_test_audio_folder(data.folder) is not None:
         submission = folder / "submission.csv"
         ensemble = load_ensemble([run.folder for run in runs], device)
-        write_predictions(data.folder, ensemble, judged.decision, submission)
+        predict_test_set(data.folder, ensemble, judged.decision, submission)
         samples[HIDDEN] = _score_hidden_rows(data.folder, submission)
     return samples | _score_recordings(heard, data)
 
 
-def _score_simulated(judged: Judgement) -> dict[str, Sample]:
+def _score_simulated(judged: EnsembleDecision) -> dict[str, Sample]:
     if judged.choice is None:
         return {}
     clusters = tuple(judged.simulated.groups)
@@ -302,7 +302,9 @@ def _score_simulated(judged: Judgement) -> dict[str, Sample]:
     return samples | {"simulated_ap": Sample(measure, scores)}
 
 
-def _score_labelled(heard: Heard, judged: Judgement, data: TrainingData) -> dict[str, Sample]:
+def _score_labelled(
+    heard: HeldOutPredictions, judged: EnsembleDecision, data: TrainingData
+) -> dict[str, Sample]:
     labelled = heard.labelled_for(heard.experiments)
     if labelled is None:
         return {}
@@ -325,7 +327,7 @@ def _score_hidden_rows(data: Path, submission: Path) -> Sample:
     return Sample(measure, rows.f1)
 
 
-def _score_recordings(heard: Heard, data: TrainingData) -> dict[str, Sample]:
+def _score_recordings(heard: HeldOutPredictions, data: TrainingData) -> dict[str, Sample]:
     """Score the recordings of the folds that were held out, each by its own fold's member."""
     scores, _ = heard.out_of_fold_for(heard.experiments)
     known = ~np.isnan(scores).any(axis=1)
@@ -339,7 +341,7 @@ def _score_recordings(heard: Heard, data: TrainingData) -> dict[str, Sample]:
         clusters=clusters,
         cluster_kind="recordists",
         truth=targets > 0,
-        known=targets != UNKNOWN,
+        known=targets != IGNORE_TARGET,
     )
     top1 = Measure("recordings: top-1", clusters, "recordists")
     return {"oof_ap": Sample(ap, scores), "oof_top1": Sample(top1, is_right)}

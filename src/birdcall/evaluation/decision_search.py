@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter, uniform_filter1d
 
 from birdcall.evaluation.metrics import row_f1_scores
-from birdcall.evaluation.predictions import HeldOutScores
+from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.inference.decision import Calibration, Decision, combine, make_voters, passes_gate
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ FitCalibration = Callable[[frozenset[str]], Calibration | None]  # groups to lea
 
 
 @dataclass(frozen=True, eq=False)
-class Choice:
+class DecisionSearchResult:
     """The decision chosen on some soundscapes, and what it is worth on others.
 
     decision: with `members`, `chosen_on` and `score` of the caller's. tuned: its weighted row-wise
@@ -57,14 +57,14 @@ class Choice:
     by_group: Mapping[str, Decision]
 
 
-def choose_decision(
-    scores: HeldOutScores,
+def search_decision(
+    scores: LabelledPredictions,
     weights: NDArray[np.floating],
     *,
     start: Decision = SIMPLEST,
     fit_calibration: FitCalibration | None = None,
     max_groups: int = 8,
-) -> Choice:
+) -> DecisionSearchResult:
     """Choose the rule with the best flat optimum of weighted row-wise F1, and score it nested.
 
     weights ``(labelled rows,)``. ``fit_calibration`` fits one without the out-of-fold recordings of
@@ -88,11 +88,11 @@ def choose_decision(
     for originals, held_out in groups.items():
         own = search.run(~held_out, calibrations[originals]).decision
         segments = search.segments_of(held_out)
-        part = scores.of_segments(segments)
+        part = scores.select(segments)
         nested[segments[scores.labelled]] = part.decide(own)
         recording_f1[held_out] = part.recording_f1(own)
         by_group |= dict.fromkeys(originals, own)
-    return Choice(
+    return DecisionSearchResult(
         decision=found.decision,
         tuned=found.tuned,
         nested=nested,
@@ -106,7 +106,7 @@ def choose_decision(
 
 
 def _merge_groups(
-    scores: HeldOutScores, max_groups: int
+    scores: LabelledPredictions, max_groups: int
 ) -> dict[tuple[str, ...], NDArray[np.bool_]]:
     """Return the names of the groups merged into one, and the mask of their recordings."""
     of_recording = scores.segments["group"].to_numpy()[scores.starts].astype(str)
@@ -117,10 +117,10 @@ def _merge_groups(
 
 
 def _calibrate_by_group(
-    scores: HeldOutScores,
+    scores: LabelledPredictions,
     groups: Mapping[tuple[str, ...], NDArray[np.bool_]],
     calibrations: Mapping[tuple[str, ...], Calibration | None],
-) -> HeldOutScores | None:
+) -> LabelledPredictions | None:
     """Return scores of which each group's are calibrated without its own recordings.
 
     A calibration that has seen the recordings which it is tried on would be adopted too easily.
@@ -165,10 +165,10 @@ class _Search:
 
     def __init__(
         self,
-        scores: HeldOutScores,
+        scores: LabelledPredictions,
         weights: NDArray[np.floating],
         start: Decision,
-        calibrated: HeldOutScores | None = None,
+        calibrated: LabelledPredictions | None = None,
     ) -> None:
         n_rows = int(scores.labelled.sum())
         if weights.shape != (n_rows,):
@@ -183,7 +183,7 @@ class _Search:
         self.recording_weights = self._by_recording(weights)
         self.n_true = scores.labelled_truth.sum(axis=1)
         self.kept: dict[tuple[object, ...], NDArray[np.floating]] = {}
-        self.combined: dict[tuple[str, bool], HeldOutScores] = {}
+        self.combined: dict[tuple[str, bool], LabelledPredictions] = {}
 
     def run(self, chosen: NDArray[np.bool_], calibration: Calibration | None) -> _Found:
         """Choose on some recordings ``(recordings,)``."""
@@ -294,7 +294,7 @@ class _Search:
                 both_nocall = (self.n_true == 0) & (n_named == 0)
                 yield 2 * (hits + both_nocall) / (floor + np.maximum(n_named, 1))
 
-    def _combined(self, rule: Decision) -> tuple[HeldOutScores, Decision]:
+    def _combined(self, rule: Decision) -> tuple[LabelledPredictions, Decision]:
         """Return scores and rule that say the same, calibrated and averaged already."""
         is_calibrated = rule.calibration is not None
         scores = self.calibrated if is_calibrated else self.scores
@@ -317,7 +317,7 @@ class _Search:
     def _choose_for_recordings(self, rule: Decision, chosen: NDArray[np.bool_]) -> Decision:
         """Choose what a whole recording needs, as site 3 is scored: each is one row."""
         scores, combined_rule = self._combined(rule)
-        part = scores.of_segments(self.segments_of(chosen))
+        part = scores.select(self.segments_of(chosen))
         rules = [
             replace(combined_rule, file_threshold=threshold, file_max_birds=n_birds)
             for n_birds in FILE_MAX_BIRDS
@@ -398,7 +398,7 @@ class _Cells:
         return row[~beyond], is_true[~beyond]
 
 
-def _find_cells(scores: HeldOutScores, rule: Decision) -> _Cells:
+def _find_cells(scores: LabelledPredictions, rule: Decision) -> _Cells:
     labelled = scores.labelled
     voters = make_voters(scores.clipwise, scores.framewise, rule, scores.starts)
     lowest = THRESHOLDS[0]

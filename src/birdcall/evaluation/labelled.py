@@ -17,9 +17,13 @@ import pandas as pd
 
 from birdcall.audio.reading import AudioError, probe_audio
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.evaluation.prediction_cache import Kept, hear_frames, hear_sounds
-from birdcall.evaluation.predictions import HeldOutScores, label_times, segments_of
-from birdcall.inference.engine import SegmentScores, open_recording
+from birdcall.evaluation.prediction_cache import (
+    PredictionCache,
+    predict_cached,
+    predict_frames_cached,
+)
+from birdcall.evaluation.predictions import LabelledPredictions, label_times, segments_of
+from birdcall.inference.engine import SegmentPredictions, open_recording
 from birdcall.inference.ensemble import Ensemble
 from birdcall.inference.tables import read_raven_table
 from birdcall.inference.windows import count_segments
@@ -67,17 +71,17 @@ class Labelled:
     """Labelled soundscapes as an ensemble heard them.
 
     scores: each recording is a group of its own. frames: of the timed recordings, with all of
-    `SegmentScores`. annotations, foreign, paths: see `Truth`.
+    `SegmentPredictions`. annotations, foreign, paths: see `Truth`.
     """
 
-    scores: HeldOutScores
+    scores: LabelledPredictions
     annotations: pd.DataFrame
-    frames: Mapping[str, SegmentScores]
+    frames: Mapping[str, SegmentPredictions]
     foreign: Counter[str]
     paths: Mapping[str, Path]
 
 
-def hear_labelled(
+def predict_labelled(
     ensemble: Ensemble,
     folders: Sequence[Path],
     known: Sequence[str],
@@ -96,9 +100,9 @@ def hear_labelled(
     sounds = {name: open_recording(path) for name, path in truth.paths.items()}
     place = None
     if kept is not None:
-        place = Kept(kept, "labelled", digest_files(truth.paths.values()))
+        place = PredictionCache(kept, "labelled", digest_files(truth.paths.values()))
     heard = {}
-    for name, scores in hear_sounds(ensemble, sounds, place, progress).items():
+    for name, scores in predict_cached(ensemble, sounds, place, progress).items():
         if isinstance(scores, AudioError):
             logger.warning("%s; this labelled soundscape is left out", scores)
         else:
@@ -107,7 +111,7 @@ def hear_labelled(
         return None
     annotations = truth.annotations[truth.annotations["recording"].isin(list(heard))]
     timed = {name: sounds[name] for name in truth.timed if name in heard}
-    frames = hear_frames(ensemble, timed, place) if timed else {}
+    frames = predict_frames_cached(ensemble, timed, place) if timed else {}
     return Labelled(
         scores=_gather(truth.rows, heard, known, ensemble),
         annotations=annotations.reset_index(drop=True),
@@ -258,10 +262,10 @@ def _rows_of(
 
 def _gather(
     rows: pd.DataFrame,
-    heard: Mapping[str, SegmentScores],
+    heard: Mapping[str, SegmentPredictions],
     known: Sequence[str],
     ensemble: Ensemble,
-) -> HeldOutScores:
+) -> LabelledPredictions:
     """Lay what was heard and what is known side by side."""
     parts, truths = [], []
     column = {code: place for place, code in enumerate(known)}
@@ -286,7 +290,7 @@ def _gather(
         truths.append(truth)
         parts.append(segments_of(name, n_segments, is_labelled=is_labelled, group=name))
     names = list(heard)
-    return HeldOutScores(
+    return LabelledPredictions(
         segments=pd.concat(parts, ignore_index=True),
         truth=np.concatenate(truths),
         clipwise=np.concatenate([heard[name].clipwise for name in names], axis=1),

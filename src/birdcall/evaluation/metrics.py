@@ -491,12 +491,12 @@ def event_based_counts(
     guess = _intervals("predicted", predicted_intervals, predicted_labels)
     n_matched = 0
     for label in set(true_labels) & set(predicted_labels):
-        wanted = true[[other == label for other in true_labels]]
+        options = true[[other == label for other in true_labels]]
         found = guess[[other == label for other in predicted_labels]]
         offset_collars = np.maximum(
-            offset_collar_seconds, offset_share * (wanted[:, 1] - wanted[:, 0])
+            offset_collar_seconds, offset_share * (options[:, 1] - options[:, 0])
         )
-        n_matched += _n_matched(_candidates(wanted, found, onset_collar_seconds, offset_collars))
+        n_matched += _n_matched(_candidates(options, found, onset_collar_seconds, offset_collars))
     return DetectionCounts(n_matched, len(guess) - n_matched, len(true) - n_matched)
 
 

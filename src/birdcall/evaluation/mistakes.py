@@ -13,7 +13,7 @@ import numpy as np
 
 from birdcall.audio.reading import AudioError, read_audio
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.evaluation.predictions import HeldOutScores
+from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.evaluation.simulated_audio import open_noise, render
 from birdcall.evaluation.tables import LABELLED, SIMULATED
 from birdcall.inference.decision import combine
@@ -25,7 +25,7 @@ from birdcall.report.html import SAMPLE_RATE
 
 if TYPE_CHECKING:
     from birdcall.evaluation.labelled import Labelled
-    from birdcall.evaluation.predict import Heard
+    from birdcall.evaluation.predict import HeldOutPredictions
     from birdcall.evaluation.scoring import Evaluation
     from birdcall.evaluation.simulation import SimulatedSoundscape
 
@@ -59,7 +59,7 @@ class Mistake:
 
 
 @dataclass(frozen=True, eq=False)
-class HeardMistake:
+class PredictedMistake:
     """A mistake with its sound.
 
     waveform: ``(samples,)`` of its row, or None and ``reason``. frames: ``(1 + members, species,
@@ -81,12 +81,12 @@ def find_mistakes(evaluation: Evaluation, n_of_a_kind: int = N_OF_A_KIND) -> lis
     Of a species in a recording the worst row only: a page of the same bird teaches nothing.
     """
     found = []
-    judgement = evaluation.judgement
-    if judgement.choice is not None:
+    ensemble_decision = evaluation.ensemble_decision
+    if ensemble_decision.choice is not None:
         found += _worst(
             SIMULATED,
-            judgement.simulated,
-            named=judgement.choice.nested,
+            ensemble_decision.simulated,
+            named=ensemble_decision.choice.nested,
             n_of_a_kind=n_of_a_kind,
             levels=_levels(evaluation),
         )
@@ -114,7 +114,7 @@ def _levels(evaluation: Evaluation) -> dict[tuple[str, int, str], float]:
 
 def _worst(
     sound: str,
-    scores: HeldOutScores,
+    scores: LabelledPredictions,
     named: np.ndarray,
     n_of_a_kind: int,
     levels: dict[tuple[str, int, str], float],
@@ -154,11 +154,13 @@ def _codes(chosen: np.ndarray, classes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(classes[column] for column in np.flatnonzero(chosen[: len(classes)]))
 
 
-def hear_mistakes(evaluation: Evaluation, found: Sequence[Mistake]) -> Iterator[HeardMistake]:
+def predict_mistakes(
+    evaluation: Evaluation, found: Sequence[Mistake]
+) -> Iterator[PredictedMistake]:
     """Make the sound of each mistake; members that did not train on it hear it again."""
     heard = evaluation.heard
     of_fold = cache(
-        lambda fold: heard.ensemble.of_members(
+        lambda fold: heard.ensemble.for_members(
             [one for one in heard.ensemble.members if one.checkpoint.fold == fold]
         )
     )
@@ -174,7 +176,7 @@ def hear_mistakes(evaluation: Evaluation, found: Sequence[Mistake]) -> Iterator[
                 row = _read_labelled_row(evaluation.labelled, ensemble, mistake)
         except (AudioError, OSError) as error:
             logger.warning("%s; a mistake is shown without its sound", error)
-            yield HeardMistake(
+            yield PredictedMistake(
                 mistake=mistake,
                 waveform=None,
                 reason=str(error),
@@ -186,7 +188,7 @@ def hear_mistakes(evaluation: Evaluation, found: Sequence[Mistake]) -> Iterator[
         frames = _hear_again(ensemble, row.sound, mistake, evaluation.classes)
         members = tuple(member.name for member in ensemble.members)
         events = tuple(_cut_events(row.events, mistake))
-        yield HeardMistake(
+        yield PredictedMistake(
             mistake=mistake,
             waveform=row.waveform,
             reason="",
@@ -205,7 +207,7 @@ class _Row(NamedTuple):
 
 
 def _render_row(
-    soundscape: SimulatedSoundscape, heard: Heard, ensemble: Ensemble, start: float
+    soundscape: SimulatedSoundscape, heard: HeldOutPredictions, ensemble: Ensemble, start: float
 ) -> _Row:
     noise = open_noise(heard.data, soundscape.fold, heard.config.sample_rate)
     rates = sorted({SAMPLE_RATE, *ensemble.sample_rates})
@@ -233,7 +235,7 @@ def _cut_events(events: Sequence[Event], mistake: Mistake) -> Iterator[Event]:
 
 def _of_row(rendered: dict[int, np.ndarray], start: float, ensemble: Ensemble) -> Sound:
     """Return the row alone where it is heard alone, else the whole soundscape."""
-    if ensemble.listening.is_plain:
+    if ensemble.listening.is_single_segment:
         rendered = {
             rate: one[round(start * rate) : round((start + SEGMENT_SECONDS) * rate)]
             for rate, one in rendered.items()
@@ -251,11 +253,11 @@ def _read_row(path: Path, start: float, rate: int) -> np.ndarray:
 
 def _read_sound(path: Path, start: float, ensemble: Ensemble) -> Sound:
     rates = ensemble.sample_rates
-    if ensemble.listening.is_plain:
+    if ensemble.listening.is_single_segment:
         waveforms = {rate: _read_row(path, start, rate) for rate in rates}
     else:
         waveforms = {rate: read_audio(path, rate) for rate in rates}
-    return lambda wanted: {rate: waveforms[rate] for rate in wanted}
+    return lambda options: {rate: waveforms[rate] for rate in options}
 
 
 def _hear_again(
@@ -269,7 +271,7 @@ def _hear_again(
     frames = np.concatenate(
         [np.concatenate([piece.frames[None], piece.member_frames]) for piece in pieces], axis=2
     )
-    first = 0 if ensemble.listening.is_plain else round(mistake.start / SEGMENT_SECONDS)
+    first = 0 if ensemble.listening.is_single_segment else round(mistake.start / SEGMENT_SECONDS)
     own = frames[:, :, first * FRAMES_PER_SEGMENT : (first + 1) * FRAMES_PER_SEGMENT]
     column = {code: place for place, code in enumerate(classes)}
     nothing = np.full((len(own), own.shape[2]), np.nan, np.float32)

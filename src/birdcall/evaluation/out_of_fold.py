@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from birdcall.audio.reading import AudioError
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.data.dataset import TrainingData
-from birdcall.evaluation.prediction_cache import Kept, hear_sounds
+from birdcall.evaluation.prediction_cache import PredictionCache, predict_cached
 from birdcall.inference.engine import open_recording
 from birdcall.inference.ensemble import Ensemble
 from birdcall.storage.files import atomic_path, digest, digest_files
@@ -25,7 +25,7 @@ KEYS = ("experiment", "fold", "path", "ebird_code", "seconds", "output")
 
 
 @dataclass(frozen=True, eq=False)
-class OutOfFold:
+class OutOfFoldPredictions:
     """What the runs of one experiment heard in the recordings that each held out.
 
     segments: a row per segment with ``row`` (the recording's place in the data), ``path``,
@@ -53,21 +53,21 @@ class OutOfFold:
         return both[0], both[1]
 
 
-def hear_out_of_fold(
+def predict_out_of_fold(
     ensemble: Ensemble, data: TrainingData, kept: Path | None = None, progress: bool = False
-) -> dict[str, OutOfFold]:
+) -> dict[str, OutOfFoldPredictions]:
     """Let each member hear the first ``VALIDATION_SECONDS`` of the recordings of its fold.
 
     Members of one fold hear a recording together. Returns the experiments in the members' order.
     Raises AudioError for a recording that does not decode: the audit has seen that it does.
     """
-    found: dict[str, list[OutOfFold]] = {}
+    found: dict[str, list[OutOfFoldPredictions]] = {}
     for member in ensemble.members:
         found.setdefault(member.checkpoint.experiment.name, [])
     for fold in sorted({member.checkpoint.fold for member in ensemble.members}):
         members = [member for member in ensemble.members if member.checkpoint.fold == fold]
         for part in _hear_fold(
-            ensemble.of_members(members), fold, data=data, kept=kept, progress=progress
+            ensemble.for_members(members), fold, data=data, kept=kept, progress=progress
         ):
             found[part.experiment].append(part)
     return {name: _join(parts) for name, parts in found.items()}
@@ -75,7 +75,7 @@ def hear_out_of_fold(
 
 def _hear_fold(
     ensemble: Ensemble, fold: int, data: TrainingData, kept: Path | None, progress: bool
-) -> list[OutOfFold]:
+) -> list[OutOfFoldPredictions]:
     held_out = np.flatnonzero(data.recordings["fold"] == fold)
     recordings = data.recordings.iloc[held_out]
     paths = {name: data.folder / name for name in recordings["path"]}
@@ -83,8 +83,8 @@ def _hear_fold(
     place = None
     if kept is not None:
         made_from = digest(f"{VALIDATION_SECONDS} {digest_files(paths.values())}")
-        place = Kept(kept, f"recordings-fold{fold}", made_from)
-    heard = hear_sounds(ensemble, sounds, place, progress)
+        place = PredictionCache(kept, f"recordings-fold{fold}", made_from)
+    heard = predict_cached(ensemble, sounds, place, progress)
     for scores in heard.values():
         if isinstance(scores, AudioError):
             raise scores
@@ -99,7 +99,7 @@ def _hear_fold(
         }
     )
     return [
-        OutOfFold(
+        OutOfFoldPredictions(
             member.checkpoint.experiment.name,
             segments,
             np.concatenate([heard[name].clipwise[order] for name in paths]),
@@ -109,7 +109,7 @@ def _hear_fold(
     ]
 
 
-def _join(parts: Sequence[OutOfFold]) -> OutOfFold:
+def _join(parts: Sequence[OutOfFoldPredictions]) -> OutOfFoldPredictions:
     return replace(
         parts[0],
         segments=pd.concat([part.segments for part in parts], ignore_index=True),
@@ -118,7 +118,9 @@ def _join(parts: Sequence[OutOfFold]) -> OutOfFold:
     )
 
 
-def write_oof_parquet(path: Path, parts: Sequence[OutOfFold], classes: Sequence[str]) -> None:
+def write_oof_parquet(
+    path: Path, parts: Sequence[OutOfFoldPredictions], classes: Sequence[str]
+) -> None:
     """Write every segment and class: `KEYS`, then a column of probabilities per class.
 
     Each segment has a row for its clipwise and one for its framewise output. Experiments are

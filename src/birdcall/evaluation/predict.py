@@ -12,10 +12,10 @@ import pandas as pd
 import torch
 
 from birdcall.data.dataset import TrainingData
-from birdcall.evaluation.labelled import Labelled, hear_labelled
-from birdcall.evaluation.out_of_fold import OutOfFold, hear_out_of_fold
-from birdcall.evaluation.predictions import HeldOutScores, concatenate
-from birdcall.evaluation.simulated_audio import hear_simulated
+from birdcall.evaluation.labelled import Labelled, predict_labelled
+from birdcall.evaluation.out_of_fold import OutOfFoldPredictions, predict_out_of_fold
+from birdcall.evaluation.predictions import LabelledPredictions, concatenate
+from birdcall.evaluation.simulated_audio import predict_simulated
 from birdcall.evaluation.simulation import (
     SimulatedSoundscape,
     SimulationConfig,
@@ -24,7 +24,7 @@ from birdcall.evaluation.simulation import (
     recording_groups,
 )
 from birdcall.inference.ensemble import Ensemble, load_ensemble
-from birdcall.inference.windows import SEGMENT_BY_SEGMENT, Listening
+from birdcall.inference.windows import SINGLE_SEGMENT, WindowConfig
 from birdcall.kaggle.test_set import EXAMPLE_LABELS
 from birdcall.models.checkpoint import read_checkpoint, require_same_classes
 from birdcall.taxonomy import all_species
@@ -35,7 +35,7 @@ DEFAULTS = SimulationConfig()
 
 
 @dataclass(frozen=True, eq=False)
-class Heard:
+class HeldOutPredictions:
     """What runs heard, each only sound that it was not trained on.
 
     out_of_fold: by experiment. simulated: by fold, each with the runs of that fold, whose names
@@ -46,15 +46,15 @@ class Heard:
 
     data: TrainingData
     runs: tuple[tuple[str, int], ...]  # experiment and fold
-    out_of_fold: Mapping[str, OutOfFold]
-    simulated: Mapping[int, HeldOutScores]
+    out_of_fold: Mapping[str, OutOfFoldPredictions]
+    simulated: Mapping[int, LabelledPredictions]
     events: pd.DataFrame
     groups: np.ndarray
     labelled: Labelled | None
     soundscapes: tuple[SimulatedSoundscape, ...]
     config: SimulationConfig
     ensemble: Ensemble
-    listening: Listening = SEGMENT_BY_SEGMENT
+    listening: WindowConfig = SINGLE_SEGMENT
 
     @property
     def experiments(self) -> tuple[str, ...]:
@@ -65,20 +65,20 @@ class Heard:
         """Return the names of the runs of ``experiments``, as their checkpoints have them."""
         return tuple(f"{name}-fold{fold}" for name, fold in self.runs if name in experiments)
 
-    def simulated_for(self, experiments: Sequence[str]) -> HeldOutScores | None:
+    def simulated_for(self, experiments: Sequence[str]) -> LabelledPredictions | None:
         """Return the soundscapes of the folds that all of ``experiments`` held out."""
         parts = []
         for scores in self.simulated.values():
             places = {name: place for place, name in enumerate(scores.member_names)}
             if all(name in places for name in experiments):
-                parts.append(scores.of_members([places[name] for name in experiments]))
+                parts.append(scores.for_members([places[name] for name in experiments]))
         return concatenate(parts) if parts else None
 
-    def labelled_for(self, experiments: Sequence[str]) -> HeldOutScores | None:
+    def labelled_for(self, experiments: Sequence[str]) -> LabelledPredictions | None:
         """Return the labelled soundscapes as all runs of ``experiments`` heard them."""
         if self.labelled is None:
             return None
-        return self.labelled.scores.of_members(self.positions(experiments))
+        return self.labelled.scores.for_members(self.positions(experiments))
 
     def positions(self, experiments: Sequence[str]) -> list[int]:
         """Return which runs are of ``experiments``."""
@@ -101,11 +101,11 @@ def hear(
     device: torch.device | str = "cpu",
     *,
     labelled_folders: Sequence[Path] = (),
-    listening: Listening = SEGMENT_BY_SEGMENT,
+    listening: WindowConfig = SINGLE_SEGMENT,
     kept: Path | None = None,
     config: SimulationConfig = DEFAULTS,
     progress: bool = False,
-) -> Heard:
+) -> HeldOutPredictions:
     """Let the runs in ``folders`` hear recordings, simulated and labelled soundscapes.
 
     ``labelled_folders``: of labelled soundscapes (none: the data's examples, if it has any).
@@ -121,26 +121,26 @@ def hear(
     ensemble = load_ensemble(folders, device, listening)
     known = list(dict.fromkeys((*data.classes, *(one.ebird_code for one in all_species()))))
     planned, simulated = [], {}
-    out_of_fold = hear_out_of_fold(ensemble, data, kept, progress)
+    out_of_fold = predict_out_of_fold(ensemble, data, kept, progress)
     for fold in sorted({member.checkpoint.fold for member in ensemble.members}):
         members = [member for member in ensemble.members if member.checkpoint.fold == fold]
         logger.info("fold %d: simulating soundscapes for %d members", fold, len(members))
         soundscapes = plan_soundscapes(data, fold, config)
         planned += soundscapes
-        own = ensemble.of_members(members)
-        simulated[fold] = hear_simulated(
+        own = ensemble.for_members(members)
+        simulated[fold] = predict_simulated(
             own, soundscapes, data=data, config=config, known=known, kept=kept, progress=progress
         )
     if not labelled_folders and (data.folder / EXAMPLE_LABELS).is_file():
         labelled_folders = [data.folder]
-    return Heard(
+    return HeldOutPredictions(
         data=data,
         runs=tuple((m.checkpoint.experiment.name, m.checkpoint.fold) for m in ensemble.members),
         out_of_fold=out_of_fold,
         simulated=simulated,
         events=describe_events(planned),
         groups=recording_groups(data.recordings, config),
-        labelled=hear_labelled(
+        labelled=predict_labelled(
             ensemble, labelled_folders, known=known, kept=kept, progress=progress
         ),
         soundscapes=tuple(planned),

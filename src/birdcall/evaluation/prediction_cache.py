@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from birdcall.audio.reading import AudioError
-from birdcall.inference.engine import SegmentScores, score_sounds
+from birdcall.inference.engine import SegmentPredictions, predict_audio
 from birdcall.inference.ensemble import Ensemble, Member
-from birdcall.inference.windows import SEGMENT_BY_SEGMENT, Listening, Sound
+from birdcall.inference.windows import SINGLE_SEGMENT, Sound, WindowConfig
 from birdcall.storage.files import atomic_path, digest, digest_code, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ UNREADABLE = (SafetensorError, KeyError, TypeError, ValueError)  # what a damage
 
 
 @dataclass(frozen=True)
-class Kept:
+class PredictionCache:
     """Where outputs on a set of sounds are kept, what these are made from, and how they are heard.
 
     listening: the ensemble's, whatever it is here.
@@ -41,9 +41,9 @@ class Kept:
     folder: Path
     sounds: str  # name of the set
     fingerprint: str
-    listening: Listening = SEGMENT_BY_SEGMENT
+    listening: WindowConfig = SINGLE_SEGMENT
 
-    def of(self, ensemble: Ensemble) -> Kept:
+    def of(self, ensemble: Ensemble) -> PredictionCache:
         return replace(self, listening=ensemble.listening)
 
 
@@ -61,13 +61,13 @@ class Outputs:
     failed: dict[str, tuple[str, str]]
 
 
-def hear_sounds(
+def predict_cached(
     ensemble: Ensemble,
     sounds: Mapping[str, Sound],
-    kept: Kept | None = None,
+    kept: PredictionCache | None = None,
     progress: bool = False,
-) -> dict[str, SegmentScores | AudioError]:
-    """Score sounds as `inference.score_sounds` does, members whose outputs are kept from there.
+) -> dict[str, SegmentPredictions | AudioError]:
+    """Score sounds as `inference.predict_audio` does, members whose outputs are kept from there.
 
     The results' ``frames`` are empty: they would be fifty times as large as all else.
     """
@@ -86,7 +86,7 @@ def hear_sounds(
 def _hear_missing(
     ensemble: Ensemble,
     sounds: Mapping[str, Sound],
-    kept: Kept | None,
+    kept: PredictionCache | None,
     found: Sequence[Outputs | None],
     progress: bool,
 ) -> list[Outputs]:
@@ -94,19 +94,19 @@ def _hear_missing(
     filled = {place: outputs for place, outputs in enumerate(found) if outputs is not None}
     missing = [place for place in range(len(found)) if place not in filled]
     if missing:
-        hearing = ensemble.of_members([ensemble.members[place] for place in missing])
+        hearing = ensemble.for_members([ensemble.members[place] for place in missing])
         heard = _hear(hearing, sounds, kept.sounds if kept and progress else None)
         for order, place in enumerate(missing):
             filled[place] = _of_member(heard, order, len(ensemble.classes))
             if kept is not None and _has_weights(ensemble.members[place]):
-                keep_outputs(kept, ensemble.members[place], filled[place])
+                cache_predictions(kept, ensemble.members[place], filled[place])
     return [filled[place] for place in range(len(found))]
 
 
-def hear_frames(
-    ensemble: Ensemble, sounds: Mapping[str, Sound], kept: Kept | None = None
+def predict_frames_cached(
+    ensemble: Ensemble, sounds: Mapping[str, Sound], kept: PredictionCache | None = None
 ) -> dict[str, np.ndarray]:
-    """Return `SegmentScores.frames` of each sound, the members' mean over time.
+    """Return `SegmentPredictions.frames` of each sound, the members' mean over time.
 
     They are kept for these members together. Sounds that do not decode are left out.
     """
@@ -120,8 +120,8 @@ def hear_frames(
                 logger.warning("%s: not readable (%s); heard again", path, error)
     frames = {
         name: scores.frames
-        for name, scores in score_sounds(ensemble, sounds)
-        if isinstance(scores, SegmentScores)
+        for name, scores in predict_audio(ensemble, sounds)
+        if isinstance(scores, SegmentPredictions)
     }
     if path is not None and frames:
         _keep_frames(path, frames)
@@ -135,15 +135,15 @@ def _has_weights(member: Member) -> bool:
 
 def _hear(
     ensemble: Ensemble, sounds: Mapping[str, Sound], title: str | None
-) -> dict[str, SegmentScores | AudioError]:
-    sound_by_sound = score_sounds(ensemble, sounds, with_frames=False)
+) -> dict[str, SegmentPredictions | AudioError]:
+    sound_by_sound = predict_audio(ensemble, sounds, with_frames=False)
     return dict(tqdm(sound_by_sound, title, len(sounds), disable=title is None, unit="sound"))
 
 
 def _of_member(
-    heard: Mapping[str, SegmentScores | AudioError], place: int, n_classes: int
+    heard: Mapping[str, SegmentPredictions | AudioError], place: int, n_classes: int
 ) -> Outputs:
-    scored = {name: one for name, one in heard.items() if isinstance(one, SegmentScores)}
+    scored = {name: one for name, one in heard.items() if isinstance(one, SegmentPredictions)}
     empty = [np.zeros((0, n_classes), np.float32)]
     return Outputs(
         clipwise=np.concatenate(empty + [one.clipwise[place] for one in scored.values()]),
@@ -160,13 +160,13 @@ def _of_member(
 
 def _join(
     members: Sequence[Outputs], names: Iterable[str]
-) -> dict[str, SegmentScores | AudioError]:
+) -> dict[str, SegmentPredictions | AudioError]:
     first, start = members[0], 0
     starts = {}
     for name, length in first.lengths.items():
         starts[name] = start
         start += length
-    result: dict[str, SegmentScores | AudioError] = {}
+    result: dict[str, SegmentPredictions | AudioError] = {}
     for name in names:
         if name in first.failed:
             path, reason = first.failed[name]
@@ -177,14 +177,14 @@ def _join(
             np.stack([getattr(one, array)[own] for one in members]) for array in ARRAYS
         )
         nothing = np.zeros((clipwise.shape[2], 0), np.float32)
-        result[name] = SegmentScores(clipwise, framewise, nothing, first.seconds[name])
+        result[name] = SegmentPredictions(clipwise, framewise, nothing, first.seconds[name])
     return result
 
 
 # --- on disk --------------------------------------------------------------------------------------
 
 
-def _path(kept: Kept, member: Member) -> Path:
+def _path(kept: PredictionCache, member: Member) -> Path:
     made_from = {
         "weights": member.checkpoint.weights_sha256,
         "experiment": asdict(member.checkpoint.experiment),
@@ -199,7 +199,9 @@ def _path(kept: Kept, member: Member) -> Path:
     return kept.folder / f"{member.name}.{kept.sounds}.{name}.safetensors"
 
 
-def _read_kept(member: Member, sounds: Mapping[str, Sound], kept: Kept | None) -> Outputs | None:
+def _read_kept(
+    member: Member, sounds: Mapping[str, Sound], kept: PredictionCache | None
+) -> Outputs | None:
     """Return what the member has heard of these sounds before; None if it must hear them."""
     if kept is None or not _has_weights(member):
         return None
@@ -228,7 +230,7 @@ def _read(path: Path) -> Outputs:
     return Outputs(*arrays, lengths, values["seconds"], failed)
 
 
-def keep_outputs(kept: Kept, member: Member, outputs: Outputs) -> None:
+def cache_predictions(kept: PredictionCache, member: Member, outputs: Outputs) -> None:
     """Write a member's outputs on a set of sounds, and delete those of an earlier state of it."""
     path = _path(kept, member)
     values = {
@@ -241,7 +243,7 @@ def keep_outputs(kept: Kept, member: Member, outputs: Outputs) -> None:
     _delete_earlier(path)
 
 
-def _frames_path(kept: Kept, members: Sequence[Member]) -> Path:
+def _frames_path(kept: PredictionCache, members: Sequence[Member]) -> Path:
     names = digest(" ".join(member.name for member in members))
     states = digest(" ".join(_path(kept, member).name for member in members))
     return kept.folder / f"frames-{names}.{kept.sounds}.{states}.safetensors"

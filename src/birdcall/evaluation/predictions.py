@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.data.targets import HEARD_SECONDS
+from birdcall.data.targets import MIN_OVERLAP_SECONDS
 from birdcall.evaluation.metrics import row_f1_scores
 from birdcall.inference.decision import (
     Decision,
@@ -24,7 +24,7 @@ TIME_TOLERANCE = 1e-6  # seconds
 
 
 @dataclass(frozen=True, eq=False)
-class HeldOutScores:
+class LabelledPredictions:
     """What members heard in soundscapes that none of them was trained on, and what is there.
 
     segments: a row per segment; those of a recording stand together and are all there, in order of
@@ -79,7 +79,7 @@ class HeldOutScores:
         """Return the truth of the labelled rows, ``(labelled rows, known species)``."""
         return self.truth[self.labelled]
 
-    def of_members(self, positions: Sequence[int]) -> HeldOutScores:
+    def for_members(self, positions: Sequence[int]) -> LabelledPredictions:
         """Return the scores of some members, by position."""
         return replace(
             self,
@@ -88,7 +88,7 @@ class HeldOutScores:
             member_names=tuple(self.member_names[position] for position in positions),
         )
 
-    def of_segments(self, chosen: np.ndarray) -> HeldOutScores:
+    def select(self, chosen: np.ndarray) -> LabelledPredictions:
         """Return some recordings, given the mask of all their segments ``(segments,)``."""
         return replace(
             self,
@@ -125,7 +125,7 @@ class HeldOutScores:
         return np.pad(chosen, ((0, 0), (0, self.truth.shape[1] - chosen.shape[1])))
 
 
-def concatenate(parts: Sequence[HeldOutScores]) -> HeldOutScores:
+def concatenate(parts: Sequence[LabelledPredictions]) -> LabelledPredictions:
     """Join soundscapes that the same number of members heard; their recordings' names differ."""
     first = parts[0]
     for part in parts[1:]:
@@ -146,7 +146,7 @@ def concatenate(parts: Sequence[HeldOutScores]) -> HeldOutScores:
 def segments_of(
     recording: str, n_segments: int, *, is_labelled: np.ndarray | bool, group: str
 ) -> pd.DataFrame:
-    """Return the table of one recording's segments, as `HeldOutScores` wants it."""
+    """Return the table of one recording's segments, as `LabelledPredictions` wants it."""
     return pd.DataFrame(
         {
             "recording": recording,
@@ -170,6 +170,6 @@ def label_times(
     for onset, offset, column in zip(onsets, offsets, columns, strict=True):
         overlap = np.minimum(offset, starts + SEGMENT_SECONDS) - np.maximum(onset, starts)
         touches = (onset < starts + SEGMENT_SECONDS) & (offset >= starts)
-        enough = min(HEARD_SECONDS, (offset - onset) / 2) - TIME_TOLERANCE
+        enough = min(MIN_OVERLAP_SECONDS, (offset - onset) / 2) - TIME_TOLERANCE
         truth[touches & (overlap >= enough), column] = True
     return truth

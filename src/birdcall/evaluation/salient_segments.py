@@ -22,7 +22,7 @@ END_SECONDS = 0.001  # left out at the end
 BAND_SHARE = 0.95  # of the bird's power lies in its band
 
 
-class Stretch(NamedTuple):
+class SalientSegment(NamedTuple):
     """Seconds from the start of the recording, and the bird's band in Hz."""
 
     onset: float
@@ -31,7 +31,7 @@ class Stretch(NamedTuple):
     high_hz: float
 
 
-def find_stretch(waveform: np.ndarray, sample_rate: int) -> Stretch:
+def find_salient_segment(waveform: np.ndarray, sample_rate: int) -> SalientSegment:
     """Return the stretch of ``waveform (samples,)`` with most power above its own background.
 
     At most ``MAX_SECONDS`` long, it begins and ends where something stands out: its onset is one.
@@ -43,7 +43,7 @@ def find_stretch(waveform: np.ndarray, sample_rate: int) -> Stretch:
     power = excess.sum(axis=0)
     loudest = np.quantile(power, LOUDEST_QUANTILE) if len(power) else 0.0
     if loudest <= 0:
-        return Stretch(0.0, min(seconds, MAX_SECONDS), 0.0, sample_rate / 2)
+        return SalientSegment(0.0, min(seconds, MAX_SECONDS), 0.0, sample_rate / 2)
     active = power >= loudest * 10 ** (ACTIVE_DB / 10)
     first, last = max(
         (_cut(*run, power, active, hop) for run in _runs(active, round(GAP_SECONDS / hop))),
@@ -59,7 +59,7 @@ def find_stretch(waveform: np.ndarray, sample_rate: int) -> Stretch:
     high = hertz[min(np.searchsorted(share, (1 + BAND_SHARE) / 2), len(hertz) - 1)]
     step = hertz[1] - hertz[0]
     band = max(0.0, float(low - step)), min(float(high + step), sample_rate / 2)
-    return Stretch(round(float(onset), 4), round(float(offset), 4), *band)
+    return SalientSegment(round(float(onset), 4), round(float(offset), 4), *band)
 
 
 def _excess(waveform: np.ndarray, sample_rate: int) -> tuple[np.ndarray, np.ndarray, float]:

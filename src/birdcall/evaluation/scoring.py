@@ -14,12 +14,12 @@ import pandas as pd
 from birdcall.config import NOCALL, require
 from birdcall.data.dataset import make_targets
 from birdcall.evaluation.calibration import fit_calibration
-from birdcall.evaluation.decision_search import Choice, choose_decision
+from birdcall.evaluation.decision_search import DecisionSearchResult, search_decision
 from birdcall.evaluation.labelled import Labelled
 from birdcall.evaluation.metrics import Interval, bootstrap_interval, row_wise_f1
-from birdcall.evaluation.out_of_fold import OutOfFold
-from birdcall.evaluation.predict import Heard
-from birdcall.evaluation.predictions import HeldOutScores
+from birdcall.evaluation.out_of_fold import OutOfFoldPredictions
+from birdcall.evaluation.predict import HeldOutPredictions
+from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.evaluation.tables import (
     ENSEMBLE,
     LABELLED,
@@ -48,7 +48,7 @@ NOCALL_SHARE = 0.54
 
 
 @dataclass(frozen=True, eq=False)
-class Judgement:
+class EnsembleDecision:
     """By which rule some experiments are used together, and what that is worth.
 
     choice is None where nothing was simulated for them, or all of it in one group: then the
@@ -58,8 +58,8 @@ class Judgement:
     name: str
     experiments: tuple[str, ...]
     decision: Decision
-    choice: Choice | None
-    simulated: HeldOutScores | None
+    choice: DecisionSearchResult | None
+    simulated: LabelledPredictions | None
     weights: np.ndarray | None
     calibration: Calibration | None
 
@@ -73,22 +73,22 @@ class Evaluation:
     the data, secondary labels UNKNOWN. judgement: of all experiments together.
     """
 
-    heard: Heard
+    heard: HeldOutPredictions
     table: pd.DataFrame
     per_class: pd.DataFrame
     targets: np.ndarray
-    judgement: Judgement
+    ensemble_decision: EnsembleDecision
 
     @property
     def decision(self) -> Decision:
-        return self.judgement.decision
+        return self.ensemble_decision.decision
 
     @property
     def classes(self) -> tuple[str, ...]:
         return self.heard.data.classes
 
     @property
-    def out_of_fold(self) -> Mapping[str, OutOfFold]:
+    def out_of_fold(self) -> Mapping[str, OutOfFoldPredictions]:
         return self.heard.out_of_fold
 
     @property
@@ -97,7 +97,7 @@ class Evaluation:
 
 
 def evaluate(
-    heard: Heard,
+    heard: HeldOutPredictions,
     ensembles: Sequence[Sequence[str]] = (),
     nocall_share: float = NOCALL_SHARE,
 ) -> Evaluation:
@@ -115,11 +115,11 @@ def evaluate(
             f"no run of {', '.join(unknown)} was heard; there are {', '.join(heard.experiments)}",
         )
         sets["+".join(names)] = tuple(names)
-    judged = [judge(heard, names, nocall_share, name) for name, names in sets.items()]
+    judged = [decide_ensemble(heard, names, nocall_share, name) for name, names in sets.items()]
     together = (
         replace(judged[0], name=ENSEMBLE)
         if len(heard.experiments) == 1
-        else judge(heard, heard.experiments, nocall_share, ENSEMBLE)
+        else decide_ensemble(heard, heard.experiments, nocall_share, ENSEMBLE)
     )
     members = _members_by_value(heard, judged)
     together = replace(together, decision=replace(together.decision, members=members))
@@ -143,11 +143,13 @@ def evaluate(
         table=tidy_table(rows),
         per_class=per_class,
         targets=targets,
-        judgement=together,
+        ensemble_decision=together,
     )
 
 
-def _members_by_value(heard: Heard, judged: Sequence[Judgement]) -> tuple[str, ...]:
+def _members_by_value(
+    heard: HeldOutPredictions, judged: Sequence[EnsembleDecision]
+) -> tuple[str, ...]:
     """Return all members, those of the best experiment first: a kernel short of time takes these.
 
     What an experiment is worth is its nested score on simulated soundscapes.
@@ -157,12 +159,12 @@ def _members_by_value(heard: Heard, judged: Sequence[Judgement]) -> tuple[str, .
     return tuple(member for name in best_first for member in heard.member_names([name]))
 
 
-def judge(
-    heard: Heard,
+def decide_ensemble(
+    heard: HeldOutPredictions,
     experiments: Sequence[str],
     nocall_share: float = NOCALL_SHARE,
     name: str = ENSEMBLE,
-) -> Judgement:
+) -> EnsembleDecision:
     """Choose the decision for some experiments on the soundscapes simulated for them."""
     names = tuple(experiments)
     start = Decision(
@@ -175,7 +177,7 @@ def judge(
     if simulated is None or simulated.segments["group"].nunique() < 2:
         logger.warning("%s: no fold was held out by all, or one recordist: nothing chosen", name)
         start = replace(start, chosen_on="nothing")
-        return Judgement(
+        return EnsembleDecision(
             name=name,
             experiments=names,
             decision=start,
@@ -192,10 +194,10 @@ def judge(
         return fit_calibration(clipwise[kept], framewise[kept], targets[kept])
 
     weights = share_weights(simulated.labelled_truth, nocall_share)
-    choice = choose_decision(simulated, weights, start=start, fit_calibration=fit)
+    choice = search_decision(simulated, weights, start=start, fit_calibration=fit)
     decision = _describe_choice(choice, simulated, weights, nocall_share)
     decision = _try_on_labelled(decision, heard.labelled_for(names), name)
-    return Judgement(
+    return EnsembleDecision(
         name=name,
         experiments=names,
         decision=decision,
@@ -207,7 +209,10 @@ def judge(
 
 
 def _describe_choice(
-    choice: Choice, simulated: HeldOutScores, weights: np.ndarray, nocall_share: float
+    choice: DecisionSearchResult,
+    simulated: LabelledPredictions,
+    weights: np.ndarray,
+    nocall_share: float,
 ) -> Decision:
     """Return the decision with where it comes from and what it is worth elsewhere."""
     recordings = simulated.recordings
@@ -232,7 +237,9 @@ def _describe_choice(
     )
 
 
-def _try_on_labelled(decision: Decision, labelled: HeldOutScores | None, name: str) -> Decision:
+def _try_on_labelled(
+    decision: Decision, labelled: LabelledPredictions | None, name: str
+) -> Decision:
     """Return the decision with its score on labelled soundscapes, which it has never seen."""
     if labelled is None:
         return decision
@@ -259,7 +266,7 @@ def _try_on_labelled(decision: Decision, labelled: HeldOutScores | None, name: s
 # --- rows of the table ----------------------------------------------------------------------------
 
 
-def _score(judged: Judgement, heard: Heard, targets: np.ndarray) -> Rows:
+def _score(judged: EnsembleDecision, heard: HeldOutPredictions, targets: np.ndarray) -> Rows:
     """Score some experiments on recordings, simulated and labelled soundscapes."""
     name, names = judged.name, judged.experiments
     n_members = len(heard.positions(names))
@@ -291,7 +298,7 @@ def _score(judged: Judgement, heard: Heard, targets: np.ndarray) -> Rows:
 
 
 def _simulated_rows(
-    name: str, n_members: int, scores: HeldOutScores, named: np.ndarray, weights: np.ndarray
+    name: str, n_members: int, scores: LabelledPredictions, named: np.ndarray, weights: np.ndarray
 ) -> Rows:
     """Score simulated soundscapes at the expected share of nocall, and each share for itself."""
     rows = decided_rows(
@@ -300,7 +307,7 @@ def _simulated_rows(
     shares = scores.segments["nocall_share"].to_numpy()
     for share in sorted(set(shares)):
         own = shares == share
-        part = scores.of_segments(own)
+        part = scores.select(own)
         rows += decided_rows(
             name,
             n_members,
@@ -311,7 +318,9 @@ def _simulated_rows(
     return rows
 
 
-def _baselines(heard: Heard, together: Judgement, targets: np.ndarray, nocall_share: float) -> Rows:
+def _baselines(
+    heard: HeldOutPredictions, together: EnsembleDecision, targets: np.ndarray, nocall_share: float
+) -> Rows:
     """Score naming no bird, and a model that knows how common species are and nothing else."""
     rows: Rows = []
     common = (targets == 1).mean(axis=0)
@@ -323,7 +332,7 @@ def _baselines(heard: Heard, together: Judgement, targets: np.ndarray, nocall_sh
             f"all {NOCALL}", 0, scores=scores, named=nothing, weights=together.weights
         )
         prior = _with_constant_scores(scores, common)
-        choice = choose_decision(prior, together.weights)
+        choice = search_decision(prior, together.weights)
         decision = choice.decision
         rows += _simulated_rows(
             PRIOR, 0, scores=prior, named=choice.nested, weights=together.weights
@@ -346,7 +355,7 @@ def _baselines(heard: Heard, together: Judgement, targets: np.ndarray, nocall_sh
     return rows
 
 
-def _with_constant_scores(scores: HeldOutScores, common: np.ndarray) -> HeldOutScores:
+def _with_constant_scores(scores: LabelledPredictions, common: np.ndarray) -> LabelledPredictions:
     constant = np.broadcast_to(common.astype(np.float32), (1, len(scores.segments), len(common)))
     return replace(scores, clipwise=constant, framewise=constant, member_names=(PRIOR,))
 

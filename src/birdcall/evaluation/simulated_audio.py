@@ -17,8 +17,8 @@ from birdcall.config import SEGMENT_SECONDS
 from birdcall.data.augment import fade_ends
 from birdcall.data.dataset import TrainingData
 from birdcall.data.noise import NoiseFiles, ReadFailure, make_noise
-from birdcall.evaluation.prediction_cache import Kept, hear_sounds
-from birdcall.evaluation.predictions import HeldOutScores, segments_of
+from birdcall.evaluation.prediction_cache import PredictionCache, predict_cached
+from birdcall.evaluation.predictions import LabelledPredictions, segments_of
 from birdcall.evaluation.simulation import (
     SimulatedEvent,
     SimulatedSoundscape,
@@ -31,11 +31,11 @@ from birdcall.storage.files import digest, digest_code, digest_files
 
 logger = logging.getLogger(__name__)
 
-BED_RMS = 0.03
-BED_SECONDS = (8.0, 16.0)  # of one stretch of noise in the bed
+BACKGROUND_RMS = 0.03
+BACKGROUND_SECONDS = (8.0, 16.0)  # of one stretch of noise in the bed
 CROSSFADE_SECONDS = 1.0
 HISS_DB = -15.0  # pink noise below the bed: between two sounds no place is silent
-BED_LAYERS = 2
+BACKGROUND_LAYERS = 2
 EVENT_FADE_SECONDS = 0.05
 SKIRT_OCTAVES = 1 / 3  # beyond a bird's band, from where its recording's own noise is filtered out
 SKIRT_ORDER = 4
@@ -50,7 +50,7 @@ CODE = (
 LEVEL_DB = (-38.0, -22.0)  # RMS of a soundscape, of full scale: recorders differ
 
 
-def hear_simulated(
+def predict_simulated(
     ensemble: Ensemble,
     soundscapes: Sequence[SimulatedSoundscape],
     data: TrainingData,
@@ -58,7 +58,7 @@ def hear_simulated(
     known: Sequence[str],
     kept: Path | None = None,
     progress: bool = False,
-) -> HeldOutScores:
+) -> LabelledPredictions:
     """Let members hear soundscapes of the fold that all of them held out.
 
     The members' names are those of their experiments. ``known``: species of the truth, beginning
@@ -81,12 +81,12 @@ def hear_simulated(
             digest_files(noise.paths),
             digest_code(CODE),
         )
-        place = Kept(kept, f"simulated-fold{fold}", digest(repr(made_from)))
-    heard = hear_sounds(ensemble, sounds, place, progress)
+        place = PredictionCache(kept, f"simulated-fold{fold}", digest(repr(made_from)))
+    heard = predict_cached(ensemble, sounds, place, progress)
     for scores in heard.values():
         if isinstance(scores, AudioError):
             raise scores
-    return HeldOutScores(
+    return LabelledPredictions(
         segments=pd.concat([_segments(one) for one in soundscapes], ignore_index=True),
         truth=np.concatenate([label_segments(one, known) for one in soundscapes]),
         clipwise=np.concatenate([heard[one.name].clipwise for one in soundscapes], axis=1),
@@ -124,7 +124,7 @@ def render(
     """
     mixture = mix_soundscape(soundscape, data, noise, config)
     level_db = np.random.default_rng((*soundscape.seed, 2)).uniform(*LEVEL_DB)
-    mixture = _at_level(mixture, level_db - 20 * np.log10(BED_RMS))
+    mixture = _at_level(mixture, level_db - 20 * np.log10(BACKGROUND_RMS))
     mixture /= max(1.0, float(np.abs(mixture).max()))
     rate = config.sample_rate
     return {
@@ -140,7 +140,7 @@ def mix_soundscape(
     config: SimulationConfig,
 ) -> np.ndarray:
     """Return noise and birds together, at no particular level."""
-    mixture = make_bed(soundscape, noise, config)
+    mixture = mix_background(soundscape, noise, config)
     background = mixture.copy()
     for event in (*soundscape.events, *soundscape.others):
         start = round(event.onset * config.sample_rate)
@@ -150,7 +150,7 @@ def mix_soundscape(
     return mixture
 
 
-def make_bed(
+def mix_background(
     soundscape: SimulatedSoundscape, noise: NoiseFiles, config: SimulationConfig
 ) -> np.ndarray:
     """Return what the place sounds like without birds: stretches of noise, one fading into another.
@@ -159,17 +159,17 @@ def make_bed(
     """
     generator = np.random.default_rng((*soundscape.seed, 1))
     n_samples = round(soundscape.seconds * config.sample_rate)
-    bed = _at_level(make_noise("pink", n_samples, config.sample_rate, generator), HISS_DB)
+    background = _at_level(make_noise("pink", n_samples, config.sample_rate, generator), HISS_DB)
     failures: list[ReadFailure] = []
-    for _ in range(BED_LAYERS):
-        _add_layer(bed, noise, config=config, generator=generator, failures=failures)
+    for _ in range(BACKGROUND_LAYERS):
+        _add_layer(background, noise, config=config, generator=generator, failures=failures)
     for failure in failures:
         logger.warning("%s; other noise takes its place", failure.reason)
-    return bed
+    return background
 
 
 def _add_layer(
-    bed: np.ndarray,
+    background: np.ndarray,
     noise: NoiseFiles,
     config: SimulationConfig,
     generator: np.random.Generator,
@@ -177,20 +177,20 @@ def _add_layer(
 ) -> None:
     n_fade = round(CROSSFADE_SECONDS * config.sample_rate)
     start = -n_fade
-    while start < len(bed):
-        length = round(generator.uniform(*BED_SECONDS) * config.sample_rate)
+    while start < len(background):
+        length = round(generator.uniform(*BACKGROUND_SECONDS) * config.sample_rate)
         level_db = config.noise_level_db * np.clip(generator.standard_normal(), -2, 2)
         piece = fade_ends(_at_level(noise.draw(length, generator, failures), level_db), n_fade)
         skipped = max(0, -start)
-        room = bed[max(0, start) : start + length]
+        room = background[max(0, start) : start + length]
         room += piece[skipped : skipped + len(room)]
         start += length - n_fade
 
 
 def _at_level(waveform: np.ndarray, level_db: float) -> np.ndarray:
-    """Return a waveform so many decibels above ``BED_RMS``."""
+    """Return a waveform so many decibels above ``BACKGROUND_RMS``."""
     rms = float(np.sqrt(np.mean(np.square(waveform, dtype=np.float64))))
-    return waveform * np.float32(BED_RMS * 10 ** (level_db / 20) / max(rms, 1e-9))
+    return waveform * np.float32(BACKGROUND_RMS * 10 ** (level_db / 20) / max(rms, 1e-9))
 
 
 def read_event(event: SimulatedEvent, data: TrainingData, sample_rate: int) -> np.ndarray:
@@ -218,11 +218,11 @@ def event_gain(
     Over all frequencies the rumble of wind, where no bird sings, would decide how well a bird is
     heard.
     """
-    wanted = 10 ** (event.snr_db / 10)
+    options = 10 ** (event.snr_db / 10)
     power = band_power(bird, sample_rate, event.band_hz)
     if power <= 0:
         return np.float32(0)
-    return np.float32(np.sqrt(wanted * band_power(background, sample_rate, event.band_hz) / power))
+    return np.float32(np.sqrt(options * band_power(background, sample_rate, event.band_hz) / power))
 
 
 def band_power(waveform: np.ndarray, sample_rate: int, band_hz: tuple[float, float]) -> float:

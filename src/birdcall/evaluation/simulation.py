@@ -17,13 +17,13 @@ from birdcall.config import SEGMENT_SECONDS, require, require_range, require_sha
 from birdcall.data.dataset import TrainingData
 from birdcall.data.folds import recordist_clusters
 from birdcall.evaluation.predictions import label_times
-from birdcall.evaluation.salient_segments import Stretch, find_stretch
+from birdcall.evaluation.salient_segments import SalientSegment, find_salient_segment
 
 # How many birds begin together; among the rows with birds of the competition's example soundscapes
 # 54, 20 and 4 have one, two and three.
 TOGETHER = (0.70, 0.25, 0.05)
 TOGETHER_SECONDS = 3.0  # apart at most
-LISTENED_SECONDS = 30.0  # of a recording, in which its bird is looked for
+SEARCHED_SECONDS = 30.0  # of a recording, in which its bird is looked for
 MAX_TRIES = 50
 SHARE_SPREAD = 0.2  # soundscapes differ by so much from their set's share of nocall
 
@@ -253,14 +253,14 @@ class _Stretches:
 
     def __init__(self, data: TrainingData, sample_rate: int) -> None:
         self.data, self.sample_rate = data, sample_rate
-        self.found: dict[str, Stretch] = {}
+        self.found: dict[str, SalientSegment] = {}
 
-    def of(self, recording: pd.Series) -> Stretch:
+    def of(self, recording: pd.Series) -> SalientSegment:
         path = recording["path"]
         if path not in self.found:
-            duration = LISTENED_SECONDS if recording["seconds"] > LISTENED_SECONDS else None
+            duration = SEARCHED_SECONDS if recording["seconds"] > SEARCHED_SECONDS else None
             (waveform,) = self.data.read_clip(path, self.sample_rate, [0.0], duration, None)
-            self.found[path] = find_stretch(waveform, self.sample_rate)
+            self.found[path] = find_salient_segment(waveform, self.sample_rate)
         return self.found[path]
 
 
@@ -276,9 +276,9 @@ def _empty_segments(
         spread = np.zeros(1)
     # No wider than leaves the mean where it is.
     spread *= min(1.0, share / SHARE_SPREAD, (1 - share) / SHARE_SPREAD)
-    wanted = config.segments * (share + generator.permutation(spread))
+    options = config.segments * (share + generator.permutation(spread))
     # The sums are rounded, not each: errors would add up.
-    rounded = np.diff(np.round(np.cumsum(wanted)), prepend=0)
+    rounded = np.diff(np.round(np.cumsum(options)), prepend=0)
     return [int(empty) for empty in rounded.clip(0, config.segments)]
 
 
@@ -361,7 +361,7 @@ def _find_place(
 
 def _place(
     bird: pd.Series,
-    stretch: Stretch,
+    stretch: SalientSegment,
     moment: float,
     config: SimulationConfig,
     generator: np.random.Generator,

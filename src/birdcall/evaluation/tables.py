@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.data.augment import UNKNOWN
+from birdcall.data.augment import IGNORE_TARGET
 from birdcall.evaluation.labelled import Labelled
 from birdcall.evaluation.metrics import (
     DetectionCounts,
@@ -25,7 +25,7 @@ from birdcall.evaluation.metrics import (
     row_f1_scores,
     segment_based_counts,
 )
-from birdcall.evaluation.predictions import HeldOutScores
+from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.inference.decision import Decision, combine
 from birdcall.inference.events import detect_events
 
@@ -57,7 +57,7 @@ def decided_rows(
     name: str,
     n_members: int,
     sound: str,
-    scores: HeldOutScores,
+    scores: LabelledPredictions,
     named: np.ndarray,
     weights: np.ndarray | None = None,
 ) -> Rows:
@@ -89,7 +89,7 @@ def _positive(weights: np.ndarray | None) -> np.ndarray | None:
     return None if weights is None else np.maximum(weights, 1e-12)  # a share of 0 or 1
 
 
-def ranked_rows(name: str, n_members: int, sound: str, scores: HeldOutScores) -> Rows:
+def ranked_rows(name: str, n_members: int, sound: str, scores: LabelledPredictions) -> Rows:
     """Score how members' mean probabilities rank, whatever is made of them."""
     classes = len(scores.classes)
     truth = scores.labelled_truth[:, :classes]
@@ -128,8 +128,8 @@ def out_of_fold_rows(
     known = ~np.isnan(clipwise).any(axis=1)
     scores, target = clipwise[known], targets[known]
     values = {
-        "macro_ap": macro_average(average_precision(target > 0, scores, target != UNKNOWN)),
-        "macro_auc": macro_average(roc_auc(target > 0, scores, target != UNKNOWN)),
+        "macro_ap": macro_average(average_precision(target > 0, scores, target != IGNORE_TARGET)),
+        "macro_auc": macro_average(roc_auc(target > 0, scores, target != IGNORE_TARGET)),
         "lwlrap": lwlrap(target != 0, scores),
         "top1": float((scores.argmax(axis=1) == target.argmax(axis=1)).mean()),
         "ece": calibration_error(target, scores),
@@ -148,7 +148,7 @@ def out_of_fold_rows(
 
 def calibration_error(targets: np.ndarray, scores: np.ndarray) -> float:
     """Return the expected calibration error over all cells that are not UNKNOWN."""
-    cells = targets != UNKNOWN
+    cells = targets != IGNORE_TARGET
     return expected_calibration_error(targets[cells][:, None] > 0, scores[cells][:, None])
 
 
@@ -243,16 +243,18 @@ def per_class_table(
     classes: Sequence[str],
     targets: np.ndarray,
     out_of_fold: np.ndarray,
-    simulated: HeldOutScores | None,
+    simulated: LabelledPredictions | None,
     named: np.ndarray | None,
-    labelled: HeldOutScores | None,
+    labelled: LabelledPredictions | None,
 ) -> pd.DataFrame:
     """Return a row per class: its recordings and rows, how it ranks, how often it is right."""
     known = ~np.isnan(out_of_fold).any(axis=1)
     columns = {"ebird_code": list(classes), "recordings": (targets == 1).sum(axis=0)}
     if known.any():
         target = targets[known]
-        columns["oof_ap"] = average_precision(target > 0, out_of_fold[known], target != UNKNOWN)
+        columns["oof_ap"] = average_precision(
+            target > 0, out_of_fold[known], target != IGNORE_TARGET
+        )
     for title, scores in (("simulated", simulated), ("labelled", labelled)):
         if scores is not None:
             truth = scores.labelled_truth[:, : len(classes)]
@@ -269,7 +271,7 @@ def per_class_table(
 
 
 def recall_over_snr(
-    events: pd.DataFrame, simulated: HeldOutScores, named: np.ndarray
+    events: pd.DataFrame, simulated: LabelledPredictions, named: np.ndarray
 ) -> pd.DataFrame:
     """Return how many simulated events are found, by their SNR: snr_db (from), events, recall.
 

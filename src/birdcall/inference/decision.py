@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from birdcall.config import NOCALL, require, require_choice, require_share
-from birdcall.inference.windows import Listening
+from birdcall.inference.windows import WindowConfig
 from birdcall.storage.files import write_atomically
 
 COMBINATIONS = ("mean", "rms", "votes")
@@ -127,9 +127,9 @@ class Decision:
             )
 
     @property
-    def listening(self) -> Listening:
+    def listening(self) -> WindowConfig:
         """Return what the members' scores must come from."""
-        return Listening(self.window_segments, self.context_seconds)
+        return WindowConfig(self.window_segments, self.context_seconds)
 
     def n_votes(self, n_members: int) -> int:
         """Return how many of so many members must agree."""
@@ -152,7 +152,7 @@ class Decision:
             parts.append(f"smoothed over neighbours that weigh {self.neighbour_weight:g}")
         if self.calibration is not None:
             parts.append("of calibrated scores")
-        if not self.listening.is_plain:
+        if not self.listening.is_single_segment:
             parts.append(f"of windows of {self.listening.window_seconds:g} s")
         return f"{' '.join(parts)}, at most {self.max_birds} birds"
 

@@ -57,7 +57,7 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SegmentScores:
+class SegmentPredictions:
     """What the members heard in each segment of one recording.
 
     clipwise, framewise: ``(members, segments, classes)`` probabilities; framewise is the highest of
@@ -78,24 +78,24 @@ def hear(
     ensemble: Ensemble,
     sounds: Mapping[str, Sound],
     extra: Sequence[str] = (),
-    choose_members: Callable[[str], int] | None = None,
+    choose_n_members: Callable[[str], int] | None = None,
 ) -> Iterator[tuple[str, Piece | End | AudioError]]:
     """Yield what is heard in the sounds, in order: pieces of each, then its end.
 
     A sound that does not decode ends with its `AudioError`, perhaps after some pieces.
-    ``extra``: also "frames", "embedding", and with frames "member_frames". ``choose_members`` is
+    ``extra``: also "frames", "embedding", and with frames "member_frames". ``choose_n_members`` is
     asked, when a sound begins, how many of the members hear it, the first ones; at 0 nothing more
     is heard.
     """
     scored: deque[tuple[_Batch, Future[BatchScores] | None]] = deque()
     with closing(_read_ahead(ensemble, sounds)) as windows:
-        for number, batch in enumerate(_make_batches(ensemble, windows, choose_members)):
+        for number, batch in enumerate(_make_batches(ensemble, windows, choose_n_members)):
             lane = ensemble.lanes[number % len(ensemble.lanes)]
             scores = None
             if batch.n_windows:
                 waveforms = batch.stack(ensemble)
                 scores = lane.threads.submit(
-                    ensemble.score_batch, lane, waveforms, batch.n_members, extra
+                    ensemble.predict_batch, lane, waveforms, batch.n_members, extra
                 )
             scored.append((batch, scores))
             if len(scored) > ensemble.n_threads + 1:
@@ -124,7 +124,7 @@ class _Batch:
 def _make_batches(
     ensemble: Ensemble,
     heard: Iterable[tuple[str, Window | End | AudioError]],
-    choose_members: Callable[[str], int] | None,
+    choose_n_members: Callable[[str], int] | None,
 ) -> Iterator[_Batch]:
     batch = _Batch(len(ensemble.members))
     current, n_members = None, len(ensemble.members)
@@ -132,7 +132,7 @@ def _make_batches(
         if isinstance(item, Window):
             if name != current:
                 current = name
-                n_members = choose_members(name) if choose_members else n_members
+                n_members = choose_n_members(name) if choose_n_members else n_members
             if not n_members:
                 break
             if n_members != batch.n_members:
@@ -302,16 +302,16 @@ def _read_blocks(
 # --- whole recordings -----------------------------------------------------------------------------
 
 
-def score_sounds(
+def predict_audio(
     ensemble: Ensemble,
     sounds: Mapping[str, Sound],
-    choose_members: Callable[[str], int] | None = None,
+    choose_n_members: Callable[[str], int] | None = None,
     with_frames: bool = True,
-) -> Iterator[tuple[str, SegmentScores | AudioError]]:
+) -> Iterator[tuple[str, SegmentPredictions | AudioError]]:
     """Score sounds in order; see `hear`. What does not decode yields its `AudioError`."""
     extra = ("frames",) if with_frames else ()
     pieces: list[Piece] = []
-    with closing(hear(ensemble, sounds, extra, choose_members)) as heard:
+    with closing(hear(ensemble, sounds, extra, choose_n_members)) as heard:
         for name, item in heard:
             if isinstance(item, Piece):
                 pieces.append(item)
@@ -323,10 +323,10 @@ def score_sounds(
             pieces = []
 
 
-def _join(ensemble: Ensemble, pieces: Sequence[Piece], seconds: float) -> SegmentScores:
+def _join(ensemble: Ensemble, pieces: Sequence[Piece], seconds: float) -> SegmentPredictions:
     nothing = np.zeros((len(ensemble.classes), 0), np.float32)
     frames = [nothing if piece.frames is None else piece.frames for piece in pieces]
-    return SegmentScores(
+    return SegmentPredictions(
         np.concatenate([piece.clipwise for piece in pieces], axis=1),
         np.concatenate([piece.framewise for piece in pieces], axis=1),
         np.concatenate(frames, axis=1),
@@ -334,15 +334,15 @@ def _join(ensemble: Ensemble, pieces: Sequence[Piece], seconds: float) -> Segmen
     )
 
 
-def score_recordings(
+def predict_files(
     ensemble: Ensemble, paths: Mapping[str, Path], limit_seconds: float | None = None
-) -> Iterator[tuple[str, SegmentScores | AudioError]]:
-    """Score recordings in order, the first ``limit_seconds`` of each; see `score_sounds`."""
+) -> Iterator[tuple[str, SegmentPredictions | AudioError]]:
+    """Score recordings in order, the first ``limit_seconds`` of each; see `predict_audio`."""
     sounds = {name: open_recording(path, limit_seconds) for name, path in paths.items()}
-    return score_sounds(ensemble, sounds)
+    return predict_audio(ensemble, sounds)
 
 
-def score_waveforms(ensemble: Ensemble, waveforms: Waveforms) -> SegmentScores:
+def predict_waveforms(ensemble: Ensemble, waveforms: Waveforms) -> SegmentPredictions:
     """Score a sound given as ``{sample_rate: waveform (samples,)}``."""
-    ((_, scores),) = score_sounds(ensemble, {"": lambda _: waveforms})
+    ((_, scores),) = predict_audio(ensemble, {"": lambda _: waveforms})
     return scores

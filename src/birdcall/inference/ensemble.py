@@ -21,10 +21,10 @@ from torch import Tensor
 from birdcall.audio.frontend import LogMel
 from birdcall.audio.spectrogram import exact_float32, worker_pool
 from birdcall.config import SEGMENT_SECONDS, FrontendConfig, require
-from birdcall.inference.windows import SEGMENT_BY_SEGMENT, Listening
+from birdcall.inference.windows import SINGLE_SEGMENT, WindowConfig
 from birdcall.models.checkpoint import Checkpoint, load_model, require_same_classes
 from birdcall.models.onnx import OnnxDetector, find_export
-from birdcall.models.sed import SEDModel, SegmentDetector, SegmentOutput
+from birdcall.models.sed import SEDModel, SegmentModel, SegmentOutput
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class BatchScores(NamedTuple):
     member_frames: np.ndarray | None = None
 
 
-class Costs:
+class CostMeter:
     """What was spent on what: `READING`, `FRONT_END`, and members by name.
 
     seconds: of a thread's work, or of a GPU's; sound: how many seconds of it that was for.
@@ -102,12 +102,12 @@ class Costs:
         """
         with self._lock:
             spent = sum(self.seconds.values())
-            wanted = sum(
+            options = sum(
                 self.seconds[name] / self.sound[name]
                 for name in (READING, FRONT_END, *members)
                 if self.sound[name]
             )
-        return passed * wanted / spent if spent else 0.0
+        return passed * options / spent if spent else 0.0
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Ensemble:
         self,
         members: Sequence[Member],
         device: torch.device | str = "cpu",
-        listening: Listening = SEGMENT_BY_SEGMENT,
+        listening: WindowConfig = SINGLE_SEGMENT,
     ) -> None:
         require(len(members) > 0, "an ensemble needs at least one member")
         for member in members[1:]:
@@ -142,7 +142,7 @@ class Ensemble:
         self.device = torch.device(device)
         self.members = list(members)
         self.listening = listening
-        self.costs = Costs()
+        self.costs = CostMeter()
         batch = CPU_BATCH if self.device.type == "cpu" else CUDA_BATCH
         self.batch_windows = max(1, batch // listening.window_segments)
         self.mixes_sounds = self.device.type != "cpu"  # within a batch, see `inference`
@@ -161,11 +161,11 @@ class Ensemble:
         """Return how many batches are scored at once."""
         return sum(lane.n_threads for lane in self.lanes)
 
-    def of_members(self, members: Sequence[Member]) -> Ensemble:
+    def for_members(self, members: Sequence[Member]) -> Ensemble:
         """Return an ensemble of some of the members."""
         return Ensemble(members, self.device, self.listening)
 
-    def hearing(self, listening: Listening) -> Ensemble:
+    def hearing(self, listening: WindowConfig) -> Ensemble:
         """Return the same members that hear otherwise; exports are for one way of hearing."""
         if listening == self.listening:
             return self
@@ -198,7 +198,7 @@ class Ensemble:
             run = OnnxDetector(member.export)
             return lambda log_mel, outputs: run(log_mel.numpy(), outputs)
         model = member.model if number == 0 else copy.deepcopy(member.model)
-        detector = SegmentDetector(model.to(device).eval(), self.listening)
+        detector = SegmentModel(model.to(device).eval(), self.listening)
 
         def detect(log_mel: Tensor, outputs: Sequence[str]) -> list[np.ndarray]:
             with exact_float32(device):  # TF32 is off by 3e-3 in probability
@@ -207,7 +207,7 @@ class Ensemble:
 
         return detect
 
-    def score_batch(
+    def predict_batch(
         self,
         lane: Lane,
         waveforms: Mapping[int, np.ndarray],
@@ -282,7 +282,7 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_member(folder: Path, listening: Listening = SEGMENT_BY_SEGMENT) -> Member:
+def load_member(folder: Path, listening: WindowConfig = SINGLE_SEGMENT) -> Member:
     """Load the checkpoint in ``folder``, with its export where it can be used."""
     model, checkpoint = load_model(folder)
     return Member(checkpoint.name, model, checkpoint, find_export(folder, checkpoint, listening))
@@ -291,7 +291,7 @@ def load_member(folder: Path, listening: Listening = SEGMENT_BY_SEGMENT) -> Memb
 def load_ensemble(
     folders: Sequence[Path],
     device: torch.device | str = "cpu",
-    listening: Listening = SEGMENT_BY_SEGMENT,
+    listening: WindowConfig = SINGLE_SEGMENT,
 ) -> Ensemble:
     """Load the checkpoints in ``folders`` as one ensemble; their classes must agree."""
     return Ensemble([load_member(folder, listening) for folder in folders], device, listening)

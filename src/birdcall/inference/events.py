@@ -16,7 +16,7 @@ from birdcall.inference.decision import (
     make_voters,
     pass_thresholds,
 )
-from birdcall.inference.engine import Piece, SegmentScores
+from birdcall.inference.engine import Piece, SegmentPredictions
 from birdcall.inference.tables import Event, merge_events
 from birdcall.inference.windows import FRAME_SECONDS, FRAMES_PER_SEGMENT
 
@@ -164,7 +164,9 @@ class RecordingDetector:
         return merge_events(events, max_gap_seconds=MAX_GAP_SECONDS)
 
 
-def detect_events(scores: SegmentScores, decision: Decision, classes: Sequence[str]) -> list[Event]:
+def detect_events(
+    scores: SegmentPredictions, decision: Decision, classes: Sequence[str]
+) -> list[Event]:
     """Return the events of a recording that was heard at once; see `RecordingDetector`."""
     detector = RecordingDetector(decision, classes)
     detector.add(Piece(scores.clipwise, scores.framewise, scores.frames, None))

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from birdcall.audio.frontend import LogMel
 from birdcall.config import require_choice
-from birdcall.inference.windows import SEGMENT_BY_SEGMENT, Listening
+from birdcall.inference.windows import SINGLE_SEGMENT, WindowConfig
 from birdcall.models.checkpoint import Checkpoint, load_model
 from birdcall.models.onnx import describe_export, open_session
-from birdcall.models.sed import SEDModel, SegmentDetector, SegmentOutput
+from birdcall.models.sed import SEDModel, SegmentModel, SegmentOutput
 from birdcall.storage.files import atomic_path
 
 SOURCES = ("log_mel", "waveform")
@@ -32,7 +32,7 @@ class ExportError(ValueError):
 def export_onnx(
     folder: Path,
     path: Path,
-    listening: Listening = SEGMENT_BY_SEGMENT,
+    listening: WindowConfig = SINGLE_SEGMENT,
     source: str = "log_mel",
 ) -> float:
     """Write the checkpoint in ``folder`` to ``path``; return by how much it differs from torch.
@@ -58,7 +58,7 @@ def export_onnx(
             about=describe_export(checkpoint, listening, source),
             source=source,
         )
-        difference = _compare(SegmentDetector(model, listening), inputs, temporary, source)
+        difference = _compare(SegmentModel(model, listening), inputs, temporary, source)
         if not difference <= TOLERANCE:  # NaN too
             raise ExportError(
                 f"{folder}: ONNX Runtime's probabilities differ from torch's by {difference:.2g}, "
@@ -71,12 +71,12 @@ class _Exported(nn.Module):
     """A detector, behind its front end's twin by convolution where waveforms go in."""
 
     def __init__(
-        self, model: SEDModel, checkpoint: Checkpoint, listening: Listening, source: str
+        self, model: SEDModel, checkpoint: Checkpoint, listening: WindowConfig, source: str
     ) -> None:
         super().__init__()
         twin = replace(checkpoint.experiment.frontend, implementation="conv")
         self.frontend = LogMel(twin) if source == "waveform" else nn.Identity()
-        self.detector = SegmentDetector(model, listening)
+        self.detector = SegmentModel(model, listening)
 
     def forward(self, windows: Tensor) -> SegmentOutput:
         return self.detector(self.frontend(windows))
@@ -105,7 +105,7 @@ def _write(
     program.save(path)
 
 
-def _compare(detector: SegmentDetector, inputs: Tensor, path: Path, source: str) -> float:
+def _compare(detector: SegmentModel, inputs: Tensor, path: Path, source: str) -> float:
     """Return the largest difference between torch's outputs and ONNX Runtime's, on all probes."""
     expected_input = inputs
     if source == "waveform":
@@ -123,7 +123,7 @@ def _compare(detector: SegmentDetector, inputs: Tensor, path: Path, source: str)
     return float(np.max(differences))  # NaN if any is
 
 
-def probe_windows(rate: int, listening: Listening = SEGMENT_BY_SEGMENT) -> Tensor:
+def probe_windows(rate: int, listening: WindowConfig = SINGLE_SEGMENT) -> Tensor:
     """Return ``(N_PROBES, samples)`` of noise, tones, clicks and silence, loud and quiet."""
     generator = torch.Generator().manual_seed(0)
     n_samples = listening.window_samples(rate)

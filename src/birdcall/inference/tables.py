@@ -326,8 +326,8 @@ def read_raven_table(path: Path, label_column: str | None = None) -> list[Event]
     confidence, where there is none, is 1. Raven saves a selection once per view (waveform and
     spectrogram): the first is taken. Raises ``ValueError`` naming the line of a bad one.
     """
-    wanted = ("Selection", "Begin Time (s)", "End Time (s)")
-    frame = read_table(path, [*wanted, label_column] if label_column else wanted, delimiter="\t")
+    options = ("Selection", "Begin Time (s)", "End Time (s)")
+    frame = read_table(path, [*options, label_column] if label_column else options, delimiter="\t")
     labels = [name for name in RAVEN_LABEL_COLUMNS if name in frame.columns]
     if not (label_column or labels):
         raise ValueError(

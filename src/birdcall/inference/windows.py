@@ -20,7 +20,7 @@ Sound = Callable[[Sequence[int]], Waveforms | Iterator[Waveforms]]
 
 
 @dataclass(frozen=True)
-class Listening:
+class WindowConfig:
     """How much a model hears at once: so many segments, and some sound on either side of them.
 
     The sound beside them is context: the model hears it, its frames are not scored. Beyond the
@@ -43,7 +43,7 @@ class Listening:
         )
 
     @property
-    def is_plain(self) -> bool:
+    def is_single_segment(self) -> bool:
         """Say whether a window is one segment and nothing else."""
         return self.window_segments == 1 and self.context_seconds == 0
 
@@ -60,7 +60,7 @@ class Listening:
         return round(self.window_seconds * sample_rate)
 
 
-SEGMENT_BY_SEGMENT = Listening()
+SINGLE_SEGMENT = WindowConfig()
 
 
 class Window(NamedTuple):
@@ -82,7 +82,7 @@ def count_segments(n_samples: int, sample_rate: int) -> int:
 
 
 def cut_windows(
-    sound: Waveforms | Iterator[Waveforms], listening: Listening = SEGMENT_BY_SEGMENT
+    sound: Waveforms | Iterator[Waveforms], listening: WindowConfig = SINGLE_SEGMENT
 ) -> Iterator[Window | End]:
     """Yield the windows of a sound, the last one padded with zeros, and its end.
 
@@ -111,7 +111,7 @@ def cut_windows(
 class _Buffer:
     """What has been read at one sample rate and is still to be heard."""
 
-    def __init__(self, sample_rate: int, listening: Listening) -> None:
+    def __init__(self, sample_rate: int, listening: WindowConfig) -> None:
         self.n_window = listening.window_samples(sample_rate)
         self.n_hop = listening.window_segments * SEGMENT_SECONDS * sample_rate
         self.n_added = self.n_taken = 0  # samples, windows

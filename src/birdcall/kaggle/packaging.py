@@ -192,7 +192,7 @@ def _write_json(path: Path, values: Mapping[str, object]) -> None:
     write_atomically(path, json.dumps(values, indent=1) + "\n")
 
 
-def rehearse(build: Path, data: Path, submission: Path) -> str:
+def dry_run_submission(build: Path, data: Path, submission: Path) -> str:
     """Run the staged kernel on ``data`` as Kaggle would, keep its submission, return its log.
 
     ``ValueError`` holds the end of the log if it fails, or says that its submission is not valid or
@@ -380,7 +380,7 @@ def _copy_noise(files: Sequence[Path], target: Path) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def rehearse_training(
+def dry_run_training(
     build: Path, data: Path, output: Path, second_seconds: float = SECOND_SESSION_SECONDS
 ) -> str:
     """Run two sessions of the staged kernel on ``data`` as Kaggle would; return their log.

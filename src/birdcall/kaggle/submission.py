@@ -16,8 +16,8 @@ import pandas as pd
 from birdcall.audio.reading import AudioError, probe_audio
 from birdcall.config import NOCALL, SEGMENT_SECONDS, require
 from birdcall.inference.decision import Decision, decide, decide_recordings, label_rows
-from birdcall.inference.engine import SegmentScores, open_recording, score_sounds
-from birdcall.inference.ensemble import Costs, Ensemble, MemberError
+from birdcall.inference.engine import SegmentPredictions, open_recording, predict_audio
+from birdcall.inference.ensemble import CostMeter, Ensemble, MemberError
 from birdcall.inference.tables import write_submission
 from birdcall.kaggle.test_set import find_audio, find_test_audio_folder, read_test_rows
 from birdcall.storage.files import write_atomically
@@ -69,7 +69,7 @@ def write_nocall(data: Path, submission: Path) -> pd.DataFrame:
     return rows
 
 
-def write_predictions(
+def predict_test_set(
     data: Path,
     ensemble: Ensemble,
     decision: Decision,
@@ -131,7 +131,7 @@ def label_rows_of(
             others = [one for one in ensemble.members if one.name != error.member]
             if not others:
                 raise
-            ensemble = ensemble.of_members(others)
+            ensemble = ensemble.for_members(others)
     run.give_up()
     labels = [run.labels[row_id] for row_id in rows["row_id"]]
     n_birds = Counter(0 if text == NOCALL else len(text.split()) for text in labels)
@@ -166,14 +166,14 @@ class _Run:
         """Label what is left; after a MemberError it can be called again, with others."""
         sounds = {name: open_recording(path) for name, path in self.left.items()}
         names = [member.name for member in ensemble.members]
-        n_heard = {}
+        n_used = {}
 
-        def choose_members(name: str) -> int:
-            n_heard[name] = self.budget.choose_members(ensemble.costs, names, list(self.left))
-            return n_heard[name]
+        def choose_n_members(name: str) -> int:
+            n_used[name] = self.budget.choose_n_members(ensemble.costs, names, list(self.left))
+            return n_used[name]
 
         began = time.perf_counter()
-        for name, scores in score_sounds(ensemble, sounds, choose_members, with_frames=False):
+        for name, scores in predict_audio(ensemble, sounds, choose_n_members, with_frames=False):
             if isinstance(scores, AudioError):
                 logger.warning("%s; its rows say nocall", scores)
                 self.failed.append(name)
@@ -184,12 +184,12 @@ class _Run:
                 )
                 self.labels.update(zip(rows["row_id"], decided, strict=True))
                 self.audio_seconds += scores.seconds
-                self.heard_by.update(names[: n_heard[name]])
+                self.heard_by.update(names[: n_used[name]])
                 now = time.perf_counter()
                 logger.info(
                     "%s: %.0f s, %d of %d rows with birds, %d members, %.0f x real time",
                     name, scores.seconds, sum(text != NOCALL for text in decided), len(rows),
-                    n_heard[name], scores.seconds / max(now - began, 1e-9),
+                    n_used[name], scores.seconds / max(now - began, 1e-9),
                 )  # fmt: skip
                 began = now
             del self.left[name]
@@ -221,17 +221,19 @@ class Budget:
         self.began = clock()
         self.lengths = {} if seconds is None else {n: _seconds_of(p) for n, p in paths.items()}
 
-    def choose_members(self, costs: Costs, members: Sequence[str], left: Sequence[str]) -> int:
+    def choose_n_members(
+        self, costs: CostMeter, members: Sequence[str], left: Sequence[str]
+    ) -> int:
         """Return how many members hear the next recording; ``left``: it and all not finished."""
         if self.seconds is None:
             return len(members)
         passed = self.clock() - self.began
         if passed >= self.seconds:
             return 0
-        wanted = sum(self.lengths[name] for name in left)
+        options = sum(self.lengths[name] for name in left)
         allowed = SAFE_SHARE * (self.seconds - passed)
         n_members = len(members)
-        while n_members > 1 and costs.estimate(members[:n_members], passed) * wanted > allowed:
+        while n_members > 1 and costs.estimate(members[:n_members], passed) * options > allowed:
             n_members -= 1
         return n_members
 
@@ -267,7 +269,7 @@ def _find_recordings(
 
 
 def label_recording(
-    scores: SegmentScores,
+    scores: SegmentPredictions,
     seconds: Sequence[float],
     decision: Decision,
     classes: Sequence[str],

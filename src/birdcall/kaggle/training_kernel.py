@@ -139,10 +139,10 @@ def training_command(
     n_gpus: int,
 ) -> list[str]:
     """Return the one command line that trains, by torchrun where there are several GPUs."""
-    processes = max(1, n_gpus)
+    n_processes = max(1, n_gpus)
     launch = [sys.executable, "-m"]
-    if processes > 1:
-        launch += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+    if n_processes > 1:
+        launch += ["torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}", "-m"]
     options: dict[str, object] = {
         "--data": data,
         "--experiment": settings.experiment,
@@ -150,7 +150,7 @@ def training_command(
         "--output": output,
         "--folds": package / FOLDS_FILE,
         "--noise": package / NOISE_FOLDER,
-        "--workers": -(-settings.workers // processes),
+        "--workers": -(-settings.workers // n_processes),
         "--time-limit": f"{seconds:.1f}",
     }
     if settings.init is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from birdcall.inference.windows import Listening
+from birdcall.inference.windows import WindowConfig
 from birdcall.models.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ METADATA_KEY = "birdcall"
 
 
 class OnnxDetector:
-    """What `models.SegmentDetector` is, on the CPU: log-mels in, segments' probabilities out.
+    """What `models.SegmentModel` is, on the CPU: log-mels in, segments' probabilities out.
 
     It runs on the caller's thread alone; several threads may call it at once.
     """
@@ -54,7 +54,7 @@ def open_session(path: Path) -> Any:
         raise ValueError(f"{path}: not a model that ONNX Runtime reads: {error}") from error
 
 
-def describe_export(checkpoint: Checkpoint, listening: Listening, source: str) -> dict[str, str]:
+def describe_export(checkpoint: Checkpoint, listening: WindowConfig, source: str) -> dict[str, str]:
     """Return what an exported file says of itself, as ONNX wants it: text by key.
 
     ``source`` is what goes in: log_mel or waveform.
@@ -70,7 +70,7 @@ def describe_export(checkpoint: Checkpoint, listening: Listening, source: str) -
     return {METADATA_KEY: json.dumps(about)}
 
 
-def find_export(folder: Path, checkpoint: Checkpoint, listening: Listening) -> Path | None:
+def find_export(folder: Path, checkpoint: Checkpoint, listening: WindowConfig) -> Path | None:
     """Return the checkpoint's exported model, if it is of these weights and this listening."""
     path = folder / ONNX_FILE
     if not path.is_file() or not is_onnx_installed():

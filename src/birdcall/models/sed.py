@@ -13,10 +13,10 @@ from torch.nn import functional
 
 from birdcall.audio.frontend import LogMel
 from birdcall.config import Experiment, FrontendConfig, ModelConfig
-from birdcall.inference.windows import FRAMES_PER_SEGMENT, SEGMENT_BY_SEGMENT, Listening
+from birdcall.inference.windows import FRAMES_PER_SEGMENT, SINGLE_SEGMENT, WindowConfig
 from birdcall.models.backbones import PANNS
 
-LEAST_FRAMES = 32  # the stride of nearly every backbone: one frame comes out of them
+MIN_FRAMES = 32  # the stride of nearly every backbone: one frame comes out of them
 
 
 class SEDOutput(NamedTuple):
@@ -230,7 +230,7 @@ class SEDModel(nn.Module):
     def embed(self, log_mel: Tensor) -> Tensor:
         """Return the projected backbone features ``(batch, temporal_size, frames)``."""
         normed = self.mel_norm(log_mel.transpose(1, 3)).transpose(1, 3)
-        normed = lengthen(normed).contiguous(memory_format=self.memory_format)
+        normed = pad_frames(normed).contiguous(memory_format=self.memory_format)
         features = self.pooling(self.backbone.forward_features(normed))
         # A little context for every frame (1st place, after PANNs).
         features = functional.max_pool1d(features, 3, 1, 1) + functional.avg_pool1d(
@@ -253,27 +253,29 @@ class SegmentOutput(NamedTuple):
     embedding: Tensor
 
 
-class SegmentDetector(nn.Module):
+class SegmentModel(nn.Module):
     """A model that hears windows as ``listening`` says, and answers by segments.
 
     log_mel ``(windows, channels, frames, n_mels)`` → `SegmentOutput`. The network hears the whole
     window; the head pools each segment's own frames, so that a bird of the next one is not in it.
     """
 
-    def __init__(self, model: SEDModel, listening: Listening = SEGMENT_BY_SEGMENT) -> None:
+    def __init__(self, model: SEDModel, listening: WindowConfig = SINGLE_SEGMENT) -> None:
         super().__init__()
         self.model, self.listening = model, listening
 
     def forward(self, log_mel: Tensor) -> SegmentOutput:
         n_segments, context = self.listening.window_segments, self.listening.context_frames
         features = self.model.features(log_mel)
-        if not self.listening.is_plain:
+        if not self.listening.is_single_segment:
             n_frames = n_segments * FRAMES_PER_SEGMENT
-            fine = stretch(features, n_frames + 2 * context)[..., context : context + n_frames]
+            fine = resample_frames(features, n_frames + 2 * context)[
+                ..., context : context + n_frames
+            ]
             parts = fine.unflatten(2, (n_segments, FRAMES_PER_SEGMENT))
             features = parts.transpose(1, 2).flatten(0, 1)
         clipwise, framewise = self.model.head(features)
-        frames = stretch(framewise, FRAMES_PER_SEGMENT).unflatten(0, (-1, n_segments))
+        frames = resample_frames(framewise, FRAMES_PER_SEGMENT).unflatten(0, (-1, n_segments))
         return SegmentOutput(
             clipwise.unflatten(0, (-1, n_segments)),
             framewise.amax(dim=2).unflatten(0, (-1, n_segments)),
@@ -282,7 +284,7 @@ class SegmentDetector(nn.Module):
         )
 
 
-def stretch(frames: Tensor, n_frames: int) -> Tensor:
+def resample_frames(frames: Tensor, n_frames: int) -> Tensor:
     """Repeat or leave out frames ``(…, frames)``, evenly, so that there are ``n_frames``."""
     n_given = frames.shape[-1]
     if n_given == n_frames:
@@ -290,12 +292,12 @@ def stretch(frames: Tensor, n_frames: int) -> Tensor:
     return frames[..., torch.arange(n_frames, device=frames.device) * n_given // n_frames]
 
 
-def lengthen(image: Tensor) -> Tensor:
-    """Repeat the last frame of ``image`` (batch, channels, frames, mels) up to ``LEAST_FRAMES``.
+def pad_frames(image: Tensor) -> Tensor:
+    """Repeat the last frame of ``image`` (batch, channels, frames, mels) up to ``MIN_FRAMES``.
 
     Shorter images vanish in backbones that round down when they halve, such as DenseNet.
     """
-    missing = LEAST_FRAMES - image.shape[2]
+    missing = MIN_FRAMES - image.shape[2]
     if missing <= 0:
         return image
     return torch.cat((image, image[:, :, -1:].expand(-1, -1, missing, -1)), dim=2)
@@ -372,7 +374,7 @@ def _count_features(backbone: nn.Module, name: str, frontend: FrontendConfig) ->
     shapes = []
     was_training = backbone.training
     backbone.eval()
-    for n_frames in (LEAST_FRAMES, 4 * LEAST_FRAMES):
+    for n_frames in (MIN_FRAMES, 4 * MIN_FRAMES):
         image = torch.zeros(1, len(frontend.features), n_frames, frontend.n_mels)
         try:
             with torch.no_grad():

@@ -160,7 +160,7 @@ def _centre_gradient(backbone: nn.Module, image: Tensor) -> Tensor:
 def shortest_stretch(energy: Tensor, share: float = ENERGY_SHARE) -> int:
     """Return the length of the shortest stretch of ``energy`` (n,) that holds ``share`` of it."""
     total = torch.cat((torch.zeros(1, dtype=torch.float64), energy.double().cumsum(0)))
-    wanted = share * total[-1] * (1 - 1e-9)  # sums round
-    ends = torch.searchsorted(total, total + wanted)
+    options = share * total[-1] * (1 - 1e-9)  # sums round
+    ends = torch.searchsorted(total, total + options)
     starts = torch.arange(len(total))
     return int((ends - starts)[ends < len(total)].min())

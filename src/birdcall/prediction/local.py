@@ -45,7 +45,7 @@ from birdcall.models.onnx import is_onnx_installed
 from birdcall.report.html import fitting_name
 from birdcall.report.soundscape import (
     INDEX_FILE,
-    Viewer,
+    SoundscapePageWriter,
     n_parts_of,
     page_names,
     write_index,
@@ -81,7 +81,7 @@ class Recording:
 
 
 @dataclass(frozen=True)
-class Detected:
+class RecordingResult:
     """What was found in a recording, or why it could not be heard (``reason``)."""
 
     seconds: float
@@ -93,13 +93,13 @@ class Detected:
         return {"seconds": self.seconds, "events": events, "reason": self.reason}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Detected:
+    def from_json(cls, values: Mapping[str, Any]) -> RecordingResult:
         events = tuple(Event(*event) for event in values["events"])
         return cls(float(values["seconds"]), events, str(values["reason"]))
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ResultOptions:
     """What of the events is written, and how.
 
     species: ebird codes, none for all. embeddings: also the networks' features of each segment.
@@ -200,7 +200,7 @@ def detect_recordings(
     embeddings: Path | None = None,
     advance: Callable[[float], object] = _ignore,
     view: Path | None = None,
-) -> Iterator[tuple[Recording, Detected]]:
+) -> Iterator[tuple[Recording, RecordingResult]]:
     """Yield what is found in each recording, in order; one that does not decode has a reason.
 
     ``embeddings``: a folder for a Parquet file of each recording; ``view``: one for its pages.
@@ -212,7 +212,7 @@ def detect_recordings(
     extra += ["embedding"] if embeddings is not None else []
     extra += [MEMBER_FRAMES] if view is not None else []
     names = tuple(member.name for member in ensemble.members)
-    viewer = view and Viewer(view, decision, ensemble.classes, names)
+    page_writer = view and SoundscapePageWriter(view, decision, ensemble.classes, names)
     detector = RecordingDetector(decision, ensemble.classes)
     writer: _EmbeddingWriter | None = None
     with ExitStack() as stack:
@@ -221,8 +221,8 @@ def detect_recordings(
         for name, item in heard:
             if isinstance(item, Piece):
                 detector.add(item)
-                if viewer:
-                    viewer.add(item)
+                if page_writer:
+                    page_writer.add(item)
                 if embeddings is not None:
                     if writer is None:
                         path = inside(embeddings, fitting_name(name, ".parquet"))
@@ -231,13 +231,13 @@ def detect_recordings(
                 advance(item.clipwise.shape[1] * float(SEGMENT_SECONDS))
                 continue
             if isinstance(item, End):
-                detected = Detected(item.seconds, tuple(detector.finish(item.seconds)))
+                detected = RecordingResult(item.seconds, tuple(detector.finish(item.seconds)))
                 if writer is not None:
                     writer.flush()
-                if viewer:
+                if page_writer:
                     path = by_name[name].path
                     labels = _labels_beside(path)
-                    viewer.finish(
+                    page_writer.finish(
                         name,
                         path,
                         seconds=item.seconds,
@@ -246,11 +246,11 @@ def detect_recordings(
                         truth=labels,
                     )
             else:
-                detected = Detected(0.0, reason=item.reason)
+                detected = RecordingResult(0.0, reason=item.reason)
                 if writer is not None:
                     writer.give_up()
-                if viewer:
-                    viewer.forget()
+                if page_writer:
+                    page_writer.forget()
             open_file.close()
             detector, writer = RecordingDetector(decision, ensemble.classes), None
             yield by_name[name], detected
@@ -313,27 +313,27 @@ class _EmbeddingWriter:
             self.path.unlink(missing_ok=True)
 
 
-def fingerprint_of(package: Path, wanted: Wanted, device: str) -> str:
+def fingerprint_of(package: Path, options: ResultOptions, device: str) -> str:
     """Return what results depend on beside the recordings: code, weights, decision, runtime."""
     manifest = (package / MANIFEST_FILE).read_text(encoding="utf-8")
     onnx_version = version("onnxruntime") if is_onnx_installed() else None
-    made = [wanted.embeddings, wanted.view]
+    made = [options.embeddings, options.view]
     return digest(json.dumps([manifest, *made, device, version("torch"), onnx_version]))
 
 
 def predict_recordings(
     recordings: Sequence[Recording],
     journal: Journal,
-    listen: Callable[[Sequence[Recording]], Iterator[tuple[Recording, Detected]]],
+    listen: Callable[[Sequence[Recording]], Iterator[tuple[Recording, RecordingResult]]],
     output: Path,
-    wanted: Wanted,
+    options: ResultOptions,
 ) -> str:
     """Hear what the journal does not have yet, then write all that is wanted; return a summary.
 
     ``listen`` yields what is found in the recordings given to it, in any order.
     """
-    view = output / VIEW_FOLDER if wanted.view else None
-    states = {one: state_of(one, wanted.view) for one in recordings}  # before they are heard
+    view = output / VIEW_FOLDER if options.view else None
+    states = {one: state_of(one, options.view) for one in recordings}  # before they are heard
     left = [one for one in recordings if not _is_finished(one, journal.find(states[one]), view)]
     if len(left) < len(recordings):
         logger.info("%d recordings were finished before", len(recordings) - len(left))
@@ -342,8 +342,8 @@ def predict_recordings(
             if detected.reason:
                 logger.warning("%s: %s", recording.path, detected.reason)
             journal.add(states[recording], detected.to_json())
-    found = {one: Detected.from_json(journal.find(states[one])) for one in recordings}
-    return write_results(found, output, wanted)
+    found = {one: RecordingResult.from_json(journal.find(states[one])) for one in recordings}
+    return write_results(found, output, options)
 
 
 def _is_finished(recording: Recording, value: dict[str, Any] | None, view: Path | None) -> bool:
@@ -353,14 +353,14 @@ def _is_finished(recording: Recording, value: dict[str, Any] | None, view: Path 
     return (view / page_names(recording.name, n_parts_of(value["seconds"]))[0]).is_file()
 
 
-def listen_here(
-    ensemble: Ensemble, decision: Decision, output: Path, wanted: Wanted, progress: bool
-) -> Callable[[Sequence[Recording]], Iterator[tuple[Recording, Detected]]]:
+def predict_locally(
+    ensemble: Ensemble, decision: Decision, output: Path, options: ResultOptions, progress: bool
+) -> Callable[[Sequence[Recording]], Iterator[tuple[Recording, RecordingResult]]]:
     """Return a ``listen`` for this machine, with a bar: x real time and the time left."""
-    embeddings = output / "embeddings" if wanted.embeddings else None
-    view = output / VIEW_FOLDER if wanted.view else None
+    embeddings = output / "embeddings" if options.embeddings else None
+    view = output / VIEW_FOLDER if options.view else None
 
-    def listen(recordings: Sequence[Recording]) -> Iterator[tuple[Recording, Detected]]:
+    def listen(recordings: Sequence[Recording]) -> Iterator[tuple[Recording, RecordingResult]]:
         total = sum(map(_promised_seconds, recordings)) if progress else 0.0
         began, n_finished = time.monotonic(), 0
         with tqdm(total=total, disable=not total, bar_format=PROGRESS) as bar:
@@ -403,7 +403,9 @@ def _promised_seconds(recording: Recording) -> float:
 # --- writing --------------------------------------------------------------------------------------
 
 
-def write_results(found: Mapping[Recording, Detected], output: Path, wanted: Wanted) -> str:
+def write_results(
+    found: Mapping[Recording, RecordingResult], output: Path, options: ResultOptions
+) -> str:
     """Write tables of all recordings, files of each, and ``failed.csv``; return a summary."""
     names = {
         event.ebird_code: display_name(event.ebird_code)
@@ -411,35 +413,37 @@ def write_results(found: Mapping[Recording, Detected], output: Path, wanted: Wan
         for event in detected.events
     }
     heard = {one: detected for one, detected in found.items() if not detected.reason}
-    chosen = {one: wanted.choose(detected.events) for one, detected in heard.items()}
+    chosen = {one: options.choose(detected.events) for one, detected in heard.items()}
     detections = {str(one.path): events for one, events in chosen.items()}
     for name, write_table in TABLES.items():
-        if name in wanted.formats:
+        if name in options.formats:
             write_table(output / f"detections.{name}", detections, names)
     for recording, events in chosen.items():
         for name, suffix in PER_RECORDING.items():
-            if name not in wanted.formats:
+            if name not in options.formats:
                 continue
             path = inside(output / name, fitting_name(recording.name, suffix))
             if name == "raven":
                 write_raven_table(path, events, names)
             else:
                 write_audacity_labels(path, events)
-    if wanted.view:
+    if options.view:
         write_index(output / VIEW_FOLDER, "Recordings", _index_table(found))
     failed = {str(one.path): two.reason for one, two in found.items() if two.reason}
     write_failures(output / FAILED_FILE, failed)
     n_events = sum(map(len, chosen.values()))
     seconds = sum(detected.seconds for detected in heard.values())
-    tables = ", ".join(str(output / f"detections.{one}") for one in TABLES if one in wanted.formats)
+    tables = ", ".join(
+        str(output / f"detections.{one}") for one in TABLES if one in options.formats
+    )
     return (
         f"{tables or output}: {n_events} detections in {len(heard)} recordings of "
         f"{seconds / 60:.1f} min; {len(failed)} failed"
-        + (f"; look at {output / VIEW_FOLDER / INDEX_FILE}" if wanted.view else "")
+        + (f"; look at {output / VIEW_FOLDER / INDEX_FILE}" if options.view else "")
     )
 
 
-def _index_table(found: Mapping[Recording, Detected]) -> pd.DataFrame:
+def _index_table(found: Mapping[Recording, RecordingResult]) -> pd.DataFrame:
     """Return a row for each recording: its length, what is in it, or why it was not heard."""
     return pd.DataFrame(
         {

@@ -17,7 +17,7 @@ from birdcall.inference.decision import Decision
 from birdcall.inference.ensemble import Ensemble, default_device
 from birdcall.inference.tables import write_detections_parquet
 from birdcall.kaggle.kernel import open_package, require_all_members
-from birdcall.prediction.local import Detected, Recording, detect_recordings
+from birdcall.prediction.local import Recording, RecordingResult, detect_recordings
 from birdcall.storage.files import digest
 from birdcall.taxonomy import display_name
 
@@ -59,9 +59,9 @@ class Worker:
         return {"path": task["path"], "name": task["name"], "found": np.array(said, dtype=object)}
 
 
-def listen_on_cluster(
+def predict_on_ray(
     address: str, package: Path, output: Path, *, embeddings: bool, progress: bool
-) -> Callable[[Sequence[Recording]], Iterator[tuple[Recording, Detected]]]:
+) -> Callable[[Sequence[Recording]], Iterator[tuple[Recording, RecordingResult]]]:
     """Return a ``listen`` (see `predict_recordings`) that runs on the cluster at ``address``.
 
     ``package``, ``output`` and the recordings must lie where all workers see them. One worker per
@@ -75,7 +75,7 @@ def listen_on_cluster(
     except ImportError as error:
         raise ValueError(f"--ray needs more: {error}; pip install birdcall[ray]") from error
 
-    def listen(recordings: Sequence[Recording]) -> Iterator[tuple[Recording, Detected]]:
+    def listen(recordings: Sequence[Recording]) -> Iterator[tuple[Recording, RecordingResult]]:
         if not ray.is_initialized():
             _require_answer(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -85,7 +85,7 @@ def listen_on_cluster(
             run_tasks(rows, package, output, embeddings=embeddings),
             total=len(rows), disable=not progress, unit="recording",
         ):  # fmt: skip
-            yield by_name[said["name"]], Detected.from_json(json.loads(said["found"]))
+            yield by_name[said["name"]], RecordingResult.from_json(json.loads(said["found"]))
 
     return listen
 

@@ -72,7 +72,7 @@ def trace_stages(model: SEDModel, waveform: Tensor) -> list[Stage]:
     Backbones differ, so theirs is a stage wherever the size of the image changes.
     """
     backbone = _modules_of(model.backbone)
-    watched = backbone | {
+    preview = backbone | {
         "front end": model.frontend,
         "mel_norm": model.mel_norm,
         "pooling": model.pooling,
@@ -80,7 +80,7 @@ def trace_stages(model: SEDModel, waveform: Tensor) -> list[Stage]:
         "temporal": model.temporal,
     }
     was_training = model.training
-    with _recording(watched) as outputs, torch.inference_mode():
+    with _recording(preview) as outputs, torch.inference_mode():
         power = model.frontend.spectrogram(waveform)
         output = model.eval()(waveform)
     model.train(was_training)

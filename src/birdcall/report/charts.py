@@ -10,10 +10,10 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from birdcall.config import NOCALL
-from birdcall.data.augment import UNKNOWN
-from birdcall.evaluation.decision_search import THRESHOLDS, Choice
+from birdcall.data.augment import IGNORE_TARGET
+from birdcall.evaluation.decision_search import THRESHOLDS, DecisionSearchResult
 from birdcall.evaluation.metrics import reliability, row_f1_scores
-from birdcall.evaluation.predictions import HeldOutScores
+from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.evaluation.tables import PRIOR, SIMULATED, SNR_STEP_DB
 from birdcall.inference.decision import decide
 from birdcall.report.style import BLUE, COLORS, ORANGE
@@ -45,7 +45,7 @@ def _layout(figure: go.Figure, x: str, y: str, height: int = 380) -> go.Figure:
     return figure
 
 
-def chart_steps(choice: Choice) -> Chart:
+def chart_steps(choice: DecisionSearchResult) -> Chart:
     """Draw what each step of the choice would gain, with its standard error."""
     steps = choice.steps.iloc[1:]
     figure = go.Figure()
@@ -73,7 +73,7 @@ def chart_steps(choice: Choice) -> Chart:
     )
 
 
-def chart_thresholds(choice: Choice) -> Chart:
+def chart_thresholds(choice: DecisionSearchResult) -> Chart:
     """Draw weighted row-wise F1 over clip and frame threshold, with the chosen pair."""
     decision, values = choice.decision, list(THRESHOLDS)
     figure = go.Figure(
@@ -102,7 +102,7 @@ def chart_thresholds(choice: Choice) -> Chart:
     )
 
 
-def chart_threshold_curves(choice: Choice) -> Chart:
+def chart_threshold_curves(choice: DecisionSearchResult) -> Chart:
     """Draw row-wise F1 over one threshold, the other as chosen."""
     clip, frame = choice.place
     curves = {
@@ -142,7 +142,9 @@ def chart_threshold_curves(choice: Choice) -> Chart:
     )
 
 
-def chart_votes(scores: HeldOutScores, weights: np.ndarray, choice: Choice) -> Chart | None:
+def chart_votes(
+    scores: LabelledPredictions, weights: np.ndarray, choice: DecisionSearchResult
+) -> Chart | None:
     """Draw row-wise F1 over how many members must agree; None for a single one."""
     n_members = len(scores.member_names)
     if n_members < 2:
@@ -183,7 +185,7 @@ def chart_votes(scores: HeldOutScores, weights: np.ndarray, choice: Choice) -> C
 
 
 def vote_scores(
-    scores: HeldOutScores, weights: np.ndarray, choice: Choice
+    scores: LabelledPredictions, weights: np.ndarray, choice: DecisionSearchResult
 ) -> list[tuple[int, float]]:
     """Return for each number of votes the weighted row-wise F1 at the chosen thresholds."""
     n_members = len(scores.member_names)
@@ -247,7 +249,7 @@ def chart_reliability(
 
     scores, calibrated, targets: ``(recordings, classes)`` of held-out recordings.
     """
-    cells = (targets != UNKNOWN) & ~np.isnan(scores)
+    cells = (targets != IGNORE_TARGET) & ~np.isnan(scores)
     truth = targets[cells][:, None] > 0
     figure = go.Figure()
     figure.add_scatter(
@@ -326,7 +328,7 @@ def recording_confusions(
     """
     known = ~np.isnan(scores).any(axis=1)
     best, true = scores[known].argmax(axis=1), targets[known].argmax(axis=1)
-    is_wrong = (best != true) & (targets[known][np.arange(known.sum()), best] != UNKNOWN)
+    is_wrong = (best != true) & (targets[known][np.arange(known.sum()), best] != IGNORE_TARGET)
     return _count_pairs(true[is_wrong], best[is_wrong], classes, "recordings")
 
 

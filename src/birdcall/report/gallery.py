@@ -16,8 +16,8 @@ from birdcall.evaluation.tables import recall_over_snr
 from birdcall.report.architecture import plot_architecture
 from birdcall.report.plots import (
     SHOWN_SECONDS,
+    plot_pipeline,
     plot_recall_over_snr,
-    plot_road,
     plot_soundscape,
 )
 from birdcall.report.style import BLUE, GREY, ORANGE, save_figure, use_style
@@ -40,7 +40,7 @@ def write_figures(
     ``output``: of a data set; ``evaluation`` is asked once, and raises FileNotFoundError where
     nothing is trained yet.
     """
-    yield _write(plot_road(), folder / "road.svg")
+    yield _write(plot_pipeline(), folder / "road.svg")
     yield _write(plot_architecture(experiment, n_classes), folder / "architecture.svg")
     for name, plot in BENCHMARKS.items():
         table = output / "benchmark" / f"{name}.csv"
@@ -53,11 +53,13 @@ def write_figures(
     except FileNotFoundError as error:
         yield f"{error}; no snr.svg, no spectrogram.webp"
         return
-    choice = found.judgement.choice
+    choice = found.ensemble_decision.choice
     if choice is None:
         yield "no decision could be chosen on simulated soundscapes; no snr.svg"
     else:
-        levels = recall_over_snr(found.heard.events, found.judgement.simulated, choice.nested)
+        levels = recall_over_snr(
+            found.heard.events, found.ensemble_decision.simulated, choice.nested
+        )
         yield _write(plot_recall_over_snr(levels), folder / "snr.svg")
     if found.labelled is None:
         yield "there are no labelled soundscapes; no spectrogram.webp"

@@ -17,7 +17,7 @@ from birdcall.inference.engine import End, Piece, hear, open_recording
 from birdcall.inference.ensemble import MEMBER_FRAMES
 from birdcall.inference.events import RecordingDetector
 from birdcall.inference.tables import Event
-from birdcall.report.soundscape import Viewer
+from birdcall.report.soundscape import SoundscapePageWriter
 from birdcall.storage.files import inside
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def write_labelled_pages(
     ensemble = heard.ensemble
     sounds = {name: open_recording(labelled.paths[name]) for name in chosen}
     members = tuple(member.name for member in ensemble.members)
-    viewer = Viewer(
+    page_writer = SoundscapePageWriter(
         folder=folder,
         decision=evaluation.decision,
         classes=ensemble.classes,
@@ -87,7 +87,7 @@ def write_labelled_pages(
     with closing(hear(ensemble, sounds, ("frames", MEMBER_FRAMES))) as pieces:
         for name, item in pieces:
             if isinstance(item, Piece):
-                viewer.add(item)
+                page_writer.add(item)
                 detector.add(item)
                 continue
             if isinstance(item, End):
@@ -97,12 +97,12 @@ def write_labelled_pages(
                 # Names of recordings need not have a suffix: that of the file tells them apart.
                 page = f"{name}{path.suffix}"
                 inside(folder, page)
-                pages[name] = viewer.finish(
+                pages[name] = page_writer.finish(
                     page, path, seconds=item.seconds, decided=decided, labels=truth, truth=truth
                 )
             else:
                 logger.warning("%s; it has no page", item)
-                viewer.forget()
+                page_writer.forget()
             detector = RecordingDetector(evaluation.decision, ensemble.classes)
     return pages
 

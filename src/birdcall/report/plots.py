@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 
 from birdcall.audio.frontend import Spectrogram
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.evaluation.predictions import HeldOutScores
+from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.evaluation.tables import SNR_STEP_DB
 from birdcall.inference.decision import Decision, combine
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
@@ -45,7 +45,7 @@ def plot_recall_over_snr(table: pd.DataFrame) -> Figure:
 def plot_soundscape(
     waveform: np.ndarray,
     sample_rate: int,
-    scores: HeldOutScores,
+    scores: LabelledPredictions,
     recording: str,
     decision: Decision,
     frames: np.ndarray | None = None,
@@ -54,7 +54,7 @@ def plot_soundscape(
 
     frames: ``(classes, frames of the recording)``; without them each row has its highest.
     """
-    whole = scores.of_segments((scores.segments["recording"] == recording).to_numpy())
+    whole = scores.select((scores.segments["recording"] == recording).to_numpy())
     n_rows = min(len(whole.segments), SHOWN_SECONDS // SEGMENT_SECONDS)
     everything = np.zeros((len(whole.segments), whole.truth.shape[1]), dtype=bool)
     everything[whole.labelled] = whole.decide(decision)
@@ -208,7 +208,7 @@ WIDTH, HEIGHT = 1.0, 0.62
 COLUMN, ROW = 1.28, 1.0
 
 
-def plot_road() -> Figure:
+def plot_pipeline() -> Figure:
     """Draw `STEPS` as boxes, with arrows from step to step."""
     use_style()
     from matplotlib.figure import Figure

@@ -14,10 +14,10 @@ import numpy as np
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.evaluation.mistakes import (
     FALSE,
-    HeardMistake,
     Mistake,
+    PredictedMistake,
     find_mistakes,
-    hear_mistakes,
+    predict_mistakes,
 )
 from birdcall.evaluation.scoring import Evaluation
 from birdcall.evaluation.tables import LABELLED, recall_over_snr, wide_table
@@ -139,16 +139,20 @@ def _scores(evaluation: Evaluation) -> Iterator[str]:
 
 
 def _decision(evaluation: Evaluation, charts: list[Chart]) -> Iterator[str]:
-    judgement = evaluation.judgement
+    ensemble_decision = evaluation.ensemble_decision
     yield f"<p>{escape(describe_decision(evaluation))}.</p>"
-    if judgement.choice is None:
+    if ensemble_decision.choice is None:
         return
-    found = recall_over_snr(evaluation.heard.events, judgement.simulated, judgement.choice.nested)
+    found = recall_over_snr(
+        evaluation.heard.events, ensemble_decision.simulated, ensemble_decision.choice.nested
+    )
     for chart in (
-        chart_steps(judgement.choice),
-        chart_threshold_curves(judgement.choice),
-        chart_thresholds(judgement.choice),
-        chart_votes(judgement.simulated, judgement.weights, judgement.choice),
+        chart_steps(ensemble_decision.choice),
+        chart_threshold_curves(ensemble_decision.choice),
+        chart_thresholds(ensemble_decision.choice),
+        chart_votes(
+            ensemble_decision.simulated, ensemble_decision.weights, ensemble_decision.choice
+        ),
         chart_shares(evaluation.table),
         chart_recall_over_snr(found),
     ):
@@ -157,21 +161,21 @@ def _decision(evaluation: Evaluation, charts: list[Chart]) -> Iterator[str]:
 
 
 def _recordings(evaluation: Evaluation, charts: list[Chart]) -> Iterator[str]:
-    judgement = evaluation.judgement
-    if judgement.calibration is None:
+    ensemble_decision = evaluation.ensemble_decision
+    if ensemble_decision.calibration is None:
         return
-    clipwise, framewise = evaluation.heard.out_of_fold_for(judgement.experiments)
-    calibrated, _ = judgement.calibration.apply(clipwise, framewise)
+    clipwise, framewise = evaluation.heard.out_of_fold_for(ensemble_decision.experiments)
+    calibrated, _ = ensemble_decision.calibration.apply(clipwise, framewise)
     yield _place(chart_reliability(clipwise, calibrated, evaluation.targets), charts)
 
 
 def _confusions(evaluation: Evaluation, charts: list[Chart]) -> Iterator[str]:
-    judgement, classes = evaluation.judgement, evaluation.classes
-    clipwise, _ = evaluation.heard.out_of_fold_for(judgement.experiments)
+    ensemble_decision, classes = evaluation.ensemble_decision, evaluation.classes
+    clipwise, _ = evaluation.heard.out_of_fold_for(ensemble_decision.experiments)
     nothing = np.zeros((0, len(classes)), dtype=bool)
     truth, named = nothing, nothing
-    if judgement.choice is not None:
-        truth, named = judgement.simulated.labelled_truth, judgement.choice.nested
+    if ensemble_decision.choice is not None:
+        truth, named = ensemble_decision.simulated.labelled_truth, ensemble_decision.choice.nested
     pairs = join_confusions(
         recording_confusions(clipwise, evaluation.targets, classes),
         row_confusions(truth, named, classes),
@@ -240,7 +244,7 @@ def _place(chart: Chart, charts: list[Chart]) -> str:
 def _mistakes(evaluation: Evaluation) -> Iterator[str]:
     found = find_mistakes(evaluation)
     groups: dict[tuple[str, str], list[str]] = {}
-    for number, heard in enumerate(hear_mistakes(evaluation, found)):
+    for number, heard in enumerate(predict_mistakes(evaluation, found)):
         key = heard.mistake.sound, heard.mistake.kind
         groups.setdefault(key, []).append(_card(number, heard))
     if found:
@@ -254,7 +258,7 @@ def _mistakes(evaluation: Evaluation) -> Iterator[str]:
         yield "</div>"
 
 
-def _card(number: int, heard: HeardMistake) -> str:
+def _card(number: int, heard: PredictedMistake) -> str:
     mistake = heard.mistake
     name = display_name(mistake.ebird_code)
     place = (
@@ -294,7 +298,7 @@ def _say_score(mistake: Mistake) -> str:
     return f"missed, {mistake.score:.0f} dB above the noise of its band"
 
 
-def _curve(heard: HeardMistake, place: int, code: str) -> str:
+def _curve(heard: PredictedMistake, place: int, code: str) -> str:
     """Draw the framewise output of one species as SVG, with when it sings."""
     mistake = heard.mistake
     bars = "".join(

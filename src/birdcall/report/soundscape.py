@@ -281,7 +281,7 @@ def _body(title: str, data: dict[str, object], links: Sequence[str], reason: str
 
 
 @dataclass
-class Viewer:
+class SoundscapePageWriter:
     """Writes the pages of recordings as they are heard, and at the end the page of all of them."""
 
     folder: Path

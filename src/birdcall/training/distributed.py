@@ -17,7 +17,7 @@ TIMEOUT = timedelta(minutes=30)  # one process may read slower than another
 
 
 @dataclass(frozen=True)
-class Processes:
+class DistributedContext:
     """This process among those that train together; alone where nobody started others."""
 
     rank: int = 0
@@ -60,11 +60,11 @@ class Processes:
             dist.barrier()
 
 
-ALONE = Processes()
+SINGLE_PROCESS = DistributedContext()
 
 
 @contextmanager
-def joined_processes(device: torch.device) -> Iterator[tuple[Processes, torch.device]]:
+def distributed_context(device: torch.device) -> Iterator[tuple[DistributedContext, torch.device]]:
     """Join the processes that torchrun has started; yields them and this one's device.
 
     ``torchrun --nproc_per_node=2 -m birdcall train …`` sets RANK, LOCAL_RANK and WORLD_SIZE. GPUs
@@ -72,14 +72,14 @@ def joined_processes(device: torch.device) -> Iterator[tuple[Processes, torch.de
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
-        yield ALONE, device
+        yield SINGLE_PROCESS, device
         return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
-        yield Processes(dist.get_rank(), world_size), device
+        yield DistributedContext(dist.get_rank(), world_size), device
     finally:
         dist.destroy_process_group()
 
@@ -131,7 +131,7 @@ class _SharedBatchNorm(_BatchNorm):
         self.running_var.lerp_(variance, share)
 
 
-def share_batch_norm(model: nn.Module) -> None:
+def convert_sync_batch_norm(model: nn.Module) -> None:
     """Let the batch normalisations of ``model`` see the whole batch; names of weights stay."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from birdcall.data.augment import UNKNOWN
+from birdcall.data.augment import IGNORE_TARGET
 from birdcall.models.sed import SEDOutput
 from birdcall.storage.files import write_atomically
 
@@ -118,7 +118,7 @@ N_NAMED = 3  # predictions of a clip
 DOTS_PER_INCH = 80
 
 
-class Watched(NamedTuple):
+class BatchPreview(NamedTuple):
     """A batch as it was learned from.
 
     log_mel: ``(batch, channels, frames, n_mels)``, after mixing, noise and masks; target ``(batch,
@@ -134,14 +134,14 @@ class Watched(NamedTuple):
     @classmethod
     def of(
         cls, log_mel: Tensor, target: Tensor, output: SEDOutput, recordings: tuple[str, ...]
-    ) -> Watched:
+    ) -> BatchPreview:
         """Keep the first clips of a batch, on the CPU and without their graph."""
         parts = (log_mel, target, output.clipwise)
         kept = [part[:N_CLIPS].detach().float().cpu() for part in parts]
         return cls(*kept, recordings[:N_CLIPS])
 
 
-def is_drawn(epoch: int) -> bool:
+def is_previewed(epoch: int) -> bool:
     """Say whether clips of an epoch, from 0, are drawn: of the 1st, 2nd, 4th, 8th, …"""
     return (epoch + 1) & epoch == 0
 
@@ -155,18 +155,18 @@ def describe_clip(target: np.ndarray, clipwise: np.ndarray, classes: Sequence[st
         classes[place] if target[place] == 1 else f"{classes[place]} {target[place]:.2g}"
         for place in np.flatnonzero(target > 0)
     ]
-    true += [f"{classes[place]}?" for place in np.flatnonzero(target == UNKNOWN)]
+    true += [f"{classes[place]}?" for place in np.flatnonzero(target == IGNORE_TARGET)]
     likeliest = np.argsort(-clipwise, kind="stable")[:N_NAMED]
     said = [f"{classes[place]} {clipwise[place]:.2f}" for place in likeliest]
     return f"is {', '.join(true) or 'no bird'}\nsaid {', '.join(said)}"
 
 
-def draw_clips(watched: Watched, classes: Sequence[str]) -> np.ndarray:
+def plot_batch_preview(preview: BatchPreview, classes: Sequence[str]) -> np.ndarray:
     """Return a picture ``(height, width, 3)``, uint8, of a batch's first clips."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    n_clips = len(watched.log_mel)
+    n_clips = len(preview.log_mel)
     n_rows = -(-n_clips // N_COLUMNS)
     figure = Figure(
         figsize=(4.4 * N_COLUMNS, 3.1 * n_rows), dpi=DOTS_PER_INCH, layout="constrained"
@@ -177,12 +177,12 @@ def draw_clips(watched: Watched, classes: Sequence[str]) -> np.ndarray:
         axes.set_axis_off()
     for place, axes in enumerate(grid[:n_clips]):
         axes.imshow(
-            watched.log_mel[place, 0].numpy().T, origin="lower", aspect="auto", cmap="magma"
+            preview.log_mel[place, 0].numpy().T, origin="lower", aspect="auto", cmap="magma"
         )
         text = describe_clip(
-            watched.target[place].numpy(), watched.clipwise[place].numpy(), classes
+            preview.target[place].numpy(), preview.clipwise[place].numpy(), classes
         )
-        axes.set_title(f"{_end_of(watched.recordings[place])}\n{text}", fontsize=9, loc="left")
+        axes.set_title(f"{_end_of(preview.recordings[place])}\n{text}", fontsize=9, loc="left")
         axes.set(xlabel="frame", ylabel="mel bin")
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[:, :, :3].copy()

@@ -15,19 +15,19 @@ from tqdm import tqdm
 from birdcall.audio.reading import AudioError
 from birdcall.config import SEGMENT_SECONDS, require, require_share
 from birdcall.data.dataset import TrainingData
-from birdcall.data.targets import HEARD, TIMED_COLUMNS, UNSURE, write_timed_labels
+from birdcall.data.targets import PRESENT, STRONG_LABEL_COLUMNS, UNCERTAIN, write_strong_labels
 from birdcall.inference.decision import combine
-from birdcall.inference.engine import SegmentScores, score_recordings
+from birdcall.inference.engine import SegmentPredictions, predict_files
 from birdcall.inference.ensemble import Ensemble, load_ensemble
 from birdcall.inference.tables import Event, frames_to_events
-from birdcall.inference.windows import FRAME_SECONDS, FRAMES_PER_SEGMENT, Listening
+from birdcall.inference.windows import FRAME_SECONDS, FRAMES_PER_SEGMENT, WindowConfig
 from birdcall.models.checkpoint import read_checkpoint, require_same_classes
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class RelabelConfig:
+class PseudoLabelConfig:
     """From which probabilities on a bird is heard; the members' mean counts.
 
     After the 6th place's third stage: a clip's label is the recording's AND what a frame of the
@@ -35,12 +35,12 @@ class RelabelConfig:
     """
 
     # The 6th place has a model for each threshold from 0.3 to 0.7; this is their middle.
-    heard_threshold: float = 0.5
+    present_threshold: float = 0.5
     # Below that a given label is left out of the loss: birds behind are quiet, and what is quiet is
     # what the models miss. Only where they are sure that there is nothing it is taken away: on the
     # demo 7 of 10 species that are not in a recording stay below 0.05 in all of it, and 1 of 20
     # that are listed.
-    unsure_threshold: float = 0.05
+    uncertain_threshold: float = 0.05
     # A bird that nobody has listed: the 6th place adds those above 0.9. Those in between are left
     # out of the loss. The clip must say so as well as the frame: attention pooling alone has many
     # false frames.
@@ -55,8 +55,9 @@ class RelabelConfig:
             if item.name.endswith("_threshold"):
                 require_share(item.name, getattr(self, item.name))
         require(
-            self.unsure_threshold <= self.heard_threshold <= self.added_threshold,
-            f"unsure_threshold {self.unsure_threshold}, heard_threshold {self.heard_threshold} and "
+            self.uncertain_threshold <= self.present_threshold <= self.added_threshold,
+            f"uncertain_threshold {self.uncertain_threshold}, present_threshold "
+            f"{self.present_threshold} and "
             f"added_threshold {self.added_threshold} must not fall in this order",
         )
         require(self.max_gap_seconds >= 0, f"max_gap_seconds is {self.max_gap_seconds}; give >= 0")
@@ -64,7 +65,7 @@ class RelabelConfig:
 
 
 @dataclass(frozen=True)
-class RelabelSummary:
+class PseudoLabelSummary:
     """What became of the labels, each counted once for a recording."""
 
     n_recordings: int
@@ -82,54 +83,54 @@ class RelabelSummary:
         )
         return (
             f"{self.n_recordings} recordings relabelled, {self.n_kept} as they were; {given}; "
-            f"not listed: {self.added[HEARD]} added, {self.added[UNSURE]} unsure; "
+            f"not listed: {self.added[PRESENT]} added, {self.added[UNCERTAIN]} unsure; "
             f"primary heard in {self.primary_share:.0%} of the time"
         )
 
 
-def relabel_recordings(
+def write_pseudo_labels(
     folders: Sequence[Path],
     data: TrainingData,
     path: Path,
-    config: RelabelConfig = RelabelConfig(),
+    config: PseudoLabelConfig = PseudoLabelConfig(),
     device: torch.device | str = "cpu",
     progress: bool = False,
-) -> RelabelSummary:
+) -> PseudoLabelSummary:
     """Write to ``path`` where the labels of ``data`` are heard by the runs in ``folders``."""
-    timed = relabel(folders, data, config=config, device=device, progress=progress)
-    write_timed_labels(path, timed)
+    timed = make_pseudo_labels(folders, data, config=config, device=device, progress=progress)
+    write_strong_labels(path, timed)
     return summarise_labels(timed, data.recordings, config)
 
 
-def relabel(
+def make_pseudo_labels(
     folders: Sequence[Path],
     data: TrainingData,
-    config: RelabelConfig = RelabelConfig(),
+    config: PseudoLabelConfig = PseudoLabelConfig(),
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> pd.DataFrame:
-    """Return labels with times (see `targets.TIMED_COLUMNS`) of all recordings held out by a run.
+    """Return strong labels (see `targets.STRONG_LABEL_COLUMNS`) of all recordings held out.
 
     Each recording is heard whole, and only by members that did not train on its fold. Those in the
     fold of no member, and those that cannot be read, are not in the table and keep their labels.
     """
     rows: list[tuple[str, str, float, float, str, float]] = []
-    n_heard = len(held_out_recordings(folders, data))
+    n_used = len(held_out_recordings(folders, data))
     names = ("filename", "ebird_code", "secondary_codes")
     given = {
         filename: (primary, *secondary)
         for filename, primary, secondary in zip(*map(data.recordings.get, names), strict=True)
     }
     heard = _hear_held_out(folders, data, device)
-    for filename, scores in tqdm(heard, total=n_heard, disable=not progress, unit="recording"):
+    for filename, scores in tqdm(heard, total=n_used, disable=not progress, unit="recording"):
         if isinstance(scores, AudioError):
             logger.warning("%s; its labels stay as they are", scores)
             continue
-        for event, state in find_stretches(scores, given[filename], data.classes, config):
+        for event, state in find_label_intervals(scores, given[filename], data.classes, config):
             offset = min(event.offset, round(scores.seconds, 3))
             row = (filename, event.ebird_code, event.onset, offset, state, event.confidence)
             rows.append(row)
-    return pd.DataFrame(rows, columns=list(TIMED_COLUMNS))
+    return pd.DataFrame(rows, columns=list(STRONG_LABEL_COLUMNS))
 
 
 def held_out_recordings(folders: Sequence[Path], data: TrainingData) -> pd.DataFrame:
@@ -152,7 +153,7 @@ def held_out_recordings(folders: Sequence[Path], data: TrainingData) -> pd.DataF
 
 def _hear_held_out(
     folders: Sequence[Path], data: TrainingData, device: torch.device | str
-) -> Iterator[tuple[str, SegmentScores | AudioError]]:
+) -> Iterator[tuple[str, SegmentPredictions | AudioError]]:
     """Yield the filename and the scores of each held-out recording, fold by fold."""
     by_fold: dict[int, list[Path]] = {}
     for folder in folders:
@@ -162,17 +163,20 @@ def _hear_held_out(
         recordings = data.recordings[data.recordings["fold"] == fold]
         places = zip(recordings["filename"], recordings["path"], strict=True)
         paths = {filename: data.folder / path for filename, path in places}
-        yield from score_recordings(ensemble.hearing(_listening(ensemble)), paths)
+        yield from predict_files(ensemble.hearing(_listening(ensemble)), paths)
 
 
-def _listening(ensemble: Ensemble) -> Listening:
+def _listening(ensemble: Ensemble) -> WindowConfig:
     """Return windows of the members' shortest training clip: context helps (6th place)."""
     clips = [member.checkpoint.experiment.train.clip_seconds for member in ensemble.members]
-    return Listening(max(1, int(min(clips) // SEGMENT_SECONDS)))
+    return WindowConfig(max(1, int(min(clips) // SEGMENT_SECONDS)))
 
 
-def find_stretches(
-    scores: SegmentScores, given: Sequence[str], classes: Sequence[str], config: RelabelConfig
+def find_label_intervals(
+    scores: SegmentPredictions,
+    given: Sequence[str],
+    classes: Sequence[str],
+    config: PseudoLabelConfig,
 ) -> list[tuple[Event, str]]:
     """Return each stretch in which a bird is HEARD or UNSURE, by species and time.
 
@@ -187,8 +191,8 @@ def find_stretches(
     clipwise = np.repeat(combine(scores.clipwise).T, FRAMES_PER_SEGMENT, axis=1)[:, :n_frames]
     frames = np.where(is_given[:, None], frames, np.minimum(frames, clipwise))
     limits = {
-        HEARD: np.where(is_given, config.heard_threshold, config.added_threshold),
-        UNSURE: np.where(is_given, config.unsure_threshold, config.heard_threshold),
+        PRESENT: np.where(is_given, config.present_threshold, config.added_threshold),
+        UNCERTAIN: np.where(is_given, config.uncertain_threshold, config.present_threshold),
     }
     found = [
         (event, state)
@@ -197,7 +201,7 @@ def find_stretches(
             frames, classes, FRAME_SECONDS, limit, max_gap_seconds=config.max_gap_seconds
         )
     ]
-    heard = {event.ebird_code for event, state in found if state == HEARD}
+    heard = {event.ebird_code for event, state in found if state == PRESENT}
     unheard = [code for code in given if code not in heard]
     found = [one for one in found if one[0].ebird_code not in unheard]
     for code in unheard:
@@ -207,64 +211,67 @@ def find_stretches(
 
 
 def _unheard_stretches(
-    frames: np.ndarray, code: str, is_primary: bool, config: RelabelConfig
+    frames: np.ndarray, code: str, is_primary: bool, config: PseudoLabelConfig
 ) -> list[tuple[Event, str]]:
     """Return where a given label counts that no frame of the recording reaches the threshold for.
 
     Who misses the bird cannot say where it is not: all of the recording is unsure, unless every
-    frame is below ``unsure_threshold``. The primary label is there for certain: it counts as heard
-    around its best frame.
+    frame is below ``uncertain_threshold``. The primary label is there for certain: it counts as
+    present around its best frame.
     """
     seconds, highest = round(len(frames) * FRAME_SECONDS, 6), round(float(frames.max()), 6)
     stretches = []
-    if is_primary or highest >= config.unsure_threshold:
-        stretches.append((Event(code, 0.0, seconds, highest), UNSURE))
+    if is_primary or highest >= config.uncertain_threshold:
+        stretches.append((Event(code, 0.0, seconds, highest), UNCERTAIN))
     if is_primary:
         middle = (float(frames.argmax()) + 0.5) * FRAME_SECONDS
         onset = max(
             0.0, min(middle, seconds - config.anchor_seconds / 2) - config.anchor_seconds / 2
         )
         offset = min(seconds, onset + config.anchor_seconds)
-        stretches.append((Event(code, round(onset, 6), round(offset, 6), highest), HEARD))
+        stretches.append((Event(code, round(onset, 6), round(offset, 6), highest), PRESENT))
     return stretches
 
 
 def summarise_labels(
-    timed: pd.DataFrame, recordings: pd.DataFrame, config: RelabelConfig
-) -> RelabelSummary:
+    timed: pd.DataFrame, recordings: pd.DataFrame, config: PseudoLabelConfig
+) -> PseudoLabelSummary:
     """Count what became of the labels of ``recordings``.
 
     A primary label that is heard nowhere, and only counts as heard somewhere, is unsure here.
     """
-    confirmed = (timed["state"] == HEARD) & (timed["probability"] >= config.heard_threshold)
+    confirmed = (timed["state"] == PRESENT) & (timed["probability"] >= config.present_threshold)
     best = confirmed.groupby([timed["filename"], timed["ebird_code"]]).any()
-    states = best.map({True: HEARD, False: UNSURE}).to_dict()
-    relabelled = recordings[recordings["filename"].isin(timed["filename"])]
+    states = best.map({True: PRESENT, False: UNCERTAIN}).to_dict()
+    strong_labels = recordings[recordings["filename"].isin(timed["filename"])]
     labels = {"primary": set(), "secondary": set()}
     for filename, primary, secondary in zip(
-        relabelled["filename"], relabelled["ebird_code"], relabelled["secondary_codes"], strict=True
+        strong_labels["filename"],
+        strong_labels["ebird_code"],
+        strong_labels["secondary_codes"],
+        strict=True,
     ):
         labels["primary"].add((filename, primary))
         labels["secondary"] |= {(filename, code) for code in secondary}
     counts = {
         kind: {
-            "confirmed": sum(states.get(label) == HEARD for label in given),
-            "unsure": sum(states.get(label) == UNSURE for label in given),
+            "confirmed": sum(states.get(label) == PRESENT for label in given),
+            "unsure": sum(states.get(label) == UNCERTAIN for label in given),
             "dropped": sum(label not in states for label in given),
         }
         for kind, given in labels.items()
     }
     listed = labels["primary"] | labels["secondary"]
     others = [state for label, state in states.items() if label not in listed]
-    primaries = timed.merge(relabelled[["filename", "ebird_code"]])
-    heard = primaries[primaries["state"] == HEARD]
-    return RelabelSummary(
-        n_recordings=len(relabelled),
-        n_kept=len(recordings) - len(relabelled),
+    primaries = timed.merge(strong_labels[["filename", "ebird_code"]])
+    heard = primaries[primaries["state"] == PRESENT]
+    return PseudoLabelSummary(
+        n_recordings=len(strong_labels),
+        n_kept=len(recordings) - len(strong_labels),
         primary=counts["primary"],
         secondary=counts["secondary"],
-        added={state: others.count(state) for state in (HEARD, UNSURE)},
+        added={state: others.count(state) for state in (PRESENT, UNCERTAIN)},
         primary_share=float(
-            (heard["offset"] - heard["onset"]).sum() / max(relabelled["seconds"].sum(), 1e-9)
+            (heard["offset"] - heard["onset"]).sum() / max(strong_labels["seconds"].sum(), 1e-9)
         ),
     )

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from birdcall import __version__
 from birdcall.data.dataset import TrainingData
 from birdcall.storage.files import digest, digest_code, digest_table, write_atomically
-from birdcall.training.distributed import Processes
+from birdcall.training.distributed import DistributedContext
 
 # What decides over a run's weights: all that `training.run` imports. A test keeps the list true.
 CODE = (
@@ -93,41 +93,41 @@ def restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> No
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def generator_tensors(device: torch.device, processes: Processes) -> dict[str, Tensor]:
-    """Return the states of torch's generators in every process, as rows ``(processes, bytes)``.
+def generator_tensors(device: torch.device, distributed: DistributedContext) -> dict[str, Tensor]:
+    """Return the states of torch's generators in every process, as rows ``(distributed, bytes)``.
 
     Dropout draws from them. All else has generators of its own, made anew for each clip and batch.
     """
     states = {"generator.cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["generator.cuda"] = torch.cuda.get_rng_state(device)
-    return {name: processes.gather(one[None].to(device)).cpu() for name, one in states.items()}
+    return {name: distributed.gather(one[None].to(device)).cpu() for name, one in states.items()}
 
 
 def restore_generators(
-    tensors: Mapping[str, Tensor], device: torch.device, processes: Processes
+    tensors: Mapping[str, Tensor], device: torch.device, distributed: DistributedContext
 ) -> None:
     """Undo `generator_tensors`."""
-    torch.set_rng_state(tensors["generator.cpu"][processes.rank])
+    torch.set_rng_state(tensors["generator.cpu"][distributed.rank])
     if device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["generator.cuda"][processes.rank], device)
+        torch.cuda.set_rng_state(tensors["generator.cuda"][distributed.rank], device)
 
 
 # --- what a state belongs to --------------------------------------------------------------------
 
 
 def identity_of(
-    experiment: Values, fold: int, data: TrainingData, processes: Processes
+    experiment: Values, fold: int, data: TrainingData, distributed: DistributedContext
 ) -> dict[str, Any]:
     """Return what must be the same when a training goes on: experiment, data, code, processes."""
     return {
         "version": __version__,
         "torch": torch.__version__,
         "code": digest_code(CODE),
-        "processes": processes.world_size,
+        "processes": distributed.world_size,
         "fold": fold,
         "recordings": digest_table(data.recordings),
-        "labels": None if data.relabelled is None else digest_table(data.relabelled),
+        "labels": None if data.strong_labels is None else digest_table(data.strong_labels),
         "noise": digest("\n".join(sorted(path.name for path in data.noise_files))),
         "classes": list(data.classes),
         "experiment": experiment,

@@ -22,13 +22,13 @@ from birdcall.config import Experiment, require
 from birdcall.data.dataset import TrainingData, check_classes
 from birdcall.data.loader import check_worker_memory
 from birdcall.models.checkpoint import SETTINGS_FILE, STATE_FILE, Checkpoint, read_checkpoint
-from birdcall.training.distributed import ALONE, Processes
+from birdcall.training.distributed import SINGLE_PROCESS, DistributedContext
 from birdcall.training.log import (
     LOG_FILE,
     TENSORBOARD_FOLDER,
     TensorBoard,
     TrainingInterrupted,
-    draw_clips,
+    plot_batch_preview,
     read_log,
     summarize_log,
     write_log,
@@ -47,7 +47,7 @@ def train_run(
     *,
     workers: int = 1,
     device: torch.device | None = None,
-    processes: Processes = ALONE,
+    distributed: DistributedContext = SINGLE_PROCESS,
     init: Path | None = None,
     resume: bool = False,
     save_every: int = SAVE_EVERY,
@@ -66,19 +66,21 @@ def train_run(
     train_part, validation_part = data.split(fold)
     check_classes(train_part, validation_part, data.classes, fold)
     training = start_training(
-        run, data, train_part, workers=workers, device=device, processes=processes, init=init
+        run, data, train_part, workers=workers, device=device, distributed=distributed, init=init
     )
     if resume and (folder / STATE_FILE).is_file():
         training.restore()
-    elif processes.is_first:
+    elif distributed.is_first:
         delete_state(folder / STATE_FILE)
         training.best.delete()
     board = (
-        TensorBoard(folder / TENSORBOARD_FOLDER, len(training.log)) if processes.is_first else None
+        TensorBoard(folder / TENSORBOARD_FOLDER, len(training.log))
+        if distributed.is_first
+        else None
     )
     if board is not None:
-        training.watch = lambda epoch, watched: board.write_clips(
-            epoch, draw_clips(watched, data.classes)
+        training.watch = lambda epoch, preview: board.write_clips(
+            epoch, plot_batch_preview(preview, data.classes)
         )
     n_steps = config.epochs * training.steps_per_epoch
     with (
@@ -86,7 +88,7 @@ def train_run(
         tqdm(
             total=n_steps,
             initial=training.progress.step,
-            disable=not (progress and processes.is_first),
+            disable=not (progress and distributed.is_first),
             unit="step",
             position=bar_position,
             desc=run.name,
@@ -156,7 +158,7 @@ def train_many(
     workers: int = 1,
     jobs: int = 1,
     device: torch.device | None = None,
-    processes: Processes = ALONE,
+    distributed: DistributedContext = SINGLE_PROCESS,
     init: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -172,13 +174,13 @@ def train_many(
     ``deadline`` (of `time.monotonic`), SIGTERM and Ctrl-C end it by TrainingInterrupted.
     """
     require(
-        jobs == 1 or processes.world_size == 1,
-        f"{jobs} runs at once and {processes.world_size} processes for each do not go together: "
+        jobs == 1 or distributed.world_size == 1,
+        f"{jobs} runs at once and {distributed.world_size} processes for each do not go together: "
         "leave --jobs at 1 under torchrun",
     )
     for run in runs:
         data.split(run.fold)
-        check_worker_memory(workers * jobs, run.experiment, processes.world_size)
+        check_worker_memory(workers * jobs, run.experiment, distributed.world_size)
         if not (resume or overwrite):
             _require_untouched(run)
     kept = {run: _finished(run) for run in runs} if resume else {}
@@ -188,7 +190,7 @@ def train_many(
         "deadline": deadline, "progress": progress,
     }  # fmt: skip
     if jobs == 1 or len(pending) <= 1:
-        options |= {"device": device, "processes": processes}
+        options |= {"device": device, "processes": distributed}
         made = {run: train_run(run, data, **options) for run in pending}
     else:
         made = _train_at_once(pending, data, jobs, options)

@@ -13,11 +13,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from birdcall.audio.frontend import SpecAugment
 from birdcall.config import Experiment, TrainConfig
-from birdcall.data.augment import UNKNOWN, BatchDraws, augment_batch
+from birdcall.data.augment import IGNORE_TARGET, BatchDraws, augment_batch
 from birdcall.data.loader import ClipBatch
 from birdcall.models.sed import SEDModel, SEDOutput
-from birdcall.training.distributed import ALONE, Processes, share_batch_norm
-from birdcall.training.log import Watched
+from birdcall.training.distributed import (
+    SINGLE_PROCESS,
+    DistributedContext,
+    convert_sync_batch_norm,
+)
+from birdcall.training.log import BatchPreview
 
 
 def sed_loss(
@@ -34,7 +38,7 @@ def sed_loss(
     ``(batch,)``, None: ones. Computed in float32, where the logarithm of a probability is safe.
     """
     with torch.autocast(target.device.type, enabled=False):
-        known = target != UNKNOWN
+        known = target != IGNORE_TARGET
         target = smooth_labels(target.float().clamp(min=0), config.label_smoothing)
         peak = output.framewise.float().amax(dim=-1)
         loss = class_loss(output.clipwise.float(), target, config)
@@ -85,11 +89,11 @@ class Detector(nn.Module):
 
 
 def make_detector(
-    model: SEDModel, experiment: Experiment, device: torch.device, processes: Processes
+    model: SEDModel, experiment: Experiment, device: torch.device, distributed: DistributedContext
 ) -> nn.Module:
     detector: nn.Module = Detector(model)
-    if processes.world_size > 1:
-        share_batch_norm(model)
+    if distributed.world_size > 1:
+        convert_sync_batch_norm(model)
         devices = [device] if device.type == "cuda" else None
         detector = DistributedDataParallel(detector, devices, broadcast_buffers=False)
     return torch.compile(detector) if experiment.train.compile else detector
@@ -103,8 +107,8 @@ def batch_loss(
     epoch: int,
     position: int,
     device: torch.device,
-    processes: Processes = ALONE,
-    watch: Callable[[Watched], None] | None = None,
+    distributed: DistributedContext = SINGLE_PROCESS,
+    watch: Callable[[BatchPreview], None] | None = None,
 ) -> Tensor:
     """Augment a batch, detect in it, and return the loss of this process's clips.
 
@@ -116,14 +120,14 @@ def batch_loss(
     waveform = batch.waveform.to(device, non_blocking=True)
     target = batch.target.to(device, non_blocking=True)
     everyone = None
-    n_clips = len(waveform) * processes.world_size
+    n_clips = len(waveform) * distributed.world_size
     seed = np.random.SeedSequence((config.seed, epoch, position)).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(seed[0] >> np.uint64(1)))
     draws = BatchDraws.draw(n_clips, experiment.augment, generator)
-    if processes.world_size > 1:
+    if distributed.world_size > 1:
         # Partners of a mix may lie in another process.
-        everyone = (processes.gather(waveform), processes.gather(target))
-        part = processes.part(n_clips)
+        everyone = (distributed.gather(waveform), distributed.gather(target))
+        part = distributed.part(n_clips)
         draws = draws.part(part.start, part.stop)
     waveform, target = augment_batch(waveform, target, draws, everyone)
     augment = experiment.augment
@@ -133,7 +137,7 @@ def batch_loss(
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         output = detect(log_mel)
     if watch is not None:
-        watch(Watched.of(log_mel, target, output, batch.recordings))
+        watch(BatchPreview.of(log_mel, target, output, batch.recordings))
     if not (output.framewise.isfinite().all() and output.clipwise.isfinite().all()):
         # Still a function of the weights, as the other processes expect of this one.
         return output.framewise.sum() * math.nan

@@ -24,9 +24,9 @@ from birdcall.data.targets import ClipSampler
 from birdcall.inference.ensemble import default_device
 from birdcall.models.checkpoint import STATE_FILE, Checkpoint, save_checkpoint
 from birdcall.models.sed import SEDModel
-from birdcall.training.distributed import ALONE, Processes
+from birdcall.training.distributed import SINGLE_PROCESS, DistributedContext
 from birdcall.training.initialisation import initialise
-from birdcall.training.log import EpochLog, Watched, is_drawn
+from birdcall.training.log import BatchPreview, EpochLog, is_previewed
 from birdcall.training.resume import (
     BestWeights,
     delete_state,
@@ -101,11 +101,11 @@ class Training:
     average: AveragedModel | None
     best: BestWeights
     device: torch.device
-    processes: Processes
+    distributed: DistributedContext
     progress: Progress = field(default_factory=Progress)
     log: list[EpochLog] = field(default_factory=list)
     # Is shown the first batch that is trained on, and later those that begin some epochs.
-    watch: Callable[[int, Watched], None] | None = None
+    watch: Callable[[int, BatchPreview], None] | None = None
     has_shown: bool = False
 
     @property
@@ -141,9 +141,9 @@ class Training:
 
     def agree(self, asked: bool) -> bool:
         """Say whether any process was asked; all hear the same answer."""
-        if self.processes.world_size == 1:
+        if self.distributed.world_size == 1:
             return asked
-        return bool(self.processes.sum(torch.tensor(float(asked), device=self.device)) > 0)
+        return bool(self.distributed.sum(torch.tensor(float(asked), device=self.device)) > 0)
 
     # --- steps
 
@@ -197,7 +197,9 @@ class Training:
         progress.loss_sum += sum(finite)
         progress.n_batches += len(finite)
         progress.n_skipped += len(batches) - len(finite)
-        progress.n_clips += sum(len(batch.target) for batch in batches) * self.processes.world_size
+        progress.n_clips += (
+            sum(len(batch.target) for batch in batches) * self.distributed.world_size
+        )
 
     def _backward(self, batch: ClipBatch, position: int, share: float) -> float | None:
         """Add a batch's gradients; return its loss, None if that is not finite and skipped.
@@ -213,21 +215,21 @@ class Training:
             epoch=self.progress.epoch,
             position=position,
             device=self.device,
-            processes=self.processes,
+            distributed=self.distributed,
             watch=self._watch_at(position),
         )
-        total = self.processes.sum(loss.detach()) / self.processes.world_size
+        total = self.distributed.sum(loss.detach()) / self.distributed.world_size
         if not total.isfinite():
             self._on_non_finite(batch, bool(loss.isfinite()))
             return None
         self.scaler.scale(loss * share).backward()
         return total.item()
 
-    def _watch_at(self, position: int) -> Callable[[Watched], None] | None:
+    def _watch_at(self, position: int) -> Callable[[BatchPreview], None] | None:
         if self.watch is None:
             return None
         epoch = self.progress.epoch
-        if self.has_shown and not (position == 0 and is_drawn(epoch)):
+        if self.has_shown and not (position == 0 and is_previewed(epoch)):
             return None
         self.has_shown = True
         return partial(self.watch, epoch + 1)
@@ -281,7 +283,7 @@ class Training:
             recordings=recordings,
             data=self.data,
             device=self.device,
-            processes=self.processes,
+            distributed=self.distributed,
         )
 
     @property
@@ -292,15 +294,15 @@ class Training:
         """Write the checkpoint; then the state is no longer needed."""
         run, score = self.run, self.log[-1].validation
         if self.config.average_best:
-            self.processes.wait()  # the first one has written them all
+            self.distributed.wait()  # the first one has written them all
             self.trained.load_state_dict(self.best.mean())
             score = self._score(recordings)
         checkpoint = replace(self._checkpoint, score=score)
-        if self.processes.is_first:
+        if self.distributed.is_first:
             checkpoint = save_checkpoint(run.folder, self.trained, checkpoint)
             delete_state(run.folder / STATE_FILE)
             self.best.delete()
-        self.processes.wait()
+        self.distributed.wait()
         return checkpoint
 
     # --- to stop and go on
@@ -311,8 +313,8 @@ class Training:
         if self.average is not None:
             tensors |= {f"average.{name}": one for name, one in self.average.state_dict().items()}
         tensors |= optimizer_tensors(self.optimizer)
-        tensors |= generator_tensors(self.device, self.processes)
-        if not self.processes.is_first:
+        tensors |= generator_tensors(self.device, self.distributed)
+        if not self.distributed.is_first:
             return
         values = {
             "identity": self._identity(),
@@ -333,7 +335,7 @@ class Training:
         if self.average is not None:
             self.average.load_state_dict(_below("average.", tensors))
         restore_optimizer(self.optimizer, tensors)
-        restore_generators(tensors, self.device, self.processes)
+        restore_generators(tensors, self.device, self.distributed)
         self.scaler.load_state_dict(values["scaler"])
         self.progress = Progress(**values["progress"])
         self.log = [EpochLog(**entry) for entry in values["log"]]
@@ -342,7 +344,7 @@ class Training:
 
     def _identity(self) -> dict[str, object]:
         experiment = self.run.experiment.to_dict()
-        return identity_of(experiment, self.run.fold, self.data, self.processes)
+        return identity_of(experiment, self.run.fold, self.data, self.distributed)
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -358,7 +360,7 @@ def start_training(
     *,
     workers: int,
     device: torch.device | None = None,
-    processes: Processes = ALONE,
+    distributed: DistributedContext = SINGLE_PROCESS,
     init: Path | None = None,
 ) -> Training:
     """Put a training together, before its first step."""
@@ -368,23 +370,23 @@ def start_training(
     torch.manual_seed(seed)
     model = initialise(experiment, len(data.classes), init, classes=data.classes).to(device)
     # Weights are the same in all processes; what they drop must not be.
-    torch.manual_seed(seed + 7919 * processes.rank)
+    torch.manual_seed(seed + 7919 * distributed.rank)
     loader = _make_loader(
-        experiment, recordings, data=data, fold=run.fold, workers=workers, processes=processes
+        experiment, recordings, data=data, fold=run.fold, workers=workers, distributed=distributed
     )
     return Training(
         run=run,
         data=data,
         model=model,
-        detect=make_detector(model, experiment, device, processes),
+        detect=make_detector(model, experiment, device, distributed),
         loader=loader,
         failures=FailureCounter(loader.dataset.clips),
         optimizer=_make_optimizer(model, config),
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
         average=None if config.ema_decay is None else make_moving_average(model, config.ema_decay),
-        best=BestWeights(run.folder / "best", config.average_best, processes.is_first),
+        best=BestWeights(run.folder / "best", config.average_best, distributed.is_first),
         device=device,
-        processes=processes,
+        distributed=distributed,
     )
 
 
@@ -404,7 +406,7 @@ def _make_loader(
     data: TrainingData,
     fold: int,
     workers: int,
-    processes: Processes,
+    distributed: DistributedContext,
 ) -> DataLoader[ClipBatch]:
     config = experiment.train
     noise, _ = data.split_noise(fold)
@@ -414,7 +416,7 @@ def _make_loader(
         experiment=experiment,
         read_clip=data.read_clip,
         noise_files=noise,
-        relabelled=data.relabelled,
+        strong_labels=data.strong_labels,
         noise_store=data.noise_store,
     )
     sampler = ClipSampler(
@@ -425,8 +427,8 @@ def _make_loader(
         ratings=list(recordings["rating"]),
         crops_per_recording=config.crops_per_recording,
         batch_size=config.batch_size,
-        rank=processes.rank,
-        world_size=processes.world_size,
+        rank=distributed.rank,
+        world_size=distributed.world_size,
     )
-    share = processes.part(config.batch_size)
+    share = distributed.part(config.batch_size)
     return make_loader(dataset, sampler, workers, batch_size=share.stop - share.start)
