@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from birdcall.config import NO_AUGMENT, AugmentConfig
-from birdcall.data.augment import IGNORE_TARGET, BatchDraws, augment_batch
+from birdcall.data.augment import BatchDraws, augment_batch
+from birdcall.data.targets import IGNORE_TARGET
 
 N = 8
 

@@ -16,7 +16,6 @@ import torch
 
 from birdcall.audio.reading import AudioError, read_audio
 from birdcall.config import NO_AUGMENT, AugmentConfig
-from birdcall.data.augment import IGNORE_TARGET
 from birdcall.data.cache import Cache
 from birdcall.data.dataset import (
     ClipDataset,
@@ -35,7 +34,7 @@ from birdcall.data.loader import (
     make_loader,
 )
 from birdcall.data.noise import ReadFailure
-from birdcall.data.targets import ClipRequest, ClipSampler, recording_weights
+from birdcall.data.targets import IGNORE_TARGET, ClipRequest, ClipSampler, recording_weights
 
 RATE = 32_000
 CLASSES = ("amecro", "bkcchi", "norcar")
@@ -483,9 +482,9 @@ def test_decoded_noise_is_kept_where_the_training_data_says(
 def test_a_clip_has_the_labels_of_its_own_stretch(recordings, tiny_experiment):
     recordings = recordings.assign(filename=["XC1.mp3", "XC2.mp3", "XC3.mp3"])
     rows = [
-        ("XC1.mp3", "amecro", 0.0, 5.0, "heard", 0.9),
-        ("XC1.mp3", "bkcchi", 6.0, 10.0, "heard", 0.9),
-        ("XC2.mp3", "bkcchi", 0.0, 1.0, "heard", 0.9),
+        ("XC1.mp3", "amecro", 0.0, 5.0, "present", 0.9),
+        ("XC1.mp3", "bkcchi", 6.0, 10.0, "present", 0.9),
+        ("XC2.mp3", "bkcchi", 0.0, 1.0, "present", 0.9),
     ]
     names = ["filename", "ebird_code", "onset", "offset", "state", "probability"]
     table = pd.DataFrame(rows, columns=names)
@@ -513,7 +512,7 @@ def test_a_clip_has_the_labels_of_its_own_stretch(recordings, tiny_experiment):
 def test_training_data_reads_labels_with_times(training_data, demo_folder, tmp_path):
     names = ["filename", "ebird_code", "onset", "offset", "state", "probability"]
     first = training_data.recordings.iloc[0]
-    row = (first["filename"], first["ebird_code"], 0.0, 1.0, "heard", 1.0)
+    row = (first["filename"], first["ebird_code"], 0.0, 1.0, "present", 1.0)
     labels, reader = tmp_path / "labels.csv", training_data.read_clip
     pd.DataFrame([row], columns=names).to_csv(labels, index=False)
     output = reader.cache.parent

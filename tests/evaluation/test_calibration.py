@@ -5,7 +5,7 @@ import pytest
 from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 
-from birdcall.data.augment import IGNORE_TARGET
+from birdcall.data.targets import IGNORE_TARGET
 from birdcall.evaluation import calibration as module
 from birdcall.evaluation.calibration import fit_calibration, fit_scale_and_offset
 from birdcall.evaluation.metrics import expected_calibration_error

@@ -12,7 +12,7 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 
-from birdcall.data.augment import IGNORE_TARGET
+from birdcall.data.targets import IGNORE_TARGET
 from birdcall.evaluation.labelled import Labelled
 from birdcall.evaluation.metrics import row_f1_scores
 from birdcall.evaluation.predictions import LabelledPredictions, segments_of

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from birdcall.data.augment import IGNORE_TARGET
+from birdcall.data.targets import IGNORE_TARGET
 from birdcall.evaluation.decision_search import THRESHOLDS
 from birdcall.evaluation.mistakes import FALSE, find_mistakes, predict_mistakes
 from birdcall.evaluation.predictions import LabelledPredictions, segments_of

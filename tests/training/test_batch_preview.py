@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from birdcall.data.augment import IGNORE_TARGET
+from birdcall.data.targets import IGNORE_TARGET
 from birdcall.models.checkpoint import read_checkpoint
 from birdcall.training import runs as run_module
 from birdcall.training.log import (

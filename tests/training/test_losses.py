@@ -8,7 +8,7 @@ from torch.nn import functional
 from torchvision.ops import sigmoid_focal_loss
 
 from birdcall.config import TrainConfig
-from birdcall.data.augment import IGNORE_TARGET
+from birdcall.data.targets import IGNORE_TARGET
 from birdcall.models.sed import SEDOutput
 from birdcall.training.step import sed_loss, smooth_labels
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from birdcall.config import config_from_dict
-from birdcall.data.augment import IGNORE_TARGET
-from birdcall.data.targets import StrongTargets, make_targets, read_strong_labels
+from birdcall.data.targets import IGNORE_TARGET, StrongTargets, make_targets, read_strong_labels
 from birdcall.demo.plan import DemoConfig
 from birdcall.demo.schedule import plan_recordings
 from birdcall.experiments import find_experiment
@@ -55,8 +54,8 @@ def stretches_of(scores, *given, config=CONFIG):
 def test_a_heard_stretch_lies_within_the_one_where_the_bird_may_be_heard():
     scores = scores_of(amecro=[(2, 8, 0.2), (4, 6, 0.8)])
     assert stretches_of(scores, "amecro") == [
-        ("amecro", 2.0, 8.0, "unsure"),
-        ("amecro", 4.0, 6.0, "heard"),
+        ("amecro", 2.0, 8.0, "uncertain"),
+        ("amecro", 4.0, 6.0, "present"),
     ]
 
 
@@ -75,24 +74,24 @@ def as_table(scores, *given):
 
 def test_a_pause_within_a_song_is_no_absence():
     found = stretches_of(scores_of(amecro=[(1, 2, 0.9), (2.5, 4, 0.9), (6, 7, 0.9)]), "amecro")
-    heard = [row for row in found if row[3] == "heard"]
-    assert heard == [("amecro", 1.0, 4.0, "heard"), ("amecro", 6.0, 7.0, "heard")]
+    heard = [row for row in found if row[3] == "present"]
+    assert heard == [("amecro", 1.0, 4.0, "present"), ("amecro", 6.0, 7.0, "present")]
 
 
 def test_the_primary_label_never_vanishes():
     found = stretches_of(scores_of(amecro=[(9, 9.2, 0.02)]), "amecro")
-    assert found == [("amecro", 0.0, 15.0, "unsure"), ("amecro", 6.55, 11.55, "heard")]
+    assert found == [("amecro", 0.0, 15.0, "uncertain"), ("amecro", 6.55, 11.55, "present")]
     nowhere = stretches_of(scores_of(), "amecro")
-    assert nowhere == [("amecro", 0.0, 5.0, "heard"), ("amecro", 0.0, 15.0, "unsure")]
+    assert nowhere == [("amecro", 0.0, 5.0, "present"), ("amecro", 0.0, 15.0, "uncertain")]
     at_end = stretches_of(scores_of(amecro=[(14.9, 15, 0.02)]), "amecro")
-    assert ("amecro", 10.0, 15.0, "heard") in at_end
+    assert ("amecro", 10.0, 15.0, "present") in at_end
     short = stretches_of(scores_of(2.3, amecro=[(1, 2, 0.02)]), "amecro")
-    assert set(short) == {("amecro", 0.0, 2.3, "heard"), ("amecro", 0.0, 2.3, "unsure")}
+    assert set(short) == {("amecro", 0.0, 2.3, "present"), ("amecro", 0.0, 2.3, "uncertain")}
 
 
 def test_who_hears_a_bird_nowhere_cannot_say_where_it_is_not():
     scores = scores_of(amecro=[(0, 5, 0.9)], norcar=[(3, 4, 0.3)])
-    assert ("norcar", 0.0, 15.0, "unsure") in stretches_of(scores, "amecro", "norcar")
+    assert ("norcar", 0.0, 15.0, "uncertain") in stretches_of(scores, "amecro", "norcar")
 
 
 def test_a_secondary_label_without_a_trace_is_dropped():
@@ -104,12 +103,12 @@ def test_a_bird_that_is_not_listed_is_added_only_where_clip_and_frame_are_sure()
     heard = {"amecro": [(0, 5, 0.9)], "bkcchi": [(6, 8, 0.95), (10, 11, 0.7), (12, 13, 0.4)]}
     others = [row for row in stretches_of(scores_of(**heard), "amecro") if row[0] == "bkcchi"]
     assert others == [
-        ("bkcchi", 6.0, 8.0, "heard"),
-        ("bkcchi", 6.0, 8.0, "unsure"),
-        ("bkcchi", 10.0, 11.0, "unsure"),
+        ("bkcchi", 6.0, 8.0, "present"),
+        ("bkcchi", 6.0, 8.0, "uncertain"),
+        ("bkcchi", 10.0, 11.0, "uncertain"),
     ]
     quiet = stretches_of(scores_of(clipwise=0.6, **heard), "amecro")
-    assert [row[3] for row in quiet if row[0] == "bkcchi"] == ["unsure", "unsure"]
+    assert [row[3] for row in quiet if row[0] == "bkcchi"] == ["uncertain", "uncertain"]
     assert {row[0] for row in stretches_of(scores_of(clipwise=0.4, **heard), "amecro")} == {
         "amecro"
     }
@@ -121,9 +120,9 @@ def test_nothing_is_heard_in_the_padding_behind_the_recording():
 
 
 def test_thresholds_out_of_order_are_refused():
-    with pytest.raises(ValueError, match=r"unsure_threshold 0\.7, heard_threshold 0\.5 and"):
+    with pytest.raises(ValueError, match=r"uncertain_threshold 0\.7, present_threshold 0\.5 and"):
         PseudoLabelConfig(uncertain_threshold=0.7)
-    with pytest.raises(ValueError, match=r"heard_threshold is 1\.5; a probability"):
+    with pytest.raises(ValueError, match=r"present_threshold is 1\.5; a probability"):
         PseudoLabelConfig(present_threshold=1.5)
 
 
@@ -202,20 +201,20 @@ def test_the_summary_counts_each_label_once():
         }
     )
     rows = [
-        ("XC1.mp3", "amecro", 0.0, 9.0, "unsure", 0.9),
-        ("XC1.mp3", "amecro", 1.0, 2.0, "heard", 0.9),
-        ("XC1.mp3", "amecro", 4.0, 7.0, "heard", 0.9),
-        ("XC1.mp3", "bkcchi", 0.0, 9.0, "unsure", 0.3),
-        ("XC3.mp3", "norcar", 0.0, 5.0, "heard", 0.2),
-        ("XC3.mp3", "norcar", 0.0, 10.0, "unsure", 0.2),
-        ("XC3.mp3", "amecro", 0.0, 2.0, "heard", 0.6),
-        ("XC3.mp3", "bkcchi", 0.0, 2.0, "heard", 0.95),
+        ("XC1.mp3", "amecro", 0.0, 9.0, "uncertain", 0.9),
+        ("XC1.mp3", "amecro", 1.0, 2.0, "present", 0.9),
+        ("XC1.mp3", "amecro", 4.0, 7.0, "present", 0.9),
+        ("XC1.mp3", "bkcchi", 0.0, 9.0, "uncertain", 0.3),
+        ("XC3.mp3", "norcar", 0.0, 5.0, "present", 0.2),
+        ("XC3.mp3", "norcar", 0.0, 10.0, "uncertain", 0.2),
+        ("XC3.mp3", "amecro", 0.0, 2.0, "present", 0.6),
+        ("XC3.mp3", "bkcchi", 0.0, 2.0, "present", 0.95),
     ]
     names = ["filename", "ebird_code", "onset", "offset", "state", "probability"]
     summary = summarise_labels(pd.DataFrame(rows, columns=names), recordings, CONFIG)
     assert str(summary) == (
-        "2 recordings relabelled, 1 as they were; primary: 1 confirmed, 1 unsure, 0 dropped; "
-        "secondary: 1 confirmed, 1 unsure, 1 dropped; not listed: 1 added, 0 unsure; "
+        "2 recordings relabelled, 1 as they were; primary: 1 confirmed, 1 uncertain, 0 dropped; "
+        "secondary: 1 confirmed, 1 uncertain, 1 dropped; not listed: 1 added, 0 uncertain; "
         "primary heard in 45% of the time"
     )
 

@@ -35,7 +35,6 @@ Transform = Callable[[np.ndarray, int], np.ndarray]  # (waveform, sample rate) â
 # 50 MB a worker). Where a transform of it is switched on, it is imported with the first clip that
 # takes it.
 
-IGNORE_TARGET = -1.0  # target of a class that may be there or not: it is left out of the loss
 FILTER_ORDERS = (2, 4)  # 12 to 24 dB per octave
 COLOR_FLAT_BELOW_HZ = 50.0  # else steep noise would spend its power where no front end listens
 SLOPE_STEP_DB = 0.5

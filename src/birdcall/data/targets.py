@@ -11,11 +11,11 @@ import pandas as pd
 from torch.utils.data import Sampler
 
 from birdcall.config import SAMPLINGS, require, require_choice
-from birdcall.data.augment import IGNORE_TARGET
 from birdcall.storage.files import read_table, write_atomically
 
-PRESENT, UNCERTAIN = "heard", "unsure"
-STATES = (PRESENT, UNCERTAIN)
+# Target of a class that may or may not be in the clip: the loss and the metrics leave it out.
+IGNORE_TARGET = -1.0
+PRESENT, UNCERTAIN = "present", "uncertain"  # the states of a strong label
 # Of a file of labels with times; seconds from the start of the recording.
 STRONG_LABEL_COLUMNS = ("filename", "ebird_code", "onset", "offset", "state", "probability")
 MIN_OVERLAP_SECONDS = (
@@ -125,8 +125,8 @@ def read_strong_labels(
         path,
         text,
         column="state",
-        valid=text["state"].isin(STATES),
-        reason="is neither heard nor unsure",
+        valid=text["state"].isin([PRESENT, UNCERTAIN]),
+        reason=f"is neither {PRESENT} nor {UNCERTAIN}",
     )
     inside = (onset >= 0) & (onset < seconds)
     _require_rows(

@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 
 from birdcall.config import Experiment, require
-from birdcall.data.augment import IGNORE_TARGET
-from birdcall.data.dataset import TrainingData, make_targets
+from birdcall.data.dataset import TrainingData
 from birdcall.data.folds import recordist_clusters
+from birdcall.data.targets import IGNORE_TARGET, make_targets
 from birdcall.evaluation.comparison import Measure, compare_all, rank_agreement
 from birdcall.evaluation.predict import HeldOutPredictions, hear
 from birdcall.evaluation.scoring import EnsembleDecision, decide_ensemble, score_submission_rows

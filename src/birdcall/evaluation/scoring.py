@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from birdcall.config import NOCALL, require
-from birdcall.data.dataset import make_targets
+from birdcall.data.targets import make_targets
 from birdcall.evaluation.calibration import fit_calibration
 from birdcall.evaluation.decision_search import DecisionSearchResult, search_decision
 from birdcall.evaluation.labelled import Labelled

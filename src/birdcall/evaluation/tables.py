@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.data.augment import IGNORE_TARGET
+from birdcall.data.targets import IGNORE_TARGET
 from birdcall.evaluation.labelled import Labelled
 from birdcall.evaluation.metrics import (
     DetectionCounts,

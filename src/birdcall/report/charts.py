@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from birdcall.config import NOCALL
-from birdcall.data.augment import IGNORE_TARGET
+from birdcall.data.targets import IGNORE_TARGET
 from birdcall.evaluation.decision_search import THRESHOLDS, DecisionSearchResult
 from birdcall.evaluation.metrics import reliability, row_f1_scores
 from birdcall.evaluation.predictions import LabelledPredictions

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from birdcall.data.augment import IGNORE_TARGET
+from birdcall.data.targets import IGNORE_TARGET
 from birdcall.models.sed import SEDOutput
 from birdcall.storage.files import write_atomically
 

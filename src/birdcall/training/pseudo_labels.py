@@ -77,13 +77,13 @@ class PseudoLabelSummary:
 
     def __str__(self) -> str:
         given = "; ".join(
-            f"{name}: {counts['confirmed']} confirmed, {counts['unsure']} unsure, "
+            f"{name}: {counts['confirmed']} confirmed, {counts['uncertain']} uncertain, "
             f"{counts['dropped']} dropped"
             for name, counts in (("primary", self.primary), ("secondary", self.secondary))
         )
         return (
             f"{self.n_recordings} recordings relabelled, {self.n_kept} as they were; {given}; "
-            f"not listed: {self.added[PRESENT]} added, {self.added[UNCERTAIN]} unsure; "
+            f"not listed: {self.added[PRESENT]} added, {self.added[UNCERTAIN]} uncertain; "
             f"primary heard in {self.primary_share:.0%} of the time"
         )
 
@@ -256,7 +256,7 @@ def summarise_labels(
     counts = {
         kind: {
             "confirmed": sum(states.get(label) == PRESENT for label in given),
-            "unsure": sum(states.get(label) == UNCERTAIN for label in given),
+            "uncertain": sum(states.get(label) == UNCERTAIN for label in given),
             "dropped": sum(label not in states for label in given),
         }
         for kind, given in labels.items()

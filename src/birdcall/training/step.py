@@ -13,8 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from birdcall.audio.frontend import SpecAugment
 from birdcall.config import Experiment, TrainConfig
-from birdcall.data.augment import IGNORE_TARGET, BatchDraws, augment_batch
+from birdcall.data.augment import BatchDraws, augment_batch
 from birdcall.data.loader import ClipBatch
+from birdcall.data.targets import IGNORE_TARGET
 from birdcall.models.sed import SEDModel, SEDOutput
 from birdcall.training.distributed import (
     SINGLE_PROCESS,

@@ -9,8 +9,8 @@ import pandas as pd
 import torch
 
 from birdcall.audio.reading import AudioError
-from birdcall.data.augment import IGNORE_TARGET
-from birdcall.data.dataset import TrainingData, make_targets
+from birdcall.data.dataset import TrainingData
+from birdcall.data.targets import IGNORE_TARGET, make_targets
 from birdcall.evaluation.metrics import average_precision, macro_average
 from birdcall.inference.engine import predict_files
 from birdcall.inference.ensemble import Ensemble, Member
