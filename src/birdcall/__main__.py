@@ -613,7 +613,7 @@ def predict(
         predict_locally,
         predict_recordings,
     )
-    from birdcall.storage.journal import Journal
+    from birdcall.storage.store import Journal
 
     if bool(paths) == (data is not None):
         raise ValueError("predict takes either PATHS of recordings or --data DIR")

@@ -114,7 +114,7 @@ def test_what_has_changed_is_heard_again(ensemble, kept, monkeypatch, change):
     elif change == "names":
         sounds = {**UNHEARD, "d": silent}
     elif change == "code":
-        monkeypatch.setattr(stored, "digest_code", lambda modules: {"inference": "other"})
+        monkeypatch.setattr(stored, "code_digest", lambda *modules: {"inference.engine": "other"})
     else:
         for member in ensemble.members:
             settings = replace(member.checkpoint, weights_sha256="0" * 64)

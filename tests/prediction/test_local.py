@@ -40,7 +40,7 @@ from birdcall.prediction.local import (
     write_results,
 )
 from birdcall.storage.files import write_atomically
-from birdcall.storage.journal import Journal
+from birdcall.storage.store import Journal
 
 RATE = 32_000
 SCRIPT = Path(__file__).resolve().parents[2] / "kernels" / "submission" / "submission.py"

@@ -20,7 +20,7 @@ from birdcall.prediction.local import (
     predict_recordings,
 )
 from birdcall.prediction.ray_cluster import SHARDS_FOLDER, Worker, predict_on_ray
-from birdcall.storage.journal import Journal
+from birdcall.storage.store import Journal
 
 RATE = 32_000
 SCRIPT = Path(__file__).resolve().parents[2] / "kernels" / "submission" / "submission.py"

@@ -18,15 +18,11 @@ from birdcall.audio.reading import AudioError
 from birdcall.inference.engine import SegmentPredictions, predict_audio
 from birdcall.inference.ensemble import Ensemble, Member
 from birdcall.inference.windows import SINGLE_SEGMENT, Sound, WindowConfig
-from birdcall.storage.files import atomic_path, digest, digest_code, write_atomically
+from birdcall.storage.files import atomic_path, digest, write_atomically
+from birdcall.storage.store import code_digest
 
 logger = logging.getLogger(__name__)
 
-# What decides over a member's outputs, beside its weights.
-CODE = (
-    *("config", "audio", "threads", "windows", "spectrogram", "frontend", "panns", "models"),
-    *("onnx_detector", "ensemble", "inference", "evaluation.stored"),
-)
 ARRAYS = ("clipwise", "framewise")
 UNREADABLE = (SafetensorError, KeyError, TypeError, ValueError)  # what a damaged file raises
 
@@ -190,7 +186,7 @@ def _path(kept: PredictionCache, member: Member) -> Path:
         "experiment": asdict(member.checkpoint.experiment),
         "classes": member.checkpoint.classes,
         "sounds": kept.fingerprint,
-        "code": digest_code(CODE),
+        "code": code_digest("evaluation.prediction_cache"),
         "listening": asdict(kept.listening),
         "runtime": "torch" if member.export is None else "onnx",
         "torch": torch.__version__,

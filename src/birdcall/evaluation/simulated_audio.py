@@ -27,7 +27,8 @@ from birdcall.evaluation.simulation import (
     label_segments,
 )
 from birdcall.inference.ensemble import Ensemble
-from birdcall.storage.files import digest, digest_code, digest_files
+from birdcall.storage.files import digest, digest_files
+from birdcall.storage.store import code_digest
 
 logger = logging.getLogger(__name__)
 
@@ -39,14 +40,6 @@ BACKGROUND_LAYERS = 2
 EVENT_FADE_SECONDS = 0.05
 SKIRT_OCTAVES = 1 / 3  # beyond a bird's band, from where its recording's own noise is filtered out
 SKIRT_ORDER = 4
-# What decides over the sound, beside the plan and its files.
-CODE = (
-    "data.augment",
-    "data.filters",
-    "data.noise",
-    "data.noise_files",
-    "evaluation.simulated_sound",
-)
 LEVEL_DB = (-38.0, -22.0)  # RMS of a soundscape, of full scale: recorders differ
 
 
@@ -79,7 +72,7 @@ def predict_simulated(
             repr(soundscapes),
             digest_files(files),
             digest_files(noise.paths),
-            digest_code(CODE),
+            code_digest("evaluation.simulated_audio"),
         )
         place = PredictionCache(kept, f"simulated-fold{fold}", digest(repr(made_from)))
     heard = predict_cached(ensemble, sounds, place, progress)

@@ -51,7 +51,7 @@ from birdcall.report.soundscape import (
     write_index,
 )
 from birdcall.storage.files import atomic_path, digest, inside
-from birdcall.storage.journal import Journal
+from birdcall.storage.store import Journal
 from birdcall.taxonomy import display_name
 
 logger = logging.getLogger(__name__)

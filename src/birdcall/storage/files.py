@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import importlib.util
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
+
+
+class UserError(ValueError):
+    """An error in the user's input that its message, one line, tells how to correct."""
 
 
 @contextmanager
@@ -122,17 +125,7 @@ def digest_table(table: pd.DataFrame) -> str:
     return digest(table.to_csv(index=False))
 
 
-def digest_code(modules: Iterable[str]) -> dict[str, str]:
-    """Return the digest of each module's source; names are those below ``birdcall``."""
-    return {module: digest(_source(module)) for module in modules}
-
-
 def digest_files(paths: Iterable[Path]) -> str:
     """Return a digest of files by name, size and time of change: their content is not read."""
     stats = ((path, path.stat()) for path in paths)
     return digest("\n".join(f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats))
-
-
-def _source(module: str) -> bytes:
-    spec = importlib.util.find_spec(f"birdcall.{module}")
-    return Path(spec.origin).read_bytes() if spec and spec.origin else b""

@@ -17,32 +17,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from birdcall import __version__
 from birdcall.data.dataset import TrainingData
-from birdcall.storage.files import digest, digest_code, digest_table, write_atomically
+from birdcall.storage.files import digest, digest_table, write_atomically
+from birdcall.storage.store import code_digest
 from birdcall.training.distributed import DistributedContext
-
-# What decides over a run's weights: all that `training.run` imports. A test keeps the list true.
-CODE = (
-    *(
-        "config",
-        "files",
-        "fingerprint",
-        "style",
-        "taxonomy",
-        "audio",
-        "threads",
-        "windows",
-        "spectrogram",
-        "frontend",
-        "panns",
-    ),
-    *("models", "checkpoint", "onnx_detector", "ensemble", "inference", "metrics"),
-    *("data.recordings", "data.cache", "data.audit", "data.folds", "data.noise", "data.memory"),
-    *("data.filters", "data.noise_files", "data.augment", "data.batch_augment", "data.targets"),
-    *("data.sampling", "data.dataset", "data.loader", "training.losses", "training.initialisation"),
-    *("training.distributed", "training.averaging", "training.resume", "training.log"),
-    *("training.validation", "training.step", "training.trainer", "training.run"),
-    "training.pictures",
-)
 
 Values = dict[str, Any]  # what JSON can hold
 
@@ -123,7 +100,7 @@ def identity_of(
     return {
         "version": __version__,
         "torch": torch.__version__,
-        "code": digest_code(CODE),
+        "code": code_digest("training.trainer"),
         "processes": distributed.world_size,
         "fold": fold,
         "recordings": digest_table(data.recordings),
