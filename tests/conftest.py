@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from birdcall.config import Experiment, ModelConfig
+from birdcall.config import Experiment, ModelConfig, replace_nested
 from birdcall.data.audit import audit_recordings, same_sound, usable_recordings
 from birdcall.data.dataset import TrainingData, load_training_data
 from birdcall.data.folds import make_folds, write_folds
@@ -41,14 +41,17 @@ def cornell_mini() -> Path:
 def tiny_experiment() -> Experiment:
     """A network of a few thousand weights on two-second clips."""
     small = find_experiment("small_gru")
-    return replace(
+    return replace_nested(
         small,
         name="tiny",
         frontend=replace(small.frontend, n_mels=32, hop_length=1000),
         model=ModelConfig(
             backbone="test_byobnet", pretrained=False, temporal="gru", temporal_size=16, dropout=0.0
         ),
-        train=replace(small.train, clip_seconds=2.0, epochs=2, batch_size=4, clips_per_epoch=8),
+        train={
+            "epochs": 2,
+            "data": {"clip_seconds": 2.0, "batch_size": 4, "clips_per_epoch": 8},
+        },
     )
 
 

@@ -9,8 +9,12 @@ from birdcall.config import (
     AugmentConfig,
     Experiment,
     FrontendConfig,
+    LossConfig,
     ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
     TrainConfig,
+    replace_nested,
 )
 from birdcall.experiments import EXPERIMENTS, find_experiment
 
@@ -53,13 +57,24 @@ def test_an_experiment_cannot_be_changed():
         (lambda: AugmentConfig(noise_probability=1.5), "noise_probability is 1.5"),
         (lambda: AugmentConfig(noise_snr_db=(15.0, 0.0)), "noise_snr_db is .*lowest, highest"),
         (lambda: TrainConfig(epochs=0), "epochs is 0"),
-        (lambda: TrainConfig(clips_per_epoch=8), "less than one batch of 32"),
+        (lambda: TrainConfig(precision="fp8"), "'fp8'; choose one of float32, bf16, fp16"),
+        (lambda: TrainConfig(patience=0), "patience is 0; give validations above 0"),
+        (lambda: SamplingConfig(clips_per_epoch=8), "less than one batch of 32"),
         (
-            lambda: TrainConfig(sampling="random"),
+            lambda: SamplingConfig(sampling="random"),
             "'random'; choose one of uniform, balanced, rated",
         ),
-        (lambda: TrainConfig(crops_per_recording=0), "crops_per_recording is 0; it must be above"),
-        (lambda: TrainConfig(max_failed_share=1.5), "max_failed_share is 1.5"),
+        (
+            lambda: SamplingConfig(crops_per_recording=0),
+            "crops_per_recording is 0; it must be above",
+        ),
+        (lambda: SamplingConfig(max_failed_share=1.5), "max_failed_share is 1.5"),
+        (lambda: LossConfig(name="mse"), "name is 'mse'; choose one of bce, focal"),
+        (lambda: LossConfig(focal_gamma=-1), "focal_gamma is -1; it must not be negative"),
+        (lambda: LossConfig(secondary_label_weight=2), "secondary_label_weight is 2"),
+        (lambda: OptimizerConfig(learning_rate=0), "learning_rate is 0; it must be above 0"),
+        (lambda: OptimizerConfig(ema_decay=1.0), r"ema_decay is 1.0; give a share in \(0, 1\)"),
+        (lambda: OptimizerConfig(average_best=-1), "average_best is -1; it must not be negative"),
     ],
 )
 def test_an_invalid_value_is_refused_with_what_is_allowed(build, complaint):
@@ -72,3 +87,15 @@ def test_a_field_of_another_version_is_named():
     values["train"]["momentum"] = 0.9
     with pytest.raises(ValueError, match="TrainConfig has no field momentum"):
         Experiment.from_dict(values)
+
+
+def test_nested_changes_leave_everything_else_and_are_checked():
+    base = find_experiment("small_gru")
+    changed = replace_nested(base, name="short", train={"epochs": 2, "data": {"batch_size": 8}})
+    assert (changed.name, changed.train.epochs, changed.train.data.batch_size) == ("short", 2, 8)
+    restored = replace(
+        changed, name=base.name, train=replace(changed.train, epochs=24, data=base.train.data)
+    )
+    assert restored == base
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        replace_nested(base, train={"data": {"batch_size": 0}})

@@ -3,14 +3,13 @@
 `pytest -m cuda` runs these; without a GPU they are not selected.
 """
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from test_kernel import SCRIPT, read_labels, read_summary, rows_of, write_rows, write_sound
 
 import birdcall.inference.ensemble as ensemble_module
+from birdcall.config import replace_nested
 from birdcall.experiments import EXPERIMENTS, find_experiment
 from birdcall.inference.decision import Decision
 from birdcall.inference.engine import predict_audio, predict_waveforms
@@ -80,8 +79,8 @@ def test_the_kernel_runs_on_the_gpu(trained_runs, tmp_path):
 def test_a_training_on_the_gpu_ends_with_a_checkpoint_that_scores_on_a_cpu(
     training_data, tiny_experiment, tmp_path, precision
 ):
-    train = replace(tiny_experiment.train, precision=precision, ema_decay=0.9)
-    experiment = replace(tiny_experiment, name=f"tiny_{precision}", train=train)
+    train = {"precision": precision, "optimizer": {"ema_decay": 0.9}}
+    experiment = replace_nested(tiny_experiment, name=f"tiny_{precision}", train=train)
     runs = plan_runs([experiment], training_data, 0, tmp_path)
     train_many(runs, training_data, workers=0, device=default_device())
     model, checkpoint = load_model(runs[0].folder)

@@ -19,12 +19,13 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "kernels" / "submission" / "submission.py"
 FEW_STEPS = """
 import sys
-from dataclasses import replace
+from birdcall.config import replace_nested
 import birdcall.experiments as experiments
 for name in ("small_gru", "small_attention_normed"):
-    e = experiments.EXPERIMENTS[name]
-    train = replace(e.train, epochs=1, clips_per_epoch=8, batch_size=4)
-    experiments.EXPERIMENTS[name] = replace(e, train=train)
+    experiments.EXPERIMENTS[name] = replace_nested(
+        experiments.EXPERIMENTS[name],
+        train={"epochs": 1, "data": {"clips_per_epoch": 8, "batch_size": 4}},
+    )
 from birdcall.__main__ import main
 main()
 """

@@ -42,7 +42,6 @@
 import os
 import sys
 import tempfile
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -58,7 +57,7 @@ from IPython.display import Audio, Image, display
 
 from birdcall.audio.frontend import LogMel, Spectrogram
 from birdcall.audio.reading import crop_or_pad, read_audio
-from birdcall.config import SEGMENT_SECONDS
+from birdcall.config import SEGMENT_SECONDS, replace_nested
 from birdcall.data.recordings import classes_of, read_recordings
 from birdcall.experiments import find_experiment
 from birdcall.inference.decision import Decision
@@ -282,9 +281,9 @@ def train_small_model() -> tuple[Path, Path]:
     rows = read_recordings(folder)
     audit = audit_recordings(folder, rows, table, workers=0, cache=Cache(cache))
     write_folds(make_folds(usable_recordings(rows, audit), n_folds=4), folds)
-    train = replace(SMALL.train, epochs=EPOCHS, clips_per_epoch=160, validate_every=EPOCHS)
+    train = {"epochs": EPOCHS, "validate_every": EPOCHS, "data": {"clips_per_epoch": 160}}
     training_data = load_training_data(folder, folds, table, cache)
-    run = Run(replace(SMALL, train=train), 0, SCRATCH / "run")
+    run = Run(replace_nested(SMALL, train=train), 0, SCRATCH / "run")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # two, on two busy cores, wait for each other ten times as long
     checkpoint = train_run(run, training_data, workers=0)

@@ -1,24 +1,16 @@
-"""Say what an experiment is: frozen, checked, JSON-able settings."""
+"""The settings of an experiment: frozen dataclasses that are checked and fit into JSON."""
 
 from __future__ import annotations
 
 import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 SEGMENT_SECONDS = 5  # the competition scores one row per five seconds
 NOCALL = "nocall"
 
-FEATURES = ("log_mel", "log_mel_1.5", "pcen", "delta", "delta_delta")
-NORMALIZATIONS = ("none", "clip", "bin")
-IMPLEMENTATIONS = ("fft", "torchlibrosa", "conv")
-TEMPORAL_LAYERS = ("none", "gru", "attention", "gru+attention")
-HEADS = ("attention", "max", "log_mean_exp")
-POOLINGS = ("mean", "gem")
-SAMPLINGS = ("uniform", "balanced", "rated", "balanced+rated")
-LOSSES = ("bce", "focal")
-PRECISIONS = ("float32", "bf16", "fp16")
-ON_NON_FINITE = ("stop", "skip")
+Feature = Literal["log_mel", "log_mel_1.5", "pcen", "delta", "delta_delta"]
+Sampling = Literal["uniform", "balanced", "rated", "balanced+rated"]
 
 Config = TypeVar("Config")
 
@@ -30,18 +22,38 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise a ValueError that lists ``allowed`` unless ``value`` is among them."""
     require(value in allowed, f"{name} is {value!r}; choose one of {', '.join(allowed)}")
 
 
 def require_share(name: str, value: float) -> None:
+    """Raise a ValueError unless ``value`` lies between 0 and 1."""
     require(0 <= value <= 1, f"{name} is {value}; a probability lies between 0 and 1")
 
 
 def require_range(name: str, bounds: tuple[float, float]) -> None:
+    """Raise a ValueError unless ``bounds`` are a lowest and a highest value, in this order."""
     require(
         len(bounds) == 2 and bounds[0] <= bounds[1],
         f"{name} is {bounds}; give (lowest, highest)",
     )
+
+
+def _require_above_zero(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"{name} is {value}; it must be above 0")
+
+
+def _require_choices(config: object) -> None:
+    """Check each field whose type is a Literal, or a tuple of Literals."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if typing.get_origin(hint) is Literal:
+            require_choice(name, value, typing.get_args(hint))
+        elif typing.get_origin(hint) is tuple and typing.get_origin(hint.__args__[0]) is Literal:
+            for item in value:
+                require_choice(name, item, typing.get_args(hint.__args__[0]))
 
 
 @dataclass(frozen=True)
@@ -58,17 +70,13 @@ class FrontendConfig:
     n_mels: int = 64
     fmin: float = 50.0
     fmax: float = 14_000.0
-    features: tuple[str, ...] = ("log_mel",)
-    normalization: str = "none"
+    features: tuple[Feature, ...] = ("log_mel",)
+    normalization: Literal["none", "clip", "bin"] = "none"
     top_db: float | None = None
-    implementation: str = "fft"
+    implementation: Literal["fft", "torchlibrosa", "conv"] = "fft"
 
     def __post_init__(self) -> None:
-        for name in ("sample_rate", "n_fft", "hop_length", "n_mels"):
-            require(
-                getattr(self, name) > 0,
-                f"{name} is {getattr(self, name)}; it must be above 0",
-            )
+        _require_above_zero(self, "sample_rate", "n_fft", "hop_length", "n_mels")
         require(
             self.hop_length <= self.n_fft,
             f"hop_length {self.hop_length} skips samples: it must not exceed n_fft {self.n_fft}",
@@ -81,12 +89,9 @@ class FrontendConfig:
         )
         require(
             len(self.features) > 0,
-            f"features is empty; choose from {', '.join(FEATURES)}",
+            f"features is empty; choose from {', '.join(typing.get_args(Feature))}",
         )
-        for feature in self.features:
-            require_choice("features", feature, FEATURES)
-        require_choice("normalization", self.normalization, NORMALIZATIONS)
-        require_choice("implementation", self.implementation, IMPLEMENTATIONS)
+        _require_choices(self)
         require(
             self.top_db is None or self.top_db > 0,
             f"top_db is {self.top_db}; give decibels above 0, or None",
@@ -95,7 +100,7 @@ class FrontendConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A sound event detector: backbone, frequency pooling, temporal layer, head.
+    """A model: backbone, frequency pooling, temporal layer, head.
 
     ``backbone`` is any CNN of timm's, or ``panns_cnn14`` or ``panns_resnet38``.
     """
@@ -103,16 +108,16 @@ class ModelConfig:
     backbone: str = "resnet18"
     backbone_options: tuple[tuple[str, Any], ...] = ()  # (name, value) pairs for timm's builder
     pretrained: bool = True  # timm's weights; needs the hub, or `--init FILE`
-    pooling: str = "mean"  # over frequency; "gem": Radenovic et al., between mean and maximum
-    temporal: str = "gru"
+    # Over frequency; "gem" (Radenovic et al.) lies between mean and maximum.
+    pooling: Literal["mean", "gem"] = "mean"
+    temporal: Literal["none", "gru", "attention", "gru+attention"] = "gru"
     temporal_size: int = 256  # channels between backbone and head
-    head: str = "attention"  # how frames become a clip: see `models.HEADS`
+    # How the frames' probabilities become the clip's: see `models.sed`.
+    head: Literal["attention", "max", "log_mean_exp"] = "attention"
     dropout: float = 0.3
 
     def __post_init__(self) -> None:
-        require_choice("pooling", self.pooling, POOLINGS)
-        require_choice("temporal", self.temporal, TEMPORAL_LAYERS)
-        require_choice("head", self.head, HEADS)
+        _require_choices(self)
         require(
             self.temporal_size > 0 and self.temporal_size % 8 == 0,
             f"temporal_size is {self.temporal_size}; it must be a positive multiple of 8",
@@ -122,58 +127,59 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """What is done to training clips; each with its probability, its range and its reason.
+    """The augmentations of training clips: the probability, the range and the reason of each.
 
-    First what a loader worker does to one clip, in this order, then what is done to the batch.
+    A loader worker changes each clip, in the order of the fields; then the batch is changed.
     """
 
-    # --- a clip, in the worker: files, filters, codecs
-    # Stereo recorders have the bird to one side; the channels' mean is one of many mixes.
+    # --- each clip, in a loader worker: files, filters, codecs
+    # In a stereo recording the bird is often on one side. The mean of the channels is only one
+    # possible mix.
     downmix_probability: float = 0.2
-    # Off: 20 ms a clip, and nobody found a gain in it; a wrong pitch is a wrong bird.
+    # Off: costs 20 ms a clip, nobody measured a gain, and a shifted pitch can be another species.
     pitch_probability: float = 0.0
     pitch_semitones: tuple[float, float] = (-1.0, 1.0)
     tempo_probability: float = 0.0
     tempo_rate: tuple[float, float] = (0.9, 1.1)
-    # Distance and foliage take the high frequencies first (2nd place) ...
+    # Distance and leaves attenuate high frequencies most (2nd place) ...
     low_pass_probability: float = 0.2
     low_pass_hz: tuple[float, float] = (4_000.0, 12_000.0)
-    # ... gradually: a slope from nothing at 0 Hz to so many decibels at the highest frequency.
+    # ... gradually: a slope from 0 dB at 0 Hz to this attenuation at the highest frequency.
     high_fade_probability: float = 0.2
     high_fade_db: tuple[float, float] = (3.0, 24.0)
-    # Recorders' low-cut switches, and recordists who filter the wind out.
+    # Recorders have a low-cut switch, and recordists filter out the wind.
     high_pass_probability: float = 0.1
     high_pass_hz: tuple[float, float] = (100.0, 600.0)
-    # Wind and rain lie between white (0) and brown (-6 dB per octave); 1st place: pink, -3.
+    # Wind and rain lie between white (0) and brown noise (-6 dB per octave); 1st place: pink, -3.
     color_noise_probability: float = 0.3
     color_noise_snr_db: tuple[float, float] = (3.0, 20.0)
     color_noise_slope_db: tuple[float, float] = (-6.0, -1.0)
     # Recordings are close and clean, soundscapes are not: the largest single gain of the 2020
-    # solutions (4th place: +0.02). Real bird-free noise where there is some, at 0-15 dB.
+    # solutions (4th place: +0.02). Real noise without birds, at 0-15 dB.
     noise_probability: float = 0.6
     noise_snr_db: tuple[float, float] = (0.0, 15.0)
-    # Twigs, drops, steps: bursts of bird-free sound (1st place's AddShortNoises).
+    # Twigs, drops, steps: short bursts of noise without birds (1st place's AddShortNoises).
     short_noise_probability: float = 0.2
     short_noise_snr_db: tuple[float, float] = (0.0, 20.0)
     short_noise_seconds: tuple[float, float] = (0.1, 0.6)
     short_noise_count: tuple[int, int] = (1, 4)
-    # A bird-free clip with an empty target now and then (7th place), to learn nocall from.
+    # Some clips are noise with an empty target (7th place), to learn nocall from.
     noise_only_probability: float = 0.15
-    # Soundscapes were encoded again (8th place suspects so). 9 ms a clip.
+    # Soundscapes were probably encoded more than once (8th place). 9 ms a clip.
     mp3_probability: float = 0.1
     mp3_kbps: tuple[int, int] = (32, 128)
 
     # --- the batch, on the model's device
-    # Where a song starts in its clip must not matter to the temporal layer; the clip is a ring.
+    # The temporal layer must not depend on the position of a song. Clips are shifted circularly.
     shift_probability: float = 0.3
-    # Union-label mixup of waveforms (3rd, 4th place): rows with two or three birds occur.
+    # Mixup of waveforms with the union of the labels (3rd, 4th place): many rows have 2 or 3 birds.
     mixup_probability: float = 0.5
-    mixup_third_probability: float = 0.2  # of mixed clips, those that get a third one as well
+    mixup_third_probability: float = 0.2  # of the mixed clips: a third clip is added
     mixup_gain_db: tuple[float, float] = (-6.0, 6.0)
     # Distant birds are quiet (1st and 4th place turned the volume down more than up).
     gain_probability: float = 0.5
     gain_db: tuple[float, float] = (-18.0, 6.0)
-    # SpecAugment, in shares of the clip's frames and mel bins.
+    # SpecAugment, as shares of the clip's frames and mel bins.
     time_mask_share: float = 0.1
     mel_mask_share: float = 0.1
     n_masks: int = 2
@@ -188,7 +194,7 @@ class AugmentConfig:
             require(getattr(self, name)[0] > 0, f"{name} is {getattr(self, name)}; give above 0")
         require(
             self.mp3_kbps[0] >= 8 and self.mp3_kbps[1] <= 320,
-            f"mp3_kbps is {self.mp3_kbps}; mp3 knows 8 to 320",
+            f"mp3_kbps is {self.mp3_kbps}; mp3 allows 8 to 320",
         )
         require(
             self.short_noise_count[0] >= 1,
@@ -197,7 +203,7 @@ class AugmentConfig:
         require(self.n_masks >= 0, f"n_masks is {self.n_masks}; it must not be negative")
 
     def without(self, *names: str) -> AugmentConfig:
-        """Return the same with these probabilities, such as ``noise``, at zero."""
+        """Return a copy without the named augmentations, such as ``noise``."""
         return replace(self, **{f"{name}_probability": 0.0 for name in names})
 
 
@@ -206,76 +212,102 @@ NO_AUGMENT = replace(
     **{item.name: 0.0 for item in fields(AugmentConfig) if item.name.endswith("_probability")},
     n_masks=0,
 )
-# What brings a clean recording nearer to a noisy site; an ablation trains without.
+# They make a clean recording more like a noisy site; an ablation trains without them.
 NOISE_AUGMENTATIONS = ("noise", "color_noise", "short_noise", "noise_only")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """The clips of an epoch, and how they are drawn from the recordings."""
+
+    clip_seconds: float = 20.0  # weak labels hold for long clips (1st: 30 s, 6th: 20 s)
+    clips_per_epoch: int | None = None  # None: as many as the fold has recordings
+    batch_size: int = 32  # clips of one forward pass, over all processes together
+    sampling: Sampling = "balanced"  # see `data.targets.recording_weights`
+    crops_per_recording: int = 1  # consecutive clips from one opened recording
+    # Share of the recordings, and of the noise files, that may fail to be read before the run
+    # stops. The audit has left out damaged files, so the data or the disk have changed since.
+    max_failed_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        _require_above_zero(self, "clip_seconds", "batch_size", "crops_per_recording")
+        require(
+            self.clips_per_epoch is None or self.clips_per_epoch >= self.batch_size,
+            f"clips_per_epoch {self.clips_per_epoch} is less than one batch of {self.batch_size}",
+        )
+        _require_choices(self)
+        require_share("max_failed_share", self.max_failed_share)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The loss of a batch: see `training.step.sed_loss`."""
+
+    name: Literal["bce", "focal"] = "bce"
+    focal_gamma: float = 2.0
+    label_smoothing: float = 0.0  # 2nd place of 2021: 0.01 to 0.025
+    # Of the loss of the loudest frame, beside the clip's (6th place): fewer false frames.
+    framewise_weight: float = 0.5
+    # Target of secondary labels (2nd place of 2020: 0.3). None: they are left out of the loss,
+    # neither present nor absent.
+    secondary_label_weight: float | None = 0.3
+    rating_weight: bool = False  # weight a clip's loss by the rating of its recording
+
+    def __post_init__(self) -> None:
+        _require_choices(self)
+        require_share("label_smoothing", self.label_smoothing)
+        if self.secondary_label_weight is not None:
+            require_share("secondary_label_weight", self.secondary_label_weight)
+        for name in ("framewise_weight", "focal_gamma"):
+            value = getattr(self, name)
+            require(value >= 0, f"{name} is {value}; it must not be negative")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, its learning rate schedule, and the averaging of weights."""
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+    warmup_share: float = 0.05  # of all steps; then the learning rate falls along a cosine
+    gradient_clip: float = 5.0  # largest norm of the gradients
+    accumulate: int = 1  # batches per step of the optimizer
+    ema_decay: float | None = None  # moving average of the weights over steps (6th place)
+    average_best: int = 0  # average so many of the best validated epochs; 0: the last epoch
+
+    def __post_init__(self) -> None:
+        _require_above_zero(self, "learning_rate", "gradient_clip", "accumulate")
+        require_share("warmup_share", self.warmup_share)
+        require(
+            self.average_best >= 0,
+            f"average_best is {self.average_best}; it must not be negative",
+        )
+        require(
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            f"ema_decay is {self.ema_decay}; give a share in (0, 1), or None",
+        )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How an experiment is trained."""
 
-    clip_seconds: float = 20.0  # weak labels hold for long clips (1st: 30 s, 6th: 20 s)
     epochs: int = 40
-    clips_per_epoch: int | None = None  # None: as many as the fold has recordings
-    batch_size: int = 32  # clips of one forward pass, over all processes together
-    accumulate: int = 1  # batches to one step of the optimiser
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-2
-    warmup_share: float = 0.05
-    gradient_clip: float = 5.0
-    sampling: str = "balanced"  # see dataset.recording_weights
-    crops_per_recording: int = 1  # clips in a row from one opened recording
-    # Loss: see `losses.sed_loss`.
-    loss: str = "bce"
-    focal_gamma: float = 2.0
-    label_smoothing: float = 0.0  # 2nd place of 2021: 0.01 to 0.025
-    framewise_loss_weight: float = 0.5  # 6th place: keeps the frames honest
-    # Target of species heard behind the primary one (2nd place of 2020: 0.3), or None: they are
-    # left out of the loss, neither there nor absent.
-    secondary_label_weight: float | None = 0.3
-    rating_loss_weight: bool = False  # a clip's loss counts as its recording's rating
+    seed: int = 0
+    data: SamplingConfig = field(default_factory=SamplingConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    validate_every: int = 5  # epochs; the last epoch is always validated
+    patience: int | None = None  # validations without a better score before the run ends
+    on_non_finite: Literal["stop", "skip"] = "stop"  # a loss that is not finite: the run, its batch
     # Speed and memory.
-    precision: str = "float32"  # of the network under autocast; the front end stays in float32
+    precision: Literal["float32", "bf16", "fp16"] = "float32"  # autocast; front end: float32
     compile: bool = False  # torch.compile: minutes at the start, faster on a GPU
     channels_last: bool = True  # 1.4 x on a CPU with one-channel images, and on tensor cores
-    # Weights: a moving average over steps (6th place), the best of the validated ones averaged.
-    ema_decay: float | None = None
-    average_best: int = 0  # 0: the weights of the last epoch
-    validate_every: int = 5  # epochs; the last one is always validated
-    patience: int | None = None  # validations without a better one before the run ends
-    on_non_finite: str = "stop"  # a loss that is not finite stops the run, or skips its batch
-    seed: int = 0
-    # Of the recordings, and of the noise files: more that fail while training stop the run. The
-    # audit has left out what is damaged, so failures mean that files or a disk have changed since.
-    max_failed_share: float = 0.01
 
     def __post_init__(self) -> None:
-        for name in (
-            *("clip_seconds", "epochs", "batch_size", "accumulate", "crops_per_recording"),
-            *("learning_rate", "gradient_clip", "validate_every"),
-        ):
-            require(
-                getattr(self, name) > 0,
-                f"{name} is {getattr(self, name)}; it must be above 0",
-            )
-        require(
-            self.clips_per_epoch is None or self.clips_per_epoch >= self.batch_size,
-            f"clips_per_epoch {self.clips_per_epoch} is less than one batch of {self.batch_size}",
-        )
-        require_choice("sampling", self.sampling, SAMPLINGS)
-        require_choice("loss", self.loss, LOSSES)
-        require_choice("precision", self.precision, PRECISIONS)
-        require_choice("on_non_finite", self.on_non_finite, ON_NON_FINITE)
-        for name in ("warmup_share", "max_failed_share", "label_smoothing"):
-            require_share(name, getattr(self, name))
-        if self.secondary_label_weight is not None:
-            require_share("secondary_label_weight", self.secondary_label_weight)
-        for name in ("framewise_loss_weight", "focal_gamma", "average_best"):
-            require(getattr(self, name) >= 0, f"{name} must not be negative")
-        require(
-            self.ema_decay is None or 0 < self.ema_decay < 1,
-            f"ema_decay is {self.ema_decay}; give a share in (0, 1), or None",
-        )
+        _require_above_zero(self, "epochs", "validate_every")
+        _require_choices(self)
         require(
             self.patience is None or self.patience > 0,
             f"patience is {self.patience}; give validations above 0, or None",
@@ -295,20 +327,21 @@ class Experiment:
 
     @property
     def clip_samples(self) -> int:
-        return round(self.train.clip_seconds * self.frontend.sample_rate)
+        """Length of a training clip."""
+        return round(self.train.data.clip_seconds * self.frontend.sample_rate)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain lists, numbers and strings, as `from_dict` reads them back."""
+        """Return nested dictionaries of plain values; `from_dict` reads them."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Experiment:
-        """Rebuild an experiment from `to_dict`, even after JSON made lists of its tuples."""
+        """Build an experiment from `to_dict`'s result, also after JSON made lists of tuples."""
         return config_from_dict(cls, values)
 
 
 def config_from_dict(config_class: type[Config], values: dict[str, Any]) -> Config:
-    """Build a config dataclass from plain values, checking every name on the way."""
+    """Build a config dataclass from nested plain values; ValueError names an unknown field."""
     hints = typing.get_type_hints(config_class)
     unknown = sorted(set(values) - {item.name for item in fields(config_class)})
     require(
@@ -317,6 +350,18 @@ def config_from_dict(config_class: type[Config], values: dict[str, Any]) -> Conf
         "was it written by another version of birdcall?",
     )
     return config_class(**{name: _restored(hints[name], value) for name, value in values.items()})
+
+
+def replace_nested(config: Config, **changes: Any) -> Config:
+    """Return ``dataclasses.replace(config, **changes)``; a dictionary changes a nested config.
+
+    ``replace_nested(experiment, train={"epochs": 2, "data": {"batch_size": 8}})``.
+    """
+    values = {
+        name: replace_nested(getattr(config, name), **value) if isinstance(value, dict) else value
+        for name, value in changes.items()
+    }
+    return replace(config, **values)
 
 
 def _restored(hint: Any, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The named experiments: each states only what it does otherwise than the baseline."""
+"""The named experiments: each states only how it differs from the baseline."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from birdcall.config import (
     AugmentConfig,
     Experiment,
     FrontendConfig,
+    LossConfig,
     ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
     TrainConfig,
+    replace_nested,
     require,
 )
 
@@ -27,14 +31,18 @@ def find_experiment(name: str) -> Experiment:
 # For the real data and a GPU. They differ in input, backbone, temporal layer and head, as the
 # members of an ensemble should.
 _WIDE = FrontendConfig(n_mels=128, fmin=20.0, fmax=16_000.0)
-_GPU = TrainConfig(precision="fp16", ema_decay=0.999)  # Kaggle's T4 knows fp16, not bf16
+# Kaggle's T4 has fp16, not bf16.
+_GPU = TrainConfig(precision="fp16", optimizer=OptimizerConfig(ema_decay=0.999))
 _REAL = (
     Experiment(
         name="densenet121",
         description="the 1st place's network: DenseNet-121, plain attention head, 30-s clips",
         model=ModelConfig(backbone="densenet121", temporal="none", temporal_size=1024, dropout=0.5),
-        train=replace(
-            _GPU, clip_seconds=30.0, epochs=50, batch_size=24, secondary_label_weight=1.0
+        train=replace_nested(
+            _GPU,
+            epochs=50,
+            data={"clip_seconds": 30.0, "batch_size": 24},
+            loss={"secondary_label_weight": 1.0},
         ),
     ),
     Experiment(
@@ -56,14 +64,19 @@ _REAL = (
         description="EfficientNetV2-S + GeM + bi-GRU + self-attention, best three epochs averaged",
         frontend=_WIDE,
         model=ModelConfig(backbone="tf_efficientnetv2_s", pooling="gem", temporal="gru+attention"),
-        train=replace(_GPU, batch_size=24, average_best=3, label_smoothing=0.01),
+        train=replace_nested(
+            _GPU,
+            data={"batch_size": 24},
+            loss={"label_smoothing": 0.01},
+            optimizer={"average_best": 3},
+        ),
     ),
     Experiment(
         name="regnety_040_attention",
         description="RegNetY-4.0 (8th place) + self-attention, log-mean-exp head (39th), 1-8 kHz",
         frontend=replace(_WIDE, fmin=500.0, fmax=10_000.0),
         model=ModelConfig(backbone="regnety_040", temporal="attention", head="log_mean_exp"),
-        train=replace(_GPU, batch_size=24),
+        train=replace_nested(_GPU, data={"batch_size": 24}),
     ),
     Experiment(
         name="cnn14",
@@ -71,14 +84,20 @@ _REAL = (
         model=ModelConfig(
             backbone="panns_cnn14", pretrained=False, temporal="none", temporal_size=2048
         ),
-        train=replace(_GPU, clip_seconds=30.0, batch_size=24, learning_rate=5e-4),
+        train=replace_nested(
+            _GPU,
+            data={"clip_seconds": 30.0, "batch_size": 24},
+            optimizer={"learning_rate": 5e-4},
+        ),
     ),
     Experiment(
         name="nfnet_l0_pcen",
         description="ECA-NFNet-L0 + GeM on PCEN and log-mel, focal loss, secondary labels masked",
         frontend=replace(_WIDE, features=("pcen", "log_mel"), normalization="clip"),
         model=ModelConfig(backbone="eca_nfnet_l0", pooling="gem", temporal="none"),
-        train=replace(_GPU, loss="focal", secondary_label_weight=None, rating_loss_weight=True),
+        train=replace(
+            _GPU, loss=LossConfig(name="focal", secondary_label_weight=None, rating_weight=True)
+        ),
     ),
 )
 
@@ -86,7 +105,7 @@ _REAL = (
 def _family(base: Experiment) -> tuple[Experiment, ...]:
     """Return ``base`` with each temporal layer, and with a GRU but without noise in its clips.
 
-    They differ in nothing else: what an ablation needs.
+    An ablation compares them: they differ in nothing else.
     """
     layers = {
         "plain": ("none", "no temporal layer"),
@@ -124,25 +143,25 @@ _SMALL = Experiment(
         temporal_size=128,
         dropout=0.2,
     ),
-    augment=AugmentConfig().without("mp3"),  # as dear as the network's own step
+    augment=AugmentConfig().without("mp3"),  # costs as much time as the network's step
     train=TrainConfig(
-        clip_seconds=5.0,
         epochs=24,
-        clips_per_epoch=480,
-        batch_size=32,
-        learning_rate=3e-3,
-        # Birds behind are what soundscapes are made of: at 0.3 they stay below every threshold.
-        secondary_label_weight=1.0,
+        data=SamplingConfig(clip_seconds=5.0, clips_per_epoch=480),
+        # Soundscapes are full of background species: at 0.3 they stay below every threshold.
+        loss=LossConfig(secondary_label_weight=1.0),
+        optimizer=OptimizerConfig(learning_rate=3e-3),
     ),
 )
-# From ImageNet on two cores: a hundred recordings are too few to learn to hear from nothing.
+# From ImageNet on two cores: a hundred recordings are too few to learn from random weights.
 _LITE0 = Experiment(
     name="lite0",
     description="EfficientNet-Lite0 from ImageNet, for two CPU cores",
     frontend=FrontendConfig(hop_length=512, fmin=200.0),
     model=ModelConfig(backbone="tf_efficientnet_lite0"),
     augment=AugmentConfig().without("mp3"),
-    train=TrainConfig(clip_seconds=5.0, epochs=60, batch_size=16, validate_every=10),
+    train=TrainConfig(
+        epochs=60, data=SamplingConfig(clip_seconds=5.0, batch_size=16), validate_every=10
+    ),
 )
 _SMALL_VARIANTS = (
     replace(

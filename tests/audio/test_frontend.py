@@ -17,9 +17,11 @@ from torchlibrosa.stft import Spectrogram as TorchlibrosaSpectrogram
 
 from birdcall.audio.frontend import LogMel, delta, mel_filters, pcen, power_to_db
 from birdcall.audio.reading import read_audio
-from birdcall.config import FEATURES, IMPLEMENTATIONS, FrontendConfig
+from birdcall.config import FrontendConfig
 
 RATE = 32_000
+FEATURES = ("log_mel", "log_mel_1.5", "pcen", "delta", "delta_delta")
+IMPLEMENTATIONS = ("fft", "torchlibrosa", "conv")
 N_SAMPLES = 5 * RATE
 CONFIGS = [FrontendConfig(), FrontendConfig(n_fft=2048, hop_length=512, n_mels=128)]
 ALL_FEATURES = FrontendConfig(features=FEATURES, top_db=80.0)

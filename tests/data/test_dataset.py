@@ -15,7 +15,7 @@ import soundfile
 import torch
 
 from birdcall.audio.reading import AudioError, read_audio
-from birdcall.config import NO_AUGMENT, AugmentConfig
+from birdcall.config import NO_AUGMENT, AugmentConfig, replace_nested
 from birdcall.data.cache import Cache
 from birdcall.data.dataset import (
     ClipDataset,
@@ -403,8 +403,8 @@ def test_an_epoch_of_less_than_a_batch_is_one_small_batch(recordings, tiny_exper
 
 def test_a_clips_loss_counts_as_its_recordings_rating(recordings, tiny_experiment):
     recordings = recordings.assign(rating=[5.0, 2.0, 0.0])
-    train = replace(tiny_experiment.train, rating_loss_weight=True)
-    rated = dataset(recordings, replace(tiny_experiment, train=train))
+    rated_loss = {"loss": {"rating_weight": True}}
+    rated = dataset(recordings, replace_nested(tiny_experiment, train=rated_loss))
     requests = [ClipRequest(0, position, position) for position in range(3)]
     weights = [clip.weight for clip in rated.make_clips(requests)]
     assert weights == pytest.approx([1.0, 0.4, 0.7])
@@ -557,9 +557,8 @@ def read_good(path, sample_rate, offsets, duration, downmix=None):
     return [level + np.float32(offset / 1e5) for offset in offsets]
 
 
-def good_clips(many, experiment, read=read_good, **train):
-    train = replace(experiment.train, **train)
-    experiment = replace(experiment, augment=NO_AUGMENT, train=train)
+def good_clips(many, experiment, read=read_good, **data):
+    experiment = replace_nested(experiment, augment=NO_AUGMENT, train={"data": data})
     return ClipDataset(many, CLASSES, experiment, read)
 
 
@@ -696,9 +695,8 @@ def test_failures_are_counted_once_over_epochs(many, tiny_experiment):
 
 
 def test_workers_that_do_not_fit_are_refused_with_the_number_that_would(tiny_experiment):
-    experiment = replace(
-        tiny_experiment, train=replace(tiny_experiment.train, batch_size=100, clips_per_epoch=None)
-    )
+    data = {"batch_size": 100, "clips_per_epoch": None}
+    experiment = replace_nested(tiny_experiment, train={"data": data})
     batches = 5 * 100 * 2 * RATE * 4  # clips of 2 s, float32
     each = WORKER_BYTES[multiprocessing.get_start_method()] + batches
     check_worker_memory(4, experiment, available=4 * each)
@@ -720,9 +718,8 @@ def test_workers_that_encode_clips_take_more(tiny_experiment):
 
 
 def test_processes_that_share_a_batch_have_workers_each(tiny_experiment):
-    experiment = replace(
-        tiny_experiment, train=replace(tiny_experiment.train, batch_size=100, clips_per_epoch=None)
-    )
+    data = {"batch_size": 100, "clips_per_epoch": None}
+    experiment = replace_nested(tiny_experiment, train={"data": data})
     each = WORKER_BYTES[multiprocessing.get_start_method()] + 5 * 50 * 2 * RATE * 4
     check_worker_memory(3, experiment, n_processes=2, available=6 * each)
     with pytest.raises(ValueError, match="3 would fit"):
@@ -733,8 +730,8 @@ def test_a_worker_takes_no_more_than_is_reckoned_with(recordings, tiny_experimen
     """What a forked worker has of its own, beside what it shares (Private_Dirty of Linux)."""
     if not Path("/proc/self/smaps_rollup").exists() or sys.platform != "linux":
         pytest.skip("the kernel does not say what a process has of its own")
-    train = replace(tiny_experiment.train, batch_size=64, clips_per_epoch=None)
-    clips = dataset(recordings, replace(tiny_experiment, train=train))
+    data = {"batch_size": 64, "clips_per_epoch": None}
+    clips = dataset(recordings, replace_nested(tiny_experiment, train={"data": data}))
     sampler = ClipSampler(list(recordings["ebird_code"]), 64 * 6, "uniform", 0)
     loader = make_loader(clips, sampler, 1, "fork")
     own = 0
@@ -752,7 +749,7 @@ import json, os, sys
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from threadpoolctl import threadpool_info
-from birdcall.config import AugmentConfig
+from birdcall.config import AugmentConfig, replace_nested
 from birdcall.experiments import find_experiment
 from birdcall.data.dataset import ClipDataset
 from birdcall.data.targets import ClipSampler
@@ -775,11 +772,8 @@ if __name__ == "__main__":
         noise_probability=1, noise_only_probability=0, color_noise_probability=1,
         low_pass_probability=1, short_noise_probability=1, mp3_probability=0,
     )
-    from dataclasses import replace
     experiment = find_experiment("small_gru")
-    experiment = replace(
-        experiment, augment=augment, train=replace(experiment.train, batch_size=2)
-    )
+    experiment = replace_nested(experiment, augment=augment, train={"data": {"batch_size": 2}})
     clips = ClipDataset(recordings, ["amecro"], experiment, read, [NOISE])
     sampler = ClipSampler(["amecro"] * 4, 8, "uniform", 0)
     loader = make_loader(clips, sampler, 1, sys.argv[3])

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from birdcall.config import replace_nested
 from birdcall.data.audit import audit_recordings, same_sound, usable_recordings
 from birdcall.data.folds import make_folds, write_folds
 from birdcall.data.noise import find_noise, split_noise
@@ -25,8 +26,8 @@ SCRIPT = Path(__file__).resolve().parents[2] / "kernels" / "training" / "trainin
 SETTINGS = TrainingSettings("small_gru", 1, workers=0)
 # Two steps in all, so that one session stops half-way.
 SHORTENED = """
-from dataclasses import replace as _replace
-_few = _replace(EXPERIMENTS["small_gru"].train, epochs=2, clips_per_epoch=8, batch_size=8)
+from birdcall.config import replace_nested as _replace
+_few = {"epochs": 2, "data": {"clips_per_epoch": 8, "batch_size": 8}}
 EXPERIMENTS["small_gru"] = _replace(EXPERIMENTS["small_gru"], train=_few)
 """
 # Stands for `birdcall train`: a state that counts sessions.
@@ -175,7 +176,7 @@ def test_what_cannot_run_is_not_staged(stage, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no wheels"):
         stage(wheels=tmp_path)
     small = find_experiment("small_gru")
-    odd = replace(small, train=replace(small.train, batch_size=15))
+    odd = replace_nested(small, train={"data": {"batch_size": 15}})
     monkeypatch.setitem(EXPERIMENTS, "small_gru", odd)
     with pytest.raises(ValueError, match="batch_size of 15"):
         stage()

@@ -10,8 +10,7 @@ from scipy.special import expit
 from torch import nn
 from torch.nn import functional
 
-from birdcall import config
-from birdcall.config import TEMPORAL_LAYERS, ModelConfig
+from birdcall.config import ModelConfig
 from birdcall.experiments import EXPERIMENTS, find_experiment
 from birdcall.models.sed import (
     HEADS,
@@ -34,6 +33,9 @@ N_CLASSES = 5
 def experiment_model(request):
     torch.manual_seed(0)
     return build_model(EXPERIMENTS[request.param], N_CLASSES)
+
+
+TEMPORAL_LAYERS = ("none", "gru", "attention", "gru+attention")
 
 
 def noise(n_clips, seconds=2.0, seed=0):
@@ -179,8 +181,10 @@ def test_dropout_is_off_in_evaluation(tiny_experiment):
 
 
 def test_every_choice_of_the_config_is_built():
-    assert set(HEADS) == set(config.HEADS)
-    assert set(POOLINGS) == set(config.POOLINGS)
+    for name, built in (("head", HEADS), ("pooling", POOLINGS)):
+        with pytest.raises(ValueError, match=f"{name} is 'none'; choose one of ") as caught:
+            ModelConfig(**{name: "none"})
+        assert str(caught.value).split("choose one of ")[1].split(", ") == list(built)
 
 
 @pytest.mark.parametrize("power", [1.0, 3.0, 7.5])

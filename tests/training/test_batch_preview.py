@@ -1,7 +1,6 @@
 """TensorBoard shows the clips that the network hears, from the first step on."""
 
 import io
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from birdcall.config import replace_nested
 from birdcall.data.targets import IGNORE_TARGET
 from birdcall.models.checkpoint import read_checkpoint
 from birdcall.training import runs as run_module
@@ -37,7 +37,7 @@ def images(folder):
 
 
 def with_train(experiment, **changes):
-    return replace(experiment, train=replace(experiment.train, **changes))
+    return replace_nested(experiment, train=changes)
 
 
 def test_a_clip_is_described_by_target_and_prediction():

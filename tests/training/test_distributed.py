@@ -3,11 +3,11 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
 
+from birdcall.config import replace_nested
 from birdcall.training.distributed import SINGLE_PROCESS, DistributedContext
 
 # Trains 20 steps and writes every loss; alone, or as one of those that torchrun starts.
@@ -48,19 +48,15 @@ def results(tiny_experiment, training_data, demo_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("distributed")
     audited = training_data.read_clip.cache.parent
     # Dropout is the only thing that two processes draw otherwise than one.
-    experiment = replace(
+    experiment = replace_nested(
         tiny_experiment,
-        model=replace(tiny_experiment.model, dropout=0.0, temporal="gru"),
-        train=replace(
-            tiny_experiment.train,
-            epochs=4,
-            clips_per_epoch=40,
-            batch_size=8,
-            ema_decay=0.9,
-            average_best=2,
+        model={"dropout": 0.0, "temporal": "gru"},
+        train={
+            "epochs": 4,
+            "data": {"clips_per_epoch": 40, "batch_size": 8},
             # Steps triple the difference of rounding that they find; at 3e-3 it would be 1e-3.
-            learning_rate=1e-3,
-        ),
+            "optimizer": {"ema_decay": 0.9, "average_best": 2, "learning_rate": 1e-3},
+        },
     )
     made = {}
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -125,9 +121,9 @@ def test_a_process_alone_has_the_whole_batch():
 def test_the_command_trains_under_torchrun(demo_folder, tmp_path):
     """`torchrun -m birdcall train`, as the README says it; one process shows and writes."""
     few = (
-        "import birdcall.experiments as e; from dataclasses import replace; "
-        "s = e.EXPERIMENTS['small_gru']; e.EXPERIMENTS['small_gru'] = replace(s, train=replace("
-        "s.train, epochs=1, clips_per_epoch=8, batch_size=4)); "
+        "import birdcall.experiments as e; from birdcall.config import replace_nested; "
+        "e.EXPERIMENTS['small_gru'] = replace_nested(e.EXPERIMENTS['small_gru'], "
+        "train={'epochs': 1, 'data': {'clips_per_epoch': 8, 'batch_size': 4}}); "
         "from birdcall.__main__ import main; main()"
     )
     script = tmp_path / "few_steps.py"

@@ -7,13 +7,13 @@ import torch
 from torch.nn import functional
 from torchvision.ops import sigmoid_focal_loss
 
-from birdcall.config import TrainConfig
+from birdcall.config import LossConfig
 from birdcall.data.targets import IGNORE_TARGET
 from birdcall.models.sed import SEDOutput
 from birdcall.training.step import sed_loss, smooth_labels
 
-BCE = TrainConfig(loss="bce", framewise_loss_weight=0.5)
-FOCAL = replace(BCE, loss="focal", focal_gamma=2.0)
+BCE = LossConfig(name="bce", framewise_weight=0.5)
+FOCAL = replace(BCE, name="focal", focal_gamma=2.0)
 TARGET = torch.tensor([[1.0, 0, 0, 0.3], [0, 0, 0, 0], [0, 1, 1, 0], [0.3, 0, 0, 1]])
 
 
@@ -48,7 +48,7 @@ def test_focal_loss_equals_torchvisions_on_logits(gamma):
 
 def test_focal_loss_has_torchvisions_gradient():
     logits, reference = (draw_logits().requires_grad_() for _ in range(2))
-    sed_loss(output_of(logits), TARGET, replace(FOCAL, framewise_loss_weight=0.0)).backward()
+    sed_loss(output_of(logits), TARGET, replace(FOCAL, framewise_weight=0.0)).backward()
     loss = sigmoid_focal_loss(reference[..., 3], TARGET, alpha=-1, gamma=2.0, reduction="mean")
     loss.backward()
     torch.testing.assert_close(logits.grad, reference.grad, atol=1e-7, rtol=1e-4)

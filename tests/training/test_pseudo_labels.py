@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from birdcall.config import config_from_dict
+from birdcall.config import config_from_dict, replace_nested
 from birdcall.data.targets import IGNORE_TARGET, StrongTargets, make_targets, read_strong_labels
 from birdcall.demo.plan import DemoConfig
 from birdcall.demo.schedule import plan_recordings
@@ -226,8 +226,10 @@ def test_relabelled_targets_are_nearer_to_the_truth_than_labels_of_whole_recordi
     """Every third recording gets a secondary label of a species that is not in it."""
     data, truth = with_wrong_labels(training_data, demo_folder)
     small = find_experiment("small_plain")
-    train = replace(small.train, epochs=10, clips_per_epoch=128, batch_size=16, validate_every=10)
-    experiment = replace(small, train=train)
+    data_config = {"clips_per_epoch": 128, "batch_size": 16}
+    experiment = replace_nested(
+        small, train={"epochs": 10, "validate_every": 10, "data": data_config}
+    )
     runs = plan_runs([experiment], training_data, None, tmp_path / "runs")
     train_many(runs, training_data, workers=0)
     path = tmp_path / "relabelled.csv"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from birdcall.config import replace_nested
 from birdcall.models.checkpoint import STATE_FILE
 from birdcall.training.log import TrainingInterrupted, read_log
 from birdcall.training.resume import read_state, write_state
@@ -23,19 +24,16 @@ from birdcall.training.trainer import Run
 @pytest.fixture(scope="module")
 def rich_experiment(tiny_experiment):
     """All that has a state of its own: dropout, moving average, best epochs, accumulation."""
-    return replace(
+    return replace_nested(
         tiny_experiment,
         name="rich",
-        model=replace(tiny_experiment.model, dropout=0.3),
-        train=replace(
-            tiny_experiment.train,
-            epochs=3,
-            clips_per_epoch=20,
-            accumulate=2,
-            ema_decay=0.9,
-            average_best=2,
-            validate_every=1,
-        ),
+        model={"dropout": 0.3},
+        train={
+            "epochs": 3,
+            "validate_every": 1,
+            "data": {"clips_per_epoch": 20},
+            "optimizer": {"accumulate": 2, "ema_decay": 0.9, "average_best": 2},
+        },
     )
 
 
@@ -109,15 +107,15 @@ def test_a_state_of_another_experiment_is_refused_and_says_what_differs(
 ):
     path = interrupted(tiny_experiment, training_data, tmp_path)
     before = path.read_bytes()
-    other = replace(
+    other = replace_nested(
         tiny_experiment,
-        train=replace(tiny_experiment.train, learning_rate=0.5),
-        frontend=replace(tiny_experiment.frontend, n_mels=40),
+        train={"optimizer": {"learning_rate": 0.5}},
+        frontend={"n_mels": 40},
     )
     with pytest.raises(ValueError, match="of another training, so it cannot go on") as caught:
         train_run(Run(other, 0, tmp_path), training_data, workers=0, resume=True)
     assert "experiment.frontend.n_mels was 32, is 40" in str(caught.value)
-    assert "experiment.train.learning_rate was 0.003, is 0.5" in str(caught.value)
+    assert "experiment.train.optimizer.learning_rate was 0.003, is 0.5" in str(caught.value)
     assert path.read_bytes() == before
 
 
@@ -168,20 +166,20 @@ def test_values_and_tensors_survive_the_file_to_the_bit(tmp_path):
 
 COMMAND = """
 import sys
-from dataclasses import replace
 import birdcall.experiments as experiments
-from birdcall.config import ModelConfig
+from birdcall.config import ModelConfig, replace_nested
 small = experiments.EXPERIMENTS["small_gru"]
-experiments.EXPERIMENTS["small_gru"] = replace(
+experiments.EXPERIMENTS["small_gru"] = replace_nested(
     small,
-    frontend=replace(small.frontend, n_mels=32, hop_length=1000),
+    frontend={"n_mels": 32, "hop_length": 1000},
     model=ModelConfig(
         backbone="test_byobnet", pretrained=False, temporal="gru+attention", temporal_size=16
     ),
-    train=replace(
-        small.train, clip_seconds=2.0, epochs=8, clips_per_epoch=64, batch_size=8,
-        accumulate=2, ema_decay=0.95, average_best=2, validate_every=2,
-    ),
+    train={
+        "epochs": 8, "validate_every": 2,
+        "data": {"clip_seconds": 2.0, "clips_per_epoch": 64, "batch_size": 8},
+        "optimizer": {"accumulate": 2, "ema_decay": 0.95, "average_best": 2},
+    },
 )
 from birdcall.__main__ import main
 main()

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 
+from birdcall.config import replace_nested
 from birdcall.models.checkpoint import STATE_FILE
 from birdcall.training.distributed import DistributedContext
 from birdcall.training.log import TrainingInterrupted
@@ -48,7 +49,7 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(
     training_data, tiny_experiment, tmp_path
 ):
     train_many(plan_runs([tiny_experiment], training_data, 0, tmp_path), training_data, workers=0)
-    other = replace(tiny_experiment, train=replace(tiny_experiment.train, learning_rate=1e-4))
+    other = replace_nested(tiny_experiment, train={"optimizer": {"learning_rate": 1e-4}})
     runs = plan_runs([other], training_data, 0, tmp_path)
     with pytest.raises(ValueError, match="trained by other settings of tiny; --overwrite"):
         train_many(runs, training_data, workers=0, resume=True)

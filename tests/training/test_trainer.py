@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from birdcall.config import NO_AUGMENT, TrainConfig
+from birdcall.config import NO_AUGMENT, OptimizerConfig, replace_nested
 from birdcall.data.loader import ClipBatch
 from birdcall.models.checkpoint import load_model
 from birdcall.models.sed import build_model
@@ -22,7 +22,7 @@ PRECISIONS = ("float32", "bf16", "fp16")
 
 
 def with_train(experiment, **changes):
-    return replace(experiment, train=replace(experiment.train, **changes))
+    return replace_nested(experiment, train=changes)
 
 
 def batch_of(waveform, target):
@@ -146,7 +146,7 @@ def test_a_step_of_two_batches_has_the_gradient_of_one_of_both(
     train_part, _ = training_data.split(0)
 
     def gradients(accumulate, waveforms):
-        experiment = with_train(plain, accumulate=accumulate, gradient_clip=1e9)
+        experiment = with_train(plain, optimizer={"accumulate": accumulate, "gradient_clip": 1e9})
         run = Run(experiment, 0, tmp_path)
         training = start_training(run, training_data, train_part, workers=0)
         training.model.eval()
@@ -166,7 +166,9 @@ def test_a_step_of_two_batches_has_the_gradient_of_one_of_both(
 
 
 def test_epochs_of_accumulated_batches_leave_none_out(training_data, tiny_experiment, tmp_path):
-    experiment = with_train(tiny_experiment, accumulate=2, clips_per_epoch=20, epochs=1)
+    experiment = with_train(
+        tiny_experiment, epochs=1, data={"clips_per_epoch": 20}, optimizer={"accumulate": 2}
+    )
     train_part, _ = training_data.split(0)
     training = start_training(Run(experiment, 0, tmp_path), training_data, train_part, workers=0)
     assert training.steps_per_epoch == 3  # of two, two and one batch
@@ -219,7 +221,7 @@ def test_an_output_that_is_not_finite_has_no_finite_loss(tiny_experiment):
 
 
 def test_the_learning_rate_rises_then_falls_to_nothing():
-    config = TrainConfig(warmup_share=0.1)
+    config = OptimizerConfig(warmup_share=0.1)
     steps = [warmup_cosine(config, step, 100) for step in range(100)]
     assert steps[:10] == pytest.approx([0.1 * k for k in range(1, 11)])
     assert max(steps) == 1.0
@@ -241,7 +243,7 @@ def test_training_ends_early_when_it_no_longer_gets_better(
 
 def test_the_moving_average_is_what_is_kept(training_data, tiny_experiment, tmp_path):
     train_part, _ = training_data.split(0)
-    experiment = with_train(tiny_experiment, ema_decay=0.9, epochs=1)
+    experiment = with_train(tiny_experiment, epochs=1, optimizer={"ema_decay": 0.9})
     training = start_training(Run(experiment, 0, tmp_path), training_data, train_part, workers=0)
     history = []
     for _ in training.steps():
@@ -261,7 +263,9 @@ def test_the_best_epochs_are_averaged(training_data, tiny_experiment, tmp_path, 
         return {"macro_ap": next(scores)}
 
     monkeypatch.setattr("birdcall.training.trainer.validate", score)
-    experiment = with_train(tiny_experiment, epochs=4, validate_every=1, average_best=2)
+    experiment = with_train(
+        tiny_experiment, epochs=4, validate_every=1, optimizer={"average_best": 2}
+    )
     checkpoint = train_run(Run(experiment, 0, tmp_path), training_data, workers=0)
     model, _ = load_model(tmp_path)
     assert checkpoint.score == {"macro_ap": 0.66}  # that of the mean, not of its best part

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,7 @@ import soundfile
 import torch
 
 from birdcall.audio.reading import AudioError, iterate_audio, read_audio
-from birdcall.config import NO_AUGMENT, SEGMENT_SECONDS, Experiment, require
+from birdcall.config import NO_AUGMENT, SEGMENT_SECONDS, Experiment, replace_nested, require
 from birdcall.data.cache import Cache
 from birdcall.data.dataset import ClipDataset, ClipReader
 from birdcall.data.loader import ClipBatch, FailureCounter, iterate_clips, make_loader
@@ -72,9 +72,9 @@ class LoaderSide:
     @property
     def experiment(self) -> Experiment:
         small = find_experiment(SMALL)
-        train = replace(small.train, crops_per_recording=self.crops_per_recording)
         augment = small.augment if self.augmented else NO_AUGMENT
-        return replace(small, augment=augment, train=train)
+        data = {"crops_per_recording": self.crops_per_recording}
+        return replace_nested(small, augment=augment, train={"data": data})
 
 
 def benchmark_loader(
@@ -262,7 +262,7 @@ class _Run:
 
     def __init__(self, recordings: Recordings, side: LoaderSide, n_clips: int) -> None:
         table, experiment = recordings.table, side.experiment
-        train = experiment.train
+        data = experiment.train.data
         reader = _reader(recordings, side.cached)
         self.clips = ClipDataset(
             recordings=table,
@@ -273,11 +273,11 @@ class _Run:
             noise_store=recordings.cache / "noise" if side.cached else None,
         )
         self.sampler = ClipSampler(
-            list(table["ebird_code"]), max(n_clips, train.batch_size), train.sampling, train.seed,
-            crops_per_recording=side.crops_per_recording,
+            list(table["ebird_code"]), max(n_clips, data.batch_size), data.sampling,
+            experiment.train.seed, crops_per_recording=side.crops_per_recording,
         )  # fmt: skip
         self.loader = make_loader(self.clips, self.sampler, side.workers)
-        self.n_clips = len(self.loader) * train.batch_size
+        self.n_clips = len(self.loader) * data.batch_size
         self.failures = FailureCounter(self.clips)
         self.epoch = 0
 
@@ -308,7 +308,7 @@ def measure_waiting(
     rows = []
     for n in workers:
         side = LoaderSide(cached=True, workers=n, augmented=True)
-        batch_size = side.experiment.train.batch_size
+        batch_size = side.experiment.train.data.batch_size
         run = _Run(recordings, side, (n_batches + 2) * batch_size)
         waiting, seconds = _train(run, side.experiment, n_batches)
         run.stop()
@@ -327,7 +327,7 @@ def _train(run: _Run, experiment: Experiment, n_batches: int) -> tuple[float, fl
     """Return seconds of waiting and in all, of ``n_batches`` training steps after two others."""
     torch.manual_seed(0)
     model = build_model(experiment, run.clips.targets.shape[1], pretrained=False).train()
-    optimizer = torch.optim.AdamW(model.parameters(), experiment.train.learning_rate)
+    optimizer = torch.optim.AdamW(model.parameters(), experiment.train.optimizer.learning_rate)
     batches = run.batches()
     step = partial(_step, model, optimizer, experiment)
     for batch in islice(batches, 2):  # workers start and the model warms up

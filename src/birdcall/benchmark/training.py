@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from birdcall.config import NO_AUGMENT, Experiment
+from birdcall.config import NO_AUGMENT, Experiment, replace_nested
 from birdcall.data.dataset import TrainingData
 from birdcall.data.loader import ClipBatch
 from birdcall.storage.files import write_atomically
@@ -92,10 +92,8 @@ def _compare(
     repeats: int,
 ) -> dict[str, object]:
     torch.set_num_threads(setting.threads)
-    n_clips = (WARM_UP + n_steps) * (repeats + 1) * experiment.train.batch_size
-    endless = replace(
-        experiment, train=replace(experiment.train, clips_per_epoch=n_clips, epochs=1)
-    )
+    n_clips = (WARM_UP + n_steps) * (repeats + 1) * experiment.train.data.batch_size
+    endless = replace_nested(experiment, train={"epochs": 1, "data": {"clips_per_epoch": n_clips}})
     augmented = _start(endless, data, folder, setting.workers)
     ready = _start(replace(endless, augment=NO_AUGMENT), data, folder, 0)
     ready.loader = _ReadyLoader(ready.loader)

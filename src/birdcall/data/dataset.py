@@ -185,19 +185,20 @@ class ClipDataset:
         strong_labels: pd.DataFrame | None = None,
         noise_store: Path | None = None,
     ) -> None:
-        config = experiment.train
+        loss = experiment.train.loss
         self.experiment = experiment
         self.read_clip = read_clip
         self.noise_files = list(noise_files)
         self.paths = list(recordings["path"])
         self.seconds = recordings["seconds"].to_numpy(dtype=np.float64)
         self.codes = pd.factorize(recordings["ebird_code"])[0]
-        self.targets = make_targets(recordings, classes, config.secondary_label_weight)
+        self.targets = make_targets(recordings, classes, loss.secondary_label_weight)
         self.timed = (
             None if strong_labels is None else StrongTargets(recordings, classes, strong_labels)
         )
-        rated = config.rating_loss_weight
-        self.weights = rating_weights(recordings["rating"]) if rated else np.ones(len(self.paths))
+        self.weights = (
+            rating_weights(recordings["rating"]) if loss.rating_weight else np.ones(len(self.paths))
+        )
         self.augment = ClipAugment(
             experiment.augment, experiment.frontend.sample_rate, self.noise_files, noise_store
         )
@@ -265,7 +266,7 @@ class ClipDataset:
     def _target(self, index: int, place: float) -> np.ndarray:
         """Return the target ``(classes,)`` of the clip at ``place``, as in `_read_crops`."""
         if self.timed is not None:
-            clip_seconds = self.experiment.train.clip_seconds
+            clip_seconds = self.experiment.train.data.clip_seconds
             # Below 0 for a short recording, which lies somewhere within its clip.
             start = place * (self.seconds[index] - clip_seconds)
             target = self.timed.find(index, start, clip_seconds)
@@ -301,7 +302,10 @@ class ClipDataset:
         A recording shorter than the clip lies at such a place in silence.
         """
         path, sample_rate = self.paths[index], self.experiment.frontend.sample_rate
-        clip_seconds, n_samples = self.experiment.train.clip_seconds, self.experiment.clip_samples
+        clip_seconds, n_samples = (
+            self.experiment.train.data.clip_seconds,
+            self.experiment.clip_samples,
+        )
         spare = self.seconds[index] - clip_seconds
         if spare > 0:
             offsets = [place * spare for place in places]

@@ -140,7 +140,7 @@ def make_loader(
     part. ``loader.sampler`` and ``loader.dataset.clips`` are what was given. The last batch is left
     out where it would be smaller, unless it is the only one.
     """
-    batch_size = batch_size or dataset.experiment.train.batch_size
+    batch_size = batch_size or dataset.experiment.train.data.batch_size
     return DataLoader(
         _ClipBatches(dataset),
         batch_size=batch_size,
@@ -191,7 +191,7 @@ class FailureCounter:
     """
 
     def __init__(self, dataset: ClipDataset) -> None:
-        share = dataset.experiment.train.max_failed_share
+        share = dataset.experiment.train.data.max_failed_share
         self.totals = {"recording": len(dataset), "noise file": len(dataset.noise_files)}
         self.allowed = {kind: max(MIN_FAILED, int(share * n)) for kind, n in self.totals.items()}
         self.failed: dict[str, ReadFailure] = {}
@@ -241,7 +241,7 @@ def check_worker_memory(
     available = available_memory() if available is None else available
     if available is None or workers == 0:
         return
-    each = _worker_bytes(experiment, experiment.train.batch_size // n_processes)
+    each = _worker_bytes(experiment, experiment.train.data.batch_size // n_processes)
     room = available // (each * n_processes)
     if workers > room:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +11,7 @@ import numpy as np
 import pandas as pd
 from torch.utils.data import Sampler
 
-from birdcall.config import SAMPLINGS, require, require_choice
+from birdcall.config import Sampling, require, require_choice
 from birdcall.storage.files import read_table, write_atomically
 
 # Target of a class that may or may not be in the clip: the loss and the metrics leave it out.
@@ -203,7 +204,7 @@ def recording_weights(
     ``rated``: in proportion to `rating_weights`. ``balanced+rated``: every class equally often, its
     better recordings more often than the others.
     """
-    require_choice("sampling", sampling, SAMPLINGS)
+    require_choice("sampling", sampling, typing.get_args(Sampling))
     weights = pd.Series(np.ones(len(ebird_codes)))
     if "rated" in sampling:
         require(ratings is not None, f"sampling is {sampling!r}, but there are no ratings")

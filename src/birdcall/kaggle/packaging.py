@@ -326,7 +326,7 @@ def stage_training(
 
 
 def _require_shareable_batch(experiment: Experiment) -> None:
-    size = experiment.train.batch_size
+    size = experiment.train.data.batch_size
     require(
         size % N_GPUS == 0,
         f"{experiment.name} has a batch_size of {size}, which Kaggle's {N_GPUS} GPUs cannot share; "

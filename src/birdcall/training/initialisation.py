@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import safetensors.torch
 import torch
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 from timm.models import adapt_input_conv, clean_state_dict
 from torch import Tensor, nn
 
-from birdcall.config import FEATURES, Experiment, require
+from birdcall.config import Experiment, Feature, require
 from birdcall.models.backbones import PANNS
 from birdcall.models.checkpoint import SETTINGS_FILE, read_checkpoint
 from birdcall.models.sed import SEDModel, build_model
@@ -235,7 +236,7 @@ def _adapted(value: Tensor, own: Tensor | None) -> Tensor:
     if own is None or value.ndim != 4 or own.ndim != 4 or value.shape[1] not in (1, 3):
         return value
     is_first = value.shape[0] == own.shape[0] and value.shape[2:] == own.shape[2:]
-    if not is_first or value.shape[1] == own.shape[1] or own.shape[1] > len(FEATURES):
+    if not is_first or value.shape[1] == own.shape[1] or own.shape[1] > len(get_args(Feature)):
         return value
     return adapt_input_conv(own.shape[1], value, base_chans=value.shape[1])
 

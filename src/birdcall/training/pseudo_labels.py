@@ -168,7 +168,7 @@ def _hear_held_out(
 
 def _listening(ensemble: Ensemble) -> WindowConfig:
     """Return windows of the members' shortest training clip: context helps (6th place)."""
-    clips = [member.checkpoint.experiment.train.clip_seconds for member in ensemble.members]
+    clips = [member.checkpoint.experiment.train.data.clip_seconds for member in ensemble.members]
     return WindowConfig(max(1, int(min(clips) // SEGMENT_SECONDS)))
 
 

@@ -190,7 +190,7 @@ def train_many(
         "deadline": deadline, "progress": progress,
     }  # fmt: skip
     if jobs == 1 or len(pending) <= 1:
-        options |= {"device": device, "processes": distributed}
+        options |= {"device": device, "distributed": distributed}
         made = {run: train_run(run, data, **options) for run in pending}
     else:
         made = _train_at_once(pending, data, jobs, options)

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from birdcall.audio.frontend import SpecAugment
-from birdcall.config import Experiment, TrainConfig
+from birdcall.config import Experiment, LossConfig, OptimizerConfig
 from birdcall.data.augment import BatchDraws, augment_batch
 from birdcall.data.loader import ClipBatch
 from birdcall.data.targets import IGNORE_TARGET
@@ -26,11 +26,11 @@ from birdcall.training.log import BatchPreview
 
 
 def sed_loss(
-    output: SEDOutput, target: Tensor, config: TrainConfig, weight: Tensor | None = None
+    output: SEDOutput, target: Tensor, config: LossConfig, weight: Tensor | None = None
 ) -> Tensor:
     """Return the loss of a batch, a scalar: ``weight`` times each clip's own, averaged over clips.
 
-    A clip's loss is the mean over classes of loss(clipwise) + ``framewise_loss_weight`` x
+    A clip's loss is the mean over classes of loss(clipwise) + ``framewise_weight`` x
     loss(loudest frame). The second term is the 6th place's: attention pooling alone leaves false
     frames, the maximum alone follows single impulses.
 
@@ -43,19 +43,19 @@ def sed_loss(
         target = smooth_labels(target.float().clamp(min=0), config.label_smoothing)
         peak = output.framewise.float().amax(dim=-1)
         loss = class_loss(output.clipwise.float(), target, config)
-        loss = loss + config.framewise_loss_weight * class_loss(peak, target, config)
+        loss = loss + config.framewise_weight * class_loss(peak, target, config)
         by_clip = torch.where(known, loss, 0).mean(dim=1)
         return (by_clip if weight is None else weight.float() * by_clip).mean()
 
 
-def class_loss(probability: Tensor, target: Tensor, config: TrainConfig) -> Tensor:
+def class_loss(probability: Tensor, target: Tensor, config: LossConfig) -> Tensor:
     """Return each element's cross-entropy, or its focal loss, in the shape of ``probability``.
 
     Focal (Lin et al. 2017, without alpha): cross-entropy x (1 - p_t) ** ``focal_gamma``, where p_t
     is how probable the model calls what is there; what it knows already counts less.
     """
     entropy = functional.binary_cross_entropy(probability, target, reduction="none")
-    if config.loss == "bce":
+    if config.name == "bce":
         return entropy
     wrong = probability * (1 - target) + (1 - probability) * target
     # A root (gamma below 1) has no slope at zero.
@@ -142,10 +142,10 @@ def batch_loss(
     if not (output.framewise.isfinite().all() and output.clipwise.isfinite().all()):
         # Still a function of the weights, as the other processes expect of this one.
         return output.framewise.sum() * math.nan
-    return sed_loss(output, target, config, batch.weight.to(device, non_blocking=True))
+    return sed_loss(output, target, config.loss, batch.weight.to(device, non_blocking=True))
 
 
-def warmup_cosine(config: TrainConfig, step: int, n_steps: int) -> float:
+def warmup_cosine(config: OptimizerConfig, step: int, n_steps: int) -> float:
     """Return the factor on the learning rate: up in a line, down along a cosine to nothing."""
     n_warmup = max(1, round(config.warmup_share * n_steps))
     if step < n_warmup:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from birdcall.config import Experiment, TrainConfig
+from birdcall.config import Experiment, OptimizerConfig, TrainConfig
 from birdcall.data.dataset import ClipDataset, TrainingData
 from birdcall.data.loader import ClipBatch, FailureCounter, iterate_clips, make_loader
 from birdcall.data.targets import ClipSampler
@@ -114,12 +114,12 @@ class Training:
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-self._batches_per_epoch // self.config.accumulate)
+        return -(-self._batches_per_epoch // self.config.optimizer.accumulate)
 
     @property
     def _batches_per_epoch(self) -> int:
         # A last, smaller batch is left out, unless it is the only one.
-        return max(1, self.loader.sampler.n_clips // self.config.batch_size)
+        return max(1, self.loader.sampler.n_clips // self.config.data.batch_size)
 
     @property
     def is_last_epoch(self) -> bool:
@@ -150,7 +150,7 @@ class Training:
     def steps(self) -> Iterator[None]:
         """Make the steps that the epoch still lacks, and yield after each."""
         progress, config = self.progress, self.config
-        n_done = progress.epoch_step * config.accumulate * config.batch_size
+        n_done = progress.epoch_step * config.optimizer.accumulate * config.data.batch_size
         self.loader.sampler.set_epoch(progress.epoch, min(n_done, self.loader.sampler.n_clips))
         self.model.train()
         mark = time.perf_counter()
@@ -160,7 +160,7 @@ class Training:
             progress.waiting += time.perf_counter() - mark
             pending.append(batch)
             is_last = n_left == 1 and len(pending) == self._batches_of_last_step
-            if len(pending) == config.accumulate or is_last:
+            if len(pending) == config.optimizer.accumulate or is_last:
                 self.step(pending)
                 pending, n_left = [], n_left - 1
             progress.seconds += time.perf_counter() - mark
@@ -170,11 +170,13 @@ class Training:
 
     @property
     def _batches_of_last_step(self) -> int:
-        return self._batches_per_epoch - (self.steps_per_epoch - 1) * self.config.accumulate
+        return (
+            self._batches_per_epoch - (self.steps_per_epoch - 1) * self.config.optimizer.accumulate
+        )
 
     def step(self, batches: list[ClipBatch]) -> None:
         """Make one step of the optimiser from one batch or several."""
-        progress, config = self.progress, self.config
+        progress, config = self.progress, self.config.optimizer
         learning_rate = config.learning_rate * self.schedule(progress.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -243,7 +245,7 @@ class Training:
 
     def schedule(self, step: int) -> float:
         """Return the factor on the learning rate at a step of the optimiser."""
-        return warmup_cosine(self.config, step, self.config.epochs * self.steps_per_epoch)
+        return warmup_cosine(self.config.optimizer, step, self.config.epochs * self.steps_per_epoch)
 
     # --- epochs
 
@@ -273,7 +275,7 @@ class Training:
             progress.best_score, progress.validations_since_best = score, 0
         else:
             progress.validations_since_best += 1
-        if self.config.average_best:
+        if self.config.optimizer.average_best:
             self.best.offer(entry.epoch, score, self.trained)
 
     def _score(self, recordings: pd.DataFrame) -> dict[str, float]:
@@ -293,7 +295,7 @@ class Training:
     def finish(self, recordings: pd.DataFrame) -> Checkpoint:
         """Write the checkpoint; then the state is no longer needed."""
         run, score = self.run, self.log[-1].validation
-        if self.config.average_best:
+        if self.config.optimizer.average_best:
             self.distributed.wait()  # the first one has written them all
             self.trained.load_state_dict(self.best.mean())
             score = self._score(recordings)
@@ -381,16 +383,18 @@ def start_training(
         detect=make_detector(model, experiment, device, distributed),
         loader=loader,
         failures=FailureCounter(loader.dataset.clips),
-        optimizer=_make_optimizer(model, config),
+        optimizer=_make_optimizer(model, config.optimizer),
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
-        average=None if config.ema_decay is None else make_moving_average(model, config.ema_decay),
-        best=BestWeights(run.folder / "best", config.average_best, distributed.is_first),
+        average=None
+        if config.optimizer.ema_decay is None
+        else make_moving_average(model, config.optimizer.ema_decay),
+        best=BestWeights(run.folder / "best", config.optimizer.average_best, distributed.is_first),
         device=device,
         distributed=distributed,
     )
 
 
-def _make_optimizer(model: SEDModel, config: TrainConfig) -> torch.optim.AdamW:
+def _make_optimizer(model: SEDModel, config: OptimizerConfig) -> torch.optim.AdamW:
     """Return AdamW; biases, normalisations and GeM's power do not decay."""
     parameters = [one for one in model.parameters() if one.requires_grad]
     groups = [
@@ -408,7 +412,7 @@ def _make_loader(
     workers: int,
     distributed: DistributedContext,
 ) -> DataLoader[ClipBatch]:
-    config = experiment.train
+    config = experiment.train.data
     noise, _ = data.split_noise(fold)
     dataset = ClipDataset(
         recordings=recordings,
@@ -423,7 +427,7 @@ def _make_loader(
         list(recordings["ebird_code"]),
         config.clips_per_epoch,
         config.sampling,
-        config.seed,
+        experiment.train.seed,
         ratings=list(recordings["rating"]),
         crops_per_recording=config.crops_per_recording,
         batch_size=config.batch_size,
