@@ -1,9 +1,10 @@
-"""Metrics agree with hand-worked cases, scikit-learn, and an independent implementation."""
+"""Metrics agree with hand-worked cases, scikit-learn, and independent implementations."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.optimize import linear_sum_assignment
 from sklearn import metrics as sklearn_metrics
 
 from birdcall.evaluation import metrics
@@ -28,6 +29,11 @@ def random_scores(n_rows: int = 400, n_classes: int = 12, seed: int = 0) -> tupl
     truth[:, -1] = False
     scores = np.round(0.3 * truth + 0.7 * rng.random((n_rows, n_classes)), 2)
     return truth, scores.astype(np.float32)
+
+
+def label_matrix(labels: list[str]) -> np.ndarray:
+    """Return label strings as a boolean matrix ``(rows, classes)``; nocall is an all-False row."""
+    return np.array([[code in text.split() for code in CLASSES] for text in labels])
 
 
 def naive_row_wise_f1(truth: list[str], predicted: list[str]) -> float:
@@ -78,9 +84,8 @@ def test_the_score_is_the_mean_over_rows_not_over_birds() -> None:
 
 def test_a_perfect_prediction_scores_one() -> None:
     labels = random_labels(200, seed=1)
-    matrix = metrics.labels_to_matrix(labels, CLASSES)
+    matrix = label_matrix(labels)
     assert metrics.row_wise_f1(labels, labels) == 1
-    assert metrics.row_wise_f1_from_matrix(matrix, matrix) == 1
     assert (metrics.row_f1_scores(matrix, matrix) == 1).all()
 
 
@@ -93,23 +98,23 @@ def test_all_nocall_scores_the_share_of_nocall_rows() -> None:
 def test_both_forms_equal_an_independent_count_on_10000_random_rows() -> None:
     truth, predicted = random_labels(10_000, seed=3), random_labels(10_000, seed=4)
     expected = naive_row_wise_f1(truth, predicted)
-    as_matrices = [metrics.labels_to_matrix(labels, CLASSES) for labels in (truth, predicted)]
+    scores = metrics.row_f1_scores(label_matrix(truth), label_matrix(predicted))
     assert metrics.row_wise_f1(truth, predicted) == pytest.approx(expected, abs=1e-12)
-    assert metrics.row_wise_f1_from_matrix(*as_matrices) == pytest.approx(expected, abs=1e-12)
+    assert scores.mean() == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_score_equals_the_samples_f1_of_sklearn_with_nocall_as_a_column() -> None:
     truth, predicted = random_labels(2_000, seed=5), random_labels(2_000, seed=6)
-    true, guess = (metrics.labels_to_matrix(labels, CLASSES) for labels in (truth, predicted))
+    true, guess = label_matrix(truth), label_matrix(predicted)
     with_nocall = [np.column_stack([matrix, ~matrix.any(axis=1)]) for matrix in (true, guess)]
     expected = sklearn_metrics.f1_score(*with_nocall, average="samples")
     assert metrics.row_wise_f1(truth, predicted) == pytest.approx(expected, abs=1e-12)
-    assert metrics.row_wise_f1_from_matrix(true, guess) == pytest.approx(expected, abs=1e-12)
+    assert metrics.row_f1_scores(true, guess).mean() == pytest.approx(expected, abs=1e-12)
 
 
 def test_more_birds_than_a_byte_can_count_are_counted() -> None:
-    every, one = np.ones((2, 300), dtype=bool), np.eye(2, 300, dtype=bool)
-    assert metrics.row_wise_f1_from_matrix(every, one) == pytest.approx(2 / 301)
+    every, single = np.ones((2, 300), dtype=bool), np.eye(2, 300, dtype=bool)
+    assert metrics.row_f1_scores(every, single) == pytest.approx(2 / 301)
 
 
 @pytest.mark.skipif(not CORNELL.is_dir(), reason="needs the real data of ../shared/data")
@@ -137,15 +142,6 @@ def test_labels_that_cannot_be_scored_are_refused(
         metrics.row_wise_f1(truth, predicted)
 
 
-def test_labels_become_a_matrix_in_the_order_of_the_classes() -> None:
-    matrix = metrics.labels_to_matrix(["b a", "nocall", "c"], ["a", "b", "c"])
-    assert matrix.tolist() == [[True, True, False], [False] * 3, [False, False, True]]
-    with pytest.raises(ValueError, match="row 1 has 'squirrel'"):
-        metrics.labels_to_matrix(["a", "squirrel"], ["a"])
-    with pytest.raises(ValueError, match="distinct codes"):
-        metrics.labels_to_matrix(["a"], ["a", "a"])
-
-
 @pytest.mark.parametrize(
     ("truth", "predicted", "message"),
     [
@@ -160,7 +156,7 @@ def test_labels_become_a_matrix_in_the_order_of_the_classes() -> None:
 def test_matrices_that_cannot_be_scored_are_refused(
     truth: np.ndarray, predicted: np.ndarray, message: str
 ) -> None:
-    for metric in (metrics.row_wise_f1_from_matrix, metrics.precision, metrics.recall):
+    for metric in (metrics.row_f1_scores, metrics.precision, metrics.recall):
         with pytest.raises(ValueError, match=message):
             metric(truth, predicted)
 
@@ -273,7 +269,7 @@ def test_scores_that_are_no_numbers_are_refused_with_their_place(metric: object)
 def test_calibration_error_by_hand() -> None:
     truth = np.array([[0], [0], [1], [1]])
     probabilities = np.array([[0.1], [0.3], [0.8], [1.0]])
-    # Two bins: 0.2 said, 0 true; 0.9 said, 1 true.
+    # Two bins: 0.2 predicted, 0 true; 0.9 predicted, 1 true.
     error = metrics.expected_calibration_error(truth, probabilities, n_bins=2)
     assert error == pytest.approx((0.2 + 0.1) / 2)
 
@@ -327,8 +323,8 @@ def test_a_seed_gives_one_interval_and_any_statistic_the_same_draws() -> None:
     interval = metrics.bootstrap_interval(values, groups, seed=7)
     assert interval == metrics.bootstrap_interval(values, groups, seed=7)
     assert interval != metrics.bootstrap_interval(values, groups, seed=8)
-    general = metrics.bootstrap_interval_of(lambda rows: values[rows].mean(), groups, seed=7)
-    assert general == pytest.approx(interval)
+    means = [values[rows].mean() for rows in metrics.bootstrap_rows(groups, 1000, seed=7)]
+    assert np.quantile(means, [0.025, 0.975]) == pytest.approx(interval)
 
 
 def test_a_resample_has_all_rows_of_a_drawn_recording() -> None:
@@ -344,18 +340,20 @@ def test_one_recording_has_no_interval() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("values", "groups", "options", "message"),
     [
-        (([0.1, 0.2], ["a"]), "1 groups for 2 rows"),
-        (([0.1, float("nan")], ["a", "b"]), "NaN"),
-        (([], []), "no rows"),
-        (([0.1], ["a"], 0), "n_resamples is 0"),
-        (([0.1], ["a"], 10, 0, 95), "level is 95"),
+        ([0.1, 0.2], ["a"], {}, "1 groups for 2 rows"),
+        ([0.1, float("nan")], ["a", "b"], {}, "NaN"),
+        ([], [], {}, "no rows"),
+        ([0.1], ["a"], {"n_resamples": 0}, "n_resamples is 0"),
+        ([0.1], ["a"], {"level": 95}, "level is 95"),
     ],
 )
-def test_a_bootstrap_of_wrong_input_is_refused(arguments: tuple, message: str) -> None:
+def test_a_bootstrap_of_wrong_input_is_refused(
+    values: list, groups: list, options: dict, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
-        metrics.bootstrap_interval(*arguments)
+        metrics.bootstrap_interval(values, groups, **options)
 
 
 def test_cells_that_are_not_known_have_no_part_in_a_class_s_score() -> None:
@@ -392,3 +390,139 @@ def test_a_weighted_interval_is_that_of_rows_repeated_as_often() -> None:
 def test_weights_that_are_none_are_refused(weights: np.ndarray) -> None:
     with pytest.raises(ValueError, match="weights"):
         metrics.bootstrap_interval(np.ones(4), [0, 0, 1, 1], weights=weights)
+
+
+# --- events --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("counts", [metrics.segment_based_counts, metrics.event_based_counts])
+def test_the_truth_itself_scores_one(counts: object) -> None:
+    intervals, labels = [[0.5, 1.2], [0.7, 3.0], [5.0, 5.0]], ["aldfly", "norcar", "aldfly"]
+    result = counts(intervals, labels, intervals[::-1], labels[::-1])
+    assert (result.f1, result.precision, result.recall) == (1, 1, 1)
+
+
+def test_segments_by_hand() -> None:
+    # aldfly is true in seconds 0, 1 and 2, predicted in 2 and 3; norcar is predicted in 0.
+    counts = metrics.segment_based_counts(
+        [[0.5, 2.1]], ["aldfly"], [[2, 4], [0, 1]], ["aldfly", "norcar"]
+    )
+    assert counts == metrics.DetectionCounts(true_positives=1, false_positives=2, false_negatives=2)
+    assert counts.f1 == pytest.approx(2 / (2 + 4))
+
+
+def test_two_events_in_one_segment_count_once() -> None:
+    counts = metrics.segment_based_counts([[0.1, 0.2], [0.5, 0.9]], ["a", "a"], [[0.3, 0.4]], ["a"])
+    assert counts == metrics.DetectionCounts(1, 0, 0)
+
+
+def test_an_event_that_ends_on_a_boundary_is_not_in_the_next_segment() -> None:
+    edge = 3 * 0.1  # a little above 0.3
+    counts = metrics.segment_based_counts(
+        [[0.0, edge]], ["a"], [[0.0, 0.3]], ["a"], segment_seconds=0.1
+    )
+    assert counts == metrics.DetectionCounts(3, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("onset", "offset", "label", "hit"),
+    [
+        (1.0, 2.0, "aldfly", True),
+        (1.2, 2.0, "aldfly", True),  # on the edge of the onset collar
+        (0.8, 2.0, "aldfly", True),
+        (1.21, 2.0, "aldfly", False),
+        (1.0, 2.5, "aldfly", True),  # half of the true length
+        (1.0, 2.51, "aldfly", False),
+        (1.0, 2.0, "norcar", False),
+    ],
+)
+def test_events_match_within_their_collars(
+    onset: float, offset: float, label: str, hit: bool
+) -> None:
+    counts = metrics.event_based_counts([[1.0, 2.0]], ["aldfly"], [[onset, offset]], [label])
+    assert counts == metrics.DetectionCounts(int(hit), int(not hit), int(not hit))
+
+
+def test_the_offset_collar_rules_short_events_and_can_be_switched_off() -> None:
+    short = ([[1.0, 1.1]], ["a"], [[1.0, 1.3]], ["a"])
+    assert metrics.event_based_counts(*short).f1 == 1
+    assert metrics.event_based_counts(*short, offset_collar_seconds=0.1).f1 == 0
+    onset_only = ([[1.0, 1.1]], ["a"], [[1.0, 60.0]], ["a"])
+    assert metrics.event_based_counts(*onset_only, offset_collar_seconds=float("inf")).f1 == 1
+
+
+def test_an_event_is_matched_once() -> None:
+    counts = metrics.event_based_counts([[1, 2]], ["a"], [[1, 2], [1.1, 2]], ["a", "a"])
+    assert counts == metrics.DetectionCounts(1, 1, 0)
+
+
+def test_a_match_gives_way_where_that_finds_one_more() -> None:
+    # 1.0 could take either prediction, 1.3 only that at 1.15: greedy in either order may lose one.
+    truth = [[1.0, 2.0], [1.3, 2.0]]
+    for predicted in ([[1.15, 2.0], [0.9, 2.0]], [[0.9, 2.0], [1.15, 2.0]]):
+        assert (
+            metrics.event_based_counts(truth, ["a", "a"], predicted, ["a", "a"]).true_positives == 2
+        )
+
+
+def test_as_many_events_match_as_in_an_optimal_assignment() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        true, guess = ([1, 4] + rng.random((40, 2)) * [1.5, 1.5] for _ in range(2))
+        near = (np.abs(true[:, None] - guess[None]) <= 0.2).all(axis=2)
+        n_expected = near[linear_sum_assignment(near, maximize=True)].sum()
+        counts = metrics.event_based_counts(true, ["a"] * 40, guess, ["a"] * 40, offset_share=0)
+        assert counts == metrics.DetectionCounts(n_expected, 40 - n_expected, 40 - n_expected)
+
+
+def test_a_collar_includes_its_edge_whatever_floating_point_gives() -> None:
+    assert 0.9 - 0.7 > 0.2
+    assert metrics.event_based_counts([[0.7, 2]], ["a"], [[0.9, 2]], ["a"]).f1 == 1
+    assert metrics.event_based_counts([[0, 0.7]], ["a"], [[0, 0.9]], ["a"], offset_share=0).f1 == 1
+
+
+def test_an_event_without_length_is_in_one_segment() -> None:
+    counts = metrics.segment_based_counts(
+        [[5, 5], [1.5, 1.5]], ["a", "a"], [[5, 6], [1, 2]], ["a", "a"]
+    )
+    assert counts == metrics.DetectionCounts(2, 0, 0)
+
+
+def test_recordings_are_pooled_by_adding_their_counts() -> None:
+    first = metrics.event_based_counts([[1, 2]], ["a"], [[1, 2]], ["a"])
+    second = metrics.event_based_counts([[1, 2], [3, 4]], ["a", "b"], [], [])
+    pooled = sum([first, second], metrics.DetectionCounts())
+    assert pooled == metrics.DetectionCounts(1, 0, 2)
+    assert pooled.f1 == pytest.approx(2 / 4)
+
+
+def test_neither_a_true_nor_a_predicted_event_is_undefined() -> None:
+    assert np.isnan(metrics.event_based_counts([], [], [], []).f1)
+    assert np.isnan(metrics.segment_based_counts([], [], [], []).f1)
+    assert metrics.event_based_counts([], [], [[1, 2]], ["a"]).f1 == 0
+
+
+@pytest.mark.parametrize("counts", [metrics.segment_based_counts, metrics.event_based_counts])
+@pytest.mark.parametrize(
+    ("intervals", "labels", "message"),
+    [
+        ([[2.0, 1.0]], ["a"], "true event 0 lasts from 2 to 1 s: are these"),
+        ([[-1.0, 1.0]], ["a"], "from -1 to 1 s"),
+        ([[0.0, float("nan")]], ["a"], "to nan s"),
+        ([[0.0, 1.0]], ["a", "b"], "1 true intervals but 2 labels"),
+        ([0.0, 1.0], ["a"], r"shape \(2,\)"),
+    ],
+)
+def test_events_that_cannot_be_are_refused(
+    counts: object, intervals: list, labels: list, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        counts(intervals, labels, [[0, 1]], ["a"])
+
+
+def test_a_negative_collar_or_segment_is_refused() -> None:
+    events = ([[0, 1]], ["a"], [[0, 1]], ["a"])
+    with pytest.raises(ValueError, match="onset_collar_seconds is -1"):
+        metrics.event_based_counts(*events, onset_collar_seconds=-1)
+    with pytest.raises(ValueError, match="segment_seconds is 0"):
+        metrics.segment_based_counts(*events, segment_seconds=0)
