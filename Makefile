@@ -33,7 +33,7 @@ pipeline: $(INSTALLED)  ## The same on any folder in the competition's layout: D
 	$(BIN)/birdcall evaluate --data $(DATA)
 	$(BIN)/birdcall package --data $(DATA) --dry-run
 	@if [ -f $(DATA)/solution.csv ]; then \
-	    $(BIN)/birdcall evaluate --data $(DATA) --submission $(OUTPUT)/submission.csv; fi
+	    $(BIN)/birdcall score $(OUTPUT)/submission.csv --data $(DATA); fi
 	@echo "look at $(OUTPUT)/report.html"
 
 test: $(INSTALLED)  ## Everything that takes seconds.

@@ -26,7 +26,7 @@ for name in ("small_gru", "small_attention_normed"):
         experiments.EXPERIMENTS[name],
         train={"epochs": 1, "data": {"clips_per_epoch": 8, "batch_size": 4}},
     )
-from birdcall.__main__ import main
+from birdcall.cli import main
 main()
 """
 
@@ -73,7 +73,7 @@ def test_the_kernel_writes_every_row_of_test_csv_in_order(road):
     rows, written = pd.read_csv(demo / "test.csv"), pd.read_csv(submission)
     assert list(written.columns) == ["row_id", "birds"]
     assert list(written["row_id"]) == list(rows["row_id"])
-    assert "all nocall" in run("evaluate", "--data", demo, "--submission", submission)
+    assert "all nocall" in run("score", submission, "--data", demo)
 
 
 @pytest.mark.parametrize(

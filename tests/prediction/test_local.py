@@ -389,7 +389,7 @@ def spy(path, *rest):
         file.write(f"{path.name} {is_finished}\\n")
     return real(path, *rest)
 inference.iterate_rates = spy
-from birdcall.__main__ import main
+from birdcall.cli import main
 main()
 """
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import typer.main
 
-from birdcall.__main__ import app
+from birdcall.cli import app
 from birdcall.report.gallery import plot_inference, write_figures
 from birdcall.report.plots import STEPS, plot_pipeline
 from birdcall.report.style import BLUE, COLORS, GREEN, GREY, MARKERS, ORANGE, save_figure

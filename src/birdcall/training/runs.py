@@ -21,7 +21,14 @@ from tqdm import tqdm
 from birdcall.config import Experiment, require
 from birdcall.data.dataset import TrainingData, check_classes
 from birdcall.data.loader import check_worker_memory
-from birdcall.models.checkpoint import SETTINGS_FILE, STATE_FILE, Checkpoint, read_checkpoint
+from birdcall.experiments import find_experiment
+from birdcall.models.checkpoint import (
+    SETTINGS_FILE,
+    STATE_FILE,
+    Checkpoint,
+    find_checkpoints,
+    read_checkpoint,
+)
 from birdcall.training.distributed import SINGLE_PROCESS, DistributedContext
 from birdcall.training.log import (
     LOG_FILE,
@@ -149,6 +156,36 @@ def plan_runs(
     """Return each experiment on ``fold``, or on all, in ``folder/<experiment>/fold<k>``."""
     folds = data.folds if fold is None else [fold]
     return [Run(one, k, folder / one.name / f"fold{k}") for one in experiments for k in folds]
+
+
+def run_folder(folder: Path, name: str) -> Path:
+    """Return the folder of the run ``<experiment>-fold<k>`` below ``folder``."""
+    experiment, _, fold = name.rpartition("-fold")
+    return folder / experiment / f"fold{fold}"
+
+
+def find_runs(
+    folder: Path, experiments: Sequence[str] | None = None, fold: int | None = None
+) -> list[Path]:
+    """Return the folders of trained runs below ``folder``, of some or all experiments and folds.
+
+    Raises FileNotFoundError where a named experiment has no trained run, and where there is none.
+    """
+    experiments = list(experiments or ())
+    for name in experiments:
+        find_experiment(name)
+    runs = [
+        run
+        for run in find_checkpoints(folder)
+        if (not experiments or run.parent.name in experiments)
+        and (fold is None or run.name == f"fold{fold}")
+    ]
+    missing = sorted(set(experiments) - {run.parent.name for run in runs})
+    if not runs or missing:
+        what = ", ".join(missing) or "trained run"
+        of_fold = "" if fold is None else f" of fold {fold}"
+        raise FileNotFoundError(f"{folder}: no {what}{of_fold}; `birdcall train` makes one")
+    return runs
 
 
 def train_many(

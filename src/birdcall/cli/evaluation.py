@@ -1,0 +1,157 @@
+"""Commands that score predictions: evaluate, score, figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from birdcall.cli.options import (
+    ContextSeconds,
+    Data,
+    Fold,
+    Folders,
+    Folds,
+    Noise,
+    Output,
+    Trained,
+    WindowSegments,
+    parse_fold,
+)
+
+if TYPE_CHECKING:
+    from birdcall.evaluation.scoring import Evaluation
+
+commands = typer.Typer()
+
+
+@commands.command("evaluate")
+def _evaluate(
+    data: Data,
+    experiment: Trained = None,
+    fold: Fold = "all",
+    ensemble: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also score these experiments as an ensemble: A+B. May be repeated.",
+            show_default="all experiments as an ensemble",
+        ),
+    ] = None,
+    soundscapes: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder of labelled soundscapes: recordings with Raven selection tables, or the "
+            "example files of the competition. May be repeated.",
+            show_default="the examples in the data folder",
+        ),
+    ] = None,
+    nocall_share: Annotated[
+        float, typer.Option(help="Expected share of rows without a bird.")
+    ] = 0.54,
+    window_segments: WindowSegments = 1,
+    context_seconds: ContextSeconds = 0.0,
+    output: Output = None,
+    folds: Folds = None,
+    noise: Noise = None,
+    pages: Annotated[
+        int, typer.Option(min=0, help="Number of labelled soundscapes that get a page.")
+    ] = 20,
+    screenshots: Annotated[
+        Path | None,
+        typer.Option(help="Folder for screenshots of the report (Chromium).", show_default="none"),
+    ] = None,
+) -> None:
+    """Score runs on held-out audio of three kinds, choose the decision, write the report."""
+    if screenshots is not None:
+        from birdcall.report.browser import require_browser
+
+        require_browser()  # before an hour of predictions, not after it
+    from birdcall.evaluation.out_of_fold import write_oof_parquet
+    from birdcall.evaluation.predict import hear
+    from birdcall.evaluation.scoring import evaluate
+    from birdcall.evaluation.tables import terminal_table
+    from birdcall.inference.decision import write_decision
+    from birdcall.inference.ensemble import default_device
+    from birdcall.inference.windows import WindowConfig
+    from birdcall.report.report import describe_decision, write_report
+    from birdcall.storage.files import write_atomically
+    from birdcall.training.runs import find_runs
+
+    folders = Folders(data, output, folds)
+    training_data = folders.load_training_data(noise)
+    predictions = hear(
+        find_runs(folders.runs, experiment, parse_fold(fold)),
+        training_data,
+        default_device(),
+        labelled_folders=soundscapes or (),
+        listening=WindowConfig(window_segments, context_seconds),
+        kept=folders.prediction_cache,
+        progress=True,
+    )
+    ensembles = [tuple(names.split("+")) for names in ensemble or []]
+    evaluation = evaluate(predictions, ensembles, nocall_share)
+    output, report = folders.output, folders.output / "report.html"
+    write_decision(folders.decision, evaluation.decision)
+    write_atomically(output / "scores.csv", evaluation.table.to_csv(index=False))
+    write_oof_parquet(
+        output / "oof.parquet", list(predictions.out_of_fold.values()), evaluation.classes
+    )
+    soundscape_pages = write_report(report, folders.name, evaluation, pages)
+    typer.echo(terminal_table(evaluation.table))
+    typer.echo(f"decision: {describe_decision(evaluation)}")
+    typer.echo(f"report: {report}")
+    if screenshots is not None:
+        from birdcall.report.browser import open_browser, take_screenshots
+        from birdcall.report.labelled_pages import fullest
+
+        page = soundscape_pages.get(fullest(evaluation, list(soundscape_pages)) or "")
+        with open_browser() as browser:
+            pictures = take_screenshots(browser, report, page, screenshots)
+        typer.echo("screenshots: " + ", ".join(map(str, pictures)))
+
+
+@commands.command("score")
+def _score(
+    submission: Annotated[Path, typer.Argument(help="A submission.csv.")],
+    data: Data,
+) -> None:
+    """Score a submission against solution.csv in the data folder."""
+    from birdcall.evaluation.scoring import score_submission
+
+    typer.echo(score_submission(data, submission))
+
+
+@commands.command("figures")
+def _figures(
+    data: Data,
+    experiment: Annotated[
+        str, typer.Option(help="Experiment whose architecture is drawn.")
+    ] = "efficientnet_b0_gru_attention",
+    output: Output = None,
+    folds: Folds = None,
+    noise: Noise = None,
+    to: Annotated[Path, typer.Option(help="Folder for the figures.")] = Path("docs/figures"),
+) -> None:
+    """Draw the figures of README and docs from the results of the other commands."""
+    from birdcall.evaluation.predict import hear
+    from birdcall.evaluation.scoring import evaluate
+    from birdcall.experiments import find_experiment
+    from birdcall.inference.ensemble import default_device
+    from birdcall.report.gallery import write_figures
+    from birdcall.training.runs import find_runs
+
+    folders = Folders(data, output, folds)
+
+    def evaluate_all_runs() -> Evaluation:
+        predictions = hear(
+            find_runs(folders.runs),
+            folders.load_training_data(noise),
+            default_device(),
+            kept=folders.prediction_cache,
+            progress=True,
+        )
+        return evaluate(predictions)
+
+    for line in write_figures(to, folders.output, find_experiment(experiment), evaluate_all_runs):
+        typer.echo(line)

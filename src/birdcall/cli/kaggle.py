@@ -1,0 +1,271 @@
+"""Commands that use trained runs: package, package-training, export, predict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from birdcall.cli.options import (
+    ContextSeconds,
+    Data,
+    Folders,
+    Folds,
+    Init,
+    Labels,
+    Noise,
+    Output,
+    WindowSegments,
+)
+from birdcall.experiments import EXPERIMENTS
+
+commands = typer.Typer()
+
+_Owner = Annotated[str, typer.Option(help="Your user name on Kaggle.")]
+_Script = Annotated[Path, typer.Option(help="Script of the kernel.")]
+_Wheels = Annotated[
+    Path | None,
+    typer.Option(help="Folder of wheels: packages that Kaggle's image lacks.", show_default="none"),
+]
+_OWNER = "your-kaggle-name"
+_SUBMISSION_SCRIPT = Path("kernels/submission/submission.py")
+_TRAINING_SCRIPT = Path("kernels/training/training.py")
+_BUILD = Path("kernels/build")
+
+
+@commands.command("package")
+def _package(
+    data: Data,
+    output: Output = None,
+    build: Annotated[Path, typer.Option(help="Folder to be uploaded.")] = _BUILD,
+    script: _Script = _SUBMISSION_SCRIPT,
+    owner: _Owner = _OWNER,
+    wheels: _Wheels = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Then run the kernel on --data, offline as on Kaggle."),
+    ] = False,
+) -> None:
+    """Write the submission kernel and its dataset, with the members of the decision."""
+    from birdcall.inference.decision import read_decision
+    from birdcall.kaggle.packaging import dry_run_submission, stage_package
+    from birdcall.training.runs import run_folder
+
+    folders = Folders(data, output)
+    decision = read_decision(folders.decision)
+    members = [run_folder(folders.runs, name) for name in decision.members]
+    dataset = stage_package(
+        members, decision, script=script, build=build, owner=owner, wheels=wheels
+    )
+    typer.echo(f"{dataset}: {len(members)} members, {_megabytes(dataset):.1f} MB")
+    if dry_run:
+        typer.echo(dry_run_submission(build, data, folders.submission).rstrip())
+        typer.echo(f"{folders.submission}: written by the kernel, valid")
+
+
+@commands.command("package-training")
+def _package_training(
+    data: Data,
+    experiment: Annotated[str, typer.Option(help=f"One of: {', '.join(EXPERIMENTS)}.")],
+    fold: Annotated[int, typer.Option(min=0, help="Number of the held-out fold.")],
+    output: Output = None,
+    folds: Folds = None,
+    noise: Noise = None,
+    labels: Labels = None,
+    init: Init = None,
+    wheels: _Wheels = None,
+    hours: Annotated[float, typer.Option(help="Time limit of a session.")] = 11.5,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that decode recordings, for all GPUs together.")
+    ] = 4,
+    build: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder to be uploaded.",
+            show_default="kernels/build/training/<experiment>-fold<k>",
+        ),
+    ] = None,
+    script: _Script = _TRAINING_SCRIPT,
+    owner: _Owner = _OWNER,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Then run two sessions on --data, offline as on Kaggle."),
+    ] = False,
+) -> None:
+    """Write the kernel that trains one run on Kaggle's GPUs over several sessions."""
+    from birdcall.kaggle.packaging import dry_run_training, stage_training
+    from birdcall.kaggle.training_kernel import TrainingSettings
+
+    folders = Folders(data, output, folds)
+    settings = TrainingSettings(experiment, fold, hours * 3600, workers)
+    build = build or _BUILD / "training" / settings.name
+    dataset = stage_training(
+        settings,
+        data,
+        folds=folders.folds,
+        audit=folders.audit,
+        script=script,
+        build=build,
+        owner=owner,
+        init=init,
+        noise=noise,
+        labels=labels,
+        wheels=wheels,
+    )
+    typer.echo(f"{dataset}: {settings.name}, {_megabytes(dataset):.1f} MB")
+    if dry_run:
+        sessions = folders.output / "dry_run" / settings.name
+        typer.echo(dry_run_training(build, data, sessions).rstrip())
+        typer.echo(f"{sessions}: two sessions; the second resumed the training of the first")
+
+
+def _megabytes(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+
+
+@commands.command("export")
+def _export(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a run or of a packaged member.")],
+    to: Annotated[
+        Path | None,
+        typer.Option(help="File to write.", show_default="model.onnx in the folder"),
+    ] = None,
+    source: Annotated[
+        str,
+        typer.Option(
+            "--input",
+            help="Input of the exported network: log_mel, for the kernel and evaluate, or "
+            "waveform, for other programs.",
+        ),
+    ] = "log_mel",
+    window_segments: WindowSegments = 1,
+    context_seconds: ContextSeconds = 0.0,
+) -> None:
+    """Export a network to ONNX, and check that ONNX Runtime predicts the same as torch."""
+    from birdcall.inference.export import export_onnx
+    from birdcall.inference.windows import WindowConfig
+    from birdcall.models.onnx import ONNX_FILE
+
+    path = to or checkpoint / ONNX_FILE
+    if source != "log_mel" and to is None:
+        raise ValueError(f"--input waveform needs --to FILE: {path} must have log_mel as its input")
+    difference = export_onnx(
+        checkpoint, path, WindowConfig(window_segments, context_seconds), source
+    )
+    typer.echo(
+        f"{path}: {path.stat().st_size / 1e6:.1f} MB; probabilities differ from torch's by at "
+        f"most {difference:.1g}"
+    )
+
+
+@commands.command("predict")
+def _predict(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Recordings, folders of recordings, globs.", show_default="the rows of test.csv"
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Data folder in the layout of the competition; writes submission.csv.",
+            show_default=False,
+        ),
+    ] = None,
+    package: Annotated[
+        Path, typer.Option(help="Dataset folder written by `birdcall package`.")
+    ] = _BUILD / "dataset",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the results.",
+            show_default="output/predictions, or output/<name of the data folder>",
+        ),
+    ] = None,
+    format: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="csv, parquet, jsonl: one table; raven, audacity: one file per recording. May be "
+            "repeated.",
+            show_default="csv and raven",
+        ),
+    ] = None,
+    min_confidence: Annotated[
+        float, typer.Option(help="Leave out detections of lower confidence.")
+    ] = 0.0,
+    species: Annotated[
+        list[str] | None,
+        typer.Option(help="ebird_code of a species. May be repeated.", show_default="all"),
+    ] = None,
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="Also write the embedding of each segment.")
+    ] = False,
+    view: Annotated[
+        bool,
+        typer.Option(
+            "--view", help="Also write a page for each recording: player, predictions, labels."
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Predict finished recordings again.")
+    ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Address of a Ray cluster that shares the work, or auto."),
+    ] = None,
+) -> None:
+    """Predict the test rows of a data folder, or detect birds in your own recordings.
+
+    A journal stores finished recordings: after a stop, the same command resumes.
+    """
+    from birdcall.inference.ensemble import default_device
+    from birdcall.kaggle.kernel import open_package, require_all_members
+    from birdcall.kaggle.submission import predict_test_set
+    from birdcall.prediction.local import (
+        DEFAULT_FORMATS,
+        JOURNAL_FILE,
+        ResultOptions,
+        find_recordings,
+        fingerprint_of,
+        predict_locally,
+        predict_recordings,
+    )
+    from birdcall.storage.store import Journal
+
+    if bool(paths) == (data is not None):
+        raise ValueError("give either PATHS of recordings or --data DIR")
+    if view and (ray is not None or data is not None):
+        raise ValueError(
+            "--view needs PATHS, predicted on this machine: leave out --ray and --data"
+        )
+    device = default_device()
+    ensemble, decision, refused = open_package(package, device)
+    require_all_members(refused)
+    if data is not None:
+        submission = Folders(data, output).submission
+        typer.echo(f"{submission}: {predict_test_set(data, ensemble, decision, submission)}")
+        return
+    options = ResultOptions(
+        formats=tuple(format or DEFAULT_FORMATS),
+        min_confidence=min_confidence,
+        species=tuple(species or ()),
+        embeddings=embeddings,
+        view=view,
+    )
+    options.require_known(ensemble.classes)
+    recordings = find_recordings(paths)
+    output = output or Path("output/predictions")
+    if overwrite:
+        (output / JOURNAL_FILE).unlink(missing_ok=True)
+    if ray is None:
+        listen = predict_locally(ensemble, decision, output, options, progress=True)
+    else:
+        from birdcall.prediction.ray_cluster import predict_on_ray
+
+        listen = predict_on_ray(ray, package, output, embeddings=embeddings, progress=True)
+    with Journal(output / JOURNAL_FILE, fingerprint_of(package, options, device.type)) as journal:
+        typer.echo(
+            predict_recordings(recordings, journal, listen=listen, output=output, options=options)
+        )

@@ -1,0 +1,94 @@
+"""Options that several commands share, and the files that they stand for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from birdcall.data.dataset import TrainingData
+
+Data = Annotated[
+    Path, typer.Option(help="Data folder in the layout of the competition.", show_default=False)
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(help="Folder for the results.", show_default="output/<name of the data folder>"),
+]
+Folds = Annotated[
+    Path | None,
+    typer.Option(help="CSV file of the folds.", show_default="folds/<name of the data folder>.csv"),
+]
+Noise = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of recordings without birds.",
+        show_default="noise/ in the data folder or beside it",
+    ),
+]
+Labels = Annotated[
+    Path | None,
+    typer.Option(
+        help="Pseudo-labels, written by `birdcall pseudo-label`.",
+        show_default="the labels in train.csv",
+    ),
+]
+Init = Annotated[
+    Path | None,
+    typer.Option(
+        help="Initial weights: a .safetensors or .pth file.", show_default="timm's weights"
+    ),
+]
+Trained = Annotated[
+    list[str] | None,
+    typer.Option(help="A trained experiment. May be repeated.", show_default="all trained ones"),
+]
+Fold = Annotated[str, typer.Option(help="Number of the held-out fold, or all.")]
+WindowSegments = Annotated[
+    int, typer.Option(min=1, help="Number of 5-second segments in one input of the network.")
+]
+ContextSeconds = Annotated[
+    float, typer.Option(min=0, help="Seconds of audio before and after the window, also input.")
+]
+
+
+class Folders:
+    """The files and folders of a data set: those that were given, else their default names."""
+
+    def __init__(self, data: Path, output: Path | None, folds: Path | None = None) -> None:
+        self.data = data
+        self.name = data.resolve().name
+        self.output = output or Path("output") / self.name
+        self.folds = folds or Path("folds") / f"{self.name}.csv"
+        self.runs = self.output / "runs"
+        self.audit = self.output / "audit.csv"
+        self.cache = self.output / "cache"
+        self.prediction_cache = self.output / "prediction_cache"
+        self.benchmark = self.output / "benchmark"
+        self.decision = self.output / "decision.json"
+        self.submission = self.output / "submission.csv"
+
+    def load_training_data(
+        self, noise: Path | None = None, labels: Path | None = None
+    ) -> TrainingData:
+        from birdcall.data.dataset import load_training_data
+
+        return load_training_data(
+            self.data,
+            self.folds,
+            audit=self.audit,
+            cache=self.cache,
+            noise=noise,
+            labels=labels,
+        )
+
+
+def parse_fold(fold: str) -> int | None:
+    """Return the number of a fold, or None for all folds."""
+    if fold == "all":
+        return None
+    if not fold.isdigit():
+        raise ValueError(f"--fold is {fold!r}; give the number of a fold, or all")
+    return int(fold)
