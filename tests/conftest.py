@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from birdcall.config import Experiment, ModelConfig, replace_nested
-from birdcall.data.audit import audit_recordings, same_sound, usable_recordings
+from birdcall.data.audit import audio_hashes, audit_recordings, usable_recordings
 from birdcall.data.dataset import TrainingData, load_training_data
 from birdcall.data.folds import make_folds, write_folds
 from birdcall.data.recordings import read_recordings
@@ -83,7 +83,7 @@ def training_data(demo_folder, tmp_path_factory) -> TrainingData:
     recordings = read_recordings(demo_folder)
     audit = audit_recordings(demo_folder, recordings, output / "audit.csv", workers=1)
     usable = usable_recordings(recordings, audit)
-    folds = make_folds(usable, 2, same_sound=same_sound(usable, audit))
+    folds = make_folds(usable, 2, audio_hashes=audio_hashes(usable, audit))
     write_folds(folds, output / "folds.csv")
     return load_training_data(
         demo_folder, output / "folds.csv", output / "audit.csv", output / "cache"

@@ -19,11 +19,11 @@ import soundfile
 
 from birdcall.data import audit as audit_module
 from birdcall.data.audit import (
+    audio_hashes,
     audit_recordings,
     describe_audit,
     measure_recording,
     read_audit,
-    same_sound,
     usable_recordings,
 )
 from birdcall.data.cache import Cache
@@ -129,7 +129,7 @@ EXPECTED = {
     "Größe 鳥 № 1.mp3": ("ok", True, "^$"),
     "silent.mp3": ("silent", False, "never louder than -80 dB"),
     "whisper.wav": ("ok", True, "^$"),
-    "twin.mp3": ("duplicate", False, f"the same sound as {FOLDER}/a good one.mp3"),
+    "twin.mp3": ("duplicate", False, f"the same audio as {FOLDER}/a good one.mp3"),
     "loop.mp3": ("unreadable", False, "symbolic links"),
     "folder.mp3": ("unreadable", False, "not a regular file"),
     "pipe.mp3": ("unreadable", False, "not a regular file"),
@@ -187,7 +187,7 @@ def test_only_usable_recordings_are_kept_with_their_true_length(
     assert list(usable["filename"]) == [name for name in EXPECTED if EXPECTED[name][1]]
     seconds = usable.set_index("filename")["seconds"]
     assert seconds["truncated.mp3"] == pytest.approx(4, abs=0.2)
-    sounds = dict(zip(table["filename"], same_sound(table, verdicts), strict=True))
+    sounds = dict(zip(table["filename"], audio_hashes(table, verdicts), strict=True))
     assert sounds["twin.mp3"] == sounds["a good one.mp3"] != sounds["8 channels.wav"]
     assert sounds["empty.mp3"] == ""
     with pytest.raises(ValueError, match=r"does not know .*new\.mp3 .* run `birdcall audit`"):

@@ -17,12 +17,12 @@ from birdcall.data.folds import (
     class_shares,
     fold_report,
     make_folds,
-    plot_folds,
     read_folds,
     recordist_clusters,
     write_folds,
 )
 from birdcall.data.recordings import read_recordings
+from birdcall.report.plots import plot_folds
 
 REAL_NAMES = Path(__file__).resolve().parents[3] / "shared" / "facts" / "recordings.csv"
 
@@ -118,13 +118,13 @@ def test_the_same_bytes_come_out_on_every_machine_and_with_every_version(tmp_pat
 
 def test_recordings_of_one_sound_stay_together(recordings: pd.DataFrame) -> None:
     sounds = [f"hash {number // 2}" if number < 100 else "" for number in range(len(recordings))]
-    folds = make_folds(recordings, 5, same_sound=sounds)
+    folds = make_folds(recordings, 5, audio_hashes=sounds)
     check_folds(folds, recordings, sounds)
     fold_of = folds.set_index("filename")["fold"]
     for number in range(0, 100, 2):
         assert fold_of[f"XC{number}.mp3"] == fold_of[f"XC{number + 1}.mp3"]
     apart = make_folds(recordings, 5)
-    with pytest.raises(ValueError, match="folds leak: the sound hash"):
+    with pytest.raises(ValueError, match="folds leak: the audio hash"):
         check_folds(apart, recordings, sounds)
 
 
@@ -270,7 +270,8 @@ def test_the_report_counts_recordings_and_recordists() -> None:
 
 def test_the_picture_shows_every_species_in_every_fold(recordings: pd.DataFrame) -> None:
     folds = make_folds(recordings)
-    left, right = plot_folds(folds, recordings).axes
+    shares, report = class_shares(folds), fold_report(folds, recordings)
+    left, right = plot_folds(shares, folds["ebird_code"].value_counts(), report).axes
     assert len(left.collections) == 5
     assert all(len(dots.get_offsets()) == 12 for dots in left.collections)
     assert len(right.patches) == 10

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from birdcall.config import replace_nested
-from birdcall.data.audit import audit_recordings, same_sound, usable_recordings
+from birdcall.data.audit import audio_hashes, audit_recordings, usable_recordings
 from birdcall.data.folds import make_folds, write_folds
 from birdcall.data.noise import find_noise, split_noise
 from birdcall.data.recordings import read_recordings
@@ -70,7 +70,7 @@ def tables(demo_folder, tmp_path_factory) -> tuple[Path, Path]:
     recordings = read_recordings(demo_folder)
     audit = audit_recordings(demo_folder, recordings, folder / "audit.csv", workers=1)
     usable = usable_recordings(recordings, audit)
-    folds = make_folds(usable, 2, same_sound=same_sound(usable, audit))
+    folds = make_folds(usable, 2, audio_hashes=audio_hashes(usable, audit))
     write_folds(folds, folder / "folds.csv")
     return folder / "folds.csv", folder / "audit.csv"
 

@@ -87,20 +87,22 @@ def _folds(
     seed: Annotated[int, typer.Option(help="Decides between splits of equal quality.")] = 0,
 ) -> None:
     """Split the recordings into folds by species, each recordist in one fold only."""
-    from birdcall.data.audit import read_audit, same_sound, usable_recordings
-    from birdcall.data.folds import check_folds, fold_report, make_folds, plot_folds, write_folds
+    from birdcall.data.audit import audio_hashes, read_audit, usable_recordings
+    from birdcall.data.folds import check_folds, class_shares, fold_report, make_folds, write_folds
     from birdcall.data.recordings import read_recordings
+    from birdcall.report.plots import plot_folds
     from birdcall.report.style import save_figure
 
     folders = Folders(data, output, folds)
     audit = read_audit(folders.audit)
     recordings = usable_recordings(read_recordings(data), audit)
-    table = make_folds(recordings, n_folds, seed, same_sound(recordings, audit))
+    table = make_folds(recordings, n_folds, seed, audio_hashes(recordings, audit))
     check_folds(table, recordings)
     write_folds(table, folders.folds)
     figure = folders.output / "folds.png"
-    save_figure(plot_folds(table, recordings), figure)
-    typer.echo(fold_report(table, recordings).round(3).to_string())
+    report, sizes = fold_report(table, recordings), table["ebird_code"].value_counts()
+    save_figure(plot_folds(class_shares(table), sizes, report), figure)
+    typer.echo(report.round(3).to_string())
     typer.echo(f"{folders.folds}: {len(table)} recordings in {n_folds} folds; figure: {figure}")
 
 

@@ -56,8 +56,8 @@ MAX_LISTED = 20
 class Measurement:
     """What decoding one recording told; of a file that breaks off, of the part before that.
 
-    ``error`` is empty where all decoded. ``sound`` is a hash of the decoded waveform and its rate,
-    the same for one sound under two names or with other tags; ``sha256`` is that of the file.
+    ``error`` is empty where all decoded. ``audio_hash`` is a hash of the decoded waveform and its
+    sample rate, the same under two file names or with other tags; ``sha256`` is that of the file.
     Levels are of the mono waveform, ``clipped_share`` of all channels. ``bandwidth_hz`` is where
     the spectrum last comes within 70 dB of its strongest bin.
     """
@@ -76,7 +76,7 @@ class Measurement:
     silent_share: float = 0.0
     bandwidth_hz: float = 0.0
     sha256: str = ""
-    sound: str = ""
+    audio_hash: str = ""
 
 
 COLUMNS = ("path", "status", "usable", "reason", *[item.name for item in fields(Measurement)][1:])
@@ -150,9 +150,9 @@ def usable_recordings(recordings: pd.DataFrame, audit: pd.DataFrame) -> pd.DataF
     return recordings[found["usable"].to_numpy(dtype=bool)].reset_index(drop=True)
 
 
-def same_sound(recordings: pd.DataFrame, audit: pd.DataFrame) -> list[str]:
-    """Return for each recording the hash of its sound, for `make_folds`."""
-    return list(recordings["path"].map(audit.set_index("path")["sound"]).fillna(""))
+def audio_hashes(recordings: pd.DataFrame, audit: pd.DataFrame) -> list[str]:
+    """Return the hash of the decoded audio of each recording, for `make_folds`."""
+    return list(recordings["path"].map(audit.set_index("path")["audio_hash"]).fillna(""))
 
 
 def describe_audit(audit: pd.DataFrame) -> str:
@@ -246,7 +246,7 @@ class _Meter:
         self.power[: max(1, round(50 / bin_hz))] = 0  # a constant offset is no sound
         loud = np.flatnonzero(self.power > self.power.max() * 10 ** (-BANDWIDTH_DB / 10))
         found.bandwidth_hz = round(float(loud[-1]) * bin_hz, 1) if len(loud) else 0.0
-        found.sound = self.sound.hexdigest()
+        found.audio_hash = self.sound.hexdigest()
 
 
 def _decibels(power: float) -> float:
@@ -371,9 +371,9 @@ def _judge(measured: list[Measurement], durations: dict[str, float]) -> pd.DataF
         usable = status == "ok" or (
             status == "truncated" and found.seconds >= MIN_TRUNCATED_SECONDS
         )
-        if usable and first_of.setdefault(found.sound, found.path) != found.path:
+        if usable and first_of.setdefault(found.audio_hash, found.path) != found.path:
             status, usable = "duplicate", False
-            reason = f"the same sound as {first_of[found.sound]}"
+            reason = f"the same audio as {first_of[found.audio_hash]}"
         rows.append(asdict(found) | {"status": status, "usable": usable, "reason": reason})
     return pd.DataFrame(rows, columns=list(COLUMNS))
 

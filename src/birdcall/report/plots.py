@@ -17,7 +17,19 @@ from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.evaluation.tables import SNR_STEP_DB
 from birdcall.inference.decision import Decision, combine
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
-from birdcall.report.style import AMBER, BLUE, GREEN, GREY, HEAT, PURPLE, SOUND, use_style
+from birdcall.report.style import (
+    AMBER,
+    BLUE,
+    COLORS,
+    GREEN,
+    GREY,
+    HEAT,
+    MARKERS,
+    ORANGE,
+    PURPLE,
+    SOUND,
+    use_style,
+)
 from birdcall.taxonomy import display_name
 
 if TYPE_CHECKING:
@@ -25,6 +37,36 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN_SECONDS = 60
+
+
+def plot_folds(shares: pd.DataFrame, sizes: pd.Series, report: pd.DataFrame) -> Figure:
+    """Draw each species' share in each fold against an equal share, and the folds' recordists.
+
+    shares: of each species (rows) in each fold (columns), as `folds.class_shares` returns them;
+    sizes: recordings of each species; report: as `folds.fold_report` returns it.
+    """
+    use_style()
+    sizes = sizes.reindex(shares.index)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[3, 1])
+    for order, fold in enumerate(shares.columns):
+        color, marker = COLORS[order % len(COLORS)], MARKERS[order % len(MARKERS)]
+        left.scatter(
+            sizes, shares[fold], s=18, alpha=0.7, color=color, marker=marker, label=f"fold {fold}"
+        )
+    left.axhline(1 / len(shares.columns), color="black", linewidth=1, label="equal share")
+    left.set(xscale="log", xlabel="recordings of the species", ylabel="share in the fold")
+    left.set_title(f"{len(shares)} species: how evenly each is divided", loc="left")
+    left.legend(fontsize="small")
+    names = [str(fold) for fold in report.index]
+    right.bar(names, report["recordings"], color="0.8", label="all")
+    largest = report["recordings"] * report["largest_recordist"]
+    right.bar(
+        names, largest, color=ORANGE, hatch="//", ec="white", label="by the largest recordist"
+    )
+    right.set(xlabel="fold", ylabel="recordings", ylim=(0, 1.25 * report["recordings"].max()))
+    right.legend(fontsize="small")
+    return figure
 
 
 def plot_recall_over_snr(table: pd.DataFrame) -> Figure:
