@@ -11,10 +11,10 @@ from birdcall.benchmark.inference import spread_outputs
 from birdcall.experiments import EXPERIMENTS
 from birdcall.inference.engine import predict_waveforms
 from birdcall.inference.ensemble import load_ensemble, load_member
-from birdcall.inference.export import ExportError, export_onnx, probe_windows
+from birdcall.inference.export import ONNX_FILE, ExportError, export_checkpoint, probe_windows
 from birdcall.inference.windows import WindowConfig
 from birdcall.models.checkpoint import Checkpoint, load_model, save_checkpoint
-from birdcall.models.onnx import ONNX_FILE, open_session
+from birdcall.models.onnx import OnnxModel
 from birdcall.models.sed import build_model
 
 pytest.importorskip("onnxruntime")
@@ -38,7 +38,7 @@ def run(trained_runs, tmp_path):
 @pytest.mark.parametrize("listening", [WindowConfig(), WindowConfig(3, 1.5)], ids=["plain", "wide"])
 def test_an_ensemble_takes_the_export_and_scores_as_torch_does(run, listening):
     torch_scores = predict_waveforms(load_ensemble([run], listening=listening), {RATE: noise(33)})
-    assert export_onnx(run, run / ONNX_FILE, listening) < 1e-5
+    assert export_checkpoint(run, run / ONNX_FILE, listening) < 1e-5
     ensemble = load_ensemble([run], listening=listening)
     assert ensemble.members[0].export == run / ONNX_FILE
     scores = predict_waveforms(ensemble, {RATE: noise(33)})
@@ -50,14 +50,14 @@ def test_an_ensemble_takes_the_export_and_scores_as_torch_does(run, listening):
 
 
 def test_the_runtime_and_not_torch_scores_where_there_is_an_export(run, monkeypatch):
-    export_onnx(run, run / ONNX_FILE)
+    export_checkpoint(run, run / ONNX_FILE)
     ensemble = load_ensemble([run])
     monkeypatch.setattr(ensemble.members[0].model, "features", None)
     assert predict_waveforms(ensemble, {RATE: noise(12)}).clipwise.shape[1] == 3
 
 
 def test_an_export_scores_the_same_to_the_bit_in_any_company(run):
-    export_onnx(run, run / ONNX_FILE)
+    export_checkpoint(run, run / ONNX_FILE)
     ensemble = load_ensemble([run])
     one = predict_waveforms(ensemble, {RATE: noise(42)})
     torch.set_num_threads(3)
@@ -68,7 +68,7 @@ def test_an_export_scores_the_same_to_the_bit_in_any_company(run):
 
 @pytest.mark.parametrize("change", ["weights", "listening"])
 def test_an_export_of_another_state_is_not_taken(run, change, caplog):
-    export_onnx(run, run / ONNX_FILE)
+    export_checkpoint(run, run / ONNX_FILE)
     if change == "weights":
         model, checkpoint = load_model(run)
         with torch.no_grad():
@@ -88,15 +88,15 @@ def test_an_export_that_is_no_model_is_named(run):
 def test_a_waveform_goes_in_where_that_is_asked_for(run, tmp_path):
     """As another program would use it: nothing but ONNX Runtime and samples."""
     path = tmp_path / "whole.onnx"
-    export_onnx(run, path, source="waveform")
+    export_checkpoint(run, path, source="waveform")
     waveforms = np.stack([noise(5, seed) for seed in range(3)])
-    session = open_session(path)
-    clipwise, framewise = session.run(["clipwise", "framewise"], {"waveform": waveforms})
+    exported = OnnxModel(path)
+    clipwise, framewise = exported(waveforms, ["clipwise", "framewise"])
     with torch.inference_mode():
         said = load_model(run)[0](torch.from_numpy(waveforms))
     np.testing.assert_allclose(clipwise[:, 0], said.clipwise, atol=1e-4)
     np.testing.assert_allclose(framewise[:, 0], said.framewise.amax(dim=2), atol=1e-4)
-    about = json.loads(session.get_modelmeta().custom_metadata_map["birdcall"])
+    about = json.loads(exported.metadata["birdcall"])
     assert about["classes"] == list(load_model(run)[1].classes)
     assert about["input"] == "waveform"
 
@@ -104,19 +104,16 @@ def test_a_waveform_goes_in_where_that_is_asked_for(run, tmp_path):
 @pytest.mark.parametrize("damage", [1e-3, float("nan")])
 def test_an_export_that_says_something_else_is_refused_and_not_written(run, damage, monkeypatch):
     """The exported copy has other weights than torch runs."""
-    real = export._Exported
+    real = export.export_onnx
 
-    def damaged(model, *rest):
-        import copy
-
-        other = copy.deepcopy(model)
+    def damaged(network, *rest, **names):
         with torch.no_grad():
-            other.head.detection.bias.add_(4 * damage)
-        return real(other, *rest)
+            network.detector.model.head.detection.bias.add_(4 * damage)
+        real(network, *rest, **names)
 
-    monkeypatch.setattr(export, "_Exported", damaged)
+    monkeypatch.setattr(export, "export_onnx", damaged)
     with pytest.raises(ExportError, match="differ from torch's by"):
-        export_onnx(run, run / ONNX_FILE)
+        export_checkpoint(run, run / ONNX_FILE)
     assert not list(run.glob("*.onnx"))
     assert not list(run.glob(".*"))
 
@@ -130,4 +127,4 @@ def test_every_experiment_can_be_exported(name, tmp_path):
     model = build_model(experiment, len(classes))
     spread_outputs(model, probe_windows(experiment.frontend.sample_rate))
     save_checkpoint(tmp_path, model, Checkpoint(experiment, classes, 0))
-    assert export_onnx(tmp_path, tmp_path / ONNX_FILE) <= 1e-4
+    assert export_checkpoint(tmp_path, tmp_path / ONNX_FILE) <= 1e-4

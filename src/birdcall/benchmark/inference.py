@@ -29,10 +29,10 @@ from birdcall.experiments import find_experiment
 from birdcall.inference.decision import Decision
 from birdcall.inference.engine import predict_files
 from birdcall.inference.ensemble import FRONT_END, READING, Ensemble, Member, load_ensemble
-from birdcall.inference.export import export_onnx, probe_windows
+from birdcall.inference.export import ONNX_FILE, export_checkpoint, probe_windows
 from birdcall.kaggle.test_set import AUDIO_SUFFIXES, EXAMPLE_AUDIO, TEST_AUDIO
 from birdcall.models.checkpoint import Checkpoint, save_checkpoint
-from birdcall.models.onnx import ONNX_FILE, is_onnx_installed
+from birdcall.models.onnx import is_onnx_installed
 from birdcall.models.sed import SEDModel, build_model
 from birdcall.prediction.local import Recording, detect_recordings
 from birdcall.storage.files import read_table, write_atomically
@@ -242,7 +242,7 @@ def make_members(folder: Path, sounds: Mapping[str, Path], n_members: int) -> li
         place = folder / f"fold{number}"
         save_checkpoint(place, model, Checkpoint(experiment, classes, number))
         if is_onnx_installed():
-            export_onnx(place, place / ONNX_FILE)
+            export_checkpoint(place, place / ONNX_FILE)
         folders.append(place)
     return folders
 

@@ -143,14 +143,13 @@ def _export(
     context_seconds: ContextSeconds = 0.0,
 ) -> None:
     """Export a network to ONNX, and check that ONNX Runtime predicts the same as torch."""
-    from birdcall.inference.export import export_onnx
+    from birdcall.inference.export import ONNX_FILE, export_checkpoint
     from birdcall.inference.windows import WindowConfig
-    from birdcall.models.onnx import ONNX_FILE
 
     path = to or checkpoint / ONNX_FILE
     if source != "log_mel" and to is None:
         raise ValueError(f"--input waveform needs --to FILE: {path} must have log_mel as its input")
-    difference = export_onnx(
+    difference = export_checkpoint(
         checkpoint, path, WindowConfig(window_segments, context_seconds), source
     )
     typer.echo(

@@ -21,10 +21,11 @@ from torch import Tensor
 from birdcall.audio.frontend import LogMel
 from birdcall.audio.spectrogram import exact_float32, worker_pool
 from birdcall.config import SEGMENT_SECONDS, FrontendConfig, require
-from birdcall.inference.windows import SINGLE_SEGMENT, WindowConfig
+from birdcall.inference.export import find_export
+from birdcall.inference.windows import SINGLE_SEGMENT, SegmentModel, SegmentOutput, WindowConfig
 from birdcall.models.checkpoint import Checkpoint, load_model, require_same_classes
-from birdcall.models.onnx import OnnxDetector, find_export
-from birdcall.models.sed import SEDModel, SegmentModel, SegmentOutput
+from birdcall.models.onnx import OnnxModel
+from birdcall.models.sed import SEDModel
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +196,7 @@ class Ensemble:
 
     def _open_detector(self, member: Member, number: int, device: torch.device) -> Detector:
         if member.export is not None and device.type == "cpu":
-            run = OnnxDetector(member.export)
+            run = OnnxModel(member.export)
             return lambda log_mel, outputs: run(log_mel.numpy(), outputs)
         model = member.model if number == 0 else copy.deepcopy(member.model)
         detector = SegmentModel(model.to(device).eval(), self.listening)

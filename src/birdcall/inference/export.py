@@ -1,35 +1,37 @@
-"""Write a trained model as ONNX, for CPUs and other programs, and refuse what says other things."""
+"""Export a checkpoint as ONNX and refuse an export whose predictions differ; find it again."""
 
 from __future__ import annotations
 
-import io
-import warnings
-from contextlib import redirect_stdout
-from dataclasses import replace
+import json
+import logging
+from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from birdcall.audio.frontend import LogMel
 from birdcall.config import require_choice
-from birdcall.inference.windows import SINGLE_SEGMENT, WindowConfig
+from birdcall.inference.windows import SINGLE_SEGMENT, SegmentModel, SegmentOutput, WindowConfig
 from birdcall.models.checkpoint import Checkpoint, load_model
-from birdcall.models.onnx import describe_export, open_session
-from birdcall.models.sed import SEDModel, SegmentModel, SegmentOutput
-from birdcall.storage.files import atomic_path
+from birdcall.models.onnx import OnnxModel, export_onnx, is_onnx_installed, largest_difference
+from birdcall.models.sed import SEDModel
+from birdcall.storage.files import UserError, atomic_path
+
+logger = logging.getLogger(__name__)
 
 SOURCES = ("log_mel", "waveform")
+ONNX_FILE = "model.onnx"  # beside a checkpoint's weights
+METADATA_KEY = "birdcall"
 TOLERANCE = 1e-4  # in probability, and of an embedding's largest value
 N_PROBES = 6
 
 
-class ExportError(ValueError):
-    """A model whose exported twin says something else."""
+class ExportError(UserError):
+    """An exported model whose predictions differ from those of its checkpoint."""
 
 
-def export_onnx(
+def export_checkpoint(
     folder: Path,
     path: Path,
     listening: WindowConfig = SINGLE_SEGMENT,
@@ -39,26 +41,27 @@ def export_onnx(
 
     The file takes any number of windows of `listening`: their ``log_mel`` ``(windows, channels,
     frames, n_mels)``, as the kernel wants it, or the ``waveform`` ``(windows, samples)``, for other
-    programs. It gives what `SegmentOutput` names, and says in its metadata of which weights it is.
+    programs. Its outputs are those of `SegmentOutput`; its metadata names the weights.
     ExportError if a probability differs by more than `TOLERANCE`; then nothing is written.
     """
     require_choice("source", source, SOURCES)
     model, checkpoint = load_model(folder)
-    network = _Exported(model, checkpoint, listening, source).eval()
-    inputs = probe_windows(checkpoint.experiment.frontend.sample_rate, listening)
-    if source == "log_mel":
-        with torch.inference_mode():
-            inputs = model.frontend(inputs)
-    inputs = inputs.clone()  # no tensor of inference mode can be traced
+    waveforms = probe_windows(checkpoint.experiment.frontend.sample_rate, listening)
+    with torch.inference_mode():
+        log_mel = model.frontend(waveforms)
+        outputs = SegmentModel(model, listening)(log_mel)
+    expected = {name: value.numpy() for name, value in outputs._asdict().items()}
+    inputs = log_mel if source == "log_mel" else waveforms
     with atomic_path(path) as temporary:
-        _write(
-            network,
+        export_onnx(
+            _Exported(model, checkpoint, listening, source).eval(),
             inputs,
-            path=temporary,
-            about=describe_export(checkpoint, listening, source),
-            source=source,
+            temporary,
+            metadata=describe_export(checkpoint, listening, source),
+            input_name=source,
+            output_names=SegmentOutput._fields,
         )
-        difference = _compare(SegmentModel(model, listening), inputs, temporary, source)
+        difference = largest_difference(OnnxModel(temporary), inputs.numpy(), expected)
         if not difference <= TOLERANCE:  # NaN too
             raise ExportError(
                 f"{folder}: ONNX Runtime's probabilities differ from torch's by {difference:.2g}, "
@@ -82,45 +85,32 @@ class _Exported(nn.Module):
         return self.detector(self.frontend(windows))
 
 
-def _write(
-    network: nn.Module, inputs: Tensor, path: Path, about: dict[str, str], source: str
-) -> None:
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    try:
-        with torch.no_grad(), redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of how a GRU keeps its weights
-            program = torch.onnx.export(
-                network,
-                (inputs,),
-                dynamo=True,
-                input_names=[source],
-                output_names=list(SegmentOutput._fields),
-                dynamic_shapes=({0: batch},),
-                external_data=False,
-                verbose=False,
-            )
-    except ImportError as error:
-        raise ValueError(f"export needs more: {error}; pip install birdcall[onnx]") from error
-    program.model.metadata_props.update(about)
-    program.save(path)
+def describe_export(checkpoint: Checkpoint, listening: WindowConfig, source: str) -> dict[str, str]:
+    """Return an exported file's metadata, text by key as ONNX requires.
+
+    ``source`` is the name of the input: log_mel or waveform.
+    """
+    about = {
+        "weights_sha256": checkpoint.weights_sha256,
+        "experiment": checkpoint.experiment.to_dict(),
+        "fold": checkpoint.fold,
+        "classes": checkpoint.classes,
+        "listening": asdict(listening),
+        "input": source,
+    }
+    return {METADATA_KEY: json.dumps(about)}
 
 
-def _compare(detector: SegmentModel, inputs: Tensor, path: Path, source: str) -> float:
-    """Return the largest difference between torch's outputs and ONNX Runtime's, on all probes."""
-    expected_input = inputs
-    if source == "waveform":
-        with torch.inference_mode():
-            expected_input = detector.model.frontend(inputs)
-    with torch.inference_mode():
-        expected = [one.numpy() for one in detector(expected_input)]
-    session = open_session(path)
-    differences = []
-    for n_windows in (1, len(inputs)):  # any number must do
-        found = session.run(list(SegmentOutput._fields), {source: inputs[:n_windows].numpy()})
-        for name, ours, theirs in zip(SegmentOutput._fields, found, expected, strict=True):
-            scale = max(1.0, float(np.abs(theirs).max())) if name == "embedding" else 1.0
-            differences.append(np.abs(ours - theirs[:n_windows]).max() / scale)
-    return float(np.max(differences))  # NaN if any is
+def find_export(folder: Path, checkpoint: Checkpoint, listening: WindowConfig) -> Path | None:
+    """Return the checkpoint's exported model, if it is of these weights and these windows."""
+    path = folder / ONNX_FILE
+    if not path.is_file() or not is_onnx_installed():
+        return None
+    expected = describe_export(checkpoint, listening, "log_mel")
+    if OnnxModel(path).metadata.get(METADATA_KEY) != expected[METADATA_KEY]:
+        logger.warning("%s: of other weights or other windows; torch runs in its place", path)
+        return None
+    return path
 
 
 def probe_windows(rate: int, listening: WindowConfig = SINGLE_SEGMENT) -> Tensor:

@@ -20,7 +20,7 @@ from birdcall.config import Experiment, require
 from birdcall.data.dataset import load_training_data
 from birdcall.experiments import find_experiment
 from birdcall.inference.decision import Decision, write_decision
-from birdcall.inference.export import export_onnx
+from birdcall.inference.export import ONNX_FILE, export_checkpoint
 from birdcall.inference.tables import read_submission
 from birdcall.kaggle.kernel import DECISION_FILE, MEMBERS_FOLDER
 from birdcall.kaggle.manifest import MANIFEST_FILE, copy_wheels, find_wheels, make_manifest
@@ -37,7 +37,7 @@ from birdcall.kaggle.training_kernel import (
     write_settings,
 )
 from birdcall.models.checkpoint import SETTINGS_FILE, STATE_FILE, WEIGHTS_FILE, load_model
-from birdcall.models.onnx import ONNX_FILE, is_onnx_installed
+from birdcall.models.onnx import is_onnx_installed
 from birdcall.models.sed import SEDModel
 from birdcall.storage.files import write_atomically
 from birdcall.training.initialisation import initialise
@@ -125,7 +125,7 @@ def stage_package(
         for name in (WEIGHTS_FILE, SETTINGS_FILE):
             shutil.copyfile(folder / name, target / name)
         if can_export:
-            difference = export_onnx(target, target / ONNX_FILE, decision.listening)
+            difference = export_checkpoint(target, target / ONNX_FILE, decision.listening)
             logger.info("%s: exported, within %.1g of torch", checkpoint.name, difference)
     copy_wheels(packages, dataset)
     write_decision(dataset / DECISION_FILE, decision)

@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from birdcall.audio.frontend import LogMel
 from birdcall.config import Experiment, FrontendConfig, ModelConfig
-from birdcall.inference.windows import FRAMES_PER_SEGMENT, SINGLE_SEGMENT, WindowConfig
 from birdcall.models.backbones import PANNS
 
 MIN_FRAMES = 32  # the stride of nearly every backbone: one frame comes out of them
@@ -237,59 +236,6 @@ class SEDModel(nn.Module):
             features, 3, 1, 1
         )
         return functional.relu(self.project(self.dropout(features)))
-
-
-class SegmentOutput(NamedTuple):
-    """What a model says of the segments of its windows, float32.
-
-    clipwise, framewise: ``(windows, segments, classes)`` probabilities; framewise is the highest of
-    the segment's frames. frames: ``(windows, classes, segments * FRAMES_PER_SEGMENT)``. embedding:
-    ``(windows, segments, temporal_size)``, the mean over the segment of what the head sees.
-    """
-
-    clipwise: Tensor
-    framewise: Tensor
-    frames: Tensor
-    embedding: Tensor
-
-
-class SegmentModel(nn.Module):
-    """A model that hears windows as ``listening`` says, and answers by segments.
-
-    log_mel ``(windows, channels, frames, n_mels)`` → `SegmentOutput`. The network hears the whole
-    window; the head pools each segment's own frames, so that a bird of the next one is not in it.
-    """
-
-    def __init__(self, model: SEDModel, listening: WindowConfig = SINGLE_SEGMENT) -> None:
-        super().__init__()
-        self.model, self.listening = model, listening
-
-    def forward(self, log_mel: Tensor) -> SegmentOutput:
-        n_segments, context = self.listening.window_segments, self.listening.context_frames
-        features = self.model.features(log_mel)
-        if not self.listening.is_single_segment:
-            n_frames = n_segments * FRAMES_PER_SEGMENT
-            fine = resample_frames(features, n_frames + 2 * context)[
-                ..., context : context + n_frames
-            ]
-            parts = fine.unflatten(2, (n_segments, FRAMES_PER_SEGMENT))
-            features = parts.transpose(1, 2).flatten(0, 1)
-        clipwise, framewise = self.model.head(features)
-        frames = resample_frames(framewise, FRAMES_PER_SEGMENT).unflatten(0, (-1, n_segments))
-        return SegmentOutput(
-            clipwise.unflatten(0, (-1, n_segments)),
-            framewise.amax(dim=2).unflatten(0, (-1, n_segments)),
-            frames.transpose(1, 2).flatten(2),
-            features.mean(dim=2).unflatten(0, (-1, n_segments)).float(),
-        )
-
-
-def resample_frames(frames: Tensor, n_frames: int) -> Tensor:
-    """Repeat or leave out frames ``(…, frames)``, evenly, so that there are ``n_frames``."""
-    n_given = frames.shape[-1]
-    if n_given == n_frames:
-        return frames
-    return frames[..., torch.arange(n_frames, device=frames.device) * n_given // n_frames]
 
 
 def pad_frames(image: Tensor) -> Tensor:
