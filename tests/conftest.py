@@ -14,10 +14,13 @@ from birdcall.data.dataset import TrainingData, load_training_data
 from birdcall.data.folds import make_folds, write_folds
 from birdcall.data.recordings import read_recordings
 from birdcall.demo import DemoConfig, make_demo
-from birdcall.evaluation.predict import hear
+from birdcall.evaluation.mistakes import find_mistakes, predict_mistakes, write_labelled_pages
+from birdcall.evaluation.predict import HeldOutPredictions, hear
 from birdcall.evaluation.scoring import Evaluation, evaluate
 from birdcall.evaluation.simulation import SimulationConfig
 from birdcall.experiments import find_experiment
+from birdcall.report.report import PAGES_FOLDER, write_report
+from birdcall.report.soundscape import SoundscapePageWriter
 from birdcall.training.runs import plan_runs, train_many
 
 CORNELL_MINI = Path(__file__).resolve().parents[2] / "shared" / "data" / "cornell-mini"
@@ -103,7 +106,33 @@ def trained_runs(training_data, tiny_experiment, tmp_path_factory) -> list[Path]
 
 
 @pytest.fixture(scope="session")
-def evaluation(trained_runs, training_data) -> Evaluation:
-    """What two experiments found on held-out sound, with short simulated soundscapes."""
+def held_out(trained_runs, training_data) -> HeldOutPredictions:
+    """Predictions of two experiments on held-out audio, with short simulated soundscapes."""
     config = SimulationConfig(soundscapes=4, soundscape_seconds=30.0)
-    return evaluate(hear(trained_runs, training_data, config=config))
+    return hear(trained_runs, training_data, config=config)
+
+
+@pytest.fixture(scope="session")
+def evaluation(held_out) -> Evaluation:
+    """The evaluation of two experiments."""
+    return evaluate(held_out)
+
+
+@pytest.fixture(scope="session")
+def write_report_of():
+    """Predict what a report shows and write it with its soundscape pages, as the command does."""
+
+    def write(path, title, held_out, evaluation, n_pages=20) -> dict[str, Path]:
+        page_writer = SoundscapePageWriter(
+            folder=path.parent / PAGES_FOLDER,
+            decision=evaluation.decision,
+            classes=evaluation.classes,
+            members=tuple(member.name for member in held_out.ensemble.members),
+            home="../report.html",
+        )
+        pages = write_labelled_pages(held_out, evaluation, page_writer, n_pages)
+        mistakes = list(predict_mistakes(held_out, find_mistakes(held_out, evaluation.ensemble)))
+        write_report(path, title, evaluation, mistakes=mistakes, pages=pages)
+        return pages
+
+    return write

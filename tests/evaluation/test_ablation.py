@@ -299,9 +299,9 @@ def test_scores_are_those_of_evaluate_and_of_the_submission(
     for (_, row), name in zip(found.table.iloc[:2].iterrows(), ("tiny", "plain"), strict=True):
         seed_folder = folder / name / "seed0"
         runs = [seed_folder / "fold0", seed_folder / "fold1"]
-        found_here = evaluate(hear(runs, training_data, kept=tmp_path / name)).table
+        found_here = evaluate(hear(runs, training_data, kept=tmp_path / name)).scores
         expected = {
-            (one.sound, one.metric): one.value
+            (one.audio, one.metric): one.value
             for one in found_here[found_here["name"] == name].itertuples()
         }
         assert row["simulated_f1"] == pytest.approx(expected["simulated", "row_wise_f1"])
@@ -313,7 +313,7 @@ def test_scores_are_those_of_evaluate_and_of_the_submission(
         submission = score_submission(demo_folder, seed_folder / "submission.csv")
         assert row["hidden_f1"] == pytest.approx(submission.row_wise_f1)
         assert found.measures["hidden_f1"].all_nocall == pytest.approx(submission.all_nocall)
-    nocall = found_here[found_here["name"] == "all nocall"].set_index(["sound", "metric"])["value"]
+    nocall = found_here[found_here["name"] == "all nocall"].set_index(["audio", "metric"])["value"]
     for key, sound in (("simulated_f1", "simulated"), ("soundscape_f1", "labelled")):
         expected = nocall[sound, "row_wise_f1"]
         assert found.measures[key].all_nocall == pytest.approx(expected)

@@ -104,11 +104,11 @@ def test_the_decision_has_the_score_that_the_search_says():
     scores = example()
     weights = np.where(scores.labelled_truth.any(axis=1), 0.5, 1.5)
     choice = search_decision(scores, weights)
-    assert choice.tuned == pytest.approx(
+    assert choice.in_sample_f1 == pytest.approx(
         np.average(scores.row_f1(choice.decision), weights=weights)
     )
-    assert choice.tuned == choice.grid[choice.place]
-    clip, frame = choice.place
+    assert choice.in_sample_f1 == choice.grid_scores[choice.grid_index]
+    clip, frame = choice.grid_index
     assert choice.decision.clip_threshold == THRESHOLDS[clip]
     assert choice.decision.frame_threshold == THRESHOLDS[frame]
 
@@ -128,7 +128,7 @@ def test_random_scores_get_no_more_than_all_nocall(seed, n_classes):
     scores = soundscapes(truth, chance, generator.random(chance.shape, dtype=np.float32))
     choice = search_decision(scores, ones(scores))
     nocall = row_f1_scores(truth, np.zeros_like(truth)).mean()
-    assert choice.nested_f1.mean() <= nocall + 0.005
+    assert choice.cross_validated_f1.mean() <= nocall + 0.005
     fresh = random_truth(generator, 12 * 24, n_classes)
     chance = generator.random((3, *fresh.shape), dtype=np.float32)
     elsewhere = soundscapes(fresh, chance).row_f1(choice.decision).mean()
@@ -140,9 +140,9 @@ def test_perfect_scores_get_one():
     truth = random_truth(generator, 12 * 8, 5)
     scores = soundscapes(truth, np.where(truth, 0.9, 0.05)[None].astype(np.float32))
     choice = search_decision(scores, ones(scores))
-    assert choice.nested_f1.mean() == 1.0
-    assert choice.nested_recording_f1.mean() == 1.0
-    assert np.array_equal(choice.nested, truth)
+    assert choice.cross_validated_f1.mean() == 1.0
+    assert choice.cross_validated_recording_f1.mean() == 1.0
+    assert np.array_equal(choice.cross_validated, truth)
 
 
 def test_a_group_s_own_labels_do_not_choose_its_decision():
@@ -153,7 +153,7 @@ def test_a_group_s_own_labels_do_not_choose_its_decision():
     spoilt[first] = random_truth(generator, int(first.sum()), 6, bird_share=0.99)
     before = search_decision(scores, ones(scores))
     after = search_decision(replace(scores, truth=spoilt), ones(scores))
-    assert np.array_equal(before.nested[first], after.nested[first])
+    assert np.array_equal(before.cross_validated[first], after.cross_validated[first])
     assert before.by_group["g0"] == after.by_group["g0"]
     assert before.by_group["g1"] != after.by_group["g1"]  # the others must follow it
 
@@ -166,7 +166,7 @@ def test_each_group_is_decided_by_the_decision_chosen_on_the_others():
         own = scores.segments["group"].to_numpy() == group
         others = search_decision(scores.select(~own), ones(scores)[~own])
         assert decision == others.decision
-        assert np.array_equal(choice.nested[own], scores.select(own).decide(decision))
+        assert np.array_equal(choice.cross_validated[own], scores.select(own).decide(decision))
 
 
 def test_the_nested_score_is_below_the_tuned_one_where_there_is_little_to_tune_on():
@@ -174,7 +174,7 @@ def test_the_nested_score_is_below_the_tuned_one_where_there_is_little_to_tune_o
     for seed in range(8):
         scores = example(seed=seed, n_recordings=4, skill=1.5)
         choice = search_decision(scores, ones(scores))
-        gaps.append(choice.tuned - choice.nested_f1.mean())
+        gaps.append(choice.in_sample_f1 - choice.cross_validated_f1.mean())
     assert np.mean(gaps) > 0.01
 
 
@@ -198,7 +198,7 @@ def test_many_groups_are_merged_and_none_is_lost():
     assert sorted(map(len, asked)) == [0, 6, 7, 7]
     assert frozenset().union(*asked) == {f"s{k}" for k in range(20)}
     again = search_decision(scores, ones(scores), max_groups=3)
-    assert np.array_equal(choice.nested, again.nested)
+    assert np.array_equal(choice.cross_validated, again.cross_validated)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_the_gate_is_adopted_where_a_bird_is_once_sure_and_then_faint():
     scores = soundscapes(truth, strength[None].astype(np.float32))
     choice = search_decision(scores, ones(scores))
     assert "gate" in adopted(choice)
-    assert choice.nested_f1.mean() > 0.95
+    assert choice.cross_validated_f1.mean() > 0.95
 
 
 def test_votes_are_adopted_where_one_member_shouts():
@@ -273,7 +273,7 @@ def test_votes_are_adopted_where_one_member_shouts():
     scores = soundscapes(truth, scores.astype(np.float32))
     choice = search_decision(scores, ones(scores))
     assert choice.decision.combination == "votes"
-    assert choice.nested_f1.mean() > 0.95
+    assert choice.cross_validated_f1.mean() > 0.95
     alone = replace(choice.decision, combination="mean")
     assert scores.row_f1(alone).mean() < 0.8
 
@@ -289,7 +289,7 @@ def test_calibration_is_adopted_where_classes_speak_at_different_levels():
     assert choice.decision.calibration == level
     without = search_decision(scores, ones(scores))
     assert without.decision.calibration is None
-    assert choice.nested_f1.mean() > without.nested_f1.mean() + 0.02
+    assert choice.cross_validated_f1.mean() > without.cross_validated_f1.mean() + 0.02
 
 
 def test_a_calibration_is_tried_only_on_recordings_that_it_has_not_seen():

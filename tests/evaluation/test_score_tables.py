@@ -17,19 +17,27 @@ from birdcall.evaluation.labelled import Labelled
 from birdcall.evaluation.metrics import row_f1_scores
 from birdcall.evaluation.predictions import LabelledPredictions, segments_of
 from birdcall.evaluation.tables import (
+    ScoreSubject,
+    confusion_matrix,
+    confusion_table,
     decided_rows,
     event_rows,
     out_of_fold_rows,
     per_class_table,
     ranked_rows,
+    reliability_table,
     share_weights,
-    terminal_table,
+    snr_table,
     tidy_table,
+    votes_table,
     wide_table,
 )
 from birdcall.inference.decision import Decision
 from birdcall.inference.engine import SegmentPredictions
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
+
+LABELLED_X = ScoreSubject("x", 2, "labelled")
+RECORDINGS_X = ScoreSubject("x", 1, "recordings")
 
 
 def scores_of(seed=0, n_recordings=6, n_rows=12, n_classes=5, n_known=6):
@@ -64,7 +72,7 @@ def scores():
 def test_what_was_named_is_scored_as_scikit_learn_does(scores):
     named = scores.decide(Decision(0.4, 0.4))
     truth = scores.labelled_truth
-    found = values_of(decided_rows("x", 2, sound="labelled", scores=scores, named=named))
+    found = values_of(decided_rows(LABELLED_X, scores, named))
     with_nocall = [np.hstack([m, ~m.any(axis=1, keepdims=True)]) for m in (truth, named)]
     assert found["row_wise_f1"] == pytest.approx(f1_score(*with_nocall, average="samples"))
     assert found["precision"] == pytest.approx((truth & named).sum() / named.sum())
@@ -76,7 +84,7 @@ def test_what_was_named_is_scored_as_scikit_learn_does(scores):
 
 
 def test_f1_has_an_interval_that_holds_it(scores):
-    rows = decided_rows("x", 2, sound="labelled", scores=scores, named=scores.decide(Decision()))
+    rows = decided_rows(LABELLED_X, scores, scores.decide(Decision()))
     assert rows[0]["low"] < rows[0]["value"] < rows[0]["high"]
     assert (rows[0]["rows"], rows[0]["recordings"]) == (72, 6)
 
@@ -89,13 +97,9 @@ def test_weights_give_the_score_at_another_share_of_nocall(scores, share):
     f1 = row_f1_scores(truth, named)
     empty = ~truth.any(axis=1)
     mixed = share * f1[empty].mean() + (1 - share) * f1[~empty].mean()
-    found = values_of(
-        decided_rows("x", 2, sound="simulated", scores=scores, named=named, weights=weights)
-    )
+    found = values_of(decided_rows(LABELLED_X, scores, named, weights))
     assert found["row_wise_f1"] == pytest.approx(mixed)
-    nothing = values_of(
-        decided_rows("x", 0, sound="simulated", scores=scores, named=named & False, weights=weights)
-    )
+    nothing = values_of(decided_rows(LABELLED_X, scores, named & False, weights))
     assert nothing["row_wise_f1"] == pytest.approx(share)
     assert weights.mean() == pytest.approx(1)
 
@@ -107,7 +111,7 @@ def test_rows_of_one_kind_weigh_the_same():
 
 def test_rankings_are_those_of_scikit_learn_over_classes_that_occur(scores):
     scores.truth[:, 3] = False
-    found = values_of(ranked_rows("x", 2, "labelled", scores))
+    found = values_of(ranked_rows(LABELLED_X, scores))
     truth = scores.labelled_truth[:, :5]
     probability = scores.framewise.mean(axis=0)
     occurs = [0, 1, 2, 4]
@@ -133,10 +137,10 @@ def test_secondary_labels_are_no_mistakes_of_a_class():
         average_precision_score(targets[~unknown[:, k], k] > 0, scores[~unknown[:, k], k])
         for k in range(3)
     ]
-    found = values_of(out_of_fold_rows("x", 1, clipwise=scores, targets=marked, calibrated=None))
+    found = values_of(out_of_fold_rows(RECORDINGS_X, scores, marked, calibrated=None))
     assert found["macro_ap"] == pytest.approx(np.mean(expected))
     spoilt = np.where(unknown, 1 - scores, scores)
-    again = values_of(out_of_fold_rows("x", 1, clipwise=spoilt, targets=marked, calibrated=None))
+    again = values_of(out_of_fold_rows(RECORDINGS_X, spoilt, marked, calibrated=None))
     for metric in ("macro_ap", "macro_auc", "ece"):
         assert again[metric] == pytest.approx(found[metric])
 
@@ -146,13 +150,13 @@ def test_recordings_that_nobody_held_out_are_not_counted():
     targets = np.eye(3)[generator.integers(3, size=30)]
     scores = np.clip(targets * 0.6 + 0.3 * generator.random((30, 3)), 0, 1)
     scores[::5] = np.nan
-    found = out_of_fold_rows("x", 1, clipwise=scores, targets=targets, calibrated=scores / 2)
+    found = out_of_fold_rows(RECORDINGS_X, scores, targets, calibrated=scores / 2)
     assert found[0]["recordings"] == 24
     values = values_of(found)
     assert values["top1"] == values["macro_ap"] == values["macro_auc"] == 1.0
     assert values["ece_calibrated"] != values["ece"]
     assert "ece_calibrated" not in values_of(
-        out_of_fold_rows("x", 1, clipwise=scores, targets=targets, calibrated=None)
+        out_of_fold_rows(RECORDINGS_X, scores, targets, calibrated=None)
     )
 
 
@@ -197,14 +201,14 @@ def test_the_short_table_has_a_line_per_name_and_fits_a_terminal(scores):
     rows = []
     for name in ("small_gru", "small_attention_normed", "ensemble", "all nocall"):
         named = scores.decide(Decision())
-        for sound in ("simulated", "simulated 50%", "simulated 60%", "simulated 80%", "labelled"):
-            rows += decided_rows(name, 2, sound=sound, scores=scores, named=named)
-        rows += ranked_rows(name, 2, "labelled", scores)
+        for audio in ("simulated", "simulated 50%", "simulated 60%", "simulated 80%", "labelled"):
+            rows += decided_rows(ScoreSubject(name, 2, audio), scores, named)
+        rows += ranked_rows(ScoreSubject(name, 2, "labelled"), scores)
     table = tidy_table(rows)
     wide = wide_table(table)
     assert list(wide["name"]) == ["small_gru", "small_attention_normed", "ensemble", "all nocall"]
     assert "recordings: AP" not in wide  # nothing is known of it
-    text = terminal_table(table)
+    text = wide.to_string(index=False)
     assert max(map(len, text.splitlines())) <= 160
     low, high = rows[0]["low"], rows[0]["high"]
     assert f"{rows[0]['value']:.3f} [{low:.3f}, {high:.3f}]" in text
@@ -217,10 +221,10 @@ def test_a_class_has_its_support_and_its_share_of_right_names(scores):
     named = scores.decide(Decision(0.4, 0.4))
     table = per_class_table(
         scores.classes,
-        targets,
+        targets=targets,
         out_of_fold=out_of_fold,
         simulated=scores,
-        named=named,
+        predicted=named,
         labelled=scores,
     )
     truth = scores.labelled_truth[:, :5]
@@ -231,3 +235,73 @@ def test_a_class_has_its_support_and_its_share_of_right_names(scores):
     assert table["simulated_precision"][k] == pytest.approx(expected)
     expected = average_precision_score(truth[:, k], scores.framewise.mean(axis=0)[:, k])
     assert table["labelled_ap"][k] == pytest.approx(expected)
+
+
+def test_confusions_are_counted_by_hand():
+    classes = ("amecro", "blujay", "norcar")
+    targets = np.array([[1, 0, 0], [1, 0, IGNORE_TARGET], [0, 1, 0], [0, 0, 1]], float)
+    probabilities = np.array([[0.2, 0.9, 0], [0.2, 0.1, 0.9], [0.9, 0.3, 0], [np.nan] * 3])
+    truth = np.array([[1, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]], bool)
+    predicted = np.array([[0, 1, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0], [1, 0, 1, 0]], bool)
+    pairs = confusion_table(
+        classes, probabilities=probabilities, targets=targets, truth=truth, predicted=predicted
+    )
+    assert [tuple(row) for row in pairs.itertuples(index=False)] == [
+        ("amecro", "blujay", 1, 2, "yes"),
+        ("blujay", "amecro", 1, 0, ""),
+        ("blujay", "norcar", 0, 1, ""),
+    ]
+    counts = confusion_matrix(pairs)
+    assert list(counts.index) == list(counts.columns) == list(classes)
+    assert counts.to_numpy().tolist() == [[0, 3, 0], [1, 0, 1], [0, 0, 0]]
+    assert confusion_matrix(pairs, 2).to_numpy().tolist() == [[0, 3], [1, 0]]
+    assert confusion_matrix(pairs.head(0)).empty
+
+
+def test_votes_are_scored_as_the_rule_scores_them(scores):
+    weights = share_weights(scores.labelled_truth, 0.7)
+    decision = Decision(0.4, 0.4, members=scores.member_names)
+    table = votes_table(scores, weights, decision)
+    assert list(table["votes"]) == [1, 2]
+    rule = replace(decision, combination="votes", vote_share=1.0)
+    expected = np.average(scores.row_f1(rule), weights=weights)
+    assert table["row_wise_f1"][1] == pytest.approx(expected)
+
+
+def test_reliability_is_measured_before_and_after_calibration():
+    generator = np.random.default_rng(0)
+    probabilities = generator.random((400, 3))
+    targets = (generator.random((400, 3)) < probabilities**2).astype(float)
+    table = reliability_table(probabilities, probabilities**2, targets)
+    error = (table["mean_probability"] - table["share_true"]).abs()
+    errors = error.groupby(table["probabilities"]).mean()
+    assert errors["calibrated"] < 0.5 * errors["predicted"]
+    only = reliability_table(probabilities, None, targets)
+    assert set(only["probabilities"]) == {"predicted"}
+    assert only["cells"].sum() == targets.size
+
+
+def test_recall_is_counted_by_level():
+    segments = pd.concat(
+        [segments_of(name, 2, is_labelled=True, group="g") for name in ("a", "b")],
+        ignore_index=True,
+    )
+    nothing = np.zeros((1, 4, 1), np.float32)
+    predictions = LabelledPredictions(
+        segments=segments,
+        truth=np.array([[True], [False], [True], [True]]),
+        clipwise=nothing,
+        framewise=nothing,
+        member_names=("m",),
+        classes=("amecro",),
+    )
+    events = pd.DataFrame(
+        [("a", 1.0, 2.0, 10.0), ("b", 3.0, 4.0, 11.0), ("b", 6.0, 7.0, 25.0)],
+        columns=["recording", "onset", "offset", "snr_db"],
+    ).assign(ebird_code="amecro")
+    predicted = np.array([[True], [False], [False], [True]])
+    table = snr_table(events, predictions, predicted)
+    assert table.to_dict("list") == {
+        "snr_db": [9.0, 24.0], "events": [2, 1], "recall": [0.5, 1.0],
+        "standard_error": [pytest.approx((0.5 * 0.5 / 2) ** 0.5), 0.0],
+    }  # fmt: skip

@@ -12,7 +12,7 @@ from birdcall.evaluation.metrics import row_f1_scores, row_wise_f1
 from birdcall.evaluation.predict import hear
 from birdcall.evaluation.scoring import (
     NOCALL_SHARE,
-    _try_on_labelled,
+    add_labelled_score,
     decide_ensemble,
     evaluate,
     score_submission,
@@ -38,27 +38,27 @@ def evaluation(heard):
 
 
 def value(evaluation, name, sound, metric):
-    table = evaluation.table
-    own = (table["name"] == name) & (table["sound"] == sound) & (table["metric"] == metric)
+    table = evaluation.scores
+    own = (table["name"] == name) & (table["audio"] == sound) & (table["metric"] == metric)
     return table.loc[own, "value"].item()
 
 
 def test_every_name_has_all_three_kinds_of_sound_together(evaluation):
-    table = evaluation.table
+    table = evaluation.scores
     names = ["other", "tiny", "tiny+other", "ensemble", "all nocall", "prior"]
     assert list(dict.fromkeys(table["name"])) == names
     sounds = {"simulated", "simulated 50%", "simulated 60%", "simulated 80%", "labelled"}
     for name in names:
         own = table[table["name"] == name]
         expected = sounds if name == "all nocall" else sounds | {"recordings"}
-        assert set(own["sound"]) == expected
-    assert not table.duplicated(["name", "sound", "metric"]).any()
+        assert set(own["audio"]) == expected
+    assert not table.duplicated(["name", "audio", "metric"]).any()
     members = table.drop_duplicates("name").set_index("name")["members"]
     assert members.to_dict() == dict(zip(names, (2, 2, 4, 4, 0, 0), strict=True))
 
 
 def test_all_nocall_gets_the_share_of_rows_without_a_bird(evaluation, demo_folder):
-    rows = read_labelled_soundscapes(demo_folder, evaluation.heard.labelled.scores.classes)
+    rows = read_labelled_soundscapes(demo_folder, evaluation.labelled.scores.classes)
     truth = [" ".join(birds) or "nocall" for birds in rows["birds"]]
     nocall = row_wise_f1(truth, ["nocall"] * len(truth))
     assert value(evaluation, "all nocall", "labelled", "row_wise_f1") == pytest.approx(nocall)
@@ -104,7 +104,7 @@ def test_a_decision_worth_less_than_silence_on_labelled_soundscapes_is_told(
     scores = heard.labelled.scores
     loud = np.full_like(scores.clipwise, 0.99)  # every bird everywhere
     deaf = replace(scores, clipwise=loud, framewise=loud)
-    decision = _try_on_labelled(Decision(threshold, threshold), deaf, "tiny")
+    decision = add_labelled_score(Decision(threshold, threshold), deaf, "tiny")
     nocall = 1 - deaf.labelled_truth.any(axis=1).mean()
     assert decision.score["labelled_all_nocall"] == pytest.approx(nocall, abs=1e-4)
     f1 = deaf.row_f1(decision).mean()
@@ -122,18 +122,22 @@ def test_the_labelled_score_is_that_of_the_stored_decision(heard, evaluation, tm
 
 
 def test_the_decision_says_where_it_comes_from_and_what_it_is_worth(evaluation, training_data):
-    decision, choice = evaluation.decision, evaluation.ensemble_decision.choice
+    decision, choice = evaluation.decision, evaluation.search
     assert sorted(decision.members) == ["other-fold0", "other-fold1", "tiny-fold0", "tiny-fold1"]
     assert decision.classes == training_data.classes
     assert decision.chosen_on.startswith("216 rows of 36 soundscapes simulated from held-out")
-    weights = evaluation.ensemble_decision.weights
-    nested = np.average(choice.nested_f1, weights=weights)
-    assert decision.score["nested_row_wise_f1"] == pytest.approx(nested, abs=1e-4)
-    assert decision.score["tuned_row_wise_f1"] == pytest.approx(choice.tuned, abs=1e-4)
-    assert decision.score["low"] <= decision.score["nested_row_wise_f1"] <= decision.score["high"]
+    weights = evaluation.ensemble.weights
+    nested = np.average(choice.cross_validated_f1, weights=weights)
+    assert decision.score["cross_validated_row_wise_f1"] == pytest.approx(nested, abs=1e-4)
+    assert decision.score["in_sample_row_wise_f1"] == pytest.approx(choice.in_sample_f1, abs=1e-4)
+    assert (
+        decision.score["low"]
+        <= decision.score["cross_validated_row_wise_f1"]
+        <= decision.score["high"]
+    )
     assert decision.score["nocall_share_expected"] == NOCALL_SHARE
     found = value(evaluation, "ensemble", "simulated", "row_wise_f1")
-    assert decision.score["nested_row_wise_f1"] == pytest.approx(found, abs=1e-4)
+    assert decision.score["cross_validated_row_wise_f1"] == pytest.approx(found, abs=1e-4)
 
 
 @pytest.mark.parametrize("best", ["tiny", "other"])
@@ -143,7 +147,7 @@ def test_members_of_the_best_experiment_come_first(heard, best, monkeypatch):
 
     def decide_ensemble(heard, experiments, nocall_share, name):
         one = real(heard, experiments, nocall_share, name)
-        score = {"nested_row_wise_f1": 0.6 + 0.1 * (name == best)}
+        score = {"cross_validated_row_wise_f1": 0.6 + 0.1 * (name == best)}
         return replace(one, decision=replace(one.decision, score=one.decision.score | score))
 
     monkeypatch.setattr(scoring, "decide_ensemble", decide_ensemble)
@@ -171,7 +175,7 @@ def test_calibration_is_fitted_without_the_recordings_it_is_scored_on(heard, mon
 def test_another_share_of_nocall_chooses_for_it(heard):
     few, many = (decide_ensemble(heard, heard.experiments, share) for share in (0.0, 1.0))
     assert many.decision.score["nocall_share_named"] == pytest.approx(1.0)
-    assert many.decision.score["nested_row_wise_f1"] == pytest.approx(1.0)
+    assert many.decision.score["cross_validated_row_wise_f1"] == pytest.approx(1.0)
     assert few.decision.score["all_nocall"] == pytest.approx(0.0)
 
 
@@ -182,7 +186,7 @@ def test_a_share_that_is_none_is_refused(heard, share):
 
 
 def test_an_ensemble_of_runs_that_were_not_heard_is_refused(heard):
-    with pytest.raises(ValueError, match="no run of norun was heard; there are other, tiny"):
+    with pytest.raises(ValueError, match="no run of norun; there are runs of other, tiny"):
         evaluate(heard, [("tiny", "norun")])
 
 
@@ -191,11 +195,11 @@ def test_experiments_that_share_no_fold_are_scored_alone(trained_runs, training_
         one for one in trained_runs if one.parts[-2:] in (("tiny", "fold0"), ("other", "fold1"))
     ]
     found = evaluate(hear(runs, training_data, config=CONFIG))
-    assert found.ensemble_decision.choice is None
+    assert found.search is None
     assert found.decision.chosen_on == "nothing"
-    table = found.table
-    assert set(table[table["sound"] == "simulated"]["name"]) == {"other", "tiny"}
-    labelled = set(table[table["sound"] == "labelled"]["name"])
+    table = found.scores
+    assert set(table[table["audio"] == "simulated"]["name"]) == {"other", "tiny"}
+    labelled = set(table[table["audio"] == "labelled"]["name"])
     assert labelled == {"other", "tiny", "ensemble", "all nocall", "prior"}
 
 
@@ -208,9 +212,9 @@ def test_a_run_of_a_fold_that_the_data_has_not_is_named(trained_runs, training_d
 def test_one_fold_is_enough_for_a_choice(trained_runs, training_data):
     runs = [one for one in trained_runs if one.name == "fold0"]
     found = evaluate(hear(runs, training_data, config=CONFIG))
-    assert found.ensemble_decision.choice is not None
+    assert found.search is not None
     assert set(found.decision.members) == {"other-fold0", "tiny-fold0"}
-    recordings = found.table[found.table["sound"] == "recordings"]["recordings"]
+    recordings = found.scores[found.scores["audio"] == "recordings"]["recordings"]
     assert set(recordings) == {int((training_data.recordings["fold"] == 0).sum())}
 
 
@@ -253,7 +257,7 @@ def test_a_second_evaluation_hears_nothing_again(
     again = hear(trained_runs, training_data, config=CONFIG, kept=tmp_path)
     for fold, scores in heard.simulated.items():
         np.testing.assert_allclose(again.simulated[fold].clipwise, scores.clipwise, atol=1e-6)
-    pd.testing.assert_frame_equal(evaluate(again).table, evaluate(heard).table, atol=1e-6)
+    pd.testing.assert_frame_equal(evaluate(again).scores, evaluate(heard).scores, atol=1e-6)
 
 
 def test_the_kernel_s_inference_does_what_the_decision_says(
@@ -290,7 +294,7 @@ def test_a_submission_is_scored_by_the_solution_with_all_nocall_beside_it(demo_f
     solution = pd.read_csv(demo_folder / "solution.csv")
     solution.to_csv(submission, index=False)
     perfect = score_submission(demo_folder, submission)
-    assert (perfect.row_wise_f1, perfect.n_rows) == (1.0, len(solution))
+    assert (perfect.row_wise_f1, len(perfect.f1)) == (1.0, len(solution))
     assert perfect.all_nocall == pytest.approx((solution["birds"] == "nocall").mean())
     assert "row-wise F1 1.000" in str(perfect)
 

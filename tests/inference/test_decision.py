@@ -229,7 +229,7 @@ def test_a_decision_survives_its_file(tmp_path):
         classes=CLASSES,
         members=("a-fold0", "b-fold1"),
         chosen_on="10 rows",
-        score={"nested_row_wise_f1": 0.6},
+        score={"cross_validated_row_wise_f1": 0.6},
     )
     write_decision(tmp_path / "decision.json", decision)
     assert read_decision(tmp_path / "decision.json") == decision

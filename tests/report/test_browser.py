@@ -516,9 +516,9 @@ def test_a_name_does_not_leave_its_folder(tmp_path, name):
 
 
 @pytest.fixture(scope="module")
-def report(evaluation, tmp_path_factory):
+def report(write_report_of, held_out, evaluation, tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "report.html"
-    write_report(path, "demo", evaluation)
+    write_report_of(path, "demo", held_out, evaluation)
     return path
 
 
@@ -590,7 +590,7 @@ def test_a_mistake_shows_picture_curves_and_truth(read):
     for card in read.page.locator(".card").all():
         assert card.locator("img").evaluate("one => one.naturalWidth") >= 250
         assert card.locator("svg polygon").count() >= 1
-        assert "true:" in card.inner_text() and "named:" in card.inner_text()
+        assert "true:" in card.inner_text() and "predicted:" in card.inner_text()
 
 
 def test_the_report_leads_to_the_soundscape_and_back(browser, read):
@@ -607,10 +607,9 @@ def test_hostile_labels_are_inert_in_the_report(browser, evaluation, tmp_path):
     from collections import Counter
 
     labelled = replace(evaluation.labelled, foreign=Counter({HOSTILE: 3}))
-    heard = replace(evaluation.heard, labelled=labelled)
-    table = evaluation.table.replace({"name": {"tiny": HOSTILE}})
+    scores = evaluation.scores.replace({"name": {"tiny": HOSTILE}})
     path = tmp_path / "report.html"
-    write_report(path, HOSTILE, replace(evaluation, heard=heard, table=table), n_pages=0)
+    write_report(path, HOSTILE, replace(evaluation, labelled=labelled, scores=scores))
     preview = BatchPreview(browser, path)
     assert HOSTILE in preview.page.inner_text("h1")
     preview.check()

@@ -28,11 +28,12 @@ from birdcall.evaluation.tables import (
     ENSEMBLE,
     SIMULATED,
     Rows,
+    ScoreSubject,
     decided_rows,
     ranked_rows,
     share_weights,
-    terminal_table,
     tidy_table,
+    wide_table,
 )
 from birdcall.experiments import find_experiment
 from birdcall.inference.decision import Decision
@@ -171,18 +172,12 @@ def run(folder: str) -> None:
     sets = {f"member {k}": [k] for k in range(size.n_members)}
     for name, positions in {**sets, ENSEMBLE: range(size.n_members)}.items():
         part = scores.for_members(list(positions))
-        choice = search_decision(part, weights, start=Decision(classes=scores.classes))
-        rows += decided_rows(
-            name,
-            len(part.member_names),
-            sound=SIMULATED,
-            scores=part,
-            named=choice.nested,
-            weights=weights,
-        )
-        rows += ranked_rows(name, len(part.member_names), SIMULATED, part)
-        found[name] = float(np.average(choice.nested_f1, weights=weights))
-    table = terminal_table(tidy_table(rows))
+        search = search_decision(part, weights, start=Decision(classes=scores.classes))
+        subject = ScoreSubject(name, len(part.member_names), SIMULATED)
+        rows += decided_rows(subject, part, search.cross_validated, weights)
+        rows += ranked_rows(subject, part)
+        found[name] = float(np.average(search.cross_validated_f1, weights=weights))
+    table = wide_table(tidy_table(rows)).to_string(index=False)
     peak = peak_megabytes() / 1000
     result = {
         "peak_gigabytes": peak,

@@ -67,14 +67,16 @@ def _evaluate(
         from birdcall.report.browser import require_browser
 
         require_browser()  # before an hour of predictions, not after it
+    from birdcall.evaluation.mistakes import find_mistakes, predict_mistakes, write_labelled_pages
     from birdcall.evaluation.out_of_fold import write_oof_parquet
     from birdcall.evaluation.predict import hear
     from birdcall.evaluation.scoring import evaluate
-    from birdcall.evaluation.tables import terminal_table
+    from birdcall.evaluation.tables import wide_table
     from birdcall.inference.decision import write_decision
     from birdcall.inference.ensemble import default_device
     from birdcall.inference.windows import WindowConfig
-    from birdcall.report.report import describe_decision, write_report
+    from birdcall.report.report import PAGES_FOLDER, describe_decision, write_report
+    from birdcall.report.soundscape import SoundscapePageWriter
     from birdcall.storage.files import write_atomically
     from birdcall.training.runs import find_runs
 
@@ -93,19 +95,36 @@ def _evaluate(
     evaluation = evaluate(predictions, ensembles, nocall_share)
     output, report = folders.output, folders.output / "report.html"
     write_decision(folders.decision, evaluation.decision)
-    write_atomically(output / "scores.csv", evaluation.table.to_csv(index=False))
+    write_atomically(output / "scores.csv", evaluation.scores.to_csv(index=False))
     write_oof_parquet(
         output / "oof.parquet", list(predictions.out_of_fold.values()), evaluation.classes
     )
-    soundscape_pages = write_report(report, folders.name, evaluation, pages)
-    typer.echo(terminal_table(evaluation.table))
+    page_writer = SoundscapePageWriter(
+        folder=output / PAGES_FOLDER,
+        decision=evaluation.decision,
+        classes=evaluation.classes,
+        members=tuple(member.name for member in predictions.ensemble.members),
+        home="../report.html",
+    )
+    soundscape_pages = write_labelled_pages(predictions, evaluation, page_writer, pages)
+    mistakes = find_mistakes(predictions, evaluation.ensemble)
+    write_report(
+        report,
+        folders.name,
+        evaluation,
+        mistakes=list(predict_mistakes(predictions, mistakes)),
+        pages=soundscape_pages,
+    )
+    typer.echo(wide_table(evaluation.scores).to_string(index=False))
     typer.echo(f"decision: {describe_decision(evaluation)}")
     typer.echo(f"report: {report}")
     if screenshots is not None:
         from birdcall.report.browser import open_browser, take_screenshots
-        from birdcall.report.labelled_pages import fullest
 
-        page = soundscape_pages.get(fullest(evaluation, list(soundscape_pages)) or "")
+        page = None
+        if soundscape_pages:  # the soundscape with most birds
+            birds = evaluation.soundscapes.set_index("recording")["birds"]
+            page = soundscape_pages[birds[list(soundscape_pages)].idxmax()]
         with open_browser() as browser:
             pictures = take_screenshots(browser, report, page, screenshots)
         typer.echo("screenshots: " + ", ".join(map(str, pictures)))

@@ -21,7 +21,7 @@ from birdcall.data.folds import recordist_clusters
 from birdcall.data.targets import IGNORE_TARGET, make_targets
 from birdcall.evaluation.comparison import Measure, compare_all, rank_agreement
 from birdcall.evaluation.predict import HeldOutPredictions, hear
-from birdcall.evaluation.scoring import EnsembleDecision, decide_ensemble, score_submission_rows
+from birdcall.evaluation.scoring import EnsembleDecision, decide_ensemble, score_submission
 from birdcall.inference.decision import combine
 from birdcall.inference.ensemble import default_device, load_ensemble
 from birdcall.kaggle.submission import predict_test_set
@@ -287,14 +287,14 @@ def score_seed(runs: Sequence[Run], data: TrainingData) -> dict[str, Sample]:
 
 
 def _score_simulated(judged: EnsembleDecision) -> dict[str, Sample]:
-    if judged.choice is None:
+    if judged.search is None:
         return {}
     clusters = tuple(judged.simulated.groups)
     share = judged.weights[~judged.simulated.labelled_truth.any(axis=1)].sum()
     all_nocall = float(share / judged.weights.sum())
     measure = Measure("simulated: F1", clusters, "groups of recordists", all_nocall=all_nocall)
     # Weighted so that their plain mean is the score.
-    values = judged.choice.nested_f1 * judged.weights / judged.weights.mean()
+    values = judged.search.cross_validated_f1 * judged.weights / judged.weights.mean()
     samples = {"simulated_f1": Sample(measure, values)}
     truth = judged.simulated.labelled_truth[:, : len(judged.simulated.classes)]
     measure = Measure("simulated: macro AP", clusters, "groups of recordists", truth)
@@ -321,9 +321,8 @@ def _score_labelled(
 
 
 def _score_hidden_rows(data: Path, submission: Path) -> Sample:
-    rows = score_submission_rows(data, submission)
-    nocall = float(rows.nocall_f1.mean())
-    measure = Measure("hidden rows: F1", tuple(rows.recordings), "soundscapes", all_nocall=nocall)
+    rows = score_submission(data, submission)
+    measure = Measure("hidden rows: F1", rows.recordings, "soundscapes", all_nocall=rows.all_nocall)
     return Sample(measure, rows.f1)
 
 

@@ -38,21 +38,23 @@ FitCalibration = Callable[[frozenset[str]], Calibration | None]  # groups to lea
 class DecisionSearchResult:
     """The decision chosen on some soundscapes, and what it is worth on others.
 
-    decision: with `members`, `chosen_on` and `score` of the caller's. tuned: its weighted row-wise
-    F1 where it was chosen, which is never its score. nested: which known species are named in each
-    labelled row under the decision chosen without the row's group, ``(labelled rows, known)``;
-    nested_f1: ``(labelled rows,)``; nested_recording_f1: of whole recordings, as site 3 is scored.
-    grid: weighted row-wise F1 over both thresholds, ``(clip, frame)`` of `THRESHOLDS`, and place
-    that of the chosen ones. steps: what was tried, a row each. by_group: the nested decisions.
+    decision: with `members`, `chosen_on` and `score` of the search's start. in_sample_f1: its
+    weighted row-wise F1 on the rows of the search, which is never its score. cross_validated: the
+    known species predicted in each labelled row by the decision that was searched without the row's
+    group, ``(labelled rows, known)``; cross_validated_f1: ``(labelled rows,)``;
+    cross_validated_recording_f1: ``(recordings,)``, of whole recordings, as site 3 is scored.
+    grid_scores: weighted row-wise F1 of each pair of `THRESHOLDS`, ``(clip, frame)``; grid_index:
+    of the chosen pair. steps: the alternatives of the forward selection, a row each, with step,
+    alternative, score, gain, standard_error, adopted. by_group: the cross-validated decisions.
     """
 
     decision: Decision
-    tuned: float
-    nested: NDArray[np.bool_]
-    nested_f1: NDArray[np.floating]
-    nested_recording_f1: NDArray[np.floating]
-    grid: NDArray[np.floating]
-    place: tuple[int, int]
+    in_sample_f1: float
+    cross_validated: NDArray[np.bool_]
+    cross_validated_f1: NDArray[np.floating]
+    cross_validated_recording_f1: NDArray[np.floating]
+    grid_scores: NDArray[np.floating]
+    grid_index: tuple[int, int]
     steps: pd.DataFrame
     by_group: Mapping[str, Decision]
 
@@ -94,12 +96,12 @@ def search_decision(
         by_group |= dict.fromkeys(originals, own)
     return DecisionSearchResult(
         decision=found.decision,
-        tuned=found.tuned,
-        nested=nested,
-        nested_f1=row_f1_scores(scores.labelled_truth, nested),
-        nested_recording_f1=recording_f1,
-        grid=found.grid,
-        place=found.place,
+        in_sample_f1=found.tuned,
+        cross_validated=nested,
+        cross_validated_f1=row_f1_scores(scores.labelled_truth, nested),
+        cross_validated_recording_f1=recording_f1,
+        grid_scores=found.grid,
+        grid_index=found.place,
         steps=found.steps,
         by_group=by_group,
     )

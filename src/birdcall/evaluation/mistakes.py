@@ -1,280 +1,352 @@
-"""Pick the worst mistakes of an evaluation and make them heard again: picture, curves and sound."""
+"""Predict again what the report shows: the worst mistakes, and the worst labelled soundscapes."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Protocol
 
 import numpy as np
 
 from birdcall.audio.reading import AudioError, read_audio
 from birdcall.config import SEGMENT_SECONDS
+from birdcall.evaluation.labelled import Labelled
+from birdcall.evaluation.predict import HeldOutPredictions
 from birdcall.evaluation.predictions import LabelledPredictions
+from birdcall.evaluation.scoring import EnsembleDecision, Evaluation
 from birdcall.evaluation.simulated_audio import open_noise, render
+from birdcall.evaluation.simulation import SimulatedSoundscape
 from birdcall.evaluation.tables import LABELLED, SIMULATED
 from birdcall.inference.decision import combine
-from birdcall.inference.engine import Piece, hear
+from birdcall.inference.engine import End, Piece, hear, open_recording
 from birdcall.inference.ensemble import MEMBER_FRAMES, Ensemble
+from birdcall.inference.events import RecordingDetector
 from birdcall.inference.tables import Event
-from birdcall.inference.windows import FRAMES_PER_SEGMENT, Sound
-from birdcall.report.html import SAMPLE_RATE
-
-if TYPE_CHECKING:
-    from birdcall.evaluation.labelled import Labelled
-    from birdcall.evaluation.predict import HeldOutPredictions
-    from birdcall.evaluation.scoring import Evaluation
-    from birdcall.evaluation.simulation import SimulatedSoundscape
+from birdcall.inference.windows import FRAMES_PER_SEGMENT
 
 logger = logging.getLogger(__name__)
 
-FALSE, MISSED = "named, not there", "there, not named"
-N_OF_A_KIND = 6  # for each kind of sound and of mistake
+FALSE, MISSED = "predicted, not there", "there, not predicted"
+SHOWN_SAMPLE_RATE = 32_000  # of the waveforms of mistakes
+N_OF_A_KIND = 6  # for each kind of audio and of mistake
+N_PAGES = 20
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A row in which a species is named that is not there, or the other way round.
+    """A row in which a species is predicted that is not there, or the other way round.
 
-    score: of a false bird its framewise probability, of a missed one how sure it should be heard:
-    its SNR where that is known, else how little probability it has. named, true: all of the row.
+    kind: `FALSE` or `MISSED`. audio: `SIMULATED` or `LABELLED`. start: of the row, seconds. score:
+    of a false species its framewise probability; of a missed one its SNR (dB) where that is known,
+    else its framewise probability, negated. predicted, true: all species of the row.
     """
 
     kind: str
-    sound: str
+    audio: str
     recording: str
-    start: float  # of the row, seconds
+    start: float
     ebird_code: str
     score: float
-    named: tuple[str, ...]
+    predicted: tuple[str, ...]
     true: tuple[str, ...]
 
     @property
     def species(self) -> tuple[str, ...]:
-        """Return what it is about, the species itself first."""
-        return tuple(dict.fromkeys((self.ebird_code, *self.named, *self.true)))
+        """Return all species that are predicted or true, the mistaken one first."""
+        return tuple(dict.fromkeys((self.ebird_code, *self.predicted, *self.true)))
 
 
 @dataclass(frozen=True, eq=False)
 class PredictedMistake:
-    """A mistake with its sound.
+    """A mistake with its waveform and the frames that were predicted again for it.
 
-    waveform: ``(samples,)`` of its row, or None and ``reason``. frames: ``(1 + members, species,
-    FRAMES_PER_SEGMENT)``, the mean first, NaN for species that the members do not know; None where
-    nothing was heard again. events: of the row's species, where times are known.
+    waveform: ``(samples,)`` of its row at `SHOWN_SAMPLE_RATE`, or None and the ``reason``. frames:
+    ``(1 + members, species, FRAMES_PER_SEGMENT)``, the members' mean first, NaN for species that
+    are no class of the members; None without a waveform. events: of the row's species, where their
+    times are known.
     """
 
     mistake: Mistake
-    waveform: np.ndarray | None
-    reason: str
-    frames: np.ndarray | None
-    members: tuple[str, ...]
-    events: tuple[Event, ...]
+    waveform: np.ndarray | None = None
+    reason: str = ""
+    frames: np.ndarray | None = None
+    members: tuple[str, ...] = ()
+    events: tuple[Event, ...] = ()
 
 
-def find_mistakes(evaluation: Evaluation, n_of_a_kind: int = N_OF_A_KIND) -> list[Mistake]:
-    """Return the worst rows of simulated and of labelled soundscapes, worst first in each kind.
+class PageWriter(Protocol):
+    """Writes a page of each recording as it is predicted."""
 
-    Of a species in a recording the worst row only: a page of the same bird teaches nothing.
-    """
-    found = []
-    ensemble_decision = evaluation.ensemble_decision
-    if ensemble_decision.choice is not None:
-        found += _worst(
-            SIMULATED,
-            ensemble_decision.simulated,
-            named=ensemble_decision.choice.nested,
-            n_of_a_kind=n_of_a_kind,
-            levels=_levels(evaluation),
-        )
-    if evaluation.labelled is not None:
-        scores = evaluation.labelled.scores
-        found += _worst(
-            LABELLED,
-            scores,
-            named=scores.decide(evaluation.decision),
-            n_of_a_kind=n_of_a_kind,
-            levels={},
-        )
-    return found
+    def add(self, piece: Piece) -> None:
+        """Take the next predictions of a recording, with frames and member_frames."""
+
+    def finish(
+        self,
+        name: str,
+        path: Path,
+        seconds: float,
+        decided: Sequence[Event],
+        labels: Sequence[Event] = (),
+        truth: Sequence[Event] = (),
+    ) -> Path:
+        """Write the pages of the recording; return the first."""
+
+    def forget(self) -> None:
+        """Drop what was added of a recording that could not be read to its end."""
 
 
-def _levels(evaluation: Evaluation) -> dict[tuple[str, int, str], float]:
-    """Return the SNR of each simulated bird in each row that it begins or goes on in."""
-    levels: dict[tuple[str, int, str], float] = {}
-    for one in evaluation.heard.events.itertuples():
-        for row in range(int(one.onset // SEGMENT_SECONDS), int(one.offset // SEGMENT_SECONDS) + 1):
-            key = (one.recording, row, one.ebird_code)
-            levels[key] = max(one.snr_db, levels.get(key, -np.inf))
-    return levels
+# --- which mistakes -------------------------------------------------------------------------------
 
 
-def _worst(
-    sound: str,
-    scores: LabelledPredictions,
-    named: np.ndarray,
-    n_of_a_kind: int,
-    levels: dict[tuple[str, int, str], float],
+def find_mistakes(
+    held_out: HeldOutPredictions, ensemble: EnsembleDecision, n_of_a_kind: int = N_OF_A_KIND
 ) -> list[Mistake]:
-    truth, classes = scores.labelled_truth, scores.classes
-    probability = combine(scores.framewise)[scores.labelled]
-    segments = scores.segments[scores.labelled]
+    """Return the worst rows of simulated and of labelled soundscapes, the worst first of each kind.
+
+    Of a species in a recording only the worst row, so that the rows differ.
+    """
+    mistakes = []
+    if ensemble.search is not None:
+        for kind in (FALSE, MISSED):
+            mistakes += _rank(
+                kind,
+                SIMULATED,
+                ensemble.simulated,
+                predicted=ensemble.search.cross_validated,
+                snr_db=_snr_by_row(held_out),
+            )[:n_of_a_kind]
+    if held_out.labelled is not None:
+        predictions = held_out.labelled.scores
+        predicted = predictions.decide(ensemble.decision)
+        for kind in (FALSE, MISSED):
+            mistakes += _rank(kind, LABELLED, predictions, predicted=predicted, snr_db={})[
+                :n_of_a_kind
+            ]
+    return mistakes
+
+
+def _snr_by_row(held_out: HeldOutPredictions) -> dict[tuple[str, int, str], float]:
+    """Return the SNR of each simulated species in each row that contains a part of its event."""
+    snr_db: dict[tuple[str, int, str], float] = {}
+    for event in held_out.events.itertuples():
+        first, last = (int(time // SEGMENT_SECONDS) for time in (event.onset, event.offset))
+        for row in range(first, last + 1):
+            key = (event.recording, row, event.ebird_code)
+            snr_db[key] = max(event.snr_db, snr_db.get(key, -np.inf))
+    return snr_db
+
+
+def _rank(
+    kind: str,
+    audio: str,
+    predictions: LabelledPredictions,
+    *,
+    predicted: np.ndarray,
+    snr_db: Mapping[tuple[str, int, str], float],
+) -> list[Mistake]:
+    """Return the mistakes of a kind, the worst of each species and recording, the worst first."""
+    truth, classes = predictions.labelled_truth, predictions.classes
+    probability = combine(predictions.framewise)[predictions.labelled]
+    segments = predictions.segments[predictions.labelled]
     recordings = segments["recording"].to_numpy()
     starts = segments["seconds"].to_numpy(float) - SEGMENT_SECONDS
-    found = []
-    for kind, wrong in ((FALSE, named & ~truth), (MISSED, truth & ~named)):
-        worst: dict[tuple[str, str], Mistake] = {}
-        for row, column in zip(*np.nonzero(wrong[:, : len(classes)]), strict=True):
-            code, recording = classes[column], str(recordings[row])
-            score = float(probability[row, column])
-            if kind == MISSED:
-                at = (recording, int(starts[row] // SEGMENT_SECONDS), code)
-                score = levels.get(at, -score)
-            old = worst.get((recording, code))
-            if old is None or score > old.score:
-                worst[recording, code] = Mistake(
-                    kind=kind,
-                    sound=sound,
-                    recording=recording,
-                    start=float(starts[row]),
-                    ebird_code=code,
-                    score=score,
-                    named=_codes(named[row], classes),
-                    true=_codes(truth[row], classes),
-                )
-        ranked = sorted(worst.values(), key=lambda one: (-one.score, one.recording, one.ebird_code))
-        found += ranked[:n_of_a_kind]
-    return found
+    wrong = predicted & ~truth if kind == FALSE else truth & ~predicted
+    worst: dict[tuple[str, str], Mistake] = {}
+    for row, column in zip(*np.nonzero(wrong[:, : len(classes)]), strict=True):
+        code, recording = classes[column], str(recordings[row])
+        score = float(probability[row, column])
+        if kind == MISSED:
+            score = snr_db.get((recording, int(starts[row] // SEGMENT_SECONDS), code), -score)
+        if (recording, code) not in worst or score > worst[recording, code].score:
+            worst[recording, code] = Mistake(
+                kind=kind,
+                audio=audio,
+                recording=recording,
+                start=float(starts[row]),
+                ebird_code=code,
+                score=score,
+                predicted=_codes(predicted[row], classes),
+                true=_codes(truth[row], classes),
+            )
+    return sorted(worst.values(), key=lambda one: (-one.score, one.recording, one.ebird_code))
 
 
 def _codes(chosen: np.ndarray, classes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(classes[column] for column in np.flatnonzero(chosen[: len(classes)]))
 
 
+# --- their audio and frames -----------------------------------------------------------------------
+
+
 def predict_mistakes(
-    evaluation: Evaluation, found: Sequence[Mistake]
+    held_out: HeldOutPredictions, mistakes: Sequence[Mistake]
 ) -> Iterator[PredictedMistake]:
-    """Make the sound of each mistake; members that did not train on it hear it again."""
-    heard = evaluation.heard
-    of_fold = cache(
-        lambda fold: heard.ensemble.for_members(
-            [one for one in heard.ensemble.members if one.checkpoint.fold == fold]
+    """Yield each mistake with its audio, predicted again by members that did not train on it."""
+    ensemble_of_fold = cache(
+        lambda fold: held_out.ensemble.for_members(
+            [one for one in held_out.ensemble.members if one.checkpoint.fold == fold]
         )
     )
-    simulated = {one.name: one for one in heard.soundscapes}
-    for mistake in found:
-        ensemble = heard.ensemble
+    soundscapes = {one.name: one for one in held_out.soundscapes}
+    for mistake in mistakes:
+        ensemble = held_out.ensemble
         try:
-            if mistake.sound == SIMULATED:
-                soundscape = simulated[mistake.recording]
-                ensemble = of_fold(soundscape.fold)
-                row = _render_row(soundscape, heard, ensemble, mistake.start)
+            if mistake.audio == SIMULATED:
+                soundscape = soundscapes[mistake.recording]
+                ensemble = ensemble_of_fold(soundscape.fold)
+                waveform, waveforms = _render_row(held_out, soundscape, ensemble, mistake)
+                events = [Event(e.ebird_code, e.onset, e.offset) for e in soundscape.events]
             else:
-                row = _read_labelled_row(evaluation.labelled, ensemble, mistake)
+                path = held_out.labelled.paths[mistake.recording]
+                waveform, waveforms = _read_row(path, ensemble, mistake)
+                events = _annotated_events(held_out.labelled, mistake.recording)
         except (AudioError, OSError) as error:
-            logger.warning("%s; a mistake is shown without its sound", error)
-            yield PredictedMistake(
-                mistake=mistake,
-                waveform=None,
-                reason=str(error),
-                frames=None,
-                members=(),
-                events=(),
-            )
+            logger.warning("%s; a mistake is shown without its audio", error)
+            yield PredictedMistake(mistake, reason=str(error))
             continue
-        frames = _hear_again(ensemble, row.sound, mistake, evaluation.classes)
-        members = tuple(member.name for member in ensemble.members)
-        events = tuple(_cut_events(row.events, mistake))
         yield PredictedMistake(
             mistake=mistake,
-            waveform=row.waveform,
-            reason="",
-            frames=frames,
-            members=members,
-            events=events,
+            waveform=waveform,
+            frames=_predict_frames(ensemble, waveforms, mistake),
+            members=tuple(member.name for member in ensemble.members),
+            events=tuple(_cut_events(events, mistake)),
         )
-
-
-class _Row(NamedTuple):
-    """The sound of a row, to be played and to be heard again, and the events of its soundscape."""
-
-    waveform: np.ndarray
-    sound: Sound
-    events: list[Event]
 
 
 def _render_row(
-    soundscape: SimulatedSoundscape, heard: HeldOutPredictions, ensemble: Ensemble, start: float
-) -> _Row:
-    noise = open_noise(heard.data, soundscape.fold, heard.config.sample_rate)
-    rates = sorted({SAMPLE_RATE, *ensemble.sample_rates})
-    rendered = render(soundscape, heard.data, noise=noise, config=heard.config, sample_rates=rates)
-    row = slice(round(start * SAMPLE_RATE), round((start + SEGMENT_SECONDS) * SAMPLE_RATE))
-    events = [Event(one.ebird_code, one.onset, one.offset) for one in soundscape.events]
-    return _Row(rendered[SAMPLE_RATE][row], _of_row(rendered, start, ensemble), events)
+    held_out: HeldOutPredictions,
+    soundscape: SimulatedSoundscape,
+    ensemble: Ensemble,
+    mistake: Mistake,
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """Return the waveform to show, and what the members predict on, by sample rate."""
+    noise = open_noise(held_out.data, soundscape.fold, held_out.config.sample_rate)
+    rates = sorted({SHOWN_SAMPLE_RATE, *ensemble.sample_rates})
+    waveforms = render(
+        soundscape, held_out.data, noise=noise, config=held_out.config, sample_rates=rates
+    )
+    end = mistake.start + SEGMENT_SECONDS
+    rows = {
+        rate: waveform[round(mistake.start * rate) : round(end * rate)]
+        for rate, waveform in waveforms.items()
+    }
+    is_alone = ensemble.listening.is_single_segment
+    return rows[SHOWN_SAMPLE_RATE], rows if is_alone else waveforms
 
 
-def _read_labelled_row(labelled: Labelled, ensemble: Ensemble, mistake: Mistake) -> _Row:
-    path = labelled.paths[mistake.recording]
-    own = labelled.annotations[labelled.annotations["recording"] == mistake.recording]
-    events = [Event(one.ebird_code, one.onset, one.offset) for one in own.itertuples()]
-    waveform = _read_row(path, mistake.start, SAMPLE_RATE)
-    return _Row(waveform, _read_sound(path, mistake.start, ensemble), events)
+def _read_row(
+    path: Path, ensemble: Ensemble, mistake: Mistake
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """Return the same as `_render_row` of a labelled soundscape; its last row may be shorter."""
 
+    def read_row(rate: int) -> np.ndarray:
+        try:
+            return read_audio(path, rate, mistake.start, float(SEGMENT_SECONDS))
+        except AudioError:
+            return read_audio(path, rate, mistake.start)
 
-def _cut_events(events: Sequence[Event], mistake: Mistake) -> Iterator[Event]:
-    """Yield what of the mistake's species lies in its row."""
-    start, end = mistake.start, mistake.start + SEGMENT_SECONDS
-    for one in events:
-        if one.ebird_code in mistake.species and one.onset < end and one.offset > start:
-            yield replace(one, onset=max(one.onset, start), offset=min(one.offset, end))
-
-
-def _of_row(rendered: dict[int, np.ndarray], start: float, ensemble: Ensemble) -> Sound:
-    """Return the row alone where it is heard alone, else the whole soundscape."""
+    shown = read_row(SHOWN_SAMPLE_RATE)
     if ensemble.listening.is_single_segment:
-        rendered = {
-            rate: one[round(start * rate) : round((start + SEGMENT_SECONDS) * rate)]
-            for rate, one in rendered.items()
-        }
-    return lambda rates: {rate: rendered[rate] for rate in rates}
+        return shown, {rate: read_row(rate) for rate in ensemble.sample_rates}
+    return shown, {rate: read_audio(path, rate) for rate in ensemble.sample_rates}
 
 
-def _read_row(path: Path, start: float, rate: int) -> np.ndarray:
-    """Read a row of a recording, the last of which may be shorter."""
-    try:
-        return read_audio(path, rate, start, float(SEGMENT_SECONDS))
-    except AudioError:
-        return read_audio(path, rate, start)
-
-
-def _read_sound(path: Path, start: float, ensemble: Ensemble) -> Sound:
-    rates = ensemble.sample_rates
-    if ensemble.listening.is_single_segment:
-        waveforms = {rate: _read_row(path, start, rate) for rate in rates}
-    else:
-        waveforms = {rate: read_audio(path, rate) for rate in rates}
-    return lambda options: {rate: waveforms[rate] for rate in options}
-
-
-def _hear_again(
-    ensemble: Ensemble, sound: Sound, mistake: Mistake, classes: Sequence[str]
+def _predict_frames(
+    ensemble: Ensemble, waveforms: Mapping[int, np.ndarray], mistake: Mistake
 ) -> np.ndarray:
     """Return ``(1 + members, species, FRAMES_PER_SEGMENT)`` of the mistake's row."""
+    source = {"": lambda rates: {rate: waveforms[rate] for rate in rates}}
     pieces = [
-        item for _, item in hear(ensemble, {"": sound}, ("frames", MEMBER_FRAMES))
+        item
+        for _, item in hear(ensemble, source, ("frames", MEMBER_FRAMES))
         if isinstance(item, Piece)
-    ]  # fmt: skip
+    ]
     frames = np.concatenate(
         [np.concatenate([piece.frames[None], piece.member_frames]) for piece in pieces], axis=2
     )
-    first = 0 if ensemble.listening.is_single_segment else round(mistake.start / SEGMENT_SECONDS)
-    own = frames[:, :, first * FRAMES_PER_SEGMENT : (first + 1) * FRAMES_PER_SEGMENT]
-    column = {code: place for place, code in enumerate(classes)}
-    nothing = np.full((len(own), own.shape[2]), np.nan, np.float32)
+    is_alone = ensemble.listening.is_single_segment
+    first = 0 if is_alone else round(mistake.start / SEGMENT_SECONDS)
+    frames = frames[:, :, first * FRAMES_PER_SEGMENT : (first + 1) * FRAMES_PER_SEGMENT]
+    column = {code: index for index, code in enumerate(ensemble.classes)}
+    unknown = np.full((len(frames), frames.shape[2]), np.nan, np.float32)
     return np.stack(
-        [own[:, column[code]] if code in column else nothing for code in mistake.species], axis=1
+        [frames[:, column[code]] if code in column else unknown for code in mistake.species],
+        axis=1,
     )
+
+
+def _annotated_events(labelled: Labelled, recording: str) -> list[Event]:
+    annotations = labelled.annotations[labelled.annotations["recording"] == recording]
+    return [Event(one.ebird_code, one.onset, one.offset) for one in annotations.itertuples()]
+
+
+def _cut_events(events: Sequence[Event], mistake: Mistake) -> Iterator[Event]:
+    """Yield the parts of the events that lie in the mistake's row, of its species."""
+    start, end = mistake.start, mistake.start + SEGMENT_SECONDS
+    for event in events:
+        if event.ebird_code in mistake.species and event.onset < end and event.offset > start:
+            yield replace(event, onset=max(event.onset, start), offset=min(event.offset, end))
+
+
+# --- labelled soundscapes -------------------------------------------------------------------------
+
+
+def write_labelled_pages(
+    held_out: HeldOutPredictions,
+    evaluation: Evaluation,
+    pages: PageWriter,
+    n_pages: int = N_PAGES,
+) -> dict[str, Path]:
+    """Let ``pages`` write the worst labelled soundscapes; return the first page of each.
+
+    All members predict them again: frames of each member would be too many to store.
+    """
+    labelled = held_out.labelled
+    if labelled is None or n_pages == 0:
+        return {}
+    names = evaluation.soundscapes["recording"].head(n_pages)
+    sources = {name: open_recording(labelled.paths[name]) for name in names}
+    ensemble = held_out.ensemble
+    detector = RecordingDetector(evaluation.decision, ensemble.classes)
+    first_pages = {}
+    with closing(hear(ensemble, sources, ("frames", MEMBER_FRAMES))) as stream:
+        for name, item in stream:
+            if isinstance(item, Piece):
+                pages.add(item)
+                detector.add(item)
+                continue
+            if isinstance(item, End):
+                path = labelled.paths[name]
+                truth = true_events(labelled, name)
+                # The name of a recording may lack a suffix: that of its file tells pages apart.
+                first_pages[name] = pages.finish(
+                    f"{name}{path.suffix}",
+                    path,
+                    seconds=item.seconds,
+                    decided=detector.finish(item.seconds),
+                    labels=truth,
+                    truth=truth,
+                )
+            else:
+                logger.warning("%s; it has no page", item)
+                pages.forget()
+            detector = RecordingDetector(evaluation.decision, ensemble.classes)
+    return first_pages
+
+
+def true_events(labelled: Labelled, recording: str) -> list[Event]:
+    """Return the events of a labelled soundscape: annotations, or rows where there are no times."""
+    if recording in labelled.frames:
+        return _annotated_events(labelled, recording)
+    predictions = labelled.scores
+    is_here = (predictions.segments["recording"] == recording).to_numpy()
+    ends = predictions.segments["seconds"].to_numpy(float)[is_here]
+    truth = predictions.truth[is_here][:, : len(predictions.classes)]
+    return [
+        Event(predictions.classes[column], float(ends[row] - SEGMENT_SECONDS), float(ends[row]))
+        for row, column in zip(*np.nonzero(truth), strict=True)
+    ]

@@ -1,12 +1,11 @@
-"""Score runs on three kinds of sound that they were not trained on, and choose the decision."""
+"""Score experiments and ensembles on held-out audio, and search for the ensemble's decision."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,23 +16,29 @@ from birdcall.evaluation.calibration import fit_calibration
 from birdcall.evaluation.decision_search import DecisionSearchResult, search_decision
 from birdcall.evaluation.labelled import Labelled
 from birdcall.evaluation.metrics import Interval, bootstrap_interval, row_wise_f1
-from birdcall.evaluation.out_of_fold import OutOfFoldPredictions
 from birdcall.evaluation.predict import HeldOutPredictions
 from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.evaluation.tables import (
     ENSEMBLE,
     LABELLED,
     PRIOR,
+    RECORDINGS,
     SIMULATED,
     Rows,
+    ScoreSubject,
+    confusion_table,
     decided_rows,
     event_rows,
     out_of_fold_rows,
     per_class_table,
     ranked_rows,
+    reliability_table,
     share_weights,
     simulated_at,
+    snr_table,
+    soundscape_table,
     tidy_table,
+    votes_table,
 )
 from birdcall.inference.decision import Calibration, Decision
 from birdcall.inference.tables import read_submission
@@ -41,215 +46,251 @@ from birdcall.kaggle.test_set import read_solution, read_test_rows
 
 logger = logging.getLogger(__name__)
 
-
-# Public rows of the competition without a bird, as probed with an all-nocall file; on the private
-# side there were about as many (5th place).
+# Share of the competition's public rows without a bird, as measured with an all-nocall submission;
+# the private rows had about as many (5th place).
 NOCALL_SHARE = 0.54
+_ALL_NOCALL = f"all {NOCALL}"
 
 
 @dataclass(frozen=True, eq=False)
 class EnsembleDecision:
-    """By which rule some experiments are used together, and what that is worth.
+    """The decision for the members of some experiments, and the predictions it was searched on.
 
-    choice is None where nothing was simulated for them, or all of it in one group: then the
-    decision is the one that a search begins with. weights: of the simulated rows.
+    search, simulated, weights and calibration are None where no soundscape was simulated for all
+    experiments, or all of one group: then the decision is the one that a search begins with.
+    weights: of the simulated rows ``(labelled rows,)``. calibration: fitted on all held-out
+    recordings; the decision has it only where the search adopted it.
     """
 
     name: str
     experiments: tuple[str, ...]
     decision: Decision
-    choice: DecisionSearchResult | None
-    simulated: LabelledPredictions | None
-    weights: np.ndarray | None
-    calibration: Calibration | None
+    search: DecisionSearchResult | None = None
+    simulated: LabelledPredictions | None = None
+    weights: np.ndarray | None = None
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """All that `birdcall evaluate` found.
+    """The results of an evaluation as arrays and tables; nothing in it predicts.
 
-    table: a row per name (experiments, ensembles, all nocall, prior), kind of sound and metric.
-    per_class: a row per class, with scores of the ensemble. targets: ``(recordings, classes)`` of
-    the data, secondary labels UNKNOWN. judgement: of all experiments together.
+    ensemble: the decision of all experiments together. scores: a row per name (experiments,
+    ensembles, all nocall, prior), kind of audio and metric, with `tables.COLUMNS`. The other tables
+    are of the ensemble and are described where they are made, in `tables`: per_class; confusions;
+    votes and snr (None where nothing was simulated); reliability (None without a calibration);
+    soundscapes (None without labelled soundscapes).
     """
 
-    heard: HeldOutPredictions
-    table: pd.DataFrame
+    classes: tuple[str, ...]
+    ensemble: EnsembleDecision
+    scores: pd.DataFrame
     per_class: pd.DataFrame
-    targets: np.ndarray
-    ensemble_decision: EnsembleDecision
+    confusions: pd.DataFrame
+    votes: pd.DataFrame | None
+    snr: pd.DataFrame | None
+    reliability: pd.DataFrame | None
+    soundscapes: pd.DataFrame | None
+    labelled: Labelled | None
 
     @property
     def decision(self) -> Decision:
-        return self.ensemble_decision.decision
+        """Return the decision of the ensemble."""
+        return self.ensemble.decision
 
     @property
-    def classes(self) -> tuple[str, ...]:
-        return self.heard.data.classes
-
-    @property
-    def out_of_fold(self) -> Mapping[str, OutOfFoldPredictions]:
-        return self.heard.out_of_fold
-
-    @property
-    def labelled(self) -> Labelled | None:
-        return self.heard.labelled
+    def search(self) -> DecisionSearchResult | None:
+        """Return the search for the ensemble's decision."""
+        return self.ensemble.search
 
 
 def evaluate(
-    heard: HeldOutPredictions,
+    held_out: HeldOutPredictions,
     ensembles: Sequence[Sequence[str]] = (),
     nocall_share: float = NOCALL_SHARE,
 ) -> Evaluation:
     """Score each experiment, each of ``ensembles`` and all experiments together.
 
-    The decision is chosen for all of them, for rows of which ``nocall_share`` have no bird.
+    A decision is searched for each of them, for rows of which ``nocall_share`` have no bird.
     """
     require(0 <= nocall_share <= 1, f"nocall share is {nocall_share:g}; give one from 0 to 1")
-    targets = make_targets(heard.data.recordings, heard.data.classes, None)
-    sets = {name: (name,) for name in heard.experiments}
+    experiments_of = {name: (name,) for name in held_out.experiments}
     for names in ensembles:
-        unknown = [name for name in names if name not in heard.experiments]
+        unknown = [name for name in names if name not in held_out.experiments]
         require(
             not unknown,
-            f"no run of {', '.join(unknown)} was heard; there are {', '.join(heard.experiments)}",
+            f"there is no run of {', '.join(unknown)}; there are runs of "
+            f"{', '.join(held_out.experiments)}",
         )
-        sets["+".join(names)] = tuple(names)
-    judged = [decide_ensemble(heard, names, nocall_share, name) for name, names in sets.items()]
-    together = (
-        replace(judged[0], name=ENSEMBLE)
-        if len(heard.experiments) == 1
-        else decide_ensemble(heard, heard.experiments, nocall_share, ENSEMBLE)
-    )
-    members = _members_by_value(heard, judged)
-    together = replace(together, decision=replace(together.decision, members=members))
+        experiments_of["+".join(names)] = tuple(names)
+    decisions = [
+        decide_ensemble(held_out, names, nocall_share, name)
+        for name, names in experiments_of.items()
+    ]
+    if len(held_out.experiments) == 1:
+        ensemble = replace(decisions[0], name=ENSEMBLE)
+    else:
+        ensemble = decide_ensemble(held_out, held_out.experiments, nocall_share, ENSEMBLE)
+    members = _order_members(held_out, decisions)
+    ensemble = replace(ensemble, decision=replace(ensemble.decision, members=members))
+    targets = make_targets(held_out.data.recordings, held_out.data.classes, None)
     rows: Rows = []
-    for one in [*judged, together]:
-        rows += _score(one, heard, targets)
-    if heard.labelled is not None and len(heard.labelled.frames):
-        rows += event_rows(ENSEMBLE, heard.labelled, together.decision)
-    rows += _baselines(heard, together, targets, nocall_share)
-    choice = together.choice
-    per_class = per_class_table(
-        heard.data.classes,
-        targets,
-        out_of_fold=heard.out_of_fold_for(heard.experiments)[0],
-        simulated=together.simulated,
-        named=None if choice is None else choice.nested,
-        labelled=None if heard.labelled is None else heard.labelled.scores,
-    )
+    for ensemble_decision in [*decisions, ensemble]:
+        rows += _score(ensemble_decision, held_out, targets)
+    if held_out.labelled is not None and len(held_out.labelled.frames):
+        rows += event_rows(ENSEMBLE, held_out.labelled, ensemble.decision)
+    rows += _score_baselines(held_out, ensemble, targets)
+    return _gather(held_out, ensemble, targets, scores=tidy_table(rows))
+
+
+def _gather(
+    held_out: HeldOutPredictions,
+    ensemble: EnsembleDecision,
+    targets: np.ndarray,
+    scores: pd.DataFrame,
+) -> Evaluation:
+    """Compute the tables of the ensemble."""
+    classes, labelled = held_out.data.classes, held_out.labelled
+    clipwise, framewise = held_out.out_of_fold_for(held_out.experiments)
+    search, simulated, calibration = ensemble.search, ensemble.simulated, ensemble.calibration
+    truth = predicted = np.zeros((0, len(classes)), dtype=bool)
+    if search is not None:
+        truth, predicted = simulated.labelled_truth, search.cross_validated
+    votes = snr = reliability = soundscapes = None
+    if search is not None:
+        votes = votes_table(simulated, ensemble.weights, search.decision)
+        snr = snr_table(held_out.events, simulated, predicted)
+    if calibration is not None:
+        calibrated, _ = calibration.apply(clipwise, framewise)
+        reliability = reliability_table(clipwise, calibrated, targets)
+    if labelled is not None:
+        soundscapes = soundscape_table(labelled.scores, labelled.scores.decide(ensemble.decision))
     return Evaluation(
-        heard=heard,
-        table=tidy_table(rows),
-        per_class=per_class,
-        targets=targets,
-        ensemble_decision=together,
+        classes=classes,
+        ensemble=ensemble,
+        scores=scores,
+        per_class=per_class_table(
+            classes,
+            targets=targets,
+            out_of_fold=clipwise,
+            simulated=simulated,
+            predicted=None if search is None else predicted,
+            labelled=None if labelled is None else labelled.scores,
+        ),
+        confusions=confusion_table(
+            classes, probabilities=clipwise, targets=targets, truth=truth, predicted=predicted
+        ),
+        votes=votes,
+        snr=snr,
+        reliability=reliability,
+        soundscapes=soundscapes,
+        labelled=labelled,
     )
 
 
-def _members_by_value(
-    heard: HeldOutPredictions, judged: Sequence[EnsembleDecision]
+def _order_members(
+    held_out: HeldOutPredictions, decisions: Sequence[EnsembleDecision]
 ) -> tuple[str, ...]:
-    """Return all members, those of the best experiment first: a kernel short of time takes these.
+    """Return all members, the best experiment first: a kernel short of time takes the first ones.
 
-    What an experiment is worth is its nested score on simulated soundscapes.
+    Experiments are ordered by their cross-validated score on simulated soundscapes.
     """
-    worth = {one.name: one.decision.score.get("nested_row_wise_f1", 0.0) for one in judged}
-    best_first = sorted(heard.experiments, key=lambda name: -worth[name])
-    return tuple(member for name in best_first for member in heard.member_names([name]))
+    score = {
+        one.name: one.decision.score.get("cross_validated_row_wise_f1", 0.0) for one in decisions
+    }
+    best_first = sorted(held_out.experiments, key=lambda name: -score[name])
+    return tuple(member for name in best_first for member in held_out.member_names([name]))
+
+
+# --- decisions ------------------------------------------------------------------------------------
 
 
 def decide_ensemble(
-    heard: HeldOutPredictions,
+    held_out: HeldOutPredictions,
     experiments: Sequence[str],
     nocall_share: float = NOCALL_SHARE,
     name: str = ENSEMBLE,
 ) -> EnsembleDecision:
-    """Choose the decision for some experiments on the soundscapes simulated for them."""
+    """Search for the decision of some experiments on the soundscapes simulated for them."""
     names = tuple(experiments)
     start = Decision(
-        window_segments=heard.listening.window_segments,
-        context_seconds=heard.listening.context_seconds,
-        classes=heard.data.classes,
-        members=heard.member_names(names),
+        window_segments=held_out.listening.window_segments,
+        context_seconds=held_out.listening.context_seconds,
+        classes=held_out.data.classes,
+        members=held_out.member_names(names),
     )
-    simulated = heard.simulated_for(names)
+    simulated = held_out.simulated_for(names)
     if simulated is None or simulated.segments["group"].nunique() < 2:
-        logger.warning("%s: no fold was held out by all, or one recordist: nothing chosen", name)
-        start = replace(start, chosen_on="nothing")
-        return EnsembleDecision(
-            name=name,
-            experiments=names,
-            decision=start,
-            choice=None,
-            simulated=None,
-            weights=None,
-            calibration=None,
+        logger.warning(
+            "%s: its experiments share no held-out fold, or its recordings are of one recordist: "
+            "the default decision is used",
+            name,
         )
-    clipwise, framewise = heard.out_of_fold_for(names)
-    targets = make_targets(heard.data.recordings, heard.data.classes, None)
+        return EnsembleDecision(name, names, replace(start, chosen_on="nothing"))
+    clipwise, framewise = held_out.out_of_fold_for(names)
+    targets = make_targets(held_out.data.recordings, held_out.data.classes, None)
 
     def fit(excluded: frozenset[str]) -> Calibration:
-        kept = ~np.isin(heard.groups, list(excluded))
-        return fit_calibration(clipwise[kept], framewise[kept], targets[kept])
+        used = ~np.isin(held_out.groups, list(excluded))
+        return fit_calibration(clipwise[used], framewise[used], targets[used])
 
     weights = share_weights(simulated.labelled_truth, nocall_share)
-    choice = search_decision(simulated, weights, start=start, fit_calibration=fit)
-    decision = _describe_choice(choice, simulated, weights, nocall_share)
-    decision = _try_on_labelled(decision, heard.labelled_for(names), name)
+    search = search_decision(simulated, weights, start=start, fit_calibration=fit)
+    decision = replace(
+        search.decision,
+        chosen_on=f"{len(simulated.recordings)} rows of {len(set(simulated.recordings))} "
+        "soundscapes simulated from held-out recordings, scored nested over "
+        f"{len(set(simulated.groups))} groups of recordists",
+        score=_search_score(search, simulated, weights, nocall_share),
+    )
+    labelled = held_out.labelled_for(names)
+    if labelled is not None:
+        decision = add_labelled_score(decision, labelled, name)
     return EnsembleDecision(
         name=name,
         experiments=names,
         decision=decision,
-        choice=choice,
+        search=search,
         simulated=simulated,
         weights=weights,
         calibration=fit(frozenset()),
     )
 
 
-def _describe_choice(
-    choice: DecisionSearchResult,
+def _search_score(
+    search: DecisionSearchResult,
     simulated: LabelledPredictions,
     weights: np.ndarray,
     nocall_share: float,
-) -> Decision:
-    """Return the decision with where it comes from and what it is worth elsewhere."""
-    recordings = simulated.recordings
-    groups = simulated.groups
-    interval = bootstrap_interval(choice.nested_f1, groups, weights=np.maximum(weights, 1e-12))
+) -> dict[str, float]:
+    f1, predicted = search.cross_validated_f1, search.cross_validated
+    interval = bootstrap_interval(f1, simulated.groups, weights=np.maximum(weights, 1e-12))
     nocall = ~simulated.labelled_truth.any(axis=1)
     score = {
-        "nested_row_wise_f1": np.average(choice.nested_f1, weights=weights),
+        "cross_validated_row_wise_f1": np.average(f1, weights=weights),
         "low": interval.low,
         "high": interval.high,
         "all_nocall": np.average(nocall, weights=weights),
-        "tuned_row_wise_f1": choice.tuned,
+        "in_sample_row_wise_f1": search.in_sample_f1,
         "nocall_share_expected": nocall_share,
-        "nocall_share_named": np.average(~choice.nested.any(axis=1), weights=weights),
-        "nested_recording_f1": choice.nested_recording_f1.mean(),
+        "nocall_share_named": np.average(~predicted.any(axis=1), weights=weights),
+        "cross_validated_recording_f1": search.cross_validated_recording_f1.mean(),
     }
-    return replace(
-        choice.decision,
-        chosen_on=f"{len(recordings)} rows of {len(set(recordings))} soundscapes simulated from "
-        f"held-out recordings, scored nested over {len(set(groups))} groups of recordists",
-        score={name: round(float(value), 4) for name, value in score.items()},
-    )
+    return {name: round(float(value), 4) for name, value in score.items()}
 
 
-def _try_on_labelled(
-    decision: Decision, labelled: LabelledPredictions | None, name: str
-) -> Decision:
-    """Return the decision with its score on labelled soundscapes, which it has never seen."""
-    if labelled is None:
-        return decision
+def add_labelled_score(decision: Decision, labelled: LabelledPredictions, name: str) -> Decision:
+    """Return a decision with its score on labelled soundscapes, on which it was not searched.
+
+    Logs a warning where predicting no bird scores higher.
+    """
     f1 = labelled.row_f1(decision)
     interval = bootstrap_interval(f1, labelled.groups)
     nocall = float((~labelled.labelled_truth.any(axis=1)).mean())
     if f1.mean() < nocall:
         logger.warning(
             "%s: on labelled soundscapes its decision scores %.3f, less than naming no bird, %.3f; "
-            "are species or noise there others than in training?",
+            "do their species or their noise differ from the training data?",
             *(name, f1.mean(), nocall),
         )
     score = {
@@ -258,150 +299,139 @@ def _try_on_labelled(
         "labelled_high": interval.high,
         "labelled_all_nocall": nocall,
     }
-    # A single soundscape has no interval, and JSON no NaN.
-    kept = {key: round(value, 4) for key, value in score.items() if not np.isnan(value)}
-    return replace(decision, score=decision.score | kept)
+    # The interval of a single soundscape is NaN, which JSON does not have.
+    known = {key: round(value, 4) for key, value in score.items() if not np.isnan(value)}
+    return replace(decision, score=decision.score | known)
 
 
-# --- rows of the table ----------------------------------------------------------------------------
+# --- rows of the table of scores ------------------------------------------------------------------
 
 
-def _score(judged: EnsembleDecision, heard: HeldOutPredictions, targets: np.ndarray) -> Rows:
+def _score(ensemble: EnsembleDecision, held_out: HeldOutPredictions, targets: np.ndarray) -> Rows:
     """Score some experiments on recordings, simulated and labelled soundscapes."""
-    name, names = judged.name, judged.experiments
-    n_members = len(heard.positions(names))
-    clipwise, framewise = heard.out_of_fold_for(names)
+    subject = ScoreSubject(ensemble.name, len(held_out.positions(ensemble.experiments)), RECORDINGS)
+    clipwise, framewise = held_out.out_of_fold_for(ensemble.experiments)
     calibrated = None
-    if judged.calibration is not None:
-        calibrated, _ = judged.calibration.apply(clipwise, framewise)
+    if ensemble.calibration is not None:
+        calibrated, _ = ensemble.calibration.apply(clipwise, framewise)
     rows: Rows = []
     if (~np.isnan(clipwise)).any():
-        rows += out_of_fold_rows(
-            name, n_members, clipwise=clipwise, targets=targets, calibrated=calibrated
-        )
-    if judged.choice is not None:
-        rows += _simulated_rows(
-            name,
-            n_members,
-            scores=judged.simulated,
-            named=judged.choice.nested,
-            weights=judged.weights,
-        )
-        rows += ranked_rows(name, n_members, SIMULATED, judged.simulated)
-    labelled = heard.labelled_for(names)
+        rows += out_of_fold_rows(subject, clipwise, targets, calibrated)
+    if ensemble.search is not None:
+        rows += _simulated_rows(subject, ensemble, ensemble.search.cross_validated)
+        rows += ranked_rows(subject._replace(audio=SIMULATED), ensemble.simulated)
+    labelled = held_out.labelled_for(ensemble.experiments)
     if labelled is not None:
-        rows += decided_rows(
-            name, n_members, sound=LABELLED, scores=labelled, named=labelled.decide(judged.decision)
-        )
-        rows += ranked_rows(name, n_members, LABELLED, labelled)
+        subject = subject._replace(audio=LABELLED)
+        rows += decided_rows(subject, labelled, labelled.decide(ensemble.decision))
+        rows += ranked_rows(subject, labelled)
     return rows
 
 
 def _simulated_rows(
-    name: str, n_members: int, scores: LabelledPredictions, named: np.ndarray, weights: np.ndarray
+    subject: ScoreSubject, ensemble: EnsembleDecision, predicted: np.ndarray
 ) -> Rows:
-    """Score simulated soundscapes at the expected share of nocall, and each share for itself."""
+    """Score simulated soundscapes at the expected share of nocall, and each simulated share."""
+    simulated = ensemble.simulated
     rows = decided_rows(
-        name, n_members, sound=SIMULATED, scores=scores, named=named, weights=weights
+        subject._replace(audio=SIMULATED), simulated, predicted, weights=ensemble.weights
     )
-    shares = scores.segments["nocall_share"].to_numpy()
+    shares = simulated.segments["nocall_share"].to_numpy()
     for share in sorted(set(shares)):
-        own = shares == share
-        part = scores.select(own)
+        is_share = shares == share
         rows += decided_rows(
-            name,
-            n_members,
-            sound=simulated_at(share),
-            scores=part,
-            named=named[own[scores.labelled]],
+            subject._replace(audio=simulated_at(share)),
+            simulated.select(is_share),
+            predicted[is_share[simulated.labelled]],
         )
     return rows
 
 
-def _baselines(
-    heard: HeldOutPredictions, together: EnsembleDecision, targets: np.ndarray, nocall_share: float
+def _score_baselines(
+    held_out: HeldOutPredictions, ensemble: EnsembleDecision, targets: np.ndarray
 ) -> Rows:
-    """Score naming no bird, and a model that knows how common species are and nothing else."""
+    """Score predicting no bird, and a model that knows the frequency of each species only."""
     rows: Rows = []
-    common = (targets == 1).mean(axis=0)
+    frequency = (targets == 1).mean(axis=0)
+    all_nocall, prior = (ScoreSubject(name, 0, RECORDINGS) for name in (_ALL_NOCALL, PRIOR))
     decision = None
-    if together.choice is not None:
-        scores = together.simulated
-        nothing = np.zeros_like(scores.labelled_truth)
+    if ensemble.search is not None:
+        nothing = np.zeros_like(ensemble.simulated.labelled_truth)
+        rows += _simulated_rows(all_nocall, ensemble, nothing)
+        simulated = _predict_constant(ensemble.simulated, frequency)
+        search = search_decision(simulated, ensemble.weights)
+        decision = search.decision
         rows += _simulated_rows(
-            f"all {NOCALL}", 0, scores=scores, named=nothing, weights=together.weights
+            prior, replace(ensemble, simulated=simulated), search.cross_validated
         )
-        prior = _with_constant_scores(scores, common)
-        choice = search_decision(prior, together.weights)
-        decision = choice.decision
-        rows += _simulated_rows(
-            PRIOR, 0, scores=prior, named=choice.nested, weights=together.weights
-        )
-        rows += ranked_rows(PRIOR, 0, SIMULATED, prior)
-    if heard.labelled is not None:
-        scores = heard.labelled.scores
-        nothing = np.zeros_like(scores.labelled_truth)
-        rows += decided_rows(f"all {NOCALL}", 0, sound=LABELLED, scores=scores, named=nothing)
-        prior = _with_constant_scores(scores, common)
+        rows += ranked_rows(prior._replace(audio=SIMULATED), simulated)
+    if held_out.labelled is not None:
+        nothing = np.zeros_like(held_out.labelled.scores.labelled_truth)
+        rows += decided_rows(all_nocall._replace(audio=LABELLED), held_out.labelled.scores, nothing)
+        labelled = _predict_constant(held_out.labelled.scores, frequency)
+        subject = prior._replace(audio=LABELLED)
         if decision is not None:
-            rows += decided_rows(
-                PRIOR, 0, sound=LABELLED, scores=prior, named=prior.decide(decision)
-            )
-        rows += ranked_rows(PRIOR, 0, LABELLED, prior)
-    known = ~np.isnan(heard.out_of_fold_for(heard.experiments)[0]).any(axis=1)
+            rows += decided_rows(subject, labelled, labelled.decide(decision))
+        rows += ranked_rows(subject, labelled)
+    known = ~np.isnan(held_out.out_of_fold_for(held_out.experiments)[0]).any(axis=1)
     if known.any():
-        constant = np.where(known[:, None], common, np.nan)
-        rows += out_of_fold_rows(PRIOR, 0, clipwise=constant, targets=targets, calibrated=None)
+        constant = np.where(known[:, None], frequency, np.nan)
+        rows += out_of_fold_rows(prior, constant, targets, calibrated=None)
     return rows
 
 
-def _with_constant_scores(scores: LabelledPredictions, common: np.ndarray) -> LabelledPredictions:
-    constant = np.broadcast_to(common.astype(np.float32), (1, len(scores.segments), len(common)))
-    return replace(scores, clipwise=constant, framewise=constant, member_names=(PRIOR,))
+def _predict_constant(
+    predictions: LabelledPredictions, probabilities: np.ndarray
+) -> LabelledPredictions:
+    """Return predictions of one member that gives each segment the same ``(classes,)``."""
+    shape = (1, len(predictions.segments), len(probabilities))
+    constant = np.broadcast_to(probabilities.astype(np.float32), shape)
+    return replace(predictions, clipwise=constant, framewise=constant, member_names=(PRIOR,))
 
 
-# --- submission ---
+# --- submission -----------------------------------------------------------------------------------
 
 
-class SubmissionRows(NamedTuple):
-    """A submission's rows in the order of test.csv: each one's F1, that of nocall, and whose."""
+@dataclass(frozen=True, eq=False)
+class SubmissionScore:
+    """The F1 of each hidden row of a submission, and of a submission that predicts no bird.
+
+    f1, nocall_f1: ``(rows,)``, in the order of test.csv. recordings: the ``audio_id`` of each row.
+    """
 
     f1: np.ndarray
     nocall_f1: np.ndarray
-    recordings: list[str]
+    recordings: tuple[str, ...]
 
+    @property
+    def row_wise_f1(self) -> float:
+        """Return the score of the submission."""
+        return float(self.f1.mean())
 
-@dataclass(frozen=True)
-class SubmissionScore:
-    """A submission against the truth of the hidden rows, with all-nocall beside it."""
+    @property
+    def all_nocall(self) -> float:
+        """Return the score of predicting no bird."""
+        return float(self.nocall_f1.mean())
 
-    row_wise_f1: float
-    interval: Interval
-    all_nocall: float
-    n_rows: int
+    @property
+    def interval(self) -> Interval:
+        """Return the interval of the score over resampled recordings."""
+        return bootstrap_interval(self.f1, self.recordings)
 
     def __str__(self) -> str:
+        low, high = self.interval
         return (
-            f"submission: row-wise F1 {self.row_wise_f1:.3f} "
-            f"[{self.interval.low:.3f}, {self.interval.high:.3f}] on {self.n_rows} hidden rows; "
-            f"all nocall: {self.all_nocall:.3f}; "
+            f"submission: row-wise F1 {self.row_wise_f1:.3f} [{low:.3f}, {high:.3f}] on "
+            f"{len(self.f1)} hidden rows; all nocall: {self.all_nocall:.3f}; "
             f"difference {self.row_wise_f1 - self.all_nocall:+.3f}"
         )
 
 
 def score_submission(data: Path, submission: Path) -> SubmissionScore:
-    """Score ``submission.csv`` as a whole, with an interval from resampled recordings."""
-    rows = score_submission_rows(data, submission)
-    return SubmissionScore(
-        float(rows.f1.mean()),
-        bootstrap_interval(rows.f1, rows.recordings),
-        float(rows.nocall_f1.mean()),
-        len(rows.f1),
-    )
+    """Score each row of a submission by ``solution.csv`` in the data folder.
 
-
-def score_submission_rows(data: Path, submission: Path) -> SubmissionRows:
-    """Score each row of ``submission.csv`` by ``solution.csv``."""
+    Raises ValueError for a row of test.csv that one of both lacks, or an invalid submission.
+    """
     rows = read_test_rows(data)
     predicted = read_submission(submission, list(rows["row_id"]))["birds"]
     solution = read_solution(data).set_index("row_id")["birds"]
@@ -409,6 +439,6 @@ def score_submission_rows(data: Path, submission: Path) -> SubmissionRows:
     if missing:
         raise ValueError(f"{data / 'solution.csv'}: no row {missing[0]}, which test.csv has")
     truth = list(solution.loc[rows["row_id"]])
-    f1 = [row_wise_f1([t], [p]) for t, p in zip(truth, predicted, strict=True)]
-    nocall_f1 = [row_wise_f1([t], [NOCALL]) for t in truth]
-    return SubmissionRows(np.array(f1), np.array(nocall_f1), list(rows["audio_id"]))
+    f1 = [row_wise_f1([true], [birds]) for true, birds in zip(truth, predicted, strict=True)]
+    nocall_f1 = [row_wise_f1([true], [NOCALL]) for true in truth]
+    return SubmissionScore(np.array(f1), np.array(nocall_f1), tuple(rows["audio_id"]))

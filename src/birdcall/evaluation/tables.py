@@ -1,8 +1,10 @@
-"""Make tables of scores: one row per name, kind of sound and metric, and a short one to read."""
+"""Compute the tables of an evaluation from predictions and truth: scores, classes, confusions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,6 +23,7 @@ from birdcall.evaluation.metrics import (
     macro_average,
     precision,
     recall,
+    reliability,
     roc_auc,
     row_f1_scores,
     segment_based_counts,
@@ -29,22 +32,32 @@ from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.inference.decision import Decision, combine
 from birdcall.inference.events import detect_events
 
-COLUMNS = (*("name", "members", "sound", "metric", "value", "low", "high", "rows", "recordings"),)
-RECORDINGS, SIMULATED, LABELLED = "recordings", "simulated", "labelled"
+COLUMNS = ("name", "members", "audio", "metric", "value", "low", "high", "rows", "recordings")
+RECORDINGS, SIMULATED, LABELLED = "recordings", "simulated", "labelled"  # kinds of audio
 ENSEMBLE, PRIOR = "ensemble", "prior"  # names that are no experiment's
-SEGMENT_SECONDS_OF_EVENTS = 1.0
 SNR_STEP_DB = 3.0
-# People mark a bird's song by eye on a spectrogram of seconds: half a second is as good as it gets.
-ONSET_COLLAR_SECONDS = 0.5
+MAX_CONFUSED_SPECIES = 30  # of a matrix that people can still read
+_SEGMENT_SECONDS_OF_EVENTS = 1.0
+# People mark a song by eye on a spectrogram of seconds: half a second is as good as it gets.
+_ONSET_COLLAR_SECONDS = 0.5
+_RELIABILITY_BINS = 10
 
 Rows = list[dict[str, object]]
 
 
+class ScoreSubject(NamedTuple):
+    """The subject of scores: an experiment or ensemble, and the kind of audio it is scored on."""
+
+    name: str
+    members: int
+    audio: str
+
+
 def share_weights(truth: np.ndarray, nocall_share: float) -> np.ndarray:
-    """Return weights of rows ``(rows,)``, mean 1, with which nocall rows are such a share of all.
+    """Return weights of rows ``(rows,)``, mean 1, that give nocall rows a share of the total.
 
     Row-wise F1 is a mean over rows: at any share of nocall it is a mixture of the mean over nocall
-    rows and that over rows with birds. Where all rows are of one kind, they weigh 1.
+    rows and the mean over rows with birds. Where all rows are of one kind, each weight is 1.
     """
     nocall = ~truth.any(axis=1)
     share = nocall.mean()
@@ -53,47 +66,38 @@ def share_weights(truth: np.ndarray, nocall_share: float) -> np.ndarray:
     return np.where(nocall, nocall_share / share, (1 - nocall_share) / (1 - share))
 
 
+# --- the table of scores --------------------------------------------------------------------------
+
+
 def decided_rows(
-    name: str,
-    n_members: int,
-    sound: str,
-    scores: LabelledPredictions,
-    named: np.ndarray,
+    subject: ScoreSubject,
+    predictions: LabelledPredictions,
+    predicted: np.ndarray,
     weights: np.ndarray | None = None,
 ) -> Rows:
-    """Score what was named in the labelled rows ``(rows, known species)``; F1 has an interval."""
-    truth, recordings = scores.labelled_truth, scores.recordings
-    f1 = row_f1_scores(truth, named)
-    # Recordings come again in several simulated soundscapes of a group.
-    interval = bootstrap_interval(f1, scores.groups, weights=_positive(weights))
+    """Score the species predicted in each labelled row, boolean ``(rows, known species)``."""
+    truth = predictions.labelled_truth
+    f1 = row_f1_scores(truth, predicted)
+    # A recording is used in several simulated soundscapes of its group: groups are resampled.
+    positive = None if weights is None else np.maximum(weights, 1e-12)
+    interval = bootstrap_interval(f1, predictions.groups, weights=positive)
     values = {
         "row_wise_f1": float(np.average(f1, weights=weights)),
-        "precision": precision(truth, named),
-        "recall": recall(truth, named),
-        "false_birds_per_nocall_row": false_birds_per_nocall_row(truth, named),
-        "nocall_share_named": float(np.average(~named.any(axis=1), weights=weights)),
+        "precision": precision(truth, predicted),
+        "recall": recall(truth, predicted),
+        "false_birds_per_nocall_row": false_birds_per_nocall_row(truth, predicted),
+        "nocall_share_named": float(np.average(~predicted.any(axis=1), weights=weights)),
     }
-    rows = _rows(
-        name,
-        n_members,
-        sound=sound,
-        values=values,
-        n_rows=len(truth),
-        n_recordings=len(set(recordings)),
-    )
+    rows = _rows(subject, values, len(truth), len(set(predictions.recordings)))
     rows[0] |= {"low": interval.low, "high": interval.high}
     return rows
 
 
-def _positive(weights: np.ndarray | None) -> np.ndarray | None:
-    return None if weights is None else np.maximum(weights, 1e-12)  # a share of 0 or 1
-
-
-def ranked_rows(name: str, n_members: int, sound: str, scores: LabelledPredictions) -> Rows:
-    """Score how members' mean probabilities rank, whatever is made of them."""
-    classes = len(scores.classes)
-    truth = scores.labelled_truth[:, :classes]
-    probability = combine(scores.framewise)[scores.labelled]
+def ranked_rows(subject: ScoreSubject, predictions: LabelledPredictions) -> Rows:
+    """Score the ranking by the members' mean probabilities, before any decision."""
+    n_classes = len(predictions.classes)
+    truth = predictions.labelled_truth[:, :n_classes]
+    probability = combine(predictions.framewise)[predictions.labelled]
     values = {
         "macro_ap": macro_average(average_precision(truth, probability)),
         "macro_auc": macro_average(roc_auc(truth, probability)),
@@ -101,55 +105,40 @@ def ranked_rows(name: str, n_members: int, sound: str, scores: LabelledPredictio
     }
     occurs = truth.any(axis=0)
     if occurs.any():
-        clipwise = combine(scores.clipwise)[scores.labelled]
+        clipwise = combine(predictions.clipwise)[predictions.labelled]
         values["ece"] = expected_calibration_error(truth[:, occurs], clipwise[:, occurs])
-    return _rows(
-        name,
-        n_members,
-        sound=sound,
-        values=values,
-        n_rows=len(truth),
-        n_recordings=len(set(scores.recordings)),
-    )
+    return _rows(subject, values, len(truth), len(set(predictions.recordings)))
 
 
 def out_of_fold_rows(
-    name: str,
-    n_members: int,
-    clipwise: np.ndarray,
+    subject: ScoreSubject,
+    probabilities: np.ndarray,
     targets: np.ndarray,
     calibrated: np.ndarray | None,
 ) -> Rows:
     """Score held-out recordings ``(recordings, classes)``; rows of NaN were held out by no run.
 
-    targets: 1 for the primary label, UNKNOWN for secondary ones, which are left out of all but
-    LWLRAP, where every label that is given counts.
+    targets: 1 for the primary label, `IGNORE_TARGET` for secondary labels, which are left out of
+    all scores but LWLRAP, where every given label counts.
     """
-    known = ~np.isnan(clipwise).any(axis=1)
-    scores, target = clipwise[known], targets[known]
+    known = ~np.isnan(probabilities).any(axis=1)
+    probability, target = probabilities[known], targets[known]
+    is_scored = target != IGNORE_TARGET
     values = {
-        "macro_ap": macro_average(average_precision(target > 0, scores, target != IGNORE_TARGET)),
-        "macro_auc": macro_average(roc_auc(target > 0, scores, target != IGNORE_TARGET)),
-        "lwlrap": lwlrap(target != 0, scores),
-        "top1": float((scores.argmax(axis=1) == target.argmax(axis=1)).mean()),
-        "ece": calibration_error(target, scores),
+        "macro_ap": macro_average(average_precision(target > 0, probability, is_scored)),
+        "macro_auc": macro_average(roc_auc(target > 0, probability, is_scored)),
+        "lwlrap": lwlrap(target != 0, probability),
+        "top1": float((probability.argmax(axis=1) == target.argmax(axis=1)).mean()),
+        "ece": _calibration_error(target, probability),
     }
     if calibrated is not None:
-        values["ece_calibrated"] = calibration_error(target, calibrated[known])
-    return _rows(
-        name,
-        n_members,
-        sound=RECORDINGS,
-        values=values,
-        n_rows=len(scores),
-        n_recordings=len(scores),
-    )
+        values["ece_calibrated"] = _calibration_error(target, calibrated[known])
+    return _rows(subject, values, len(probability), len(probability))
 
 
-def calibration_error(targets: np.ndarray, scores: np.ndarray) -> float:
-    """Return the expected calibration error over all cells that are not UNKNOWN."""
+def _calibration_error(targets: np.ndarray, probabilities: np.ndarray) -> float:
     cells = targets != IGNORE_TARGET
-    return expected_calibration_error(targets[cells][:, None] > 0, scores[cells][:, None])
+    return expected_calibration_error(targets[cells][:, None] > 0, probabilities[cells][:, None])
 
 
 def event_rows(name: str, labelled: Labelled, decision: Decision) -> Rows:
@@ -157,41 +146,35 @@ def event_rows(name: str, labelled: Labelled, decision: Decision) -> Rows:
     segments, events = DetectionCounts(), DetectionCounts()
     classes = labelled.scores.classes
     for recording, scores in labelled.frames.items():
-        own = labelled.annotations[labelled.annotations["recording"] == recording]
-        found = detect_events(scores, decision, classes)
+        is_here = labelled.annotations["recording"] == recording
+        annotations = labelled.annotations[is_here]
+        detected = detect_events(scores, decision, classes)
         arguments = (
-            own[["onset", "offset"]].to_numpy(float),
-            list(own["ebird_code"]),
-            [(event.onset, event.offset) for event in found],
-            [event.ebird_code for event in found],
+            annotations[["onset", "offset"]].to_numpy(float),
+            list(annotations["ebird_code"]),
+            [(event.onset, event.offset) for event in detected],
+            [event.ebird_code for event in detected],
         )
-        segments += segment_based_counts(*arguments, segment_seconds=SEGMENT_SECONDS_OF_EVENTS)
-        events += event_based_counts(*arguments, onset_collar_seconds=ONSET_COLLAR_SECONDS)
+        segments += segment_based_counts(*arguments, segment_seconds=_SEGMENT_SECONDS_OF_EVENTS)
+        events += event_based_counts(*arguments, onset_collar_seconds=_ONSET_COLLAR_SECONDS)
+    subject = ScoreSubject(name, len(labelled.scores.member_names), LABELLED)
     values = {"segment_f1": segments.f1, "event_f1": events.f1}
-    n_members = len(labelled.scores.member_names)
-    return _rows(
-        name,
-        n_members,
-        sound=LABELLED,
-        values=values,
-        n_rows=len(labelled.annotations),
-        n_recordings=len(labelled.frames),
-    )
+    return _rows(subject, values, len(labelled.annotations), len(labelled.frames))
 
 
 def _rows(
-    name: str, n_members: int, sound: str, values: dict[str, float], n_rows: int, n_recordings: int
+    subject: ScoreSubject, values: Mapping[str, float], n_rows: int, n_recordings: int
 ) -> Rows:
     return [
-        {
-            "name": name, "members": n_members, "sound": sound, "metric": metric, "value": value,
-            "low": np.nan, "high": np.nan, "rows": n_rows, "recordings": n_recordings,
-        }
+        subject._asdict()
+        | {"metric": metric, "value": value, "low": np.nan, "high": np.nan}
+        | {"rows": n_rows, "recordings": n_recordings}
         for metric, value in values.items()
-    ]  # fmt: skip
+    ]
 
 
 def tidy_table(rows: Rows) -> pd.DataFrame:
+    """Return the table of scores: a row per subject and metric, with `COLUMNS`."""
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -200,54 +183,60 @@ def simulated_at(share: float) -> str:
     return f"{SIMULATED} {share:.0%}"
 
 
-def wide_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per name with the scores that people compare, as text."""
-    found: dict[tuple[str, str, str], pd.Series] = {
-        (row["name"], row["sound"], row["metric"]): row for _, row in table.iterrows()
-    }
-    sounds = list(dict.fromkeys(table["sound"]))
-    shares = [sound for sound in sounds if sound.startswith(f"{SIMULATED} ")]
+def wide_table(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return a row per name with the scores that people compare, as text."""
+    rows = {(row["name"], row["audio"], row["metric"]): row for _, row in scores.iterrows()}
+    shares = [audio for audio in scores["audio"].unique() if audio.startswith(f"{SIMULATED} ")]
     columns = {
         "recordings: AP": (RECORDINGS, "macro_ap"),
         "simulated: F1": (SIMULATED, "row_wise_f1"),
-        **{sound.removeprefix(SIMULATED).strip(): (sound, "row_wise_f1") for sound in shares},
+        **{audio.removeprefix(SIMULATED).strip(): (audio, "row_wise_f1") for audio in shares},
         "AP": (SIMULATED, "macro_ap"),
         "labelled: F1": (LABELLED, "row_wise_f1"),
         "AP ": (LABELLED, "macro_ap"),
         "event F1": (LABELLED, "event_f1"),
     }
-    rows = []
-    for name in dict.fromkeys(table["name"]):
-        row = {"name": name}
-        for title, (sound, metric) in columns.items():
-            if sound in sounds:
-                row[title] = _cell(found.get((name, sound, metric)))
-        rows.append(row)
-    wide = pd.DataFrame(rows)
-    is_used = (wide != "-").any(axis=0)
-    return wide.loc[:, is_used]
+    names = list(dict.fromkeys(scores["name"]))
+    cells = {
+        title: [_format_score(rows.get((name, *source))) for name in names]
+        for title, source in columns.items()
+    }
+    used = {title: texts for title, texts in cells.items() if set(texts) != {"-"}}
+    return pd.DataFrame({"name": names} | used)
 
 
-def _cell(row: pd.Series | None) -> str:
+def _format_score(row: pd.Series | None) -> str:
     if row is None or np.isnan(row["value"]):
         return "-"
     interval = "" if np.isnan(row["low"]) else f" [{row['low']:.3f}, {row['high']:.3f}]"
     return f"{row['value']:.3f}{interval}"
 
 
-def terminal_table(table: pd.DataFrame) -> str:
-    return wide_table(table).to_string(index=False)
+def nocall_share_table(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return row-wise F1 at each simulated share of nocall: name, share (%), value, low, high."""
+    is_share = scores["audio"].str.startswith(f"{SIMULATED} ")
+    rows = scores[is_share & (scores["metric"] == "row_wise_f1")]
+    share = rows["audio"].str.extract(r"(\d+)%")[0].astype(float)
+    return rows.assign(share=share)[["name", "share", "value", "low", "high"]]
+
+
+# --- classes, soundscapes, levels -----------------------------------------------------------------
 
 
 def per_class_table(
     classes: Sequence[str],
+    *,
     targets: np.ndarray,
     out_of_fold: np.ndarray,
     simulated: LabelledPredictions | None,
-    named: np.ndarray | None,
+    predicted: np.ndarray | None,
     labelled: LabelledPredictions | None,
 ) -> pd.DataFrame:
-    """Return a row per class: its recordings and rows, how it ranks, how often it is right."""
+    """Return a row per class: its recordings and rows, average precision, precision, recall.
+
+    targets, out_of_fold: ``(recordings, classes)``. predicted: the species predicted in the
+    labelled rows of ``simulated``, ``(rows, known species)``.
+    """
     known = ~np.isnan(out_of_fold).any(axis=1)
     columns = {"ebird_code": list(classes), "recordings": (targets == 1).sum(axis=0)}
     if known.any():
@@ -255,14 +244,14 @@ def per_class_table(
         columns["oof_ap"] = average_precision(
             target > 0, out_of_fold[known], target != IGNORE_TARGET
         )
-    for title, scores in (("simulated", simulated), ("labelled", labelled)):
-        if scores is not None:
-            truth = scores.labelled_truth[:, : len(classes)]
+    for title, predictions in (("simulated", simulated), ("labelled", labelled)):
+        if predictions is not None:
+            truth = predictions.labelled_truth[:, : len(classes)]
             columns[f"{title}_rows"] = truth.sum(axis=0)
-            ranked = combine(scores.framewise)[scores.labelled]
-            columns[f"{title}_ap"] = average_precision(truth, ranked)
-    if simulated is not None and named is not None:
-        truth, guess = simulated.labelled_truth[:, : len(classes)], named[:, : len(classes)]
+            probability = combine(predictions.framewise)[predictions.labelled]
+            columns[f"{title}_ap"] = average_precision(truth, probability)
+    if simulated is not None and predicted is not None:
+        truth, guess = simulated.labelled_truth[:, : len(classes)], predicted[:, : len(classes)]
         hits = (truth & guess).sum(axis=0)
         with np.errstate(invalid="ignore"):
             columns["simulated_precision"] = hits / guess.sum(axis=0)
@@ -270,27 +259,148 @@ def per_class_table(
     return pd.DataFrame(columns)
 
 
-def recall_over_snr(
-    events: pd.DataFrame, simulated: LabelledPredictions, named: np.ndarray
-) -> pd.DataFrame:
-    """Return how many simulated events are found, by their SNR: snr_db (from), events, recall.
+def soundscape_table(predictions: LabelledPredictions, predicted: np.ndarray) -> pd.DataFrame:
+    """Return a row per labelled soundscape, the worst first.
 
-    An event is found where its species is named in a segment in which it is heard. named:
-    ``(labelled rows, known species)``.
+    predicted: ``(labelled rows, known species)``. Columns: recording, rows, f1 (mean over rows),
+    and summed over rows birds (true species), found (of these) and false (predicted, not true).
     """
-    own = events[events["recording"].isin(set(simulated.recordings))]
-    column = {code: place for place, code in enumerate(simulated.classes)}
+    truth = predictions.labelled_truth
+    rows = pd.DataFrame(
+        {
+            "recording": predictions.recordings,
+            "rows": 1,
+            "f1": row_f1_scores(truth, predicted),
+            "birds": truth.sum(axis=1),
+            "found": (truth & predicted).sum(axis=1),
+            "false": (predicted & ~truth).sum(axis=1),
+        }
+    )
+    how = {"rows": "sum", "f1": "mean", "birds": "sum", "found": "sum", "false": "sum"}
+    table = rows.groupby("recording", sort=True).agg(how).reset_index()
+    return table.sort_values("f1", kind="stable").reset_index(drop=True)
+
+
+def snr_table(
+    events: pd.DataFrame, simulated: LabelledPredictions, predicted: np.ndarray
+) -> pd.DataFrame:
+    """Return the recall of simulated events by SNR: snr_db (from), events, recall, standard_error.
+
+    An event is recalled where its species is predicted in a segment that contains a part of it.
+    predicted: ``(labelled rows, known species)``. An interval of SNR is `SNR_STEP_DB` wide.
+    """
+    events = events[events["recording"].isin(set(simulated.recordings))]
+    column = {code: index for index, code in enumerate(simulated.classes)}
     names = simulated.segments["recording"].iloc[simulated.starts]
-    first = dict(zip(names, simulated.starts, strict=True))
-    hits = named & simulated.labelled_truth
-    found = [
-        hits[
-            first[one.recording] + int(one.onset // SEGMENT_SECONDS) :
-            first[one.recording] + int(one.offset // SEGMENT_SECONDS) + 1,
-            column[one.ebird_code],
-        ].any()
-        for one in own.itertuples()
-    ]  # fmt: skip
-    step = (own["snr_db"] // SNR_STEP_DB * SNR_STEP_DB).to_numpy()
-    table = pd.DataFrame({"snr_db": step, "found": found}).groupby("snr_db")["found"]
-    return table.agg(events="size", recall="mean").reset_index()
+    first_row = dict(zip(names, simulated.starts, strict=True))
+    hits = predicted & simulated.labelled_truth
+    is_recalled = []
+    for event in events.itertuples():
+        start = first_row[event.recording] + int(event.onset // SEGMENT_SECONDS)
+        stop = first_row[event.recording] + int(event.offset // SEGMENT_SECONDS) + 1
+        is_recalled.append(hits[start:stop, column[event.ebird_code]].any())
+    step = (events["snr_db"] // SNR_STEP_DB * SNR_STEP_DB).to_numpy()
+    by_step = pd.DataFrame({"snr_db": step, "is_recalled": is_recalled}).groupby("snr_db")
+    table = by_step["is_recalled"].agg(events="size", recall="mean").reset_index()
+    error = np.sqrt(table["recall"] * (1 - table["recall"]) / table["events"])
+    return table.assign(standard_error=error)
+
+
+def votes_table(
+    predictions: LabelledPredictions, weights: np.ndarray, decision: Decision
+) -> pd.DataFrame:
+    """Return weighted row-wise F1 by the number of members that must agree: votes, row_wise_f1.
+
+    All else is as in ``decision``. weights: ``(labelled rows,)``.
+    """
+    n_members = len(predictions.member_names)
+    rows = []
+    for votes in range(1, n_members + 1):
+        share = votes / n_members
+        rule = replace(decision, combination="votes", vote_share=share, members=())
+        rows.append((votes, float(np.average(predictions.row_f1(rule), weights=weights))))
+    return pd.DataFrame(rows, columns=["votes", "row_wise_f1"])
+
+
+def reliability_table(
+    probabilities: np.ndarray, calibrated: np.ndarray | None, targets: np.ndarray
+) -> pd.DataFrame:
+    """Return how often a class is present, by the probability predicted for it.
+
+    probabilities, calibrated, targets: ``(recordings, classes)`` of held-out recordings. Columns:
+    probabilities ("predicted" or "calibrated"), mean_probability, share_true, cells.
+    """
+    cells = (targets != IGNORE_TARGET) & ~np.isnan(probabilities)
+    truth = targets[cells][:, None] > 0
+    tables = []
+    for name, values in (("predicted", probabilities), ("calibrated", calibrated)):
+        if values is not None:
+            curve = reliability(truth, values[cells][:, None], _RELIABILITY_BINS)
+            columns = {
+                "probabilities": name,
+                "mean_probability": curve.mean_probability,
+                "share_true": curve.share_true,
+                "cells": curve.count,
+            }
+            tables.append(pd.DataFrame(columns))
+    return pd.concat(tables, ignore_index=True)
+
+
+# --- confusions -----------------------------------------------------------------------------------
+
+
+def confusion_table(
+    classes: Sequence[str],
+    *,
+    probabilities: np.ndarray,
+    targets: np.ndarray,
+    truth: np.ndarray,
+    predicted: np.ndarray,
+) -> pd.DataFrame:
+    """Return the pairs of species that are confused, the most frequent first.
+
+    probabilities, targets: ``(recordings, classes)`` of held-out recordings, of which those count
+    whose most probable species is wrong; a secondary label is not wrong. truth, predicted: rows
+    ``(rows, known species)``, beginning with the classes; a row counts for each pair of a missed
+    and a false species. Columns: true_species, predicted_species, recordings, rows, only ("yes"
+    where the true species is confused with no other).
+    """
+    known = ~np.isnan(probabilities).any(axis=1)
+    probability, target = probabilities[known], targets[known]
+    best, true = probability.argmax(axis=1), target.argmax(axis=1)
+    is_wrong = (best != true) & (target[np.arange(len(best)), best] != IGNORE_TARGET)
+    recordings = np.zeros((len(classes), len(classes)), dtype=int)
+    np.add.at(recordings, (true[is_wrong], best[is_wrong]), 1)
+    missed = (truth & ~predicted)[:, : len(classes)].astype(int)
+    false = (predicted & ~truth)[:, : len(classes)].astype(int)
+    rows = missed.T @ false
+    total = recordings + rows
+    is_only = (total > 0).sum(axis=1) == 1
+    table = pd.DataFrame(
+        [
+            (classes[i], classes[j], recordings[i, j], rows[i, j], "yes" if is_only[i] else "")
+            for i, j in zip(*np.nonzero(total), strict=True)
+        ],
+        columns=["true_species", "predicted_species", "recordings", "rows", "only"],
+    )
+    table = table.sort_values(["true_species", "predicted_species"])
+    order = (-table["recordings"] - table["rows"]).argsort(kind="stable")
+    return table.iloc[order].reset_index(drop=True)
+
+
+def confusion_matrix(
+    confusions: pd.DataFrame, max_species: int = MAX_CONFUSED_SPECIES
+) -> pd.DataFrame:
+    """Return `confusion_table` as counts, true species × predicted species, both by code.
+
+    Of more than ``max_species`` those that are confused most often.
+    """
+    total = confusions["recordings"] + confusions["rows"]
+    counts = confusions.assign(total=total).pivot(
+        index="true_species", columns="predicted_species", values="total"
+    )
+    codes = sorted({*counts.index, *counts.columns})
+    counts = counts.reindex(index=codes, columns=codes).fillna(0).astype(int)
+    by_species = counts.sum(axis=0) + counts.sum(axis=1)
+    most = by_species.sort_values(ascending=False, kind="stable").index[:max_species]
+    return counts.loc[sorted(most), sorted(most)]

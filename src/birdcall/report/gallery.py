@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from birdcall.audio.reading import read_audio
 from birdcall.benchmark import frontend, loader
 from birdcall.config import Experiment
-from birdcall.evaluation.tables import recall_over_snr
 from birdcall.report.architecture import plot_architecture
 from birdcall.report.plots import (
     SHOWN_SECONDS,
@@ -53,14 +52,10 @@ def write_figures(
     except FileNotFoundError as error:
         yield f"{error}; no snr.svg, no spectrogram.webp"
         return
-    choice = found.ensemble_decision.choice
-    if choice is None:
+    if found.snr is None:
         yield "no decision could be chosen on simulated soundscapes; no snr.svg"
     else:
-        levels = recall_over_snr(
-            found.heard.events, found.ensemble_decision.simulated, choice.nested
-        )
-        yield _write(plot_recall_over_snr(levels), folder / "snr.svg")
+        yield _write(plot_recall_over_snr(found.snr), folder / "snr.svg")
     if found.labelled is None:
         yield "there are no labelled soundscapes; no spectrogram.webp"
     else:

@@ -75,7 +75,7 @@ def plot_recall_over_snr(table: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.add_subplot()
     centre = table["snr_db"] + SNR_STEP_DB / 2
-    error = np.sqrt(table["recall"] * (1 - table["recall"]) / table["events"])
+    error = table["standard_error"]
     axes.errorbar(centre, table["recall"], yerr=error, marker="o", color=BLUE, capsize=3)
     for x, y, n_events in zip(centre, table["recall"], table["events"], strict=True):
         axes.annotate(f"{n_events}", (x, y), (6, -12), textcoords="offset points", fontsize=9)

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
+import pandas as pd
 
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.evaluation.mistakes import (
-    FALSE,
-    Mistake,
-    PredictedMistake,
-    find_mistakes,
-    predict_mistakes,
-)
+from birdcall.evaluation.mistakes import FALSE, Mistake, PredictedMistake
 from birdcall.evaluation.scoring import Evaluation
-from birdcall.evaluation.tables import LABELLED, recall_over_snr, wide_table
+from birdcall.evaluation.tables import LABELLED, confusion_matrix, nocall_share_table, wide_table
 from birdcall.report.charts import (
     Chart,
     chart_confusions,
@@ -31,9 +26,6 @@ from birdcall.report.charts import (
     chart_threshold_curves,
     chart_thresholds,
     chart_votes,
-    join_confusions,
-    recording_confusions,
-    row_confusions,
 )
 from birdcall.report.html import (
     SAMPLE_RATE,
@@ -47,16 +39,11 @@ from birdcall.report.html import (
     table_style,
     write_page,
 )
-from birdcall.report.labelled_pages import (
-    N_PAGES,
-    PAGES_FOLDER,
-    labelled_table,
-    write_labelled_pages,
-)
 from birdcall.taxonomy import display_name
 
 logger = logging.getLogger(__name__)
 
+PAGES_FOLDER = "soundscapes"  # beside the report
 MAX_PAIRS = 200  # of confused species, in the table
 CURVE_WIDTH, CURVE_HEIGHT = 250, 44  # of a mistake's framewise output: a pixel is 20 ms
 CURVE_STYLES = (
@@ -66,23 +53,26 @@ CURVE_STYLES = (
 
 
 def write_report(
-    path: Path, title: str, evaluation: Evaluation, n_pages: int = N_PAGES
-) -> dict[str, Path]:
+    path: Path,
+    title: str,
+    evaluation: Evaluation,
+    *,
+    mistakes: Sequence[PredictedMistake] = (),
+    pages: Mapping[str, Path] | None = None,
+) -> None:
     """Write ``report.html``: scores, the decision and how it came about, mistakes, species.
 
-    Beside it, in `PAGES_FOLDER`, a soundscape page of each of the ``n_pages`` worst labelled
-    soundscapes. What the report holds grows with species and soundscapes by a line of text each;
-    sound is of a fixed number of mistakes. Returns the soundscape pages by recording.
+    pages: soundscape pages of labelled soundscapes by recording, below the report's folder. The
+    report grows with species and soundscapes by a line of text each; audio is of the mistakes.
     """
     charts: list[Chart] = []
-    pages = write_labelled_pages(path.parent / PAGES_FOLDER, evaluation, n_pages)
     sections = {
         "scores": ("Scores on sound that was held out", _scores(evaluation)),
         "decision": ("The decision", _decision(evaluation, charts)),
         "probabilities": ("Are probabilities probabilities?", _recordings(evaluation, charts)),
         "confusions": ("What is taken for what", _confusions(evaluation, charts)),
-        "mistakes": ("The worst mistakes, to see and hear", _mistakes(evaluation)),
-        "soundscapes": ("Labelled soundscapes", _soundscapes(evaluation, path.parent, pages)),
+        "mistakes": ("The worst mistakes, to see and hear", _mistakes(mistakes)),
+        "soundscapes": ("Labelled soundscapes", _soundscapes(evaluation, path.parent, pages or {})),
         "species": ("Species", _species(evaluation)),
     }
     made = {name: (heading, "".join(parts)) for name, (heading, parts) in sections.items()}
@@ -103,7 +93,6 @@ def write_report(
         styles=(table_style(), read_asset("report.css")),
         data={"charts": [json.loads(chart.figure.to_json()) for chart in charts]},
     )
-    return pages
 
 
 def describe_decision(evaluation: Evaluation) -> str:
@@ -112,9 +101,10 @@ def describe_decision(evaluation: Evaluation) -> str:
     text = f"{decision.describe()}; chosen on {decision.chosen_on}"
     if score:
         text += (
-            f": {score['nested_row_wise_f1']:.3f} [{score['low']:.3f}, {score['high']:.3f}] where "
-            f"{score['nocall_share_expected']:.0%} of the rows have no bird (all nocall "
-            f"{score['all_nocall']:.3f}; it names none in {score['nocall_share_named']:.0%})"
+            f": {score['cross_validated_row_wise_f1']:.3f} [{score['low']:.3f}, "
+            f"{score['high']:.3f}] where {score['nocall_share_expected']:.0%} of the rows have no "
+            f"bird (all nocall {score['all_nocall']:.3f}; it predicts none in "
+            f"{score['nocall_share_named']:.0%})"
         )
     if "labelled_row_wise_f1" in score:
         text += (
@@ -129,7 +119,7 @@ def describe_decision(evaluation: Evaluation) -> str:
 
 def _scores(evaluation: Evaluation) -> Iterator[str]:
     yield html_table(
-        wide_table(evaluation.table),
+        wide_table(evaluation.scores),
         "Recordings of the fold that a model was not trained on; soundscapes simulated from "
         "these, each scored under a decision chosen without its recordists; labelled "
         "soundscapes under the decision chosen on simulated ones. F1 is the competition's "
@@ -139,58 +129,47 @@ def _scores(evaluation: Evaluation) -> Iterator[str]:
 
 
 def _decision(evaluation: Evaluation, charts: list[Chart]) -> Iterator[str]:
-    ensemble_decision = evaluation.ensemble_decision
+    search = evaluation.search
     yield f"<p>{escape(describe_decision(evaluation))}.</p>"
-    if ensemble_decision.choice is None:
+    if search is None:
         return
-    found = recall_over_snr(
-        evaluation.heard.events, ensemble_decision.simulated, ensemble_decision.choice.nested
-    )
     for chart in (
-        chart_steps(ensemble_decision.choice),
-        chart_threshold_curves(ensemble_decision.choice),
-        chart_thresholds(ensemble_decision.choice),
-        chart_votes(
-            ensemble_decision.simulated, ensemble_decision.weights, ensemble_decision.choice
-        ),
-        chart_shares(evaluation.table),
-        chart_recall_over_snr(found),
+        chart_steps(search),
+        chart_threshold_curves(search),
+        chart_thresholds(search),
+        chart_votes(evaluation.votes, search),
+        chart_shares(nocall_share_table(evaluation.scores)),
+        chart_recall_over_snr(evaluation.snr),
     ):
         if chart is not None:
             yield _place(chart, charts)
 
 
 def _recordings(evaluation: Evaluation, charts: list[Chart]) -> Iterator[str]:
-    ensemble_decision = evaluation.ensemble_decision
-    if ensemble_decision.calibration is None:
-        return
-    clipwise, framewise = evaluation.heard.out_of_fold_for(ensemble_decision.experiments)
-    calibrated, _ = ensemble_decision.calibration.apply(clipwise, framewise)
-    yield _place(chart_reliability(clipwise, calibrated, evaluation.targets), charts)
+    if evaluation.reliability is not None:
+        yield _place(chart_reliability(evaluation.reliability), charts)
 
 
 def _confusions(evaluation: Evaluation, charts: list[Chart]) -> Iterator[str]:
-    ensemble_decision, classes = evaluation.ensemble_decision, evaluation.classes
-    clipwise, _ = evaluation.heard.out_of_fold_for(ensemble_decision.experiments)
-    nothing = np.zeros((0, len(classes)), dtype=bool)
-    truth, named = nothing, nothing
-    if ensemble_decision.choice is not None:
-        truth, named = ensemble_decision.simulated.labelled_truth, ensemble_decision.choice.nested
-    pairs = join_confusions(
-        recording_confusions(clipwise, evaluation.targets, classes),
-        row_confusions(truth, named, classes),
-    )
-    chart = chart_confusions(pairs)
+    pairs = evaluation.confusions
+    chart = chart_confusions(confusion_matrix(pairs))
     if chart is None:
-        yield "<p>No species was taken for another.</p>"
+        yield "<p>No species was confused with another.</p>"
         return
     yield _place(chart, charts)
     cut = "" if len(pairs) <= MAX_PAIRS else f" The first {MAX_PAIRS} of {len(pairs)} pairs."
-    shown = pairs.head(MAX_PAIRS).rename(columns={"only": "no other"})
+    shown = pairs.head(MAX_PAIRS)
+    names = {
+        column.replace("_", " "): shown[column].map(display_name)
+        for column in ("true_species", "predicted_species")
+    }
     yield html_table(
-        shown.assign(sings=shown["sings"].map(display_name), said=shown["said"].map(display_name)),
-        "Pairs: recordings whose likeliest species is the wrong one, and rows in which the one is "
-        "missed and the other named. No other: the species is taken for nothing else." + cut,
+        pd.DataFrame(names).join(
+            shown[["recordings", "rows", "only"]].rename(columns={"only": "no other"})
+        ),
+        "Pairs: recordings whose most probable species is wrong, and rows in which the true "
+        "species is missed and the other is predicted. No other: the true species is confused with "
+        "no other." + cut,
         sortable=True,
     )
 
@@ -204,7 +183,7 @@ def _soundscapes(evaluation: Evaluation, folder: Path, pages: Mapping[str, Path]
         yield f"<p>Labels that are no species of the competition: {escape(readable(named))}.</p>"
     links = {name: quote(page.relative_to(folder).as_posix()) for name, page in pages.items()}
     yield html_table(
-        labelled_table(evaluation),
+        evaluation.soundscapes,
         f"Every labelled soundscape, the worst first; {len(links)} of them have a page to see and "
         "hear, with a link (birdcall evaluate --pages N). Birds: how many, summed over rows.",
         sortable=True,
@@ -241,19 +220,18 @@ def _place(chart: Chart, charts: list[Chart]) -> str:
 # --- mistakes -------------------------------------------------------------------------------------
 
 
-def _mistakes(evaluation: Evaluation) -> Iterator[str]:
-    found = find_mistakes(evaluation)
+def _mistakes(mistakes: Sequence[PredictedMistake]) -> Iterator[str]:
     groups: dict[tuple[str, str], list[str]] = {}
-    for number, heard in enumerate(predict_mistakes(evaluation, found)):
-        key = heard.mistake.sound, heard.mistake.kind
-        groups.setdefault(key, []).append(_card(number, heard))
-    if found:
+    for number, predicted in enumerate(mistakes):
+        key = predicted.mistake.audio, predicted.mistake.kind
+        groups.setdefault(key, []).append(_card(number, predicted))
+    if groups:
         yield (
             "<p>Area: the members' mean probability over the five seconds; lines: each member; "
             "orange bars: when the species sings, where that is known.</p>"
         )
-    for (sound, kind), cards in groups.items():
-        yield f"<h3>{sound.capitalize()} soundscapes: {kind}</h3><div class='cards'>"
+    for (audio, kind), cards in groups.items():
+        yield f"<h3>{audio.capitalize()} soundscapes: {kind}</h3><div class='cards'>"
         yield from cards
         yield "</div>"
 
@@ -281,11 +259,11 @@ def _card(number: int, heard: PredictedMistake) -> str:
         )
     curves = "".join(_curve(heard, place, code) for place, code in enumerate(mistake.species[:4]))
     true = ", ".join(map(display_name, mistake.true)) or "no bird"
-    named = ", ".join(map(display_name, mistake.named)) or "no bird"
+    named = ", ".join(map(display_name, mistake.predicted)) or "no bird"
     return (
         f"<article class='card' aria-labelledby='m{number}'><h4 id='m{number}'>{escape(name)}</h4>"
         f"<p>{escape(_say_score(mistake))}<br>{escape(place)}</p>{seen}{curves}"
-        f"<p>true: {escape(true)}<br>named: {escape(named)}</p>"
+        f"<p>true: {escape(true)}<br>predicted: {escape(named)}</p>"
         f"{player if heard.waveform is not None else ''}</article>"
     )
 
@@ -293,7 +271,7 @@ def _card(number: int, heard: PredictedMistake) -> str:
 def _say_score(mistake: Mistake) -> str:
     if mistake.kind == FALSE:
         return f"named with a frame probability of {mistake.score:.2f}"
-    if mistake.sound == LABELLED:
+    if mistake.audio == LABELLED:
         return f"missed, with a frame probability of {-mistake.score:.2f}"
     return f"missed, {mistake.score:.0f} dB above the noise of its band"
 
