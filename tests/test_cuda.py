@@ -6,7 +6,7 @@
 import numpy as np
 import pytest
 import torch
-from test_kernel import SCRIPT, read_labels, read_summary, rows_of, write_rows, write_sound
+from helpers import RATE, SCRIPT, read_labels, read_summary, rows_of, write_noise_file, write_rows
 
 import birdcall.inference.ensemble as ensemble_module
 from birdcall.config import replace_nested
@@ -21,8 +21,6 @@ from birdcall.models.sed import build_model
 from birdcall.training.runs import plan_runs, train_many
 
 pytestmark = pytest.mark.cuda
-
-RATE = 32_000
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +65,7 @@ def test_the_kernel_runs_on_the_gpu(trained_runs, tmp_path):
     decision = Decision(0.0, 0.0, max_birds=2, classes=checkpoints[0].classes, members=names)
     stage_package(runs, decision, script=SCRIPT, build=tmp_path / "build", owner="somebody")
     (tmp_path / "data").mkdir()
-    write_sound(tmp_path / "data" / "test_audio" / "aa.wav", 60)
+    write_noise_file(tmp_path / "data" / "test_audio" / "aa.wav", 60)
     write_rows(tmp_path / "data", rows_of("aa", 60))
     log = run_as_kaggle(tmp_path / "build", tmp_path / "data", tmp_path / "working")
     assert "2 members on cuda" in log

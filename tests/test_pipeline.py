@@ -10,13 +10,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from helpers import SCRIPT
 
 from birdcall.experiments import EXPERIMENTS, find_experiment
 from birdcall.models.checkpoint import Checkpoint, save_checkpoint
 from birdcall.models.sed import build_model
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "kernels" / "submission" / "submission.py"
 FEW_STEPS = """
 import sys
 from birdcall.config import replace_nested

@@ -12,22 +12,24 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import safetensors.torch
-import soundfile
 import torch
+from helpers import (
+    SCRIPT,
+    read_labels,
+    read_summary,
+    rows_of,
+    write_noise_file,
+    write_rows,
+)
 
 from birdcall.inference.decision import Decision, write_decision
 from birdcall.kaggle.kernel import DECISION_FILE, EXAMPLE_SUBMISSION
 from birdcall.kaggle.manifest import MANIFEST_FILE, find_changes, make_manifest
 from birdcall.kaggle.packaging import dry_run_submission, run_as_kaggle, stage_package
-from birdcall.kaggle.submission import SUMMARY_FILE
 from birdcall.models.checkpoint import load_model, read_checkpoint, save_checkpoint
-
-SCRIPT = Path(__file__).resolve().parents[2] / "kernels" / "submission" / "submission.py"
-RATE = 32_000
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +53,6 @@ def build(built, tmp_path):
     return tmp_path / "build"
 
 
-def write_rows(data, rows):
-    pd.DataFrame(rows, columns=["site", "row_id", "seconds", "audio_id"]).to_csv(
-        data / "test.csv", index=False
-    )
-    (data / "sample_submission.csv").write_text("row_id,birds\n")
-
-
-def rows_of(name, seconds=10, site="site_1"):
-    return [(site, f"{site}_{name}_{end}", end, name) for end in range(5, seconds + 5, 5)]
-
-
-def write_sound(path, seconds=10.0, rate=RATE, channels=1):
-    generator = np.random.default_rng(0)
-    path.parent.mkdir(exist_ok=True)
-    soundfile.write(path, generator.normal(0, 0.1, (round(seconds * rate), channels)), rate)
-
-
 @pytest.fixture
 def data(tmp_path):
     """Two recordings of ten seconds, and one of site 3."""
@@ -75,24 +60,10 @@ def data(tmp_path):
     folder.mkdir()
     names = ("aa", "bb", "cc")
     for name in names:
-        write_sound(folder / "test_audio" / f"{name}.wav")
+        write_noise_file(folder / "test_audio" / f"{name}.wav")
     rows = [*rows_of("aa"), *rows_of("bb"), ("site_3", "site_3_cc", None, "cc")]
     write_rows(folder, rows)
     return folder
-
-
-def read_labels(working, data):
-    """The labels by row_id of a submission that must be valid."""
-    expected = pd.read_csv(data / "test.csv")["row_id"]
-    written = pd.read_csv(working / "submission.csv")
-    assert list(written.columns) == ["row_id", "birds"]
-    assert list(written["row_id"]) == list(expected)
-    assert not written["birds"].isna().any()
-    return dict(zip(written["row_id"], written["birds"], strict=True))
-
-
-def read_summary(working):
-    return json.loads((working / SUMMARY_FILE).read_text())
 
 
 def fails(build, data, working, complaint, **options):
@@ -138,13 +109,13 @@ def faulty(built, tmp_path_factory):
     audio.mkdir(parents=True)
     (audio / "empty.mp3").touch()
     (audio / "html.mp3").write_text("<html>not found</html>")
-    write_sound(audio / "tenth.wav", 0.1)
-    write_sound(audio / "stereo.wav", 10, 192_000, 2)
-    write_sound(audio / "good.wav")
-    write_sound(audio / "whole.mp3", 30)
+    write_noise_file(audio / "tenth.wav", 0.1)
+    write_noise_file(audio / "stereo.wav", 10, 192_000, 2)
+    write_noise_file(audio / "good.wav")
+    write_noise_file(audio / "whole.mp3", 30)
     content = (audio / "whole.mp3").read_bytes()
     (audio / "truncated.mp3").write_bytes(content[: len(content) // 3])
-    write_sound(folder / "secret.wav")
+    write_noise_file(folder / "secret.wav")
     (audio / "outside.wav").symlink_to(folder / "secret.wav")
     write_rows(data, [row for name in (*FAULTY, *SOUND) for row in rows_of(name, 30)])
     log = run_as_kaggle(built, data, working)
@@ -353,7 +324,7 @@ def test_a_disk_that_is_full_when_all_is_labelled_leaves_nocall(built, data, tmp
     write_rows(data, [row for name in ("aa", "bb") for row in rows_of(name, 300)])
     run_as_kaggle(built, data, tmp_path / "first")  # the recordings last ten seconds
     for name in ("aa", "bb"):
-        write_sound(data / "test_audio" / f"{name}.wav", 300)
+        write_noise_file(data / "test_audio" / f"{name}.wav", 300)
     size = (tmp_path / "first" / "submission.csv").stat().st_size
     limited(-(-size // 512))
     fails(built, data, tmp_path / "working", "File too large")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import CNN14_NAMES, resnet38_names
 from torch import nn
 from torch.nn import functional
 
@@ -10,46 +11,6 @@ from birdcall.models.backbones import PANNS, Cnn14, ResNet38
 # What the paper's table of parameters counts besides the backbone: the norm of 64 mel bins, a dense
 # layer of 2048, and one to AudioSet's 527 classes.
 REST = 2 * 64 + (2048 * 2048 + 2048) + (2048 * 527 + 527)
-
-
-def norm_names(name, channels):
-    per_channel = ("weight", "bias", "running_mean", "running_var")
-    return {f"{name}.{what}": (channels,) for what in per_channel} | {
-        f"{name}.num_batches_tracked": ()
-    }
-
-
-def block_names(name, before, after):
-    """The published layout of two 3 x 3 convolutions with their norms."""
-    return {
-        f"{name}.conv1.weight": (after, before, 3, 3),
-        **norm_names(f"{name}.bn1", after),
-        f"{name}.conv2.weight": (after, after, 3, 3),
-        **norm_names(f"{name}.bn2", after),
-    }
-
-
-CNN14_NAMES = {
-    **block_names("conv_block1", 1, 64),
-    **block_names("conv_block2", 64, 128),
-    **block_names("conv_block3", 128, 256),
-    **block_names("conv_block4", 256, 512),
-    **block_names("conv_block5", 512, 1024),
-    **block_names("conv_block6", 1024, 2048),
-}
-
-
-def resnet38_names():
-    names = block_names("conv_block1", 1, 64) | block_names("conv_block_after1", 512, 2048)
-    layers = {"layer1": (64, 64, 3), "layer2": (64, 128, 4), "layer3": (128, 256, 6)}
-    for layer, (before, after, depth) in (layers | {"layer4": (256, 512, 3)}).items():
-        names |= block_names(f"resnet.{layer}.0", before, after)
-        for number in range(1, depth):
-            names |= block_names(f"resnet.{layer}.{number}", after, after)
-        if before != after:  # the first module of the shortcut is a pooling without weights
-            names[f"resnet.{layer}.0.downsample.1.weight"] = (after, before, 1, 1)
-            names |= norm_names(f"resnet.{layer}.0.downsample.2", after)
-    return names
 
 
 def randomised(network):

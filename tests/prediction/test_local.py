@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
+from helpers import RATE, SCRIPT
 
 from birdcall.evaluation.labelled import read_truth
 from birdcall.inference.decision import Decision
@@ -41,9 +42,6 @@ from birdcall.prediction.local import (
 )
 from birdcall.storage.files import write_atomically
 from birdcall.storage.store import Journal
-
-RATE = 32_000
-SCRIPT = Path(__file__).resolve().parents[2] / "kernels" / "submission" / "submission.py"
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,12 @@
 
 import os
 import threading
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import soundfile
+from helpers import RATE, SCRIPT
 
 from birdcall.inference.decision import Decision
 from birdcall.kaggle.kernel import open_package
@@ -22,8 +22,6 @@ from birdcall.prediction.local import (
 from birdcall.prediction.ray_cluster import SHARDS_FOLDER, Worker, predict_on_ray
 from birdcall.storage.store import Journal
 
-RATE = 32_000
-SCRIPT = Path(__file__).resolve().parents[2] / "kernels" / "submission" / "submission.py"
 FORMATS = ("csv", "parquet")
 
 

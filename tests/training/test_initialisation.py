@@ -9,8 +9,8 @@ import pytest
 import timm
 import timm.data
 import torch
+from helpers import CNN14_NAMES, norm_names, resnet38_names
 from safetensors.torch import save_file
-from test_backbones import CNN14_NAMES, norm_names, resnet38_names
 
 from birdcall.config import FrontendConfig
 from birdcall.experiments import find_experiment

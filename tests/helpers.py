@@ -1,0 +1,91 @@
+"""What tests of several layers share: names in PANNs' files, files of a small competition."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import soundfile
+
+from birdcall.kaggle.submission import SUMMARY_FILE
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "kernels" / "submission" / "submission.py"
+RATE = 32_000
+
+
+# --- the published names and shapes of PANNs' networks -------------------------------------------
+
+
+def norm_names(name, channels):
+    per_channel = ("weight", "bias", "running_mean", "running_var")
+    return {f"{name}.{what}": (channels,) for what in per_channel} | {
+        f"{name}.num_batches_tracked": ()
+    }
+
+
+def block_names(name, before, after):
+    """The published layout of two 3 x 3 convolutions with their norms."""
+    return {
+        f"{name}.conv1.weight": (after, before, 3, 3),
+        **norm_names(f"{name}.bn1", after),
+        f"{name}.conv2.weight": (after, after, 3, 3),
+        **norm_names(f"{name}.bn2", after),
+    }
+
+
+CNN14_NAMES = {
+    **block_names("conv_block1", 1, 64),
+    **block_names("conv_block2", 64, 128),
+    **block_names("conv_block3", 128, 256),
+    **block_names("conv_block4", 256, 512),
+    **block_names("conv_block5", 512, 1024),
+    **block_names("conv_block6", 1024, 2048),
+}
+
+
+def resnet38_names():
+    names = block_names("conv_block1", 1, 64) | block_names("conv_block_after1", 512, 2048)
+    layers = {"layer1": (64, 64, 3), "layer2": (64, 128, 4), "layer3": (128, 256, 6)}
+    for layer, (before, after, depth) in (layers | {"layer4": (256, 512, 3)}).items():
+        names |= block_names(f"resnet.{layer}.0", before, after)
+        for number in range(1, depth):
+            names |= block_names(f"resnet.{layer}.{number}", after, after)
+        if before != after:  # the first module of the shortcut is a pooling without weights
+            names[f"resnet.{layer}.0.downsample.1.weight"] = (after, before, 1, 1)
+            names |= norm_names(f"resnet.{layer}.0.downsample.2", after)
+    return names
+
+
+# --- a test set, and what a kernel leaves ---------------------------------------------------------
+
+
+def write_rows(data, rows):
+    pd.DataFrame(rows, columns=["site", "row_id", "seconds", "audio_id"]).to_csv(
+        data / "test.csv", index=False
+    )
+    (data / "sample_submission.csv").write_text("row_id,birds\n")
+
+
+def rows_of(name, seconds=10, site="site_1"):
+    return [(site, f"{site}_{name}_{end}", end, name) for end in range(5, seconds + 5, 5)]
+
+
+def write_noise_file(path, seconds=10.0, rate=RATE, channels=1):
+    generator = np.random.default_rng(0)
+    path.parent.mkdir(exist_ok=True)
+    soundfile.write(path, generator.normal(0, 0.1, (round(seconds * rate), channels)), rate)
+
+
+def read_labels(working, data):
+    """The labels by row_id of a submission that must be valid."""
+    expected = pd.read_csv(data / "test.csv")["row_id"]
+    written = pd.read_csv(working / "submission.csv")
+    assert list(written.columns) == ["row_id", "birds"]
+    assert list(written["row_id"]) == list(expected)
+    assert not written["birds"].isna().any()
+    return dict(zip(written["row_id"], written["birds"], strict=True))
+
+
+def read_summary(working):
+    return json.loads((working / SUMMARY_FILE).read_text())
