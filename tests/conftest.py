@@ -108,7 +108,7 @@ def trained_runs(training_data, tiny_experiment, tmp_path_factory) -> list[Path]
 @pytest.fixture(scope="session")
 def held_out(trained_runs, training_data) -> HeldOutPredictions:
     """Predictions of two experiments on held-out audio, with short simulated soundscapes."""
-    config = SimulationConfig(soundscapes=4, soundscape_seconds=30.0)
+    config = SimulationConfig(n_soundscapes=4, soundscape_seconds=30.0)
     return hear(trained_runs, training_data, config=config)
 
 

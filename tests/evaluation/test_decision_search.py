@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from birdcall.evaluation import decision_search as choosing
 from birdcall.evaluation.decision_search import THRESHOLDS, flattest, search_decision
 from birdcall.evaluation.metrics import row_f1_scores
-from birdcall.evaluation.predictions import LabelledPredictions, concatenate, segments_of
+from birdcall.evaluation.predictions import LabelledPredictions, concatenate, segment_table
 from birdcall.inference.decision import Calibration, Decision
 
 
@@ -19,7 +19,7 @@ def soundscapes(truth, clipwise, framewise=None, n_groups=4, n_rows=12):
     """Recordings of ``n_rows`` segments each, given ``(members, segments, classes)`` scores."""
     n_recordings = len(truth) // n_rows
     parts = [
-        segments_of(f"s{k}", n_rows, is_labelled=True, group=f"g{k % n_groups}")
+        segment_table(f"s{k}", n_rows, is_labelled=True, group=f"g{k % n_groups}")
         for k in range(n_recordings)
     ]
     n_classes = clipwise.shape[2]

@@ -12,7 +12,7 @@ import soundfile
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.evaluation.labelled import predict_labelled, read_truth
 from birdcall.evaluation.metrics import row_f1_scores
-from birdcall.evaluation.predictions import label_times
+from birdcall.evaluation.predictions import truth_from_intervals
 from birdcall.evaluation.tables import event_rows
 from birdcall.inference.decision import Decision
 from birdcall.inference.ensemble import load_ensemble
@@ -65,7 +65,7 @@ def ravens(tmp_path):
     ],
 )
 def test_half_a_second_or_half_of_an_event_counts(onset, offset, segments):
-    truth = label_times(np.array([onset]), np.array([offset]), columns=[1], n_segments=4, n_known=3)
+    truth = truth_from_intervals([(onset, offset)], [1], (4, 3))
     assert np.flatnonzero(truth[:, 1]).tolist() == segments
     assert not truth[:, [0, 2]].any()
 
@@ -75,15 +75,10 @@ def test_the_example_s_rows_follow_from_its_annotations_in_the_demo(demo_folder)
     for name, rows in truth.rows.groupby("recording"):
         own = truth.annotations[truth.annotations["recording"] == name]
         columns = [KNOWN.index(code) for code in own["ebird_code"]]
-        found = label_times(
-            own["onset"].to_numpy(),
-            own["offset"].to_numpy(),
-            columns=columns,
-            n_segments=len(rows),
-            n_known=len(KNOWN),
-        )
+        intervals = own[["onset", "offset"]].to_numpy()
+        truth_rows = truth_from_intervals(intervals, columns, (len(rows), len(KNOWN)))
         expected = [sorted(birds) for birds in rows["birds"]]
-        assert [sorted(KNOWN[k] for k in np.flatnonzero(row)) for row in found] == expected
+        assert [sorted(KNOWN[k] for k in np.flatnonzero(row)) for row in truth_rows] == expected
 
 
 # --- what members hear ---------------------------------------------------------------------------

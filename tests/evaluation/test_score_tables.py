@@ -15,7 +15,7 @@ from sklearn.metrics import (
 from birdcall.data.targets import IGNORE_TARGET
 from birdcall.evaluation.labelled import Labelled
 from birdcall.evaluation.metrics import row_f1_scores
-from birdcall.evaluation.predictions import LabelledPredictions, segments_of
+from birdcall.evaluation.predictions import LabelledPredictions, segment_table
 from birdcall.evaluation.tables import (
     ScoreSubject,
     confusion_matrix,
@@ -48,7 +48,7 @@ def scores_of(seed=0, n_recordings=6, n_rows=12, n_classes=5, n_known=6):
     heard = generator.normal(-2, 1, (2, total, n_classes)) + 3 * truth[:, :n_classes]
     clipwise = (1 / (1 + np.exp(-heard))).astype(np.float32)
     parts = [
-        segments_of(f"s{k}", n_rows, is_labelled=True, group=f"s{k}") for k in range(n_recordings)
+        segment_table(f"s{k}", n_rows, is_labelled=True, group=f"s{k}") for k in range(n_recordings)
     ]
     return LabelledPredictions(
         segments=pd.concat(parts, ignore_index=True),
@@ -165,7 +165,7 @@ def labelled_events():
     frames = np.zeros((2, 2 * FRAMES_PER_SEGMENT), np.float32)
     frames[0, FRAMES_PER_SEGMENT // 5 : 3 * FRAMES_PER_SEGMENT // 5] = 0.9
     clipwise = np.array([[[0.9, 0.1], [0.1, 0.1]]], np.float32)
-    segments = segments_of("s", 2, is_labelled=True, group="s")
+    segments = segment_table("s", 2, is_labelled=True, group="s")
     truth = np.array([[True, False], [False, False]])
     scores = LabelledPredictions(
         segments=segments,
@@ -283,7 +283,7 @@ def test_reliability_is_measured_before_and_after_calibration():
 
 def test_recall_is_counted_by_level():
     segments = pd.concat(
-        [segments_of(name, 2, is_labelled=True, group="g") for name in ("a", "b")],
+        [segment_table(name, 2, is_labelled=True, group="g") for name in ("a", "b")],
         ignore_index=True,
     )
     nothing = np.zeros((1, 4, 1), np.float32)

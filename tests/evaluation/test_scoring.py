@@ -24,7 +24,7 @@ from birdcall.inference.tables import read_submission
 from birdcall.kaggle.submission import predict_test_set, write_nocall
 from birdcall.kaggle.test_set import read_labelled_soundscapes, read_test_rows
 
-CONFIG = SimulationConfig(soundscapes=6, soundscape_seconds=30.0)
+CONFIG = SimulationConfig(n_soundscapes=6, soundscape_seconds=30.0)
 
 
 @pytest.fixture(scope="module")

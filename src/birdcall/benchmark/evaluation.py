@@ -23,7 +23,7 @@ from birdcall.evaluation.prediction_cache import (
     cache_predictions,
     predict_cached,
 )
-from birdcall.evaluation.predictions import LabelledPredictions, segments_of
+from birdcall.evaluation.predictions import LabelledPredictions, segment_table
 from birdcall.evaluation.tables import (
     ENSEMBLE,
     SIMULATED,
@@ -197,7 +197,7 @@ def read_scores(folder: Path, size: Size) -> LabelledPredictions:
     ensemble = load_ensemble(find_checkpoints(folder / "runs"))
     heard = predict_cached(ensemble, dict.fromkeys(size.names, unheard), _kept(folder))
     parts = [
-        segments_of(name, size.n_segments, is_labelled=True, group=name) for name in size.names
+        segment_table(name, size.n_segments, is_labelled=True, group=name) for name in size.names
     ]
     return LabelledPredictions(
         segments=pd.concat(parts, ignore_index=True),

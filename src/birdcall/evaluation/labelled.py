@@ -22,7 +22,11 @@ from birdcall.evaluation.prediction_cache import (
     predict_cached,
     predict_frames_cached,
 )
-from birdcall.evaluation.predictions import LabelledPredictions, label_times, segments_of
+from birdcall.evaluation.predictions import (
+    LabelledPredictions,
+    segment_table,
+    truth_from_intervals,
+)
 from birdcall.inference.engine import SegmentPredictions, open_recording
 from birdcall.inference.ensemble import Ensemble
 from birdcall.inference.tables import read_raven_table
@@ -246,10 +250,8 @@ def _rows_of(
     name: str, n_segments: int, selections: pd.DataFrame, known: Sequence[str]
 ) -> pd.DataFrame:
     columns = [known.index(code) for code in selections["ebird_code"]]
-    truth = label_times(
-        selections["onset"].to_numpy(float), selections["offset"].to_numpy(float),
-        columns=columns, n_segments=n_segments, n_known=len(known),
-    )  # fmt: skip
+    intervals = selections[["onset", "offset"]].to_numpy(float)
+    truth = truth_from_intervals(intervals, columns, (n_segments, len(known)))
     birds = [tuple(known[column] for column in np.flatnonzero(row)) for row in truth]
     return pd.DataFrame(
         {
@@ -288,7 +290,7 @@ def _gather(
                 *(name, int((~is_labelled).sum()), n_segments),
             )
         truths.append(truth)
-        parts.append(segments_of(name, n_segments, is_labelled=is_labelled, group=name))
+        parts.append(segment_table(name, n_segments, is_labelled=is_labelled, group=name))
     names = list(heard)
     return LabelledPredictions(
         segments=pd.concat(parts, ignore_index=True),

@@ -18,7 +18,7 @@ from birdcall.evaluation.labelled import Labelled
 from birdcall.evaluation.predict import HeldOutPredictions
 from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.evaluation.scoring import EnsembleDecision, Evaluation
-from birdcall.evaluation.simulated_audio import open_noise, render
+from birdcall.evaluation.simulated_audio import open_renderer
 from birdcall.evaluation.simulation import SimulatedSoundscape
 from birdcall.evaluation.tables import LABELLED, SIMULATED
 from birdcall.inference.decision import combine
@@ -224,11 +224,9 @@ def _render_row(
     mistake: Mistake,
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """Return the waveform to show, and what the members predict on, by sample rate."""
-    noise = open_noise(held_out.data, soundscape.fold, held_out.config.sample_rate)
+    renderer = open_renderer(held_out.data, soundscape.fold, held_out.config)
     rates = sorted({SHOWN_SAMPLE_RATE, *ensemble.sample_rates})
-    waveforms = render(
-        soundscape, held_out.data, noise=noise, config=held_out.config, sample_rates=rates
-    )
+    waveforms = renderer.render(soundscape, rates)
     end = mistake.start + SEGMENT_SECONDS
     rows = {
         rate: waveform[round(mistake.start * rate) : round(end * rate)]

@@ -5,28 +5,35 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
+from birdcall.audio.reading import AudioError
+from birdcall.config import SEGMENT_SECONDS
 from birdcall.data.dataset import TrainingData
 from birdcall.evaluation.labelled import Labelled, predict_labelled
 from birdcall.evaluation.out_of_fold import OutOfFoldPredictions, predict_out_of_fold
-from birdcall.evaluation.predictions import LabelledPredictions, concatenate
-from birdcall.evaluation.simulated_audio import predict_simulated
+from birdcall.evaluation.prediction_cache import PredictionCache, predict_cached
+from birdcall.evaluation.predictions import LabelledPredictions, concatenate, segment_table
+from birdcall.evaluation.simulated_audio import open_renderer, salient_segment_finder
 from birdcall.evaluation.simulation import (
     SimulatedSoundscape,
     SimulationConfig,
     describe_events,
+    group_recordings,
+    label_segments,
     plan_soundscapes,
-    recording_groups,
 )
 from birdcall.inference.ensemble import Ensemble, load_ensemble
 from birdcall.inference.windows import SINGLE_SEGMENT, WindowConfig
 from birdcall.kaggle.test_set import EXAMPLE_LABELS
 from birdcall.models.checkpoint import read_checkpoint, require_same_classes
+from birdcall.storage.files import digest, digest_files
+from birdcall.storage.store import code_digest
 from birdcall.taxonomy import all_species
 
 logger = logging.getLogger(__name__)
@@ -125,7 +132,8 @@ def hear(
     for fold in sorted({member.checkpoint.fold for member in ensemble.members}):
         members = [member for member in ensemble.members if member.checkpoint.fold == fold]
         logger.info("fold %d: simulating soundscapes for %d members", fold, len(members))
-        soundscapes = plan_soundscapes(data, fold, config)
+        find_segment = salient_segment_finder(data, config.sample_rate)
+        soundscapes = plan_soundscapes(data.recordings, fold, config, find_segment)
         planned += soundscapes
         own = ensemble.for_members(members)
         simulated[fold] = predict_simulated(
@@ -139,7 +147,7 @@ def hear(
         out_of_fold=out_of_fold,
         simulated=simulated,
         events=describe_events(planned),
-        groups=recording_groups(data.recordings, config),
+        groups=group_recordings(data.recordings, config.groups_per_fold),
         labelled=predict_labelled(
             ensemble, labelled_folders, known=known, kept=kept, progress=progress
         ),
@@ -148,3 +156,55 @@ def hear(
         ensemble=ensemble,
         listening=listening,
     )
+
+
+def predict_simulated(
+    ensemble: Ensemble,
+    soundscapes: Sequence[SimulatedSoundscape],
+    data: TrainingData,
+    config: SimulationConfig,
+    known: Sequence[str],
+    kept: Path | None = None,
+    progress: bool = False,
+) -> LabelledPredictions:
+    """Return what members predict for simulated soundscapes of the fold that all of them held out.
+
+    The members' names are those of their experiments. ``known``: species of the truth, beginning
+    with the classes.
+    """
+    fold = soundscapes[0].fold
+    for member in ensemble.members:
+        if member.checkpoint.fold != fold:
+            raise ValueError(
+                f"{member.name} has trained on the recordings of {soundscapes[0].name}"
+            )
+    renderer = open_renderer(data, fold, config)
+    sources = {one.name: partial(renderer.render, one) for one in soundscapes}
+    cache = None
+    if kept is not None:
+        files = [data.folder / path for path in describe_events(soundscapes)["path"].unique()]
+        made_from = (
+            repr(soundscapes),
+            digest_files(files),
+            digest_files(renderer.noise.paths),
+            code_digest("evaluation.simulated_audio"),
+        )
+        cache = PredictionCache(kept, f"simulated-fold{fold}", digest(repr(made_from)))
+    predictions = predict_cached(ensemble, sources, cache, progress)
+    for scores in predictions.values():
+        if isinstance(scores, AudioError):
+            raise scores
+    return LabelledPredictions(
+        segments=pd.concat([_segments(one) for one in soundscapes], ignore_index=True),
+        truth=np.concatenate([label_segments(one, known) for one in soundscapes]),
+        clipwise=np.concatenate([predictions[one.name].clipwise for one in soundscapes], axis=1),
+        framewise=np.concatenate([predictions[one.name].framewise for one in soundscapes], axis=1),
+        member_names=tuple(member.checkpoint.experiment.name for member in ensemble.members),
+        classes=ensemble.classes,
+    )
+
+
+def _segments(soundscape: SimulatedSoundscape) -> pd.DataFrame:
+    n_segments = round(soundscape.seconds / SEGMENT_SECONDS)
+    table = segment_table(soundscape.name, n_segments, is_labelled=True, group=soundscape.group)
+    return table.assign(nocall_share=soundscape.nocall_share)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -20,7 +20,7 @@ from birdcall.inference.decision import (
     make_voters,
 )
 
-TIME_TOLERANCE = 1e-6  # seconds
+_TIME_TOLERANCE = 1e-6  # seconds
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,10 +143,10 @@ def concatenate(parts: Sequence[LabelledPredictions]) -> LabelledPredictions:
     )
 
 
-def segments_of(
+def segment_table(
     recording: str, n_segments: int, *, is_labelled: np.ndarray | bool, group: str
 ) -> pd.DataFrame:
-    """Return the table of one recording's segments, as `LabelledPredictions` wants it."""
+    """Return the table of one recording's segments, as in `LabelledPredictions`."""
     return pd.DataFrame(
         {
             "recording": recording,
@@ -157,19 +157,19 @@ def segments_of(
     )
 
 
-def label_times(
-    onsets: np.ndarray, offsets: np.ndarray, columns: Sequence[int], n_segments: int, n_known: int
+def truth_from_intervals(
+    intervals: Iterable[tuple[float, float]], columns: Sequence[int], shape: tuple[int, int]
 ) -> np.ndarray:
-    """Return which species are in each segment ``(segments, known species)``, from their times.
+    """Return which species are present in each segment, boolean, of ``shape`` (segments, species).
 
-    An event, ``(events,)`` seconds and the column of its species, counts in a segment where half a
-    second of it, or half of it, lies.
+    intervals: onset and offset of each event in seconds; columns: the column of its species. An
+    event is present in a segment that holds half a second of it, or half of it.
     """
-    truth = np.zeros((n_segments, n_known), dtype=bool)
-    starts = SEGMENT_SECONDS * np.arange(n_segments)
-    for onset, offset, column in zip(onsets, offsets, columns, strict=True):
+    truth = np.zeros(shape, dtype=bool)
+    starts = SEGMENT_SECONDS * np.arange(shape[0])
+    for (onset, offset), column in zip(intervals, columns, strict=True):
         overlap = np.minimum(offset, starts + SEGMENT_SECONDS) - np.maximum(onset, starts)
         touches = (onset < starts + SEGMENT_SECONDS) & (offset >= starts)
-        enough = min(MIN_OVERLAP_SECONDS, (offset - onset) / 2) - TIME_TOLERANCE
+        enough = min(MIN_OVERLAP_SECONDS, (offset - onset) / 2) - _TIME_TOLERANCE
         truth[touches & (overlap >= enough), column] = True
     return truth

@@ -1,221 +1,259 @@
-"""Make the sound of simulated soundscapes as the members hear it, and keep what they heard."""
+"""Find the salient segments of recordings, and render the audio of simulated soundscapes."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import soxr
+from scipy.signal import ShortTimeFFT
+from scipy.signal.windows import hann
 
 from birdcall.audio.filters import fade_curve, filter_waveform, high_pass_curve, low_pass_curve
-from birdcall.audio.reading import AudioError
-from birdcall.config import SEGMENT_SECONDS
 from birdcall.data.augment import fade_ends
-from birdcall.data.dataset import TrainingData
+from birdcall.data.dataset import ReadClip, TrainingData
 from birdcall.data.noise import NoiseFiles, ReadFailure, make_noise
-from birdcall.evaluation.prediction_cache import PredictionCache, predict_cached
-from birdcall.evaluation.predictions import LabelledPredictions, segments_of
 from birdcall.evaluation.simulation import (
+    FindSegment,
+    SalientSegment,
     SimulatedEvent,
     SimulatedSoundscape,
     SimulationConfig,
-    describe_events,
-    label_segments,
 )
-from birdcall.inference.ensemble import Ensemble
-from birdcall.storage.files import digest, digest_files
-from birdcall.storage.store import code_digest
 
 logger = logging.getLogger(__name__)
 
-BACKGROUND_RMS = 0.03
-BACKGROUND_SECONDS = (8.0, 16.0)  # of one stretch of noise in the bed
-CROSSFADE_SECONDS = 1.0
-HISS_DB = -15.0  # pink noise below the bed: between two sounds no place is silent
-BACKGROUND_LAYERS = 2
-EVENT_FADE_SECONDS = 0.05
-SKIRT_OCTAVES = 1 / 3  # beyond a bird's band, from where its recording's own noise is filtered out
-SKIRT_ORDER = 4
-LEVEL_DB = (-38.0, -22.0)  # RMS of a soundscape, of full scale: recorders differ
+_SEARCHED_SECONDS = 30.0  # at the start of a recording
+_WINDOW_SECONDS = 0.032
+_HOP_SECONDS = 0.008
+_LOWEST_HZ = 250.0  # below are wind and traffic; the calls of owls are above
+_FLOOR_QUANTILE = 0.2  # of a frequency's power over time: the background without the bird
+_FLOOR_RATIO = 4.0  # 6 dB above the floor
+_ACTIVE_DB = -20.0  # relative to the loudest frames
+_LOUDEST_QUANTILE = 0.99
+_GAP_SECONDS = 0.5  # between the notes of a song
+_MAX_SECONDS = 3.0  # the competition's example annotations last 0.3 to 2.7 s, 1.3 on average
+_MIN_SECONDS = 0.2
+_END_SECONDS = 0.001  # left out at the end of a recording
+_BAND_SHARE = 0.95  # of a segment's power lies in its band
+
+_BACKGROUND_RMS = 0.03
+_BACKGROUND_LAYERS = 2
+_NOISE_SECONDS = (8.0, 16.0)  # of one clip of noise in the background
+_CROSSFADE_SECONDS = 1.0
+_HISS_DB = -15.0  # of pink noise below the background, so that it is silent nowhere
+_EVENT_FADE_SECONDS = 0.05
+_SKIRT_OCTAVES = 1 / 3  # outside an event's band; beyond it the recording's noise is filtered out
+_SKIRT_ORDER = 4
+_LEVEL_DB = (-38.0, -22.0)  # RMS of a soundscape relative to full scale: recorders differ
 
 
-def predict_simulated(
-    ensemble: Ensemble,
-    soundscapes: Sequence[SimulatedSoundscape],
-    data: TrainingData,
-    config: SimulationConfig,
-    known: Sequence[str],
-    kept: Path | None = None,
-    progress: bool = False,
-) -> LabelledPredictions:
-    """Let members hear soundscapes of the fold that all of them held out.
+# --- salient segments ---
 
-    The members' names are those of their experiments. ``known``: species of the truth, beginning
-    with the classes.
+
+def salient_segment_finder(data: TrainingData, sample_rate: int) -> FindSegment:
+    """Return a function that finds the salient segment of a recording and remembers it.
+
+    It raises AudioError for a recording that does not decode.
     """
-    fold = soundscapes[0].fold
-    for member in ensemble.members:
-        if member.checkpoint.fold != fold:
-            raise ValueError(
-                f"{member.name} has trained on the recordings of {soundscapes[0].name}"
-            )
-    noise = open_noise(data, fold, config.sample_rate)
-    sounds = {one.name: partial(render, one, data, noise, config) for one in soundscapes}
-    place = None
-    if kept is not None:
-        files = [data.folder / path for path in describe_events(soundscapes)["path"].unique()]
-        made_from = (
-            repr(soundscapes),
-            digest_files(files),
-            digest_files(noise.paths),
-            code_digest("evaluation.simulated_audio"),
-        )
-        place = PredictionCache(kept, f"simulated-fold{fold}", digest(repr(made_from)))
-    heard = predict_cached(ensemble, sounds, place, progress)
-    for scores in heard.values():
-        if isinstance(scores, AudioError):
-            raise scores
-    return LabelledPredictions(
-        segments=pd.concat([_segments(one) for one in soundscapes], ignore_index=True),
-        truth=np.concatenate([label_segments(one, known) for one in soundscapes]),
-        clipwise=np.concatenate([heard[one.name].clipwise for one in soundscapes], axis=1),
-        framewise=np.concatenate([heard[one.name].framewise for one in soundscapes], axis=1),
-        member_names=tuple(member.checkpoint.experiment.name for member in ensemble.members),
-        classes=ensemble.classes,
+    segments: dict[str, SalientSegment] = {}
+
+    def find_segment(recording: pd.Series) -> SalientSegment:
+        path = recording["path"]
+        if path not in segments:
+            duration = _SEARCHED_SECONDS if recording["seconds"] > _SEARCHED_SECONDS else None
+            (waveform,) = data.read_clip(path, sample_rate, [0.0], duration)
+            segments[path] = find_salient_segment(waveform, sample_rate)
+        return segments[path]
+
+    return find_segment
+
+
+def find_salient_segment(waveform: np.ndarray, sample_rate: int) -> SalientSegment:
+    """Return the segment of ``waveform (samples,)`` with most power above its own background.
+
+    It lasts at most ``_MAX_SECONDS``, and begins and ends at a frame above the background. Where no
+    frame is, as in silence, it is the start of the waveform, with all frequencies.
+    """
+    # Times are rounded, and reading beyond the end would fail.
+    seconds = max(0.0, len(waveform) / sample_rate - _END_SECONDS)
+    excess, hertz = _excess_power(waveform, sample_rate)
+    hop = round(_HOP_SECONDS * sample_rate) / sample_rate
+    power = excess.sum(axis=0)
+    loudest = np.quantile(power, _LOUDEST_QUANTILE) if len(power) else 0.0
+    if loudest <= 0:
+        return SalientSegment(0.0, min(seconds, _MAX_SECONDS), 0.0, sample_rate / 2)
+    active = power >= loudest * 10 ** (_ACTIVE_DB / 10)
+    first, end = _loudest_run(power, active, hop)
+    onset, offset = first * hop, min(end * hop, seconds)
+    missing = max(0.0, _MIN_SECONDS - (offset - onset))
+    onset = max(0.0, onset - missing / 2)
+    offset = min(seconds, max(offset, onset + _MIN_SECONDS))
+    cumulated = np.cumsum(excess[:, first:end].sum(axis=1))
+    cumulated /= cumulated[-1]
+    low = hertz[np.searchsorted(cumulated, (1 - _BAND_SHARE) / 2)]
+    high = hertz[min(np.searchsorted(cumulated, (1 + _BAND_SHARE) / 2), len(hertz) - 1)]
+    step = hertz[1] - hertz[0]
+    return SalientSegment(
+        onset=round(float(onset), 4),
+        offset=round(float(offset), 4),
+        low_hz=max(0.0, float(low - step)),
+        high_hz=min(float(high + step), sample_rate / 2),
     )
 
 
-def _segments(soundscape: SimulatedSoundscape) -> pd.DataFrame:
-    n_segments = round(soundscape.seconds / SEGMENT_SECONDS)
-    table = segments_of(soundscape.name, n_segments, is_labelled=True, group=soundscape.group)
-    return table.assign(nocall_share=soundscape.nocall_share)
+def _excess_power(waveform: np.ndarray, sample_rate: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the power above the floor ``(frequencies, frames)``, and the frequencies in Hz."""
+    hop = round(_HOP_SECONDS * sample_rate)
+    window = hann(round(_WINDOW_SECONDS * sample_rate), sym=False)
+    padded = np.pad(waveform, (0, max(0, 2 * len(window) - len(waveform))))
+    transform = ShortTimeFFT(window, hop, sample_rate)
+    power = np.square(np.abs(transform.stft(padded)[:, -transform.p_min :]))
+    hertz = transform.f
+    power, hertz = power[hertz >= _LOWEST_HZ], hertz[hertz >= _LOWEST_HZ]
+    n_frames = max(1, round(len(waveform) / hop))
+    power = power[:, :n_frames]
+    floor = np.quantile(power, _FLOOR_QUANTILE, axis=1, keepdims=True)
+    return np.where(power > _FLOOR_RATIO * floor, power, 0.0), hertz
 
 
-def open_noise(data: TrainingData, fold: int, sample_rate: int) -> NoiseFiles:
-    """Open the noise that no run of this fold has trained with."""
+def _loudest_run(power: np.ndarray, active: np.ndarray, hop: float) -> tuple[int, int]:
+    """Return first and end frame of the run of active frames with most power.
+
+    Short gaps are part of a run; a long run is cut to its loudest ``_MAX_SECONDS``.
+    """
+    frames = np.flatnonzero(active)
+    breaks = np.flatnonzero(np.diff(frames) > round(_GAP_SECONDS / hop) + 1)
+    firsts = frames[np.append(0, breaks + 1)]
+    ends = frames[np.append(breaks, len(frames) - 1)] + 1
+    n_max = round(_MAX_SECONDS / hop)
+    runs = []
+    for first, end in zip(firsts.tolist(), ends.tolist(), strict=True):
+        if end - first > n_max:
+            total = np.concatenate([[0.0], np.cumsum(power[first:end])])
+            first += int(np.argmax(total[n_max:] - total[:-n_max]))
+            inside = first + np.flatnonzero(active[first : first + n_max])
+            first, end = int(inside[0]), int(inside[-1]) + 1
+        runs.append((first, end))
+    return max(runs, key=lambda run: power[run[0] : run[1]].sum())
+
+
+# --- rendering ---
+
+
+@dataclass(frozen=True)
+class SoundscapeRenderer:
+    """Makes the waveforms of planned soundscapes from recordings and noise."""
+
+    read_clip: ReadClip
+    noise: NoiseFiles
+    config: SimulationConfig
+
+    def render(
+        self, soundscape: SimulatedSoundscape, sample_rates: Sequence[int]
+    ) -> dict[int, np.ndarray]:
+        """Return the waveform ``(samples,)``, float32, at each of the sample rates.
+
+        It is made at the config's rate and resampled, so that all members get the same audio.
+        Raises AudioError for a recording that does not decode.
+        """
+        mixture = self.mix(soundscape)
+        level_db = np.random.default_rng((*soundscape.seed, 2)).uniform(*_LEVEL_DB)
+        mixture = _scale_to_level(mixture, level_db - 20 * np.log10(_BACKGROUND_RMS))
+        mixture /= max(1.0, float(np.abs(mixture).max()))
+        rate = self.config.sample_rate
+        return {
+            other: mixture if other == rate else soxr.resample(mixture, rate, other)
+            for other in sample_rates
+        }
+
+    def mix(self, soundscape: SimulatedSoundscape) -> np.ndarray:
+        """Return background and events ``(samples,)``, before the level is set."""
+        rate = self.config.sample_rate
+        mixture = self.mix_background(soundscape)
+        background = mixture.copy()
+        for event in (*soundscape.events, *soundscape.distractors):
+            start = round(event.onset * rate)
+            waveform = self.read_event(event)[: len(mixture) - start]
+            span = slice(start, start + len(waveform))
+            mixture[span] += event_gain(event, waveform, background[span], rate) * waveform
+        return mixture
+
+    def mix_background(self, soundscape: SimulatedSoundscape) -> np.ndarray:
+        """Return the background ``(samples,)``: layers of noise clips, each faded into the next.
+
+        Each clip has its own level; faint pink noise lies below all of them.
+        """
+        rate = self.config.sample_rate
+        generator = np.random.default_rng((*soundscape.seed, 1))
+        n_samples = round(soundscape.seconds * rate)
+        background = _scale_to_level(make_noise("pink", n_samples, rate, generator), _HISS_DB)
+        failures: list[ReadFailure] = []
+        for _ in range(_BACKGROUND_LAYERS):
+            self._add_layer(background, generator, failures)
+        for failure in failures:
+            logger.warning("%s; other noise replaces it", failure.reason)
+        return background
+
+    def _add_layer(
+        self, background: np.ndarray, generator: np.random.Generator, failures: list[ReadFailure]
+    ) -> None:
+        rate = self.config.sample_rate
+        n_fade = round(_CROSSFADE_SECONDS * rate)
+        start = -n_fade
+        while start < len(background):
+            length = round(generator.uniform(*_NOISE_SECONDS) * rate)
+            level_db = self.config.noise_spread_db * np.clip(generator.standard_normal(), -2, 2)
+            noise = self.noise.draw(length, generator, failures)
+            clip = fade_ends(_scale_to_level(noise, level_db), n_fade)
+            n_skipped = max(0, -start)
+            span = background[max(0, start) : start + length]
+            span += clip[n_skipped : n_skipped + len(span)]
+            start += length - n_fade
+
+    def read_event(self, event: SimulatedEvent) -> np.ndarray:
+        """Return an event's waveform ``(samples,)``: its band only, high frequencies attenuated."""
+        rate = self.config.sample_rate
+        seconds = (event.offset - event.onset) * event.transposition
+        (waveform,) = self.read_clip(event.path, rate, [event.recording_onset], seconds)
+        if event.transposition != 1:
+            waveform = soxr.resample(waveform, event.transposition * rate, rate)
+        # Without a band the recording's noise would begin and end with the event.
+        low_hz, high_hz = event.band_hz
+        curves = [
+            fade_curve(event.fade_db, rate),
+            high_pass_curve(max(low_hz, 1.0) * 2**-_SKIRT_OCTAVES, _SKIRT_ORDER),
+            low_pass_curve(high_hz * 2**_SKIRT_OCTAVES, _SKIRT_ORDER),
+        ]
+        waveform = filter_waveform(waveform, rate, curves)
+        return fade_ends(waveform, round(_EVENT_FADE_SECONDS * rate))
+
+
+def open_renderer(data: TrainingData, fold: int, config: SimulationConfig) -> SoundscapeRenderer:
+    """Return the renderer for a fold, with noise that no run of this fold has trained with."""
     training, held_out = data.split_noise(fold)
     if not held_out:
         logger.warning("fold %d has no held-out noise: simulated with that of its training", fold)
-    return NoiseFiles(held_out or training, sample_rate, data.noise_store)
-
-
-def render(
-    soundscape: SimulatedSoundscape,
-    data: TrainingData,
-    noise: NoiseFiles,
-    config: SimulationConfig,
-    sample_rates: Sequence[int],
-) -> dict[int, np.ndarray]:
-    """Return a soundscape's waveform ``(samples,)``, float32, at each of the sample rates.
-
-    It is made at the config's rate and resampled, so that all members hear the same. Raises
-    AudioError for a recording that does not decode.
-    """
-    mixture = mix_soundscape(soundscape, data, noise, config)
-    level_db = np.random.default_rng((*soundscape.seed, 2)).uniform(*LEVEL_DB)
-    mixture = _at_level(mixture, level_db - 20 * np.log10(BACKGROUND_RMS))
-    mixture /= max(1.0, float(np.abs(mixture).max()))
-    rate = config.sample_rate
-    return {
-        other: mixture if other == rate else soxr.resample(mixture, rate, other)
-        for other in sample_rates
-    }
-
-
-def mix_soundscape(
-    soundscape: SimulatedSoundscape,
-    data: TrainingData,
-    noise: NoiseFiles,
-    config: SimulationConfig,
-) -> np.ndarray:
-    """Return noise and birds together, at no particular level."""
-    mixture = mix_background(soundscape, noise, config)
-    background = mixture.copy()
-    for event in (*soundscape.events, *soundscape.others):
-        start = round(event.onset * config.sample_rate)
-        bird = read_event(event, data, config.sample_rate)[: len(mixture) - start]
-        stretch = slice(start, start + len(bird))
-        mixture[stretch] += event_gain(event, bird, background[stretch], config.sample_rate) * bird
-    return mixture
-
-
-def mix_background(
-    soundscape: SimulatedSoundscape, noise: NoiseFiles, config: SimulationConfig
-) -> np.ndarray:
-    """Return what the place sounds like without birds: stretches of noise, one fading into another.
-
-    Each has its own level; a little pink noise lies below all of them.
-    """
-    generator = np.random.default_rng((*soundscape.seed, 1))
-    n_samples = round(soundscape.seconds * config.sample_rate)
-    background = _at_level(make_noise("pink", n_samples, config.sample_rate, generator), HISS_DB)
-    failures: list[ReadFailure] = []
-    for _ in range(BACKGROUND_LAYERS):
-        _add_layer(background, noise, config=config, generator=generator, failures=failures)
-    for failure in failures:
-        logger.warning("%s; other noise takes its place", failure.reason)
-    return background
-
-
-def _add_layer(
-    background: np.ndarray,
-    noise: NoiseFiles,
-    config: SimulationConfig,
-    generator: np.random.Generator,
-    failures: list[ReadFailure],
-) -> None:
-    n_fade = round(CROSSFADE_SECONDS * config.sample_rate)
-    start = -n_fade
-    while start < len(background):
-        length = round(generator.uniform(*BACKGROUND_SECONDS) * config.sample_rate)
-        level_db = config.noise_level_db * np.clip(generator.standard_normal(), -2, 2)
-        piece = fade_ends(_at_level(noise.draw(length, generator, failures), level_db), n_fade)
-        skipped = max(0, -start)
-        room = background[max(0, start) : start + length]
-        room += piece[skipped : skipped + len(room)]
-        start += length - n_fade
-
-
-def _at_level(waveform: np.ndarray, level_db: float) -> np.ndarray:
-    """Return a waveform so many decibels above ``BACKGROUND_RMS``."""
-    rms = float(np.sqrt(np.mean(np.square(waveform, dtype=np.float64))))
-    return waveform * np.float32(BACKGROUND_RMS * 10 ** (level_db / 20) / max(rms, 1e-9))
-
-
-def read_event(event: SimulatedEvent, data: TrainingData, sample_rate: int) -> np.ndarray:
-    """Return a bird as it arrives, ``(samples,)``: its stretch, its band, with less treble."""
-    seconds = (event.offset - event.onset) * event.transposed
-    (bird,) = data.read_clip(event.path, sample_rate, [event.recording_onset], seconds, None)
-    if event.transposed != 1:
-        bird = soxr.resample(bird, event.transposed * sample_rate, sample_rate)
-    # Else the recording's own noise would begin and end with the bird, in all frequencies.
-    low_hz, high_hz = event.band_hz
-    curves = [
-        fade_curve(event.fade_db, sample_rate),
-        high_pass_curve(max(low_hz, 1.0) * 2**-SKIRT_OCTAVES, SKIRT_ORDER),
-        low_pass_curve(high_hz * 2**SKIRT_OCTAVES, SKIRT_ORDER),
-    ]
-    bird = filter_waveform(bird, sample_rate, curves)
-    return fade_ends(bird, round(EVENT_FADE_SECONDS * sample_rate))
+    noise = NoiseFiles(held_out or training, config.sample_rate, data.noise_store)
+    return SoundscapeRenderer(data.read_clip, noise, config)
 
 
 def event_gain(
-    event: SimulatedEvent, bird: np.ndarray, background: np.ndarray, sample_rate: int
+    event: SimulatedEvent, waveform: np.ndarray, background: np.ndarray, sample_rate: int
 ) -> np.float32:
-    """Return the gain that puts a bird at its SNR, both powers taken in the bird's band.
+    """Return the gain that gives an event its SNR; both powers are those in the event's band.
 
-    Over all frequencies the rumble of wind, where no bird sings, would decide how well a bird is
-    heard.
+    Over all frequencies, the rumble of wind far below the event would decide how audible it is.
     """
-    options = 10 ** (event.snr_db / 10)
-    power = band_power(bird, sample_rate, event.band_hz)
+    power_ratio = 10 ** (event.snr_db / 10)
+    power = band_power(waveform, sample_rate, event.band_hz)
     if power <= 0:
         return np.float32(0)
-    return np.float32(np.sqrt(options * band_power(background, sample_rate, event.band_hz) / power))
+    background_power = band_power(background, sample_rate, event.band_hz)
+    return np.float32(np.sqrt(power_ratio * background_power / power))
 
 
 def band_power(waveform: np.ndarray, sample_rate: int, band_hz: tuple[float, float]) -> float:
@@ -226,3 +264,9 @@ def band_power(waveform: np.ndarray, sample_rate: int, band_hz: tuple[float, flo
     hertz = np.fft.rfftfreq(len(waveform), 1 / sample_rate)
     inside = (hertz >= band_hz[0]) & (hertz <= band_hz[1])
     return float(2 * spectrum[inside].sum() / len(waveform) ** 2)
+
+
+def _scale_to_level(waveform: np.ndarray, level_db: float) -> np.ndarray:
+    """Return the waveform with an RMS of ``level_db`` relative to ``_BACKGROUND_RMS``."""
+    rms = float(np.sqrt(np.mean(np.square(waveform, dtype=np.float64))))
+    return waveform * np.float32(_BACKGROUND_RMS * 10 ** (level_db / 20) / max(rms, 1e-9))
