@@ -36,10 +36,12 @@ def noise(seconds, seed=0):
 SOUNDS = {name: (lambda rates, s=s: {RATE: noise(3 + 9 * s, s)}) for s, name in enumerate("abcdef")}
 
 
-@pytest.mark.parametrize("listening", [WindowConfig(), WindowConfig(2, 2.5)], ids=["plain", "wide"])
-def test_a_gpu_scores_as_a_cpu_does(trained_runs, listening):
-    on_gpu = dict(predict_audio(load_ensemble(trained_runs, "cuda", listening), SOUNDS))
-    on_cpu = dict(predict_audio(load_ensemble(trained_runs, "cpu", listening), SOUNDS))
+@pytest.mark.parametrize(
+    "window_config", [WindowConfig(), WindowConfig(2, 2.5)], ids=["plain", "wide"]
+)
+def test_a_gpu_scores_as_a_cpu_does(trained_runs, window_config):
+    on_gpu = dict(predict_audio(load_ensemble(trained_runs, "cuda", window_config), SOUNDS))
+    on_cpu = dict(predict_audio(load_ensemble(trained_runs, "cpu", window_config), SOUNDS))
     for name in SOUNDS:
         for output in ("clipwise", "framewise", "frames"):
             one, other = (getattr(found[name], output) for found in (on_gpu, on_cpu))
@@ -49,11 +51,11 @@ def test_a_gpu_scores_as_a_cpu_does(trained_runs, listening):
 def test_batches_go_to_all_gpus_in_turn(trained_runs, monkeypatch):
     """Where there is one GPU, it stands for two: each has its own copy of the networks."""
     expected = dict(predict_audio(load_ensemble(trained_runs, "cuda"), SOUNDS))
-    monkeypatch.setattr(ensemble_module, "CUDA_BATCH", 3)
     both = [torch.device("cuda", 0), torch.device("cuda", torch.cuda.device_count() - 1)]
-    monkeypatch.setattr(ensemble_module, "_devices", lambda device: both)
+    monkeypatch.setattr(ensemble_module, "list_devices", lambda device: both)
     found = load_ensemble(trained_runs, "cuda")
-    assert len(found.lanes) == 2
+    found.batch_windows = 3
+    assert len(found.replicas) == 2
     for name, scores in predict_audio(found, SOUNDS):
         np.testing.assert_allclose(scores.clipwise, expected[name].clipwise, atol=1e-4)
 

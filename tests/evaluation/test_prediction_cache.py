@@ -88,9 +88,9 @@ def test_only_a_new_member_hears(trained_runs, kept, monkeypatch):
     members = []
     real = stored.predict_audio
 
-    def count(ensemble, sounds, with_frames):
+    def count(ensemble, sounds, outputs):
         members.append([member.name for member in ensemble.members])
-        return real(ensemble, sounds, with_frames=with_frames)
+        return real(ensemble, sounds, outputs)
 
     monkeypatch.setattr(stored, "predict_audio", count)
     together = predict_cached(load_ensemble(trained_runs[:2]), SOUNDS, kept)

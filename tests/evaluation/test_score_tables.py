@@ -33,7 +33,7 @@ from birdcall.evaluation.tables import (
     wide_table,
 )
 from birdcall.inference.decision import Decision
-from birdcall.inference.engine import SegmentPredictions
+from birdcall.inference.predictions import SegmentPredictions
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
 
 LABELLED_X = ScoreSubject("x", 2, "labelled")
@@ -178,7 +178,7 @@ def labelled_events():
     annotations = pd.DataFrame(
         [("s", 1.0, 3.0, "bird0")], columns=["recording", "onset", "offset", "ebird_code"]
     )
-    heard = SegmentPredictions(clipwise, clipwise, frames, 10.0)
+    heard = SegmentPredictions(clipwise, clipwise, frames, recording_seconds=(10.0,))
     return Labelled(
         scores=scores, annotations=annotations, frames={"s": heard}, foreign=None, paths={}
     )

@@ -12,10 +12,10 @@ import torch
 from birdcall.audio.frontend import LogMel
 from birdcall.audio.reading import AudioError, read_audio
 from birdcall.inference.engine import (
-    hear,
     open_recording,
     predict_audio,
     predict_files,
+    predict_stream,
     predict_waveforms,
 )
 from birdcall.inference.ensemble import Ensemble, Member, MemberError
@@ -107,10 +107,11 @@ def test_a_sound_says_the_same_to_the_bit_whatever_is_heard_beside_it(members):
         assert_same(backwards[name], alone)
 
 
-def test_the_batch_does_not_change_a_score(members, monkeypatch):
+def test_the_batch_does_not_change_a_prediction(members):
     expected = predict_waveforms(Ensemble(members), {RATE: noise(40)})
-    monkeypatch.setattr("birdcall.inference.ensemble.CPU_BATCH", 3)
-    found = predict_waveforms(Ensemble(members), {RATE: noise(40)})
+    ensemble = Ensemble(members)
+    ensemble.batch_windows = 3
+    found = predict_waveforms(ensemble, {RATE: noise(40)})
     np.testing.assert_allclose(found.clipwise, expected.clipwise, atol=1e-6)
     np.testing.assert_allclose(found.framewise, expected.framewise, atol=1e-6)
 
@@ -123,7 +124,7 @@ def test_the_number_of_threads_does_not_change_a_bit(members):
 
 
 def test_a_long_window_answers_by_segments(members):
-    ensemble = Ensemble(members[:1], listening=WindowConfig(3))
+    ensemble = Ensemble(members[:1], window_config=WindowConfig(3))
     scores = predict_waveforms(ensemble, {RATE: noise(23)})
     assert scores.clipwise.shape == scores.framewise.shape == (1, 5, 3)
     assert scores.frames.shape == (3, 5 * FRAMES_PER_SEGMENT)
@@ -136,7 +137,7 @@ def test_what_is_beside_a_segment_is_heard_and_not_scored(members):
     """A shout after the segment changes its score only where there is context."""
     quiet, shout = 1e-3 * noise(20), 1e-3 * noise(20)
     shout[23 * RATE // 2 : 27 * RATE // 2] += noise(2, seed=7) * 5
-    plain, wide = Ensemble(members[:1]), Ensemble(members[:1], listening=WindowConfig(1, 2.5))
+    plain, wide = Ensemble(members[:1]), Ensemble(members[:1], window_config=WindowConfig(1, 2.5))
     for ensemble, is_changed in ((plain, False), (wide, True)):
         before, after = (predict_waveforms(ensemble, {RATE: one}) for one in (quiet, shout))
         assert np.array_equal(before.clipwise[:, 0], after.clipwise[:, 0])
@@ -149,8 +150,8 @@ def test_however_much_is_heard_frames_are_where_the_sound_is(members):
     """A shout changes most where it is."""
     waveform = 1e-3 * noise(20)
     waveform[11 * RATE : 12 * RATE] += noise(1, seed=7) * 5
-    for listening in (WindowConfig(), WindowConfig(2, 2.5), WindowConfig(4, 0.0)):
-        ensemble = Ensemble(members[:1], listening=listening)
+    for window_config in (WindowConfig(), WindowConfig(2, 2.5), WindowConfig(4, 0.0)):
+        ensemble = Ensemble(members[:1], window_config=window_config)
         shout = predict_waveforms(ensemble, {RATE: waveform}).frames
         quiet = predict_waveforms(ensemble, {RATE: 1e-3 * noise(20)}).frames
         moved = np.abs(shout - quiet).sum(axis=0)
@@ -163,10 +164,10 @@ def test_an_export_for_other_windows_is_not_heard_with(members, tmp_path):
     exported = replace(members[0], export=tmp_path / "model.onnx")
     ensemble = Ensemble(members[:1])
     ensemble.members = [exported]
-    wide = ensemble.hearing(WindowConfig(2))
+    wide = ensemble.with_windows(WindowConfig(2))
     assert wide.members[0].export is None
     assert predict_waveforms(wide, {RATE: noise(12)}).clipwise.shape[1] == 3
-    assert ensemble.hearing(WindowConfig()) is ensemble
+    assert ensemble.with_windows(WindowConfig()) is ensemble
 
 
 def test_members_of_other_classes_do_not_make_an_ensemble(members):
@@ -205,7 +206,9 @@ def test_a_sound_that_breaks_off_ends_with_its_error(members):
         yield {RATE: noise(22)}
         raise AudioError("x.mp3", "broke off")
 
-    items = [item for _, item in hear(Ensemble(members[:1]), {"a": broken, "b": sound(5)})]
+    items = [
+        item for _, item in predict_stream(Ensemble(members[:1]), {"a": broken, "b": sound(5)})
+    ]
     assert isinstance(items[-3], AudioError)
     assert sum(item.clipwise.shape[1] for item in items[:-3]) == 4
     results = dict(predict_audio(Ensemble(members[:1]), {"a": broken, "b": sound(5)}))
@@ -227,7 +230,7 @@ def test_who_stops_listening_leaves_no_reader_behind(members):
             yield {RATE: noise(5)}
 
     before = threading.active_count()
-    heard = hear(Ensemble(members[:1]), {"a": endless})
+    heard = predict_stream(Ensemble(members[:1]), {"a": endless})
     next(heard)
     heard.close()
     deadline = time.monotonic() + 5
@@ -245,7 +248,7 @@ def test_reading_ahead_is_bounded(members):
             n_read += 1
             yield {RATE: np.zeros(5 * RATE, np.float32)}
 
-    heard = hear(Ensemble(members[:1]), {"a": long})
+    heard = predict_stream(Ensemble(members[:1]), {"a": long})
     next(heard)
     time.sleep(0.3)
     assert n_read < 100
@@ -277,7 +280,7 @@ def test_a_limited_recording_is_its_beginning_to_the_sample(tmp_path):
 def test_some_members_hear_and_at_none_nothing_more_is_heard(members):
     sounds = {name: sound(6, seed) for seed, name in enumerate("abcd")}
     n_members = iter((3, 1, 0))
-    heard = dict(predict_audio(Ensemble(members), sounds, lambda name: next(n_members)))
+    heard = dict(predict_audio(Ensemble(members), sounds, limit_members=lambda _: next(n_members)))
     assert {name: len(scores.clipwise) for name, scores in heard.items()} == {"a": 3, "b": 1}
     alone = predict_waveforms(Ensemble(members[:1]), sounds["b"]([RATE]))
     assert_same(heard["b"], alone)
@@ -298,5 +301,5 @@ def test_costs_tell_what_the_time_went_to(members):
     predict_waveforms(ensemble, {RATE: noise(40)})
     assert set(ensemble.costs.seconds) == {"reading", "front end", "m0", "m1", "m2"}
     assert all(seconds > 0 for seconds in ensemble.costs.seconds.values())
-    assert ensemble.costs.sound["m0"] == 40
-    assert ensemble.costs.sound["front end"] == 80  # there are two
+    assert ensemble.costs.audio_seconds["m0"] == 40
+    assert ensemble.costs.audio_seconds["front end"] == 80  # there are two

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.inference.decision import Calibration, Decision, decide
-from birdcall.inference.engine import Piece, SegmentPredictions
 from birdcall.inference.events import RecordingDetector, detect_events
+from birdcall.inference.predictions import SegmentPredictions
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
 
 CLASSES = ("amecro", "bkcchi", "norcar")
@@ -20,7 +20,9 @@ def scores_of(clipwise, framewise=None):
     clipwise = np.asarray(clipwise, dtype=np.float32)[None]
     framewise = clipwise if framewise is None else np.asarray(framewise, dtype=np.float32)[None]
     frames = np.repeat(framewise[0].T, FRAMES_PER_SEGMENT, axis=1)
-    return SegmentPredictions(clipwise, framewise, frames, 5.0 * clipwise.shape[1])
+    return SegmentPredictions(
+        clipwise, framewise, frames, recording_seconds=(5.0 * clipwise.shape[1],)
+    )
 
 
 def test_every_decided_bird_has_an_event_in_its_segment():
@@ -51,7 +53,7 @@ def test_events_are_as_long_as_calibrated_frames_say():
 
 
 def test_no_event_lasts_longer_than_its_recording():
-    scores = replace(scores_of([[0.9, 0, 0], [0.9, 0, 0]]), seconds=7.33)
+    scores = replace(scores_of([[0.9, 0, 0], [0.9, 0, 0]]), recording_seconds=(7.33,))
     (event,) = detect_events(scores, Decision(0.5, 0.5), CLASSES)
     assert (event.onset, event.offset) == (0.0, 7.3)
 
@@ -95,7 +97,9 @@ def test_pieces_of_any_length_give_the_events_of_the_whole(decision, n_members, 
     while row < n_rows:
         end = min(n_rows, row + data.draw(st.integers(1, 9)))
         span = slice(row * FRAMES_PER_SEGMENT, end * FRAMES_PER_SEGMENT)
-        detector.add(Piece(clipwise[:, row:end], framewise[:, row:end], frames[:, span], None))
+        detector.add(
+            SegmentPredictions(clipwise[:, row:end], framewise[:, row:end], frames[:, span])
+        )
         row = end
     events = detector.finish(5.0 * n_rows)
 
@@ -130,7 +134,7 @@ def test_what_is_kept_does_not_grow_with_classes_that_have_no_chance(gate):
     for _ in range(n_rows):
         scores = generator.random((1, 1, n_classes), dtype=np.float32)
         frames = np.repeat(scores[0].T, FRAMES_PER_SEGMENT, axis=1)
-        detector.add(Piece(scores, scores, frames, None))
+        detector.add(SegmentPredictions(scores, scores, frames))
     n_kept = sum(len(one.row) for one in detector.candidates)
     if gate < 0.9:
         assert n_kept < 3 * n_rows

@@ -35,11 +35,15 @@ def run(trained_runs, tmp_path):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("listening", [WindowConfig(), WindowConfig(3, 1.5)], ids=["plain", "wide"])
-def test_an_ensemble_takes_the_export_and_scores_as_torch_does(run, listening):
-    torch_scores = predict_waveforms(load_ensemble([run], listening=listening), {RATE: noise(33)})
-    assert export_checkpoint(run, run / ONNX_FILE, listening) < 1e-5
-    ensemble = load_ensemble([run], listening=listening)
+@pytest.mark.parametrize(
+    "window_config", [WindowConfig(), WindowConfig(3, 1.5)], ids=["plain", "wide"]
+)
+def test_an_ensemble_takes_the_export_and_scores_as_torch_does(run, window_config):
+    torch_scores = predict_waveforms(
+        load_ensemble([run], window_config=window_config), {RATE: noise(33)}
+    )
+    assert export_checkpoint(run, run / ONNX_FILE, window_config) < 1e-5
+    ensemble = load_ensemble([run], window_config=window_config)
     assert ensemble.members[0].export == run / ONNX_FILE
     scores = predict_waveforms(ensemble, {RATE: noise(33)})
     for name in ("clipwise", "framewise", "frames"):
@@ -66,7 +70,7 @@ def test_an_export_scores_the_same_to_the_bit_in_any_company(run):
     assert np.array_equal(one.frames, other.frames)
 
 
-@pytest.mark.parametrize("change", ["weights", "listening"])
+@pytest.mark.parametrize("change", ["weights", "window_config"])
 def test_an_export_of_another_state_is_not_taken(run, change, caplog):
     export_checkpoint(run, run / ONNX_FILE)
     if change == "weights":
@@ -74,7 +78,7 @@ def test_an_export_of_another_state_is_not_taken(run, change, caplog):
         with torch.no_grad():
             model.head.detection.bias.add_(1)
         save_checkpoint(run, model, checkpoint)
-    member = load_member(run, WindowConfig(2) if change == "listening" else WindowConfig())
+    member = load_member(run, WindowConfig(2) if change == "window_config" else WindowConfig())
     assert member.export is None
     assert "torch runs in its place" in caplog.text
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from birdcall.inference.engine import tables as outputs
+from birdcall.inference import tables as outputs
 from birdcall.inference.tables import Event, frames_to_events, merge_events
 
 EVENTS = [

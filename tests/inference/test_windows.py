@@ -16,8 +16,8 @@ def ramp(seconds, rate=RATE):
     return np.arange(1, round(seconds * rate) + 1, dtype=np.float32)
 
 
-def cut(sound, listening=SINGLE_SEGMENT):
-    *windows, end = cut_windows(sound, listening)
+def cut(sound, window_config=SINGLE_SEGMENT):
+    *windows, end = cut_windows(sound, window_config)
     assert isinstance(end, End)
     assert all(isinstance(window, Window) for window in windows)
     return windows, end.seconds
@@ -55,14 +55,17 @@ def test_a_window_hears_what_is_before_and_after_its_segments():
 )
 def test_blocks_do_not_change_the_windows(n_samples, cuts, window_segments, context):
     """Two rates, cut into blocks of the same length in time."""
-    listening = WindowConfig(window_segments, context)
+    window_config = WindowConfig(window_segments, context)
     sound = {RATE: ramp(n_samples / RATE), 2 * RATE: ramp(n_samples / RATE, 2 * RATE)}
     edges = np.unique(np.minimum(np.cumsum([0, *cuts, n_samples]), n_samples))
     blocks = [
         {rate: one[a * rate // RATE : b * rate // RATE] for rate, one in sound.items()}
         for a, b in pairwise(edges)
     ]
-    (whole, end), (parts, end_of_parts) = cut(sound, listening), cut(iter(blocks), listening)
+    (whole, end), (parts, end_of_parts) = (
+        cut(sound, window_config),
+        cut(iter(blocks), window_config),
+    )
     assert end == end_of_parts == pytest.approx(n_samples / RATE)
     assert [window.n_segments for window in whole] == [window.n_segments for window in parts]
     for one, other in zip(whole, parts, strict=True):

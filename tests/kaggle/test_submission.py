@@ -12,8 +12,8 @@ import soundfile
 import torch
 
 from birdcall.inference.decision import Decision
-from birdcall.inference.engine import SegmentPredictions
 from birdcall.inference.ensemble import CostMeter, Ensemble, Member, MemberError
+from birdcall.inference.predictions import SegmentPredictions
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
 from birdcall.kaggle.submission import (
     SAFE_SHARE,
@@ -44,7 +44,9 @@ def members(tiny_experiment):
 def scores_of(clipwise):
     clipwise = np.asarray(clipwise, dtype=np.float32)[None]
     frames = np.repeat(clipwise[0].T, FRAMES_PER_SEGMENT, axis=1)
-    return SegmentPredictions(clipwise, clipwise, frames, 5.0 * clipwise.shape[1])
+    return SegmentPredictions(
+        clipwise, clipwise, frames, recording_seconds=(5.0 * clipwise.shape[1],)
+    )
 
 
 def test_rows_are_labelled_by_their_end_and_site_3_by_file():

@@ -19,6 +19,7 @@ from helpers import RATE, SCRIPT
 from birdcall.evaluation.labelled import read_truth
 from birdcall.inference.decision import Decision
 from birdcall.inference.ensemble import load_ensemble
+from birdcall.inference.predictions import OutputOptions, SegmentPredictions
 from birdcall.inference.tables import (
     Event,
     read_audacity_labels,
@@ -315,12 +316,13 @@ def test_labels_beside_a_recording_are_shown_once_they_are_there(opened, package
 
 
 def test_frames_of_members_average_to_those_of_the_ensemble(opened, tmp_path):
-    from birdcall.inference.engine import Piece, hear, open_recording
+    from birdcall.inference.engine import open_recording, predict_stream
 
     write_sound(tmp_path / "a.wav", 23)
     sounds = {"a": open_recording(tmp_path / "a.wav")}
-    for _, piece in hear(opened[0], sounds, ("frames", "member_frames")):
-        if isinstance(piece, Piece):
+    outputs = OutputOptions(frames=True, member_frames=True)
+    for _, piece in predict_stream(opened[0], sounds, outputs):
+        if isinstance(piece, SegmentPredictions):
             np.testing.assert_allclose(piece.member_frames.mean(axis=0), piece.frames, atol=1e-6)
             by_segment = piece.member_frames.reshape(*piece.member_frames.shape[:2], -1, 50)
             highest = by_segment.max(axis=3).swapaxes(1, 2)

@@ -13,7 +13,7 @@ import soundfile
 
 from birdcall.evaluation.labelled import read_truth
 from birdcall.inference.decision import Decision
-from birdcall.inference.engine import Piece
+from birdcall.inference.predictions import SegmentPredictions
 from birdcall.inference.tables import (
     Event,
     frames_to_events,
@@ -96,11 +96,10 @@ def make_soundscape(folder: Path, seconds: float = 30.0, **changes) -> Soundscap
     collector = FrameCollector(Decision(), CLASSES)
     nothing = np.zeros((2, n_frames // FRAMES_PER_SEGMENT, len(CLASSES)), np.float32)
     collector.add(
-        Piece(
+        SegmentPredictions(
             clipwise=nothing,
             framewise=nothing,
             frames=members.mean(axis=0),
-            embedding=None,
             member_frames=members,
         )
     )
@@ -224,11 +223,10 @@ def test_levels_say_of_a_threshold_what_the_probabilities_say(tmp_path):
     collector = FrameCollector(Decision(), ("amecro",))
     nothing = np.zeros((1, 10, 1), np.float32)
     collector.add(
-        Piece(
+        SegmentPredictions(
             clipwise=nothing,
             framewise=nothing,
             frames=frames[0],
-            embedding=None,
             member_frames=frames,
         )
     )
@@ -470,11 +468,10 @@ def test_scores_that_are_no_numbers_are_refused():
     frames = np.full((1, 1, 50), np.nan, np.float32)
     with pytest.raises(ValueError, match="did a model diverge"):
         FrameCollector(Decision(), ("amecro",)).add(
-            Piece(
+            SegmentPredictions(
                 clipwise=frames,
                 framewise=frames,
                 frames=frames[0],
-                embedding=None,
                 member_frames=frames,
             )
         )

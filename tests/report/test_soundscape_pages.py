@@ -10,7 +10,7 @@ import soundfile
 from PIL import Image
 
 from birdcall.inference.decision import Calibration, Decision, calibrate
-from birdcall.inference.engine import Piece
+from birdcall.inference.predictions import SegmentPredictions
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
 from birdcall.report import soundscape as soundscape_pages
 from birdcall.report.html import (
@@ -91,11 +91,10 @@ def pieces(frames: np.ndarray, sizes: list[int]):
         stop = start + n_segments * FRAMES_PER_SEGMENT
         own = frames[:, :, start:stop]
         nothing = np.zeros((len(own), n_segments, own.shape[1]), np.float32)
-        yield Piece(
+        yield SegmentPredictions(
             clipwise=nothing,
             framewise=nothing,
             frames=own.mean(axis=0),
-            embedding=None,
             member_frames=own,
         )
         start = stop

@@ -13,7 +13,7 @@ from birdcall.data.targets import IGNORE_TARGET, StrongTargets, make_targets, re
 from birdcall.demo.plan import DemoConfig
 from birdcall.demo.schedule import plan_recordings
 from birdcall.experiments import find_experiment
-from birdcall.inference.engine import SegmentPredictions
+from birdcall.inference.predictions import SegmentPredictions
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
 from birdcall.models.checkpoint import Checkpoint, save_checkpoint
 from birdcall.models.sed import build_model
@@ -41,7 +41,7 @@ def scores_of(seconds=15.0, clipwise=1.0, **heard):
         for onset, offset, probability in stretches:
             frames[CLASSES.index(code), round(onset * 10) : round(offset * 10)] = probability
     clips = np.full((2, n_segments, 3), clipwise, np.float32)
-    return SegmentPredictions(clips, clips, frames, seconds)
+    return SegmentPredictions(clips, clips, frames, recording_seconds=(seconds,))
 
 
 def stretches_of(scores, *given, config=CONFIG):

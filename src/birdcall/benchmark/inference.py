@@ -125,22 +125,22 @@ def _time(run: Callable[[], object]) -> float:
 
 def time_model_alone(ensemble: Ensemble, sounds: Mapping[str, Path], repeats: int) -> float:
     """Return the seconds that the networks alone take, on log-mels that are ready, all threads."""
-    lane = ensemble.lanes[0]
-    (config,) = lane.frontends
+    replica = ensemble.replicas[0]
+    (config,) = replica.frontends
     batches = []
     for path in sounds.values():
         windows = cut_by_hand(read_audio(path, config.sample_rate), config.sample_rate)
         with torch.inference_mode():
-            log_mels = torch.cat([lane.frontends[config](one[None]) for one in windows])
+            log_mels = torch.cat([replica.frontends[config](one[None]) for one in windows])
         batches += log_mels.split(ensemble.batch_windows)
 
     def detect(batch: Tensor) -> None:
         with torch.inference_mode():
-            for detector in lane.detectors:
-                detector(batch, ("clipwise", "framewise", "frames"))
+            for network in replica.networks:
+                network(batch, ("clipwise", "framewise", "frames"))
 
     def run() -> None:
-        done = wait([lane.threads.submit(detect, batch) for batch in batches]).done
+        done = wait([replica.threads.submit(detect, batch) for batch in batches]).done
         for one in done:
             one.result()
 

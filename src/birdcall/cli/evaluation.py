@@ -87,7 +87,7 @@ def _evaluate(
         training_data,
         default_device(),
         labelled_folders=soundscapes or (),
-        listening=WindowConfig(window_segments, context_seconds),
+        window_config=WindowConfig(window_segments, context_seconds),
         kept=folders.prediction_cache,
         progress=True,
     )

@@ -27,8 +27,9 @@ from birdcall.evaluation.predictions import (
     segment_table,
     truth_from_intervals,
 )
-from birdcall.inference.engine import SegmentPredictions, open_recording
+from birdcall.inference.engine import open_recording
 from birdcall.inference.ensemble import Ensemble
+from birdcall.inference.predictions import SegmentPredictions
 from birdcall.inference.tables import read_raven_table
 from birdcall.inference.windows import count_segments
 from birdcall.kaggle.test_set import (

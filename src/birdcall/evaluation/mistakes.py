@@ -22,11 +22,12 @@ from birdcall.evaluation.simulated_audio import open_renderer
 from birdcall.evaluation.simulation import SimulatedSoundscape
 from birdcall.evaluation.tables import LABELLED, SIMULATED
 from birdcall.inference.decision import combine
-from birdcall.inference.engine import End, Piece, hear, open_recording
-from birdcall.inference.ensemble import MEMBER_FRAMES, Ensemble
+from birdcall.inference.engine import open_recording, predict_stream
+from birdcall.inference.ensemble import Ensemble
 from birdcall.inference.events import RecordingDetector
+from birdcall.inference.predictions import OutputOptions, SegmentPredictions, concatenate
 from birdcall.inference.tables import Event
-from birdcall.inference.windows import FRAMES_PER_SEGMENT
+from birdcall.inference.windows import FRAMES_PER_SEGMENT, End
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ FALSE, MISSED = "predicted, not there", "there, not predicted"
 SHOWN_SAMPLE_RATE = 32_000  # of the waveforms of mistakes
 N_OF_A_KIND = 6  # for each kind of audio and of mistake
 N_PAGES = 20
+_OUTPUTS = OutputOptions(frames=True, member_frames=True)
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class PredictedMistake:
 class PageWriter(Protocol):
     """Writes a page of each recording as it is predicted."""
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: SegmentPredictions) -> None:
         """Take the next predictions of a recording, with frames and member_frames."""
 
     def finish(
@@ -232,7 +234,7 @@ def _render_row(
         rate: waveform[round(mistake.start * rate) : round(end * rate)]
         for rate, waveform in waveforms.items()
     }
-    is_alone = ensemble.listening.is_single_segment
+    is_alone = ensemble.window_config.is_single_segment
     return rows[SHOWN_SAMPLE_RATE], rows if is_alone else waveforms
 
 
@@ -248,7 +250,7 @@ def _read_row(
             return read_audio(path, rate, mistake.start)
 
     shown = read_row(SHOWN_SAMPLE_RATE)
-    if ensemble.listening.is_single_segment:
+    if ensemble.window_config.is_single_segment:
         return shown, {rate: read_row(rate) for rate in ensemble.sample_rates}
     return shown, {rate: read_audio(path, rate) for rate in ensemble.sample_rates}
 
@@ -258,15 +260,10 @@ def _predict_frames(
 ) -> np.ndarray:
     """Return ``(1 + members, species, FRAMES_PER_SEGMENT)`` of the mistake's row."""
     source = {"": lambda rates: {rate: waveforms[rate] for rate in rates}}
-    pieces = [
-        item
-        for _, item in hear(ensemble, source, ("frames", MEMBER_FRAMES))
-        if isinstance(item, Piece)
-    ]
-    frames = np.concatenate(
-        [np.concatenate([piece.frames[None], piece.member_frames]) for piece in pieces], axis=2
-    )
-    is_alone = ensemble.listening.is_single_segment
+    stream = predict_stream(ensemble, source, _OUTPUTS)
+    predictions = concatenate([item for _, item in stream if isinstance(item, SegmentPredictions)])
+    frames = np.concatenate([predictions.frames[None], predictions.member_frames])
+    is_alone = ensemble.window_config.is_single_segment
     first = 0 if is_alone else round(mistake.start / SEGMENT_SECONDS)
     frames = frames[:, :, first * FRAMES_PER_SEGMENT : (first + 1) * FRAMES_PER_SEGMENT]
     column = {code: index for index, code in enumerate(ensemble.classes)}
@@ -311,9 +308,9 @@ def write_labelled_pages(
     ensemble = held_out.ensemble
     detector = RecordingDetector(evaluation.decision, ensemble.classes)
     first_pages = {}
-    with closing(hear(ensemble, sources, ("frames", MEMBER_FRAMES))) as stream:
+    with closing(predict_stream(ensemble, sources, _OUTPUTS)) as stream:
         for name, item in stream:
-            if isinstance(item, Piece):
+            if isinstance(item, SegmentPredictions):
                 pages.add(item)
                 detector.add(item)
                 continue

@@ -61,7 +61,7 @@ class HeldOutPredictions:
     soundscapes: tuple[SimulatedSoundscape, ...]
     config: SimulationConfig
     ensemble: Ensemble
-    listening: WindowConfig = SINGLE_SEGMENT
+    window_config: WindowConfig = SINGLE_SEGMENT
 
     @property
     def experiments(self) -> tuple[str, ...]:
@@ -108,7 +108,7 @@ def hear(
     device: torch.device | str = "cpu",
     *,
     labelled_folders: Sequence[Path] = (),
-    listening: WindowConfig = SINGLE_SEGMENT,
+    window_config: WindowConfig = SINGLE_SEGMENT,
     kept: Path | None = None,
     config: SimulationConfig = DEFAULTS,
     progress: bool = False,
@@ -116,8 +116,8 @@ def hear(
     """Let the runs in ``folders`` hear recordings, simulated and labelled soundscapes.
 
     ``labelled_folders``: of labelled soundscapes (none: the data's examples, if it has any).
-    ``listening``: how much they hear at once. ``kept``: where outputs are kept, so that a second
-    call for the same sound reads them.
+    ``window_config``: the windows of the members. ``kept``: the folder of the prediction cache; a
+    second call for the same audio reads from it.
     """
     for folder in folders:
         checkpoint = read_checkpoint(folder)
@@ -125,7 +125,7 @@ def hear(
         if checkpoint.fold not in data.folds:
             known_folds = ", ".join(map(str, data.folds))
             raise ValueError(f"{folder}: of fold {checkpoint.fold}; the folds are {known_folds}")
-    ensemble = load_ensemble(folders, device, listening)
+    ensemble = load_ensemble(folders, device, window_config)
     known = list(dict.fromkeys((*data.classes, *(one.ebird_code for one in all_species()))))
     planned, simulated = [], {}
     out_of_fold = predict_out_of_fold(ensemble, data, kept, progress)
@@ -154,7 +154,7 @@ def hear(
         soundscapes=tuple(planned),
         config=config,
         ensemble=ensemble,
-        listening=listening,
+        window_config=window_config,
     )
 
 

@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from birdcall.audio.reading import AudioError
-from birdcall.inference.engine import SegmentPredictions, predict_audio
+from birdcall.inference.engine import predict_audio
 from birdcall.inference.ensemble import Ensemble, Member
-from birdcall.inference.windows import SINGLE_SEGMENT, Sound, WindowConfig
+from birdcall.inference.predictions import SEGMENTS_ONLY, SegmentPredictions
+from birdcall.inference.windows import SINGLE_SEGMENT, AudioSource, WindowConfig
 from birdcall.storage.files import atomic_path, digest, write_atomically
 from birdcall.storage.store import code_digest
 
@@ -31,16 +32,16 @@ UNREADABLE = (SafetensorError, KeyError, TypeError, ValueError)  # what a damage
 class PredictionCache:
     """Where outputs on a set of sounds are kept, what these are made from, and how they are heard.
 
-    listening: the ensemble's, whatever it is here.
+    window_config: the ensemble's, whatever it is here.
     """
 
     folder: Path
     sounds: str  # name of the set
     fingerprint: str
-    listening: WindowConfig = SINGLE_SEGMENT
+    window_config: WindowConfig = SINGLE_SEGMENT
 
     def of(self, ensemble: Ensemble) -> PredictionCache:
-        return replace(self, listening=ensemble.listening)
+        return replace(self, window_config=ensemble.window_config)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +60,7 @@ class Outputs:
 
 def predict_cached(
     ensemble: Ensemble,
-    sounds: Mapping[str, Sound],
+    sounds: Mapping[str, AudioSource],
     kept: PredictionCache | None = None,
     progress: bool = False,
 ) -> dict[str, SegmentPredictions | AudioError]:
@@ -81,7 +82,7 @@ def predict_cached(
 
 def _hear_missing(
     ensemble: Ensemble,
-    sounds: Mapping[str, Sound],
+    sounds: Mapping[str, AudioSource],
     kept: PredictionCache | None,
     found: Sequence[Outputs | None],
     progress: bool,
@@ -100,7 +101,7 @@ def _hear_missing(
 
 
 def predict_frames_cached(
-    ensemble: Ensemble, sounds: Mapping[str, Sound], kept: PredictionCache | None = None
+    ensemble: Ensemble, sounds: Mapping[str, AudioSource], kept: PredictionCache | None = None
 ) -> dict[str, np.ndarray]:
     """Return `SegmentPredictions.frames` of each sound, the members' mean over time.
 
@@ -130,9 +131,9 @@ def _has_weights(member: Member) -> bool:
 
 
 def _hear(
-    ensemble: Ensemble, sounds: Mapping[str, Sound], title: str | None
+    ensemble: Ensemble, sounds: Mapping[str, AudioSource], title: str | None
 ) -> dict[str, SegmentPredictions | AudioError]:
-    sound_by_sound = predict_audio(ensemble, sounds, with_frames=False)
+    sound_by_sound = predict_audio(ensemble, sounds, SEGMENTS_ONLY)
     return dict(tqdm(sound_by_sound, title, len(sounds), disable=title is None, unit="sound"))
 
 
@@ -172,8 +173,9 @@ def _join(
         clipwise, framewise = (
             np.stack([getattr(one, array)[own] for one in members]) for array in ARRAYS
         )
-        nothing = np.zeros((clipwise.shape[2], 0), np.float32)
-        result[name] = SegmentPredictions(clipwise, framewise, nothing, first.seconds[name])
+        result[name] = SegmentPredictions(
+            clipwise, framewise, recording_seconds=(first.seconds[name],)
+        )
     return result
 
 
@@ -187,7 +189,7 @@ def _path(kept: PredictionCache, member: Member) -> Path:
         "classes": member.checkpoint.classes,
         "sounds": kept.fingerprint,
         "code": code_digest("evaluation.prediction_cache"),
-        "listening": asdict(kept.listening),
+        "window_config": asdict(kept.window_config),
         "runtime": "torch" if member.export is None else "onnx",
         "torch": torch.__version__,
     }
@@ -196,7 +198,7 @@ def _path(kept: PredictionCache, member: Member) -> Path:
 
 
 def _read_kept(
-    member: Member, sounds: Mapping[str, Sound], kept: PredictionCache | None
+    member: Member, sounds: Mapping[str, AudioSource], kept: PredictionCache | None
 ) -> Outputs | None:
     """Return what the member has heard of these sounds before; None if it must hear them."""
     if kept is None or not _has_weights(member):

@@ -111,7 +111,7 @@ class Decision:
         require_choice("combination", self.combination, COMBINATIONS)
         for name in _SHARES:
             require_share(name, getattr(self, name))
-        _ = self.listening  # checks itself
+        _ = self.window_config  # checks itself
         for name in ("max_birds", "file_max_birds"):
             value = getattr(self, name)
             require(
@@ -127,7 +127,7 @@ class Decision:
             )
 
     @property
-    def listening(self) -> WindowConfig:
+    def window_config(self) -> WindowConfig:
         """Return what the members' scores must come from."""
         return WindowConfig(self.window_segments, self.context_seconds)
 
@@ -152,8 +152,8 @@ class Decision:
             parts.append(f"smoothed over neighbours that weigh {self.neighbour_weight:g}")
         if self.calibration is not None:
             parts.append("of calibrated scores")
-        if not self.listening.is_single_segment:
-            parts.append(f"of windows of {self.listening.window_seconds:g} s")
+        if not self.window_config.is_single_segment:
+            parts.append(f"of windows of {self.window_config.window_seconds:g} s")
         return f"{' '.join(parts)}, at most {self.max_birds} birds"
 
 

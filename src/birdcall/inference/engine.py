@@ -1,11 +1,11 @@
-"""Listen to sound of any length with an ensemble: the same for kernel, validation and `predict`.
+"""Predict audio of any length with an ensemble: the same for kernel, validation and `predict`.
 
-Threads read ahead and cut windows, which are scored in batches, one on each core or GPU; what comes
-out is in the order of the sounds. Memory does not grow with the length of a recording.
+Threads read ahead and cut windows; batches of windows run at once, one on each core or GPU; results
+are in the order of the sources. Memory does not grow with the length of a recording.
 
-How a number is rounded depends on the shape of a batch and the place in it. On a CPU, where batches
-are small, each is of one sound only: its scores are the same to the bit whatever is heard beside
-it. A GPU wants large batches, of windows from whatever sounds come next.
+The rounding of a number depends on the shape of a batch and on the position in it. On a CPU, where
+batches are small, each batch holds windows of one recording only: its predictions are the same to
+the bit whatever else is predicted. A GPU needs large batches: they mix recordings.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -26,209 +26,170 @@ import torch
 
 from birdcall.audio.reading import AudioError, iterate_rates
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.inference.ensemble import READING, BatchScores, Ensemble
+from birdcall.inference.ensemble import READING, Ensemble
+from birdcall.inference.predictions import (
+    SEGMENTS_ONLY,
+    WITH_FRAMES,
+    OutputOptions,
+    SegmentPredictions,
+    concatenate,
+)
 from birdcall.inference.windows import (
     BLOCK_SECONDS,
-    FRAMES_PER_SEGMENT,
+    AudioSource,
     End,
-    Sound,
     Waveforms,
     Window,
     cut_windows,
 )
 
-MAX_READERS = 8
-READ_AHEAD_SEGMENTS = 32  # of each reader
+_MAX_READERS = 8
+_READ_AHEAD_SEGMENTS = 32  # of each reader
+
+# Returns how many members predict a recording that begins, the first ones; at 0 all ends there.
+MemberLimit = Callable[[str], int]
 
 
-class Piece(NamedTuple):
-    """What the members heard in some consecutive segments of a sound.
-
-    clipwise, framewise: ``(members, segments, classes)``. frames: ``(classes, segments *
-    FRAMES_PER_SEGMENT)``; embedding: ``(segments, sizes)``; member_frames: ``(members, classes,
-    segments * FRAMES_PER_SEGMENT)``; None where not asked for.
-    """
-
-    clipwise: np.ndarray
-    framewise: np.ndarray
-    frames: np.ndarray | None
-    embedding: np.ndarray | None
-    member_frames: np.ndarray | None = None
+# --- a stream of parts of recordings --------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class SegmentPredictions:
-    """What the members heard in each segment of one recording.
-
-    clipwise, framewise: ``(members, segments, classes)`` probabilities; framewise is the highest of
-    the segment's frames. frames: ``(classes, segments * FRAMES_PER_SEGMENT)``, the members' mean
-    over time, or ``(classes, 0)``. seconds: length of the recording.
-    """
-
-    clipwise: np.ndarray
-    framewise: np.ndarray
-    frames: np.ndarray
-    seconds: float
-
-
-# --- hearing, piece by piece ----------------------------------------------------------------------
-
-
-def hear(
+def predict_stream(
     ensemble: Ensemble,
-    sounds: Mapping[str, Sound],
-    extra: Sequence[str] = (),
-    choose_n_members: Callable[[str], int] | None = None,
-) -> Iterator[tuple[str, Piece | End | AudioError]]:
-    """Yield what is heard in the sounds, in order: pieces of each, then its end.
+    sources: Mapping[str, AudioSource],
+    outputs: OutputOptions = SEGMENTS_ONLY,
+    limit_members: MemberLimit | None = None,
+) -> Iterator[tuple[str, SegmentPredictions | End | AudioError]]:
+    """Yield the predictions of the sources, in order: consecutive parts of each, then its end.
 
-    A sound that does not decode ends with its `AudioError`, perhaps after some pieces.
-    ``extra``: also "frames", "embedding", and with frames "member_frames". ``choose_n_members`` is
-    asked, when a sound begins, how many of the members hear it, the first ones; at 0 nothing more
-    is heard.
+    A source that does not decode ends with its `AudioError`, perhaps after some parts.
     """
-    scored: deque[tuple[_Batch, Future[BatchScores] | None]] = deque()
-    with closing(_read_ahead(ensemble, sounds)) as windows:
-        for number, batch in enumerate(_make_batches(ensemble, windows, choose_n_members)):
-            lane = ensemble.lanes[number % len(ensemble.lanes)]
-            scores = None
+    running: deque[tuple[_Batch, Future[SegmentPredictions] | None]] = deque()
+    with closing(_read_ahead(ensemble, sources)) as windows:
+        for number, batch in enumerate(_make_batches(ensemble, windows, limit_members)):
+            replica = ensemble.replicas[number % len(ensemble.replicas)]
+            future = None
             if batch.n_windows:
-                waveforms = batch.stack(ensemble)
-                scores = lane.threads.submit(
-                    ensemble.predict_batch, lane, waveforms, batch.n_members, extra
+                future = replica.threads.submit(
+                    ensemble.predict_batch,
+                    replica=replica,
+                    waveforms=batch.stack(ensemble.sample_rates),
+                    n_members=batch.n_members,
+                    outputs=outputs,
                 )
-            scored.append((batch, scores))
-            if len(scored) > ensemble.n_threads + 1:
-                yield from _take_apart(*scored.popleft())
-        while scored:
-            yield from _take_apart(*scored.popleft())
+            running.append((batch, future))
+            if len(running) > ensemble.n_threads + 1:
+                yield from _split_batch(ensemble, *running.popleft())
+        while running:
+            yield from _split_batch(ensemble, *running.popleft())
 
 
 @dataclass
 class _Batch:
-    """Windows to be scored together, of one sound or several, with the ends between them."""
+    """Windows that run together, of one source or several, with the ends between them."""
 
     n_members: int
     n_windows: int = 0
     items: list[tuple[str, Window | End | AudioError]] = field(default_factory=list)
 
-    def stack(self, ensemble: Ensemble) -> dict[int, np.ndarray]:
+    def stack(self, sample_rates: Sequence[int]) -> dict[int, np.ndarray]:
         """Return all windows ``(windows, samples)`` at each rate."""
         windows = [item for _, item in self.items if isinstance(item, Window)]
         return {
-            rate: np.stack([window.waveforms[rate] for window in windows])
-            for rate in ensemble.sample_rates
+            rate: np.stack([window.waveforms[rate] for window in windows]) for rate in sample_rates
         }
 
 
 def _make_batches(
     ensemble: Ensemble,
-    heard: Iterable[tuple[str, Window | End | AudioError]],
-    choose_n_members: Callable[[str], int] | None,
+    items: Iterable[tuple[str, Window | End | AudioError]],
+    limit_members: MemberLimit | None,
 ) -> Iterator[_Batch]:
-    batch = _Batch(len(ensemble.members))
-    current, n_members = None, len(ensemble.members)
-    for name, item in heard:
+    n_members = len(ensemble.members)
+    batch = _Batch(n_members)
+    current_name = None
+    for name, item in items:
         if isinstance(item, Window):
-            if name != current:
-                current = name
-                n_members = choose_n_members(name) if choose_n_members else n_members
-            if not n_members:
+            if name != current_name:
+                current_name = name
+                n_members = limit_members(name) if limit_members else n_members
+            if n_members == 0:
                 break
             if n_members != batch.n_members:
                 yield batch
                 batch = _Batch(n_members)
             batch.n_windows += 1
         batch.items.append((name, item))
-        is_over = not isinstance(item, Window) and not ensemble.mixes_sounds
-        if batch.n_windows == ensemble.batch_windows or is_over:
+        source_ended = not isinstance(item, Window)
+        is_full = batch.n_windows == ensemble.batch_windows
+        if is_full or (source_ended and not ensemble.mixes_recordings):
             yield batch
             batch = _Batch(n_members)
     yield batch
 
 
-def _take_apart(
-    batch: _Batch, future: Future[BatchScores] | None
-) -> Iterator[tuple[str, Piece | End | AudioError]]:
-    """Yield the pieces of each sound, and the ends between them, in order."""
-    scores = None if future is None else future.result()
-    n_taken = 0
-    windows: list[Window] = []
-    for place, (name, item) in enumerate(batch.items):
+def _split_batch(
+    ensemble: Ensemble, batch: _Batch, future: Future[SegmentPredictions] | None
+) -> Iterator[tuple[str, SegmentPredictions | End | AudioError]]:
+    """Yield the predictions of each source in a batch, and the ends between them, in order."""
+    predictions = None if future is None else future.result()
+    start = n_segments = 0  # of the source's part, in the batch
+    for index, (name, item) in enumerate(batch.items):
         if not isinstance(item, Window):
             yield name, item
             continue
-        windows.append(item)
-        following = batch.items[place + 1] if place + 1 < len(batch.items) else ("", None)
-        if following[0] != name or not isinstance(following[1], Window):
-            yield name, _cut_piece(scores, n_taken, windows)
-            n_taken += len(windows)
-            windows = []
-
-
-def _cut_piece(scores: BatchScores, start: int, windows: Sequence[Window]) -> Piece:
-    own = slice(start, start + len(windows))
-    n_segments = sum(window.n_segments for window in windows)  # only the last can have fewer
-    clipwise, framewise = (
-        one[:, own].reshape(len(one), -1, one.shape[-1])[:, :n_segments]
-        for one in (scores.clipwise, scores.framewise)
-    )
-    frames, embedding, member_frames = scores.frames, scores.embedding, scores.member_frames
-    n_frames = n_segments * FRAMES_PER_SEGMENT
-    if frames is not None:
-        frames = _join_windows(frames[own])[:, :n_frames]
-    if member_frames is not None:
-        member_frames = np.stack([_join_windows(one[own])[:, :n_frames] for one in member_frames])
-    if embedding is not None:
-        embedding = embedding[own].reshape(-1, embedding.shape[2])[:n_segments]
-    return Piece(
-        clipwise=clipwise,
-        framewise=framewise,
-        frames=frames,
-        embedding=embedding,
-        member_frames=member_frames,
-    )
-
-
-def _join_windows(frames: np.ndarray) -> np.ndarray:
-    """Lay windows one after another: ``(windows, classes, frames)`` → ``(classes, all)``."""
-    return frames.transpose(1, 0, 2).reshape(frames.shape[1], -1)
+        n_segments += item.n_segments
+        following = batch.items[index + 1 : index + 2]
+        if following and following[0][0] == name and isinstance(following[0][1], Window):
+            continue
+        yield name, predictions.select(slice(start, start + n_segments))
+        # Only the last window of a source can have fewer segments than the network predicts.
+        n_windows = -(-n_segments // ensemble.window_config.window_segments)
+        start += n_windows * ensemble.window_config.window_segments
+        n_segments = 0
 
 
 # --- reading ahead --------------------------------------------------------------------------------
 
 
 def _read_ahead(
-    ensemble: Ensemble, sounds: Mapping[str, Sound]
+    ensemble: Ensemble, sources: Mapping[str, AudioSource]
 ) -> Iterator[tuple[str, Window | End | AudioError]]:
-    """Yield the windows of the sounds in order, read in threads; each has every so manieth."""
-    n_readers = min(len(sounds), max(1, torch.get_num_threads() // 2), MAX_READERS)
-    n_ahead = max(2, READ_AHEAD_SEGMENTS // ensemble.listening.window_segments)
-    readers = [_Reader(n_ahead) for _ in range(n_readers)]
-    names = list(sounds)
+    """Yield the windows of the sources in order, read in threads.
+
+    The first of n readers reads the sources 0, n, 2n, …, the second 1, n + 1, 2n + 1, …
+    """
+    n_readers = min(len(sources), max(1, torch.get_num_threads() // 2), _MAX_READERS)
+    n_ahead = max(2, _READ_AHEAD_SEGMENTS // ensemble.window_config.window_segments)
+    names = list(sources)
+    readers = [_Reader(ensemble, n_ahead) for _ in range(n_readers)]
     try:
         for number, reader in enumerate(readers):
-            reader.start(ensemble, {name: sounds[name] for name in names[number::n_readers]})
-        for place, name in enumerate(names):
+            reader.start([sources[name] for name in names[number::n_readers]])
+        for index, name in enumerate(names):
             item: Window | End | AudioError | None = None
             while not isinstance(item, End | AudioError):
-                item = readers[place % n_readers].get()
+                item = readers[index % n_readers].get()
                 yield name, item
     finally:
         for reader in readers:
             reader.stop()
 
 
-class _Reader:
-    """A thread that reads sounds into a queue until it is full, and stops when told to."""
+class _Crash(NamedTuple):
+    error: Exception
 
-    def __init__(self, n_ahead: int) -> None:
+
+class _Reader:
+    """A thread that reads sources into a queue until it is full, and stops when told to."""
+
+    def __init__(self, ensemble: Ensemble, n_ahead: int) -> None:
+        self.ensemble = ensemble
         self.queue: queue.Queue[Window | End | AudioError | _Crash] = queue.Queue(n_ahead)
         self.is_stopped = threading.Event()
         self.thread: threading.Thread | None = None
 
-    def start(self, ensemble: Ensemble, sounds: Mapping[str, Sound]) -> None:
-        self.thread = threading.Thread(target=self._read, args=(ensemble, sounds), daemon=True)
+    def start(self, sources: Sequence[AudioSource]) -> None:
+        self.thread = threading.Thread(target=self._read, args=(sources,), daemon=True)
         self.thread.start()
 
     def get(self) -> Window | End | AudioError:
@@ -240,41 +201,36 @@ class _Reader:
     def stop(self) -> None:
         self.is_stopped.set()
         while self.thread is not None and self.thread.is_alive():
-            try:  # it may be waiting for a place
+            try:  # the thread may be waiting for room in the queue
                 self.queue.get(timeout=0.01)
             except queue.Empty:
                 continue
 
-    def _read(self, ensemble: Ensemble, sounds: Mapping[str, Sound]) -> None:
-        sound_seconds = ensemble.listening.window_segments * SEGMENT_SECONDS
-        for sound in sounds.values():
-            windows = self._cut(ensemble, sound)
+    def _read(self, sources: Sequence[AudioSource]) -> None:
+        window_seconds = self.ensemble.window_config.window_segments * SEGMENT_SECONDS
+        for source in sources:
+            windows = self._cut(source)
             while True:
-                with ensemble.costs.measure(READING, sound_seconds):
+                with self.ensemble.costs.measure(READING, window_seconds):
                     item = next(windows, None)
-                if item is None or self.is_stopped.is_set():
+                if self.is_stopped.is_set():
+                    return
+                if item is None:
                     break
                 self.queue.put(item)
-            if self.is_stopped.is_set():
-                return
 
-    def _cut(
-        self, ensemble: Ensemble, sound: Sound
-    ) -> Iterator[Window | End | AudioError | _Crash]:
+    def _cut(self, source: AudioSource) -> Iterator[Window | End | AudioError | _Crash]:
         try:
-            yield from cut_windows(sound(ensemble.sample_rates), ensemble.listening)
+            audio = source(self.ensemble.sample_rates)
+            yield from cut_windows(audio, self.ensemble.window_config)
         except AudioError as error:
             yield error
-        except Exception as error:  # to be raised where somebody waits for it
+        except Exception as error:  # raised by `get`, in the thread that waits for the window
             yield _Crash(error)
 
 
-class _Crash(NamedTuple):
-    error: Exception
-
-
-def open_recording(path: Path, limit_seconds: float | None = None) -> Sound:
-    """Return a recording, or its first ``limit_seconds``, as a sound."""
+def open_recording(path: Path, limit_seconds: float | None = None) -> AudioSource:
+    """Return a recording, or its first ``limit_seconds``, as a source."""
     return partial(_read_blocks, path, limit_seconds)
 
 
@@ -286,8 +242,8 @@ def _read_blocks(
         with closing(iterate_rates(path, sample_rates, BLOCK_SECONDS)) as blocks:
             for block in blocks:
                 if limit_seconds is not None:
-                    left = {rate: round(limit_seconds * rate) - n_read[rate] for rate in block}
-                    block = {rate: waveform[: left[rate]] for rate, waveform in block.items()}
+                    n_left = {rate: round(limit_seconds * rate) - n_read[rate] for rate in block}
+                    block = {rate: waveform[: n_left[rate]] for rate, waveform in block.items()}
                 for rate, waveform in block.items():
                     n_read[rate] += len(waveform)
                 yield block
@@ -295,7 +251,7 @@ def _read_blocks(
                     n_read[rate] >= round(limit_seconds * rate) for rate in n_read
                 ):
                     return
-    except OSError as error:  # a file that went away since it was listed, a disk that fails
+    except OSError as error:  # a file that was removed since it was listed, a disk that fails
         raise AudioError(path, f"cannot be read: {error.strerror or error}") from error
 
 
@@ -304,45 +260,37 @@ def _read_blocks(
 
 def predict_audio(
     ensemble: Ensemble,
-    sounds: Mapping[str, Sound],
-    choose_n_members: Callable[[str], int] | None = None,
-    with_frames: bool = True,
+    sources: Mapping[str, AudioSource],
+    outputs: OutputOptions = WITH_FRAMES,
+    limit_members: MemberLimit | None = None,
 ) -> Iterator[tuple[str, SegmentPredictions | AudioError]]:
-    """Score sounds in order; see `hear`. What does not decode yields its `AudioError`."""
-    extra = ("frames",) if with_frames else ()
-    pieces: list[Piece] = []
-    with closing(hear(ensemble, sounds, extra, choose_n_members)) as heard:
-        for name, item in heard:
-            if isinstance(item, Piece):
-                pieces.append(item)
+    """Yield the predictions of each source, in order; see `predict_stream`.
+
+    A source that does not decode yields its `AudioError`.
+    """
+    parts: list[SegmentPredictions] = []
+    with closing(predict_stream(ensemble, sources, outputs, limit_members)) as stream:
+        for name, item in stream:
+            if isinstance(item, SegmentPredictions):
+                parts.append(item)
                 continue
             if isinstance(item, AudioError):
                 yield name, item
             else:
-                yield name, _join(ensemble, pieces, item.seconds)
-            pieces = []
-
-
-def _join(ensemble: Ensemble, pieces: Sequence[Piece], seconds: float) -> SegmentPredictions:
-    nothing = np.zeros((len(ensemble.classes), 0), np.float32)
-    frames = [nothing if piece.frames is None else piece.frames for piece in pieces]
-    return SegmentPredictions(
-        np.concatenate([piece.clipwise for piece in pieces], axis=1),
-        np.concatenate([piece.framewise for piece in pieces], axis=1),
-        np.concatenate(frames, axis=1),
-        seconds,
-    )
+                whole = concatenate(parts)
+                yield name, replace(whole, starts=(0,), recording_seconds=(item.seconds,))
+            parts = []
 
 
 def predict_files(
     ensemble: Ensemble, paths: Mapping[str, Path], limit_seconds: float | None = None
 ) -> Iterator[tuple[str, SegmentPredictions | AudioError]]:
-    """Score recordings in order, the first ``limit_seconds`` of each; see `predict_audio`."""
-    sounds = {name: open_recording(path, limit_seconds) for name, path in paths.items()}
-    return predict_audio(ensemble, sounds)
+    """Yield the predictions of recordings, the first ``limit_seconds`` of each, with frames."""
+    sources = {name: open_recording(path, limit_seconds) for name, path in paths.items()}
+    return predict_audio(ensemble, sources)
 
 
 def predict_waveforms(ensemble: Ensemble, waveforms: Waveforms) -> SegmentPredictions:
-    """Score a sound given as ``{sample_rate: waveform (samples,)}``."""
-    ((_, scores),) = predict_audio(ensemble, {"": lambda _: waveforms})
-    return scores
+    """Return the predictions, with frames, of ``{sample_rate: waveform (samples,)}``."""
+    ((_, predictions),) = predict_audio(ensemble, {"": lambda _: waveforms})
+    return predictions

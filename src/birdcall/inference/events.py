@@ -16,7 +16,7 @@ from birdcall.inference.decision import (
     make_voters,
     pass_thresholds,
 )
-from birdcall.inference.engine import Piece, SegmentPredictions
+from birdcall.inference.predictions import SegmentPredictions, concatenate
 from birdcall.inference.tables import Event, merge_events
 from birdcall.inference.windows import FRAME_SECONDS, FRAMES_PER_SEGMENT
 
@@ -46,11 +46,12 @@ class RecordingDetector:
     def __init__(self, decision: Decision, classes: Sequence[str]) -> None:
         self.decision, self.classes = decision, tuple(classes)
         self.n_decided = 0  # rows
-        self.held: Piece | None = None  # the last decided row, for smoothing, and undecided ones
+        # The last decided row, for smoothing, and those not yet decided.
+        self.held: SegmentPredictions | None = None
         self.highest: np.ndarray | None = None
         self.candidates: list[_Candidates] = []
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: SegmentPredictions) -> None:
         """Take the next segments of the recording, with their frames."""
         self._decide(piece, is_last=False)
 
@@ -70,8 +71,8 @@ class RecordingDetector:
         found = _Candidates(*joined, np.concatenate(frames))
         return self._find_events(self._choose(found), seconds)
 
-    def _decide(self, piece: Piece | None, is_last: bool) -> None:
-        rows = _join(self.held, piece)
+    def _decide(self, piece: SegmentPredictions | None, is_last: bool) -> None:
+        rows = concatenate([part for part in (self.held, piece) if part is not None])
         n_rows = rows.clipwise.shape[1]
         first = 1 if self.n_decided else 0  # the row before is a neighbour only
         last = n_rows if is_last else n_rows - 1
@@ -79,9 +80,9 @@ class RecordingDetector:
             self._collect(rows, first, last)
             self.n_decided += last - first
         kept = max(0, last - 1) if self.n_decided else 0
-        self.held = _cut(rows, kept)
+        self.held = _copy(rows.select(slice(kept, None)))
 
-    def _collect(self, rows: Piece, first: int, last: int) -> None:
+    def _collect(self, rows: SegmentPredictions, first: int, last: int) -> None:
         voters = make_voters(rows.clipwise, rows.framewise, self.decision)
         own = slice(first, last)
         highest = voters.clipwise[:, own].max(axis=1)
@@ -169,26 +170,10 @@ def detect_events(
 ) -> list[Event]:
     """Return the events of a recording that was heard at once; see `RecordingDetector`."""
     detector = RecordingDetector(decision, classes)
-    detector.add(Piece(scores.clipwise, scores.framewise, scores.frames, None))
+    detector.add(scores)
     return detector.finish(scores.seconds)
 
 
-def _join(before: Piece | None, after: Piece | None) -> Piece:
-    if before is None or after is None:
-        return before or after
-    return Piece(
-        np.concatenate([before.clipwise, after.clipwise], axis=1),
-        np.concatenate([before.framewise, after.framewise], axis=1),
-        np.concatenate([before.frames, after.frames], axis=1),
-        None,
-    )
-
-
-def _cut(piece: Piece, first: int) -> Piece:
-    """Return a piece from its row ``first`` on, in memory of its own."""
-    return Piece(
-        piece.clipwise[:, first:].copy(),
-        piece.framewise[:, first:].copy(),
-        piece.frames[:, first * FRAMES_PER_SEGMENT :].copy(),
-        None,
-    )
+def _copy(part: SegmentPredictions) -> SegmentPredictions:
+    """Return clipwise, framewise and frames in memory of their own, so that the rest is freed."""
+    return SegmentPredictions(part.clipwise.copy(), part.framewise.copy(), part.frames.copy())

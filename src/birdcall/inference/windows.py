@@ -1,4 +1,4 @@
-"""Cut sound of any length into the windows that models hear, in constant memory."""
+"""Cut audio of any length into the windows that networks take, in constant memory."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import Tensor, nn
 from birdcall.config import SEGMENT_SECONDS, require
 from birdcall.models.sed import SEDModel
 
-FRAMES_PER_SEGMENT = 50  # of the scores over time: finer than any member's own frames
+FRAMES_PER_SEGMENT = 50  # of predictions over time: finer than the frames of any member
 FRAME_SECONDS = SEGMENT_SECONDS / FRAMES_PER_SEGMENT
 BLOCK_SECONDS = 30.0  # of a recording, decoded at once
 
-Waveforms = Mapping[int, np.ndarray]  # sample rate → the same sound at it, (samples,)
-# sample rates → a short sound at once, a long one in blocks; raises AudioError
-Sound = Callable[[Sequence[int]], Waveforms | Iterator[Waveforms]]
+Waveforms = Mapping[int, np.ndarray]  # sample rate → the same audio at this rate, (samples,)
+# sample rates → short audio at once, long audio in blocks; raises AudioError
+AudioSource = Callable[[Sequence[int]], Waveforms | Iterator[Waveforms]]
 
 
 @dataclass(frozen=True)
 class WindowConfig:
-    """How much a model hears at once: so many segments, and some sound on either side of them.
+    """The length of a window: a number of segments, and context before and after them.
 
-    The sound beside them is context: the model hears it, its frames are not scored. Beyond the
-    beginning and the end of a recording it is silence.
+    The network takes the context as input, but nothing is predicted for it. Before the beginning
+    and after the end of a recording the context is silence.
     """
 
     window_segments: int = 1
@@ -47,7 +47,7 @@ class WindowConfig:
 
     @property
     def is_single_segment(self) -> bool:
-        """Say whether a window is one segment and nothing else."""
+        """Return whether a window is one segment without context."""
         return self.window_segments == 1 and self.context_seconds == 0
 
     @property
@@ -67,14 +67,14 @@ SINGLE_SEGMENT = WindowConfig()
 
 
 class Window(NamedTuple):
-    """What a model hears at once: ``(samples,)`` at each rate, and how many segments are sound."""
+    """The input of a network, ``(samples,)`` at each rate; n_segments: those not all padding."""
 
     waveforms: dict[int, np.ndarray]
     n_segments: int
 
 
 class End(NamedTuple):
-    """The end of a sound, and its length."""
+    """The end of a source, and its length."""
 
     seconds: float
 
@@ -85,40 +85,40 @@ def count_segments(n_samples: int, sample_rate: int) -> int:
 
 
 def cut_windows(
-    sound: Waveforms | Iterator[Waveforms], listening: WindowConfig = SINGLE_SEGMENT
+    audio: Waveforms | Iterator[Waveforms], window_config: WindowConfig = SINGLE_SEGMENT
 ) -> Iterator[Window | End]:
-    """Yield the windows of a sound, the last one padded with zeros, and its end.
+    """Yield the windows of audio, the last one padded with zeros, and its end.
 
     Windows of all rates begin at the same time. Memory holds a block and a window, whatever the
-    length of the sound.
+    length of the audio.
     """
     buffers: dict[int, _Buffer] = {}
-    for waveforms in [sound] if isinstance(sound, Mapping) else sound:
+    for waveforms in [audio] if isinstance(audio, Mapping) else audio:
         for rate, waveform in waveforms.items():
             if rate not in buffers:
-                buffers[rate] = _Buffer(rate, listening)
+                buffers[rate] = _Buffer(rate, window_config)
             buffers[rate].add(waveform)
         while all(buffer.has_window() for buffer in buffers.values()):
             windows = {rate: buffer.take() for rate, buffer in buffers.items()}
-            yield Window(windows, listening.window_segments)
+            yield Window(windows, window_config.window_segments)
     rate, leader = next(iter(buffers.items()))  # lengths at other rates differ by rounding
     seconds = leader.n_added / rate
-    missing = count_segments(leader.n_added, rate) - leader.n_taken * listening.window_segments
+    missing = count_segments(leader.n_added, rate) - leader.n_taken * window_config.window_segments
     while missing > 0:
         windows = {rate: buffer.take() for rate, buffer in buffers.items()}
-        yield Window(windows, min(missing, listening.window_segments))
-        missing -= listening.window_segments
+        yield Window(windows, min(missing, window_config.window_segments))
+        missing -= window_config.window_segments
     yield End(seconds)
 
 
 class _Buffer:
-    """What has been read at one sample rate and is still to be heard."""
+    """What has been read at one sample rate and is not in a window yet."""
 
-    def __init__(self, sample_rate: int, listening: WindowConfig) -> None:
-        self.n_window = listening.window_samples(sample_rate)
-        self.n_hop = listening.window_segments * SEGMENT_SECONDS * sample_rate
+    def __init__(self, sample_rate: int, window_config: WindowConfig) -> None:
+        self.n_window = window_config.window_samples(sample_rate)
+        self.n_hop = window_config.window_segments * SEGMENT_SECONDS * sample_rate
         self.n_added = self.n_taken = 0  # samples, windows
-        self.n_held = round(listening.context_seconds * sample_rate)
+        self.n_held = round(window_config.context_seconds * sample_rate)
         self.held = [np.zeros(self.n_held, np.float32)]
 
     def add(self, waveform: np.ndarray) -> None:
@@ -158,20 +158,20 @@ class SegmentOutput(NamedTuple):
 
 
 class SegmentModel(nn.Module):
-    """A model that hears windows as ``listening`` says, and answers by segments.
+    """A model that hears windows as ``window_config`` says, and answers by segments.
 
     log_mel ``(windows, channels, frames, n_mels)`` → `SegmentOutput`. The network hears the whole
     window; the head pools each segment's own frames, so that a bird of the next one is not in it.
     """
 
-    def __init__(self, model: SEDModel, listening: WindowConfig = SINGLE_SEGMENT) -> None:
+    def __init__(self, model: SEDModel, window_config: WindowConfig = SINGLE_SEGMENT) -> None:
         super().__init__()
-        self.model, self.listening = model, listening
+        self.model, self.window_config = model, window_config
 
     def forward(self, log_mel: Tensor) -> SegmentOutput:
-        n_segments, context = self.listening.window_segments, self.listening.context_frames
+        n_segments, context = self.window_config.window_segments, self.window_config.context_frames
         features = self.model.features(log_mel)
-        if not self.listening.is_single_segment:
+        if not self.window_config.is_single_segment:
             n_frames = n_segments * FRAMES_PER_SEGMENT
             fine = resample_frames(features, n_frames + 2 * context)[
                 ..., context : context + n_frames

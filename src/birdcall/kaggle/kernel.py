@@ -124,12 +124,12 @@ def open_package(
             if reasons:
                 raise ValueError(reasons[0])
             folder = inside(package / MEMBERS_FOLDER, name)
-            members.append(load_member(folder, decision.listening))
+            members.append(load_member(folder, decision.window_config))
         except (ValueError, OSError) as error:
             refused[name] = str(error)
     if not members:
         raise ValueError(f"{package}: no member can be used: {'; '.join(refused.values())}")
-    return Ensemble(members, device, decision.listening), decision, refused
+    return Ensemble(members, device, decision.window_config), decision, refused
 
 
 def require_all_members(refused: Mapping[str, str]) -> None:

@@ -125,7 +125,7 @@ def stage_package(
         for name in (WEIGHTS_FILE, SETTINGS_FILE):
             shutil.copyfile(folder / name, target / name)
         if can_export:
-            difference = export_checkpoint(target, target / ONNX_FILE, decision.listening)
+            difference = export_checkpoint(target, target / ONNX_FILE, decision.window_config)
             logger.info("%s: exported, within %.1g of torch", checkpoint.name, difference)
     copy_wheels(packages, dataset)
     write_decision(dataset / DECISION_FILE, decision)

@@ -16,8 +16,9 @@ import pandas as pd
 from birdcall.audio.reading import AudioError, probe_audio
 from birdcall.config import NOCALL, SEGMENT_SECONDS, require
 from birdcall.inference.decision import Decision, decide, decide_recordings, label_rows
-from birdcall.inference.engine import SegmentPredictions, open_recording, predict_audio
+from birdcall.inference.engine import open_recording, predict_audio
 from birdcall.inference.ensemble import CostMeter, Ensemble, MemberError
+from birdcall.inference.predictions import SEGMENTS_ONLY, SegmentPredictions
 from birdcall.inference.tables import write_submission
 from birdcall.kaggle.test_set import find_audio, find_test_audio_folder, read_test_rows
 from birdcall.storage.files import write_atomically
@@ -173,7 +174,7 @@ class _Run:
             return n_used[name]
 
         began = time.perf_counter()
-        for name, scores in predict_audio(ensemble, sounds, choose_n_members, with_frames=False):
+        for name, scores in predict_audio(ensemble, sounds, SEGMENTS_ONLY, choose_n_members):
             if isinstance(scores, AudioError):
                 logger.warning("%s; its rows say nocall", scores)
                 self.failed.append(name)

@@ -25,9 +25,10 @@ from tqdm import tqdm
 from birdcall.audio.reading import AudioError, probe_audio
 from birdcall.config import SEGMENT_SECONDS, require_choice, require_share
 from birdcall.inference.decision import Decision
-from birdcall.inference.engine import Piece, hear, open_recording
-from birdcall.inference.ensemble import MEMBER_FRAMES, Ensemble
+from birdcall.inference.engine import open_recording, predict_stream
+from birdcall.inference.ensemble import Ensemble
 from birdcall.inference.events import RecordingDetector
+from birdcall.inference.predictions import OutputOptions, SegmentPredictions
 from birdcall.inference.tables import (
     Event,
     read_raven_table,
@@ -208,18 +209,18 @@ def detect_recordings(
     """
     by_name = {one.name: one for one in recordings}
     sounds = {one.name: open_recording(one.path) for one in recordings}
-    extra = ["frames"]
-    extra += ["embedding"] if embeddings is not None else []
-    extra += [MEMBER_FRAMES] if view is not None else []
+    outputs = OutputOptions(
+        frames=True, member_frames=view is not None, embedding=embeddings is not None
+    )
     names = tuple(member.name for member in ensemble.members)
     page_writer = view and SoundscapePageWriter(view, decision, ensemble.classes, names)
     detector = RecordingDetector(decision, ensemble.classes)
     writer: _EmbeddingWriter | None = None
     with ExitStack() as stack:
-        heard = stack.enter_context(closing(hear(ensemble, sounds, extra)))
+        heard = stack.enter_context(closing(predict_stream(ensemble, sounds, outputs)))
         open_file = stack.enter_context(ExitStack())
         for name, item in heard:
-            if isinstance(item, Piece):
+            if isinstance(item, SegmentPredictions):
                 detector.add(item)
                 if page_writer:
                     page_writer.add(item)

@@ -16,7 +16,7 @@ import pandas as pd
 
 from birdcall.audio.reading import AudioError, iterate_audio
 from birdcall.inference.decision import Decision, calibrate
-from birdcall.inference.engine import Piece
+from birdcall.inference.predictions import SegmentPredictions
 from birdcall.inference.tables import Event
 from birdcall.inference.windows import FRAME_SECONDS
 from birdcall.report.html import (
@@ -78,7 +78,7 @@ class FrameCollector:
         self.n_held = 0
         self.parts: list[PartFrames] = []
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: SegmentPredictions) -> None:
         """Take the next segments, with frames and member_frames."""
         outputs = np.concatenate([piece.frames[None], piece.member_frames])
         if not np.isfinite(outputs).all():
@@ -294,7 +294,7 @@ class SoundscapePageWriter:
     def __post_init__(self) -> None:
         self.collector = FrameCollector(self.decision, self.classes)
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: SegmentPredictions) -> None:
         self.collector.add(piece)
 
     def forget(self) -> None:

@@ -17,8 +17,9 @@ from birdcall.config import SEGMENT_SECONDS, require, require_share
 from birdcall.data.dataset import TrainingData
 from birdcall.data.targets import PRESENT, STRONG_LABEL_COLUMNS, UNCERTAIN, write_strong_labels
 from birdcall.inference.decision import combine
-from birdcall.inference.engine import SegmentPredictions, predict_files
+from birdcall.inference.engine import predict_files
 from birdcall.inference.ensemble import Ensemble, load_ensemble
+from birdcall.inference.predictions import SegmentPredictions
 from birdcall.inference.tables import Event, frames_to_events
 from birdcall.inference.windows import FRAME_SECONDS, FRAMES_PER_SEGMENT, WindowConfig
 from birdcall.models.checkpoint import read_checkpoint, require_same_classes
@@ -163,7 +164,7 @@ def _hear_held_out(
         recordings = data.recordings[data.recordings["fold"] == fold]
         places = zip(recordings["filename"], recordings["path"], strict=True)
         paths = {filename: data.folder / path for filename, path in places}
-        yield from predict_files(ensemble.hearing(_listening(ensemble)), paths)
+        yield from predict_files(ensemble.with_windows(_listening(ensemble)), paths)
 
 
 def _listening(ensemble: Ensemble) -> WindowConfig:

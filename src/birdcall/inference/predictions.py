@@ -1,0 +1,161 @@
+"""Hold what the members of an ensemble predict for segments: one container for all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from birdcall.inference.windows import FRAMES_PER_SEGMENT
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Which outputs are computed beside the clipwise and framewise probabilities of segments.
+
+    frames: the members' mean over time. member_frames: each member's. embedding: the features that
+    the heads receive.
+    """
+
+    frames: bool = False
+    member_frames: bool = False
+    embedding: bool = False
+
+    @property
+    def network_outputs(self) -> tuple[str, ...]:
+        """Return the names of the outputs that each network must give."""
+        names = ["clipwise", "framewise"]
+        if self.frames or self.member_frames:
+            names.append("frames")
+        if self.embedding:
+            names.append("embedding")
+        return tuple(names)
+
+
+SEGMENTS_ONLY = OutputOptions()
+WITH_FRAMES = OutputOptions(frames=True)
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentPredictions:
+    """What members predict for consecutive segments, of a recording or of several in a row.
+
+    clipwise, framewise: ``(members, segments, classes)`` probabilities; framewise is the highest of
+    the segment's frames. These are None where they were not asked for: frames ``(classes,
+    segments * FRAMES_PER_SEGMENT)``, the members' mean over time; member_frames ``(members,
+    classes, segments * FRAMES_PER_SEGMENT)``; embedding ``(segments, features)``, of all members
+    one after the other.
+
+    starts: the first segment of each recording that begins here; the later parts of a recording
+    have none. recording_seconds: the length of each recording, empty where it is not known.
+    """
+
+    clipwise: np.ndarray
+    framewise: np.ndarray
+    frames: np.ndarray | None = None
+    member_frames: np.ndarray | None = None
+    embedding: np.ndarray | None = None
+    starts: tuple[int, ...] = (0,)
+    recording_seconds: tuple[float, ...] = ()
+
+    @property
+    def n_segments(self) -> int:
+        return self.clipwise.shape[1]
+
+    @property
+    def seconds(self) -> float:
+        """Return the length of the recording, or of all of them together."""
+        return sum(self.recording_seconds)
+
+    def select(self, segments: slice | np.ndarray) -> SegmentPredictions:
+        """Return some segments, given by a slice, a mask or indices in ascending order.
+
+        A recording of which no segment is selected is left out.
+        """
+        recording = np.searchsorted(self.starts, np.arange(self.n_segments), side="right") - 1
+        recording = recording[segments]
+        is_first = (np.diff(recording, prepend=-1) != 0) & (recording >= 0)
+        seconds = self.recording_seconds
+        if seconds:
+            seconds = tuple(seconds[index] for index in recording[is_first])
+        embedding = self.embedding
+        return SegmentPredictions(
+            clipwise=self.clipwise[:, segments],
+            framewise=self.framewise[:, segments],
+            frames=_select_frames(self.frames, segments),
+            member_frames=_select_frames(self.member_frames, segments),
+            embedding=None if embedding is None else embedding[segments],
+            starts=tuple(np.flatnonzero(is_first).tolist()),
+            recording_seconds=seconds,
+        )
+
+    def split(self) -> list[SegmentPredictions]:
+        """Return the predictions of each recording."""
+        ends = [*self.starts[1:], self.n_segments]
+        bounds = zip(self.starts, ends, strict=True)
+        return [self.select(slice(start, end)) for start, end in bounds]
+
+    def for_members(self, positions: Sequence[int]) -> SegmentPredictions:
+        """Return the predictions of some members, by position, without what is of all together."""
+        chosen = list(positions)
+        member_frames = self.member_frames
+        return replace(
+            self,
+            clipwise=self.clipwise[chosen],
+            framewise=self.framewise[chosen],
+            frames=None,
+            member_frames=None if member_frames is None else member_frames[chosen],
+            embedding=None,
+        )
+
+    def for_member(self, position: int) -> SegmentPredictions:
+        """Return the predictions of one member, by position; see `for_members`."""
+        return self.for_members([position])
+
+
+def concatenate(parts: Sequence[SegmentPredictions]) -> SegmentPredictions:
+    """Join parts of a recording, or recordings, of the same members in the order given.
+
+    An optional output is there if all parts have it.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    lengths = [part.n_segments for part in parts]
+    offsets = np.cumsum([0, *lengths[:-1]]).tolist()
+    starts = [offset + start for offset, part in zip(offsets, parts, strict=True)
+              for start in part.starts]  # fmt: skip
+    return SegmentPredictions(
+        clipwise=np.concatenate([part.clipwise for part in parts], axis=1),
+        framewise=np.concatenate([part.framewise for part in parts], axis=1),
+        frames=_concatenate_optional([part.frames for part in parts], axis=1),
+        member_frames=_concatenate_optional([part.member_frames for part in parts], axis=2),
+        embedding=_concatenate_optional([part.embedding for part in parts], axis=0),
+        starts=tuple(starts),
+        recording_seconds=tuple(seconds for part in parts for seconds in part.recording_seconds),
+    )
+
+
+def stack_members(parts: Sequence[SegmentPredictions]) -> SegmentPredictions:
+    """Join what different members predict for the same segments, in the order given."""
+    return replace(
+        parts[0],
+        clipwise=np.concatenate([part.clipwise for part in parts]),
+        framewise=np.concatenate([part.framewise for part in parts]),
+        frames=None,
+        member_frames=_concatenate_optional([part.member_frames for part in parts], axis=0),
+        embedding=None,
+    )
+
+
+def _select_frames(frames: np.ndarray | None, segments: slice | np.ndarray) -> np.ndarray | None:
+    if frames is None:
+        return None
+    by_segment = frames.reshape(*frames.shape[:-1], -1, FRAMES_PER_SEGMENT)
+    selected = by_segment[..., segments, :]
+    return selected.reshape(*frames.shape[:-1], -1)
+
+
+def _concatenate_optional(arrays: Sequence[np.ndarray | None], axis: int) -> np.ndarray | None:
+    present = [array for array in arrays if array is not None]
+    return np.concatenate(present, axis=axis) if len(present) == len(arrays) else None
