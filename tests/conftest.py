@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import SCRIPT
 
 from birdcall.config import Experiment, ModelConfig, replace_nested
 from birdcall.data.audit import audio_hashes, audit_recordings, usable_recordings
@@ -19,6 +20,9 @@ from birdcall.evaluation.predict import HeldOutPredictions, hear
 from birdcall.evaluation.scoring import Evaluation, evaluate
 from birdcall.evaluation.simulation import SimulationConfig
 from birdcall.experiments import find_experiment
+from birdcall.inference.decision import Decision
+from birdcall.kaggle.packaging import stage_package
+from birdcall.models.checkpoint import read_checkpoint
 from birdcall.report.report import PAGES_FOLDER, write_report
 from birdcall.report.soundscape import SoundscapePageWriter
 from birdcall.training.runs import plan_runs, train_many
@@ -110,6 +114,16 @@ def held_out(trained_runs, training_data) -> HeldOutPredictions:
     """Predictions of two experiments on held-out audio, with short simulated soundscapes."""
     config = SimulationConfig(n_soundscapes=4, soundscape_seconds=30.0)
     return hear(trained_runs, training_data, config=config)
+
+
+@pytest.fixture(scope="session")
+def package(trained_runs, tmp_path_factory) -> Path:
+    """The dataset folder of a package of two members; tests leave it as it is."""
+    runs = trained_runs[:2]
+    names = tuple(read_checkpoint(run).name for run in runs)
+    decision = Decision(0.3, 0.3, max_birds=2, neighbour_weight=0.25, members=names)
+    build = tmp_path_factory.mktemp("build")
+    return stage_package(runs, decision, script=SCRIPT, build=build, owner="somebody")
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
-from helpers import RATE, SCRIPT
+from helpers import RATE
 
 from birdcall.evaluation.labelled import read_truth
-from birdcall.inference.decision import Decision
 from birdcall.inference.ensemble import load_ensemble
 from birdcall.inference.predictions import OutputOptions, SegmentPredictions
 from birdcall.inference.tables import (
@@ -28,8 +27,6 @@ from birdcall.inference.tables import (
     read_raven_table,
 )
 from birdcall.kaggle.kernel import open_package
-from birdcall.kaggle.packaging import stage_package
-from birdcall.models.checkpoint import read_checkpoint
 from birdcall.prediction.local import (
     Recording,
     RecordingResult,
@@ -43,20 +40,6 @@ from birdcall.prediction.local import (
 )
 from birdcall.storage.files import write_atomically
 from birdcall.storage.store import Journal
-
-
-@pytest.fixture(scope="module")
-def package(trained_runs, tmp_path_factory):
-    """A package of two members."""
-    names = tuple(read_checkpoint(run).name for run in trained_runs[:2])
-    decision = Decision(0.3, 0.3, max_birds=2, neighbour_weight=0.25, members=names)
-    return stage_package(
-        trained_runs[:2],
-        decision,
-        script=SCRIPT,
-        build=tmp_path_factory.mktemp("build"),
-        owner="somebody",
-    )
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
-from helpers import RATE, SCRIPT
+from helpers import RATE
 
-from birdcall.inference.decision import Decision
 from birdcall.kaggle.kernel import open_package
-from birdcall.kaggle.packaging import stage_package
-from birdcall.models.checkpoint import read_checkpoint
 from birdcall.prediction.local import (
     ResultOptions,
     find_recordings,
@@ -23,14 +20,6 @@ from birdcall.prediction.ray_cluster import SHARDS_FOLDER, Worker, predict_on_ra
 from birdcall.storage.store import Journal
 
 FORMATS = ("csv", "parquet")
-
-
-@pytest.fixture(scope="module")
-def package(trained_runs, tmp_path_factory):
-    names = tuple(read_checkpoint(run).name for run in trained_runs[:2])
-    decision = Decision(0.3, 0.3, max_birds=2, members=names)
-    build = tmp_path_factory.mktemp("build")
-    return stage_package(trained_runs[:2], decision, script=SCRIPT, build=build, owner="somebody")
 
 
 @pytest.fixture(scope="module")
