@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from birdcall.inference.predictions import OutputOptions, SegmentPredictions
 
 from birdcall.audio.reading import AudioError
 from birdcall.config import SEGMENT_SECONDS
@@ -19,6 +18,7 @@ from birdcall.inference.decision import Decision, combine
 from birdcall.inference.engine import open_recording, predict_stream
 from birdcall.inference.ensemble import Ensemble, default_device
 from birdcall.inference.events import RecordingDetector
+from birdcall.inference.predictions import OutputOptions, SegmentPredictions
 from birdcall.inference.tables import DETECTION_COLUMNS, Event, detection_rows
 from birdcall.kaggle.kernel import open_package, require_all_members
 from birdcall.prediction.local import find_recordings
