@@ -16,7 +16,8 @@ from birdcall.evaluation.predictions import truth_from_intervals
 from birdcall.evaluation.tables import event_rows
 from birdcall.inference.decision import Decision
 from birdcall.inference.ensemble import load_ensemble
-from birdcall.inference.tables import Event, write_raven_table
+from birdcall.inference.events import Event
+from birdcall.inference.tables import write_raven_table
 from birdcall.kaggle.test_set import find_audio, read_labelled_soundscapes
 from birdcall.taxonomy import all_species
 

@@ -8,11 +8,11 @@ import pytest
 from birdcall.inference.decision import (
     Calibration,
     Decision,
+    average_members,
     calibrate,
-    combine,
-    decide,
     decide_recordings,
-    label_rows,
+    decide_segments,
+    label_strings,
     read_decision,
     smooth_neighbours,
     write_decision,
@@ -28,19 +28,24 @@ def one_member(*rows):
 
 
 def names(scores, decision, starts=None):
-    return label_rows(decide(scores, scores, decision, starts), CLASSES)
+    return label_strings(decide_segments(scores, scores, decision, starts), CLASSES)
 
 
 def test_clip_and_frame_must_agree():
     clipwise = one_member([0.9, 0.9, 0.1, 0.1])
     framewise = one_member([0.9, 0.1, 0.9, 0.1])
-    chosen = decide(clipwise, framewise, Decision(0.5, 0.5))
+    chosen = decide_segments(clipwise, framewise, Decision(0.5, 0.5))
     assert chosen.tolist() == [[True, False, False, False]]
 
 
 def test_a_threshold_is_reached_at_its_value():
     scores = one_member([0.5, 0.4999, 0.0, 0.0])
-    assert decide(scores, scores, Decision(0.5, 0.5))[0].tolist() == [True, False, False, False]
+    assert decide_segments(scores, scores, Decision(0.5, 0.5))[0].tolist() == [
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_at_most_so_many_birds_and_the_strongest_of_them():
@@ -54,7 +59,7 @@ def test_of_equally_strong_birds_the_first_classes_are_kept():
 
 
 def test_a_row_without_birds_says_nocall():
-    assert label_rows(np.zeros((2, 4), dtype=bool), CLASSES) == ["nocall", "nocall"]
+    assert label_strings(np.zeros((2, 4), dtype=bool), CLASSES) == ["nocall", "nocall"]
 
 
 # --- members -------------------------------------------------------------------------------------
@@ -63,13 +68,13 @@ def test_a_row_without_birds_says_nocall():
 def test_an_ensemble_of_one_is_its_member():
     scores = np.random.default_rng(0).random((1, 6, 4), dtype=np.float32)
     for combination in ("mean", "rms"):
-        assert np.allclose(combine(scores, combination), scores[0], rtol=1e-6)
+        assert np.allclose(average_members(scores, combination), scores[0], rtol=1e-6)
 
 
 def test_the_root_mean_square_is_that():
     scores = np.array([[[0.3]], [[0.9]]])
-    assert combine(scores, "rms")[0, 0] == pytest.approx(np.sqrt((0.09 + 0.81) / 2))
-    assert combine(scores)[0, 0] == pytest.approx(0.6)
+    assert average_members(scores, "rms")[0, 0] == pytest.approx(np.sqrt((0.09 + 0.81) / 2))
+    assert average_members(scores)[0, 0] == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize("combination", ["mean", "rms", "votes"])
@@ -77,9 +82,13 @@ def test_the_order_of_members_does_not_change_a_row(combination):
     scores = np.random.default_rng(0).random((5, 60, 4), dtype=np.float32)
     decision = Decision(combination=combination, neighbour_weight=0.25, recording_threshold=0.6)
     turned = scores[[3, 0, 4, 2, 1]]
-    assert np.array_equal(decide(scores, scores, decision), decide(turned, turned, decision))
+    assert np.array_equal(
+        decide_segments(scores, scores, decision), decide_segments(turned, turned, decision)
+    )
     if combination != "votes":
-        assert np.array_equal(combine(scores, combination), combine(turned, combination))
+        assert np.array_equal(
+            average_members(scores, combination), average_members(turned, combination)
+        )
 
 
 @pytest.mark.parametrize("share, expected", [(1 / 3, 3), (0.5, 2), (2 / 3, 2), (1.0, 1)])
@@ -88,14 +97,16 @@ def test_so_many_members_must_vote_for_a_bird(share, expected):
     scores = np.full((3, 1, 3), 0.1)
     for bird in range(3):
         scores[: bird + 1, 0, bird] = 0.9
-    chosen = decide(scores, scores, Decision(combination="votes", vote_share=share))
+    chosen = decide_segments(scores, scores, Decision(combination="votes", vote_share=share))
     assert chosen.sum() == expected
 
 
 def test_a_vote_needs_clip_and_frame_of_the_same_member():
     clipwise = np.array([[[0.9]], [[0.1]]])
     framewise = np.array([[[0.1]], [[0.9]]])
-    assert not decide(clipwise, framewise, Decision(combination="votes", vote_share=0.5)).any()
+    assert not decide_segments(
+        clipwise, framewise, Decision(combination="votes", vote_share=0.5)
+    ).any()
 
 
 def test_a_third_of_three_members_is_one_whatever_floats_say():
@@ -110,7 +121,7 @@ def test_a_member_with_nan_is_refused(combination):
     scores = np.zeros((2, 3, 4))
     scores[1, 0, 0] = np.nan
     with pytest.raises(ValueError, match="NaN"):
-        decide(scores, scores, Decision(combination=combination))
+        decide_segments(scores, scores, Decision(combination=combination))
 
 
 # --- neighbours and recordings -------------------------------------------------------------------
@@ -148,23 +159,23 @@ def test_recordings_one_after_another_are_decided_as_each_alone():
     decision = Decision(
         0.4, 0.3, "votes", 0.5, recording_threshold=0.8, neighbour_weight=0.25, max_birds=2
     )
-    together = decide(clipwise, framewise, decision, starts)
+    together = decide_segments(clipwise, framewise, decision, starts)
     whole = decide_recordings(clipwise, framewise, decision, starts)
     ends = [*starts[1:], 40]
     for place, (first, end) in enumerate(zip(starts, ends, strict=True)):
         own = clipwise[:, first:end], framewise[:, first:end], decision
-        assert np.array_equal(together[first:end], decide(*own))
+        assert np.array_equal(together[first:end], decide_segments(*own))
         assert np.array_equal(whole[[place]], decide_recordings(*own))
 
 
 def test_a_whole_recording_has_the_birds_of_its_rows_that_are_sure_enough():
     scores = one_member([0.9, 0.55, 0, 0], [0, 0.6, 0.7, 0])
     whole = decide_recordings(scores, scores, Decision(file_threshold=0.65))
-    assert label_rows(whole, CLASSES) == ["amecro norcar"]
+    assert label_strings(whole, CLASSES) == ["amecro norcar"]
     whole = decide_recordings(scores, scores, Decision(file_threshold=0.5, file_max_birds=2))
-    assert label_rows(whole, CLASSES) == ["amecro norcar"]
+    assert label_strings(whole, CLASSES) == ["amecro norcar"]
     nobody = decide_recordings(scores, scores, Decision(clip_threshold=1.0, file_threshold=0.1))
-    assert label_rows(nobody, CLASSES) == ["nocall"]
+    assert label_strings(nobody, CLASSES) == ["nocall"]
 
 
 # --- calibration ---------------------------------------------------------------------------------
@@ -190,7 +201,7 @@ def test_certainty_stays_finite():
 
 
 def test_a_calibration_for_other_classes_is_refused():
-    with pytest.raises(ValueError, match="for 4 classes, the scores are of 3"):
+    with pytest.raises(ValueError, match="for 4 classes, the probabilities are of 3"):
         IDENTITY.apply(np.zeros((2, 3)), np.zeros((2, 3)))
     with pytest.raises(ValueError, match="for 4 classes, the decision for 2"):
         Decision(calibration=IDENTITY, classes=("a", "b"))
@@ -239,7 +250,7 @@ def test_a_decision_survives_its_file(tmp_path):
     "text, complaint",
     [
         ("{", "not a readable decision"),
-        ('{"clip_treshold": 0.3}', "unknown field clip_treshold"),
+        ('{"clip_treshold": 0.3}', "no field clip_treshold"),
         ('{"clip_threshold": 30}', "clip_threshold"),
         ('{"max_birds": 0}', "max_birds is 0"),
         ('{"file_max_birds": 1.5}', "file_max_birds is 1.5"),
@@ -247,7 +258,7 @@ def test_a_decision_survives_its_file(tmp_path):
         ('{"neighbour_weight": -1}', "neighbour_weight"),
         ('{"clip_threshold": "high"}', "not a readable decision"),
         ('{"calibration": {"clip_scale": [1]}}', "not a readable decision"),
-        ('{"calibration": {"scale": [1]}}', "unknown field scale"),
+        ('{"calibration": {"scale": [1]}}', "no field scale"),
         ("[]", "not a readable decision"),
     ],
 )
@@ -272,7 +283,7 @@ def test_a_missing_decision_says_what_makes_one(tmp_path):
         (Decision(combination="rms"), "root-mean-square clip"),
         (Decision(recording_threshold=0.9), ">= 0.9 anywhere in the recording"),
         (Decision(neighbour_weight=0.25), "neighbours that weigh 0.25"),
-        (Decision(calibration=IDENTITY), "calibrated"),
+        (Decision(calibration=IDENTITY), "after calibration"),
     ],
 )
 def test_the_rule_is_said_in_words(decision, words):

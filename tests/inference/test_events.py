@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.inference.decision import Calibration, Decision, decide
-from birdcall.inference.events import RecordingDetector, detect_events
+from birdcall.inference.decision import Calibration, Decision, decide_segments
+from birdcall.inference.events import EventDetector, detect_events
 from birdcall.inference.predictions import SegmentPredictions
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
 
@@ -92,7 +92,7 @@ def test_pieces_of_any_length_give_the_events_of_the_whole(decision, n_members, 
     clipwise, framewise = clipwise.round(1), framewise.round(1)  # ties are common
     frames = generator.random((6, n_rows * FRAMES_PER_SEGMENT), dtype=np.float32)
     classes = tuple("abcdef")
-    detector = RecordingDetector(decision, classes)
+    detector = EventDetector(decision, classes)
     row = 0
     while row < n_rows:
         end = min(n_rows, row + data.draw(st.integers(1, 9)))
@@ -103,7 +103,7 @@ def test_pieces_of_any_length_give_the_events_of_the_whole(decision, n_members, 
         row = end
     events = detector.finish(5.0 * n_rows)
 
-    chosen = decide(clipwise, framewise, decision)
+    chosen = decide_segments(clipwise, framewise, decision)
     by_row = frames.reshape(6, n_rows, FRAMES_PER_SEGMENT)
     threshold = np.minimum(by_row.max(axis=2), np.float32(decision.frame_threshold))
     expected = ((by_row >= threshold[..., None]) & chosen.T[..., None]).reshape(6, -1)
@@ -130,7 +130,7 @@ def test_what_is_kept_does_not_grow_with_classes_that_have_no_chance(gate):
     generator = np.random.default_rng(0)
     n_classes, n_rows = 200, 50
     decision = Decision(0.0, 0.0, max_birds=2, recording_threshold=gate)
-    detector = RecordingDetector(decision, [f"bird{one}" for one in range(n_classes)])
+    detector = EventDetector(decision, [f"bird{one}" for one in range(n_classes)])
     for _ in range(n_rows):
         scores = generator.random((1, 1, n_classes), dtype=np.float32)
         frames = np.repeat(scores[0].T, FRAMES_PER_SEGMENT, axis=1)

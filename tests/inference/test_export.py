@@ -6,13 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-import birdcall.inference.export as export
+import birdcall.inference.windows as windows_module
 from birdcall.benchmark.inference import spread_outputs
 from birdcall.experiments import EXPERIMENTS
 from birdcall.inference.engine import predict_waveforms
 from birdcall.inference.ensemble import load_ensemble, load_member
-from birdcall.inference.export import ONNX_FILE, ExportError, export_checkpoint, probe_windows
-from birdcall.inference.windows import WindowConfig
+from birdcall.inference.windows import (
+    ONNX_FILE,
+    ExportError,
+    WindowConfig,
+    export_checkpoint,
+    probe_windows,
+)
 from birdcall.models.checkpoint import Checkpoint, load_model, save_checkpoint
 from birdcall.models.onnx import OnnxModel
 from birdcall.models.sed import build_model
@@ -108,14 +113,14 @@ def test_a_waveform_goes_in_where_that_is_asked_for(run, tmp_path):
 @pytest.mark.parametrize("damage", [1e-3, float("nan")])
 def test_an_export_that_says_something_else_is_refused_and_not_written(run, damage, monkeypatch):
     """The exported copy has other weights than torch runs."""
-    real = export.export_onnx
+    real = windows_module.export_onnx
 
     def damaged(network, *rest, **names):
         with torch.no_grad():
             network.detector.model.head.detection.bias.add_(4 * damage)
         real(network, *rest, **names)
 
-    monkeypatch.setattr(export, "export_onnx", damaged)
+    monkeypatch.setattr(windows_module, "export_onnx", damaged)
     with pytest.raises(ExportError, match="differ from torch's by"):
         export_checkpoint(run, run / ONNX_FILE)
     assert not list(run.glob("*.onnx"))

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from birdcall.inference import tables as outputs
-from birdcall.inference.tables import Event, frames_to_events, merge_events
+from birdcall.inference.events import Event, frames_to_events, merge_events
 
 EVENTS = [
     Event("norcar", 0.0, 1.25, 1.0),

@@ -18,9 +18,9 @@ from helpers import RATE
 
 from birdcall.evaluation.labelled import read_truth
 from birdcall.inference.ensemble import load_ensemble
+from birdcall.inference.events import Event
 from birdcall.inference.predictions import OutputOptions, SegmentPredictions
 from birdcall.inference.tables import (
-    Event,
     read_audacity_labels,
     read_detections_csv,
     read_detections_jsonl,

@@ -13,13 +13,9 @@ import soundfile
 
 from birdcall.evaluation.labelled import read_truth
 from birdcall.inference.decision import Decision
+from birdcall.inference.events import Event, frames_to_events
 from birdcall.inference.predictions import SegmentPredictions
-from birdcall.inference.tables import (
-    Event,
-    frames_to_events,
-    read_audacity_labels,
-    read_raven_table,
-)
+from birdcall.inference.tables import read_audacity_labels, read_raven_table
 from birdcall.inference.windows import FRAME_SECONDS, FRAMES_PER_SEGMENT
 from birdcall.report import soundscape as soundscape_pages
 from birdcall.report.browser import find_browser, open_browser, open_page, take_screenshots

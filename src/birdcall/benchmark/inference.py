@@ -29,7 +29,7 @@ from birdcall.experiments import find_experiment
 from birdcall.inference.decision import Decision
 from birdcall.inference.engine import predict_files
 from birdcall.inference.ensemble import FRONT_END, READING, Ensemble, Member, load_ensemble
-from birdcall.inference.export import ONNX_FILE, export_checkpoint, probe_windows
+from birdcall.inference.windows import ONNX_FILE, export_checkpoint, probe_windows
 from birdcall.kaggle.test_set import AUDIO_SUFFIXES, EXAMPLE_AUDIO, TEST_AUDIO
 from birdcall.models.checkpoint import Checkpoint, save_checkpoint
 from birdcall.models.onnx import is_onnx_installed

@@ -143,8 +143,7 @@ def _export(
     context_seconds: ContextSeconds = 0.0,
 ) -> None:
     """Export a network to ONNX, and check that ONNX Runtime predicts the same as torch."""
-    from birdcall.inference.export import ONNX_FILE, export_checkpoint
-    from birdcall.inference.windows import WindowConfig
+    from birdcall.inference.windows import ONNX_FILE, WindowConfig, export_checkpoint
 
     path = to or checkpoint / ONNX_FILE
     if source != "log_mel" and to is None:

@@ -22,7 +22,7 @@ from birdcall.data.targets import IGNORE_TARGET, make_targets
 from birdcall.evaluation.comparison import Measure, compare_all, rank_agreement
 from birdcall.evaluation.predict import HeldOutPredictions, hear
 from birdcall.evaluation.scoring import EnsembleDecision, decide_ensemble, score_submission
-from birdcall.inference.decision import combine
+from birdcall.inference.decision import average_members
 from birdcall.inference.ensemble import default_device, load_ensemble
 from birdcall.kaggle.submission import predict_test_set
 from birdcall.kaggle.test_set import SOLUTION, find_test_audio_folder
@@ -298,7 +298,7 @@ def _score_simulated(judged: EnsembleDecision) -> dict[str, Sample]:
     samples = {"simulated_f1": Sample(measure, values)}
     truth = judged.simulated.labelled_truth[:, : len(judged.simulated.classes)]
     measure = Measure("simulated: macro AP", clusters, "groups of recordists", truth)
-    scores = combine(judged.simulated.framewise)[judged.simulated.labelled]
+    scores = average_members(judged.simulated.framewise)[judged.simulated.labelled]
     return samples | {"simulated_ap": Sample(measure, scores)}
 
 
@@ -315,7 +315,7 @@ def _score_labelled(
     truth = labelled.labelled_truth[:, : len(data.classes)]
     if truth.any():
         measure = Measure("soundscapes: macro AP", clusters, "soundscapes", truth)
-        scores = combine(labelled.framewise)[labelled.labelled]
+        scores = average_members(labelled.framewise)[labelled.labelled]
         samples["soundscape_ap"] = Sample(measure, scores)
     return samples
 

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import expit, logit
 
-from birdcall.inference.decision import SMALLEST, Calibration
+from birdcall.inference.decision import MIN_PROBABILITY, Calibration
 
 FloatArray = NDArray[np.float64]
 
@@ -58,7 +58,9 @@ def fit_scale_and_offset(
     if not known.any():
         raise ValueError("no out-of-fold recording to fit a calibration on")
     n_classes = scores.shape[1]
-    z = logit(np.clip(np.where(known, scores, 0.5).astype(float), SMALLEST, 1 - SMALLEST))
+    z = logit(
+        np.clip(np.where(known, scores, 0.5).astype(float), MIN_PROBABILITY, 1 - MIN_PROBABILITY)
+    )
     y = np.where(known, targets > 0, 0).astype(float)
 
     def loss(values: FloatArray) -> tuple[float, FloatArray]:

@@ -18,7 +18,13 @@ from scipy.ndimage import uniform_filter, uniform_filter1d
 
 from birdcall.evaluation.metrics import row_f1_scores
 from birdcall.evaluation.predictions import LabelledPredictions
-from birdcall.inference.decision import Calibration, Decision, combine, make_voters, passes_gate
+from birdcall.inference.decision import (
+    Calibration,
+    Decision,
+    average_members,
+    combine_members,
+    passes_gate,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -307,8 +313,8 @@ class _Search:
         if key not in self.combined:
             self.combined[key] = replace(
                 scores,
-                clipwise=combine(scores.clipwise, rule.combination)[None],
-                framewise=combine(scores.framewise, rule.combination)[None],
+                clipwise=average_members(scores.clipwise, rule.combination)[None],
+                framewise=average_members(scores.framewise, rule.combination)[None],
                 member_names=(rule.combination,),
             )
         return self.combined[key], replace(rule, combination="mean")
@@ -402,7 +408,7 @@ class _Cells:
 
 def _find_cells(scores: LabelledPredictions, rule: Decision) -> _Cells:
     labelled = scores.labelled
-    voters = make_voters(scores.clipwise, scores.framewise, rule, scores.starts)
+    voters = combine_members(scores.clipwise, scores.framewise, rule, scores.starts)
     lowest = THRESHOLDS[0]
     reached = (voters.clipwise >= lowest) & (voters.framewise >= lowest)
     if rule.recording_threshold > 0:

@@ -21,12 +21,11 @@ from birdcall.evaluation.scoring import EnsembleDecision, Evaluation
 from birdcall.evaluation.simulated_audio import open_renderer
 from birdcall.evaluation.simulation import SimulatedSoundscape
 from birdcall.evaluation.tables import LABELLED, SIMULATED
-from birdcall.inference.decision import combine
+from birdcall.inference.decision import average_members
 from birdcall.inference.engine import open_recording, predict_stream
 from birdcall.inference.ensemble import Ensemble
-from birdcall.inference.events import RecordingDetector
+from birdcall.inference.events import Event, EventDetector
 from birdcall.inference.predictions import OutputOptions, SegmentPredictions, concatenate
-from birdcall.inference.tables import Event
 from birdcall.inference.windows import FRAMES_PER_SEGMENT, End
 
 logger = logging.getLogger(__name__)
@@ -152,7 +151,7 @@ def _rank(
 ) -> list[Mistake]:
     """Return the mistakes of a kind, the worst of each species and recording, the worst first."""
     truth, classes = predictions.labelled_truth, predictions.classes
-    probability = combine(predictions.framewise)[predictions.labelled]
+    probability = average_members(predictions.framewise)[predictions.labelled]
     segments = predictions.segments[predictions.labelled]
     recordings = segments["recording"].to_numpy()
     starts = segments["seconds"].to_numpy(float) - SEGMENT_SECONDS
@@ -306,7 +305,7 @@ def write_labelled_pages(
     names = evaluation.soundscapes["recording"].head(n_pages)
     sources = {name: open_recording(labelled.paths[name]) for name in names}
     ensemble = held_out.ensemble
-    detector = RecordingDetector(evaluation.decision, ensemble.classes)
+    detector = EventDetector(evaluation.decision, ensemble.classes)
     first_pages = {}
     with closing(predict_stream(ensemble, sources, _OUTPUTS)) as stream:
         for name, item in stream:
@@ -329,7 +328,7 @@ def write_labelled_pages(
             else:
                 logger.warning("%s; it has no page", item)
                 pages.forget()
-            detector = RecordingDetector(evaluation.decision, ensemble.classes)
+            detector = EventDetector(evaluation.decision, ensemble.classes)
     return first_pages
 
 

@@ -14,10 +14,10 @@ from birdcall.data.targets import MIN_OVERLAP_SECONDS
 from birdcall.evaluation.metrics import row_f1_scores
 from birdcall.inference.decision import (
     Decision,
-    ask_recordings,
-    decide,
-    gather_recordings,
-    make_voters,
+    apply_recording_thresholds,
+    combine_members,
+    decide_segments,
+    summarise_recordings,
 )
 
 _TIME_TOLERANCE = 1e-6  # seconds
@@ -100,7 +100,7 @@ class LabelledPredictions:
 
     def decide(self, decision: Decision) -> np.ndarray:
         """Return which known species are named in each labelled row."""
-        chosen = decide(self.clipwise, self.framewise, decision, self.starts)
+        chosen = decide_segments(self.clipwise, self.framewise, decision, self.starts)
         return self._pad(chosen[self.labelled])
 
     def row_f1(self, decision: Decision) -> np.ndarray:
@@ -114,10 +114,10 @@ class LabelledPredictions:
     def recording_f1_of(self, decisions: Sequence[Decision]) -> np.ndarray:
         """Return `recording_f1` of rules that differ only in what they ask of whole recordings."""
         rule = decisions[0]
-        voters = make_voters(self.clipwise, self.framewise, rule, self.starts)
-        gathered = gather_recordings(voters, rule)
+        voters = combine_members(self.clipwise, self.framewise, rule, self.starts)
+        gathered = summarise_recordings(voters, rule)
         truth = np.logical_or.reduceat(self.truth, self.starts, axis=0)
-        named = (ask_recordings(gathered, one) for one in decisions)
+        named = (apply_recording_thresholds(gathered, one) for one in decisions)
         return np.array([row_f1_scores(truth, self._pad(chosen)) for chosen in named])
 
     def _pad(self, chosen: np.ndarray) -> np.ndarray:

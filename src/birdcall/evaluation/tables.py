@@ -29,7 +29,7 @@ from birdcall.evaluation.metrics import (
     segment_based_counts,
 )
 from birdcall.evaluation.predictions import LabelledPredictions
-from birdcall.inference.decision import Decision, combine
+from birdcall.inference.decision import Decision, average_members
 from birdcall.inference.events import detect_events
 
 COLUMNS = ("name", "members", "audio", "metric", "value", "low", "high", "rows", "recordings")
@@ -97,7 +97,7 @@ def ranked_rows(subject: ScoreSubject, predictions: LabelledPredictions) -> Rows
     """Score the ranking by the members' mean probabilities, before any decision."""
     n_classes = len(predictions.classes)
     truth = predictions.labelled_truth[:, :n_classes]
-    probability = combine(predictions.framewise)[predictions.labelled]
+    probability = average_members(predictions.framewise)[predictions.labelled]
     values = {
         "macro_ap": macro_average(average_precision(truth, probability)),
         "macro_auc": macro_average(roc_auc(truth, probability)),
@@ -105,7 +105,7 @@ def ranked_rows(subject: ScoreSubject, predictions: LabelledPredictions) -> Rows
     }
     occurs = truth.any(axis=0)
     if occurs.any():
-        clipwise = combine(predictions.clipwise)[predictions.labelled]
+        clipwise = average_members(predictions.clipwise)[predictions.labelled]
         values["ece"] = expected_calibration_error(truth[:, occurs], clipwise[:, occurs])
     return _rows(subject, values, len(truth), len(set(predictions.recordings)))
 
@@ -248,7 +248,7 @@ def per_class_table(
         if predictions is not None:
             truth = predictions.labelled_truth[:, : len(classes)]
             columns[f"{title}_rows"] = truth.sum(axis=0)
-            probability = combine(predictions.framewise)[predictions.labelled]
+            probability = average_members(predictions.framewise)[predictions.labelled]
             columns[f"{title}_ap"] = average_precision(truth, probability)
     if simulated is not None and predicted is not None:
         truth, guess = simulated.labelled_truth[:, : len(classes)], predicted[:, : len(classes)]

@@ -1,8 +1,8 @@
-"""Turn members' scores into labels: the one rule that evaluation chooses and the kernel applies.
+"""Turn probabilities into labels: the one rule that evaluation chooses and the kernel applies.
 
 In this order: calibrate each member's probabilities, combine the members, smooth over neighbouring
-segments, ask whether the bird is anywhere in the recording (gate), ask clip and frame of the
-segment, keep the strongest birds.
+segments, compare each segment's clipwise and framewise probability with thresholds, and the highest
+one of the whole recording (the gate), limit the number of species.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from birdcall.config import NOCALL, require, require_choice, require_share
+from birdcall.config import NOCALL, config_from_dict, require, require_choice, require_share
 from birdcall.inference.windows import WindowConfig
 from birdcall.storage.files import write_atomically
 
 COMBINATIONS = ("mean", "rms", "votes")
-SMALLEST = 1e-7  # a probability of 0 or 1 has no logit
+MIN_PROBABILITY = 1e-7  # a probability of 0 or 1 has no logit
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What makes scores probabilities, per class: sigmoid(scale * logit(score) + offset).
+    """Calibration by class: sigmoid(scale * logit(probability) + offset).
 
-    A number for each of the model's classes, in their order, for clipwise and framewise scores.
+    A number for each of the model's classes, in their order, for clipwise and framewise output.
     """
 
     clip_scale: tuple[float, ...]
@@ -47,25 +47,28 @@ class Calibration:
             require(
                 min(getattr(self, name), default=1.0) > 0,
                 f"calibration: {name} holds {min(getattr(self, name), default=1.0)}; "
-                "a scale must be above 0, or it would turn the ranking round",
+                "a scale must be above 0, or it would reverse the ranking",
             )
 
     def apply(self, clipwise: np.ndarray, framewise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Calibrate scores ``(…, classes)``; the results have their dtype."""
+        """Calibrate probabilities ``(…, classes)``; the results have their dtype."""
         return (
             calibrate(clipwise, self.clip_scale, self.clip_offset),
             calibrate(framewise, self.frame_scale, self.frame_offset),
         )
 
 
-def calibrate(scores: np.ndarray, scale: Sequence[float], offset: Sequence[float]) -> np.ndarray:
-    """Return sigmoid(scale * logit(scores) + offset) for ``(…, classes)``, in the scores' dtype."""
+def calibrate(
+    probabilities: np.ndarray, scale: Sequence[float], offset: Sequence[float]
+) -> np.ndarray:
+    """Return sigmoid(scale * logit(p) + offset) for p ``(…, classes)``, in the same dtype."""
+    n_classes = probabilities.shape[-1]
     require(
-        scores.shape[-1] == len(scale),
-        f"the calibration is for {len(scale)} classes, the scores are of {scores.shape[-1]}",
+        n_classes == len(scale),
+        f"the calibration is for {len(scale)} classes, the probabilities are of {n_classes}",
     )
-    dtype = scores.dtype
-    clipped = np.clip(scores, SMALLEST, 1 - SMALLEST)
+    dtype = probabilities.dtype
+    clipped = np.clip(probabilities, MIN_PROBABILITY, 1 - MIN_PROBABILITY)
     logit = np.log(clipped / (1 - clipped))
     logit = logit * np.asarray(scale, dtype) + np.asarray(offset, dtype)
     return (1 / (1 + np.exp(-logit))).astype(dtype, copy=False)
@@ -73,21 +76,20 @@ def calibrate(scores: np.ndarray, scale: Sequence[float], offset: Sequence[float
 
 @dataclass(frozen=True)
 class Decision:
-    """Which birds are in a segment, and in a whole recording.
+    """The rule that decides which species are in a segment, and in a whole recording.
 
-    A bird is in a segment if clip and frames agree (1st place): its clipwise score reaches
-    ``clip_threshold``, the highest of its framewise scores ``frame_threshold``, and, if there is a
-    gate (7th place), its highest clipwise score in the whole recording ``recording_threshold``.
-    Scores are the members' ``mean`` or root mean square (``rms``, 2nd place), or each member is
-    asked alone and ``vote_share`` of them must say so (``votes``, 1st place). Before, a segment's
-    scores are averaged with those of its neighbours, which weigh ``neighbour_weight`` each (3rd
-    place).
+    A species is in a segment if clip and frames agree (1st place): its clipwise probability reaches
+    ``clip_threshold``, its framewise one ``frame_threshold``, and, if there is a gate (7th place),
+    its highest clipwise probability in the whole recording ``recording_threshold``. Probabilities
+    are the members' ``mean`` or root mean square (``rms``, 2nd place), or thresholds apply to each
+    member alone and ``vote_share`` of the members must agree (``votes``, 1st place). Before that, a
+    segment is averaged with its neighbours, which weigh ``neighbour_weight`` each (3rd place).
 
-    A row of site 3 is a whole recording: its birds are those of any segment whose highest clipwise
-    score reaches ``file_threshold``.
+    A row of site 3 is a whole recording: its species are those of any segment whose highest
+    clipwise probability reaches ``file_threshold``.
 
-    chosen_on says from what the rule comes; score what it got there, and what else is expected;
-    classes those of the members, in order, or nothing where the decision would suit any.
+    classes: those of the members, in order; empty where the decision suits any. chosen_on: the
+    rows that the rule was chosen on; score: its scores there.
     """
 
     clip_threshold: float = 0.5
@@ -99,8 +101,8 @@ class Decision:
     max_birds: int = 3
     file_threshold: float = 0.5
     file_max_birds: int = 10
-    window_segments: int = 1  # how many segments the model hears at once,
-    context_seconds: float = 0.0  # and how much sound before and after them
+    window_segments: int = 1  # these two are the `WindowConfig` of the members
+    context_seconds: float = 0.0
     calibration: Calibration | None = None
     classes: tuple[str, ...] = ()
     members: tuple[str, ...] = ()
@@ -111,7 +113,7 @@ class Decision:
         require_choice("combination", self.combination, COMBINATIONS)
         for name in _SHARES:
             require_share(name, getattr(self, name))
-        _ = self.window_config  # checks itself
+        WindowConfig(self.window_segments, self.context_seconds)  # raises for wrong values
         for name in ("max_birds", "file_max_birds"):
             value = getattr(self, name)
             require(
@@ -128,20 +130,23 @@ class Decision:
 
     @property
     def window_config(self) -> WindowConfig:
-        """Return what the members' scores must come from."""
+        """Return the windows that the members must predict."""
         return WindowConfig(self.window_segments, self.context_seconds)
 
     def n_votes(self, n_members: int) -> int:
-        """Return how many of so many members must agree."""
+        """Return how many of ``n_members`` must agree."""
         return max(1, math.ceil(round(self.vote_share * n_members, 9)))
 
     def describe(self) -> str:
-        """Say the rule in words, for people."""
+        """Return the rule in words."""
         if self.combination == "votes":
             n_members = len(self.members)
-            half = {0.5: "half", 1.0: "all"}.get(self.vote_share, f"{self.vote_share:.0%}")
-            of = f"{self.n_votes(n_members)} of {n_members}" if n_members else f"{half} of the"
-            parts = [f"{of} members say clip"]
+            if n_members:
+                share = f"{self.n_votes(n_members)} of {n_members}"
+            else:
+                names = {0.5: "half of the", 1.0: "all"}
+                share = names.get(self.vote_share, f"{self.vote_share:.0%} of the")
+            parts = [f"{share} members have clip"]
         else:
             parts = ["clip" if self.combination == "mean" else "root-mean-square clip"]
         parts[0] += f" probability >= {self.clip_threshold:g}"
@@ -151,10 +156,10 @@ class Decision:
         if self.neighbour_weight > 0:
             parts.append(f"smoothed over neighbours that weigh {self.neighbour_weight:g}")
         if self.calibration is not None:
-            parts.append("of calibrated scores")
+            parts.append("after calibration")
         if not self.window_config.is_single_segment:
-            parts.append(f"of windows of {self.window_config.window_seconds:g} s")
-        return f"{' '.join(parts)}, at most {self.max_birds} birds"
+            parts.append(f"in windows of {self.window_config.window_seconds:g} s")
+        return f"{' '.join(parts)}, at most {self.max_birds} species"
 
 
 _SHARES = (
@@ -170,31 +175,25 @@ def write_decision(path: Path, decision: Decision) -> None:
 def read_decision(path: Path) -> Decision:
     """Read ``decision.json``; errors name the file and what is wrong in it."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such decision; `birdcall evaluate` makes one")
+        raise FileNotFoundError(f"{path}: no such decision; `birdcall evaluate` writes one")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values.get("calibration") is not None:
-            values["calibration"] = _restore(Calibration, values["calibration"])
-        return _restore(Decision, values)
+            values["calibration"] = config_from_dict(Calibration, values["calibration"])
+        return config_from_dict(Decision, values)
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a readable decision: {error}") from error
 
 
-def _restore(kind: type, values: dict[str, Any]) -> Any:
-    unknown = sorted(set(values) - {item.name for item in fields(kind)})
-    require(not unknown, f"unknown field {', '.join(unknown)}")
-    tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    return kind(**(values | tuples))
+# --- applying it ----------------------------------------------------------------------------------
 
 
-# --- applying it --------------------------------------------------------------------------------
+class VoterPredictions(NamedTuple):
+    """What the thresholds are compared with: each member's probabilities, or all combined into one.
 
-
-class Voters(NamedTuple):
-    """What thresholds are asked of: each member, or all of them combined into one.
-
-    clipwise, framewise: ``(voters, rows, classes)``; strength: ``(rows, classes)``; starts: the
-    first row of each recording.
+    A voter is a member where members vote; else there is one voter, their average. clipwise,
+    framewise: ``(voters, rows, classes)``, calibrated and smoothed. strength: ``(rows, classes)``,
+    ranks the species of a row. starts: the first row of each recording.
     """
 
     clipwise: np.ndarray
@@ -202,47 +201,55 @@ class Voters(NamedTuple):
     strength: np.ndarray
     starts: np.ndarray
 
-    @property
     def highest(self) -> np.ndarray:
-        """Return each recording's highest clipwise scores, ``(voters, recordings, classes)``."""
+        """Return each recording's highest clipwise values, ``(voters, recordings, classes)``."""
         return np.maximum.reduceat(self.clipwise, self.starts, axis=1)
 
 
-class WholeRecordings(NamedTuple):
-    """What is asked of whole recordings: ``(recordings, classes)``, but highest as in `Voters`."""
+class RecordingSummary(NamedTuple):
+    """What decides on whole recordings, see `decide_recordings`.
 
-    in_a_row: np.ndarray  # the bird is named in a row
+    in_a_segment: the species is decided in a segment, ``(recordings, classes)``. highest: see
+    `VoterPredictions.highest`. strength: the highest of a segment, ``(recordings, classes)``.
+    """
+
+    in_a_segment: np.ndarray
     highest: np.ndarray
     strength: np.ndarray
 
 
-def combine(scores: np.ndarray, combination: str = "mean") -> np.ndarray:
+def average_members(probabilities: np.ndarray, combination: str = "mean") -> np.ndarray:
     """Average members' probabilities: ``(members, rows, classes)`` → ``(rows, classes)``.
 
-    ``rms`` is the root of the mean of their squares: the surest member counts most.
+    ``rms`` is the root of the mean of their squares: the most certain member counts most.
     """
     require_choice("combination", combination, ("mean", "rms"))
     require(
-        scores.ndim == 3,
-        f"scores have shape {scores.shape}; want (members, rows, classes)",
+        probabilities.ndim == 3,
+        f"probabilities have shape {probabilities.shape}; give (members, rows, classes)",
     )
-    require(bool(np.isfinite(scores).all()), "a member's scores hold NaN or infinity")
-    if len(scores) == 1:
-        return scores[0]
+    _require_finite(probabilities)
+    if len(probabilities) == 1:
+        return probabilities[0]
     # Sorted first, so that rounding does not depend on the order of the members.
-    ordered = np.sort(scores, axis=0)
+    ordered = np.sort(probabilities, axis=0)
     if combination == "mean":
         return ordered.mean(axis=0)
     return np.sqrt(np.square(ordered).mean(axis=0))
 
 
-def make_voters(
+def _require_finite(probabilities: np.ndarray) -> None:
+    is_finite = bool(np.isfinite(probabilities).all())
+    require(is_finite, "the probabilities of a member hold NaN or infinity")
+
+
+def combine_members(
     clipwise: np.ndarray,
     framewise: np.ndarray,
     decision: Decision,
     starts: np.ndarray | None = None,
-) -> Voters:
-    """Do with ``(members, rows, classes)`` scores all that comes before the thresholds.
+) -> VoterPredictions:
+    """Calibrate, combine and smooth ``(members, rows, classes)``: all that precedes thresholds.
 
     Rows are all segments of one recording after another; ``starts`` are the recordings' first rows
     (None: there is one recording).
@@ -251,52 +258,51 @@ def make_voters(
     if decision.calibration is not None:
         clipwise, framewise = decision.calibration.apply(clipwise, framewise)
     if decision.combination == "votes":
-        # Sorted by nothing: votes are counted, and the strength sorts for itself.
-        require(bool(np.isfinite(clipwise).all()), "a member's scores hold NaN or infinity")
-        require(bool(np.isfinite(framewise).all()), "a member's scores hold NaN or infinity")
+        _require_finite(clipwise)
+        _require_finite(framewise)
     else:
-        clipwise = combine(clipwise, decision.combination)[None]
-        framewise = combine(framewise, decision.combination)[None]
+        clipwise = average_members(clipwise, decision.combination)[None]
+        framewise = average_members(framewise, decision.combination)[None]
     clipwise = smooth_neighbours(clipwise, decision.neighbour_weight, starts)
     framewise = smooth_neighbours(framewise, decision.neighbour_weight, starts)
-    return Voters(clipwise, framewise, combine(clipwise * framewise), starts)
+    return VoterPredictions(clipwise, framewise, average_members(clipwise * framewise), starts)
 
 
-def smooth_neighbours(scores: np.ndarray, weight: float, starts: np.ndarray) -> np.ndarray:
+def smooth_neighbours(probabilities: np.ndarray, weight: float, starts: np.ndarray) -> np.ndarray:
     """Average each row of ``(…, rows, classes)`` with the rows before and after it.
 
-    Either neighbour weighs ``weight``, the row itself 1; other recordings are no neighbours.
+    Each neighbour weighs ``weight``, the row itself 1; other recordings are no neighbours.
     """
-    n_rows = scores.shape[-2]
+    n_rows = probabilities.shape[-2]
     if weight == 0 or n_rows == 1:
-        return scores
+        return probabilities
     is_first = np.zeros(n_rows, dtype=bool)
     is_first[starts] = True
-    joined = np.where(is_first[1:], 0, weight).astype(scores.dtype)[
-        :, None
-    ]  # row and the one after
-    total = np.ones((n_rows, 1), scores.dtype)
-    total[1:] += joined
-    total[:-1] += joined
-    smooth = scores.copy()
-    smooth[..., 1:, :] += joined * scores[..., :-1, :]
-    smooth[..., :-1, :] += joined * scores[..., 1:, :]
+    # The weight between each row and the next, ``(rows - 1, 1)``.
+    between = np.where(is_first[1:], 0, weight).astype(probabilities.dtype)[:, None]
+    total = np.ones((n_rows, 1), probabilities.dtype)
+    total[1:] += between
+    total[:-1] += between
+    smooth = probabilities.copy()
+    smooth[..., 1:, :] += between * probabilities[..., :-1, :]
+    smooth[..., :-1, :] += between * probabilities[..., 1:, :]
     smooth /= total
     return smooth
 
 
-def decide(
+def decide_segments(
     clipwise: np.ndarray,
     framewise: np.ndarray,
     decision: Decision,
     starts: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Say which birds are in each row: ``(members, rows, classes)`` scores → ``(rows, classes)``.
+    """Return which species are in each row: ``(members, rows, classes)`` → ``(rows, classes)``.
 
     ``framewise`` is the highest probability of any frame of the row. Rows are all segments of one
     recording after another; ``starts`` are the recordings' first rows (None: one recording).
     """
-    return ask_rows(make_voters(clipwise, framewise, decision, starts), decision)
+    voters = combine_members(clipwise, framewise, decision, starts)
+    return apply_segment_thresholds(voters, decision)
 
 
 def decide_recordings(
@@ -305,70 +311,70 @@ def decide_recordings(
     decision: Decision,
     starts: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Say which birds are in each whole recording, as rows of site 3 want it.
+    """Return which species are in each whole recording, as rows of site 3 need it.
 
-    Takes what `decide` takes; returns ``(recordings, classes)``.
+    Takes what `decide_segments` takes; returns ``(recordings, classes)``.
     """
-    voters = make_voters(clipwise, framewise, decision, starts)
-    return ask_recordings(gather_recordings(voters, decision), decision)
+    voters = combine_members(clipwise, framewise, decision, starts)
+    return apply_recording_thresholds(summarise_recordings(voters, decision), decision)
 
 
-def ask_rows(voters: Voters, decision: Decision) -> np.ndarray:
-    """Apply the thresholds of rows: return the birds of each, ``(rows, classes)``."""
-    passed = pass_thresholds(voters, decision)
+def apply_segment_thresholds(voters: VoterPredictions, decision: Decision) -> np.ndarray:
+    """Return the species of each row, ``(rows, classes)``."""
+    passed = passes_thresholds(voters, decision)
     if decision.recording_threshold > 0:
         passed &= passes_gate(voters, decision.recording_threshold)
-    return keep_strongest(agree(passed, decision), voters.strength, decision.max_birds)
+    agreed = has_enough_votes(passed, decision)
+    return limit_species(agreed, voters.strength, decision.max_birds)
 
 
-def pass_thresholds(voters: Voters, decision: Decision) -> np.ndarray:
-    """Return which birds each voter hears in each row, the gate aside: as `Voters.clipwise`."""
+def passes_thresholds(voters: VoterPredictions, decision: Decision) -> np.ndarray:
+    """Return where clip and frames reach their thresholds, ``(voters, rows, classes)``."""
     passed = voters.clipwise >= decision.clip_threshold
     passed &= voters.framewise >= decision.frame_threshold
     return passed
 
 
-def agree(passed: np.ndarray, decision: Decision) -> np.ndarray:
-    """Return for ``(voters, …)`` whether as many of them say so as the decision asks for."""
-    return passed.sum(axis=0) >= _needed(len(passed), decision)
-
-
-def passes_gate(voters: Voters, threshold: float) -> np.ndarray:
-    """Return which birds are anywhere in the row's recording, ``(voters, rows, classes)``."""
+def passes_gate(voters: VoterPredictions, threshold: float) -> np.ndarray:
+    """Return which species are anywhere in the row's recording, ``(voters, rows, classes)``."""
     lengths = np.diff([*voters.starts, voters.clipwise.shape[1]])
-    return np.repeat(voters.highest >= threshold, lengths, axis=1)
+    return np.repeat(voters.highest() >= threshold, lengths, axis=1)
 
 
-def gather_recordings(voters: Voters, decision: Decision) -> WholeRecordings:
-    """Return what `ask_recordings` needs, which its own thresholds do not change."""
-    return WholeRecordings(
-        np.logical_or.reduceat(ask_rows(voters, decision), voters.starts, axis=0),
-        voters.highest,
+def has_enough_votes(passed: np.ndarray, decision: Decision) -> np.ndarray:
+    """Return for ``(voters, …)`` whether as many voters agree as the decision needs."""
+    n_needed = decision.n_votes(len(passed)) if decision.combination == "votes" else 1
+    return passed.sum(axis=0) >= n_needed
+
+
+def summarise_recordings(voters: VoterPredictions, decision: Decision) -> RecordingSummary:
+    """Return what decides on whole recordings, before the thresholds for them."""
+    in_a_row = apply_segment_thresholds(voters, decision)
+    return RecordingSummary(
+        np.logical_or.reduceat(in_a_row, voters.starts, axis=0),
+        voters.highest(),
         np.maximum.reduceat(voters.strength, voters.starts, axis=0),
     )
 
 
-def ask_recordings(gathered: WholeRecordings, decision: Decision) -> np.ndarray:
-    """Apply the thresholds of whole recordings; see `decide_recordings`."""
-    is_sure = gathered.highest >= decision.file_threshold
-    agreed = agree(is_sure, decision)
-    return keep_strongest(gathered.in_a_row & agreed, gathered.strength, decision.file_max_birds)
+def apply_recording_thresholds(summary: RecordingSummary, decision: Decision) -> np.ndarray:
+    """Return the species of each whole recording, ``(recordings, classes)``."""
+    agreed = has_enough_votes(summary.highest >= decision.file_threshold, decision)
+    chosen = summary.in_a_segment & agreed
+    return limit_species(chosen, summary.strength, decision.file_max_birds)
 
 
-def _needed(n_voters: int, decision: Decision) -> int:
-    return decision.n_votes(n_voters) if decision.combination == "votes" else 1
-
-
-def keep_strongest(chosen: np.ndarray, strength: np.ndarray, max_birds: int) -> np.ndarray:
-    if chosen.shape[1] <= max_birds or not (chosen.sum(axis=1) > max_birds).any():
+def limit_species(chosen: np.ndarray, strength: np.ndarray, max_species: int) -> np.ndarray:
+    """Return ``chosen`` ``(rows, classes)`` with no more than the strongest species of each row."""
+    if chosen.shape[1] <= max_species or not (chosen.sum(axis=1) > max_species).any():
         return chosen
     # Stable sorting: equal strengths go by class order, on every machine.
     order = np.argsort(np.where(chosen, -strength, np.inf), axis=1, kind="stable")
     rank = np.argsort(order, axis=1, kind="stable")
-    return chosen & (rank < max_birds)
+    return chosen & (rank < max_species)
 
 
-def label_rows(chosen: np.ndarray, classes: Sequence[str]) -> list[str]:
-    """Write each boolean row ``(rows, classes)`` as the competition does: codes, or ``nocall``."""
+def label_strings(chosen: np.ndarray, classes: Sequence[str]) -> list[str]:
+    """Return each boolean row ``(rows, classes)`` as the competition writes it, or ``nocall``."""
     names = np.asarray(classes, dtype=object)
     return [" ".join(names[row]) if row.any() else NOCALL for row in chosen]

@@ -20,9 +20,14 @@ from torch import Tensor
 from birdcall.audio.frontend import LogMel
 from birdcall.audio.spectrogram import exact_float32, worker_pool
 from birdcall.config import SEGMENT_SECONDS, FrontendConfig, require
-from birdcall.inference.export import find_export
 from birdcall.inference.predictions import SEGMENTS_ONLY, OutputOptions, SegmentPredictions
-from birdcall.inference.windows import SINGLE_SEGMENT, SegmentModel, SegmentOutput, WindowConfig
+from birdcall.inference.windows import (
+    SINGLE_SEGMENT,
+    SegmentModel,
+    SegmentOutput,
+    WindowConfig,
+    find_export,
+)
 from birdcall.models.checkpoint import Checkpoint, load_model, require_same_classes
 from birdcall.models.onnx import OnnxModel
 from birdcall.models.sed import SEDModel

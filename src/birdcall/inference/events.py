@@ -1,32 +1,143 @@
-"""Say from when to when each bird is heard, in a recording of any length, piece by piece."""
+"""Events: from when to when a species is in a recording, found in predictions over time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.inference.decision import (
     Decision,
-    agree,
     calibrate,
-    keep_strongest,
-    make_voters,
-    pass_thresholds,
+    combine_members,
+    has_enough_votes,
+    limit_species,
+    passes_thresholds,
 )
 from birdcall.inference.predictions import SegmentPredictions, concatenate
-from birdcall.inference.tables import Event, merge_events
 from birdcall.inference.windows import FRAME_SECONDS, FRAMES_PER_SEGMENT
 
-MAX_GAP_SECONDS = 0.5  # two calls this close are one event
+_TIME_TOLERANCE = 1e-6  # seconds; times are rounded to it, or 3 x 0.1 s would not be 0.3 s
+_MAX_GAP_SECONDS = 0.5  # two calls this close are one event
+
+
+@dataclass(frozen=True)
+class Event:
+    """A species from ``onset`` to ``offset``, in seconds of its recording.
+
+    confidence: the highest probability of its frames; 1 for what a person has labelled. note: the
+    text that a person has written beside it.
+    """
+
+    ebird_code: str
+    onset: float
+    offset: float
+    confidence: float = 1.0
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.onset <= self.offset < float("inf"):
+            raise ValueError(
+                f"event of {self.ebird_code} lasts from {self.onset} to {self.offset} s; it must "
+                "not end before it begins, nor begin before 0"
+            )
+        if not np.isfinite(self.confidence):
+            raise ValueError(f"confidence of {self.ebird_code} is {self.confidence}")
+
+
+def frames_to_events(
+    framewise: ArrayLike,
+    classes: Sequence[str],
+    frame_seconds: float,
+    threshold: ArrayLike,
+    min_seconds: float = 0.0,
+    max_gap_seconds: float = 0.0,
+    start_seconds: float = 0.0,
+) -> list[Event]:
+    """Return the events in probabilities ``framewise (classes, frames)``, in order of onset.
+
+    An event is a run of frames at or above ``threshold`` (a number, or one per class); its
+    confidence is the highest of them. Runs at most ``max_gap_seconds`` apart are one event; then
+    those under ``min_seconds`` are dropped. Frame 0 begins at ``start_seconds``: a long recording
+    can be processed in parts with both limits at 0, and `merge_events` of all parts gives the same
+    result.
+    """
+    frames = np.asarray(framewise)
+    if frames.ndim != 2 or len(frames) != len(classes):
+        raise ValueError(
+            f"framewise has shape {frames.shape}; it must be ({len(classes)} classes, frames)"
+        )
+    if not np.isfinite(frames).all():
+        raise ValueError("framewise holds NaN or infinity: did a model diverge?")
+    if not frame_seconds > 0:
+        raise ValueError(f"frame_seconds is {frame_seconds}; it must be above 0")
+    limits = np.broadcast_to(np.asarray(threshold, dtype=frames.dtype), len(classes))
+    runs = [
+        Event(
+            classes[row],
+            round(float(start_seconds + start * frame_seconds), 6),
+            round(float(start_seconds + end * frame_seconds), 6),
+            round(float(frames[row, start:end].max()), 6),
+        )
+        for row, start, end in _find_runs(frames >= limits[:, None])
+    ]
+    return merge_events(runs, min_seconds, max_gap_seconds)
+
+
+def _find_runs(active: np.ndarray) -> Iterable[tuple[int, int, int]]:
+    """Return row, start and end of each run of True in ``(rows, frames)``, row by row."""
+    change = np.diff(np.pad(active, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    rows, starts = np.nonzero(change == 1)
+    ends = np.nonzero(change == -1)[1]  # each row has as many ends as starts, in the same order
+    return zip(rows, starts, ends, strict=True)
+
+
+def merge_events(
+    events: Iterable[Event], min_seconds: float = 0.0, max_gap_seconds: float = 0.0
+) -> list[Event]:
+    """Join events of a species at most ``max_gap_seconds`` apart, then drop the short ones."""
+    if not (min_seconds >= 0 and max_gap_seconds >= 0):
+        raise ValueError(
+            f"min_seconds is {min_seconds} and max_gap_seconds {max_gap_seconds}; neither may be "
+            "negative"
+        )
+    merged: dict[str, list[Event]] = {}
+    for event in sorted(events, key=_time_order):
+        earlier = merged.setdefault(event.ebird_code, [])
+        if earlier and event.onset - earlier[-1].offset <= max_gap_seconds + _TIME_TOLERANCE:
+            earlier[-1] = Event(
+                event.ebird_code,
+                earlier[-1].onset,
+                max(earlier[-1].offset, event.offset),
+                max(earlier[-1].confidence, event.confidence),
+            )
+        else:
+            earlier.append(event)
+    long_enough = [
+        event
+        for of_species in merged.values()
+        for event in of_species
+        if event.offset - event.onset >= min_seconds - _TIME_TOLERANCE
+    ]
+    return sorted(long_enough, key=_time_order)
+
+
+def _time_order(event: Event) -> tuple[float, float, str]:
+    return event.onset, event.offset, event.ebird_code
+
+
+# --- detection in a recording of any length -------------------------------------------------------
 
 
 class _Candidates(NamedTuple):
-    """Birds that pass the thresholds of their row: an entry each, in order of row and class.
+    """Species that pass the thresholds of their row: an entry each, in order of row and class.
 
-    passed: ``(voters, entries)``; frames: ``(entries, FRAMES_PER_SEGMENT)``, the members' mean.
+    row, column: the segment and the class. passed: ``(voters, entries)``; frames: ``(entries,
+    FRAMES_PER_SEGMENT)``, the members' mean.
     """
 
     row: np.ndarray
@@ -35,113 +146,123 @@ class _Candidates(NamedTuple):
     strength: np.ndarray
     frames: np.ndarray
 
+    def select(self, entries: np.ndarray) -> _Candidates:
+        return _Candidates(
+            row=self.row[entries],
+            column=self.column[entries],
+            passed=self.passed[:, entries],
+            strength=self.strength[entries],
+            frames=self.frames[entries],
+        )
 
-class RecordingDetector:
-    """Collects what is heard in a recording and decides, as `decision.decide` would on all of it.
 
-    What is kept grows with the birds that can be named, not with classes x seconds: a row is
-    decided as soon as its neighbours are known, all but the gate, which asks the whole recording.
+class EventDetector:
+    """Takes the predictions of a recording part by part; decides as `decide_segments` on all of it.
+
+    Memory grows with the species that can still be chosen, not with classes x seconds: a row (a
+    segment) is decided as soon as its neighbours are known. Only the gate waits for the end.
     """
 
     def __init__(self, decision: Decision, classes: Sequence[str]) -> None:
         self.decision, self.classes = decision, tuple(classes)
         self.n_decided = 0  # rows
         # The last decided row, for smoothing, and those not yet decided.
-        self.held: SegmentPredictions | None = None
-        self.highest: np.ndarray | None = None
+        self.pending: SegmentPredictions | None = None
+        self.highest: np.ndarray | None = None  # clipwise, (voters, classes)
         self.candidates: list[_Candidates] = []
 
-    def add(self, piece: SegmentPredictions) -> None:
+    def add(self, part: SegmentPredictions) -> None:
         """Take the next segments of the recording, with their frames."""
-        self._decide(piece, is_last=False)
+        rows = part if self.pending is None else concatenate([self.pending, part])
+        self._decide(rows, end=rows.n_segments - 1)  # the last row waits for its neighbour
 
     def finish(self, seconds: float) -> list[Event]:
-        """Return the events of a recording that is so long.
+        """Return the events of the recording, which is ``seconds`` long.
 
-        They are the decided segments, narrowed to loud frames. Every bird of a row has an event in
-        it: where the members' mean over time stays below the frame threshold, its highest frames
-        count.
+        They are the decided segments, narrowed to the frames above the frame threshold. Every
+        species of a row has an event in it: where the members' mean over time stays below the
+        threshold, its highest frames count.
         """
-        if self.held is None:
+        if self.pending is None:
             return []
-        self._decide(None, is_last=True)
-        *parts, frames = zip(*self.candidates, strict=True)
+        self._decide(self.pending, end=self.pending.n_segments)
+        row, column, passed, strength, frames = zip(*self.candidates, strict=True)
         self.candidates = []
-        joined = [np.concatenate(part, axis=-1) for part in parts]
-        found = _Candidates(*joined, np.concatenate(frames))
-        return self._find_events(self._choose(found), seconds)
+        candidates = _Candidates(
+            row=np.concatenate(row),
+            column=np.concatenate(column),
+            passed=np.concatenate(passed, axis=1),
+            strength=np.concatenate(strength),
+            frames=np.concatenate(frames),
+        )
+        return self._find_events(self._choose(candidates), seconds)
 
-    def _decide(self, piece: SegmentPredictions | None, is_last: bool) -> None:
-        rows = concatenate([part for part in (self.held, piece) if part is not None])
-        n_rows = rows.clipwise.shape[1]
+    def _decide(self, rows: SegmentPredictions, end: int) -> None:
+        """Decide the pending rows before ``end``; keep the last one of them and those after it."""
         first = 1 if self.n_decided else 0  # the row before is a neighbour only
-        last = n_rows if is_last else n_rows - 1
-        if last > first:
-            self._collect(rows, first, last)
-            self.n_decided += last - first
-        kept = max(0, last - 1) if self.n_decided else 0
-        self.held = _copy(rows.select(slice(kept, None)))
+        if end > first:
+            self._collect(rows, first, end)
+            self.n_decided += end - first
+        n_dropped = max(0, end - 1) if self.n_decided else 0
+        rest = rows.select(slice(n_dropped, None))
+        # Copied, so that the rest of the arrays is freed.
+        self.pending = SegmentPredictions(
+            rest.clipwise.copy(), rest.framewise.copy(), rest.frames.copy()
+        )
 
-    def _collect(self, rows: SegmentPredictions, first: int, last: int) -> None:
-        voters = make_voters(rows.clipwise, rows.framewise, self.decision)
-        own = slice(first, last)
-        highest = voters.clipwise[:, own].max(axis=1)
+    def _collect(self, rows: SegmentPredictions, first: int, end: int) -> None:
+        voters = combine_members(rows.clipwise, rows.framewise, self.decision)
+        decided = slice(first, end)
+        highest = voters.clipwise[:, decided].max(axis=1)
         self.highest = highest if self.highest is None else np.maximum(self.highest, highest)
-        passed = pass_thresholds(voters, self.decision)[:, own]
-        row, column = np.nonzero(self._may_be_chosen(passed, voters.strength[own]))
+        passed = passes_thresholds(voters, self.decision)[:, decided]
+        strength = voters.strength[decided]
+        row, column = np.nonzero(self._can_be_chosen(passed, strength))
         by_row = rows.frames.reshape(len(self.classes), -1, FRAMES_PER_SEGMENT)
         frames = by_row[column, row + first]
         calibration = self.decision.calibration
         if calibration is not None:
-            scale, offset = (
-                np.asarray(values)[column]
-                for values in (calibration.frame_scale, calibration.frame_offset)
-            )
+            scale = np.asarray(calibration.frame_scale)[column]
+            offset = np.asarray(calibration.frame_offset)[column]
             frames = calibrate(frames.T, scale, offset).T
         self.candidates.append(
             _Candidates(
                 row=row + self.n_decided,
                 column=column,
                 passed=passed[:, row, column],
-                strength=voters.strength[own][row, column],
+                strength=strength[row, column],
                 frames=frames,
             )
         )
 
-    def _may_be_chosen(self, passed: np.ndarray, strength: np.ndarray) -> np.ndarray:
+    def _can_be_chosen(self, passed: np.ndarray, strength: np.ndarray) -> np.ndarray:
         """Return which of ``(voters, rows, classes)`` can be among the strongest of their row.
 
-        Who has passed the gate before the end has passed it. So a bird that is weaker than as many
-        of these as a row may have is out, whatever is still to be heard.
+        A species that passes the gate now passes it at the end, too. So a species that is weaker
+        than ``max_birds`` such species of its row is out, whatever follows in the recording.
         """
-        sure = passed & (self.highest >= self.decision.recording_threshold)[:, None]
-        n_kept = min(self.decision.max_birds, strength.shape[1])
-        strengths = np.where(agree(sure, self.decision), strength, -np.inf)
-        weakest = np.partition(strengths, -n_kept, axis=1)[:, -n_kept]
+        certain = passed & (self.highest >= self.decision.recording_threshold)[:, None]
+        n_strongest = min(self.decision.max_birds, strength.shape[1])
+        strengths = np.where(has_enough_votes(certain, self.decision), strength, -np.inf)
+        weakest = np.partition(strengths, -n_strongest, axis=1)[:, -n_strongest]
         return passed.any(axis=0) & (strength >= weakest[:, None])
 
-    def _choose(self, found: _Candidates) -> _Candidates:
+    def _choose(self, candidates: _Candidates) -> _Candidates:
         """Return those that pass the gate and are among the strongest of their row."""
         gate = self.highest >= self.decision.recording_threshold
-        agreed = agree(found.passed & gate[:, found.column], self.decision)
-        # Entries are in order of row. Rows in which more birds agree than are wanted are few, and
-        # ranked as `decide` ranks them.
+        agreed = has_enough_votes(candidates.passed & gate[:, candidates.column], self.decision)
+        # Entries are in order of row. Rows with more than max_birds species are few; they are
+        # ranked as `decide_segments` ranks them.
         chosen = agreed.copy()
-        starts = np.flatnonzero(np.diff(found.row, prepend=-1))
+        starts = np.flatnonzero(np.diff(candidates.row, prepend=-1))
         counts = np.add.reduceat(agreed, starts, dtype=np.intp) if len(starts) else starts
         ends = np.append(starts[1:], len(agreed))
-        for crowded in np.flatnonzero(counts > self.decision.max_birds):
-            own = slice(starts[crowded], ends[crowded])
-            chosen[own] = keep_strongest(
-                agreed[None, own], found.strength[None, own], self.decision.max_birds
+        for index in np.flatnonzero(counts > self.decision.max_birds):
+            row = slice(starts[index], ends[index])
+            chosen[row] = limit_species(
+                agreed[None, row], candidates.strength[None, row], self.decision.max_birds
             )[0]
-        return _Candidates(
-            row=found.row[chosen],
-            column=found.column[chosen],
-            passed=found.passed[:, chosen],
-            strength=found.strength[chosen],
-            frames=found.frames[chosen],
-        )
+        return candidates.select(chosen)
 
     def _find_events(self, chosen: _Candidates, seconds: float) -> list[Event]:
         if not len(chosen.row):
@@ -152,28 +273,21 @@ class RecordingDetector:
         n_frames = max(1, round(seconds / FRAME_SECONDS))
         position = chosen.row[:, None] * FRAMES_PER_SEGMENT + np.arange(FRAMES_PER_SEGMENT)
         active &= position < n_frames
-        change = np.diff(np.pad(active, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-        entry, start = np.nonzero(change == 1)
-        end = np.nonzero(change == -1)[1]
         events = []
-        for at, begin, stop in zip(entry, start, end, strict=True):
-            onset = round(float(chosen.row[at] * SEGMENT_SECONDS + begin * FRAME_SECONDS), 6)
-            offset = round(float(chosen.row[at] * SEGMENT_SECONDS + stop * FRAME_SECONDS), 6)
-            confidence = round(float(frames[at, begin:stop].max()), 6)
-            code = self.classes[chosen.column[at]]
+        for entry, start, end in _find_runs(active):
+            row_start = chosen.row[entry] * SEGMENT_SECONDS
+            onset = round(float(row_start + start * FRAME_SECONDS), 6)
+            offset = round(float(row_start + end * FRAME_SECONDS), 6)
+            confidence = round(float(frames[entry, start:end].max()), 6)
+            code = self.classes[chosen.column[entry]]
             events.append(Event(code, onset, max(onset, min(offset, seconds)), confidence))
-        return merge_events(events, max_gap_seconds=MAX_GAP_SECONDS)
+        return merge_events(events, max_gap_seconds=_MAX_GAP_SECONDS)
 
 
 def detect_events(
-    scores: SegmentPredictions, decision: Decision, classes: Sequence[str]
+    predictions: SegmentPredictions, decision: Decision, classes: Sequence[str]
 ) -> list[Event]:
-    """Return the events of a recording that was heard at once; see `RecordingDetector`."""
-    detector = RecordingDetector(decision, classes)
-    detector.add(scores)
-    return detector.finish(scores.seconds)
-
-
-def _copy(part: SegmentPredictions) -> SegmentPredictions:
-    """Return clipwise, framewise and frames in memory of their own, so that the rest is freed."""
-    return SegmentPredictions(part.clipwise.copy(), part.framewise.copy(), part.frames.copy())
+    """Return the events of a whole recording; see `EventDetector`."""
+    detector = EventDetector(decision, classes)
+    detector.add(predictions)
+    return detector.finish(predictions.seconds)

@@ -6,14 +6,13 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
 
 from birdcall.config import NOCALL
+from birdcall.inference.events import Event
 from birdcall.storage.files import atomic_path, read_table, write_atomically
 
 SUBMISSION_COLUMNS = ("row_id", "birds")
@@ -45,32 +44,6 @@ RAVEN_LABEL_COLUMNS = (
     "Annotation",
     "Label",
 )
-
-TIME_TOLERANCE = 1e-6  # seconds; times are rounded to it, or 3 x 0.1 s would not be 0.3 s
-
-
-@dataclass(frozen=True)
-class Event:
-    """One bird heard from ``onset`` to ``offset``, in seconds of its recording.
-
-    note: what a person has written beside it.
-    """
-
-    ebird_code: str
-    onset: float
-    offset: float
-    confidence: float = 1.0
-    note: str = ""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.onset <= self.offset < float("inf"):
-            raise ValueError(
-                f"event of {self.ebird_code} lasts from {self.onset} to {self.offset} s; it must "
-                "not end before it begins, nor begin before 0"
-            )
-        if not np.isfinite(self.confidence):
-            raise ValueError(f"confidence of {self.ebird_code} is {self.confidence}")
-
 
 Detections = Mapping[str, Sequence[Event]]  # recording -> its events
 
@@ -121,86 +94,6 @@ def _check_submission(path: Path, row_ids: Sequence[str], birds: Sequence[str]) 
             raise ValueError(f"{where}: birds is {text!r}; it names a bird twice")
         if NOCALL in tokens and len(tokens) > 1:
             raise ValueError(f"{where}: birds is {text!r}; {NOCALL} cannot stand beside birds")
-
-
-# --- events -------------------------------------------------------------------------------------
-
-
-def frames_to_events(
-    framewise: ArrayLike,
-    classes: Sequence[str],
-    frame_seconds: float,
-    threshold: ArrayLike,
-    min_seconds: float = 0.0,
-    max_gap_seconds: float = 0.0,
-    start_seconds: float = 0.0,
-) -> list[Event]:
-    """Return the events in probabilities ``framewise (classes, frames)``, in order of onset.
-
-    An event is a run of frames at or above ``threshold`` (one, or one per class); its confidence
-    is the highest of them. Runs at most ``max_gap_seconds`` apart are one event; then those under
-    ``min_seconds`` are dropped. Frame 0 begins at ``start_seconds``: a long recording can be taken
-    piece by piece with no limits, and ``merge_events`` over all pieces gives the same result.
-    """
-    scores = np.asarray(framewise)
-    if scores.ndim != 2 or len(scores) != len(classes):
-        raise ValueError(
-            f"framewise has shape {scores.shape}; it must be ({len(classes)} classes, frames)"
-        )
-    if not np.isfinite(scores).all():
-        raise ValueError("framewise holds NaN or infinity: did a model diverge?")
-    if not frame_seconds > 0:
-        raise ValueError(f"frame_seconds is {frame_seconds}; it must be above 0")
-    limits = np.broadcast_to(np.asarray(threshold, dtype=scores.dtype), len(classes))
-    active = np.pad(scores >= limits[:, None], ((0, 0), (1, 1))).astype(np.int8)
-    change = np.diff(active, axis=1)
-    # Row by row there are as many starts as ends, in the same order.
-    rows, starts = np.nonzero(change == 1)
-    ends = np.nonzero(change == -1)[1]
-    runs = [
-        Event(
-            classes[row],
-            round(float(start_seconds + start * frame_seconds), 6),
-            round(float(start_seconds + end * frame_seconds), 6),
-            round(float(scores[row, start:end].max()), 6),
-        )
-        for row, start, end in zip(rows, starts, ends, strict=True)
-    ]
-    return merge_events(runs, min_seconds, max_gap_seconds)
-
-
-def merge_events(
-    events: Iterable[Event], min_seconds: float = 0.0, max_gap_seconds: float = 0.0
-) -> list[Event]:
-    """Join events of one bird at most ``max_gap_seconds`` apart, then drop the short ones."""
-    if not (min_seconds >= 0 and max_gap_seconds >= 0):
-        raise ValueError(
-            f"min_seconds is {min_seconds} and max_gap_seconds {max_gap_seconds}; neither may be "
-            "negative"
-        )
-    merged: dict[str, list[Event]] = {}
-    for event in sorted(events, key=_time_order):
-        earlier = merged.setdefault(event.ebird_code, [])
-        if earlier and event.onset - earlier[-1].offset <= max_gap_seconds + TIME_TOLERANCE:
-            earlier[-1] = Event(
-                event.ebird_code,
-                earlier[-1].onset,
-                max(earlier[-1].offset, event.offset),
-                max(earlier[-1].confidence, event.confidence),
-            )
-        else:
-            earlier.append(event)
-    kept = [
-        event
-        for of_one_bird in merged.values()
-        for event in of_one_bird
-        if event.offset - event.onset >= min_seconds - TIME_TOLERANCE
-    ]
-    return sorted(kept, key=_time_order)
-
-
-def _time_order(event: Event) -> tuple[float, float, str]:
-    return event.onset, event.offset, event.ebird_code
 
 
 # --- event files: one combined table, or one file per recording ---------------------------------

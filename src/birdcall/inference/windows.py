@@ -1,21 +1,36 @@
-"""Cut audio of any length into the windows that networks take, in constant memory."""
+"""Cut audio into windows, in constant memory, and predict their segments, by torch or ONNX."""
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from birdcall.config import SEGMENT_SECONDS, require
+from birdcall.audio.frontend import LogMel
+from birdcall.config import SEGMENT_SECONDS, require, require_choice
+from birdcall.models.checkpoint import Checkpoint, load_model
+from birdcall.models.onnx import OnnxModel, export_onnx, is_onnx_installed, largest_difference
 from birdcall.models.sed import SEDModel
+from birdcall.storage.files import UserError, atomic_path
+
+logger = logging.getLogger(__name__)
 
 FRAMES_PER_SEGMENT = 50  # of predictions over time: finer than the frames of any member
 FRAME_SECONDS = SEGMENT_SECONDS / FRAMES_PER_SEGMENT
 BLOCK_SECONDS = 30.0  # of a recording, decoded at once
+
+ONNX_FILE = "model.onnx"  # beside a checkpoint's weights
+_SOURCES = ("log_mel", "waveform")  # inputs of an exported model
+_METADATA_KEY = "birdcall"
+_TOLERANCE = 1e-4  # in probability, and of an embedding's largest value
+_N_PROBES = 6
 
 Waveforms = Mapping[int, np.ndarray]  # sample rate → the same audio at this rate, (samples,)
 # sample rates → short audio at once, long audio in blocks; raises AudioError
@@ -140,15 +155,15 @@ class _Buffer:
         return window
 
 
-# --- predictions by segments ---
+# --- predictions by segments ----------------------------------------------------------------------
 
 
 class SegmentOutput(NamedTuple):
-    """What a model says of the segments of its windows, float32.
+    """The output of a network for the segments of its windows, float32.
 
     clipwise, framewise: ``(windows, segments, classes)`` probabilities; framewise is the highest of
     the segment's frames. frames: ``(windows, classes, segments * FRAMES_PER_SEGMENT)``. embedding:
-    ``(windows, segments, temporal_size)``, the mean over the segment of what the head sees.
+    ``(windows, segments, temporal_size)``, the mean over the segment of what the head receives.
     """
 
     clipwise: Tensor
@@ -158,10 +173,11 @@ class SegmentOutput(NamedTuple):
 
 
 class SegmentModel(nn.Module):
-    """A model that hears windows as ``window_config`` says, and answers by segments.
+    """A model that takes windows of ``window_config`` and predicts their segments.
 
-    log_mel ``(windows, channels, frames, n_mels)`` → `SegmentOutput`. The network hears the whole
-    window; the head pools each segment's own frames, so that a bird of the next one is not in it.
+    log_mel ``(windows, channels, frames, n_mels)`` → `SegmentOutput`. The network receives the
+    whole window; the head pools the frames of each segment apart, so that a species of the next
+    segment is not in it.
     """
 
     def __init__(self, model: SEDModel, window_config: WindowConfig = SINGLE_SEGMENT) -> None:
@@ -194,3 +210,108 @@ def resample_frames(frames: Tensor, n_frames: int) -> Tensor:
     if n_given == n_frames:
         return frames
     return frames[..., torch.arange(n_frames, device=frames.device) * n_given // n_frames]
+
+
+# --- export as ONNX -------------------------------------------------------------------------------
+
+
+class ExportError(UserError):
+    """An exported model whose predictions differ from those of its checkpoint."""
+
+
+def export_checkpoint(
+    folder: Path,
+    path: Path,
+    window_config: WindowConfig = SINGLE_SEGMENT,
+    source: str = "log_mel",
+) -> float:
+    """Write the checkpoint in ``folder`` to ``path``; return by how much it differs from torch.
+
+    The file takes any number of windows of `window_config`: their ``log_mel`` ``(windows, channels,
+    frames, n_mels)``, as the kernel needs it, or the ``waveform`` ``(windows, samples)``, for other
+    programs. Its outputs are those of `SegmentOutput`; its metadata names the weights.
+    ExportError if a probability differs by more than 1e-4; then nothing is written.
+    """
+    require_choice("source", source, _SOURCES)
+    model, checkpoint = load_model(folder)
+    waveforms = probe_windows(checkpoint.experiment.frontend.sample_rate, window_config)
+    with torch.inference_mode():
+        log_mel = model.frontend(waveforms)
+        outputs = SegmentModel(model, window_config)(log_mel)
+    expected = {name: value.numpy() for name, value in outputs._asdict().items()}
+    inputs = log_mel if source == "log_mel" else waveforms
+    with atomic_path(path) as temporary:
+        export_onnx(
+            _Exported(model, checkpoint, window_config, source).eval(),
+            inputs,
+            temporary,
+            metadata=describe_export(checkpoint, window_config, source),
+            input_name=source,
+            output_names=SegmentOutput._fields,
+        )
+        difference = largest_difference(OnnxModel(temporary), inputs.numpy(), expected)
+        if not difference <= _TOLERANCE:  # NaN too
+            raise ExportError(
+                f"{folder}: ONNX Runtime's probabilities differ from torch's by {difference:.2g}, "
+                f"more than {_TOLERANCE:g}; nothing is written"
+            )
+    return difference
+
+
+class _Exported(nn.Module):
+    """A segment model, after a front end by convolution where the input is waveforms."""
+
+    def __init__(
+        self, model: SEDModel, checkpoint: Checkpoint, window_config: WindowConfig, source: str
+    ) -> None:
+        super().__init__()
+        by_convolution = replace(checkpoint.experiment.frontend, implementation="conv")
+        self.frontend = LogMel(by_convolution) if source == "waveform" else nn.Identity()
+        self.detector = SegmentModel(model, window_config)
+
+    def forward(self, windows: Tensor) -> SegmentOutput:
+        return self.detector(self.frontend(windows))
+
+
+def describe_export(
+    checkpoint: Checkpoint, window_config: WindowConfig, source: str
+) -> dict[str, str]:
+    """Return an exported file's metadata, text by key as ONNX requires.
+
+    ``source`` is the name of the input: log_mel or waveform.
+    """
+    about = {
+        "weights_sha256": checkpoint.weights_sha256,
+        "experiment": checkpoint.experiment.to_dict(),
+        "fold": checkpoint.fold,
+        "classes": checkpoint.classes,
+        "window_config": asdict(window_config),
+        "input": source,
+    }
+    return {_METADATA_KEY: json.dumps(about)}
+
+
+def find_export(folder: Path, checkpoint: Checkpoint, window_config: WindowConfig) -> Path | None:
+    """Return the checkpoint's exported model, if it is of these weights and these windows."""
+    path = folder / ONNX_FILE
+    if not path.is_file() or not is_onnx_installed():
+        return None
+    expected = describe_export(checkpoint, window_config, "log_mel")
+    if OnnxModel(path).metadata.get(_METADATA_KEY) != expected[_METADATA_KEY]:
+        logger.warning("%s: of other weights or other windows; torch runs in its place", path)
+        return None
+    return path
+
+
+def probe_windows(rate: int, window_config: WindowConfig = SINGLE_SEGMENT) -> Tensor:
+    """Return ``(probes, samples)`` of noise, tones, clicks and silence, loud and quiet."""
+    generator = torch.Generator().manual_seed(0)
+    n_samples = window_config.window_samples(rate)
+    noise = torch.randn(_N_PROBES, n_samples, generator=generator)
+    seconds = torch.arange(n_samples) / rate
+    chirp = torch.sin(2 * torch.pi * (1000 + 300 * seconds) * seconds)
+    song = chirp * (torch.sin(2 * torch.pi * 6 * seconds) > 0)
+    clicks = torch.zeros(n_samples)
+    clicks[:: rate // 3] = 1.0
+    audible = [0.3 * noise[0], 0.5 * chirp, song + 0.01 * noise[1], clicks, 1e-3 * noise[2]]
+    return torch.stack([*audible, torch.zeros(n_samples)])

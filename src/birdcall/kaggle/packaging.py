@@ -20,8 +20,8 @@ from birdcall.config import Experiment, require
 from birdcall.data.dataset import load_training_data
 from birdcall.experiments import find_experiment
 from birdcall.inference.decision import Decision, write_decision
-from birdcall.inference.export import ONNX_FILE, export_checkpoint
 from birdcall.inference.tables import read_submission
+from birdcall.inference.windows import ONNX_FILE, export_checkpoint
 from birdcall.kaggle.kernel import DECISION_FILE, MEMBERS_FOLDER
 from birdcall.kaggle.manifest import MANIFEST_FILE, copy_wheels, find_wheels, make_manifest
 from birdcall.kaggle.submission import SUMMARY_FILE

@@ -15,7 +15,7 @@ import pandas as pd
 
 from birdcall.audio.reading import AudioError, probe_audio
 from birdcall.config import NOCALL, SEGMENT_SECONDS, require
-from birdcall.inference.decision import Decision, decide, decide_recordings, label_rows
+from birdcall.inference.decision import Decision, decide_recordings, decide_segments, label_strings
 from birdcall.inference.engine import open_recording, predict_audio
 from birdcall.inference.ensemble import CostMeter, Ensemble, MemberError
 from birdcall.inference.predictions import SEGMENTS_ONLY, SegmentPredictions
@@ -279,9 +279,11 @@ def label_recording(
 
     A row beyond the end of the recording says nocall.
     """
-    by_segment = label_rows(decide(scores.clipwise, scores.framewise, decision), classes)
+    by_segment = label_strings(
+        decide_segments(scores.clipwise, scores.framewise, decision), classes
+    )
     whole = decide_recordings(scores.clipwise, scores.framewise, decision)
-    by_file = label_rows(whole, classes)[0]
+    by_file = label_strings(whole, classes)[0]
     labels = []
     for end in seconds:
         if np.isnan(end):

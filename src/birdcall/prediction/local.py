@@ -27,10 +27,9 @@ from birdcall.config import SEGMENT_SECONDS, require_choice, require_share
 from birdcall.inference.decision import Decision
 from birdcall.inference.engine import open_recording, predict_stream
 from birdcall.inference.ensemble import Ensemble
-from birdcall.inference.events import RecordingDetector
+from birdcall.inference.events import Event, EventDetector
 from birdcall.inference.predictions import OutputOptions, SegmentPredictions
 from birdcall.inference.tables import (
-    Event,
     read_raven_table,
     write_audacity_labels,
     write_detections_csv,
@@ -214,7 +213,7 @@ def detect_recordings(
     )
     names = tuple(member.name for member in ensemble.members)
     page_writer = view and SoundscapePageWriter(view, decision, ensemble.classes, names)
-    detector = RecordingDetector(decision, ensemble.classes)
+    detector = EventDetector(decision, ensemble.classes)
     writer: _EmbeddingWriter | None = None
     with ExitStack() as stack:
         heard = stack.enter_context(closing(predict_stream(ensemble, sounds, outputs)))
@@ -253,7 +252,7 @@ def detect_recordings(
                 if page_writer:
                     page_writer.forget()
             open_file.close()
-            detector, writer = RecordingDetector(decision, ensemble.classes), None
+            detector, writer = EventDetector(decision, ensemble.classes), None
             yield by_name[name], detected
 
 

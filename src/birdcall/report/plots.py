@@ -15,7 +15,7 @@ from birdcall.audio.frontend import Spectrogram
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.evaluation.tables import SNR_STEP_DB
-from birdcall.inference.decision import Decision, combine
+from birdcall.inference.decision import Decision, average_members
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
 from birdcall.report.style import (
     AMBER,
@@ -102,7 +102,7 @@ def plot_soundscape(
     everything[whole.labelled] = whole.decide(decision)
     n_classes = len(scores.classes)
     chosen, truth = everything[:n_rows, :n_classes], whole.truth[:n_rows, :n_classes]
-    framewise = combine(whole.framewise)[:n_rows]
+    framewise = average_members(whole.framewise)[:n_rows]
     shown = np.flatnonzero(truth.any(axis=0) | chosen.any(axis=0))
     if not len(shown):
         shown = np.argsort(-framewise.max(axis=0))[:3]

@@ -16,11 +16,11 @@ from birdcall.audio.reading import AudioError
 from birdcall.config import SEGMENT_SECONDS, require, require_share
 from birdcall.data.dataset import TrainingData
 from birdcall.data.targets import PRESENT, STRONG_LABEL_COLUMNS, UNCERTAIN, write_strong_labels
-from birdcall.inference.decision import combine
+from birdcall.inference.decision import average_members
 from birdcall.inference.engine import predict_files
 from birdcall.inference.ensemble import Ensemble, load_ensemble
+from birdcall.inference.events import Event, frames_to_events
 from birdcall.inference.predictions import SegmentPredictions
-from birdcall.inference.tables import Event, frames_to_events
 from birdcall.inference.windows import FRAME_SECONDS, FRAMES_PER_SEGMENT, WindowConfig
 from birdcall.models.checkpoint import read_checkpoint, require_same_classes
 
@@ -189,7 +189,9 @@ def find_label_intervals(
     n_frames = max(1, round(scores.seconds / FRAME_SECONDS))
     frames = scores.frames[:, :n_frames]
     is_given = np.isin(np.asarray(classes, dtype=object), np.asarray(given, dtype=object))
-    clipwise = np.repeat(combine(scores.clipwise).T, FRAMES_PER_SEGMENT, axis=1)[:, :n_frames]
+    clipwise = np.repeat(average_members(scores.clipwise).T, FRAMES_PER_SEGMENT, axis=1)[
+        :, :n_frames
+    ]
     frames = np.where(is_given[:, None], frames, np.minimum(frames, clipwise))
     limits = {
         PRESENT: np.where(is_given, config.present_threshold, config.added_threshold),
