@@ -14,12 +14,12 @@ import torch
 
 from birdcall.audio.reading import AudioError
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.inference.decision import Decision, combine
+from birdcall.inference.decision import Decision, average_members
 from birdcall.inference.engine import open_recording, predict_stream
 from birdcall.inference.ensemble import Ensemble, default_device
-from birdcall.inference.events import RecordingDetector
+from birdcall.inference.events import Event, EventDetector
 from birdcall.inference.predictions import OutputOptions, SegmentPredictions
-from birdcall.inference.tables import DETECTION_COLUMNS, Event, detection_rows
+from birdcall.inference.tables import DETECTION_COLUMNS, detection_rows
 from birdcall.kaggle.kernel import open_package, require_all_members
 from birdcall.prediction.local import find_recordings
 from birdcall.taxonomy import display_name
@@ -71,7 +71,7 @@ class Package:
             clipwise, framewise = predictions.clipwise, predictions.framewise
             if calibration is not None:
                 clipwise, _ = calibration.apply(clipwise, framewise)
-            return combine(clipwise)
+            return average_members(clipwise)
 
         segments, events, failed = self._run(paths, OutputOptions(frames=True), probabilities)
         codes = {event.ebird_code for found in events.values() for event in found}
@@ -111,7 +111,7 @@ class Package:
         events: dict[str, list[Event]] = {}
         failed: dict[str, str] = {}
         parts: list[np.ndarray] = []
-        detector = RecordingDetector(self.decision, self.classes)
+        detector = EventDetector(self.decision, self.classes)
         with closing(predict_stream(self.ensemble, sources, outputs)) as stream:
             for path, item in stream:
                 if isinstance(item, SegmentPredictions):
@@ -125,7 +125,7 @@ class Package:
                 else:
                     segments[path] = np.concatenate(parts)
                     events[path] = detector.finish(item.seconds)
-                parts, detector = [], RecordingDetector(self.decision, self.classes)
+                parts, detector = [], EventDetector(self.decision, self.classes)
         return segments, events, failed
 
 
