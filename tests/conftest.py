@@ -16,7 +16,7 @@ from birdcall.data.folds import make_folds, write_folds
 from birdcall.data.recordings import read_recordings
 from birdcall.demo import DemoConfig, make_demo
 from birdcall.evaluation.mistakes import find_mistakes, predict_mistakes, write_labelled_pages
-from birdcall.evaluation.predict import HeldOutPredictions, hear
+from birdcall.evaluation.predict import HeldOutOptions, HeldOutPredictions, predict_held_out
 from birdcall.evaluation.scoring import Evaluation, evaluate
 from birdcall.evaluation.simulation import SimulationConfig
 from birdcall.experiments import find_experiment
@@ -113,7 +113,7 @@ def trained_runs(training_data, tiny_experiment, tmp_path_factory) -> list[Path]
 def held_out(trained_runs, training_data) -> HeldOutPredictions:
     """Predictions of two experiments on held-out audio, with short simulated soundscapes."""
     config = SimulationConfig(n_soundscapes=4, soundscape_seconds=30.0)
-    return hear(trained_runs, training_data, config=config)
+    return predict_held_out(trained_runs, training_data, HeldOutOptions(simulation=config))
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from birdcall.evaluation.ablation import (
     score_seed,
 )
 from birdcall.evaluation.comparison import Measure
-from birdcall.evaluation.predict import hear
+from birdcall.evaluation.predict import HeldOutOptions, predict_held_out
 from birdcall.evaluation.scoring import evaluate, score_submission
 from birdcall.models.checkpoint import SETTINGS_FILE, read_checkpoint
 from birdcall.report.ablation import describe_ablation, difference_table, write_picture
@@ -299,7 +299,8 @@ def test_scores_are_those_of_evaluate_and_of_the_submission(
     for (_, row), name in zip(found.table.iloc[:2].iterrows(), ("tiny", "plain"), strict=True):
         seed_folder = folder / name / "seed0"
         runs = [seed_folder / "fold0", seed_folder / "fold1"]
-        found_here = evaluate(hear(runs, training_data, kept=tmp_path / name)).scores
+        options = HeldOutOptions(cache_folder=tmp_path / name)
+        found_here = evaluate(predict_held_out(runs, training_data, options)).scores
         expected = {
             (one.audio, one.metric): one.value
             for one in found_here[found_here["name"] == name].itertuples()

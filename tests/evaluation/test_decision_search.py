@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from birdcall.evaluation import decision_search as choosing
 from birdcall.evaluation.decision_search import THRESHOLDS, flattest, search_decision
 from birdcall.evaluation.metrics import row_f1_scores
-from birdcall.evaluation.predictions import LabelledPredictions, concatenate, segment_table
+from birdcall.evaluation.predictions import LabelledPredictions, segment_table
 from birdcall.inference.decision import Calibration, Decision
+from birdcall.inference.predictions import SegmentPredictions
 
 
 def soundscapes(truth, clipwise, framewise=None, n_groups=4, n_rows=12):
@@ -26,8 +27,11 @@ def soundscapes(truth, clipwise, framewise=None, n_groups=4, n_rows=12):
     return LabelledPredictions(
         segments=pd.concat(parts, ignore_index=True),
         truth=truth,
-        clipwise=clipwise,
-        framewise=clipwise if framewise is None else framewise,
+        predictions=SegmentPredictions(
+            clipwise,
+            clipwise if framewise is None else framewise,
+            starts=tuple(range(0, len(truth), n_rows)),
+        ),
         member_names=tuple(f"m{k}" for k in range(len(clipwise))),
         classes=tuple(f"bird{k}" for k in range(n_classes)),
     )
@@ -386,7 +390,7 @@ def test_rows_that_nobody_labelled_are_heard_and_not_scored():
 def test_scores_of_another_shape_are_refused():
     scores = example()
     with pytest.raises(ValueError, match="framewise has shape"):
-        replace(scores, framewise=scores.framewise[:, :5])
+        scores.with_probabilities(scores.clipwise, scores.framewise[:, :5])
     torn = scores.segments.sample(frac=1, random_state=0).reset_index(drop=True)
     with pytest.raises(ValueError, match="do not stand together"):
         replace(scores, segments=torn)
@@ -396,4 +400,4 @@ def test_outputs_of_another_class_order_are_not_joined():
     scores = example(n_recordings=2)
     turned = replace(scores, classes=scores.classes[::-1])
     with pytest.raises(ValueError, match="classes of m0, m1 are not those of m0, m1"):
-        concatenate([scores, turned])
+        LabelledPredictions.concatenate([scores, turned])

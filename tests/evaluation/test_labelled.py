@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.evaluation.labelled import predict_labelled, read_truth
+from birdcall.evaluation.labelled import known_species, predict_labelled, read_truth
 from birdcall.evaluation.metrics import row_f1_scores
 from birdcall.evaluation.predictions import truth_from_intervals
 from birdcall.evaluation.tables import event_rows
@@ -29,10 +29,6 @@ def write_noise(path, seconds, rate=32_000):
     path.parent.mkdir(parents=True, exist_ok=True)
     noise = 0.1 * np.random.default_rng(len(path.name)).standard_normal(round(seconds * rate))
     soundfile.write(path, noise.astype("f4"), rate)
-
-
-def known_of(data):
-    return list(dict.fromkeys((*data.classes, *KNOWN)))
 
 
 @pytest.fixture
@@ -89,10 +85,10 @@ def test_the_examples_are_heard_and_every_label_stands_at_its_segment(
     demo_folder, training_data, trained_runs
 ):
     ensemble = load_ensemble(trained_runs[:2])
-    known = known_of(training_data)
-    heard = predict_labelled(ensemble, [demo_folder], known)
+    known = known_species(training_data.classes)
+    soundscapes = predict_labelled(ensemble, [demo_folder])
     rows = read_labelled_soundscapes(demo_folder, KNOWN)
-    scores = heard.scores
+    scores = soundscapes.predictions
     assert scores.member_names == ("other-fold0", "other-fold1")
     assert scores.labelled.sum() == len(rows)
     assert set(scores.segments["group"]) == set(rows["filename"])
@@ -109,31 +105,33 @@ def test_the_examples_are_heard_and_every_label_stands_at_its_segment(
     table = pd.read_csv(demo_folder / "example_test_audio_metadata.csv")
     in_annotations = Counter(code for code in table["ebird_code"] if code not in known)
     assert in_rows != in_annotations
-    assert heard.foreign == in_rows | in_annotations
-    assert set(heard.frames) == set(heard.annotations["recording"])
+    assert soundscapes.foreign == in_rows | in_annotations
+    assert set(soundscapes.frames) == set(soundscapes.annotations["recording"])
     name = rows["filename"].iloc[0]
     path = find_audio(demo_folder / "example_test_audio", name)
-    assert heard.paths[name] == path
+    assert soundscapes.paths[name] == path
     own = (scores.segments["recording"] == name).to_numpy()
-    np.testing.assert_allclose(scores.clipwise[:, own], heard.frames[name].clipwise, atol=1e-6)
+    np.testing.assert_allclose(
+        scores.clipwise[:, own], soundscapes.frames[name].clipwise, atol=1e-6
+    )
 
 
 def test_raven_tables_label_recordings_as_a_whole(ravens, trained_runs, training_data, caplog):
-    known = known_of(training_data)
-    heard = predict_labelled(load_ensemble(trained_runs[:1]), [ravens], known)
-    scores = heard.scores
+    soundscapes = predict_labelled(load_ensemble(trained_runs[:1]), [ravens])
+    scores = soundscapes.predictions
     assert list(scores.segments["recording"]) == ["dawn"] * 5 + ["night/quiet"] * 3
     assert scores.labelled.all()
+    known = known_species(training_data.classes)
     birds = [{known[k] for k in np.flatnonzero(row)} for row in scores.truth]
     assert birds == [{"amecro", "norcar"}, {"norcar"}, *[set()] * 6]
     assert "unlabelled.wav: no Raven selection table" in caplog.text
-    assert list(heard.annotations["ebird_code"]) == ["amecro", "norcar"]
+    assert list(soundscapes.annotations["ebird_code"]) == ["amecro", "norcar"]
 
 
 def test_both_layouts_are_heard_together(ravens, demo_folder, trained_runs, training_data):
-    known = known_of(training_data)
-    heard = predict_labelled(load_ensemble(trained_runs[:1]), [demo_folder, ravens], known)
-    assert heard.scores.segments["recording"].nunique() == 2 + 2
+    known = known_species(training_data.classes)
+    soundscapes = predict_labelled(load_ensemble(trained_runs[:1]), [demo_folder, ravens])
+    assert soundscapes.predictions.segments["recording"].nunique() == 2 + 2
     with pytest.raises(ValueError, match="dawn is in another folder of soundscapes too"):
         read_truth([ravens, ravens], known)
 
@@ -179,17 +177,17 @@ def test_a_folder_without_labels_is_named(tmp_path):
         read_truth([tmp_path / "some"], KNOWN)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         read_truth([tmp_path / "nowhere"], KNOWN)
-    assert predict_labelled(None, [], KNOWN) is None
+    assert predict_labelled(None, []) is None
 
 
 def test_a_second_time_nothing_is_heard(
     ravens, demo_folder, trained_runs, training_data, tmp_path, monkeypatch
 ):
-    known, ensemble = known_of(training_data), load_ensemble(trained_runs[:2])
-    first = predict_labelled(ensemble, [demo_folder, ravens], known, tmp_path / "heard")
-    monkeypatch.setattr("birdcall.evaluation.prediction_cache.predict_audio", None)
-    again = predict_labelled(ensemble, [demo_folder, ravens], known, tmp_path / "heard")
-    assert np.array_equal(again.scores.clipwise, first.scores.clipwise)
+    ensemble = load_ensemble(trained_runs[:2])
+    first = predict_labelled(ensemble, [demo_folder, ravens], cache_folder=tmp_path)
+    monkeypatch.setattr("birdcall.evaluation.predictions.predict_audio", None)
+    again = predict_labelled(ensemble, [demo_folder, ravens], cache_folder=tmp_path)
+    assert np.array_equal(again.predictions.clipwise, first.predictions.clipwise)
     assert list(again.frames) == list(first.frames)
     for name, scores in first.frames.items():
         assert np.array_equal(again.frames[name].frames, scores.frames)
@@ -197,12 +195,11 @@ def test_a_second_time_nothing_is_heard(
 
 
 def test_birds_named_where_a_table_is_empty_are_false_events(ravens, trained_runs, training_data):
-    known = known_of(training_data)
-    heard = predict_labelled(load_ensemble(trained_runs[:1]), [ravens], known)
-    assert list(heard.frames) == ["dawn", "night/quiet"]
-    of_dawn = replace(heard, frames={"dawn": heard.frames["dawn"]})
+    soundscapes = predict_labelled(load_ensemble(trained_runs[:1]), [ravens])
+    assert list(soundscapes.frames) == ["dawn", "night/quiet"]
+    of_dawn = replace(soundscapes, frames={"dawn": soundscapes.frames["dawn"]})
     everything = Decision(clip_threshold=0.0, frame_threshold=0.0, max_birds=3)
-    with_quiet, without = (event_rows("x", one, everything) for one in (heard, of_dawn))
+    with_quiet, without = (event_rows("x", one, everything) for one in (soundscapes, of_dawn))
     # Three birds in each second of twelve more, none of them there.
     assert with_quiet[0]["metric"] == "segment_f1"
     assert 0 < with_quiet[0]["value"] < without[0]["value"]
@@ -232,8 +229,8 @@ def test_rows_that_are_missing_are_heard_and_not_scored(
     examples, trained_runs, training_data, caplog
 ):
     change_rows(examples, lambda table: table.drop(index=[1, 2]))
-    heard = predict_labelled(load_ensemble(trained_runs[:1]), [examples], known_of(training_data))
-    assert (~heard.scores.labelled).sum() == 2
+    soundscapes = predict_labelled(load_ensemble(trained_runs[:1]), [examples])
+    assert (~soundscapes.predictions.labelled).sum() == 2
     assert "2 of its 6 segments are not labelled and not scored" in caplog.text
 
 
@@ -245,8 +242,8 @@ def test_rows_beyond_the_end_are_left_out_and_counted(
         return pd.concat([table, last])
 
     change_rows(examples, longer)
-    heard = predict_labelled(load_ensemble(trained_runs[:1]), [examples], known_of(training_data))
-    assert heard.scores.labelled.sum() == len(read_labelled_soundscapes(examples)) - 1
+    soundscapes = predict_labelled(load_ensemble(trained_runs[:1]), [examples])
+    assert soundscapes.predictions.labelled.sum() == len(read_labelled_soundscapes(examples)) - 1
     assert "1 labelled rows lie beyond its end" in caplog.text
 
 
@@ -254,7 +251,7 @@ def test_a_doubled_row_is_named_with_its_line(examples, trained_runs, training_d
     change_rows(examples, lambda table: pd.concat([table, table.iloc[[0]]]))
     n_lines = len(pd.read_csv(examples / "example_test_audio_summary.csv")) + 1
     with pytest.raises(ValueError, match=rf"summary\.csv, line {n_lines}: filename_seconds"):
-        predict_labelled(load_ensemble(trained_runs[:1]), [examples], known_of(training_data))
+        predict_labelled(load_ensemble(trained_runs[:1]), [examples])
 
 
 def test_the_same_segment_under_two_names_is_named_with_its_line(examples):
@@ -281,12 +278,11 @@ def test_a_soundscape_without_its_recording_is_left_out_and_named(
 ):
     gone, damaged = sorted((examples / "example_test_audio").iterdir())
     gone.unlink()
-    known = known_of(training_data)
-    heard = predict_labelled(load_ensemble(trained_runs[:1]), [examples], known)
-    assert heard.scores.segments["recording"].nunique() == 1
+    soundscapes = predict_labelled(load_ensemble(trained_runs[:1]), [examples])
+    assert soundscapes.predictions.segments["recording"].nunique() == 1
     assert gone.name.split(".")[0] in caplog.text
     damaged.write_bytes(b"<html></html>")
-    assert predict_labelled(load_ensemble(trained_runs[:1]), [examples], known) is None
+    assert predict_labelled(load_ensemble(trained_runs[:1]), [examples]) is None
     assert damaged.name in caplog.text
 
 

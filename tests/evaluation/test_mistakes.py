@@ -8,7 +8,7 @@ from birdcall.evaluation.mistakes import FALSE, find_mistakes, predict_mistakes
 def test_mistakes_are_mistakes_and_the_worst(held_out, evaluation):
     mistakes = find_mistakes(held_out, evaluation.ensemble)
     assert {one.audio for one in mistakes} == {"simulated", "labelled"}
-    predictions = evaluation.labelled.scores
+    predictions = evaluation.labelled.predictions
     predicted = predictions.decide(evaluation.decision)
     ends = predictions.segments["seconds"].to_numpy()
     names = predictions.segments["recording"].to_numpy()
@@ -30,7 +30,7 @@ def test_a_mistake_is_predicted_as_it_was_scored(held_out, evaluation):
     mistakes = find_mistakes(held_out, evaluation.ensemble, 2)
     for predicted in predict_mistakes(held_out, mistakes):
         mistake = predicted.mistake
-        predictions = evaluation.labelled.scores
+        predictions = evaluation.labelled.predictions
         if mistake.audio == "simulated":
             predictions = evaluation.ensemble.simulated
         row = np.flatnonzero(

@@ -13,7 +13,7 @@ from sklearn.metrics import (
 )
 
 from birdcall.data.targets import IGNORE_TARGET
-from birdcall.evaluation.labelled import Labelled
+from birdcall.evaluation.labelled import LabelledSoundscapes
 from birdcall.evaluation.metrics import row_f1_scores
 from birdcall.evaluation.predictions import LabelledPredictions, segment_table
 from birdcall.evaluation.tables import (
@@ -53,8 +53,9 @@ def scores_of(seed=0, n_recordings=6, n_rows=12, n_classes=5, n_known=6):
     return LabelledPredictions(
         segments=pd.concat(parts, ignore_index=True),
         truth=truth,
-        clipwise=clipwise,
-        framewise=clipwise**0.8,
+        predictions=SegmentPredictions(
+            clipwise, clipwise**0.8, starts=tuple(range(0, total, n_rows))
+        ),
         member_names=("a", "b"),
         classes=tuple(f"bird{k}" for k in range(n_classes)),
     )
@@ -170,8 +171,7 @@ def labelled_events():
     scores = LabelledPredictions(
         segments=segments,
         truth=truth,
-        clipwise=clipwise,
-        framewise=clipwise,
+        predictions=SegmentPredictions(clipwise, clipwise),
         member_names=("a",),
         classes=("bird0", "bird1"),
     )
@@ -179,8 +179,8 @@ def labelled_events():
         [("s", 1.0, 3.0, "bird0")], columns=["recording", "onset", "offset", "ebird_code"]
     )
     heard = SegmentPredictions(clipwise, clipwise, frames, recording_seconds=(10.0,))
-    return Labelled(
-        scores=scores, annotations=annotations, frames={"s": heard}, foreign=None, paths={}
+    return LabelledSoundscapes(
+        predictions=scores, annotations=annotations, frames={"s": heard}, foreign=None, paths={}
     )
 
 
@@ -290,8 +290,7 @@ def test_recall_is_counted_by_level():
     predictions = LabelledPredictions(
         segments=segments,
         truth=np.array([[True], [False], [True], [True]]),
-        clipwise=nothing,
-        framewise=nothing,
+        predictions=SegmentPredictions(nothing, nothing, starts=(0, 2)),
         member_names=("m",),
         classes=("amecro",),
     )

@@ -9,7 +9,7 @@ import pytest
 
 import birdcall.evaluation.scoring as scoring
 from birdcall.evaluation.metrics import row_f1_scores, row_wise_f1
-from birdcall.evaluation.predict import hear
+from birdcall.evaluation.predict import HeldOutOptions, predict_held_out
 from birdcall.evaluation.scoring import (
     NOCALL_SHARE,
     add_labelled_score,
@@ -25,11 +25,12 @@ from birdcall.kaggle.submission import predict_test_set, write_nocall
 from birdcall.kaggle.test_set import read_labelled_soundscapes, read_test_rows
 
 CONFIG = SimulationConfig(n_soundscapes=6, soundscape_seconds=30.0)
+OPTIONS = HeldOutOptions(simulation=CONFIG)
 
 
 @pytest.fixture(scope="module")
 def heard(trained_runs, training_data):
-    return hear(trained_runs, training_data, config=CONFIG)
+    return predict_held_out(trained_runs, training_data, OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_every_name_has_all_three_kinds_of_sound_together(evaluation):
 
 
 def test_all_nocall_gets_the_share_of_rows_without_a_bird(evaluation, demo_folder):
-    rows = read_labelled_soundscapes(demo_folder, evaluation.labelled.scores.classes)
+    rows = read_labelled_soundscapes(demo_folder, evaluation.labelled.predictions.classes)
     truth = [" ".join(birds) or "nocall" for birds in rows["birds"]]
     nocall = row_wise_f1(truth, ["nocall"] * len(truth))
     assert value(evaluation, "all nocall", "labelled", "row_wise_f1") == pytest.approx(nocall)
@@ -91,8 +92,8 @@ def test_an_experiment_is_simulated_only_by_runs_that_held_the_recordings_out(he
 
 def test_the_decision_is_not_chosen_on_the_labelled_soundscapes(heard, evaluation):
     labelled = heard.labelled
-    turned = replace(labelled.scores, truth=labelled.scores.truth[::-1])
-    other = replace(heard, labelled=replace(labelled, scores=turned))
+    turned = replace(labelled.predictions, truth=labelled.predictions.truth[::-1])
+    other = replace(heard, labelled=replace(labelled, predictions=turned))
     found = evaluate(other).decision
     assert replace(found, score={}) == replace(evaluation.decision, score={})
 
@@ -101,9 +102,9 @@ def test_the_decision_is_not_chosen_on_the_labelled_soundscapes(heard, evaluatio
 def test_a_decision_worth_less_than_silence_on_labelled_soundscapes_is_told(
     heard, caplog, threshold, warns
 ):
-    scores = heard.labelled.scores
+    scores = heard.labelled.predictions
     loud = np.full_like(scores.clipwise, 0.99)  # every bird everywhere
-    deaf = replace(scores, clipwise=loud, framewise=loud)
+    deaf = scores.with_probabilities(loud, loud)
     decision = add_labelled_score(Decision(threshold, threshold), deaf, "tiny")
     nocall = 1 - deaf.labelled_truth.any(axis=1).mean()
     assert decision.score["labelled_all_nocall"] == pytest.approx(nocall, abs=1e-4)
@@ -116,7 +117,7 @@ def test_the_labelled_score_is_that_of_the_stored_decision(heard, evaluation, tm
     write_decision(tmp_path / "decision.json", evaluation.decision)
     decision = read_decision(tmp_path / "decision.json")
     assert decision == evaluation.decision
-    scores = heard.labelled.scores
+    scores = heard.labelled.predictions
     expected = row_f1_scores(scores.labelled_truth, scores.decide(decision)).mean()
     assert value(evaluation, "ensemble", "labelled", "row_wise_f1") == pytest.approx(expected)
 
@@ -194,7 +195,7 @@ def test_experiments_that_share_no_fold_are_scored_alone(trained_runs, training_
     runs = [
         one for one in trained_runs if one.parts[-2:] in (("tiny", "fold0"), ("other", "fold1"))
     ]
-    found = evaluate(hear(runs, training_data, config=CONFIG))
+    found = evaluate(predict_held_out(runs, training_data, OPTIONS))
     assert found.search is None
     assert found.decision.chosen_on == "nothing"
     table = found.scores
@@ -206,12 +207,12 @@ def test_experiments_that_share_no_fold_are_scored_alone(trained_runs, training_
 def test_a_run_of_a_fold_that_the_data_has_not_is_named(trained_runs, training_data):
     one_fold = replace(training_data, recordings=training_data.recordings.assign(fold=0))
     with pytest.raises(ValueError, match="other/fold1: of fold 1; the folds are 0"):
-        hear(trained_runs, one_fold)
+        predict_held_out(trained_runs, one_fold)
 
 
 def test_one_fold_is_enough_for_a_choice(trained_runs, training_data):
     runs = [one for one in trained_runs if one.name == "fold0"]
-    found = evaluate(hear(runs, training_data, config=CONFIG))
+    found = evaluate(predict_held_out(runs, training_data, OPTIONS))
     assert found.search is not None
     assert set(found.decision.members) == {"other-fold0", "tiny-fold0"}
     recordings = found.scores[found.scores["audio"] == "recordings"]["recordings"]
@@ -222,24 +223,16 @@ def test_a_model_of_chance_is_worth_no_more_than_silence(heard):
     """The whole procedure on outputs that know nothing: choosing, calibrating, applying."""
     generator = np.random.default_rng(0)
 
-    def chance(scores):
-        shape = scores.clipwise.shape
-        return replace(
-            scores,
-            clipwise=generator.random(shape, dtype=np.float32),
-            framewise=generator.random(shape, dtype=np.float32),
-        )
+    def chance(part):
+        shape = part.predictions.clipwise.shape
+        clipwise = generator.random(shape, dtype=np.float32)
+        framewise = generator.random(shape, dtype=np.float32)
+        predictions = replace(part.predictions, clipwise=clipwise, framewise=framewise)
+        return replace(part, predictions=predictions)
 
-    out_of_fold = {
-        name: replace(
-            part,
-            clipwise=generator.random(part.clipwise.shape, dtype=np.float32),
-            framewise=generator.random(part.framewise.shape, dtype=np.float32),
-        )
-        for name, part in heard.out_of_fold.items()
-    }
-    labelled = replace(heard.labelled, scores=chance(heard.labelled.scores), frames={})
-    simulated = {fold: chance(scores) for fold, scores in heard.simulated.items()}
+    out_of_fold = {name: chance(part) for name, part in heard.out_of_fold.items()}
+    labelled = replace(heard.labelled, predictions=chance(heard.labelled.predictions), frames={})
+    simulated = {fold: chance(part) for fold, part in heard.simulated.items()}
     found = evaluate(
         replace(heard, simulated=simulated, labelled=labelled, out_of_fold=out_of_fold)
     )
@@ -252,9 +245,10 @@ def test_a_model_of_chance_is_worth_no_more_than_silence(heard):
 def test_a_second_evaluation_hears_nothing_again(
     trained_runs, training_data, heard, tmp_path, monkeypatch
 ):
-    hear(trained_runs, training_data, config=CONFIG, kept=tmp_path)
-    monkeypatch.setattr("birdcall.evaluation.prediction_cache.predict_audio", None)
-    again = hear(trained_runs, training_data, config=CONFIG, kept=tmp_path)
+    options = replace(OPTIONS, cache_folder=tmp_path)
+    predict_held_out(trained_runs, training_data, options)
+    monkeypatch.setattr("birdcall.evaluation.predictions.predict_audio", None)
+    again = predict_held_out(trained_runs, training_data, options)
     for fold, scores in heard.simulated.items():
         np.testing.assert_allclose(again.simulated[fold].clipwise, scores.clipwise, atol=1e-6)
     pd.testing.assert_frame_equal(evaluate(again).scores, evaluate(heard).scores, atol=1e-6)

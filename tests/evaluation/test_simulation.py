@@ -34,6 +34,7 @@ from birdcall.evaluation.simulation import (
 )
 from birdcall.inference.engine import predict_waveforms
 from birdcall.inference.ensemble import load_ensemble
+from birdcall.taxonomy import all_species
 
 RATE = 32_000
 CONFIG = SimulationConfig(n_soundscapes=4, soundscape_seconds=30.0)
@@ -413,14 +414,11 @@ def test_a_damaged_recording_is_named(renderer, tmp_path):
 def test_members_predict_only_soundscapes_of_the_fold_that_they_held_out(
     training_data, trained_runs, planned
 ):
-    known = [*training_data.classes, "norcar", "extra"]
     one_per_share = planned[:: CONFIG.n_soundscapes]
     of_fold = [folder for folder in trained_runs if folder.name == "fold0"]
-    predictions = predict_simulated(
-        load_ensemble(of_fold), one_per_share, data=training_data, config=CONFIG, known=known
-    )
+    predictions = predict_simulated(load_ensemble(of_fold), one_per_share, training_data, CONFIG)
     assert predictions.member_names == ("other", "tiny")
-    assert predictions.truth.shape == (len(one_per_share) * 6, len(known))
+    assert predictions.truth.shape == (len(one_per_share) * 6, len(all_species()))
     assert predictions.labelled.all()
     assert set(predictions.segments["nocall_share"]) == set(CONFIG.nocall_shares)
     assert (
@@ -429,16 +427,14 @@ def test_members_predict_only_soundscapes_of_the_fold_that_they_held_out(
     ).all()
     wrong = load_ensemble([folder for folder in trained_runs if folder.name == "fold1"])
     with pytest.raises(ValueError, match="has trained on the recordings of simulated-fold0"):
-        predict_simulated(wrong, planned, data=training_data, config=CONFIG, known=known)
+        predict_simulated(wrong, planned, training_data, CONFIG)
 
 
 def test_the_predictions_are_those_for_the_rendered_audio(
     training_data, trained_runs, planned, renderer
 ):
     ensemble = load_ensemble([trained_runs[0]])
-    predictions = predict_simulated(
-        ensemble, planned[:2], data=training_data, config=CONFIG, known=list(training_data.classes)
-    )
+    predictions = predict_simulated(ensemble, planned[:2], training_data, CONFIG)
     expected = predict_waveforms(ensemble, renderer.render(planned[1], [RATE]))
     np.testing.assert_allclose(predictions.clipwise[:, 6:], expected.clipwise, atol=1e-6)
 

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from birdcall.evaluation.decision_search import THRESHOLDS
+from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.evaluation.scoring import evaluate
 from birdcall.evaluation.tables import nocall_share_table, soundscape_table
 from birdcall.inference.decision import Decision
@@ -88,7 +89,9 @@ def test_the_report_does_not_grow_with_the_soundscapes(
     for n_times in (20, 40):
         folder = tmp_path / str(n_times)
         labelled = repeat(evaluation.labelled, n_times)
-        table = soundscape_table(labelled.scores, labelled.scores.decide(evaluation.decision))
+        table = soundscape_table(
+            labelled.predictions, labelled.predictions.decide(evaluation.decision)
+        )
         found = replace(evaluation, labelled=labelled, soundscapes=table)
         write_report_of(folder / "r.html", "demo", replace(held_out, labelled=labelled), found, 1)
         sizes.append(len((folder / "r.html").read_text()))
@@ -99,20 +102,15 @@ def test_the_report_does_not_grow_with_the_soundscapes(
 
 def repeat(labelled, n_times):
     """The same soundscapes again and again, under other names."""
-    scores = labelled.scores
+    scores = labelled.predictions
     segments = [
         scores.segments.assign(recording=scores.segments["recording"] + f"-{k}")
         for k in range(n_times)
     ]
-    many = replace(
-        scores,
-        segments=pd.concat(segments, ignore_index=True),
-        truth=np.tile(scores.truth, (n_times, 1)),
-        clipwise=np.tile(scores.clipwise, (1, n_times, 1)),
-        framewise=np.tile(scores.framewise, (1, n_times, 1)),
-    )
+    parts = [replace(scores, segments=table) for table in segments]
+    many = LabelledPredictions.concatenate(parts)
     paths = {f"{name}-{k}": path for name, path in labelled.paths.items() for k in range(n_times)}
-    return replace(labelled, scores=many, paths=paths, frames={})
+    return replace(labelled, predictions=many, paths=paths, frames={})
 
 
 def test_the_decision_is_said_with_its_score_and_silence_beside_it(evaluation):
@@ -166,7 +164,7 @@ def test_confusions_are_drawn_by_name():
 
 
 def test_a_soundscape_is_drawn_with_what_is_there_and_what_was_named(evaluation):
-    scores = evaluation.labelled.scores
+    scores = evaluation.labelled.predictions
     name = scores.segments["recording"].iloc[0]
     waveform = 0.1 * np.random.default_rng(0).standard_normal(30 * 32_000).astype("f4")
     figure = plot_soundscape(

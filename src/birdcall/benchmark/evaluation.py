@@ -17,13 +17,12 @@ import torch
 from birdcall.benchmark.timing import peak_megabytes
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.evaluation.decision_search import search_decision
-from birdcall.evaluation.prediction_cache import (
-    Outputs,
+from birdcall.evaluation.predictions import (
+    LabelledPredictions,
     PredictionCache,
-    cache_predictions,
     predict_cached,
+    segment_table,
 )
-from birdcall.evaluation.predictions import LabelledPredictions, segment_table
 from birdcall.evaluation.tables import (
     ENSEMBLE,
     SIMULATED,
@@ -38,6 +37,8 @@ from birdcall.evaluation.tables import (
 from birdcall.experiments import find_experiment
 from birdcall.inference.decision import Decision
 from birdcall.inference.ensemble import Member, load_ensemble
+from birdcall.inference.predictions import SegmentPredictions, concatenate
+from birdcall.inference.windows import SINGLE_SEGMENT
 from birdcall.models.checkpoint import Checkpoint, find_checkpoints, save_checkpoint
 from birdcall.models.sed import build_model
 from birdcall.storage.files import write_atomically
@@ -116,16 +117,14 @@ def make_outputs(folder: Path, size: Size) -> None:
         logits = heard + generator.normal(0, 0.8, truth.shape).astype(np.float32)
         clipwise = 1 / (1 + np.exp(-logits))
         framewise = 1 / (1 + np.exp(-(logits + generator.normal(0.7, 0.4, truth.shape))))
-        lengths = dict.fromkeys(size.names, size.n_segments)
-        seconds = dict.fromkeys(size.names, float(SEGMENT_SECONDS * size.n_segments))
-        outputs = Outputs(
-            clipwise=clipwise,
-            framewise=framewise.astype(np.float32),
-            lengths=lengths,
-            seconds=seconds,
-            failed={},
+        together = SegmentPredictions(
+            clipwise[None],
+            framewise[None].astype(np.float32),
+            starts=tuple(range(0, len(truth), size.n_segments)),
+            recording_seconds=(float(SEGMENT_SECONDS * size.n_segments),) * size.n_soundscapes,
         )
-        cache_predictions(_kept(folder), member, outputs)
+        predictions = dict(zip(size.names, together.split(), strict=True))
+        _cache(folder).write(member, SINGLE_SEGMENT, predictions)
     write_atomically(folder / SETTINGS_FILE, json.dumps(vars(size)))
 
 
@@ -154,8 +153,8 @@ def _save_member(folder: Path, number: int, classes: tuple[str, ...]) -> Member:
     return Member(saved.name, model, saved)
 
 
-def _kept(folder: Path) -> PredictionCache:
-    return PredictionCache(folder / "heard", "soundscapes", "made up")
+def _cache(folder: Path) -> PredictionCache:
+    return PredictionCache(folder / "predictions", "soundscapes", "made up")
 
 
 # --- what the fresh process does ------------------------------------------------------------------
@@ -195,15 +194,14 @@ def read_scores(folder: Path, size: Size) -> LabelledPredictions:
         raise RuntimeError("the outputs are not where they were stored")
 
     ensemble = load_ensemble(find_checkpoints(folder / "runs"))
-    heard = predict_cached(ensemble, dict.fromkeys(size.names, unheard), _kept(folder))
+    predictions = predict_cached(ensemble, dict.fromkeys(size.names, unheard), _cache(folder))
     parts = [
         segment_table(name, size.n_segments, is_labelled=True, group=name) for name in size.names
     ]
     return LabelledPredictions(
         segments=pd.concat(parts, ignore_index=True),
         truth=make_truth(size),
-        clipwise=np.concatenate([heard[name].clipwise for name in size.names], axis=1),
-        framewise=np.concatenate([heard[name].framewise for name in size.names], axis=1),
+        predictions=concatenate(list(predictions.values())),
         member_names=tuple(member.name for member in ensemble.members),
         classes=ensemble.classes,
     )

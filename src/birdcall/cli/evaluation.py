@@ -68,8 +68,7 @@ def _evaluate(
 
         require_browser()  # before an hour of predictions, not after it
     from birdcall.evaluation.mistakes import find_mistakes, predict_mistakes, write_labelled_pages
-    from birdcall.evaluation.out_of_fold import write_oof_parquet
-    from birdcall.evaluation.predict import hear
+    from birdcall.evaluation.predict import HeldOutOptions, predict_held_out, write_oof_parquet
     from birdcall.evaluation.scoring import evaluate
     from birdcall.evaluation.tables import wide_table
     from birdcall.inference.decision import write_decision
@@ -82,15 +81,15 @@ def _evaluate(
 
     folders = Folders(data, output, folds)
     training_data = folders.load_training_data(noise)
-    predictions = hear(
-        find_runs(folders.runs, experiment, parse_fold(fold)),
-        training_data,
-        default_device(),
+    runs = find_runs(folders.runs, experiment, parse_fold(fold))
+    options = HeldOutOptions(
+        device=default_device(),
         labelled_folders=soundscapes or (),
         window_config=WindowConfig(window_segments, context_seconds),
-        kept=folders.prediction_cache,
+        cache_folder=folders.prediction_cache,
         progress=True,
     )
+    predictions = predict_held_out(runs, training_data, options)
     ensembles = [tuple(names.split("+")) for names in ensemble or []]
     evaluation = evaluate(predictions, ensembles, nocall_share)
     output, report = folders.output, folders.output / "report.html"
@@ -153,7 +152,7 @@ def _figures(
     to: Annotated[Path, typer.Option(help="Folder for the figures.")] = Path("docs/figures"),
 ) -> None:
     """Draw the figures of README and docs from the results of the other commands."""
-    from birdcall.evaluation.predict import hear
+    from birdcall.evaluation.predict import HeldOutOptions, predict_held_out
     from birdcall.evaluation.scoring import evaluate
     from birdcall.experiments import find_experiment
     from birdcall.inference.ensemble import default_device
@@ -163,14 +162,11 @@ def _figures(
     folders = Folders(data, output, folds)
 
     def evaluate_all_runs() -> Evaluation:
-        predictions = hear(
-            find_runs(folders.runs),
-            folders.load_training_data(noise),
-            default_device(),
-            kept=folders.prediction_cache,
-            progress=True,
+        options = HeldOutOptions(
+            device=default_device(), cache_folder=folders.prediction_cache, progress=True
         )
-        return evaluate(predictions)
+        data = folders.load_training_data(noise)
+        return evaluate(predict_held_out(find_runs(folders.runs), data, options))
 
     for line in write_figures(to, folders.output, find_experiment(experiment), evaluate_all_runs):
         typer.echo(line)

@@ -65,7 +65,7 @@ class Folders:
         self.runs = self.output / "runs"
         self.audit = self.output / "audit.csv"
         self.cache = self.output / "cache"
-        self.prediction_cache = self.output / "prediction_cache"
+        self.prediction_cache = self.output / "predictions"
         self.benchmark = self.output / "benchmark"
         self.decision = self.output / "decision.json"
         self.submission = self.output / "submission.csv"

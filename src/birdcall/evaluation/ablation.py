@@ -20,7 +20,7 @@ from birdcall.data.dataset import TrainingData
 from birdcall.data.folds import recordist_clusters
 from birdcall.data.targets import IGNORE_TARGET, make_targets
 from birdcall.evaluation.comparison import Measure, compare_all, rank_agreement
-from birdcall.evaluation.predict import HeldOutPredictions, hear
+from birdcall.evaluation.predict import HeldOutOptions, HeldOutPredictions, predict_held_out
 from birdcall.evaluation.scoring import EnsembleDecision, decide_ensemble, score_submission
 from birdcall.inference.decision import average_members
 from birdcall.inference.ensemble import default_device, load_ensemble
@@ -275,7 +275,8 @@ def score_seed(runs: Sequence[Run], data: TrainingData) -> dict[str, Sample]:
     """
     folder = runs[0].folder.parent
     device = default_device()
-    heard = hear([run.folder for run in runs], data, device, kept=folder / "heard")
+    options = HeldOutOptions(device, cache_folder=folder / "predictions")
+    heard = predict_held_out([run.folder for run in runs], data, options)
     judged = decide_ensemble(heard, heard.experiments)
     samples = _score_simulated(judged) | _score_labelled(heard, judged, data)
     if (data.folder / SOLUTION).is_file() and find_test_audio_folder(data.folder) is not None:

@@ -142,7 +142,7 @@ def _calibrate_by_group(
         clipwise[:, own], framewise[:, own] = calibrations[names].apply(
             scores.clipwise[:, own], scores.framewise[:, own]
         )
-    return replace(scores, clipwise=clipwise, framewise=framewise)
+    return scores.with_probabilities(clipwise, framewise)
 
 
 # --- the search ---------------------------------------------------------------------------------
@@ -311,11 +311,10 @@ class _Search:
             return scores, rule
         key = rule.combination, is_calibrated
         if key not in self.combined:
-            self.combined[key] = replace(
-                scores,
-                clipwise=average_members(scores.clipwise, rule.combination)[None],
-                framewise=average_members(scores.framewise, rule.combination)[None],
-                member_names=(rule.combination,),
+            self.combined[key] = scores.with_probabilities(
+                average_members(scores.clipwise, rule.combination)[None],
+                average_members(scores.framewise, rule.combination)[None],
+                [rule.combination],
             )
         return self.combined[key], replace(rule, combination="mean")
 

@@ -1,6 +1,6 @@
-"""Read soundscapes that people have labelled, and let members hear them.
+"""Read soundscapes that people have labelled, and predict them.
 
-Two layouts are known: the competition's example files (a row for every 5 seconds, and annotations
+Two layouts are read: the competition's example files (a row for every 5 seconds, and annotations
 with times), and recordings with Raven selection tables beside them.
 """
 
@@ -17,19 +17,17 @@ import pandas as pd
 
 from birdcall.audio.reading import AudioError, probe_audio
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.evaluation.prediction_cache import (
+from birdcall.evaluation.predictions import (
+    LabelledPredictions,
     PredictionCache,
     predict_cached,
     predict_frames_cached,
-)
-from birdcall.evaluation.predictions import (
-    LabelledPredictions,
     segment_table,
     truth_from_intervals,
 )
 from birdcall.inference.engine import open_recording
 from birdcall.inference.ensemble import Ensemble
-from birdcall.inference.predictions import SegmentPredictions
+from birdcall.inference.predictions import SegmentPredictions, concatenate
 from birdcall.inference.tables import read_raven_table
 from birdcall.inference.windows import count_segments
 from birdcall.kaggle.test_set import (
@@ -43,21 +41,21 @@ from birdcall.kaggle.test_set import (
     read_labelled_soundscapes,
 )
 from birdcall.storage.files import digest_files
-from birdcall.taxonomy import find_species
+from birdcall.taxonomy import all_species, find_species
 
 logger = logging.getLogger(__name__)
 
-ANNOTATION_COLUMNS = ["recording", "onset", "offset", "ebird_code"]
+_ANNOTATION_COLUMNS = ["recording", "onset", "offset", "ebird_code"]
 
 
 @dataclass
 class Truth:
-    """What is known of labelled soundscapes.
+    """The labels of soundscapes.
 
-    paths: of each recording. rows: ``recording``, ``seconds`` (the segment's end), ``birds`` (known
-    codes, none for nocall). annotations: `ANNOTATION_COLUMNS`. timed: the recordings of which they
-    tell all, though it be nothing. foreign: labels that are no known species, and how often; they
-    count as no bird.
+    paths: the file of each recording. rows: ``recording``, ``seconds`` (the segment's end),
+    ``birds`` (known codes, none for nocall). annotations: ``recording``, ``onset``, ``offset``,
+    ``ebird_code``. annotated: the recordings whose annotations are complete, perhaps without any.
+    foreign: counts of the labels that are no known species; they count as no bird.
     """
 
     paths: dict[str, Path] = field(default_factory=dict)
@@ -65,119 +63,166 @@ class Truth:
         default_factory=lambda: pd.DataFrame(columns=["recording", "seconds", "birds"])
     )
     annotations: pd.DataFrame = field(
-        default_factory=lambda: pd.DataFrame(columns=ANNOTATION_COLUMNS)
+        default_factory=lambda: pd.DataFrame(columns=_ANNOTATION_COLUMNS)
     )
-    timed: list[str] = field(default_factory=list)
+    annotated: list[str] = field(default_factory=list)
     foreign: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, eq=False)
-class Labelled:
-    """Labelled soundscapes as an ensemble heard them.
+class LabelledSoundscapes:
+    """Labelled soundscapes with the predictions of all members.
 
-    scores: each recording is a group of its own. frames: of the timed recordings, with all of
-    `SegmentPredictions`. annotations, foreign, paths: see `Truth`.
+    predictions: each recording is a group of its own. frames: `SegmentPredictions` with ``frames``
+    of the recordings whose annotations are complete. annotations, foreign, paths: see
+    `Truth`.
     """
 
-    scores: LabelledPredictions
+    predictions: LabelledPredictions
     annotations: pd.DataFrame
     frames: Mapping[str, SegmentPredictions]
     foreign: Counter[str]
     paths: Mapping[str, Path]
 
 
+def known_species(classes: Sequence[str]) -> list[str]:
+    """Return the species of the truth: the classes first, then all others of the competition."""
+    return list(dict.fromkeys((*classes, *(species.ebird_code for species in all_species()))))
+
+
 def predict_labelled(
     ensemble: Ensemble,
     folders: Sequence[Path],
-    known: Sequence[str],
-    kept: Path | None = None,
+    *,
+    cache_folder: Path | None = None,
     progress: bool = False,
-) -> Labelled | None:
-    """Let the members hear the labelled soundscapes in ``folders``; None if there are none.
+) -> LabelledSoundscapes | None:
+    """Predict the labelled soundscapes in ``folders``; None if there are none.
 
-    known: species of the truth, beginning with the classes. A soundscape whose recording is missing
-    or does not decode is left out and named in the log, and so are labels beyond the end of their
-    recording. Segments of a recording that nobody has labelled are heard and not scored.
+    A soundscape whose recording is missing or does not decode is left out with a warning. Segments
+    that nobody has labelled are predicted and not scored.
     """
-    truth = read_truth(folders, known)
+    if not folders:
+        return None
+    species = known_species(ensemble.classes)
+    truth = read_truth(folders, species)
     if not truth.paths:
         return None
-    sounds = {name: open_recording(path) for name, path in truth.paths.items()}
-    place = None
-    if kept is not None:
-        place = PredictionCache(kept, "labelled", digest_files(truth.paths.values()))
-    heard = {}
-    for name, scores in predict_cached(ensemble, sounds, place, progress).items():
-        if isinstance(scores, AudioError):
-            logger.warning("%s; this labelled soundscape is left out", scores)
-        else:
-            heard[name] = scores
-    if not heard:
+    sources = {name: open_recording(path) for name, path in truth.paths.items()}
+    cache = PredictionCache(cache_folder, "labelled", digest_files(truth.paths.values()))
+    predictions: dict[str, SegmentPredictions] = {}
+    tables, labels = [], []
+    for name, item in predict_cached(ensemble, sources, cache, progress=progress).items():
+        if isinstance(item, AudioError):
+            logger.warning("%s; this labelled soundscape is left out", item)
+            continue
+        predictions[name] = item
+        truth_of_segments, is_labelled = _label_segments(truth, name, item.n_segments, species)
+        tables.append(segment_table(name, item.n_segments, is_labelled=is_labelled, group=name))
+        labels.append(truth_of_segments)
+    if not predictions:
         return None
-    annotations = truth.annotations[truth.annotations["recording"].isin(list(heard))]
-    timed = {name: sounds[name] for name in truth.timed if name in heard}
-    frames = predict_frames_cached(ensemble, timed, place) if timed else {}
-    return Labelled(
-        scores=_gather(truth.rows, heard, known, ensemble),
+    annotated = {name: sources[name] for name in truth.annotated if name in predictions}
+    frames = predict_frames_cached(ensemble, annotated, cache) if annotated else {}
+    annotations = truth.annotations[truth.annotations["recording"].isin(list(predictions))]
+    return LabelledSoundscapes(
+        predictions=LabelledPredictions(
+            segments=pd.concat(tables, ignore_index=True),
+            truth=np.concatenate(labels),
+            predictions=concatenate(list(predictions.values())),
+            member_names=tuple(member.name for member in ensemble.members),
+            classes=ensemble.classes,
+        ),
         annotations=annotations.reset_index(drop=True),
-        frames={name: replace(heard[name], frames=one) for name, one in frames.items()},
+        frames={name: replace(predictions[name], frames=array) for name, array in frames.items()},
         foreign=truth.foreign,
         paths=truth.paths,
     )
 
 
-def read_truth(folders: Sequence[Path], known: Sequence[str]) -> Truth:
-    """Read all labelled soundscapes in ``folders``.
+def read_truth(folders: Sequence[Path], species: Sequence[str]) -> Truth:
+    """Read all labelled soundscapes in ``folders``; ``species`` are the known codes.
 
-    Raises FileNotFoundError for a folder without any, ValueError naming file and line for rows and
-    selections that cannot be meant so, or for a recording that two folders have.
+    Raises FileNotFoundError for a folder without any, and ValueError for impossible rows and
+    selections, naming file and line, or for a recording that is in two folders.
     """
-    parts = []
+    result = Truth()
+    rows, annotations = [], []
     for folder in folders:
+        read_folder = _read_raven_folder
         if (folder / EXAMPLE_LABELS).is_file():
-            parts.append(_read_examples(folder, known))
-        else:
-            parts.append(_read_raven_folder(folder, known))
-    together = Truth()
-    for folder, part in zip(folders, parts, strict=True):
-        for name in part.paths:
-            if name in together.paths:
+            read_folder = _read_examples
+        truth = read_folder(folder, species)
+        for name in truth.paths:
+            if name in result.paths:
                 raise ValueError(f"{folder}: {name} is in another folder of soundscapes too")
-        together.paths |= part.paths
-        together.timed += part.timed
-        together.foreign += part.foreign
-    if parts:
-        together.rows = pd.concat([part.rows for part in parts], ignore_index=True)
-        annotations = [part.annotations for part in parts if len(part.annotations)]
-        if annotations:
-            together.annotations = pd.concat(annotations, ignore_index=True)
-    return together
+        result.paths |= truth.paths
+        result.annotated += truth.annotated
+        result.foreign += truth.foreign
+        rows.append(truth.rows)
+        if len(truth.annotations):
+            annotations.append(truth.annotations)
+    if rows:
+        result.rows = pd.concat(rows, ignore_index=True)
+    if annotations:
+        result.annotations = pd.concat(annotations, ignore_index=True)
+    return result
 
 
-def _read_examples(folder: Path, known: Sequence[str]) -> Truth:
-    rows = read_labelled_soundscapes(folder, known)
+def _label_segments(
+    truth: Truth, recording: str, n_segments: int, species: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the truth ``(segments, species)`` of a recording, and which segments are labelled.
+
+    Labels beyond the end of the recording are left out, with a warning.
+    """
+    rows = truth.rows[truth.rows["recording"] == recording]
+    indices = (rows["seconds"].to_numpy(float) / SEGMENT_SECONDS).round().astype(int) - 1
+    n_beyond = int((indices >= n_segments).sum())
+    if n_beyond:
+        logger.warning("%s: %d labelled rows lie beyond its end; left out", recording, n_beyond)
+    column_of = {code: column for column, code in enumerate(species)}
+    labels = np.zeros((n_segments, len(species)), dtype=bool)
+    is_labelled = np.zeros(n_segments, dtype=bool)
+    for index, birds in zip(indices, rows["birds"], strict=True):
+        if index < n_segments:
+            is_labelled[index] = True
+            labels[index, [column_of[code] for code in birds]] = True
+    if not is_labelled.all():
+        logger.warning(
+            "%s: %d of its %d segments are not labelled and not scored",
+            *(recording, int((~is_labelled).sum()), n_segments),
+        )
+    return labels, is_labelled
+
+
+def _read_examples(folder: Path, species: Sequence[str]) -> Truth:
+    rows = read_labelled_soundscapes(folder, species)
     audio = example_audio_folder(folder)
-    paths = {name: find_audio(audio, name) for name in dict.fromkeys(rows["filename"])}
-    for name in [name for name, path in paths.items() if path is None]:
-        logger.warning("%s: no recording of this labelled soundscape; left out", audio / name)
-    annotations = pd.DataFrame(columns=ANNOTATION_COLUMNS)
+    paths = {}
+    for name in dict.fromkeys(rows["filename"]):
+        path = find_audio(audio, name)
+        if path is None:
+            logger.warning("%s: no recording of this labelled soundscape; left out", audio / name)
+        else:
+            paths[name] = path
+    annotations = pd.DataFrame(columns=_ANNOTATION_COLUMNS)
     if (folder / EXAMPLE_ANNOTATIONS).is_file():
         annotations = read_annotations(folder).rename(columns={"filename": "recording"})
-    timed = [name for name in annotations["recording"].unique() if paths.get(name) is not None]
-    is_known = annotations["ebird_code"].isin(list(known))
+    is_known = annotations["ebird_code"].isin(list(species))
     in_annotations = Counter(annotations.loc[~is_known, "ebird_code"])
     _log_foreign(folder / EXAMPLE_ANNOTATIONS, in_annotations)
     in_rows = Counter(label for labels in rows["foreign_labels"] for label in labels)
     return Truth(
-        paths={name: path for name, path in paths.items() if path is not None},
+        paths=paths,
         rows=rows.rename(columns={"filename": "recording"})[["recording", "seconds", "birds"]],
-        annotations=annotations.loc[is_known, ANNOTATION_COLUMNS],
-        timed=timed,
-        foreign=in_rows | in_annotations,  # both files tell of the same sounds: no sum
+        annotations=annotations.loc[is_known, _ANNOTATION_COLUMNS],
+        annotated=[name for name in annotations["recording"].unique() if name in paths],
+        foreign=in_rows | in_annotations,  # both files describe the same audio: no sum
     )
 
 
-def _read_raven_folder(folder: Path, known: Sequence[str]) -> Truth:
+def _read_raven_folder(folder: Path, species: Sequence[str]) -> Truth:
     """Read recordings with tables beside them: each is labelled from its start to its end."""
     truth = Truth()
     if not folder.is_dir():
@@ -197,37 +242,42 @@ def _read_raven_folder(folder: Path, known: Sequence[str]) -> Truth:
             continue
         if name in truth.paths:
             raise ValueError(f"{path}: another recording in {folder} is called {name} too")
-        selections = _read_selections(tables, seconds, known, truth.foreign)
+        selections = _read_selections(tables, seconds, species, truth.foreign)
         truth.paths[name] = path
-        n_segments = count_segments(round(seconds * 1000), 1000)
-        rows.append(_rows_of(name, n_segments, selections, known))
-        annotations.append(selections.assign(recording=name)[ANNOTATION_COLUMNS])
+        rows.append(_rows_of(name, seconds, selections, species))
+        annotations.append(selections.assign(recording=name)[_ANNOTATION_COLUMNS])
     if not truth.paths:
         raise FileNotFoundError(
             f"{folder}: neither {EXAMPLE_LABELS} nor a recording with a Raven selection table"
         )
     truth.rows = pd.concat(rows, ignore_index=True)
     truth.annotations = pd.concat(annotations, ignore_index=True)
-    truth.timed = list(truth.paths)
+    truth.annotated = list(truth.paths)
     _log_foreign(folder, truth.foreign)
     return truth
 
 
-def _log_foreign(place: Path, foreign: Counter[str]) -> None:
+def _log_foreign(source: Path, foreign: Counter[str]) -> None:
     if foreign:
-        named = ", ".join(f"{label} {count}" for label, count in foreign.most_common())
-        logger.warning("%s: labels that are no class and count as no bird: %s", place, named)
+        counts = ", ".join(f"{label} {count}" for label, count in foreign.most_common())
+        logger.warning("%s: labels that are no class and count as no bird: %s", source, counts)
 
 
 def _read_selections(
-    tables: Sequence[Path], seconds: float, known: Sequence[str], foreign: Counter[str]
+    tables: Sequence[Path], seconds: float, species: Sequence[str], foreign: Counter[str]
 ) -> pd.DataFrame:
-    """Return the known birds of a recording's tables: onset, offset, ebird_code."""
-    found = []
+    """Return the known species in a recording's tables: onset, offset, ebird_code.
+
+    A label may be a code or a name; labels of no known species are added to ``foreign``.
+    """
+    selections = []
     for table in tables:
         for event in read_raven_table(table):
-            code = _code_of(event.ebird_code, known)
-            if code is None:
+            code = event.ebird_code
+            if code not in species:
+                named = find_species(code)
+                code = named.ebird_code if named else None
+            if code not in species:
                 foreign[event.ebird_code] += 1
             elif event.onset >= seconds:
                 logger.warning(
@@ -235,69 +285,23 @@ def _read_selections(
                     *(table, event.onset, seconds),
                 )
             else:
-                found.append((event.onset, min(event.offset, seconds), code))
-    return pd.DataFrame(found, columns=["onset", "offset", "ebird_code"])
-
-
-def _code_of(label: str, known: Sequence[str]) -> str | None:
-    """Return the species of a label, which may be a code or a name; None if it is not known."""
-    if label in known:
-        return label
-    species = find_species(label)
-    return species.ebird_code if species and species.ebird_code in known else None
+                selections.append((event.onset, min(event.offset, seconds), code))
+    return pd.DataFrame(selections, columns=["onset", "offset", "ebird_code"])
 
 
 def _rows_of(
-    name: str, n_segments: int, selections: pd.DataFrame, known: Sequence[str]
+    name: str, seconds: float, selections: pd.DataFrame, species: Sequence[str]
 ) -> pd.DataFrame:
-    columns = [known.index(code) for code in selections["ebird_code"]]
+    """Return the rows of a recording of so many seconds, as in `Truth`."""
+    n_segments = count_segments(round(seconds * 1000), 1000)
+    columns = [species.index(code) for code in selections["ebird_code"]]
     intervals = selections[["onset", "offset"]].to_numpy(float)
-    truth = truth_from_intervals(intervals, columns, (n_segments, len(known)))
-    birds = [tuple(known[column] for column in np.flatnonzero(row)) for row in truth]
+    labels = truth_from_intervals(intervals, columns, (n_segments, len(species)))
+    birds = [tuple(species[column] for column in np.flatnonzero(row)) for row in labels]
     return pd.DataFrame(
         {
             "recording": name,
             "seconds": SEGMENT_SECONDS * np.arange(1.0, n_segments + 1),
             "birds": pd.Series(birds, dtype=object),
         }
-    )
-
-
-def _gather(
-    rows: pd.DataFrame,
-    heard: Mapping[str, SegmentPredictions],
-    known: Sequence[str],
-    ensemble: Ensemble,
-) -> LabelledPredictions:
-    """Lay what was heard and what is known side by side."""
-    parts, truths = [], []
-    column = {code: place for place, code in enumerate(known)}
-    for name, scores in heard.items():
-        n_segments = scores.clipwise.shape[1]
-        own = rows[rows["recording"] == name]
-        places = (own["seconds"].to_numpy(float) / SEGMENT_SECONDS).round().astype(int) - 1
-        beyond = int((places >= n_segments).sum())
-        if beyond:
-            logger.warning("%s: %d labelled rows lie beyond its end; left out", name, beyond)
-        truth = np.zeros((n_segments, len(known)), dtype=bool)
-        is_labelled = np.zeros(n_segments, dtype=bool)
-        for place, birds in zip(places, own["birds"], strict=True):
-            if place < n_segments:
-                is_labelled[place] = True
-                truth[place, [column[code] for code in birds]] = True
-        if not is_labelled.all():
-            logger.warning(
-                "%s: %d of its %d segments are not labelled and not scored",
-                *(name, int((~is_labelled).sum()), n_segments),
-            )
-        truths.append(truth)
-        parts.append(segment_table(name, n_segments, is_labelled=is_labelled, group=name))
-    names = list(heard)
-    return LabelledPredictions(
-        segments=pd.concat(parts, ignore_index=True),
-        truth=np.concatenate(truths),
-        clipwise=np.concatenate([heard[name].clipwise for name in names], axis=1),
-        framewise=np.concatenate([heard[name].framewise for name in names], axis=1),
-        member_names=tuple(member.name for member in ensemble.members),
-        classes=ensemble.classes,
     )

@@ -14,7 +14,7 @@ import numpy as np
 
 from birdcall.audio.reading import AudioError, read_audio
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.evaluation.labelled import Labelled
+from birdcall.evaluation.labelled import LabelledSoundscapes
 from birdcall.evaluation.predict import HeldOutPredictions
 from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.evaluation.scoring import EnsembleDecision, Evaluation
@@ -121,7 +121,7 @@ def find_mistakes(
                 snr_db=_snr_by_row(held_out),
             )[:n_of_a_kind]
     if held_out.labelled is not None:
-        predictions = held_out.labelled.scores
+        predictions = held_out.labelled.predictions
         predicted = predictions.decide(ensemble.decision)
         for kind in (FALSE, MISSED):
             mistakes += _rank(kind, LABELLED, predictions, predicted=predicted, snr_db={})[
@@ -273,7 +273,7 @@ def _predict_frames(
     )
 
 
-def _annotated_events(labelled: Labelled, recording: str) -> list[Event]:
+def _annotated_events(labelled: LabelledSoundscapes, recording: str) -> list[Event]:
     annotations = labelled.annotations[labelled.annotations["recording"] == recording]
     return [Event(one.ebird_code, one.onset, one.offset) for one in annotations.itertuples()]
 
@@ -332,11 +332,11 @@ def write_labelled_pages(
     return first_pages
 
 
-def true_events(labelled: Labelled, recording: str) -> list[Event]:
+def true_events(labelled: LabelledSoundscapes, recording: str) -> list[Event]:
     """Return the events of a labelled soundscape: annotations, or rows where there are no times."""
     if recording in labelled.frames:
         return _annotated_events(labelled, recording)
-    predictions = labelled.scores
+    predictions = labelled.predictions
     is_here = (predictions.segments["recording"] == recording).to_numpy()
     ends = predictions.segments["seconds"].to_numpy(float)[is_here]
     truth = predictions.truth[is_here][:, : len(predictions.classes)]

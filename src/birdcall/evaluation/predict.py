@@ -1,24 +1,29 @@
-"""Let runs hear all sound that was held out from them, once, and keep what they heard."""
+"""Predict audio that was held out from each run: recordings, simulated and labelled soundscapes."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from birdcall.audio.reading import AudioError
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.data.dataset import TrainingData
-from birdcall.evaluation.labelled import Labelled, predict_labelled
-from birdcall.evaluation.out_of_fold import OutOfFoldPredictions, predict_out_of_fold
-from birdcall.evaluation.prediction_cache import PredictionCache, predict_cached
-from birdcall.evaluation.predictions import LabelledPredictions, concatenate, segment_table
+from birdcall.evaluation.labelled import LabelledSoundscapes, known_species, predict_labelled
+from birdcall.evaluation.predictions import (
+    LabelledPredictions,
+    PredictionCache,
+    predict_cached,
+    segment_table,
+)
 from birdcall.evaluation.simulated_audio import open_renderer, salient_segment_finder
 from birdcall.evaluation.simulation import (
     SimulatedSoundscape,
@@ -28,36 +33,82 @@ from birdcall.evaluation.simulation import (
     label_segments,
     plan_soundscapes,
 )
+from birdcall.inference.engine import open_recording
 from birdcall.inference.ensemble import Ensemble, load_ensemble
-from birdcall.inference.windows import SINGLE_SEGMENT, WindowConfig
+from birdcall.inference.predictions import SegmentPredictions, concatenate
+from birdcall.inference.windows import SINGLE_SEGMENT, AudioSource, WindowConfig
 from birdcall.kaggle.test_set import EXAMPLE_LABELS
 from birdcall.models.checkpoint import read_checkpoint, require_same_classes
-from birdcall.storage.files import digest, digest_files
-from birdcall.storage.store import code_digest
-from birdcall.taxonomy import all_species
+from birdcall.storage.files import atomic_path, digest, digest_files
+from birdcall.training.validation import VALIDATION_SECONDS
 
 logger = logging.getLogger(__name__)
 
-DEFAULTS = SimulationConfig()
+
+@dataclass(frozen=True)
+class HeldOutOptions:
+    """How and for which audio runs predict.
+
+    labelled_folders: of labelled soundscapes; without any, the examples in the data folder.
+    cache_folder: where predictions are stored; a second call for the same audio reads them there.
+    """
+
+    device: torch.device | str = "cpu"
+    window_config: WindowConfig = SINGLE_SEGMENT
+    simulation: SimulationConfig = field(default_factory=SimulationConfig)
+    labelled_folders: Sequence[Path] = ()
+    cache_folder: Path | None = None
+    progress: bool = False
+
+
+_DEFAULTS = HeldOutOptions()
+
+
+@dataclass(frozen=True, eq=False)
+class OutOfFoldPredictions:
+    """Predictions of the runs of one experiment for the recordings that each held out.
+
+    segments: a row per segment with ``row`` (the recording's index in the data), ``path``,
+    ``ebird_code``, ``fold`` and ``seconds`` (the segment's end). predictions: of one member, the
+    run that held the recording out.
+    """
+
+    experiment: str
+    segments: pd.DataFrame
+    predictions: SegmentPredictions
+
+    def max_by_recording(self, n_recordings: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return each recording's highest clipwise and framewise probabilities.
+
+        ``(recordings, classes)`` each; NaN for recordings that no run held out.
+        """
+        rows = self.segments["row"].to_numpy()
+        results = []
+        for (probabilities,) in (self.predictions.clipwise, self.predictions.framewise):
+            highest = np.full((n_recordings, probabilities.shape[1]), -np.inf, np.float32)
+            np.maximum.at(highest, rows, probabilities)
+            highest[np.isinf(highest).all(axis=1)] = np.nan
+            results.append(highest)
+        return results[0], results[1]
 
 
 @dataclass(frozen=True, eq=False)
 class HeldOutPredictions:
-    """What runs heard, each only sound that it was not trained on.
+    """Predictions of runs, each only for audio that it was not trained on.
 
-    out_of_fold: by experiment. simulated: by fold, each with the runs of that fold, whose names
-    there are the experiments'. events: of the simulated soundscapes. groups: of each recording of
-    the data, as in the simulated soundscapes. labelled: with all runs, named as in ``runs``.
-    soundscapes, config: of the simulation. ensemble: all runs, that can hear more.
+    runs: experiment and fold. out_of_fold: by experiment. simulated: by fold, with the runs of that
+    fold, named as their experiments. events: of the simulated soundscapes. groups: the group of
+    each recording of the data, as in the simulated soundscapes. labelled: with all runs, named as
+    their checkpoints. soundscapes, config: of the simulation. ensemble: all runs.
     """
 
     data: TrainingData
-    runs: tuple[tuple[str, int], ...]  # experiment and fold
+    runs: tuple[tuple[str, int], ...]
     out_of_fold: Mapping[str, OutOfFoldPredictions]
     simulated: Mapping[int, LabelledPredictions]
     events: pd.DataFrame
     groups: np.ndarray
-    labelled: Labelled | None
+    labelled: LabelledSoundscapes | None
     soundscapes: tuple[SimulatedSoundscape, ...]
     config: SimulationConfig
     ensemble: Ensemble
@@ -69,27 +120,27 @@ class HeldOutPredictions:
         return tuple(dict.fromkeys(name for name, _ in self.runs))
 
     def member_names(self, experiments: Sequence[str]) -> tuple[str, ...]:
-        """Return the names of the runs of ``experiments``, as their checkpoints have them."""
+        """Return the names of the runs of ``experiments``, as in their checkpoints."""
         return tuple(f"{name}-fold{fold}" for name, fold in self.runs if name in experiments)
+
+    def positions(self, experiments: Sequence[str]) -> list[int]:
+        """Return the positions of the runs of ``experiments``."""
+        return [position for position, (name, _) in enumerate(self.runs) if name in experiments]
 
     def simulated_for(self, experiments: Sequence[str]) -> LabelledPredictions | None:
         """Return the soundscapes of the folds that all of ``experiments`` held out."""
         parts = []
-        for scores in self.simulated.values():
-            places = {name: place for place, name in enumerate(scores.member_names)}
-            if all(name in places for name in experiments):
-                parts.append(scores.for_members([places[name] for name in experiments]))
-        return concatenate(parts) if parts else None
+        for predictions in self.simulated.values():
+            names = predictions.member_names
+            if all(name in names for name in experiments):
+                parts.append(predictions.for_members([names.index(name) for name in experiments]))
+        return LabelledPredictions.concatenate(parts) if parts else None
 
     def labelled_for(self, experiments: Sequence[str]) -> LabelledPredictions | None:
-        """Return the labelled soundscapes as all runs of ``experiments`` heard them."""
+        """Return the labelled soundscapes as predicted by all runs of ``experiments``."""
         if self.labelled is None:
             return None
-        return self.labelled.scores.for_members(self.positions(experiments))
-
-    def positions(self, experiments: Sequence[str]) -> list[int]:
-        """Return which runs are of ``experiments``."""
-        return [place for place, (name, _) in enumerate(self.runs) if name in experiments]
+        return self.labelled.predictions.for_members(self.positions(experiments))
 
     def out_of_fold_for(self, experiments: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return clipwise and framewise means over experiments, ``(recordings, classes)`` each.
@@ -97,65 +148,158 @@ class HeldOutPredictions:
         NaN for recordings that not all of them held out.
         """
         n_recordings = len(self.data.recordings)
-        scores = [self.out_of_fold[name].of_recordings(n_recordings) for name in experiments]
-        clipwise, framewise = zip(*scores, strict=True)
+        highest = [self.out_of_fold[name].max_by_recording(n_recordings) for name in experiments]
+        clipwise, framewise = zip(*highest, strict=True)
         return np.mean(clipwise, axis=0), np.mean(framewise, axis=0)
 
 
-def hear(
-    folders: Sequence[Path],
-    data: TrainingData,
-    device: torch.device | str = "cpu",
-    *,
-    labelled_folders: Sequence[Path] = (),
-    window_config: WindowConfig = SINGLE_SEGMENT,
-    kept: Path | None = None,
-    config: SimulationConfig = DEFAULTS,
-    progress: bool = False,
+def predict_held_out(
+    folders: Sequence[Path], data: TrainingData, options: HeldOutOptions = _DEFAULTS
 ) -> HeldOutPredictions:
-    """Let the runs in ``folders`` hear recordings, simulated and labelled soundscapes.
-
-    ``labelled_folders``: of labelled soundscapes (none: the data's examples, if it has any).
-    ``window_config``: the windows of the members. ``kept``: the folder of the prediction cache; a
-    second call for the same audio reads from it.
-    """
+    """Predict recordings, simulated and labelled soundscapes with the runs in ``folders``."""
     for folder in folders:
         checkpoint = read_checkpoint(folder)
         require_same_classes(folder, checkpoint, data.classes)
         if checkpoint.fold not in data.folds:
             known_folds = ", ".join(map(str, data.folds))
             raise ValueError(f"{folder}: of fold {checkpoint.fold}; the folds are {known_folds}")
-    ensemble = load_ensemble(folders, device, window_config)
-    known = list(dict.fromkeys((*data.classes, *(one.ebird_code for one in all_species()))))
+    ensemble = load_ensemble(folders, options.device, options.window_config)
+    config = options.simulation
+    storage = {"cache_folder": options.cache_folder, "progress": options.progress}
+    out_of_fold = predict_out_of_fold(ensemble, data, **storage)
     planned, simulated = [], {}
-    out_of_fold = predict_out_of_fold(ensemble, data, kept, progress)
-    for fold in sorted({member.checkpoint.fold for member in ensemble.members}):
-        members = [member for member in ensemble.members if member.checkpoint.fold == fold]
-        logger.info("fold %d: simulating soundscapes for %d members", fold, len(members))
+    for fold, subset in _by_fold(ensemble).items():
+        logger.info("fold %d: simulating soundscapes for %d members", fold, len(subset.members))
         find_segment = salient_segment_finder(data, config.sample_rate)
         soundscapes = plan_soundscapes(data.recordings, fold, config, find_segment)
         planned += soundscapes
-        own = ensemble.for_members(members)
-        simulated[fold] = predict_simulated(
-            own, soundscapes, data=data, config=config, known=known, kept=kept, progress=progress
-        )
+        simulated[fold] = predict_simulated(subset, soundscapes, data, config, **storage)
+    labelled_folders = options.labelled_folders
     if not labelled_folders and (data.folder / EXAMPLE_LABELS).is_file():
         labelled_folders = [data.folder]
+    checkpoints = [member.checkpoint for member in ensemble.members]
     return HeldOutPredictions(
         data=data,
-        runs=tuple((m.checkpoint.experiment.name, m.checkpoint.fold) for m in ensemble.members),
+        runs=tuple((checkpoint.experiment.name, checkpoint.fold) for checkpoint in checkpoints),
         out_of_fold=out_of_fold,
         simulated=simulated,
         events=describe_events(planned),
         groups=group_recordings(data.recordings, config.groups_per_fold),
-        labelled=predict_labelled(
-            ensemble, labelled_folders, known=known, kept=kept, progress=progress
-        ),
+        labelled=predict_labelled(ensemble, labelled_folders, **storage),
         soundscapes=tuple(planned),
         config=config,
         ensemble=ensemble,
-        window_config=window_config,
+        window_config=options.window_config,
     )
+
+
+def _by_fold(ensemble: Ensemble) -> dict[int, Ensemble]:
+    """Return the members of each fold, in order of the folds."""
+    folds = [member.checkpoint.fold for member in ensemble.members]
+    return {
+        fold: ensemble.for_members(
+            [member for member in ensemble.members if member.checkpoint.fold == fold]
+        )
+        for fold in sorted(set(folds))
+    }
+
+
+# --- recordings ---
+
+
+def predict_out_of_fold(
+    ensemble: Ensemble,
+    data: TrainingData,
+    *,
+    cache_folder: Path | None = None,
+    progress: bool = False,
+) -> dict[str, OutOfFoldPredictions]:
+    """Predict the first ``VALIDATION_SECONDS`` of each recording with the runs that held it out.
+
+    Returns the predictions by experiment, in the order of the members. Raises AudioError for a
+    recording that does not decode: the audit has decoded all of them.
+    """
+    experiments = [member.checkpoint.experiment.name for member in ensemble.members]
+    parts: dict[str, list[OutOfFoldPredictions]] = {name: [] for name in experiments}
+    for fold, subset in _by_fold(ensemble).items():
+        rows = np.flatnonzero(data.recordings["fold"] == fold)
+        recordings = data.recordings.iloc[rows]
+        paths = {name: data.folder / name for name in recordings["path"]}
+        sources = {name: open_recording(path, VALIDATION_SECONDS) for name, path in paths.items()}
+        made_from = digest(f"{VALIDATION_SECONDS} {digest_files(paths.values())}")
+        cache = PredictionCache(cache_folder, f"recordings-fold{fold}", made_from)
+        predictions = _predict_all(subset, sources, cache, progress=progress)
+        lengths = np.diff([*predictions.starts, predictions.n_segments])
+        segments = pd.DataFrame(
+            {
+                "row": np.repeat(rows, lengths),
+                "path": np.repeat(recordings["path"].to_numpy(), lengths),
+                "ebird_code": np.repeat(recordings["ebird_code"].to_numpy(), lengths),
+                "fold": fold,
+                "seconds": SEGMENT_SECONDS
+                * np.concatenate([np.arange(1.0, n + 1) for n in lengths]),
+            }
+        )
+        for position, member in enumerate(subset.members):
+            name = member.checkpoint.experiment.name
+            part = OutOfFoldPredictions(name, segments, predictions.for_member(position))
+            parts[name].append(part)
+    return {
+        name: OutOfFoldPredictions(
+            experiment=name,
+            segments=pd.concat([part.segments for part in folds], ignore_index=True),
+            predictions=concatenate([part.predictions for part in folds]),
+        )
+        for name, folds in parts.items()
+    }
+
+
+def _predict_all(
+    ensemble: Ensemble,
+    sources: Mapping[str, AudioSource],
+    cache: PredictionCache,
+    *,
+    progress: bool,
+) -> SegmentPredictions:
+    """Return the predictions for all recordings in a row; raise AudioError for a damaged one."""
+    predictions = predict_cached(ensemble, sources, cache, progress=progress)
+    for item in predictions.values():
+        if isinstance(item, AudioError):
+            raise item
+    return concatenate(list(predictions.values()))
+
+
+def write_oof_parquet(
+    path: Path, parts: Sequence[OutOfFoldPredictions], classes: Sequence[str]
+) -> None:
+    """Write every segment: keys, then a column of probabilities per class.
+
+    Each segment has a row for its clipwise and one for its framewise output. Experiments are
+    written one after another, so that memory holds one at a time.
+    """
+    keys = {
+        "experiment": pa.string(),
+        "fold": pa.int32(),
+        "path": pa.string(),
+        "ebird_code": pa.string(),
+        "seconds": pa.float32(),
+        "output": pa.string(),
+    }
+    schema = pa.schema([*keys.items(), *((code, pa.float32()) for code in classes)])
+    with (
+        atomic_path(path) as temporary,
+        pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
+    ):
+        for part in parts:
+            for output in ("clipwise", "framewise"):
+                table = part.segments.assign(experiment=part.experiment, output=output)
+                (probabilities,) = getattr(part.predictions, output)
+                columns = [pa.array(table[name], kind) for name, kind in keys.items()]
+                columns += [pa.array(column) for column in probabilities.T]
+                writer.write_table(pa.table(columns, schema=schema))
+
+
+# --- simulated soundscapes ---
 
 
 def predict_simulated(
@@ -163,14 +307,13 @@ def predict_simulated(
     soundscapes: Sequence[SimulatedSoundscape],
     data: TrainingData,
     config: SimulationConfig,
-    known: Sequence[str],
-    kept: Path | None = None,
+    *,
+    cache_folder: Path | None = None,
     progress: bool = False,
 ) -> LabelledPredictions:
-    """Return what members predict for simulated soundscapes of the fold that all of them held out.
+    """Predict simulated soundscapes of the fold that all members held out.
 
-    The members' names are those of their experiments. ``known``: species of the truth, beginning
-    with the classes.
+    The members are named as their experiments.
     """
     fold = soundscapes[0].fold
     for member in ensemble.members:
@@ -179,32 +322,29 @@ def predict_simulated(
                 f"{member.name} has trained on the recordings of {soundscapes[0].name}"
             )
     renderer = open_renderer(data, fold, config)
-    sources = {one.name: partial(renderer.render, one) for one in soundscapes}
-    cache = None
-    if kept is not None:
-        files = [data.folder / path for path in describe_events(soundscapes)["path"].unique()]
-        made_from = (
-            repr(soundscapes),
-            digest_files(files),
-            digest_files(renderer.noise.paths),
-            code_digest("evaluation.simulated_audio"),
-        )
-        cache = PredictionCache(kept, f"simulated-fold{fold}", digest(repr(made_from)))
-    predictions = predict_cached(ensemble, sources, cache, progress)
-    for scores in predictions.values():
-        if isinstance(scores, AudioError):
-            raise scores
+    files = [data.folder / path for path in describe_events(soundscapes)["path"].unique()]
+    made_from = repr(soundscapes), digest_files(files), digest_files(renderer.noise.paths)
+    cache = PredictionCache(
+        cache_folder,
+        f"simulated-fold{fold}",
+        digest(repr(made_from)),
+        modules=("evaluation.simulated_audio",),
+    )
+    sources = {item.name: partial(renderer.render, item) for item in soundscapes}
+    species = known_species(ensemble.classes)
+    tables = [
+        segment_table(
+            item.name,
+            round(item.seconds / SEGMENT_SECONDS),
+            is_labelled=True,
+            group=item.group,
+        ).assign(nocall_share=item.nocall_share)
+        for item in soundscapes
+    ]
     return LabelledPredictions(
-        segments=pd.concat([_segments(one) for one in soundscapes], ignore_index=True),
-        truth=np.concatenate([label_segments(one, known) for one in soundscapes]),
-        clipwise=np.concatenate([predictions[one.name].clipwise for one in soundscapes], axis=1),
-        framewise=np.concatenate([predictions[one.name].framewise for one in soundscapes], axis=1),
+        segments=pd.concat(tables, ignore_index=True),
+        truth=np.concatenate([label_segments(item, species) for item in soundscapes]),
+        predictions=_predict_all(ensemble, sources, cache, progress=progress),
         member_names=tuple(member.checkpoint.experiment.name for member in ensemble.members),
         classes=ensemble.classes,
     )
-
-
-def _segments(soundscape: SimulatedSoundscape) -> pd.DataFrame:
-    n_segments = round(soundscape.seconds / SEGMENT_SECONDS)
-    table = segment_table(soundscape.name, n_segments, is_labelled=True, group=soundscape.group)
-    return table.assign(nocall_share=soundscape.nocall_share)

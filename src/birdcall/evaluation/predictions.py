@@ -1,14 +1,20 @@
-"""Hold what members heard in soundscapes with known birds: the matter of every soundscape score."""
+"""Hold predictions beside their truth, and store what each member predicts, to compute it once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from tqdm import tqdm
 
+from birdcall.audio.reading import AudioError
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.data.targets import MIN_OVERLAP_SECONDS
 from birdcall.evaluation.metrics import row_f1_scores
@@ -19,49 +25,126 @@ from birdcall.inference.decision import (
     decide_segments,
     summarise_recordings,
 )
+from birdcall.inference.engine import predict_audio
+from birdcall.inference.ensemble import Ensemble, Member
+from birdcall.inference.predictions import (
+    SEGMENTS_ONLY,
+    SegmentPredictions,
+    concatenate,
+    stack_members,
+)
+from birdcall.inference.windows import AudioSource, WindowConfig
+from birdcall.storage.files import digest
+from birdcall.storage.store import Store, read_arrays, write_arrays
+
+logger = logging.getLogger(__name__)
 
 _TIME_TOLERANCE = 1e-6  # seconds
+
+Predictions = dict[str, SegmentPredictions | AudioError]  # by recording; an error: not decodable
+
+
+# --- predictions and truth ---
 
 
 @dataclass(frozen=True, eq=False)
 class LabelledPredictions:
-    """What members heard in soundscapes that none of them was trained on, and what is there.
+    """Predictions for soundscapes that no member was trained on, and the true species in them.
 
-    segments: a row per segment; those of a recording stand together and are all there, in order of
-    time, since rules look at neighbours. Columns: ``recording``; ``seconds``, the segment's end;
-    ``is_labelled``, whether it is known what sings there; ``group``, which soundscapes share no
-    training recording nor recordist with those of other groups.
-    truth: ``(segments, known species)``; its first columns are ``classes``, the rest competition
-    species that the members cannot name and so miss. False where it is not known.
-    clipwise, framewise: ``(members, segments, classes)``.
+    segments: a row per segment. All segments of a recording are there, one after the other in order
+    of time, because decisions use neighbours. Columns: ``recording``; ``seconds``, the segment's
+    end; ``is_labelled``, whether its truth is known; ``group``: soundscapes of different groups
+    share no training recording and no recordist.
+    truth: ``(segments, species)``, boolean. The first columns are ``classes``; the others are
+    competition species that the members cannot predict. False where the truth is not known.
+    predictions: of all members, ``(members, segments, classes)``.
     """
 
     segments: pd.DataFrame
     truth: np.ndarray
-    clipwise: np.ndarray
-    framewise: np.ndarray
+    predictions: SegmentPredictions
     member_names: tuple[str, ...]
     classes: tuple[str, ...]
 
     def __post_init__(self) -> None:
         shape = (len(self.member_names), len(self.segments), len(self.classes))
         for name in ("clipwise", "framewise"):
-            found = getattr(self, name).shape
-            if found != shape:
-                raise ValueError(f"{name} has shape {found}; want (members, segments, classes)")
-        recordings = self.segments["recording"].to_numpy()
-        if len(self.starts) != len(set(recordings)):
+            actual = getattr(self, name).shape
+            if actual != shape:
+                raise ValueError(
+                    f"{name} has shape {actual} instead of (members, segments, classes) = {shape}"
+                )
+        if len(self.starts) != self.segments["recording"].nunique():
             raise ValueError("the segments of a recording do not stand together")
+        if tuple(self.starts) != tuple(self.predictions.starts):
+            raise ValueError("recordings start elsewhere in the predictions than in the segments")
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[LabelledPredictions]) -> LabelledPredictions:
+        """Join different soundscapes, predicted by the same number of members each."""
+        first = parts[0]
+        for part in parts[1:]:
+            if part.classes != first.classes or part.truth.shape[1] != first.truth.shape[1]:
+                raise ValueError(
+                    f"classes of {', '.join(part.member_names)} are not those of "
+                    f"{', '.join(first.member_names)}: were they trained on the same data?"
+                )
+        return replace(
+            first,
+            segments=pd.concat([part.segments for part in parts], ignore_index=True),
+            truth=np.concatenate([part.truth for part in parts]),
+            predictions=concatenate([part.predictions for part in parts]),
+        )
+
+    def select(self, segments: np.ndarray) -> LabelledPredictions:
+        """Return some recordings, given the mask of all their segments ``(segments,)``."""
+        return replace(
+            self,
+            segments=self.segments[segments].reset_index(drop=True),
+            truth=self.truth[segments],
+            predictions=self.predictions.select(segments),
+        )
+
+    def for_members(self, positions: Sequence[int]) -> LabelledPredictions:
+        """Return the predictions of some members, by position."""
+        return replace(
+            self,
+            predictions=self.predictions.for_members(positions),
+            member_names=tuple(self.member_names[position] for position in positions),
+        )
+
+    def with_probabilities(
+        self,
+        clipwise: np.ndarray,
+        framewise: np.ndarray,
+        member_names: Sequence[str] | None = None,
+    ) -> LabelledPredictions:
+        """Return other probabilities ``(members, segments, classes)`` for the same segments."""
+        return replace(
+            self,
+            predictions=replace(self.predictions, clipwise=clipwise, framewise=framewise),
+            member_names=tuple(self.member_names if member_names is None else member_names),
+        )
+
+    @property
+    def clipwise(self) -> np.ndarray:
+        """Return the clipwise probabilities ``(members, segments, classes)``."""
+        return self.predictions.clipwise
+
+    @property
+    def framewise(self) -> np.ndarray:
+        """Return the framewise probabilities ``(members, segments, classes)``."""
+        return self.predictions.framewise
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """Return the first row of each recording, ``(recordings,)``."""
+        """Return the first segment of each recording, ``(recordings,)``."""
         recordings = self.segments["recording"].to_numpy()
         return np.flatnonzero(np.append(True, recordings[1:] != recordings[:-1]))
 
     @cached_property
     def labelled(self) -> np.ndarray:
-        """Return which rows are scored, ``(segments,)``, boolean."""
+        """Return which segments are scored rows, ``(segments,)``, boolean."""
         return self.segments["is_labelled"].to_numpy(dtype=bool)
 
     @cached_property
@@ -71,37 +154,18 @@ class LabelledPredictions:
 
     @cached_property
     def groups(self) -> np.ndarray:
-        """Return the group of each labelled row: what an interval resamples."""
+        """Return the group of each labelled row: the unit that an interval resamples."""
         return self.segments["group"].to_numpy()[self.labelled]
 
     @cached_property
     def labelled_truth(self) -> np.ndarray:
-        """Return the truth of the labelled rows, ``(labelled rows, known species)``."""
+        """Return the truth of the labelled rows, ``(labelled rows, species)``."""
         return self.truth[self.labelled]
 
-    def for_members(self, positions: Sequence[int]) -> LabelledPredictions:
-        """Return the scores of some members, by position."""
-        return replace(
-            self,
-            clipwise=self.clipwise[list(positions)],
-            framewise=self.framewise[list(positions)],
-            member_names=tuple(self.member_names[position] for position in positions),
-        )
-
-    def select(self, chosen: np.ndarray) -> LabelledPredictions:
-        """Return some recordings, given the mask of all their segments ``(segments,)``."""
-        return replace(
-            self,
-            segments=self.segments[chosen].reset_index(drop=True),
-            truth=self.truth[chosen],
-            clipwise=self.clipwise[:, chosen],
-            framewise=self.framewise[:, chosen],
-        )
-
     def decide(self, decision: Decision) -> np.ndarray:
-        """Return which known species are named in each labelled row."""
-        chosen = decide_segments(self.clipwise, self.framewise, decision, self.starts)
-        return self._pad(chosen[self.labelled])
+        """Return the decided species of each labelled row, ``(labelled rows, species)``."""
+        decided = decide_segments(self.clipwise, self.framewise, decision, self.starts)
+        return self._pad(decided[self.labelled])
 
     def row_f1(self, decision: Decision) -> np.ndarray:
         """Return the F1 of each labelled row under a decision."""
@@ -112,35 +176,17 @@ class LabelledPredictions:
         return self.recording_f1_of([decision])[0]
 
     def recording_f1_of(self, decisions: Sequence[Decision]) -> np.ndarray:
-        """Return `recording_f1` of rules that differ only in what they ask of whole recordings."""
+        """Return `recording_f1` of decisions that differ only in thresholds of whole recordings."""
         rule = decisions[0]
         voters = combine_members(self.clipwise, self.framewise, rule, self.starts)
         gathered = summarise_recordings(voters, rule)
         truth = np.logical_or.reduceat(self.truth, self.starts, axis=0)
-        named = (apply_recording_thresholds(gathered, one) for one in decisions)
-        return np.array([row_f1_scores(truth, self._pad(chosen)) for chosen in named])
+        decided = (apply_recording_thresholds(gathered, decision) for decision in decisions)
+        return np.array([row_f1_scores(truth, self._pad(species)) for species in decided])
 
-    def _pad(self, chosen: np.ndarray) -> np.ndarray:
-        """Add the species that the members cannot name."""
-        return np.pad(chosen, ((0, 0), (0, self.truth.shape[1] - chosen.shape[1])))
-
-
-def concatenate(parts: Sequence[LabelledPredictions]) -> LabelledPredictions:
-    """Join soundscapes that the same number of members heard; their recordings' names differ."""
-    first = parts[0]
-    for part in parts[1:]:
-        if part.classes != first.classes or part.truth.shape[1] != first.truth.shape[1]:
-            raise ValueError(
-                f"classes of {', '.join(part.member_names)} are not those of "
-                f"{', '.join(first.member_names)}: were they trained on the same data?"
-            )
-    return replace(
-        first,
-        segments=pd.concat([part.segments for part in parts], ignore_index=True),
-        truth=np.concatenate([part.truth for part in parts]),
-        clipwise=np.concatenate([part.clipwise for part in parts], axis=1),
-        framewise=np.concatenate([part.framewise for part in parts], axis=1),
-    )
+    def _pad(self, decided: np.ndarray) -> np.ndarray:
+        """Add the species that the members cannot predict."""
+        return np.pad(decided, ((0, 0), (0, self.truth.shape[1] - decided.shape[1])))
 
 
 def segment_table(
@@ -173,3 +219,184 @@ def truth_from_intervals(
         enough = min(MIN_OVERLAP_SECONDS, (offset - onset) / 2) - _TIME_TOLERANCE
         truth[touches & (overlap >= enough), column] = True
     return truth
+
+
+# --- stored predictions ---
+
+
+@dataclass(frozen=True)
+class PredictionCache:
+    """Where the predictions for a set of recordings are stored, and what identifies their audio.
+
+    A member's predictions are identified by its weights, its experiment, the windows, the runtime,
+    the audio and the code of all these. A member whose training is not finished is not stored.
+    """
+
+    folder: Path | None  # None: nothing is stored
+    name: str  # of the set of recordings, part of the file names
+    made_from: str  # digest of the files or of the plan that the audio comes from
+    modules: tuple[str, ...] = ()  # those that make the audio, beside the inference
+
+    @property
+    def store(self) -> Store:
+        return Store(self.folder, ".safetensors", ("inference.engine", *self.modules))
+
+    def identify(self, member: Member, window: WindowConfig) -> dict[str, Any] | None:
+        """Return what a member's predictions are made from; None where they are not stored."""
+        if self.folder is None or not member.checkpoint.weights_sha256:
+            return None
+        return {
+            "weights": member.checkpoint.weights_sha256,
+            "experiment": asdict(member.checkpoint.experiment),
+            "classes": member.checkpoint.classes,
+            "audio": self.made_from,
+            "window": asdict(window),
+            "runtime": "torch" if member.export is None else "onnx",
+            "torch": torch.__version__,
+        }
+
+    def read(
+        self, member: Member, window: WindowConfig, recordings: Sequence[str]
+    ) -> Predictions | None:
+        """Return the stored predictions of a member, or None if it must predict."""
+
+        def read_file(path: Path) -> Predictions:
+            arrays, values = read_arrays(path)
+            errors = {name: AudioError(Path(path), why) for name, path, why in values["errors"]}
+            names = [name for name in recordings if name not in errors]
+            if names != values["names"] or not errors.keys() <= set(recordings):
+                raise ValueError("it holds other recordings, or these in another order")
+            if arrays["clipwise"].shape != arrays["framewise"].shape:
+                raise ValueError("its arrays have different shapes")
+            bounds = {
+                "starts": tuple(values["starts"]),
+                "recording_seconds": tuple(values["seconds"]),
+            }
+            parts = SegmentPredictions(**arrays, **bounds).split() if names else []
+            predicted = dict(zip(names, parts, strict=True))
+            return {name: errors.get(name) or predicted[name] for name in recordings}
+
+        identity = self.identify(member, window)
+        if identity is None:
+            return None
+        return self.store.read(f"{member.name}.{self.name}", identity, read_file)
+
+    def write(self, member: Member, window: WindowConfig, predictions: Predictions) -> None:
+        """Write the predictions of a member, and delete those of an earlier state of it."""
+        identity = self.identify(member, window)
+        if identity is None:
+            return
+        predicted = _without_errors(predictions)
+        empty = np.zeros((1, 0, len(member.checkpoint.classes)), np.float32)
+        together = SegmentPredictions(empty, empty, starts=())
+        if predicted:
+            together = concatenate(list(predicted.values()))
+        values = {
+            "names": list(predicted),
+            "starts": together.starts,
+            "seconds": together.recording_seconds,
+            "errors": [
+                (name, str(item.path), item.reason)
+                for name, item in predictions.items()
+                if isinstance(item, AudioError)
+            ],
+        }
+        arrays = {"clipwise": together.clipwise, "framewise": together.framewise}
+        with self.store.writing(f"{member.name}.{self.name}", identity) as path:
+            write_arrays(path, arrays, values)
+
+
+_NO_CACHE = PredictionCache(None, "", "")
+
+
+def predict_cached(
+    ensemble: Ensemble,
+    sources: Mapping[str, AudioSource],
+    cache: PredictionCache = _NO_CACHE,
+    *,
+    progress: bool = False,
+) -> Predictions:
+    """Predict recordings as `predict_audio` does, without frames, as far as they are not stored.
+
+    Members that are not stored predict together, so that the audio is decoded once.
+    """
+    window, names = ensemble.window_config, list(sources)
+    stored = [cache.read(member, window, names) for member in ensemble.members]
+    by_member = _predict_missing(ensemble, sources, cache, stored, progress=progress)
+    lengths = [
+        {name: item.n_segments for name, item in _without_errors(predictions).items()}
+        for predictions in by_member
+    ]
+    if any(other != lengths[0] for other in lengths):
+        # A disk that failed for some members only: their segments are not those of the others.
+        logger.warning("members predicted different ones of %s; all predict again", names)
+        stored = [None] * len(lengths)
+        by_member = _predict_missing(ensemble, sources, cache, stored, progress=progress)
+    result: Predictions = {}
+    for name in sources:
+        items = [predictions[name] for predictions in by_member]
+        result[name] = items[0] if isinstance(items[0], AudioError) else stack_members(items)
+    return result
+
+
+def _predict_missing(
+    ensemble: Ensemble,
+    sources: Mapping[str, AudioSource],
+    cache: PredictionCache,
+    stored: Sequence[Predictions | None],
+    *,
+    progress: bool,
+) -> list[Predictions]:
+    """Return the predictions of each member; those not ``stored`` are computed and written."""
+    by_member = list(stored)
+    missing = [index for index, predictions in enumerate(stored) if predictions is None]
+    if not missing:
+        return by_member
+    members = [ensemble.members[index] for index in missing]
+    stream = predict_audio(ensemble.for_members(members), sources, SEGMENTS_ONLY)
+    is_quiet = not progress
+    computed = dict(tqdm(stream, cache.name, len(sources), disable=is_quiet, unit="recording"))
+    for position, index in enumerate(missing):
+        by_member[index] = {
+            name: item if isinstance(item, AudioError) else item.for_member(position)
+            for name, item in computed.items()
+        }
+        cache.write(members[position], ensemble.window_config, by_member[index])
+    return by_member
+
+
+def _without_errors(predictions: Predictions) -> dict[str, SegmentPredictions]:
+    return {
+        name: item for name, item in predictions.items() if isinstance(item, SegmentPredictions)
+    }
+
+
+def predict_frames_cached(
+    ensemble: Ensemble, sources: Mapping[str, AudioSource], cache: PredictionCache = _NO_CACHE
+) -> dict[str, np.ndarray]:
+    """Return the ``frames`` of `SegmentPredictions` of each recording, the members' mean.
+
+    They are stored for these members together. Recordings that do not decode are left out.
+    """
+
+    def read_file(path: Path) -> dict[str, np.ndarray]:
+        arrays, values = read_arrays(path)
+        if values["names"] != list(sources):
+            raise ValueError("it holds other recordings, or these in another order")
+        return {name: arrays[str(index)] for index, name in enumerate(values["names"])}
+
+    window = ensemble.window_config
+    identities = [cache.identify(member, window) for member in ensemble.members]
+    is_stored = None not in identities
+    members = digest(" ".join(member.name for member in ensemble.members))
+    stored_as = f"frames-{members}.{cache.name}", {"members": identities}
+    stored = cache.store.read(*stored_as, read_file) if is_stored else None
+    if stored is not None:
+        return stored
+    predictions = _without_errors(dict(predict_audio(ensemble, sources)))
+    frames = {name: item.frames for name, item in predictions.items()}
+    if is_stored and frames:
+        arrays = {str(index): array for index, array in enumerate(frames.values())}
+        with cache.store.writing(*stored_as) as path:
+            write_arrays(path, arrays, {"names": list(frames)})
+    return frames

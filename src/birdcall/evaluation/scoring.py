@@ -14,7 +14,7 @@ from birdcall.config import NOCALL, require
 from birdcall.data.targets import make_targets
 from birdcall.evaluation.calibration import fit_calibration
 from birdcall.evaluation.decision_search import DecisionSearchResult, search_decision
-from birdcall.evaluation.labelled import Labelled
+from birdcall.evaluation.labelled import LabelledSoundscapes
 from birdcall.evaluation.metrics import Interval, bootstrap_interval, row_wise_f1
 from birdcall.evaluation.predict import HeldOutPredictions
 from birdcall.evaluation.predictions import LabelledPredictions
@@ -91,7 +91,7 @@ class Evaluation:
     snr: pd.DataFrame | None
     reliability: pd.DataFrame | None
     soundscapes: pd.DataFrame | None
-    labelled: Labelled | None
+    labelled: LabelledSoundscapes | None
 
     @property
     def decision(self) -> Decision:
@@ -164,7 +164,9 @@ def _gather(
         calibrated, _ = calibration.apply(clipwise, framewise)
         reliability = reliability_table(clipwise, calibrated, targets)
     if labelled is not None:
-        soundscapes = soundscape_table(labelled.scores, labelled.scores.decide(ensemble.decision))
+        soundscapes = soundscape_table(
+            labelled.predictions, labelled.predictions.decide(ensemble.decision)
+        )
     return Evaluation(
         classes=classes,
         ensemble=ensemble,
@@ -175,7 +177,7 @@ def _gather(
             out_of_fold=clipwise,
             simulated=simulated,
             predicted=None if search is None else predicted,
-            labelled=None if labelled is None else labelled.scores,
+            labelled=None if labelled is None else labelled.predictions,
         ),
         confusions=confusion_table(
             classes, probabilities=clipwise, targets=targets, truth=truth, predicted=predicted
@@ -366,9 +368,11 @@ def _score_baselines(
         )
         rows += ranked_rows(prior._replace(audio=SIMULATED), simulated)
     if held_out.labelled is not None:
-        nothing = np.zeros_like(held_out.labelled.scores.labelled_truth)
-        rows += decided_rows(all_nocall._replace(audio=LABELLED), held_out.labelled.scores, nothing)
-        labelled = _predict_constant(held_out.labelled.scores, frequency)
+        nothing = np.zeros_like(held_out.labelled.predictions.labelled_truth)
+        rows += decided_rows(
+            all_nocall._replace(audio=LABELLED), held_out.labelled.predictions, nothing
+        )
+        labelled = _predict_constant(held_out.labelled.predictions, frequency)
         subject = prior._replace(audio=LABELLED)
         if decision is not None:
             rows += decided_rows(subject, labelled, labelled.decide(decision))
@@ -386,7 +390,7 @@ def _predict_constant(
     """Return predictions of one member that gives each segment the same ``(classes,)``."""
     shape = (1, len(predictions.segments), len(probabilities))
     constant = np.broadcast_to(probabilities.astype(np.float32), shape)
-    return replace(predictions, clipwise=constant, framewise=constant, member_names=(PRIOR,))
+    return predictions.with_probabilities(constant, constant, [PRIOR])
 
 
 # --- submission -----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pandas as pd
 
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.data.targets import IGNORE_TARGET
-from birdcall.evaluation.labelled import Labelled
+from birdcall.evaluation.labelled import LabelledSoundscapes
 from birdcall.evaluation.metrics import (
     DetectionCounts,
     average_precision,
@@ -141,10 +141,10 @@ def _calibration_error(targets: np.ndarray, probabilities: np.ndarray) -> float:
     return expected_calibration_error(targets[cells][:, None] > 0, probabilities[cells][:, None])
 
 
-def event_rows(name: str, labelled: Labelled, decision: Decision) -> Rows:
+def event_rows(name: str, labelled: LabelledSoundscapes, decision: Decision) -> Rows:
     """Score detected events against annotations: in segments of 1 s, and by onset and offset."""
     segments, events = DetectionCounts(), DetectionCounts()
-    classes = labelled.scores.classes
+    classes = labelled.predictions.classes
     for recording, scores in labelled.frames.items():
         is_here = labelled.annotations["recording"] == recording
         annotations = labelled.annotations[is_here]
@@ -157,7 +157,7 @@ def event_rows(name: str, labelled: Labelled, decision: Decision) -> Rows:
         )
         segments += segment_based_counts(*arguments, segment_seconds=_SEGMENT_SECONDS_OF_EVENTS)
         events += event_based_counts(*arguments, onset_collar_seconds=_ONSET_COLLAR_SECONDS)
-    subject = ScoreSubject(name, len(labelled.scores.member_names), LABELLED)
+    subject = ScoreSubject(name, len(labelled.predictions.member_names), LABELLED)
     values = {"segment_f1": segments.f1, "event_f1": events.f1}
     return _rows(subject, values, len(labelled.annotations), len(labelled.frames))
 

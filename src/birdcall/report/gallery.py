@@ -70,7 +70,7 @@ def _write(figure: Figure, path: Path) -> str:
 def _spectrogram(found: Evaluation) -> Figure:
     """Draw the minute with most birds of the labelled soundscapes."""
     labelled = found.labelled
-    scores = labelled.scores
+    scores = labelled.predictions
     shown = scores.segments["seconds"].to_numpy() <= SHOWN_SECONDS
     n_birds = pd.Series(scores.truth[shown].sum(axis=1))
     recording = n_birds.groupby(scores.segments["recording"][shown].to_numpy()).sum().idxmax()

@@ -1,4 +1,4 @@
-"""Every run hears the recordings that it was not trained on, and all of it can be read back."""
+"""Runs predict the recordings that they were not trained on, and all of it can be read back."""
 
 import numpy as np
 import pandas as pd
@@ -6,22 +6,22 @@ import pyarrow.parquet as pq
 import pytest
 
 from birdcall.audio.reading import AudioError, read_audio
-from birdcall.evaluation.out_of_fold import KEYS, predict_out_of_fold, write_oof_parquet
+from birdcall.evaluation.predict import predict_out_of_fold, write_oof_parquet
 from birdcall.inference.engine import predict_waveforms
 from birdcall.inference.ensemble import load_ensemble
 from birdcall.training.validation import VALIDATION_SECONDS, score_out_of_fold
 
 
 @pytest.fixture(scope="module")
-def heard(training_data, trained_runs):
+def predicted(training_data, trained_runs):
     return predict_out_of_fold(load_ensemble(trained_runs), training_data)
 
 
-def test_every_recording_is_heard_by_the_run_that_did_not_train_on_it(
-    heard, training_data, trained_runs
+def test_every_recording_is_predicted_by_the_run_that_did_not_train_on_it(
+    predicted, training_data, trained_runs
 ):
-    assert list(heard) == ["other", "tiny"]
-    part = heard["tiny"]
+    assert list(predicted) == ["other", "tiny"]
+    part = predicted["tiny"]
     rng = np.random.default_rng(0)
     for row in rng.choice(len(training_data.recordings), 6, replace=False):
         recording = training_data.recordings.iloc[row]
@@ -37,12 +37,18 @@ def test_every_recording_is_heard_by_the_run_that_did_not_train_on_it(
         assert list(part.segments["seconds"][own]) == [
             5.0 * (k + 1) for k in range(expected.clipwise.shape[1])
         ]
-        np.testing.assert_allclose(part.clipwise[own], expected.clipwise[0], atol=1e-5)
-        np.testing.assert_allclose(part.framewise[own], expected.framewise[0], atol=1e-5)
+        np.testing.assert_allclose(
+            part.predictions.clipwise[0, own], expected.clipwise[0], atol=1e-5
+        )
+        np.testing.assert_allclose(
+            part.predictions.framewise[0, own], expected.framewise[0], atol=1e-5
+        )
 
 
-def test_of_recordings_is_the_highest_segment_as_in_training(heard, training_data, trained_runs):
-    clipwise, framewise = heard["tiny"].of_recordings(len(training_data.recordings))
+def test_the_maximum_by_recording_is_the_highest_segment_as_in_training(
+    predicted, training_data, trained_runs
+):
+    clipwise, framewise = predicted["tiny"].max_by_recording(len(training_data.recordings))
     assert not np.isnan(clipwise).any()
     assert (framewise >= clipwise - 1e-6).mean() > 0.5
     of_fold = (training_data.recordings["fold"] == 0).to_numpy()
@@ -55,21 +61,25 @@ def test_of_recordings_is_the_highest_segment_as_in_training(heard, training_dat
 
 def test_recordings_that_no_run_held_out_are_nan(training_data, trained_runs):
     of_fold = [folder for folder in trained_runs if folder.name == "fold1"]
-    heard = predict_out_of_fold(load_ensemble(of_fold), training_data)
-    clipwise, _ = heard["other"].of_recordings(len(training_data.recordings))
+    predicted = predict_out_of_fold(load_ensemble(of_fold), training_data)
+    clipwise, _ = predicted["other"].max_by_recording(len(training_data.recordings))
     missing = np.isnan(clipwise).all(axis=1)
     assert np.array_equal(missing, (training_data.recordings["fold"] == 0).to_numpy())
     assert not np.isnan(clipwise[~missing]).any()
 
 
-def test_a_second_time_it_is_read(training_data, trained_runs, heard, tmp_path, monkeypatch):
+def test_a_second_time_no_audio_is_read(
+    training_data, trained_runs, predicted, tmp_path, monkeypatch
+):
     ensemble = load_ensemble(trained_runs)
-    predict_out_of_fold(ensemble, training_data, tmp_path)
+    predict_out_of_fold(ensemble, training_data, cache_folder=tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
-    monkeypatch.setattr("birdcall.evaluation.prediction_cache.predict_audio", None)
-    again = predict_out_of_fold(ensemble, training_data, tmp_path)
-    for name, part in heard.items():
-        np.testing.assert_allclose(again[name].clipwise, part.clipwise, atol=1e-6)
+    monkeypatch.setattr("birdcall.evaluation.predictions.predict_audio", None)
+    again = predict_out_of_fold(ensemble, training_data, cache_folder=tmp_path)
+    for name, part in predicted.items():
+        np.testing.assert_allclose(
+            again[name].predictions.clipwise, part.predictions.clipwise, atol=1e-6
+        )
         pd.testing.assert_frame_equal(again[name].segments, part.segments)
 
 
@@ -79,26 +89,29 @@ def test_a_recording_that_does_not_decode_is_named(training_data, trained_runs, 
     def open_recording(path, limit_seconds):
         def read(sample_rates):
             if str(path).endswith(broken):
-                raise AudioError(path, "is no sound")
+                raise AudioError(path, "is no audio")
             return {32_000: np.zeros(32_000, np.float32)}
 
         return read
 
-    monkeypatch.setattr("birdcall.evaluation.out_of_fold.open_recording", open_recording)
+    monkeypatch.setattr("birdcall.evaluation.predict.open_recording", open_recording)
     with pytest.raises(AudioError, match=broken):
         predict_out_of_fold(load_ensemble(trained_runs), training_data)
 
 
-def test_the_parquet_has_every_segment_and_every_class(heard, training_data, tmp_path):
+def test_the_parquet_has_every_segment_and_every_class(predicted, training_data, tmp_path):
     path = tmp_path / "oof.parquet"
-    write_oof_parquet(path, list(heard.values()), training_data.classes)
+    write_oof_parquet(path, list(predicted.values()), training_data.classes)
     table = pd.read_parquet(path)
-    assert list(table.columns) == [*KEYS, *training_data.classes]
-    assert len(table) == 2 * sum(len(part.segments) for part in heard.values())
-    for name, part in heard.items():
+    keys = ["experiment", "fold", "path", "ebird_code", "seconds", "output"]
+    assert list(table.columns) == [*keys, *training_data.classes]
+    assert len(table) == 2 * sum(len(part.segments) for part in predicted.values())
+    for name, part in predicted.items():
         for output in ("clipwise", "framewise"):
             own = table[(table["experiment"] == name) & (table["output"] == output)]
-            assert np.array_equal(own[list(training_data.classes)], getattr(part, output))
+            assert np.array_equal(
+                own[list(training_data.classes)], getattr(part.predictions, output)[0]
+            )
             assert np.array_equal(own["seconds"], part.segments["seconds"])
             assert list(own["path"]) == list(part.segments["path"])
     assert pq.ParquetFile(path).num_row_groups >= 4  # an experiment at a time

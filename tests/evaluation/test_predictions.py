@@ -1,0 +1,243 @@
+"""Predictions are stored, read again to the bit, and computed again when anything has changed."""
+
+import copy
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from birdcall.audio.reading import AudioError
+from birdcall.evaluation import predictions
+from birdcall.evaluation.predictions import (
+    PredictionCache,
+    predict_cached,
+    predict_frames_cached,
+)
+from birdcall.inference.engine import predict_waveforms
+from birdcall.inference.ensemble import Ensemble, load_ensemble
+from birdcall.storage import store
+
+RATE = 32_000
+
+
+def noise(seed, rates, seconds=12.3):
+    generator = np.random.default_rng(seed)
+    return {
+        rate: 0.1 * generator.standard_normal(round(seconds * rate)).astype("f4") for rate in rates
+    }
+
+
+def damaged(rates):
+    raise AudioError("x/XC1.mp3", "is no sound")
+
+
+SOURCES = {
+    "a": partial(noise, 0),
+    "b": partial(noise, 1),
+    "broken": damaged,
+    "c": partial(noise, 2),
+}
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return PredictionCache(tmp_path / "predictions", "some-recordings", "made-from-this")
+
+
+@pytest.fixture
+def ensemble(trained_runs):
+    return load_ensemble(trained_runs[:2])
+
+
+def unread(rates):
+    raise AssertionError("was read again")
+
+
+UNREAD = dict.fromkeys(SOURCES, unread)
+
+
+def assert_same(one, other):
+    assert list(one) == list(other)
+    for name, scores in one.items():
+        if isinstance(scores, AudioError):
+            assert str(scores) == str(other[name])
+        else:
+            assert np.array_equal(scores.clipwise, other[name].clipwise)
+            assert np.array_equal(scores.framewise, other[name].framewise)
+            assert scores.seconds == other[name].seconds
+
+
+def test_they_are_those_of_the_ensemble(ensemble, cache):
+    result = predict_cached(ensemble, SOURCES, cache)
+    for name in ("a", "b", "c"):
+        expected = predict_waveforms(ensemble, SOURCES[name]([RATE]))
+        np.testing.assert_allclose(result[name].clipwise, expected.clipwise, atol=1e-6)
+        np.testing.assert_allclose(result[name].framewise, expected.framewise, atol=1e-6)
+        assert result[name].seconds == pytest.approx(12.3)
+    assert isinstance(result["broken"], AudioError)
+    assert "XC1.mp3" in str(result["broken"])
+    assert "is no sound" in str(result["broken"])
+
+
+def test_a_second_time_no_audio_is_read_and_the_bits_are_the_same(ensemble, cache):
+    first = predict_cached(ensemble, SOURCES, cache)
+    assert_same(first, predict_cached(ensemble, UNREAD, cache))
+
+
+def test_only_a_new_member_predicts(trained_runs, cache, monkeypatch):
+    predict_cached(load_ensemble(trained_runs[:1]), SOURCES, cache)
+    members = []
+    real = predictions.predict_audio
+
+    def count(ensemble, sources, outputs):
+        members.append([member.name for member in ensemble.members])
+        return real(ensemble, sources, outputs)
+
+    monkeypatch.setattr(predictions, "predict_audio", count)
+    together = predict_cached(load_ensemble(trained_runs[:2]), SOURCES, cache)
+    assert members == [["other-fold1"]]
+    alone = predict_cached(load_ensemble(trained_runs[1:2]), SOURCES)
+    assert np.array_equal(together["b"].clipwise[1:], alone["b"].clipwise)
+
+
+def test_the_order_of_members_is_that_of_the_ensemble(trained_runs, cache):
+    first = predict_cached(load_ensemble(trained_runs[:2]), SOURCES, cache)
+    turned = predict_cached(load_ensemble(trained_runs[1::-1]), UNREAD, cache)
+    assert np.array_equal(first["a"].clipwise, turned["a"].clipwise[::-1])
+
+
+@pytest.mark.parametrize("change", ["audio", "weights", "code", "names"])
+def test_what_has_changed_is_predicted_again(ensemble, cache, monkeypatch, change):
+    predict_cached(ensemble, SOURCES, cache)
+    sources = UNREAD
+    if change == "audio":
+        cache = replace(cache, made_from="made from something else")
+    elif change == "names":
+        sources = {**UNREAD, "d": unread}
+    elif change == "code":
+        monkeypatch.setattr(store, "code_digest", lambda *modules: {"inference.engine": "other"})
+    else:
+        for member in ensemble.members:
+            settings = replace(member.checkpoint, weights_sha256="0" * 64)
+            object.__setattr__(member, "checkpoint", settings)
+    with pytest.raises(AssertionError, match="read again"):
+        predict_cached(ensemble, sources, cache)
+
+
+def test_stored_recordings_in_another_order_are_not_mistaken_for_each_other(trained_runs, cache):
+    sources = {name: SOURCES[name] for name in ("a", "b", "c")}
+    predict_cached(load_ensemble(trained_runs[:1]), dict(reversed(sources.items())), cache)
+    together = predict_cached(load_ensemble(trained_runs[:2]), sources, cache)
+    assert_same(together, predict_cached(load_ensemble(trained_runs[:2]), sources))
+
+
+def test_a_recording_that_failed_for_one_member_only_is_predicted_again_by_all(
+    trained_runs, cache, caplog
+):
+    sources = {name: SOURCES[name] for name in ("a", "b", "c")}
+    predict_cached(load_ensemble(trained_runs[:1]), {**sources, "b": damaged}, cache)
+    together = predict_cached(load_ensemble(trained_runs[:2]), sources, cache)
+    assert "all predict again" in caplog.text
+    assert_same(together, predict_cached(load_ensemble(trained_runs[:2]), sources))
+    assert_same(
+        together,
+        predict_cached(load_ensemble(trained_runs[:2]), dict.fromkeys("abc", unread), cache),
+    )
+
+
+def test_frames_are_stored_for_members_together(ensemble, trained_runs, cache, caplog):
+    first = predict_frames_cached(ensemble, SOURCES, cache)
+    assert list(first) == ["a", "b", "c"]
+    for name, frames in first.items():
+        assert np.array_equal(frames, predict_waveforms(ensemble, SOURCES[name]([RATE])).frames)
+    decoded = dict.fromkeys("abc", unread)
+    again = predict_frames_cached(ensemble, decoded, cache)
+    assert all(np.array_equal(again[name], frames) for name, frames in first.items())
+    with pytest.raises(AssertionError, match="read again"):
+        predict_frames_cached(load_ensemble(trained_runs[:1]), decoded, cache)
+    with pytest.raises(AssertionError, match="read again"):
+        predict_frames_cached(ensemble, decoded, replace(cache, made_from="new"))
+    (path,) = cache.folder.iterdir()
+    path.write_bytes(path.read_bytes()[:100])
+    repaired = predict_frames_cached(ensemble, {name: SOURCES[name] for name in "abc"}, cache)
+    assert all(np.array_equal(repaired[name], frames) for name, frames in first.items())
+    assert [one.levelname for one in caplog.records] == ["WARNING"]
+    assert predict_frames_cached(ensemble, decoded, cache).keys() == first.keys()
+
+
+def test_outdated_predictions_of_a_member_are_deleted(ensemble, cache):
+    predict_cached(ensemble, SOURCES, cache)
+    before = set(cache.folder.iterdir())
+    predict_cached(ensemble, SOURCES, replace(cache, name="others"))
+    predict_cached(ensemble, SOURCES, replace(cache, made_from="new"))
+    after = set(cache.folder.iterdir())
+    assert len(before) == 2
+    assert len(after) == 4
+    assert not before & after
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "empty"])
+def test_a_damaged_file_is_one_warning_and_is_written_again(ensemble, cache, caplog, damage):
+    first = predict_cached(ensemble, SOURCES, cache)
+    path = sorted(cache.folder.iterdir())[0]
+    whole = path.read_bytes()
+    path.write_bytes(
+        {"cut": whole[: len(whole) // 2], "garbage": b"\x80\x04pickle", "empty": b""}[damage]
+    )
+    assert_same(first, predict_cached(ensemble, SOURCES, cache))
+    warnings = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert path.name in warnings[0]
+    assert path.read_bytes() == whole
+
+
+def test_a_network_that_is_still_in_training_is_not_stored(ensemble, cache):
+    member = ensemble.members[0]
+    unnamed = replace(member, checkpoint=replace(member.checkpoint, weights_sha256=""))
+    predict_cached(Ensemble([unnamed]), SOURCES, cache)
+    assert not cache.folder.exists()
+
+
+def test_a_member_that_gives_nan_is_named_and_nothing_is_stored(ensemble, cache):
+    changed = copy.deepcopy(ensemble.members[1])
+    with torch.no_grad():
+        changed.model.head.detection.bias.fill_(math.nan)
+    with pytest.raises(ValueError, match=f"{changed.name}: its clipwise output holds NaN"):
+        predict_cached(ensemble.for_members([ensemble.members[0], changed]), SOURCES, cache)
+    assert not cache.folder.exists()
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+import numpy as np
+import safetensors.numpy
+from birdcall.evaluation.predictions import PredictionCache, predict_cached
+from birdcall.inference.ensemble import load_ensemble
+real = safetensors.numpy.save_file
+def write_half(arrays, path, metadata):
+    real(arrays, path, metadata)
+    content = Path(path).read_bytes()
+    Path(path).write_bytes(content[: len(content) // 2])
+    os.kill(os.getpid(), 9)
+safetensors.numpy.save_file = write_half
+sources = {"a": lambda rates: {rate: np.zeros(rate, "f4") for rate in rates}}
+cache = PredictionCache(Path(sys.argv[2]), "s", "f")
+predict_cached(load_ensemble([Path(sys.argv[1])]), sources, cache)
+"""
+
+
+def test_a_kill_in_the_middle_leaves_no_half_file(trained_runs, tmp_path):
+    folder = tmp_path / "predictions"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, trained_runs[0], folder], check=False, capture_output=True
+    )
+    assert done.returncode == -9
+    left = list(folder.iterdir())
+    assert [path.name for path in left if not path.name.startswith(".")] == []
+    assert len(left) == 1  # a temporary file, which nobody reads
