@@ -1,13 +1,15 @@
-"""Time log-mel by librosa, torchlibrosa, nnAudio and birdcall on the same clips, side by side."""
+"""Time log-mel spectrograms of librosa, torchlibrosa, nnAudio and birdcall on the same clips."""
 
 from __future__ import annotations
 
 import logging
+import resource
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -18,38 +20,26 @@ from birdcall.audio.frontend import LogMel, power_to_db
 from birdcall.audio.reading import AudioError, crop_or_pad, probe_audio, read_audio
 from birdcall.config import SEGMENT_SECONDS, FrontendConfig, require
 from birdcall.data.recordings import read_recordings
-from birdcall.report.style import AMBER, GREEN, GREY, SKY, save_figure, use_style
+from birdcall.report.plots import AMBER, GREEN, GREY, SKY, new_figure, save_figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.container import BarContainer
     from matplotlib.figure import Figure
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-CONFIGS = (FrontendConfig(), FrontendConfig(n_fft=2048, hop_length=512, n_mels=128))
-BATCH_SIZE = 16
-# The sides take turns after so many clips, so that a busy machine slows all of them. Not fewer: for
-# some milliseconds after its turn the idle threads of a side still keep the cores busy.
-ROUND_CLIPS = 256
-COMPARED_CLIPS = 64
-HEARD_DB = -80.0  # differences count above this
-LIBROSA, TORCHLIBROSA, OURS = "librosa", "torchlibrosa", "birdcall"
-COLORS = {LIBROSA: GREY, TORCHLIBROSA: AMBER, "nnAudio": SKY, OURS: GREEN}
+_CONFIGS = (FrontendConfig(), FrontendConfig(n_fft=2048, hop_length=512, n_mels=128))
+_BATCH_SIZE = 16
+# The implementations take turns after this many clips, so that a busy machine slows all of them.
+# Not fewer: for some milliseconds after its turn, idle threads of an implementation use the cores.
+_CLIPS_PER_TURN = 256
+_COMPARED_CLIPS = 64
+_COMPARED_ABOVE_DB = -80.0
+_LIBROSA, _TORCHLIBROSA, _NNAUDIO, _OURS = "librosa", "torchlibrosa", "nnAudio", "birdcall"
+_COLORS = {_LIBROSA: GREY, _TORCHLIBROSA: AMBER, _NNAUDIO: SKY, _OURS: GREEN}
 
-
-class Side(NamedTuple):
-    """One way to turn clips (batch, samples) into log_mel (batch, frames, n_mels), in batches."""
-
-    implementation: str
-    device: str
-    batch_size: int
-    transform: Callable[[np.ndarray], np.ndarray]
-
-    def batches(self, clips: np.ndarray) -> list[np.ndarray]:
-        starts = range(0, len(clips), self.batch_size)
-        return [clips[start : start + self.batch_size] for start in starts]
-
-    def run(self, clips: np.ndarray) -> np.ndarray:
-        return np.concatenate([self.transform(batch) for batch in self.batches(clips)])
+Part = TypeVar("Part")
 
 
 def benchmark_frontend(
@@ -57,25 +47,39 @@ def benchmark_frontend(
     output: Path,
     n_clips: int = 1000,
     repeats: int = 5,
-    configs: Sequence[FrontendConfig] = CONFIGS,
+    configs: Sequence[FrontendConfig] = _CONFIGS,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Time every side on ``n_clips`` five-second clips of ``data``; write frontend.csv and .png.
+    """Time every implementation on five-second clips of ``data``; write frontend.csv and .png.
 
-    A row per configuration, implementation, device and batch size: median ``seconds`` of
-    ``repeats`` runs over all clips, transfers to and from the GPU included and warm-up not,
-    ``max_difference_db`` from librosa above -80 dB, and how many times faster than librosa and than
-    batched torchlibrosa on the same device.
+    A row for each configuration, implementation, device and batch size: median ``seconds`` of
+    ``repeats`` runs over all clips, with the transfers to and from the GPU and without the warm-up;
+    ``max_difference_db`` from librosa above -80 dB; how many times as fast as librosa, and as
+    torchlibrosa in batches on the same device.
     """
     require(n_clips > 0 and repeats > 0, f"n_clips {n_clips} and repeats {repeats} must be above 0")
     rates = {config.sample_rate for config in configs}
     require(len(rates) == 1, f"configs have sample rates {sorted(rates)}; give one")
     clips = read_clips(data, n_clips, rates.pop(), seed)
-    tables = [_benchmark_config(clips, config, repeats) for config in configs]
+    parts = [clips[start : start + _CLIPS_PER_TURN] for start in range(0, n_clips, _CLIPS_PER_TURN)]
+    tables = []
+    for config in configs:
+        implementations = make_implementations(config)
+        outputs = [np.concatenate(one.run(clips[:_COMPARED_CLIPS])) for one in implementations]
+        compared = outputs[0] > _COMPARED_ABOVE_DB  # librosa's; this run was the warm-up
+        seconds = time_in_turns([one.run for one in implementations], parts, repeats)
+        table = frontend_table(implementations, np.median(seconds, axis=1), n_clips)
+        differences = [
+            float(np.abs(log_mel - outputs[0])[compared].max(initial=0)) for log_mel in outputs
+        ]
+        table.insert(6, "max_difference_db", differences)
+        table.insert(0, "config", f"{config.n_fft}/{config.hop_length}/{config.n_mels}")
+        tables.append(table)
     table = pd.concat(tables, ignore_index=True)
+    table["threads"] = torch.get_num_threads()
     output.mkdir(parents=True, exist_ok=True)
     table.to_csv(output / "frontend.csv", index=False)
-    save_figure(plot_benchmark(table), output / "frontend.png")
+    save_figure(plot_frontend_speed(table), output / "frontend.png")
     return table
 
 
@@ -84,65 +88,77 @@ def read_clips(data: Path, n_clips: int, sample_rate: int, seed: int = 0) -> np.
 
     Recordings come in random order. Where all of them have fewer clips, these are used again.
     """
-    recordings = read_recordings(data).sample(frac=1, random_state=seed)
-    paths = [data / path for path in recordings["path"][:n_clips]]
-    n_samples = SEGMENT_SECONDS * sample_rate
+    table = read_recordings(data).sample(frac=1, random_state=seed)
+    paths = [data / path for path in table["path"][:n_clips]]
+    seconds = {path: _seconds_of(path) for path in paths}
+    positions = [(path, 0) for path in paths]
+    for offset in range(SEGMENT_SECONDS, int(max(seconds.values())), SEGMENT_SECONDS):
+        positions += [(path, offset) for path in paths if seconds[path] >= offset + SEGMENT_SECONDS]
     clips: list[np.ndarray] = []
-    for path, offset_seconds in _offsets(paths):
+    for path, offset in positions:
         if len(clips) == n_clips:
             break
+        is_short = seconds[path] < SEGMENT_SECONDS  # then it is read to its end, and padded
         try:
-            waveform = _read_clip(path, sample_rate, offset_seconds)
+            waveform = read_audio(path, sample_rate, offset, None if is_short else SEGMENT_SECONDS)
         except AudioError as error:
-            log.warning("left out: %s", error)
+            logger.warning("left out: %s", error)
         else:
-            clips.append(crop_or_pad(waveform, n_samples))
+            clips.append(crop_or_pad(waveform, SEGMENT_SECONDS * sample_rate))
     require(bool(clips), f"{data}: none of {len(paths)} recordings can be read")
     if len(clips) < n_clips:
-        log.warning("%s has only %d clips, used again to make %d", data, len(clips), n_clips)
+        logger.warning("%s has only %d clips, used again to make %d", data, len(clips), n_clips)
     return np.stack([clips[i % len(clips)] for i in range(n_clips)])
 
 
-def _offsets(paths: list[Path]) -> Iterator[tuple[Path, int]]:
-    """Yield (path, seconds): the first five seconds of all, the next of all that have them, ..."""
-    yield from ((path, 0) for path in paths)
-    lengths = {path: _seconds(path) for path in paths}
-    for offset in range(SEGMENT_SECONDS, int(max(lengths.values())), SEGMENT_SECONDS):
-        yield from ((path, offset) for path in paths if lengths[path] >= offset + SEGMENT_SECONDS)
-
-
-def _seconds(path: Path) -> float:
+def _seconds_of(path: Path) -> float:
     try:
         return probe_audio(path).seconds
     except AudioError:
         return 0.0
 
 
-def _read_clip(path: Path, sample_rate: int, offset_seconds: int) -> np.ndarray:
-    whole = _seconds(path) < SEGMENT_SECONDS  # too short for a clip: read it to its end
-    return read_audio(path, sample_rate, offset_seconds, None if whole else SEGMENT_SECONDS)
+# --- implementations ------------------------------------------------------------------------------
 
 
-# --- the sides -----------------------------------------------------------------------------------
+class Implementation(NamedTuple):
+    """A function from clips (batch, samples) to log_mel (batch, frames, n_mels), and its batches."""
+
+    name: str
+    device: str
+    batch_size: int
+    transform: Callable[[np.ndarray], np.ndarray]
+
+    def run(self, clips: np.ndarray) -> list[np.ndarray]:
+        """Return the log_mel of each batch."""
+        starts = range(0, len(clips), self.batch_size)
+        return [self.transform(clips[start : start + self.batch_size]) for start in starts]
 
 
-def make_sides(config: FrontendConfig) -> list[Side]:
+def make_implementations(config: FrontendConfig) -> list[Implementation]:
     """Build librosa and what else is installed, on the CPU and on CUDA where there is one."""
-    sides = [Side(LIBROSA, "cpu", 1, _librosa(config))]
+    implementations = [Implementation(_LIBROSA, "cpu", 1, _librosa_transform(config))]
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        makers = {OURS: lambda config: _Channel(LogMel(config))}
+        frontends: dict[str, nn.Module] = {_OURS: LogMel(config)}
         if find_spec("torchlibrosa"):
-            makers[TORCHLIBROSA] = _torchlibrosa
-        for name, make in makers.items():
-            transform = _on_device(make(config), device)
-            for batch_size in (1, BATCH_SIZE):  # one clip at a time is how the article does it
-                sides.append(Side(name, device, batch_size, transform))
+            frontends[_TORCHLIBROSA] = torchlibrosa_frontend(config)
+        for name, frontend in frontends.items():
+            transform = _on_device(frontend, device, lambda log_mel: log_mel[:, 0])
+            for batch_size in (1, _BATCH_SIZE):  # one clip at a time, as the article does it
+                implementations.append(Implementation(name, device, batch_size, transform))
         if find_spec("nnAudio"):
-            sides.append(Side("nnAudio", device, BATCH_SIZE, _on_device(_NNAudio(config), device)))
-    return sides
+            from nnAudio.features import MelSpectrogram
+
+            mel = MelSpectrogram(
+                sr=config.sample_rate, n_fft=config.n_fft, hop_length=config.hop_length,
+                n_mels=config.n_mels, fmin=config.fmin, fmax=config.fmax, verbose=False,
+            )  # fmt: skip
+            transform = _on_device(mel, device, lambda mel: power_to_db(mel).transpose(1, 2))
+            implementations.append(Implementation(_NNAUDIO, device, _BATCH_SIZE, transform))
+    return implementations
 
 
-def _librosa(config: FrontendConfig) -> Callable[[np.ndarray], np.ndarray]:
+def _librosa_transform(config: FrontendConfig) -> Callable[[np.ndarray], np.ndarray]:
     import librosa
 
     def transform(clips: np.ndarray) -> np.ndarray:
@@ -155,131 +171,106 @@ def _librosa(config: FrontendConfig) -> Callable[[np.ndarray], np.ndarray]:
     return transform
 
 
-def _torchlibrosa(config: FrontendConfig) -> nn.Module:
+def torchlibrosa_frontend(config: FrontendConfig) -> nn.Module:
+    """Return torchlibrosa's front end: waveform (batch, samples) to (batch, 1, frames, n_mels)."""
     from torchlibrosa.stft import LogmelFilterBank, Spectrogram
 
-    to_log_mel = LogmelFilterBank(
+    spectrogram = Spectrogram(n_fft=config.n_fft, hop_length=config.hop_length)
+    log_mel = LogmelFilterBank(
         sr=config.sample_rate, n_fft=config.n_fft, n_mels=config.n_mels,
         fmin=config.fmin, fmax=config.fmax, top_db=None,
     )  # fmt: skip
-    spectrogram = Spectrogram(n_fft=config.n_fft, hop_length=config.hop_length)
-    return _Channel(nn.Sequential(spectrogram, to_log_mel))
+    return nn.Sequential(spectrogram, log_mel).eval()
 
 
-class _Channel(nn.Module):
-    """The only channel of a front end's image."""
-
-    def __init__(self, frontend: nn.Module) -> None:
-        super().__init__()
-        self.frontend = frontend
-
-    def forward(self, waveform: Tensor) -> Tensor:
-        return self.frontend(waveform)[:, 0]
-
-
-class _NNAudio(nn.Module):
-    """nnAudio's mel spectrogram in dB."""
-
-    def __init__(self, config: FrontendConfig) -> None:
-        super().__init__()
-        from nnAudio.features import MelSpectrogram
-
-        self.mel = MelSpectrogram(
-            sr=config.sample_rate, n_fft=config.n_fft, hop_length=config.hop_length,
-            n_mels=config.n_mels, fmin=config.fmin, fmax=config.fmax, verbose=False,
-        )  # fmt: skip
-
-    def forward(self, waveform: Tensor) -> Tensor:
-        return power_to_db(self.mel(waveform)).transpose(1, 2)
-
-
-def _on_device(module: nn.Module, device: str) -> Callable[[np.ndarray], np.ndarray]:
+def _on_device(
+    module: nn.Module, device: str, convert: Callable[[Tensor], Tensor]
+) -> Callable[[np.ndarray], np.ndarray]:
     module = module.eval().to(device)
 
     def transform(clips: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            return module(torch.from_numpy(clips).to(device)).cpu().numpy()  # .cpu() waits for it
+        with torch.inference_mode():  # .cpu() waits for the GPU
+            return convert(module(torch.from_numpy(clips).to(device))).cpu().numpy()
 
     return transform
 
 
-# --- measuring -----------------------------------------------------------------------------------
+# --- time and memory ------------------------------------------------------------------------------
 
 
-def _benchmark_config(clips: np.ndarray, config: FrontendConfig, repeats: int) -> pd.DataFrame:
-    sides = make_sides(config)
-    differences = _compare(sides, clips[:COMPARED_CLIPS])  # the warm-up, too
-    seconds = time_sides(sides, clips, repeats)
-    name = f"{config.n_fft}/{config.hop_length}/{config.n_mels}"
+def time_in_turns(
+    functions: Sequence[Callable[[Part], object]], parts: Sequence[Part], repeats: int
+) -> np.ndarray:
+    """Return the seconds (functions, repeats) that each function takes for all parts.
+
+    The functions take turns after each part, so that a busy machine slows all of them.
+    """
+    seconds = np.zeros((len(functions), repeats))
+    for repeat in range(repeats):
+        for part in parts:
+            for index, function in enumerate(functions):
+                start = time.perf_counter()
+                function(part)
+                seconds[index, repeat] += time.perf_counter() - start
+        left = seconds.sum() / (repeat + 1) * (repeats - repeat - 1)
+        logger.info("run %d of %d done, %.0f s left", repeat + 1, repeats, left)
+    return seconds
+
+
+def peak_megabytes() -> float:
+    """Return the most memory that this process has had at once.
+
+    Linux has two figures. This is the one of the process itself; the other (``ru_maxrss``) starts
+    at the peak of its parent.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def frontend_table(
+    implementations: Sequence[Implementation], seconds: np.ndarray, n_clips: int
+) -> pd.DataFrame:
+    """Return speeds and ratios of implementations that take ``seconds`` for ``n_clips``."""
     table = pd.DataFrame(
-        {
-            "config": name,
-            "implementation": [side.implementation for side in sides],
-            "device": [side.device for side in sides],
-            "batch_size": [side.batch_size for side in sides],
-            "seconds": np.median(seconds, axis=1),
-        }
+        [(one.name, one.device, one.batch_size) for one in implementations],
+        columns=["implementation", "device", "batch_size"],
     )
-    table["clips_per_second"] = len(clips) / table["seconds"]
+    table["seconds"] = seconds
+    table["clips_per_second"] = n_clips / table["seconds"]
     table["times_real_time"] = table["clips_per_second"] * SEGMENT_SECONDS
-    table["max_difference_db"] = differences
-    librosa = table.loc[table["implementation"] == LIBROSA, "seconds"].item()
-    batched = (table["implementation"] == TORCHLIBROSA) & (table["batch_size"] == BATCH_SIZE)
+    librosa = table.loc[table["implementation"] == _LIBROSA, "seconds"].item()
+    batched = (table["implementation"] == _TORCHLIBROSA) & (table["batch_size"] == _BATCH_SIZE)
     torchlibrosa = table[batched].set_index("device")["seconds"]
     table["times_librosa"] = librosa / table["seconds"]
     table["times_torchlibrosa"] = table["device"].map(torchlibrosa) / table["seconds"]
-    table["threads"] = torch.get_num_threads()
     decimals = {"seconds": 4, "clips_per_second": 1, "times_real_time": 0}
     return table.round(decimals | {"times_librosa": 2, "times_torchlibrosa": 2})
 
 
-def _compare(sides: list[Side], clips: np.ndarray) -> list[float]:
-    """Return each side's largest difference in dB from the first side, where that is heard."""
-    reference = sides[0].run(clips)
-    heard = reference > HEARD_DB
-    return [float(np.abs(side.run(clips) - reference)[heard].max(initial=0)) for side in sides]
+# --- figures --------------------------------------------------------------------------------------
 
 
-def time_sides(sides: list[Side], clips: np.ndarray, repeats: int) -> np.ndarray:
-    """Return seconds (sides, repeats) for all clips; the sides take turns on a few clips each."""
-    seconds = np.zeros((len(sides), repeats))
-    for repeat in range(repeats):
-        for start in range(0, len(clips), ROUND_CLIPS):
-            part = clips[start : start + ROUND_CLIPS]
-            for row, side in enumerate(sides):
-                began = time.perf_counter()
-                for batch in side.batches(part):
-                    side.transform(batch)
-                seconds[row, repeat] += time.perf_counter() - began
-        left = seconds.sum() / (repeat + 1) * (repeats - repeat - 1)
-        log.info("run %d of %d done, %.0f s left for this setting", repeat + 1, repeats, left)
-    return seconds
-
-
-# --- the plot ------------------------------------------------------------------------------------
-
-
-def plot_benchmark(table: pd.DataFrame) -> Figure:
-    """Draw clips per second, a panel per configuration."""
-    use_style()
-    from matplotlib.figure import Figure
-
-    side = ["implementation", "device", "batch_size"]
-    order = table.groupby(side)["clips_per_second"].mean().sort_values().index
+def plot_frontend_speed(table: pd.DataFrame) -> Figure:
+    """Draw clips per second, a panel for each configuration."""
+    columns = ["implementation", "device", "batch_size"]
+    order = table.groupby(columns)["clips_per_second"].mean().sort_values().index
     panels = list(table.groupby("config", sort=False))
-    figure = Figure(figsize=(6.2 * len(panels), 1.6 + 0.45 * len(order)), layout="constrained")
+    figure = new_figure(6.2 * len(panels), 1.6 + 0.45 * len(order))
     axes_of_panels = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (config, rows) in zip(axes_of_panels, panels, strict=True):
-        rows = rows.set_index(side).loc[order].reset_index()
+        rows = rows.set_index(columns).loc[order].reset_index()
+        size = rows["batch_size"].map({1: "one by one"}).fillna(f"batches of {_BATCH_SIZE}")
         bars = axes.barh(
-            [_label(row) for row in rows.itertuples()],
+            rows["implementation"] + ", " + rows["device"].str.upper() + ", " + size,
             rows["clips_per_second"],
-            color=rows["implementation"].map(COLORS),
+            color=rows["implementation"].map(_COLORS),
         )
-        speeds = zip(rows["clips_per_second"], rows["times_librosa"], strict=True)
-        axes.bar_label(
-            bars, [f"{speed:,.0f}  ({times:.1f}×)" for speed, times in speeds], padding=4
-        )
+        label_speeds(axes, bars, rows)
         axes.margins(x=0.35)
         n_fft, hop_length, n_mels = config.split("/")
         axes.set_title(f"n_fft {n_fft}, hop_length {hop_length}, {n_mels} mel bins")
@@ -288,6 +279,7 @@ def plot_benchmark(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def _label(row: NamedTuple) -> str:
-    batches = "one by one" if row.batch_size == 1 else f"batches of {row.batch_size}"
-    return f"{row.implementation}, {row.device.upper()}, {batches}"
+def label_speeds(axes: Axes, bars: BarContainer, rows: pd.DataFrame) -> None:
+    """Write clips per second, and how many times librosa's they are, beside each bar."""
+    speeds = zip(rows["clips_per_second"], rows["times_librosa"], strict=True)
+    axes.bar_label(bars, [f"{speed:,.0f}  ({times:.1f}×)" for speed, times in speeds], padding=4)

@@ -1,1 +1,0 @@
-"""Measure birdcall against its peers: each module is one ``birdcall benchmark`` command."""
