@@ -12,7 +12,8 @@ import torch
 
 from birdcall.experiments import EXPERIMENTS, find_experiment
 from birdcall.models.sed import build_model
-from birdcall.report.architecture import plot_architecture, trace_stages
+from birdcall.models.summary import trace_stages
+from birdcall.report.architecture import plot_architecture
 
 FOLDER = Path(__file__).resolve().parents[1] / "kernels" / "how-to-classify-a-sound"
 SOURCE = FOLDER / "how-to-classify-a-sound.py"

@@ -69,7 +69,8 @@ from birdcall.kaggle.kernel import MEMBERS_FOLDER, open_package, require_all_mem
 from birdcall.kaggle.manifest import MANIFEST_FILE
 from birdcall.kaggle.test_set import example_audio_folder, find_audio, read_annotations
 from birdcall.models.checkpoint import find_checkpoints, read_checkpoint
-from birdcall.report.architecture import plot_architecture, trace_stages
+from birdcall.models.summary import trace_stages
+from birdcall.report.architecture import plot_architecture
 from birdcall.taxonomy import display_name
 
 # %% [markdown]

@@ -8,17 +8,19 @@ import torch
 from torch import nn
 
 from birdcall.experiments import find_experiment
+from birdcall.models.backbones import Cnn14
+from birdcall.models.sed import build_model
 from birdcall.models.summary import (
     describe_model,
     experiments_table,
     measure_field,
     measure_stride,
-    shortest_stretch,
+    shortest_interval,
 )
 
 
 class Backbone(nn.Module):
-    """Layers, behind the method by which backbones are asked."""
+    """Layers with the method that all backbones have."""
 
     def __init__(self, *layers):
         super().__init__()
@@ -66,7 +68,7 @@ def test_strides_multiply_and_widen_what_follows():
     assert field.reach == 1 + 2 + 2 + 8  # kernel less one, times the stride so far: 1, 2 and 4
 
 
-def test_a_layer_that_hears_the_whole_clip_has_no_reach_but_a_narrow_field():
+def test_a_layer_that_depends_on_the_whole_clip_has_no_reach_but_a_narrow_field():
     class Squeeze(nn.Module):
         def forward(self, image):
             return image * torch.sigmoid(0.01 * image.mean(dim=(2, 3), keepdim=True))
@@ -89,14 +91,12 @@ def test_a_residual_branch_that_starts_closed_counts():
     assert measure_field(Backbone(Residual()), 1, 32, 64).reach == 9
 
 
-def test_cnn14_reaches_as_far_as_its_kernels_say(monkeypatch):
-    from birdcall.models.backbones import Cnn14
-
+def test_cnn14_reaches_as_far_as_its_kernels_say():
     # Two kernels of 3 and a pooling of 2 in each block, at strides 1 to 16, then two at 32.
     expected = 1 + sum(2 * 2 * stride + stride for stride in (1, 2, 4, 8, 16)) + 2 * 2 * 32
     # An eighth of the channels: the same field, sixty times faster.
-    monkeypatch.setattr("birdcall.models.backbones.CNN14_WIDTHS", (8, 16, 32, 64, 128, 256))
-    field = measure_field(Cnn14(), 1, 64, 512)
+    backbone = Cnn14(widths=(8, 16, 32, 64, 128, 256))
+    field = measure_field(backbone, 1, 64, 512)
     assert field.stride == 32
     assert field.reach == expected == 284
     assert 32 < field.frames < expected
@@ -109,13 +109,11 @@ def test_a_stride_is_measured_whatever_the_ends_of_the_image_lose():
 @pytest.mark.parametrize(
     ("energy", "expected"), [([0, 0, 5, 0], 1), ([1, 1, 1, 1], 4), ([0.04, 1, 0, 1, 0.04], 3)]
 )
-def test_the_shortest_stretch_that_holds_most_of_the_energy(energy, expected):
-    assert shortest_stretch(torch.tensor(energy)) == expected
+def test_the_shortest_interval_that_holds_most_of_the_energy(energy, expected):
+    assert shortest_interval(torch.tensor(energy)) == expected
 
 
 def test_a_summary_counts_weights_and_turns_frames_into_seconds(tiny_experiment):
-    from birdcall.models.sed import build_model
-
     summary = describe_model(tiny_experiment, 7)
     model = build_model(tiny_experiment, 7)
     assert summary.n_parameters == sum(p.numel() for p in model.parameters())
@@ -143,4 +141,4 @@ def test_the_table_has_a_row_for_each_experiment_in_the_order_asked_for():
     assert list(table["description"]) == [find_experiment(name).description for name in names]
     assert table["parameters_m"].tolist() == [1.4, 3.8]
     assert (table["stride_frames"] == 32).all()
-    assert table["field_frames"].is_monotonic_increasing  # kernels of 5 hear further
+    assert table["field_frames"].is_monotonic_increasing  # kernels of 5 have a wider field

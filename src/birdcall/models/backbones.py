@@ -1,25 +1,82 @@
-"""Build the convolutional networks of PANNs (Kong et al., 2020), named as in their checkpoints."""
+"""Build backbones: timm's, and the networks of PANNs (Kong et al., 2020) under their names."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
 from itertools import pairwise
 
+import timm
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-BLOCK_DROPOUT, RESIDUAL_DROPOUT = 0.2, 0.1
-CNN14_WIDTHS = (64, 128, 256, 512, 1024, 2048)
-RESNET38_WIDTHS, RESNET38_DEPTHS = (64, 128, 256, 512), (3, 4, 6, 3)
-RESNET38_FEATURES = 2048
+from birdcall.config import FrontendConfig, ModelConfig
+
+MIN_FRAMES = 32  # the stride of nearly every backbone: from 32 frames on, one frame comes out
+
+_BLOCK_DROPOUT, _RESIDUAL_DROPOUT = 0.2, 0.1
+_CNN14_WIDTHS = (64, 128, 256, 512, 1024, 2048)
+_RESNET38_WIDTHS, _RESNET38_DEPTHS = (64, 128, 256, 512), (3, 4, 6, 3)
+_RESNET38_FEATURES = 2048
 
 
-def halve(image: Tensor) -> Tensor:
-    """Average 2 x 2 points; what an odd size leaves over is averaged as well.
+def build_backbone(config: ModelConfig, in_chans: int, *, pretrained: bool) -> nn.Module:
+    """Build the network whose ``forward_features`` are ``(batch, channels, frames, mels)``.
 
-    PANNs drop it: up to 31 frames at the end of a clip would go unheard after five poolings, and
-    shorter clips could not be heard at all. Where sizes are even, the two are the same.
+    ``ValueError`` names a backbone or an option that does not exist, and what does.
     """
-    return functional.avg_pool2d(image, 2, ceil_mode=True)
+    name, options = config.backbone, dict(config.backbone_options)
+    try:
+        if name in PANNS:
+            return PANNS[name](in_chans, **options)
+        if not timm.is_model(name):
+            close = difflib.get_close_matches(name, [*PANNS, *timm.list_models()], n=3)
+            raise ValueError(
+                f"there is no backbone {name!r}; did you mean {', '.join(close) or 'another'}? "
+                f"There are {', '.join(PANNS)} and all that `timm.list_models()` lists"
+            )
+        return timm.create_model(
+            name,
+            pretrained=pretrained,
+            in_chans=in_chans,
+            num_classes=0,
+            global_pool="",
+            **options,
+        )
+    except TypeError as error:
+        raise ValueError(f"backbone {name!r}: backbone_options: {error}") from error
+
+
+def count_features(backbone: nn.Module, name: str, frontend: FrontendConfig) -> int:
+    """Return the channels of ``forward_features``, measured: timm's ``num_features`` may differ.
+
+    ``ValueError`` if the outputs for two lengths are no images whose third axis is time.
+    """
+    shapes = []
+    was_training = backbone.training
+    backbone.eval()
+    for n_frames in (MIN_FRAMES, 4 * MIN_FRAMES):
+        image = torch.zeros(1, len(frontend.features), n_frames, frontend.n_mels)
+        try:
+            with torch.no_grad():
+                shapes.append(tuple(backbone.forward_features(image).shape))
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(
+                f"backbone {name!r} takes no image of {n_frames} frames and {frontend.n_mels} mel "
+                f"bins, so it is not a CNN of any length: {str(error).splitlines()[0]}"
+            ) from error
+    backbone.train(was_training)
+    short, long = shapes
+    if len(short) != 4 or long[1] != short[1] or long[2] <= short[2] or long[3] != short[3]:
+        raise ValueError(
+            f"backbone {name!r} gives features {short}, and {long} of four times as many frames; "
+            "choose a CNN, which gives (batch, channels, frames, mels)"
+        )
+    return short[1]
+
+
+# --- PANNs ---
 
 
 class ConvBlock(nn.Module):
@@ -27,9 +84,9 @@ class ConvBlock(nn.Module):
 
     def __init__(self, in_chans: int, channels: int) -> None:
         super().__init__()
-        self.conv1 = _convolve(in_chans, channels, 3)
+        self.conv1 = _build_conv(in_chans, channels, 3)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = _convolve(channels, channels, 3)
+        self.conv2 = _build_conv(channels, channels, 3)
         self.bn2 = nn.BatchNorm2d(channels)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -38,88 +95,96 @@ class ConvBlock(nn.Module):
 
 
 class Cnn14(nn.Module):
-    """Six blocks, halved after each but the last: stride 32, 2048 features.
+    """Six blocks with a pooling after each but the last: stride 32, 2048 features.
 
     ``(batch, in_chans, frames, mels)`` → ``(batch, 2048, frames / 32, mels / 32)``, rounded up.
     """
 
-    num_features = CNN14_WIDTHS[-1]
-
-    def __init__(self, in_chans: int = 1) -> None:
+    def __init__(self, in_chans: int = 1, widths: Sequence[int] = _CNN14_WIDTHS) -> None:
         super().__init__()
-        for number, (before, after) in enumerate(pairwise((in_chans, *CNN14_WIDTHS)), start=1):
+        self.num_features = widths[-1]
+        for number, (before, after) in enumerate(pairwise((in_chans, *widths)), start=1):
             self.add_module(f"conv_block{number}", ConvBlock(before, after))
 
     def forward_features(self, image: Tensor) -> Tensor:
         *blocks, last = self.children()
         for block in blocks:
-            image = self._drop(halve(block(image)))
+            image = self._drop(_halve(block(image)))
         return self._drop(last(image))
 
     def _drop(self, image: Tensor) -> Tensor:
-        return functional.dropout(image, BLOCK_DROPOUT, self.training)
+        return functional.dropout(image, _BLOCK_DROPOUT, self.training)
 
 
 class ResidualBlock(nn.Module):
-    """ResNet's basic block, halved by averaging instead of by steps of two."""
+    """ResNet's basic block, which halves its input by averaging instead of by a stride of two."""
 
     def __init__(self, in_chans: int, channels: int, *, is_halved: bool) -> None:
         super().__init__()
         self.is_halved = is_halved
-        self.conv1 = _convolve(in_chans, channels, 3)
+        self.conv1 = _build_conv(in_chans, channels, 3)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = _convolve(channels, channels, 3)
+        self.conv2 = _build_conv(channels, channels, 3)
         self.bn2 = nn.BatchNorm2d(channels)
-        nn.init.zeros_(self.bn2.weight)  # starts as the identity, as in PANNs
+        nn.init.zeros_(self.bn2.weight)  # the block begins as the identity, as in PANNs
         self.downsample = None
         if is_halved:
             pool = nn.AvgPool2d(2, ceil_mode=True)
             self.downsample = nn.Sequential(
-                pool, _convolve(in_chans, channels, 1), nn.BatchNorm2d(channels)
+                pool, _build_conv(in_chans, channels, 1), nn.BatchNorm2d(channels)
             )
 
     def forward(self, image: Tensor) -> Tensor:
-        hidden = halve(image) if self.is_halved else image
+        hidden = _halve(image) if self.is_halved else image
         hidden = functional.relu(self.bn1(self.conv1(hidden)))
-        hidden = functional.dropout(hidden, RESIDUAL_DROPOUT, self.training)
+        hidden = functional.dropout(hidden, _RESIDUAL_DROPOUT, self.training)
         shortcut = image if self.downsample is None else self.downsample(image)
         return functional.relu(self.bn2(self.conv2(hidden)) + shortcut)
 
 
 class ResNet38(nn.Module):
-    """ResNet-34's four layers between two blocks of PANNs: stride 32, 2048 features.
+    """The four layers of ResNet-34 between two blocks of PANNs: stride 32, 2048 features.
 
     ``(batch, in_chans, frames, mels)`` → ``(batch, 2048, frames / 32, mels / 32)``, rounded up.
     """
 
-    num_features = RESNET38_FEATURES
+    num_features = _RESNET38_FEATURES
 
     def __init__(self, in_chans: int = 1) -> None:
         super().__init__()
-        self.conv_block1 = ConvBlock(in_chans, RESNET38_WIDTHS[0])
+        self.conv_block1 = ConvBlock(in_chans, _RESNET38_WIDTHS[0])
         self.resnet = nn.Sequential()
-        widths = pairwise((RESNET38_WIDTHS[0], *RESNET38_WIDTHS))
+        widths = pairwise((_RESNET38_WIDTHS[0], *_RESNET38_WIDTHS))
         for number, ((before, after), depth) in enumerate(
-            zip(widths, RESNET38_DEPTHS, strict=True), start=1
+            zip(widths, _RESNET38_DEPTHS, strict=True), start=1
         ):
             first = ResidualBlock(before, after, is_halved=number > 1)
             rest = (ResidualBlock(after, after, is_halved=False) for _ in range(depth - 1))
             self.resnet.add_module(f"layer{number}", nn.Sequential(first, *rest))
-        self.conv_block_after1 = ConvBlock(RESNET38_WIDTHS[-1], RESNET38_FEATURES)
+        self.conv_block_after1 = ConvBlock(_RESNET38_WIDTHS[-1], _RESNET38_FEATURES)
 
     def forward_features(self, image: Tensor) -> Tensor:
-        image = self._drop(halve(self.conv_block1(image)))
-        image = self._drop(halve(self.resnet(image)))
+        image = self._drop(_halve(self.conv_block1(image)))
+        image = self._drop(_halve(self.resnet(image)))
         return self._drop(self.conv_block_after1(image))
 
     def _drop(self, image: Tensor) -> Tensor:
-        return functional.dropout(image, BLOCK_DROPOUT, self.training)
+        return functional.dropout(image, _BLOCK_DROPOUT, self.training)
 
 
-def _convolve(in_chans: int, channels: int, size: int) -> nn.Conv2d:
+def _build_conv(in_chans: int, channels: int, size: int) -> nn.Conv2d:
     layer = nn.Conv2d(in_chans, channels, size, padding=size // 2, bias=False)
     nn.init.xavier_uniform_(layer.weight)
     return layer
+
+
+def _halve(image: Tensor) -> Tensor:
+    """Average 2 x 2 points; at an odd size, the remaining row or column is averaged as well.
+
+    PANNs drop it: after five poolings up to 31 frames at the end of a clip would have no effect,
+    and shorter clips would give no output at all. For even sizes the two are the same.
+    """
+    return functional.avg_pool2d(image, 2, ceil_mode=True)
 
 
 PANNS = {"panns_cnn14": Cnn14, "panns_resnet38": ResNet38}

@@ -1,11 +1,13 @@
-"""Measure how far a backbone hears: its stride and its effective receptive field."""
+"""Measure what models are: their weights, stages, strides and effective receptive fields."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
-from typing import NamedTuple
+from functools import lru_cache, partial
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -13,34 +15,29 @@ from torch import Tensor, nn
 
 from birdcall.config import Experiment, ModelConfig
 from birdcall.experiments import find_experiment
-from birdcall.models.sed import build_backbone, build_model
+from birdcall.models.backbones import build_backbone
+from birdcall.models.sed import (
+    AttentionHead,
+    GeM,
+    LogMeanExpHead,
+    MaxHead,
+    MeanPooling,
+    SEDModel,
+    build_model,
+)
 
-ENERGY_SHARE = 0.95
-IMAGE_FRAMES = 1024  # ten seconds of PANNs' front end: wider than any field measured so far
-N_INPUTS = 4
-
-
-class Field(NamedTuple):
-    """What of its input one unit in the middle of a backbone's output depends on.
-
-    stride: input frames to one output frame. frames, mels: the shortest stretch that holds
-    `ENERGY_SHARE` of the gradient's energy. reach: the frames on which it depends at all, the
-    theoretical field; None if those are all of the image, as with squeeze-and-excitation, which
-    hears the whole clip.
-    """
-
-    stride: int
-    frames: int
-    mels: int
-    reach: int | None
+_ENERGY_SHARE = 0.95
+_IMAGE_FRAMES = 1024  # ten seconds of PANNs' front end: wider than any field measured so far
+_N_INPUTS = 4
+_BACKBONE_DEPTH = 2  # timm's stages lie no deeper: layer3, blocks.4, features.denseblock2
 
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """What a model costs and how it hears; see `Field` for the meaning of ``field`` and ``reach``.
+    """The size of a model, and what its backbone depends on; see `ReceptiveField`.
 
-    Of the backbone alone: the head's pooling adds a frame of context to each side, and a temporal
-    layer hears the whole clip.
+    The head's pooling adds a frame of context to each side of the backbone's field; a temporal
+    layer depends on the whole clip.
     """
 
     experiment: str
@@ -59,13 +56,13 @@ def describe_model(experiment: Experiment, n_classes: int) -> ModelSummary:
     with torch.random.fork_rng(devices=[]):
         model = build_model(experiment, n_classes)
     frontend, config = experiment.frontend, experiment.model
-    field = _field_of(
+    field = _backbone_field(
         config.backbone, config.backbone_options, len(frontend.features), frontend.n_mels
     )
     return ModelSummary(
         experiment=experiment.name,
         description=experiment.description,
-        n_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        n_parameters=_count_weights(model),
         stride_frames=field.stride,
         stride_seconds=field.stride * model.frontend.frame_seconds,
         field_frames=field.frames,
@@ -83,43 +80,54 @@ def experiments_table(names: Sequence[str], n_classes: int = 264) -> pd.DataFram
     return table.round({"stride_seconds": 2, "field_seconds": 1})
 
 
-@lru_cache(maxsize=64)  # experiments often differ in what stands behind the backbone
-def _field_of(backbone: str, options: tuple, n_channels: int, n_mels: int) -> Field:
-    config = ModelConfig(backbone=backbone, backbone_options=options)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = build_backbone(config, n_channels, pretrained=False)
-    return measure_field(network, n_channels, n_mels)
+def _count_weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# --- receptive field ---
+
+
+class ReceptiveField(NamedTuple):
+    """The part of its input on which one unit in the middle of a backbone's output depends.
+
+    stride: input frames to one output frame. frames, mels: the shortest interval with 95 % of the
+    gradient's energy. reach: the frames on which the unit depends at all, the theoretical field;
+    None if that is the whole image, as with squeeze-and-excitation.
+    """
+
+    stride: int
+    frames: int
+    mels: int
+    reach: int | None
 
 
 def measure_field(
-    backbone: nn.Module, n_channels: int, n_mels: int, n_frames: int = IMAGE_FRAMES
-) -> Field:
+    backbone: nn.Module, n_channels: int, n_mels: int, n_frames: int = _IMAGE_FRAMES
+) -> ReceptiveField:
     """Measure the effective receptive field of Luo et al. (2016) in images of noise.
 
     ``backbone.forward_features`` takes ``(batch, n_channels, n_frames, n_mels)``. Weights may be
-    random: the field is the architecture's, and training widens it by some. Zero gains, with which
-    many residual branches start, are opened in ``backbone``, as the first steps of training do.
+    random: the field is the architecture's, and training widens it by some. Gains of zero, with
+    which many residual branches begin, are set to one in ``backbone``: behind a zero a branch
+    passes no gradient, and the first steps of training open it.
     """
     backbone.eval()
-    open_gains(backbone)
+    with torch.no_grad():
+        for name, parameter in backbone.named_parameters():
+            if not name.endswith("bias") and not parameter.any():
+                parameter.fill_(1)
     generator = torch.Generator().manual_seed(0)
-    gradients = torch.stack(
-        [
-            _centre_gradient(
-                backbone, torch.randn(1, n_channels, n_frames, n_mels, generator=generator)
-            )
-            for _ in range(N_INPUTS)
-        ]
-    )
+    shape = (1, n_channels, n_frames, n_mels)
+    images = [torch.randn(shape, generator=generator) for _ in range(_N_INPUTS)]
+    gradients = torch.stack([_centre_gradient(backbone, image) for image in images])
     energy = gradients.double().square().mean(dim=0)
     touched = (gradients != 0).any(dim=0).any(dim=1).nonzero().flatten()
     reach = int(touched[-1] - touched[0]) + 1
-    return Field(
-        measure_stride(backbone, n_channels, n_mels, n_frames),
-        shortest_stretch(energy.sum(dim=1)),
-        shortest_stretch(energy.sum(dim=0)),
-        reach if reach < n_frames else None,
+    return ReceptiveField(
+        stride=measure_stride(backbone, n_channels, n_mels, n_frames),
+        frames=shortest_interval(energy.sum(dim=1)),
+        mels=shortest_interval(energy.sum(dim=0)),
+        reach=reach if reach < n_frames else None,
     )
 
 
@@ -133,16 +141,26 @@ def measure_stride(backbone: nn.Module, n_channels: int, n_mels: int, n_frames: 
     return round((n_frames - n_frames // 2) / (long - short))
 
 
-def open_gains(backbone: nn.Module) -> None:
-    """Set gains of zero to one: behind them, a residual branch passes no gradient at all."""
-    with torch.no_grad():
-        for name, parameter in backbone.named_parameters():
-            if not name.endswith("bias") and not parameter.any():
-                parameter.fill_(1)
+def shortest_interval(energy: Tensor, share: float = _ENERGY_SHARE) -> int:
+    """Return the length of the shortest interval of ``energy`` (n,) that holds ``share`` of it."""
+    total = torch.cat((torch.zeros(1, dtype=torch.float64), energy.double().cumsum(0)))
+    needed = share * total[-1] * (1 - 1e-9)  # sums are rounded
+    ends = torch.searchsorted(total, total + needed)
+    starts = torch.arange(len(total))
+    return int((ends - starts)[ends < len(total)].min())
+
+
+@lru_cache(maxsize=64)  # experiments often differ only in what follows the backbone
+def _backbone_field(backbone: str, options: tuple, n_channels: int, n_mels: int) -> ReceptiveField:
+    config = ModelConfig(backbone=backbone, backbone_options=options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = build_backbone(config, n_channels, pretrained=False)
+    return measure_field(network, n_channels, n_mels)
 
 
 def _centre_gradient(backbone: nn.Module, image: Tensor) -> Tensor:
-    """Return the gradient, (channels, frames, mels) summed in squares over channels, of one unit.
+    """Return the norm over channels of the gradient of one unit, (frames, mels).
 
     The unit is the middle one of the output, all of its channels with random signs, so that they
     do not cancel out for all inputs alike.
@@ -153,14 +171,128 @@ def _centre_gradient(backbone: nn.Module, image: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(len(unit))
     signs = torch.randint(0, 2, unit.shape, generator=generator) * 2 - 1
     (gradient,) = torch.autograd.grad((unit * signs).sum(), image)
-    # The norm, not its square, which would underflow at the edges.
-    return gradient[0].norm(dim=0)
+    return gradient[0].norm(dim=0)  # not its square, which would underflow at the edges
 
 
-def shortest_stretch(energy: Tensor, share: float = ENERGY_SHARE) -> int:
-    """Return the length of the shortest stretch of ``energy`` (n,) that holds ``share`` of it."""
-    total = torch.cat((torch.zeros(1, dtype=torch.float64), energy.double().cumsum(0)))
-    options = share * total[-1] * (1 - 1e-9)  # sums round
-    ends = torch.searchsorted(total, total + options)
-    starts = torch.arange(len(total))
-    return int((ends - starts)[ends < len(total)].min())
+# --- stages ---
+
+
+class Stage(NamedTuple):
+    """A step of a forward pass: its part of the model, its output's shape, its weights.
+
+    axes: the names of the dimensions of ``shape`` after the first, which is the batch.
+    """
+
+    part: str  # input, front end, backbone, temporal layer or head
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    n_weights: int
+
+
+_IMAGE, _SEQUENCE = ("channels", "frames", "mel bins"), ("channels", "frames")
+_POOLING_NAMES = {MeanPooling: "mean over mel bins", GeM: "GeM over mel bins"}
+_HEAD_NAMES = {
+    AttentionHead: "weighted by attention",
+    MaxHead: "loudest frame",
+    LogMeanExpHead: "log-mean-exp over frames",
+}
+
+
+def trace_stages(model: SEDModel, waveform: Tensor) -> list[Stage]:
+    """Run ``model`` on ``waveform`` (batch, samples) and list the measured output of each stage.
+
+    Backbones differ, so each size of the image in a backbone is a stage.
+    """
+    named = model.backbone.named_modules()
+    backbone = {name: m for name, m in named if name and name.count(".") < _BACKBONE_DEPTH}
+    parts = {
+        "front end": model.frontend,
+        "pooling": model.pooling,
+        "project": model.project,
+        "temporal": model.temporal,
+    }
+    was_training = model.training
+    with _record_shapes(backbone | parts) as outputs, torch.inference_mode():
+        power = model.frontend.spectrogram(waveform)
+        output = model.eval()(waveform)
+    model.train(was_training)
+    shapes = dict(outputs)
+    images = [(name, shape) for name, shape in outputs if name in backbone and len(shape) == 4]
+    temporal = [type(layer).__name__ for layer in model.temporal if type(layer) is not nn.Identity]
+    log_mel, power_axes = shapes["front end"], ("channels", "frames", "frequencies")
+    features = ", ".join(model.frontend.config.features)
+    pooling, head = _POOLING_NAMES[type(model.pooling)], _HEAD_NAMES[type(model.head)]
+    clipwise, framewise = tuple(output.clipwise.shape), tuple(output.framewise.shape)
+    n_norm, n_pooling, n_project, n_temporal, n_head = map(
+        _count_weights, (model.mel_norm, model.pooling, model.project, model.temporal, model.head)
+    )
+    front_end, network = partial(Stage, "front end"), partial(Stage, "backbone")
+    return [
+        Stage("input", "waveform", tuple(waveform.shape), axes=("samples",), n_weights=0),
+        front_end("power spectrogram", tuple(power.shape), axes=power_axes, n_weights=0),
+        front_end(features, log_mel, axes=_IMAGE, n_weights=0),
+        front_end("each mel bin normalised", log_mel, axes=_IMAGE, n_weights=n_norm),
+        *_backbone_stages(model.backbone, images),
+        network(pooling, shapes["pooling"], axes=_SEQUENCE, n_weights=n_pooling),
+        network("projected", shapes["project"], axes=_SEQUENCE, n_weights=n_project),
+        Stage(
+            "temporal layer",
+            " + ".join(temporal) or "none",
+            shapes["temporal"],
+            axes=_SEQUENCE,
+            n_weights=n_temporal,
+        ),
+        Stage("head", "framewise output", framewise, axes=("classes", "frames"), n_weights=n_head),
+        Stage("head", f"clipwise: {head}", clipwise, axes=("classes",), n_weights=0),
+    ]
+
+
+@contextmanager
+def _record_shapes(modules: dict[str, nn.Module]) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
+    """Record (name, shape of the output) whenever one of ``modules`` has run, in that order."""
+    outputs: list[tuple[str, tuple[int, ...]]] = []
+
+    def record(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            outputs.append((name, tuple(output.shape)))
+
+    handles = [m.register_forward_hook(partial(record, name)) for name, m in modules.items()]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _backbone_stages(
+    backbone: nn.Module, outputs: list[tuple[str, tuple[int, ...]]]
+) -> Iterator[Stage]:
+    """Join consecutive outputs of one image size, named by the first and the last of them."""
+    all_names = [name for name, _ in outputs]
+    counted: set[nn.Parameter] = set()
+    for _, group in groupby(outputs, key=lambda output: output[1][2:]):
+        joined = list(group)
+        names = [name for name, _ in joined]
+        used = {p for name in names for p in backbone.get_submodule(name).parameters()} - counted
+        counted |= used
+        innermost = [
+            _shorten(name, names, all_names)
+            for name in names
+            if not any(other.startswith(f"{name}.") for other in all_names)
+        ]
+        yield Stage(
+            "backbone",
+            " … ".join(dict.fromkeys((innermost[0], innermost[-1]))),
+            joined[-1][1],
+            axes=_IMAGE,
+            n_weights=sum(parameter.numel() for parameter in used),
+        )
+
+
+def _shorten(name: str, joined: list[str], all_names: list[str]) -> str:
+    """Return "layer1" for "layer1.0" if all of layer1 is joined."""
+    top = name.split(".")[0]
+    if all(other in joined for other in all_names if other.split(".")[0] == top):
+        return top
+    return name.removeprefix("features.")

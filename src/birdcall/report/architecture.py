@@ -1,26 +1,15 @@
-"""Show what a model is made of: run it once, record every stage's shape, and draw them."""
+"""Draw what a model is made of: every stage with its measured shape."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
 
 from birdcall.config import Experiment, require
-from birdcall.models.sed import (
-    AttentionHead,
-    GeM,
-    LogMeanExpHead,
-    MaxHead,
-    MeanPooling,
-    SEDModel,
-    build_model,
-)
+from birdcall.models.sed import build_model
+from birdcall.models.summary import Stage, trace_stages
 from birdcall.report.style import AMBER, GREEN, GREY, PURPLE, SKY, use_style
 
 if TYPE_CHECKING:
@@ -34,197 +23,7 @@ COLORS = {
     "temporal layer": GREEN,
     "head": PURPLE,
 }
-POOLING_NAMES = {MeanPooling: "mean over mel bins", GeM: "GeM over mel bins"}
-HEAD_NAMES = {
-    AttentionHead: "weighted by attention",
-    MaxHead: "loudest frame",
-    LogMeanExpHead: "log-mean-exp over frames",
-}
-IMAGE, POWER = ("channels", "frames", "mel bins"), ("channels", "frames", "frequencies")
-SEQUENCE = ("channels", "frames")
-BACKBONE_DEPTH = 2  # timm's stages lie no deeper: layer3, blocks.4, features.denseblock2
 MAX_SHEETS = 6
-
-
-class Output(NamedTuple):
-    """What left a module of a given name."""
-
-    name: str
-    shape: tuple[int, ...]
-
-
-class Stage(NamedTuple):
-    """One step of a forward pass: the tensor that left it, and the weights it took.
-
-    axes: what the dimensions of ``shape`` after the first, the batch, are.
-    """
-
-    part: str
-    name: str
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    n_weights: int
-
-
-def trace_stages(model: SEDModel, waveform: Tensor) -> list[Stage]:
-    """Run ``model`` on ``waveform`` (batch, samples) and list what really leaves each stage.
-
-    Backbones differ, so theirs is a stage wherever the size of the image changes.
-    """
-    backbone = _modules_of(model.backbone)
-    preview = backbone | {
-        "front end": model.frontend,
-        "mel_norm": model.mel_norm,
-        "pooling": model.pooling,
-        "project": model.project,
-        "temporal": model.temporal,
-    }
-    was_training = model.training
-    with _recording(preview) as outputs, torch.inference_mode():
-        power = model.frontend.spectrogram(waveform)
-        output = model.eval()(waveform)
-    model.train(was_training)
-    shapes = dict(outputs)
-    features = [one for one in outputs if one.name in backbone and len(one.shape) == 4]
-    norm, pooling, projection, temporal, head = map(
-        _count_weights,
-        (model.mel_norm, model.pooling, model.project, model.temporal, model.head),
-    )
-    framewise, clipwise = tuple(output.framewise.shape), tuple(output.clipwise.shape)
-    return [
-        Stage(
-            part="input",
-            name="waveform",
-            shape=tuple(waveform.shape),
-            axes=("samples",),
-            n_weights=0,
-        ),
-        Stage(
-            part="front end",
-            name="power spectrogram",
-            shape=tuple(power.shape),
-            axes=POWER,
-            n_weights=0,
-        ),
-        Stage(
-            part="front end",
-            name=", ".join(model.frontend.config.features),
-            shape=shapes["front end"],
-            axes=IMAGE,
-            n_weights=0,
-        ),
-        Stage(
-            part="front end",
-            name="each mel bin normalised",
-            shape=shapes["front end"],
-            axes=IMAGE,
-            n_weights=norm,
-        ),
-        *_backbone_stages(model.backbone, features),
-        Stage(
-            part="backbone",
-            name=POOLING_NAMES[type(model.pooling)],
-            shape=shapes["pooling"],
-            axes=SEQUENCE,
-            n_weights=pooling,
-        ),
-        Stage(
-            part="backbone",
-            name="projected",
-            shape=shapes["project"],
-            axes=SEQUENCE,
-            n_weights=projection,
-        ),
-        Stage(
-            part="temporal layer",
-            name=_name_temporal(model),
-            shape=shapes["temporal"],
-            axes=SEQUENCE,
-            n_weights=temporal,
-        ),
-        Stage(
-            part="head",
-            name="framewise output",
-            shape=framewise,
-            axes=("classes", "frames"),
-            n_weights=head,
-        ),
-        Stage(
-            part="head",
-            name=f"clipwise: {HEAD_NAMES[type(model.head)]}",
-            shape=clipwise,
-            axes=("classes",),
-            n_weights=0,
-        ),
-    ]
-
-
-def _modules_of(backbone: nn.Module) -> dict[str, nn.Module]:
-    named = backbone.named_modules()
-    return {name: module for name, module in named if name and name.count(".") < BACKBONE_DEPTH}
-
-
-@contextmanager
-def _recording(modules: dict[str, nn.Module]) -> Iterator[list[Output]]:
-    """Record (name, shape of its output) whenever one of ``modules`` has run, in that order."""
-    outputs: list[Output] = []
-
-    def record(name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                outputs.append(Output(name, tuple(output.shape)))
-
-        return hook
-
-    handles = [module.register_forward_hook(record(name)) for name, module in modules.items()]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _backbone_stages(backbone: nn.Module, outputs: list[Output]) -> list[Stage]:
-    """Join neighbours whose images are equally large, under the names of the first and the last."""
-    stages: list[Stage] = []
-    counted: set[nn.Parameter] = set()
-    for _, group in groupby(outputs, key=lambda output: output.shape[2:]):
-        joined = list(group)
-        used = {p for o in joined for p in backbone.get_submodule(o.name).parameters()} - counted
-        counted |= used
-        names = [_shorten(o.name, joined, outputs) for o in joined if _is_innermost(o, outputs)]
-        name = " … ".join(dict.fromkeys((names[0], names[-1])))
-        n_weights = sum(parameter.numel() for parameter in used)
-        stages.append(
-            Stage(
-                part="backbone", name=name, shape=joined[-1].shape, axes=IMAGE, n_weights=n_weights
-            )
-        )
-    return stages
-
-
-def _is_innermost(output: Output, outputs: list[Output]) -> bool:
-    return not any(other.name.startswith(f"{output.name}.") for other in outputs)
-
-
-def _shorten(name: str, joined: list[Output], outputs: list[Output]) -> str:
-    """Return "layer1" for "layer1.0" if all of layer1 is joined."""
-    top = name.split(".")[0]
-    if all(output in joined for output in outputs if output.name.split(".")[0] == top):
-        return top
-    return name.removeprefix("features.")
-
-
-def _name_temporal(model: SEDModel) -> str:
-    names = [type(layer).__name__ for layer in model.temporal]
-    return " + ".join(name for name in names if name != "Identity") or "none"
-
-
-def _count_weights(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-# --- the figure ----------------------------------------------------------------------------------
 
 
 def plot_architecture(experiment: Experiment, n_classes: int, seconds: float = 5.0) -> Figure:
