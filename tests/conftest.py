@@ -93,7 +93,10 @@ def training_data(demo_folder, tmp_path_factory) -> TrainingData:
     folds = make_folds(usable, 2, audio_hashes=audio_hashes(usable, audit))
     write_folds(folds, output / "folds.csv")
     return load_training_data(
-        demo_folder, output / "folds.csv", output / "audit.csv", output / "cache"
+        demo_folder,
+        folds=output / "folds.csv",
+        audit=output / "audit.csv",
+        cache=output / "cache",
     )
 
 

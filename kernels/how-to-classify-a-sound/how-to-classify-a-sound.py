@@ -271,7 +271,7 @@ else:
 def train_small_model() -> tuple[Path, Path]:
     """Train on the data, or on the tiny demo if the data is large; return folder and checkpoint."""
     from birdcall.data.audit import audit_recordings, usable_recordings
-    from birdcall.data.cache import Cache
+    from birdcall.data.cache import RecordingCache
     from birdcall.data.dataset import load_training_data
     from birdcall.data.folds import make_folds, write_folds
     from birdcall.training.runs import train_run
@@ -280,10 +280,11 @@ def train_small_model() -> tuple[Path, Path]:
     folder = data if len(recordings) <= MANY_RECORDINGS else make_tiny_demo()
     table, cache, folds = SCRATCH / "audit.csv", SCRATCH / "cache", SCRATCH / "folds.csv"
     rows = read_recordings(folder)
-    audit = audit_recordings(folder, rows, table, workers=0, cache=Cache(cache))
+    recording_cache = RecordingCache(folder, cache)
+    audit = audit_recordings(folder, rows, table, workers=0, cache=recording_cache)
     write_folds(make_folds(usable_recordings(rows, audit), n_folds=4), folds)
     train = {"epochs": EPOCHS, "validate_every": EPOCHS, "data": {"clips_per_epoch": 160}}
-    training_data = load_training_data(folder, folds, table, cache)
+    training_data = load_training_data(folder, folds=folds, audit=table, cache=cache)
     run = Run(replace_nested(SMALL, train=train), 0, SCRATCH / "run")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # two, on two busy cores, wait for each other ten times as long

@@ -1,16 +1,20 @@
-"""Filters have the magnitude that their curve says, no delay, and no seam between blocks."""
+"""Filters have the magnitude of their curve, no delay, no seam; noise has its spectrum."""
 
 import numpy as np
 import pytest
 import scipy.signal
+import scipy.stats
 
 from birdcall.audio.filters import (
     BLOCK_SAMPLES,
+    NOISE_KINDS,
+    NOISE_RMS,
     STEP_SAMPLES,
     fade_curve,
     filter_waveform,
     high_pass_curve,
     low_pass_curve,
+    make_noise,
     slope_curve,
 )
 
@@ -84,3 +88,80 @@ def test_two_curves_are_their_product():
     hz = np.fft.rfftfreq(4000, 1 / RATE)
     expected = low_pass_curve(5000.0, 2)(hz) * fade_curve(10.0, RATE)(hz)
     np.testing.assert_allclose(np.abs(np.fft.rfft(both)), expected, atol=1e-3)
+
+
+# --- noise ---
+
+
+@pytest.mark.parametrize(
+    ("kind", "low_hz", "high_hz", "db_per_octave"),
+    [
+        ("white", 50, 15_000, 0.0),
+        ("pink", 50, 15_000, -3.01),
+        ("brown", 50, 10_000, -6.02),
+        ("rain", 50, 900, 6.02),
+        ("rain", 1_200, 15_000, -3.01),
+        ("wind", 24, 90, -3.01),
+        ("wind", 120, 4_000, -9.03),
+    ],
+)
+def test_the_slope_is_the_stated_one(kind, low_hz, high_hz, db_per_octave):
+    # Low bands at a low rate: more segments to average, so that chance moves the slope little.
+    sample_rate = 4_000 if high_hz < 1_000 else RATE
+    noise = make_noise(kind, 960_000, sample_rate, np.random.default_rng(3))
+    frequency, power = scipy.signal.welch(noise, sample_rate, nperseg=4096)
+    band = (frequency >= low_hz) & (frequency <= high_hz)
+    slope = np.polyfit(np.log2(frequency[band]), 10 * np.log10(power[band]), 1)[0]
+    assert slope == pytest.approx(db_per_octave, abs=0.35)
+
+
+def test_hum_has_lines_at_the_multiples_of_60_hz_over_a_floor_20_db_below():
+    n_samples = RATE * 10
+    hum = make_noise("hum", n_samples, RATE, np.random.default_rng(0))
+    power = np.abs(np.fft.rfft(hum) / n_samples) ** 2 * 2
+    lines = np.arange(1, 17) * 600  # bins of 0.1 Hz
+    np.testing.assert_allclose(
+        10 * np.log10(power[lines] / power[600]), -20 * np.log10(np.arange(1, 17)), atol=1.5
+    )
+    floor = power.sum() - power[lines].sum()
+    assert 10 * np.log10(floor / power[lines].sum()) == pytest.approx(-20, abs=0.5)
+
+
+def test_rain_has_drops_and_wind_has_gusts():
+    rain, wind, white = (
+        make_noise(kind, RATE * 20, RATE, np.random.default_rng(1))
+        for kind in ("rain", "wind", "white")
+    )
+    assert scipy.stats.kurtosis(rain) > 1 > abs(scipy.stats.kurtosis(white))
+    level_db = [
+        10 * np.log10(np.mean(np.square(noise.reshape(20, -1)), axis=1)) for noise in (wind, white)
+    ]
+    assert np.std(level_db[0]) > 2 > 5 * np.std(level_db[1])
+
+
+@pytest.mark.parametrize("kind", NOISE_KINDS)
+def test_every_kind_has_the_same_level_no_offset_and_follows_its_seed(kind):
+    first, again, other = (
+        make_noise(kind, 50_001, 22_050, np.random.default_rng(seed)) for seed in (5, 5, 6)
+    )
+    assert first.dtype == np.float32
+    assert first.shape == (50_001,)
+    assert np.sqrt(np.mean(first.astype(float) ** 2)) == pytest.approx(NOISE_RMS, rel=1e-3)
+    assert abs(first.mean()) < 1e-4
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 0.01
+
+
+@pytest.mark.parametrize("kind", NOISE_KINDS)
+@pytest.mark.parametrize("n_samples", [1, 2, 127])
+def test_very_short_noise_is_finite(kind, n_samples):
+    noise = make_noise(kind, n_samples, 8_000, np.random.default_rng(0))
+    assert noise.shape == (n_samples,)
+    assert np.isfinite(noise).all()
+
+
+def test_an_unknown_kind_or_no_samples_are_errors():
+    with pytest.raises(ValueError, match=r"'purple'.*white, pink, brown, rain, wind, hum"):
+        make_noise("purple", 10, RATE, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="n_samples 0"):
+        make_noise("white", 0, RATE, np.random.default_rng(0))

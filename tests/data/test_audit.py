@@ -26,7 +26,7 @@ from birdcall.data.audit import (
     read_audit,
     usable_recordings,
 )
-from birdcall.data.cache import Cache
+from birdcall.data.cache import CropRequest, RecordingCache
 
 RATE = 44_100
 FOLDER = "train_audio/aldfly"
@@ -176,7 +176,7 @@ def test_a_description_lists_what_is_left_out_and_what_is_cut_short(
     assert text.startswith("21 recordings, ")
     assert "12 are left out:" in text
     assert f"  {FOLDER}/html.mp3: unreadable, cannot be decoded" in text
-    assert "4 are kept as far as they decode:" in text
+    assert "4 are used as far as they decode:" in text
 
 
 def test_only_usable_recordings_are_kept_with_their_true_length(
@@ -266,7 +266,7 @@ def count_decodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Note the names of the recordings that are decoded in this process."""
     names: list[str] = []
 
-    def measure(data: Path, name: str, cache: Cache | None = None) -> object:
+    def measure(data: Path, name: str, cache: RecordingCache | None = None) -> object:
         names.append(Path(name).name)
         return measure_recording(data, name, cache)
 
@@ -310,7 +310,7 @@ def test_an_interrupted_audit_goes_on_where_it_was(
     count_decodes.clear()
     measure = audit_module.measure_recording
 
-    def interrupt(data: Path, name: str, cache: Cache | None = None) -> object:
+    def interrupt(data: Path, name: str, cache: RecordingCache | None = None) -> object:
         if name.endswith("XC2.mp3"):
             raise KeyboardInterrupt
         return measure(data, name, cache)
@@ -345,16 +345,16 @@ def test_the_cache_is_filled_on_the_way_and_rebuilt_where_it_is_gone_or_stale(
     three: tuple[Path, pd.DataFrame, Path], count_decodes: list[str]
 ) -> None:
     data, table, path = three
-    cache = Cache(path.parent / "cache")
+    cache = RecordingCache(data, path.parent / "cache")
     audit_recordings(data, table, path, workers=0)
     audit_recordings(data, table, path, workers=0, cache=cache)
     assert len(count_decodes) == 6
-    assert all(cache.has(data, name) for name in table["path"])
-    cache.path_of(data, table["path"][0]).unlink()
+    assert all(cache.has(name) for name in table["path"])
+    cache.path(table["path"][0]).unlink()
     os.utime(data / table["path"][1], ns=(1, 1))
     audit_recordings(data, table, path, workers=0, cache=cache)
     assert count_decodes[6:] == ["XC0.mp3", "XC1.mp3"]
-    assert len([file for file in cache.root.rglob("*") if file.is_file()]) == 3
+    assert len([file for file in cache.folder.rglob("*") if file.is_file()]) == 3
 
 
 def test_what_cannot_be_decoded_is_not_cached_and_a_cut_recording_as_far_as_it_goes(
@@ -362,10 +362,10 @@ def test_what_cannot_be_decoded_is_not_cached_and_a_cut_recording_as_far_as_it_g
 ) -> None:
     data, _ = damaged
     table = make_table(["empty.mp3", "truncated.mp3"])
-    cache = Cache(tmp_path / "cache")
+    cache = RecordingCache(data, tmp_path / "cache")
     audit = audit_recordings(data, table, tmp_path / "audit.csv", workers=0, cache=cache)
-    assert not cache.has(data, table["path"][0])
-    waveform = cache.read_crops(data, table["path"][1], [0], None)[0]
+    assert not cache.has(table["path"][0])
+    waveform = cache(CropRequest(table["path"][1], cache.sample_rate))[0]
     assert len(waveform) == pytest.approx(audit["seconds"][1] * cache.sample_rate, abs=1)
 
 
@@ -377,9 +377,11 @@ def test_a_full_disk_stops_the_audit_instead_of_blaming_the_recording(
     def write(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Cache, "write", write)
+    monkeypatch.setattr(RecordingCache, "write", write)
     with pytest.raises(OSError, match="No space left"):
-        audit_recordings(data, table, path, workers=0, cache=Cache(path.parent / "cache"))
+        audit_recordings(
+            data, table, path, workers=0, cache=RecordingCache(data, path.parent / "cache")
+        )
 
 
 CRASHING = """

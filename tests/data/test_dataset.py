@@ -15,11 +15,10 @@ import soundfile
 import torch
 
 from birdcall.audio.reading import AudioError, read_audio
-from birdcall.config import NO_AUGMENT, AugmentConfig, replace_nested
-from birdcall.data.cache import Cache
+from birdcall.config import NO_AUGMENT, AugmentConfig, SamplingConfig, replace_nested
+from birdcall.data.cache import CropRequest, RecordingCache
 from birdcall.data.dataset import (
     ClipDataset,
-    ClipReader,
     TrainingData,
     check_classes,
     load_training_data,
@@ -34,7 +33,13 @@ from birdcall.data.loader import (
     make_loader,
 )
 from birdcall.data.noise import ReadFailure
-from birdcall.data.targets import IGNORE_TARGET, ClipRequest, ClipSampler, recording_weights
+from birdcall.data.targets import (
+    IGNORE_TARGET,
+    ClipRequest,
+    ClipSampler,
+    ProcessShare,
+    recording_weights,
+)
 
 RATE = 32_000
 CLASSES = ("amecro", "bkcchi", "norcar")
@@ -48,11 +53,11 @@ def ramp(seconds):
 LENGTHS = {"a.wav": 10.0, "b.wav": 1.0, "c.wav": 2.0}
 
 
-def read_ramp(path, sample_rate, offsets, duration, downmix=None):
-    waveform = ramp(LENGTHS[path])
-    starts = [round(offset * sample_rate) for offset in offsets]
-    ends = [None if duration is None else start + round(duration * sample_rate) for start in starts]
-    return [waveform[start:end] for start, end in zip(starts, ends, strict=True)]
+def read_ramp(request):
+    waveform, seconds = ramp(LENGTHS[request.path]), request.seconds
+    starts = [round(offset * request.sample_rate) for offset in request.offsets]
+    n_samples = None if seconds is None else round(seconds * request.sample_rate)
+    return [waveform[start:][:n_samples] for start in starts]
 
 
 @pytest.fixture
@@ -80,15 +85,13 @@ def make_clip(clips, request):
     return clips.make_clips([request])[0]
 
 
+def data_of(recordings, read=read_ramp, **fields):
+    return TrainingData(Path("unused"), recordings, CLASSES, read, **fields)
+
+
 def dataset(recordings, experiment, noise_files=(), augment=NO_AUGMENT):
-    experiment = replace(experiment, augment=augment)
-    return ClipDataset(
-        recordings=recordings,
-        classes=CLASSES,
-        experiment=experiment,
-        read_clip=read_ramp,
-        noise_files=noise_files,
-    )
+    data = data_of(recordings, noise_files=noise_files)
+    return ClipDataset(data, replace(experiment, augment=augment))
 
 
 def test_clips_are_exactly_as_long_as_the_experiment_says(recordings, tiny_experiment):
@@ -123,9 +126,10 @@ def test_a_short_recording_lies_whole_in_silence(recordings, tiny_experiment):
 
 
 def make_sampler(recordings, n_clips, crops=1, sampling="balanced"):
-    return ClipSampler(
-        list(recordings["ebird_code"]), n_clips, sampling, 1, crops_per_recording=crops
+    config = SamplingConfig(
+        clips_per_epoch=n_clips, batch_size=4, sampling=sampling, crops_per_recording=crops
     )
+    return ClipSampler(recordings, config, seed=1)
 
 
 def epoch_of(clips, sampler, workers=0):
@@ -190,12 +194,12 @@ def test_a_start_outside_the_epoch_is_refused(recordings):
 def test_neighbouring_crops_of_a_recording_are_read_in_one_go(recordings, tiny_experiment):
     reads = []
 
-    def read(path, sample_rate, offsets, duration, downmix=None):
-        reads.append((path, len(offsets)))
-        return read_ramp(path, sample_rate, offsets, duration)
+    def read(request):
+        reads.append((request.path, len(request.offsets)))
+        return read_ramp(request)
 
     experiment = replace(tiny_experiment, augment=NO_AUGMENT)
-    clips = ClipDataset(recordings, CLASSES, experiment, read)
+    clips = ClipDataset(data_of(recordings, read), experiment)
     requests = [ClipRequest(0, position, index) for position, index in enumerate([0, 0, 0, 2, 0])]
     together = clips.make_clips(requests)
     assert reads == [("a.wav", 3), ("c.wav", 1), ("a.wav", 1)]
@@ -210,17 +214,17 @@ def test_crops_of_one_opened_mp3_equal_the_whole_decode(tmp_path, cached):
     noise = 0.2 * np.random.default_rng(0).standard_normal(20 * 44_100)
     soundfile.write(tmp_path / "a.mp3", noise, 44_100, format="MP3")
     whole = read_audio(tmp_path / "a.mp3", RATE)
-    cache = Cache(tmp_path / "cache", RATE)
+    cache = RecordingCache(tmp_path, tmp_path / "cache", RATE)
     if cached:
-        cache.write(tmp_path, "a.mp3", [whole])
-    offsets = [12.3456, 0.0, 7.7, len(whole) / RATE - 2]
-    crops = ClipReader(tmp_path, cache.root)("a.mp3", RATE, offsets, 2.0)
+        cache.write("a.mp3", [whole])
+    offsets = (12.3456, 0.0, 7.7, len(whole) / RATE - 2)
+    crops = cache(CropRequest("a.mp3", RATE, offsets, 2.0))
     assert len(crops) == 4
     for offset, crop in zip(offsets, crops, strict=True):
         start = round(offset * RATE)
         np.testing.assert_allclose(crop, whole[start : start + 2 * RATE], atol=1e-4)
     with pytest.raises(AudioError, match=r"asked for 2 s from 19"):
-        ClipReader(tmp_path, cache.root)("a.mp3", RATE, [0.0, 19.0], 2.0)
+        cache(CropRequest("a.mp3", RATE, (0.0, 19.0), 2.0))
 
 
 def test_noise_only_clips_have_no_target(recordings, tiny_experiment, tmp_path):
@@ -241,46 +245,59 @@ def test_without_noise_files_every_clip_has_its_bird(recordings, tiny_experiment
     assert clip.recording == "a.wav"
 
 
+def sample(codes, sampling, n_clips=None, ratings=None, crops=1):
+    """A sampler of recordings with these codes; its batches are single clips."""
+    recordings = pd.DataFrame({"ebird_code": codes})
+    if ratings is not None:
+        recordings["rating"] = ratings
+    config = SamplingConfig(
+        clips_per_epoch=n_clips, batch_size=1, sampling=sampling, crops_per_recording=crops
+    )
+    return ClipSampler(recordings, config, seed=0)
+
+
+def weights_of(codes, sampling, ratings):
+    return recording_weights(pd.DataFrame({"ebird_code": codes, "rating": ratings}), sampling)
+
+
 def test_balanced_sampling_draws_every_class_equally_often():
     codes = ["amecro"] * 90 + ["bkcchi"] * 9 + ["norcar"]
-    sampler = ClipSampler(codes, 300, "balanced", seed=0)
+    sampler = sample(codes, "balanced", n_clips=300)
     drawn = pd.Series([codes[request.index] for request in sampler]).value_counts()
     assert (drawn.sub(100).abs() <= 1).all()
 
 
 def test_uniform_sampling_draws_every_recording_once_in_an_epoch():
-    sampler = ClipSampler(["amecro"] * 5 + ["bkcchi"] * 2, None, "uniform", seed=0)
+    sampler = sample(["amecro"] * 5 + ["bkcchi"] * 2, "uniform")
     assert sorted(request.index for request in sampler) == list(range(7))
 
 
 def test_rated_sampling_takes_unrated_recordings_as_average_ones():
-    weights = recording_weights(["amecro"] * 4, "rated", [5.0, 2.5, 0.0, 0.25])
+    weights = weights_of(["amecro"] * 4, "rated", [5.0, 2.5, 0.0, 0.25])
     mean = (1.0 + 0.5 + 0.1) / 3
     np.testing.assert_allclose(weights / weights[0], [1.0, 0.5, mean, 0.1])
-    np.testing.assert_allclose(recording_weights(["amecro"] * 4, "rated", [0.0] * 4), 0.25)
+    np.testing.assert_allclose(weights_of(["amecro"] * 4, "rated", [0.0] * 4), 0.25)
 
 
 def test_ratings_and_balance_combine():
     codes, ratings = ["amecro", "amecro", "bkcchi"], [5.0, 1.0, 1.0]
     np.testing.assert_allclose(
-        recording_weights(codes, "balanced+rated", ratings), [5 / 12, 1 / 12, 1 / 2]
+        weights_of(codes, "balanced+rated", ratings), [5 / 12, 1 / 12, 1 / 2]
     )
-    sampler = ClipSampler(
-        ebird_codes=codes, n_clips=120, sampling="balanced+rated", seed=0, ratings=ratings
-    )
+    sampler = sample(codes, "balanced+rated", n_clips=120, ratings=ratings)
     drawn = np.bincount([request.index for request in sampler])
     assert (np.abs(drawn - [50, 10, 60]) <= 1).all()
 
 
 def test_impossible_sampling_is_refused():
     with pytest.raises(ValueError, match="sampling is 'best'; choose one of uniform, balanced"):
-        ClipSampler(["amecro"], 1, "best", 0)
+        sample(["amecro"], "best")
     with pytest.raises(ValueError, match="sampling is 'rated', but there are no ratings"):
-        ClipSampler(["amecro"], 1, "rated", 0)
+        sample(["amecro"], "rated")
 
 
 def test_crops_of_a_recording_come_in_a_row_and_the_epoch_keeps_its_length():
-    sampler = ClipSampler([f"c{i}" for i in range(50)], 32, "uniform", 0, crops_per_recording=5)
+    sampler = sample([f"c{i}" for i in range(50)], "uniform", n_clips=32, crops=5)
     requests = list(sampler)
     assert [request.position for request in requests] == list(range(32))
     indices = [request.index for request in requests]
@@ -289,7 +306,7 @@ def test_crops_of_a_recording_come_in_a_row_and_the_epoch_keeps_its_length():
 
 
 def test_epochs_differ_and_can_be_asked_for_again():
-    sampler = ClipSampler(["amecro"] * 20, None, "uniform", seed=0)
+    sampler = sample(["amecro"] * 20, "uniform")
     first = list(sampler)
     sampler.set_epoch(1)
     second = list(sampler)
@@ -315,32 +332,21 @@ def test_a_fold_with_all_classes_warns_of_nothing(recordings, caplog):
 # --- several processes ---------------------------------------------------------------------------
 
 
-def shared_samplers(world_size, batch_size=8, n_clips=30, crops=3):
-    codes = [f"c{number % 4}" for number in range(20)]
-    return [
-        ClipSampler(
-            *(codes, n_clips, "balanced", 1),
-            crops_per_recording=crops,
-            rank=rank,
-            world_size=world_size,
-            batch_size=batch_size,
-        )
-        for rank in range(world_size)
-    ]
+def shared_samplers(world_size, batch_size=8, n_clips=30, crops=3, n_recordings=20):
+    codes = [f"c{number % 4}" for number in range(n_recordings)]
+    recordings = pd.DataFrame({"ebird_code": codes})
+    config = SamplingConfig(
+        clips_per_epoch=n_clips, batch_size=batch_size, crops_per_recording=crops
+    )
+    shares = [ProcessShare(rank, world_size) for rank in range(world_size)]
+    return [ClipSampler(recordings, config, 1, share) for share in shares]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("start", [0, 8, 24])
 def test_processes_share_each_batch_of_the_one_epoch(world_size, start):
     samplers = shared_samplers(world_size)
-    whole = ClipSampler(
-        ebird_codes=[f"c{n % 4}" for n in range(20)],
-        n_clips=30,
-        sampling="balanced",
-        seed=1,
-        ratings=None,
-        crops_per_recording=3,
-    )
+    (whole,) = shared_samplers(1, batch_size=1)
     for sampler in (whole, *samplers):
         sampler.set_epoch(2, start if sampler is not whole else 0)
     parts = [list(sampler) for sampler in samplers]
@@ -357,13 +363,10 @@ def test_processes_share_each_batch_of_the_one_epoch(world_size, start):
 
 def test_processes_load_the_batches_of_one(recordings, tiny_experiment, noise_file):
     clips = dataset(recordings, tiny_experiment, [noise_file], AugmentConfig())
-    codes = list(recordings["ebird_code"])
-    alone, _ = epoch_of(clips, ClipSampler(codes, 10, "balanced", 1, batch_size=4))
-    samplers = [
-        ClipSampler(codes, 10, "balanced", 1, rank=rank, world_size=2, batch_size=4)
-        for rank in (0, 1)
-    ]
-    loaders = [make_loader(clips, sampler, 0, batch_size=2) for sampler in samplers]
+    config = SamplingConfig(clips_per_epoch=10, batch_size=4)
+    alone, _ = epoch_of(clips, ClipSampler(recordings, config, 1))
+    samplers = [ClipSampler(recordings, config, 1, ProcessShare(rank, 2)) for rank in (0, 1)]
+    loaders = [make_loader(clips, sampler, 0) for sampler in samplers]
     failures = FailureCounter(clips)
     halves = [list(iterate_clips(loader, failures)) for loader in loaders]
     assert [len(half) for half in halves] == [2, 2] == [len(alone), len(loaders[0])]
@@ -377,11 +380,9 @@ def test_batches_that_cannot_be_shared_are_refused():
     with pytest.raises(ValueError, match="a batch of 8 cannot be shared by 3 processes"):
         shared_samplers(3)
     with pytest.raises(ValueError, match="an epoch of 6 clips is less than one batch of 8"):
-        shared_samplers(2, n_clips=6)
-    with pytest.raises(ValueError, match="a batch of None cannot be shared by 2"):
-        shared_samplers(2, batch_size=None)
-    with pytest.raises(ValueError, match="rank is 2; with 2 it is below that"):
-        ClipSampler(["c"] * 9, None, "uniform", 0, rank=2, world_size=2, batch_size=2)
+        shared_samplers(2, n_clips=None, n_recordings=6)
+    with pytest.raises(ValueError, match="rank is 2; with a world_size of 2 it is below that"):
+        ProcessShare(rank=2, world_size=2)
 
 
 def test_an_epoch_goes_on_only_where_a_batch_starts():
@@ -393,7 +394,8 @@ def test_an_epoch_goes_on_only_where_a_batch_starts():
 
 
 def test_an_epoch_of_less_than_a_batch_is_one_small_batch(recordings, tiny_experiment):
-    sampler = ClipSampler(list(recordings["ebird_code"]), None, "uniform", 0, batch_size=4)
+    config = SamplingConfig(batch_size=4, sampling="uniform")
+    sampler = ClipSampler(recordings, config, seed=0)
     batches, _ = epoch_of(dataset(recordings, tiny_experiment), sampler)
     assert [len(batch.waveform) for batch in batches] == [3]
 
@@ -410,7 +412,8 @@ def test_a_clips_loss_counts_as_its_recordings_rating(recordings, tiny_experimen
     assert weights == pytest.approx([1.0, 0.4, 0.7])
     plain = dataset(recordings, tiny_experiment)
     assert [clip.weight for clip in plain.make_clips(requests)] == [1.0] * 3
-    sampler = ClipSampler(list(recordings["ebird_code"]), 3, "uniform", 0)
+    config = SamplingConfig(batch_size=4, sampling="uniform")
+    sampler = ClipSampler(recordings, config, seed=0)
     batch = epoch_of(rated, sampler)[0][0]
     expected = dict(zip(recordings["path"], weights, strict=True))
     assert batch.weight.dtype == torch.float32
@@ -428,13 +431,13 @@ def test_each_clip_has_its_own_downmix_and_neighbours_with_one_are_read_together
 ):
     reads = []
 
-    def read(path, sample_rate, offsets, duration, downmix):
-        reads.append((len(offsets), downmix))
-        crops = read_ramp(path, sample_rate, offsets, duration)
-        return [crop + np.float32(0 if downmix is None else 1 + downmix) for crop in crops]
+    def read(request):
+        reads.append((len(request.offsets), request.downmix))
+        shift = np.float32(0 if request.downmix is None else 1 + request.downmix)
+        return [crop + shift for crop in read_ramp(request)]
 
     augment = replace(NO_AUGMENT, downmix_probability=0.5)
-    clips = ClipDataset(recordings, CLASSES, replace(tiny_experiment, augment=augment), read)
+    clips = ClipDataset(data_of(recordings, read), replace(tiny_experiment, augment=augment))
     requests = [ClipRequest(0, position, 0) for position in range(40)]
     together = clips.make_clips(requests)
     assert sum(n for n, _ in reads) == 40
@@ -449,28 +452,22 @@ def test_each_clip_has_its_own_downmix_and_neighbours_with_one_are_read_together
 def test_a_downmix_is_the_share_of_the_first_channel(tmp_path):
     channels = np.repeat([[0.5, 0.1]], RATE, axis=0)
     soundfile.write(tmp_path / "stereo.wav", channels, RATE, subtype="FLOAT")
-    reader = ClipReader(tmp_path, tmp_path / "cache")
+    cache = RecordingCache(tmp_path, tmp_path / "cache")
     for downmix, level in ((None, 0.3), (1.0, 0.5), (0.0, 0.1), (0.25, 0.2)):
-        crop = reader("stereo.wav", RATE, [0.25], 0.5, downmix)[0]
+        crop = cache(CropRequest("stereo.wav", RATE, (0.25,), 0.5, downmix=downmix))[0]
         assert crop == pytest.approx(np.full(RATE // 2, level), abs=1e-6)
 
 
 def test_decoded_noise_is_kept_where_the_training_data_says(
     training_data, recordings, tiny_experiment, noise_file, tmp_path
 ):
-    assert training_data.noise_store == training_data.read_clip.cache / "noise"
+    assert training_data.noise_store == training_data.read_crops.folder / "noise"
     always = replace(NO_AUGMENT, noise_only_probability=1.0)
     experiment = replace(tiny_experiment, augment=always)
     made = []
     for store in (None, tmp_path / "store"):
-        clips = ClipDataset(
-            recordings=recordings,
-            classes=CLASSES,
-            experiment=experiment,
-            read_clip=read_ramp,
-            noise_files=[noise_file],
-            noise_store=store,
-        )
+        data = data_of(recordings, noise_files=[noise_file], noise_store=store)
+        clips = ClipDataset(data, experiment)
         made.append(make_clip(clips, ClipRequest(0, 0, 0)).waveform)
     assert torch.equal(*made)
     assert list((tmp_path / "store").rglob("*.npy"))
@@ -489,14 +486,7 @@ def test_a_clip_has_the_labels_of_its_own_stretch(recordings, tiny_experiment):
     names = ["filename", "ebird_code", "onset", "offset", "state", "probability"]
     table = pd.DataFrame(rows, columns=names)
     experiment = replace(tiny_experiment, augment=NO_AUGMENT)
-    clips = ClipDataset(
-        recordings=recordings,
-        classes=CLASSES,
-        experiment=experiment,
-        read_clip=read_ramp,
-        noise_files=(),
-        strong_labels=table,
-    )
+    clips = ClipDataset(data_of(recordings, strong_labels=table), experiment)
     made = clips.make_clips([ClipRequest(0, position, 0) for position in range(60)])
     starts = np.array([clip.waveform[0].item() * 100 for clip in made])  # of two seconds each
     targets = np.array([clip.target.tolist() for clip in made])
@@ -513,18 +503,16 @@ def test_training_data_reads_labels_with_times(training_data, demo_folder, tmp_p
     names = ["filename", "ebird_code", "onset", "offset", "state", "probability"]
     first = training_data.recordings.iloc[0]
     row = (first["filename"], first["ebird_code"], 0.0, 1.0, "present", 1.0)
-    labels, reader = tmp_path / "labels.csv", training_data.read_clip
+    labels, cache = tmp_path / "labels.csv", training_data.read_crops.folder
     pd.DataFrame([row], columns=names).to_csv(labels, index=False)
-    output = reader.cache.parent
-    data = load_training_data(
-        demo_folder, output / "folds.csv", output / "audit.csv", reader.cache, labels=labels
-    )
+    folds, audit = cache.parent / "folds.csv", cache.parent / "audit.csv"
+    data = load_training_data(demo_folder, folds=folds, audit=audit, cache=cache, labels=labels)
     assert data.strong_labels["filename"].tolist() == [first["filename"]]
     assert training_data.strong_labels is None
 
 
-def test_a_fold_out_of_range_lists_the_folds(recordings, tmp_path):
-    data = TrainingData(tmp_path, recordings, CLASSES, read_ramp)
+def test_a_fold_out_of_range_lists_the_folds(recordings):
+    data = data_of(recordings)
     with pytest.raises(ValueError, match="fold 7 is out of range; the folds are 0, 1"):
         data.split(7)
     training, validation = data.split(0)
@@ -549,17 +537,19 @@ def many():
     )
 
 
-def read_good(path, sample_rate, offsets, duration, downmix=None):
+def read_good(request):
+    path = request.path
     if path.startswith("bad"):
         raise AudioError(Path(path), "cannot be decoded: lost sync")
     number = int("".join(filter(str.isdigit, path)))
-    level = np.full(round(duration * sample_rate), (number + 1) / 100, dtype=np.float32)
-    return [level + np.float32(offset / 1e5) for offset in offsets]
+    n_samples = round(request.seconds * request.sample_rate)
+    level = np.full(n_samples, (number + 1) / 100, dtype=np.float32)
+    return [level + np.float32(offset / 1e5) for offset in request.offsets]
 
 
 def good_clips(many, experiment, read=read_good, **data):
     experiment = replace_nested(experiment, augment=NO_AUGMENT, train={"data": data})
-    return ClipDataset(many, CLASSES, experiment, read)
+    return ClipDataset(data_of(many, read), experiment)
 
 
 @pytest.mark.parametrize("crops", [1, 2])
@@ -598,10 +588,10 @@ def test_the_others_of_a_batch_do_not_change(many, tiny_experiment):
 
 
 def test_where_one_crop_of_several_fails_the_others_are_kept(many, tiny_experiment):
-    def read(path, sample_rate, offsets, duration, downmix=None):
-        if path == "good2.wav" and max(offsets) > 4:
-            raise AudioError(Path(path), "decodes only to 4 s of 10 s")
-        return read_good(path.replace("bad", "good"), sample_rate, offsets, duration)
+    def read(request):
+        if request.path == "good2.wav" and max(request.offsets) > 4:
+            raise AudioError(Path(request.path), "decodes only to 4 s of 10 s")
+        return read_good(replace(request, path=request.path.replace("bad", "good")))
 
     clips = good_clips(many, tiny_experiment, read)
     made = clips.make_clips([ClipRequest(0, position, 2) for position in range(8)])
@@ -648,9 +638,9 @@ def test_a_recording_that_vanished_or_shrank_fails_too(tiny_experiment, tmp_path
             "seconds": [10.0, 1.5],
         }
     )
-    reader = ClipReader(tmp_path, tmp_path / "cache")
+    cache = RecordingCache(tmp_path, tmp_path / "cache")
     experiment = replace(tiny_experiment, augment=NO_AUGMENT)
-    clips = ClipDataset(recordings, CLASSES, experiment, reader)
+    clips = ClipDataset(data_of(recordings, cache), experiment)
     clip = make_clip(clips, ClipRequest(0, 0, 0))
     assert (clip.waveform, clip.recording) == (None, "gone.wav")
     gone, short = (failure.reason for failure in clip.failures)
@@ -732,7 +722,8 @@ def test_a_worker_takes_no_more_than_is_reckoned_with(recordings, tiny_experimen
         pytest.skip("the kernel does not say what a process has of its own")
     data = {"batch_size": 64, "clips_per_epoch": None}
     clips = dataset(recordings, replace_nested(tiny_experiment, train={"data": data}))
-    sampler = ClipSampler(list(recordings["ebird_code"]), 64 * 6, "uniform", 0)
+    config = SamplingConfig(clips_per_epoch=64 * 6, batch_size=64, sampling="uniform")
+    sampler = ClipSampler(recordings, config, seed=0)
     loader = make_loader(clips, sampler, 1, "fork")
     own = 0
     for _ in iterate_clips(loader, FailureCounter(clips)):
@@ -749,21 +740,22 @@ import json, os, sys
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from threadpoolctl import threadpool_info
-from birdcall.config import AugmentConfig, replace_nested
+from birdcall.config import AugmentConfig, SamplingConfig, replace_nested
 from birdcall.experiments import find_experiment
-from birdcall.data.dataset import ClipDataset
+from birdcall.data.dataset import ClipDataset, TrainingData
 from birdcall.data.targets import ClipSampler
 from birdcall.data.loader import (FailureCounter, iterate_clips, make_loader)
 
 NOISE, FOUND = map(Path, sys.argv[1:3])
 
-def read(path, sample_rate, offsets, duration, downmix=None):
+def read(request):
     found = {
         "modules": sorted(sys.modules), "pid": os.getpid(), "torch": torch.get_num_threads(),
         "pools": [pool["num_threads"] for pool in threadpool_info()],
     }
     FOUND.write_text(json.dumps(found))
-    return [np.full(round(duration * sample_rate), 0.1, np.float32) for _ in offsets]
+    n_samples = round(request.seconds * request.sample_rate)
+    return [np.full(n_samples, 0.1, np.float32) for _ in request.offsets]
 
 if __name__ == "__main__":
     recordings = pd.DataFrame({"path": ["a"] * 4, "ebird_code": ["amecro"] * 4,
@@ -774,8 +766,10 @@ if __name__ == "__main__":
     )
     experiment = find_experiment("small_gru")
     experiment = replace_nested(experiment, augment=augment, train={"data": {"batch_size": 2}})
-    clips = ClipDataset(recordings, ["amecro"], experiment, read, [NOISE])
-    sampler = ClipSampler(["amecro"] * 4, 8, "uniform", 0)
+    data = TrainingData(Path("unused"), recordings, ("amecro",), read, [NOISE])
+    clips = ClipDataset(data, experiment)
+    config = SamplingConfig(clips_per_epoch=8, batch_size=2, sampling="uniform")
+    sampler = ClipSampler(recordings, config, seed=0)
     loader = make_loader(clips, sampler, 1, sys.argv[3])
     batches = list(iterate_clips(loader, FailureCounter(clips)))
     assert len(batches) == 4

@@ -12,6 +12,7 @@ import soundfile
 from birdcall.audio.reading import AudioError
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.data.audit import audit_recordings, usable_recordings
+from birdcall.data.cache import CropRequest
 from birdcall.data.dataset import load_training_data
 from birdcall.data.folds import make_folds, write_folds
 from birdcall.data.recordings import read_recordings
@@ -78,8 +79,8 @@ def renderer(training_data):
 
 def reader_in(renderer, folder):
     """Return the renderer with the recordings of another folder."""
-    reader = replace(renderer.read_clip, folder=folder, cache=folder / "cache")
-    return replace(renderer, read_clip=reader)
+    reader = replace(renderer.read_crops, data=folder, folder=folder / "cache")
+    return replace(renderer, read_crops=reader)
 
 
 # --- salient segments ---------------------------------------------------------------------------
@@ -354,7 +355,7 @@ def test_band_power_of_a_tone_is_that_of_a_tone():
 def test_the_recording_s_noise_outside_the_event_s_band_is_taken_out(training_data, renderer):
     path = training_data.recordings["path"].iloc[0]
     event = replace(EVENT, path=path)
-    (whole,) = training_data.read_clip(path, RATE, [0.0], 2.0, None)
+    (whole,) = training_data.read_crops(CropRequest(path, RATE, seconds=2.0))
     waveform = renderer.read_event(event)
     for band in ((300, 1500), (8000, 14000)):
         assert band_power(waveform, RATE, band) < 0.03 * band_power(whole, RATE, band)
@@ -445,7 +446,8 @@ from pathlib import Path
 from birdcall.data.dataset import load_training_data
 from birdcall.evaluation.simulated_audio import salient_segment_finder
 from birdcall.evaluation.simulation import SimulationConfig, plan_soundscapes
-data = load_training_data(*map(Path, sys.argv[1:5]))
+folder, folds, audit, cache = map(Path, sys.argv[1:5])
+data = load_training_data(folder, folds=folds, audit=audit, cache=cache)
 config = SimulationConfig(n_soundscapes=4, soundscape_seconds=30.0)
 find_segment = salient_segment_finder(data, config.sample_rate)
 print(repr(plan_soundscapes(data.recordings, 0, config, find_segment)))
@@ -463,7 +465,8 @@ def real_data(cornell_mini, tmp_path_factory):
 
 
 def test_real_recordings_make_the_same_plan_in_a_second_process(real_data):
-    data = load_training_data(*real_data)
+    folder, folds, audit, cache = real_data
+    data = load_training_data(folder, folds=folds, audit=audit, cache=cache)
     find_segment = salient_segment_finder(data, RATE)
     planned = plan_soundscapes(data.recordings, 0, CONFIG, find_segment)
     assert sum(len(one.events) for one in planned) > 20

@@ -23,7 +23,7 @@ from birdcall.training.distributed import joined_processes
 from birdcall.training.trainer import Run, start_training
 experiment = Experiment.from_dict(json.loads(sys.argv[1]))
 folder, folds, audit, cache, out = map(Path, sys.argv[2:7])
-data = load_training_data(folder, folds, audit, cache)
+data = load_training_data(folder, folds=folds, audit=audit, cache=cache)
 train_part, validation_part = data.split(0)
 with joined_processes(torch.device("cpu")) as (processes, device):
     run = Run(experiment, 0, out)
@@ -46,7 +46,7 @@ with joined_processes(torch.device("cpu")) as (processes, device):
 def results(tiny_experiment, training_data, demo_folder, tmp_path_factory):
     """Losses, score and weights of 20 steps in one process and in two."""
     out = tmp_path_factory.mktemp("distributed")
-    audited = training_data.read_clip.cache.parent
+    audited = training_data.read_crops.folder.parent
     # Dropout is the only thing that two processes draw otherwise than one.
     experiment = replace_nested(
         tiny_experiment,

@@ -1,7 +1,8 @@
-"""Filter a waveform by any curve over frequency, without delay and at little cost."""
+"""Filter a waveform by any curve over frequency, without delay; synthesise noise of a spectrum."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -78,3 +79,130 @@ def _response(sample_rate: int, curves: list[Curve]) -> np.ndarray:
 # The kernel's outer half fades: a sharp cut would ring.
 _TAPER = np.ones(HALF_KERNEL, np.float32)
 _TAPER[HALF_KERNEL // 2 :] = np.cos(np.linspace(0, np.pi / 2, HALF_KERNEL // 2)) ** 2
+
+
+# --- noise ---
+
+
+NOISE_KINDS = ("white", "pink", "brown", "rain", "wind", "hum")
+NOISE_RMS = 0.1  # of all kinds; mixing scales noise to the SNR
+
+_FLAT_BELOW_HZ = 20.0  # all spectra are flat below it, or brown noise would be one slow wave
+_RAIN_PEAK_HZ = 1_000.0
+_WIND_CORNER_HZ = 100.0
+_MAINS_HZ = 60  # North America
+_N_MAINS_HARMONICS = 16
+_HUM_FLOOR_DB = -20.0  # of the pink floor, below the lines together
+_FLUCTUATION_STEP = 64  # samples
+
+
+def make_noise(
+    kind: str, n_samples: int, sample_rate: int, generator: np.random.Generator
+) -> np.ndarray:
+    """Return float32 noise ``(n_samples,)`` of zero mean and RMS ``NOISE_RMS``.
+
+    The power spectral densities, all flat below 20 Hz:
+
+    =====  ==========================================================================
+    kind   spectrum
+    =====  ==========================================================================
+    white  flat (0 dB/octave), Gaussian
+    pink   -3 dB/octave, Gaussian
+    brown  -6 dB/octave, Gaussian
+    rain   +6 dB/octave up to 1 kHz, -3 dB/octave above; half its power are single drops
+    wind   -3 dB/octave up to 100 Hz, -9 dB/octave above; gusts swell and fade in seconds
+    hum    lines at 60, 120, … 960 Hz falling by 6 dB/octave, and 20 dB below all of them
+           together a floor of pink noise
+    =====  ==========================================================================
+    """
+    if kind not in NOISE_KINDS:
+        raise ValueError(f"noise kind is {kind!r}; choose one of {', '.join(NOISE_KINDS)}")
+    if n_samples < 1 or sample_rate < 1:
+        raise ValueError(f"n_samples {n_samples} and sample_rate {sample_rate} must be above 0")
+    if kind == "hum":
+        noise = _make_hum(n_samples, sample_rate, generator)
+    elif kind == "rain":
+        noise = _make_rain(n_samples, sample_rate, generator)
+    else:
+        noise = _white(n_samples, generator)
+    if kind in _NOISE_CURVES:
+        noise = shape_spectrum(noise, sample_rate, _NOISE_CURVES[kind])
+    if kind == "wind":
+        rate_hz = generator.uniform(0.1, 0.4)
+        gusts = slow_fluctuation(n_samples, sample_rate, rate_hz, generator)
+        noise = noise * 10 ** (np.clip(4 * gusts, -10, 10) / 20)  # 4 dB up and down
+    noise = noise - noise.mean()
+    rms = np.sqrt(np.mean(np.square(noise)))
+    return (noise * (NOISE_RMS / rms if rms > 0 else 1.0)).astype(np.float32)
+
+
+def shape_spectrum(waveform: np.ndarray, sample_rate: int, curve: Curve) -> np.ndarray:
+    """Filter a whole ``waveform`` in one transform; below 20 Hz with the gain at 20 Hz."""
+    n_fft = fft.next_fast_len(len(waveform), real=True)
+    spectrum = fft.rfft(waveform, n_fft)
+    hz = np.maximum(fft.rfftfreq(n_fft, 1 / sample_rate), _FLAT_BELOW_HZ)
+    spectrum *= curve(hz).astype(np.float32)
+    return fft.irfft(spectrum, n_fft)[: len(waveform)]
+
+
+def slow_fluctuation(
+    n_samples: int, sample_rate: int, rate_hz: float, generator: np.random.Generator
+) -> np.ndarray:
+    """Draw a smooth random curve ``(n_samples,)`` of unit variance with changes at ``rate_hz``."""
+    n_knots = max(4, int(np.ceil(n_samples / sample_rate * 2 * rate_hz)) + 3)
+    knots = generator.standard_normal(n_knots)
+    # Computed at every 64th sample and linear in between: long curves are slow otherwise.
+    n_steps = -(-n_samples // _FLUCTUATION_STEP)
+    position = np.linspace(0, n_knots - 3, n_steps + 1) + generator.random()
+    left = np.minimum(position.astype(np.int64), n_knots - 2)
+    turn = (1 - np.cos(np.pi * np.clip(position - left, 0, 1))) / 2
+    curve = knots[left] * (1 - turn) + knots[left + 1] * turn
+    curve = (curve / np.sqrt(0.75)).astype(np.float32)  # the sum varies less between knots
+    ramp = np.arange(_FLUCTUATION_STEP, dtype=np.float32) / _FLUCTUATION_STEP
+    return (curve[:-1, None] + np.diff(curve)[:, None] * ramp).ravel()[:n_samples]
+
+
+def _rain_curve(hz: np.ndarray) -> np.ndarray:
+    ratio = hz / _RAIN_PEAK_HZ
+    return np.where(ratio < 1, ratio, np.maximum(ratio, 1e-9) ** -0.5)
+
+
+def _wind_curve(hz: np.ndarray) -> np.ndarray:
+    ratio = hz / _WIND_CORNER_HZ
+    return np.where(ratio < 1, ratio**-0.5, ratio**-1.5)
+
+
+_NOISE_CURVES: dict[str, Curve] = {
+    "pink": lambda hz: hz**-0.5,
+    "brown": lambda hz: 1 / hz,
+    "rain": _rain_curve,
+    "wind": _wind_curve,
+}
+
+
+def _white(n_samples: int, generator: np.random.Generator) -> np.ndarray:
+    return generator.standard_normal(n_samples, dtype=np.float32)
+
+
+def _make_rain(n_samples: int, sample_rate: int, generator: np.random.Generator) -> np.ndarray:
+    """Return white noise with drops: a Poisson train of impulses, whose spectrum is flat."""
+    drops = np.zeros(n_samples, np.float32)
+    n_drops = generator.poisson(n_samples / sample_rate * generator.uniform(40, 200))
+    size = generator.standard_normal(n_drops, dtype=np.float32)
+    np.add.at(drops, generator.integers(0, n_samples, n_drops), size)
+    power = np.mean(np.square(drops))
+    return _white(n_samples, generator) + drops / np.sqrt(max(power, 1e-12))
+
+
+def _make_hum(n_samples: int, sample_rate: int, generator: np.random.Generator) -> np.ndarray:
+    period = sample_rate // math.gcd(sample_rate, _MAINS_HZ)  # whole cycles in whole samples
+    seconds = np.arange(period) / sample_rate
+    lines = np.zeros(period)
+    for harmonic in range(1, _N_MAINS_HARMONICS + 1):
+        if harmonic * _MAINS_HZ < sample_rate / 2:
+            phase = generator.uniform(0, 2 * np.pi)
+            lines += np.sin(2 * np.pi * harmonic * _MAINS_HZ * seconds + phase) / harmonic
+    lines = np.resize(lines.astype(np.float32), n_samples)
+    floor = shape_spectrum(_white(n_samples, generator), sample_rate, _NOISE_CURVES["pink"])
+    level = np.sqrt(np.mean(np.square(lines)) / max(np.mean(np.square(floor)), 1e-12))
+    return lines + floor * level * 10 ** (_HUM_FLOOR_DB / 20)

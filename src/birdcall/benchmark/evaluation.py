@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-
 from birdcall.benchmark.timing import peak_megabytes
+
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.evaluation.decision_search import search_decision
 from birdcall.evaluation.predictions import (

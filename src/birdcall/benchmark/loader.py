@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,13 +22,14 @@ import pandas as pd
 import soundfile
 import torch
 
+from birdcall.audio.filters import make_noise
 from birdcall.audio.reading import AudioError, iterate_audio, read_audio
 from birdcall.benchmark.frontend import label_speeds, time_in_turns
 from birdcall.config import NO_AUGMENT, SEGMENT_SECONDS, Experiment, replace_nested, require
-from birdcall.data.cache import Cache
-from birdcall.data.dataset import ClipDataset, ClipReader
+from birdcall.data.cache import CropRequest, RecordingCache
+from birdcall.data.dataset import ClipDataset, TrainingData
 from birdcall.data.loader import ClipBatch, FailureCounter, iterate_clips, make_loader
-from birdcall.data.noise import find_noise, generate_noise, make_noise
+from birdcall.data.noise import find_noise, generate_noise
 from birdcall.data.recordings import classes_of, read_recordings
 from birdcall.data.targets import ClipSampler
 from birdcall.experiments import find_experiment
@@ -119,16 +120,16 @@ class LoaderRecordings:
         """Choose recordings longer than a clip, and cache them below ``folder``."""
         chosen, seconds = [], []
         table = read_recordings(data).sample(frac=1, random_state=seed)
-        cache = Cache(folder / "cache", _RATE)
+        cache = RecordingCache(data, folder / "cache", _RATE)
         for row, path in zip(table.index, table["path"], strict=True):
             if len(chosen) == n_recordings:
                 break
             try:
-                cache.write(data, path, iterate_audio(data / path, _RATE))
+                cache.write(path, iterate_audio(data / path, _RATE))
             except AudioError as error:
                 logger.warning("left out: %s", error)
                 continue
-            length = len(cache.read_crops(data, path, [0], None)[0]) / _RATE
+            length = len(cache(CropRequest(path, _RATE))[0]) / _RATE
             if length > SEGMENT_SECONDS:
                 chosen.append(row)
                 seconds.append(length)
@@ -136,10 +137,10 @@ class LoaderRecordings:
         table = table.loc[chosen].assign(seconds=seconds)
         noise_files = find_noise(data / "noise") or generate_noise(folder / "noise", _RATE)
         logger.info("%d recordings, %.0f s on average", len(table), table["seconds"].mean())
-        return cls(table, data, cache.root, noise_files)
+        return cls(table, data, cache.folder, noise_files)
 
-    def reader(self, cached: bool) -> ClipReader:
-        return ClipReader(self.folder, self.cache if cached else self.cache / "none")
+    def reader(self, cached: bool) -> RecordingCache:
+        return RecordingCache(self.folder, self.cache if cached else self.cache / "none")
 
 
 # --- one clip after another -----------------------------------------------------------------------
@@ -159,9 +160,9 @@ def make_readers(recordings: LoaderRecordings) -> dict[str, ReadClip]:
         file = recordings.folder / path
         return librosa.load(file, sr=_RATE, offset=offset, duration=SEGMENT_SECONDS)[0]
 
-    def read(reader: ClipReader, position: ClipPosition) -> np.ndarray:
+    def read(reader: RecordingCache, position: ClipPosition) -> np.ndarray:
         path, offset = position
-        return reader(path, _RATE, [offset], SEGMENT_SECONDS)[0]
+        return reader(CropRequest(path, _RATE, (offset,), SEGMENT_SECONDS))[0]
 
     return {
         _LIBROSA: load,
@@ -238,26 +239,24 @@ class LoaderSetting:
 class LoaderRun:
     """A loader that serves one epoch after another."""
 
-    def __init__(
-        self, recordings: LoaderRecordings, setting: LoaderSetting, n_clips: int
-    ) -> None:
+    def __init__(self, recordings: LoaderRecordings, setting: LoaderSetting, n_clips: int) -> None:
         table, self.setting = recordings.table, setting
         train = setting.experiment.train
-        self.clips = ClipDataset(
+        data = TrainingData(
+            folder=recordings.folder,
             recordings=table,
             classes=classes_of(table),
-            experiment=setting.experiment,
-            read_clip=recordings.reader(setting.cached),
+            read_crops=recordings.reader(setting.cached),
             noise_files=recordings.noise_files,
             noise_store=recordings.cache / "noise" if setting.cached else None,
         )
-        self.sampler = ClipSampler(
-            list(table["ebird_code"]),
-            max(n_clips, train.data.batch_size),
-            train.data.sampling,
-            train.seed,
+        self.clips = ClipDataset(data, setting.experiment)
+        sampling = replace(
+            train.data,
+            clips_per_epoch=max(n_clips, train.data.batch_size),
             crops_per_recording=setting.crops_per_recording,
         )
+        self.sampler = ClipSampler(table, sampling, train.seed)
         self.loader = make_loader(self.clips, self.sampler, setting.workers)
         self.n_clips = len(self.loader) * train.data.batch_size
         self.failures = FailureCounter(self.clips)

@@ -77,7 +77,7 @@ class Folders:
 
         return load_training_data(
             self.data,
-            self.folds,
+            folds=self.folds,
             audit=self.audit,
             cache=self.cache,
             noise=noise,

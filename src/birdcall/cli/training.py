@@ -61,7 +61,7 @@ def _audit(
 ) -> None:
     """Decode every recording; list the unreadable, truncated, silent and duplicate ones."""
     from birdcall.data.audit import audit_recordings, describe_audit
-    from birdcall.data.cache import Cache
+    from birdcall.data.cache import RecordingCache
     from birdcall.data.recordings import check_recordings_exist, read_recordings
 
     folders = Folders(data, output)
@@ -72,7 +72,7 @@ def _audit(
         recordings,
         folders.audit,
         workers=workers,
-        cache=Cache(folders.cache) if cache else None,
+        cache=RecordingCache(data, folders.cache) if cache else None,
         progress=True,
     )
     typer.echo(describe_audit(table))

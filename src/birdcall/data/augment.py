@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,68 +28,60 @@ from birdcall.audio.frontend import SpecAugment
 from birdcall.config import AugmentConfig
 from birdcall.data.noise import NoiseFiles, ReadFailure
 
-Transform = Callable[[np.ndarray, int], np.ndarray]  # (waveform, sample rate) → waveform
+# Loader workers import this module: no audiomentations here, which imports librosa (0.6 s and 50 MB
+# per worker). Where one of its transforms is switched on, it is imported with the first clip that
+# needs it.
 
-# Loader workers import this module: no audiomentations here, which brings librosa along (0.6 s and
-# 50 MB a worker). Where a transform of it is switched on, it is imported with the first clip that
-# takes it.
-
-FILTER_ORDERS = (2, 4)  # 12 to 24 dB per octave
-COLOR_FLAT_BELOW_HZ = 50.0  # else steep noise would spend its power where no front end listens
-SLOPE_STEP_DB = 0.5
 POOL_SAMPLES = 1 << 19  # of noise of one slope, 16 s at 32 kHz; 2 MB for each slope in use
-POOL_SEED = 0
-BURST_FADE_SECONDS = 0.02
-MP3_MIN_SECONDS = 0.1  # of the encoder
-KEPT_BYTES = 31 << 20  # the most that glibc's threshold adapts to is 32 MiB
+_POOL_SEED = 0
+_FILTER_ORDERS = (2, 4)  # 12 to 24 dB per octave
+_COLOR_FLAT_BELOW_HZ = 50.0  # or steep noise would have its power where no front end has a band
+_SLOPE_STEP_DB = 0.5
+_BURST_FADE_SECONDS = 0.02
+_MP3_MIN_SECONDS = 0.1  # of the encoder
+_FREED_BYTES = 31 << 20  # glibc's threshold adapts up to 32 MiB
 
 
 class ClipAugment:
-    """What a loader worker does to one clip: what needs files or filters. The batch has the rest.
+    """What a loader worker does to a single clip: all that needs files or filters.
 
-    All draws come from the generator of the clip, none from a global one.
+    `augment_batch` does the rest. All draws come from the generator of the clip, none from a global
+    generator.
     """
 
-    def __init__(
-        self,
-        config: AugmentConfig,
-        sample_rate: int,
-        noise_files: Sequence[Path] = (),
-        noise_store: Path | None = None,
-    ) -> None:
+    def __init__(self, config: AugmentConfig, noise: NoiseFiles) -> None:
         self.config = config
-        self.sample_rate = sample_rate
-        self.noise = NoiseFiles(noise_files, sample_rate, noise_store)
+        self.sample_rate = noise.sample_rate
+        self.noise = noise
 
     def draw_downmix(self, generator: np.random.Generator) -> float | None:
         """Draw the share of a recording's first channel, or None: the mean of its channels."""
-        mixed = generator.random() < self.config.downmix_probability
+        is_drawn = generator.random() < self.config.downmix_probability
         share = generator.random()
-        return share if mixed else None
+        return share if is_drawn else None
 
     def __call__(
-        self,
-        waveform: np.ndarray,
-        generator: np.random.Generator,
-        failures: list[ReadFailure],
+        self, waveform: np.ndarray, generator: np.random.Generator, failures: list[ReadFailure]
     ) -> np.ndarray:
         """Return ``waveform`` ``(samples,)``, float32, filtered and with noise added.
 
-        The array itself is left as it is. Noise files that fail are added to ``failures``; raises
+        The array itself is not changed. Noise files that fail are added to ``failures``; raises
         NothingReadableError as `NoiseFiles.draw` does.
         """
-        reuse_freed_memory()
-        config = self.config
+        _reuse_freed_memory()
+        config, rate = self.config, self.sample_rate
 
         def happens(probability: float) -> bool:
             return bool(generator.random() < probability)
 
         if happens(config.pitch_probability):
-            waveform = shift_pitch(waveform, self.sample_rate, config.pitch_semitones, generator)
-        if happens(config.tempo_probability):
-            waveform = stretch_time(waveform, self.sample_rate, config.tempo_rate, generator)
+            shift = _build_transform("PitchShift", *config.pitch_semitones)
+            waveform = _transform(shift, waveform, rate, generator)
+        if happens(config.tempo_probability):  # pitch and number of samples stay
+            stretch = _build_transform("TimeStretch", *config.tempo_rate)
+            waveform = _transform(stretch, waveform, rate, generator)
         if curves := self._draw_curves(generator):
-            waveform = filter_waveform(waveform, self.sample_rate, curves)
+            waveform = filter_waveform(waveform, rate, curves)
         if happens(config.color_noise_probability):
             snr_db = generator.uniform(*config.color_noise_snr_db)
             waveform = mix_at_snr(waveform, self._color_noise(len(waveform), generator), snr_db)
@@ -101,11 +92,11 @@ class ClipAugment:
         if happens(config.short_noise_probability):
             waveform = self._add_bursts(waveform, generator, failures)
         if happens(config.mp3_probability):
-            waveform = encode_mp3(waveform, self.sample_rate, config.mp3_kbps, generator)
+            waveform = encode_mp3(waveform, rate, config.mp3_kbps, generator)
         return waveform
 
     def _draw_curves(self, generator: np.random.Generator) -> list[Curve]:
-        """Draw what is done to the clip's spectrum; all of it is one filter."""
+        """Draw the changes of the clip's spectrum; together they are one filter."""
         config, curves = self.config, []
         if generator.random() < config.low_pass_probability:
             curves.append(low_pass_curve(*_draw_filter(config.low_pass_hz, generator)))
@@ -122,7 +113,7 @@ class ClipAugment:
     def _add_bursts(
         self, waveform: np.ndarray, generator: np.random.Generator, failures: list[ReadFailure]
     ) -> np.ndarray:
-        """Add bursts of bird-free sound, of coloured noise where there are no files."""
+        """Add bursts of bird-free noise, of coloured noise where there are no files."""
         config, power = self.config, _power(waveform)
         lowest, highest = config.short_noise_count
         noisy = waveform.copy()
@@ -135,7 +126,7 @@ class ClipAugment:
                 burst = self.noise.draw(n_samples, generator, failures)
             else:
                 burst = self._color_noise(n_samples, generator)
-            burst = fade_ends(burst, round(BURST_FADE_SECONDS * self.sample_rate))
+            burst = fade_ends(burst, round(_BURST_FADE_SECONDS * self.sample_rate))
             noisy[start : start + n_samples] += _gain_to(power, burst, snr_db) * burst
         return noisy
 
@@ -143,14 +134,14 @@ class ClipAugment:
 def mix_at_snr(waveform: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
     """Add ``noise`` to ``waveform``, both ``(samples,)``, at this ratio of their mean powers.
 
-    Where either is silent there is no such ratio, and the waveform stays as it is.
+    Where either is silent there is no such ratio, and the waveform is returned as it is.
     """
     gain = _gain_to(_power(waveform), noise, snr_db)
     return waveform + gain * noise if gain else waveform
 
 
 def _gain_to(power: float, noise: np.ndarray, snr_db: float) -> np.float32:
-    """Return the factor on ``noise`` that puts it so far below ``power``; 0 for silence."""
+    """Return the factor on ``noise`` that puts it ``snr_db`` below ``power``; 0 for silence."""
     noise_power = _power(noise)
     if power == 0 or noise_power == 0:
         return np.float32(0)
@@ -167,18 +158,18 @@ def color_noise(
 ) -> np.ndarray:
     """Return noise ``(n_samples,)``, float32, of ``slope_db`` decibels per octave.
 
-    Two stretches of a pool of such noise, at places and in a ratio that are drawn, are added: a sum
-    of Gaussian noise is Gaussian noise, drawing and filtering it anew would take 2 ms of 5 s, and
-    there are 3e11 pairs of places, so that no two clips have the same noise. The slope is rounded
-    to `SLOPE_STEP_DB`, of which each has its pool.
+    Two parts of a pool of such noise are added, with random starts and a random ratio: a sum of
+    Gaussian noise is Gaussian noise. To draw and filter it anew would take 2 ms for 5 s. There are
+    3e11 pairs of starts, so no two clips have the same noise. The slope is rounded to 0.5 dB; each
+    rounded slope has its pool.
     """
-    pool = _color_pool(round(slope_db / SLOPE_STEP_DB), sample_rate)
+    pool = _color_pool(round(slope_db / _SLOPE_STEP_DB), sample_rate)
     angle = generator.uniform(0, 2 * math.pi)
     noise = np.zeros(n_samples, np.float32)
     for share in (math.cos(angle), math.sin(angle)):
         start = int(generator.integers(len(pool)))
         filled = 0
-        while filled < n_samples:  # the pool is a ring
+        while filled < n_samples:  # the pool is circular
             part = pool[start : start + n_samples - filled]
             noise[filled : filled + len(part)] += np.float32(share) * part
             filled, start = filled + len(part), 0
@@ -187,15 +178,15 @@ def color_noise(
 
 @cache
 def _color_pool(slope_steps: int, sample_rate: int) -> np.ndarray:
-    white = np.random.default_rng(POOL_SEED).standard_normal(POOL_SAMPLES, dtype=np.float32)
+    white = np.random.default_rng(_POOL_SEED).standard_normal(POOL_SAMPLES, dtype=np.float32)
     n_after = padded_length(POOL_SAMPLES) - POOL_SAMPLES - HALF_KERNEL
     ring = np.pad(white, (HALF_KERNEL, n_after), mode="wrap")
-    curve = slope_curve(slope_steps * SLOPE_STEP_DB, COLOR_FLAT_BELOW_HZ)
+    curve = slope_curve(slope_steps * _SLOPE_STEP_DB, _COLOR_FLAT_BELOW_HZ)
     return filter_padded(ring, sample_rate, [curve])[:POOL_SAMPLES]
 
 
 def fade_ends(waveform: np.ndarray, n_fade: int) -> np.ndarray:
-    """Let the first and last ``n_fade`` samples, a half at most, rise and fall along a cosine."""
+    """Fade the first ``n_fade`` samples in and the last ones out, along a cosine; at most half."""
     n_fade = min(n_fade, len(waveform) // 2)
     envelope = np.ones(len(waveform), np.float32)
     rise = np.sin(np.pi / 2 * (np.arange(n_fade, dtype=np.float32) + 0.5) / max(1, n_fade)) ** 2
@@ -209,80 +200,48 @@ def _draw_filter(
 ) -> tuple[float, int]:
     """Draw cutoff, evenly over octaves, and order."""
     cutoff_hz = math.exp(generator.uniform(*map(math.log, bounds_hz)))
-    return cutoff_hz, int(generator.integers(FILTER_ORDERS[0], FILTER_ORDERS[1] + 1))
+    return cutoff_hz, int(generator.integers(_FILTER_ORDERS[0], _FILTER_ORDERS[1] + 1))
 
 
-# --- by audiomentations --------------------------------------------------------------------------
+# --- audiomentations ---
 
 
-def shift_pitch(
-    waveform: np.ndarray,
-    sample_rate: int,
-    semitones: tuple[float, float],
-    generator: np.random.Generator,
-) -> np.ndarray:
-    """Shift all pitches by so many semitones, drawn from ``semitones``; the tempo stays."""
-    return _transform(_pitch_shift(*semitones), waveform, sample_rate, generator)
-
-
-def stretch_time(
-    waveform: np.ndarray,
-    sample_rate: int,
-    rate: tuple[float, float],
-    generator: np.random.Generator,
-) -> np.ndarray:
-    """Play so many times as fast, drawn from ``rate``; pitch and number of samples stay.
-
-    What is faster ends in silence, what is slower loses its end.
-    """
-    return _transform(_time_stretch(*rate), waveform, sample_rate, generator)
+_Transform = Callable[[np.ndarray, int], np.ndarray]  # (waveform, sample rate) → waveform
 
 
 def encode_mp3(
-    waveform: np.ndarray,
-    sample_rate: int,
-    kbps: tuple[int, int],
-    generator: np.random.Generator,
+    waveform: np.ndarray, sample_rate: int, kbps: tuple[int, int], generator: np.random.Generator
 ) -> np.ndarray:
-    """Encode as mp3, of a bit rate drawn from ``kbps``, and decode; samples keep their places."""
-    n_missing = math.ceil(MP3_MIN_SECONDS * sample_rate) - len(waveform)
+    """Encode as mp3 with a bit rate drawn from ``kbps``, and decode; samples are not shifted."""
+    n_missing = math.ceil(_MP3_MIN_SECONDS * sample_rate) - len(waveform)
     padded = np.pad(waveform, (0, n_missing)) if n_missing > 0 else waveform
-    return _transform(_mp3_compression(*kbps), padded, sample_rate, generator)[: len(waveform)]
-
-
-# Each of a range's own, made once: to make one takes longer than to use it.
-@cache
-def _pitch_shift(lowest: float, highest: float) -> Transform:
-    from audiomentations import PitchShift
-
-    return PitchShift(lowest, highest, p=1.0)
+    encode = _build_transform("Mp3Compression", *kbps)
+    return _transform(encode, padded, sample_rate, generator)[: len(waveform)]
 
 
 @cache
-def _time_stretch(lowest: float, highest: float) -> Transform:
-    from audiomentations import TimeStretch
+def _build_transform(name: str, lowest: float, highest: float) -> _Transform:
+    """Build a transform of audiomentations, once: that takes longer than to apply it."""
+    import audiomentations
 
-    return TimeStretch(lowest, highest, leave_length_unchanged=True, p=1.0)
-
-
-@cache
-def _mp3_compression(lowest: int, highest: int) -> Transform:
-    from audiomentations import Mp3Compression
-
-    return Mp3Compression(lowest, highest, backend="fast-mp3-augment", p=1.0)
+    options = {
+        "TimeStretch": {"leave_length_unchanged": True},
+        "Mp3Compression": {"backend": "fast-mp3-augment"},
+    }.get(name, {})
+    return getattr(audiomentations, name)(lowest, highest, p=1.0, **options)
 
 
 def _transform(
-    transform: Transform, waveform: np.ndarray, sample_rate: int, generator: np.random.Generator
+    transform: _Transform, waveform: np.ndarray, sample_rate: int, generator: np.random.Generator
 ) -> np.ndarray:
-    with seeded_globals(int(generator.integers(2**32))):
-        made = transform(np.ascontiguousarray(waveform, np.float32), sample_rate)
-    return np.asarray(made, np.float32)
+    with _seeded_globals(int(generator.integers(2**32))):
+        changed = transform(np.ascontiguousarray(waveform, np.float32), sample_rate)
+    return np.asarray(changed, np.float32)
 
 
 @contextmanager
-def seeded_globals(seed: int) -> Iterator[None]:
-    """Seed the global generators, from which audiomentations draws, and put them back after."""
+def _seeded_globals(seed: int) -> Iterator[None]:
+    """Seed the global generators, from which audiomentations draws, and restore them after."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed)
@@ -293,73 +252,77 @@ def seeded_globals(seed: int) -> Iterator[None]:
         np.random.set_state(numpy_state)
 
 
-# --- memory --------------------------------------------------------------------------------------
+# --- memory ---
 
 
 @cache
-def reuse_freed_memory() -> None:
-    """Have this process keep the memory of the clips that it is done with, for the next ones.
+def _reuse_freed_memory() -> None:
+    """Make this process keep the memory of finished clips, for the next clips.
 
-    glibc hands larger blocks back to the system when they are freed, and every page of the next one
-    is a fault: 160 of them, 0.3 ms, for each array of a 5-s clip, more than all that is computed on
-    it. The size from which it does so grows to that of the largest block that has been freed.
+    glibc returns larger blocks to the system when they are freed, and every page of the next block
+    is a fault: 160 faults, 0.3 ms, for each array of a 5-s clip, more than the computation on it.
+    The size from which glibc does so grows to that of the largest block that has been freed.
     Elsewhere this does nothing.
     """
-    block = bytearray(KEPT_BYTES)
+    block = bytearray(_FREED_BYTES)
     del block
 
 
-# --- batch augment ---
+# --- batches ---
 
 
-N_PARTNERS = 2  # clips that can be added to one
+_N_PARTNERS = 2  # clips that can be added to a clip
 
 
 @dataclass(frozen=True)
 class BatchDraws:
-    """All chance of a batch, drawn on the CPU for the clips of all processes together.
+    """All random draws of a batch, made on the CPU for the clips of all processes together.
 
-    So a GPU sees what a CPU sees, and each of several processes its `part` of what one would see.
-    First dimension: the clips. index ``(n,)``: place in the whole batch; partners ``(n, 2)``: the
-    clips there that are added; mix_gain ``(n, 2)``: at so many times the clip's own level, 0: not
-    at all; shift ``(n,)``: in shares of the clip; gain ``(n,)``: linear; masks: of `SpecAugment`.
+    So a GPU gets the same draws as a CPU, and each of several processes its `part` of them. The
+    first dimension is the clip.
     """
 
-    index: Tensor
-    partners: Tensor
-    mix_gain: Tensor
-    shift: Tensor
-    gain: Tensor
-    masks: Tensor
+    index: Tensor  # (n,), in the whole batch
+    partners: Tensor  # (n, 2), the clips of the whole batch that are added
+    mix_gain: Tensor  # (n, 2), relative to the clip's level; 0: not added
+    shift: Tensor  # (n,), share of the clip
+    gain: Tensor  # (n,), linear
+    masks: Tensor  # of `SpecAugment`
 
     @classmethod
     def draw(cls, n_clips: int, config: AugmentConfig, generator: torch.Generator) -> BatchDraws:
-        """Draw for a whole batch; ``generator`` is one of the CPU."""
+        """Draw for a whole batch; ``generator`` is on the CPU."""
 
-        def chosen(probability: float) -> Tensor:
+        def happens(probability: float) -> Tensor:
             return torch.rand(n_clips, generator=generator) < probability
 
         def uniform(bounds: tuple[float, float], *shape: int) -> Tensor:
             share = torch.rand(n_clips, *shape, generator=generator)
             return bounds[0] + (bounds[1] - bounds[0]) * share
 
-        # Clips in a ring at random: each takes from the next one, or the next two.
-        ring = torch.randperm(n_clips, generator=generator)
-        partners = torch.empty(n_clips, N_PARTNERS, dtype=torch.int64)
-        for number in range(N_PARTNERS):
-            partners[ring, number] = ring.roll(-1 - number)
-        mixed = chosen(config.mixup_probability)
-        third = mixed & chosen(config.mixup_third_probability)
-        mix_gain = _amplitude(uniform(config.mixup_gain_db, N_PARTNERS))
-        mix_gain *= torch.stack([mixed & (n_clips > 1), third & (n_clips > N_PARTNERS)], dim=1)
-        shift = uniform((0.0, 1.0)) * chosen(config.shift_probability)
-        gain = _amplitude(uniform(config.gain_db) * chosen(config.gain_probability))
-        hide = SpecAugment(config.time_mask_share, config.mel_mask_share, config.n_masks)
-        masks = hide.draw(n_clips, generator)
-        return cls(torch.arange(n_clips), partners, mix_gain, shift, gain, masks)
+        # Clips in a random circle: each takes from the next one, or the next two.
+        circle = torch.randperm(n_clips, generator=generator)
+        partners = torch.empty(n_clips, _N_PARTNERS, dtype=torch.int64)
+        for number in range(_N_PARTNERS):
+            partners[circle, number] = circle.roll(-1 - number)
+        mixed = happens(config.mixup_probability)
+        third = mixed & happens(config.mixup_third_probability)
+        mix_gain = _amplitude(uniform(config.mixup_gain_db, _N_PARTNERS))
+        mix_gain *= torch.stack([mixed & (n_clips > 1), third & (n_clips > _N_PARTNERS)], dim=1)
+        shift = uniform((0.0, 1.0)) * happens(config.shift_probability)
+        gain = _amplitude(uniform(config.gain_db) * happens(config.gain_probability))
+        masking = SpecAugment(config.time_mask_share, config.mel_mask_share, config.n_masks)
+        return cls(
+            index=torch.arange(n_clips),
+            partners=partners,
+            mix_gain=mix_gain,
+            shift=shift,
+            gain=gain,
+            masks=masking.draw(n_clips, generator),
+        )
 
     def part(self, start: int, stop: int) -> BatchDraws:
-        """Return the draws of some of the clips; partners are counted in the whole batch still."""
+        """Return the draws of some of the clips; ``partners`` still index the whole batch."""
         return BatchDraws(*(getattr(self, item.name)[start:stop] for item in fields(self)))
 
 
@@ -367,19 +330,19 @@ def augment_batch(
     waveform: Tensor,
     target: Tensor,
     draws: BatchDraws,
-    everyone: tuple[Tensor, Tensor] | None = None,
+    whole_batch: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mix, then shift, then change the gain; return new tensors on the same device.
 
-    waveform ``(batch, samples)``, target ``(batch, classes)``; ``everyone``: both of the whole
-    batch, where these are a part of it. What is added is brought to the clip's own power times the
-    drawn gain, so that both are heard, and targets become unions (3rd, 4th place); a silent clip
-    has no power to be matched: it takes and gives nothing.
-    The shift turns a clip round as a ring: what leaves at its end comes in at its start.
+    waveform ``(batch, samples)``, target ``(batch, classes)``; ``whole_batch``: both of the whole
+    batch, where these are a part of it. A partner is brought to the clip's power times the drawn
+    gain, so that both are audible, and the target is the union (3rd, 4th place); a silent clip has
+    no power to match: nothing is added to it, and it is not added. The shift is circular.
     """
-    everyone = (waveform, target) if everyone is None else everyone
-    scale = _mix_scale(everyone[0], draws)
+    waveforms, targets = (waveform, target) if whole_batch is None else whole_batch
+    scale = _mix_scale(waveforms, draws)
     augmented = torch.empty_like(waveform)
+    n_samples = waveform.shape[1]
     rows = zip(
         *(item.tolist() for item in (draws.partners, draws.mix_gain, draws.shift, draws.gain)),
         strict=True,
@@ -387,13 +350,18 @@ def augment_batch(
     # Clip by clip: on a CPU a third of the time of whole-batch operations, as most clips need few
     # of them; on a GPU some ten launches. Nothing here waits for the device.
     for row, (partners, mix_gain, shift, gain) in enumerate(rows):
-        n_shift = int(shift * waveform.shape[1])
-        _copy_shifted(waveform[row], augmented[row], n_shift, gain)
+        n_shift = int(shift * n_samples)
+        parts = [(slice(0, n_samples - n_shift), slice(n_shift, n_samples))]
+        if n_shift:  # the end of the clip comes in at its start
+            parts.append((slice(n_samples - n_shift, n_samples), slice(0, n_shift)))
+        for source, goal in parts:
+            torch.mul(waveform[row, source], gain, out=augmented[row, goal])
         for number, partner in enumerate(partners):
             if mix_gain[number]:
                 factor = scale[row, number] * gain
-                _add_shifted(everyone[0][partner], augmented[row], n_shift, factor)
-    return augmented, _unite(target, everyone[1], draws.partners.to(target.device), scale > 0)
+                for source, goal in parts:
+                    augmented[row, goal].addcmul_(waveforms[partner, source], factor)
+    return augmented, _unite(target, targets, draws.partners.to(target.device), scale > 0)
 
 
 def _mix_scale(waveform: Tensor, draws: BatchDraws) -> Tensor:
@@ -401,33 +369,19 @@ def _mix_scale(waveform: Tensor, draws: BatchDraws) -> Tensor:
     mix_gain = draws.mix_gain.to(waveform.device)
     if not draws.mix_gain.any():
         return mix_gain
-    norm = torch.linalg.vector_norm(waveform, dim=1)  # ratios of it are those of the RMS
+    norm = torch.linalg.vector_norm(waveform, dim=1)  # ratios of norms are those of the RMS
     index, partners = draws.index.to(waveform.device), draws.partners.to(waveform.device)
-    own, other = norm[index][:, None], norm[partners]
-    audible = (own > 0) & (other > 0)
-    return torch.where(audible, mix_gain * own / other.clamp(min=1e-30), 0)
+    norm_of_clip, norm_of_partner = norm[index][:, None], norm[partners]
+    audible = (norm_of_clip > 0) & (norm_of_partner > 0)
+    return torch.where(audible, mix_gain * norm_of_clip / norm_of_partner.clamp(min=1e-30), 0)
 
 
-def _copy_shifted(source: Tensor, out: Tensor, n_shift: int, gain: float) -> None:
-    n_left = len(out) - n_shift
-    torch.mul(source[:n_left], gain, out=out[n_shift:])
-    if n_shift:
-        torch.mul(source[n_left:], gain, out=out[:n_shift])
+def _unite(target: Tensor, targets: Tensor, partners: Tensor, is_added: Tensor) -> Tensor:
+    """Return the union of a clip's target and those of its added partners.
 
-
-def _add_shifted(source: Tensor, out: Tensor, n_shift: int, factor: Tensor) -> None:
-    n_left = len(out) - n_shift
-    out[n_shift:].addcmul_(source[:n_left], factor)
-    if n_shift:
-        out[:n_shift].addcmul_(source[n_left:], factor)
-
-
-def _unite(target: Tensor, everyone: Tensor, partners: Tensor, heard: Tensor) -> Tensor:
-    """Return the union of a clip's target and of those that were added.
-
-    A class is UNKNOWN (-1) where it is so in one of them and positive in none.
+    A class is IGNORE_TARGET (-1) where it is so in one of them and positive in none.
     """
-    others = torch.where(heard[..., None], everyone[partners], target[:, None])
+    others = torch.where(is_added[..., None], targets[partners], target[:, None])
     together = torch.cat((target[:, None], others), dim=1)
     highest = together.amax(dim=1)
     return torch.where(highest > 0, highest, together.amin(dim=1))

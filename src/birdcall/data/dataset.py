@@ -1,9 +1,9 @@
-"""Serve training clips: crops of recordings with their targets, the same ones in every run."""
+"""Serve training clips: crops of recordings with their targets, the same clips in every run."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -18,10 +18,11 @@ from birdcall.audio.reading import AudioError, crop_or_pad, is_cut
 from birdcall.config import Experiment
 from birdcall.data.audit import read_audit, usable_recordings
 from birdcall.data.augment import ClipAugment
-from birdcall.data.cache import Cache
+from birdcall.data.cache import CropRequest, ReadCrops, RecordingCache
 from birdcall.data.folds import read_folds
 from birdcall.data.noise import (
     MAX_TRIES,
+    NoiseFiles,
     NothingReadableError,
     ReadFailure,
     find_noise,
@@ -39,23 +40,22 @@ from birdcall.data.targets import (
 
 logger = logging.getLogger(__name__)
 
-# (path below the data folder, sample rate, offsets in seconds, duration of each in seconds or None
-# for all the rest, share of the first channel or None for the channels' mean) → a waveform
-# (samples,) per offset, all of one opened recording
-ReadClip = Callable[[str, int, Sequence[float], float | None, float | None], list[np.ndarray]]
+NOISE = "noise"  # in place of a recording's path
+_NOISE_INDEX = -1  # in place of a recording's index
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What runs share: recordings with ``fold`` and true ``seconds``, and a way to their sound."""
+    """What runs share: recordings with their fold, and a way to read them."""
 
-    folder: Path  # the data folder; `recordings["path"]` is below it
+    folder: Path  # the data folder
+    # With the columns of `read_recordings`, ``fold`` and the true length in ``seconds``.
     recordings: pd.DataFrame
     classes: tuple[str, ...]
-    read_clip: ReadClip
-    noise_files: Sequence[Path] = ()
-    strong_labels: pd.DataFrame | None = None  # labels with times, see `targets.StrongTargets`
-    noise_store: Path | None = None  # where decoded noise is kept, see `noise_files.NoiseFiles`
+    read_crops: ReadCrops
+    noise_files: Sequence[Path] = ()  # bird-free, to mix in and to learn nocall from
+    strong_labels: pd.DataFrame | None = None  # see `targets.StrongTargets`
+    noise_store: Path | None = None  # folder of decoded noise, see `noise.NoiseFiles`
 
     @property
     def folds(self) -> list[int]:
@@ -74,27 +74,9 @@ class TrainingData:
         return split_noise(self.noise_files, self.folds.index(fold), len(self.folds))
 
 
-@dataclass(frozen=True)
-class ClipReader:
-    """A `ReadClip`: from the cache where the audit has left one, else by seeking in the file."""
-
-    folder: Path
-    cache: Path
-
-    def __call__(
-        self,
-        path: str,
-        sample_rate: int,
-        offsets: Sequence[float],
-        duration: float | None,
-        downmix: float | None = None,
-    ) -> list[np.ndarray]:
-        cache = Cache(self.cache, sample_rate)
-        return cache.read_crops(self.folder, path, offsets, duration, downmix)
-
-
 def load_training_data(
     folder: Path,
+    *,
     folds: Path,
     audit: Path,
     cache: Path,
@@ -103,21 +85,18 @@ def load_training_data(
 ) -> TrainingData:
     """Join the recordings of ``folder`` with their audit and folds; open cache and noise.
 
-    Recordings that the audit leaves out are not in it. Bird-free sound is taken from ``noise``,
+    Recordings that the audit leaves out are not included. Bird-free noise is taken from ``noise``,
     else from ``noise/`` in the data folder or beside it; without any it is generated, beside the
-    cache. ``labels``: a file of labels with times, which targets then come from.
+    cache. ``labels``: a file of strong labels, from which targets are then made.
     """
     recordings = read_recordings(folder)
     classes = classes_of(recordings)
     recordings = usable_recordings(recordings, read_audit(audit))
-    recordings = recordings.merge(
-        read_folds(folds, recordings)[["filename", "fold"]],
-        on="filename",
-        validate="one_to_one",
-    )
+    fold_of = read_folds(folds, recordings)[["filename", "fold"]]
+    recordings = recordings.merge(fold_of, on="filename", validate="one_to_one")
     check_recordings_exist(recordings, folder)
-    places = [noise] if noise is not None else [folder / "noise", folder.parent / "noise"]
-    noise_files = next((files for place in places if (files := find_noise(place))), [])
+    folders = [noise] if noise is not None else [folder / "noise", folder.parent / "noise"]
+    noise_files = next((files for path in folders if (files := find_noise(path))), [])
     if not noise_files:
         if noise is not None:
             raise FileNotFoundError(f"{noise}: no audio in this folder of noise")
@@ -127,7 +106,7 @@ def load_training_data(
         folder=folder,
         recordings=recordings,
         classes=classes,
-        read_clip=ClipReader(folder, cache),
+        read_crops=RecordingCache(folder, cache),
         noise_files=noise_files,
         strong_labels=None if labels is None else read_strong_labels(labels, recordings, classes),
         noise_store=cache / "noise",
@@ -137,10 +116,10 @@ def load_training_data(
 def check_classes(
     training: pd.DataFrame, validation: pd.DataFrame, classes: Sequence[str], fold: int
 ) -> None:
-    """Warn of classes that no recording of the training or of the validation part is of."""
+    """Warn of classes without a recording in the training or in the validation part."""
     for part, recordings, consequence in (
         ("training", training, "they are learnt from secondary labels, if at all"),
-        ("validation", validation, "its scores say nothing of them"),
+        ("validation", validation, "its scores do not cover them"),
     ):
         missing = sorted(set(classes) - set(recordings["ebird_code"]))
         if missing:
@@ -151,110 +130,93 @@ def check_classes(
 
 
 class Clip(NamedTuple):
-    """A training clip, and what could not be read on the way to it.
+    """A training clip, and the files that could not be read for it."""
 
-    waveform: ``(clip samples,)``, None where neither the recording nor any other tried could be
-    read; target: ``(classes,)``; weight: how much its loss counts; recording: the path that it was
-    cut from, ``NOISE`` for bird-free sound alone.
-    """
-
-    waveform: Tensor | None
-    target: Tensor
-    weight: float
-    recording: str
+    waveform: Tensor | None  # (clip samples,); None: no recording that was tried can be read
+    target: Tensor  # (classes,)
+    weight: float  # of its loss
+    recording: str  # path; ``NOISE`` for bird-free noise alone
     failures: tuple[ReadFailure, ...]
 
 
 class ClipDataset:
-    """Clips of recordings with their targets, a batch's at a time.
+    """Clips of ``data.recordings`` with their targets, a batch at a time.
 
-    recordings: rows with ``path``, ``ebird_code``, ``secondary_codes`` and ``seconds`` (the true
-    length), where ratings weigh the loss ``rating``, with ``strong_labels`` ``filename``.
-    noise_files: bird-free sound, to mix in and to learn nocall from. strong_labels: labels with
-    times, for targets by what is present in a clip. noise_store: where decoded noise is kept, for
-    all workers. A clip depends on the experiment's seed and its request alone.
+    A clip depends on the experiment's seed and its request alone. Where ratings weigh the loss, the
+    recordings have a ``rating``; with strong labels, a ``filename``.
     """
 
-    def __init__(
-        self,
-        recordings: pd.DataFrame,
-        classes: Sequence[str],
-        experiment: Experiment,
-        read_clip: ReadClip,
-        noise_files: Sequence[Path] = (),
-        strong_labels: pd.DataFrame | None = None,
-        noise_store: Path | None = None,
-    ) -> None:
-        loss = experiment.train.loss
+    def __init__(self, data: TrainingData, experiment: Experiment) -> None:
+        recordings, loss = data.recordings, experiment.train.loss
         self.experiment = experiment
-        self.read_clip = read_clip
-        self.noise_files = list(noise_files)
+        self.read_crops = data.read_crops
+        self.noise_files = list(data.noise_files)
         self.paths = list(recordings["path"])
         self.seconds = recordings["seconds"].to_numpy(dtype=np.float64)
         self.codes = pd.factorize(recordings["ebird_code"])[0]
-        self.targets = make_targets(recordings, classes, loss.secondary_label_weight)
-        self.timed = (
-            None if strong_labels is None else StrongTargets(recordings, classes, strong_labels)
+        self.targets = make_targets(recordings, data.classes, loss.secondary_label_weight)
+        self.strong_targets = (
+            None
+            if data.strong_labels is None
+            else StrongTargets(recordings, data.classes, data.strong_labels)
         )
         self.weights = (
             rating_weights(recordings["rating"]) if loss.rating_weight else np.ones(len(self.paths))
         )
-        self.augment = ClipAugment(
-            experiment.augment, experiment.frontend.sample_rate, self.noise_files, noise_store
-        )
+        noise = NoiseFiles(self.noise_files, experiment.frontend.sample_rate, data.noise_store)
+        self.augment = ClipAugment(experiment.augment, noise)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def make_clips(self, requests: Sequence[ClipRequest]) -> list[Clip]:
-        """Make a batch's clips; neighbours from one recording are read in one go.
+        """Make the clips of a batch; consecutive crops of one recording are read together.
 
-        Where a recording cannot be read, another takes its place, one of the same class if there
-        is one; which, depends on the request alone. `Clip.failures` tells.
+        Where a recording cannot be read, another replaces it, of the same class if possible; the
+        request alone decides which. `Clip.failures` lists what could not be read.
         """
-        drafts = [
-            _Draft(request, self.experiment, self.noise_files, self.augment) for request in requests
-        ]
-        for (index, _), group in groupby(drafts, key=lambda draft: (draft.index, draft.downmix)):
-            self._read_together(index, list(group))
+        drafts = [self._draw(request) for request in requests]
+        for (index, downmix), group in groupby(drafts, key=lambda item: (item.index, item.downmix)):
+            same = list(group)
+            if index == _NOISE_INDEX or len(same) == 1:
+                continue
+            try:
+                waveforms = self._read_crops(index, [draft.position for draft in same], downmix)
+            except (AudioError, OSError):
+                continue  # perhaps one crop only is damaged: `_finish` reads them one by one
+            for draft, waveform in zip(same, waveforms, strict=True):
+                draft.waveform = waveform
         return [self._finish(draft) for draft in drafts]
 
-    def _read_together(self, index: int, drafts: list[_Draft]) -> None:
-        """Read the crops of one recording, or leave them to `_finish`, one by one."""
-        if index == NOISE_ONLY or len(drafts) == 1:
-            return
-        try:
-            waveforms = self._read_crops(
-                index, [draft.place for draft in drafts], drafts[0].downmix
-            )
-        except (AudioError, OSError):
-            return  # perhaps one crop only is damaged: `_finish` finds out which, and reports it
-        for draft, waveform in zip(drafts, waveforms, strict=True):
-            draft.waveform = waveform
+    def _draw(self, request: ClipRequest) -> _Draft:
+        """Make the clip's first draws, before anything is read."""
+        seed = (self.experiment.train.seed, request.epoch, request.position)
+        generator = np.random.default_rng(seed)
+        noise_only = generator.random() < self.experiment.augment.noise_only_probability
+        return _Draft(
+            generator,
+            index=_NOISE_INDEX if noise_only and self.noise_files else request.index,
+            position=generator.random(),
+            downmix=self.augment.draw_downmix(generator),
+        )
 
     def _finish(self, draft: _Draft) -> Clip:
         failures: list[ReadFailure] = []
+        target, weight, recording = np.zeros(self.targets.shape[1], np.float32), 1.0, NOISE
+        waveform: Tensor | None = None
         try:
-            if draft.index == NOISE_ONLY:
+            if draft.index == _NOISE_INDEX:
                 n_samples = self.experiment.clip_samples
-                waveform = self.augment.noise.draw(n_samples, draft.generator, failures)
-                target, weight, recording = np.zeros(self.targets.shape[1], np.float32), 1.0, NOISE
+                samples = self.augment.noise.draw(n_samples, draft.generator, failures)
             else:
-                index, waveform = self._read_recording(draft, failures)
-                target, weight = self._target(index, draft.place), float(self.weights[index])
-                recording = self.paths[index]
-                waveform = self.augment(waveform, draft.generator, failures)
+                recording = self.paths[draft.index]
+                index, samples = self._read_recording(draft, failures)
+                samples = self.augment(samples, draft.generator, failures)
+                recording, weight = self.paths[index], float(self.weights[index])
+                target = self._target(index, draft.position)
+            waveform = torch.from_numpy(np.ascontiguousarray(samples, dtype=np.float32))
         except NothingReadableError:
-            recording = NOISE if draft.index == NOISE_ONLY else self.paths[draft.index]
-            nothing = torch.zeros(self.targets.shape[1])
-            return Clip(
-                waveform=None,
-                target=nothing,
-                weight=0.0,
-                recording=recording,
-                failures=tuple(failures),
-            )
-        waveform = torch.from_numpy(np.ascontiguousarray(waveform, dtype=np.float32))
+            weight = 0.0
         return Clip(
             waveform=waveform,
             target=torch.from_numpy(target),
@@ -263,24 +225,24 @@ class ClipDataset:
             failures=tuple(failures),
         )
 
-    def _target(self, index: int, place: float) -> np.ndarray:
-        """Return the target ``(classes,)`` of the clip at ``place``, as in `_read_crops`."""
-        if self.timed is not None:
+    def _target(self, index: int, position: float) -> np.ndarray:
+        """Return the target ``(classes,)`` of the clip at ``position``, as in `_read_crops`."""
+        if self.strong_targets is not None:
             clip_seconds = self.experiment.train.data.clip_seconds
-            # Below 0 for a short recording, which lies somewhere within its clip.
-            start = place * (self.seconds[index] - clip_seconds)
-            target = self.timed.find(index, start, clip_seconds)
+            # Below 0 for a recording shorter than the clip, which lies somewhere within it.
+            start = position * (self.seconds[index] - clip_seconds)
+            target = self.strong_targets.find(index, start, clip_seconds)
             if target is not None:
                 return target
         return self.targets[index]
 
     def _read_recording(self, draft: _Draft, failures: list[ReadFailure]) -> tuple[int, np.ndarray]:
-        """Read the draft's crop, of another recording where its own fails; return whose it is."""
+        """Read the draft's crop, or of another recording if that fails; return index and crop."""
         if draft.waveform is not None:
             return draft.index, draft.waveform
         for index in self._candidates(draft):
             try:
-                return index, self._read_crops(index, [draft.place], draft.downmix)[0]
+                return index, self._read_crops(index, [draft.position], draft.downmix)[0]
             except (AudioError, OSError) as error:
                 failures.append(ReadFailure.of("recording", self.paths[index], error))
         raise NothingReadableError(f"none of {len(failures)} recordings can be read")
@@ -288,56 +250,43 @@ class ClipDataset:
     def _candidates(self, draft: _Draft) -> Iterator[int]:
         """Yield the draft's recording, then others of its class at random, then any others."""
         yield draft.index
-        generator = draft.generator.spawn(1)[0]  # what the clip draws next stays the same
+        generator = draft.generator.spawn(1)[0]  # the clip's later draws stay the same
         others = generator.permutation(len(self.paths))
         others = others[others != draft.index]
-        strange = self.codes[others] != self.codes[draft.index]
-        yield from others[np.argsort(strange, kind="stable")][:MAX_TRIES].tolist()
+        is_other_class = self.codes[others] != self.codes[draft.index]
+        yield from others[np.argsort(is_other_class, kind="stable")][:MAX_TRIES].tolist()
 
     def _read_crops(
-        self, index: int, places: Sequence[float], downmix: float | None
+        self, index: int, positions: Sequence[float], downmix: float | None
     ) -> list[np.ndarray]:
-        """Read a crop at each of ``places``, shares of the way that it could start on.
+        """Read a crop at each of ``positions``, shares of the range in which it can start.
 
-        A recording shorter than the clip lies at such a place in silence.
+        A recording shorter than the clip lies at such a position in silence.
         """
         path, sample_rate = self.paths[index], self.experiment.frontend.sample_rate
-        clip_seconds, n_samples = (
-            self.experiment.train.data.clip_seconds,
-            self.experiment.clip_samples,
-        )
+        clip_seconds = self.experiment.train.data.clip_seconds
+        n_samples = self.experiment.clip_samples
         spare = self.seconds[index] - clip_seconds
         if spare > 0:
-            offsets = [place * spare for place in places]
-            crops = self.read_clip(path, sample_rate, offsets, clip_seconds, downmix)
-            return [crop_or_pad(crop, n_samples) for crop in crops]
-        whole = self.read_clip(path, sample_rate, [0.0], None, downmix)[0]
-        seconds = len(whole) / sample_rate
+            offsets = tuple(position * spare for position in positions)
+            request = CropRequest(path, sample_rate, offsets, clip_seconds, downmix=downmix)
+            return [crop_or_pad(crop, n_samples) for crop in self.read_crops(request)]
+        (recording,) = self.read_crops(CropRequest(path, sample_rate, downmix=downmix))
+        seconds = len(recording) / sample_rate
         if is_cut(seconds, self.seconds[index]):
             reason = f"has {seconds:g} s, had {self.seconds[index]:g} s when it was audited"
             raise AudioError(Path(path), reason)
-        room = max(0, n_samples - len(whole))
-        return [crop_or_pad(np.pad(whole, (round(place * room), 0)), n_samples) for place in places]
+        room = max(0, n_samples - len(recording))
+        starts = [round(position * room) for position in positions]
+        return [crop_or_pad(np.pad(recording, (start, 0)), n_samples) for start in starts]
 
 
-NOISE_ONLY = -1  # in place of a recording's index
-NOISE = "noise"  # and of its path
-
-
+@dataclass
 class _Draft:
-    """A clip's own draws, before anything is read."""
+    """What is drawn for a clip before anything is read."""
 
-    def __init__(
-        self,
-        request: ClipRequest,
-        experiment: Experiment,
-        noise_files: Sequence[Path],
-        augment: ClipAugment,
-    ) -> None:
-        seed = (experiment.train.seed, request.epoch, request.position)
-        self.generator = np.random.default_rng(seed)
-        noise_only = self.generator.random() < experiment.augment.noise_only_probability
-        self.index = NOISE_ONLY if noise_only and noise_files else request.index
-        self.place = self.generator.random()
-        self.downmix = augment.draw_downmix(self.generator)
-        self.waveform: np.ndarray | None = None
+    generator: np.random.Generator
+    index: int  # of the recording, or _NOISE_INDEX
+    position: float  # of the crop, see `ClipDataset._read_crops`
+    downmix: float | None
+    waveform: np.ndarray | None = None  # the crop, once it is read

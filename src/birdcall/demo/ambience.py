@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.signal import fftconvolve
 
-from birdcall.data.noise import NOISE_RMS, make_noise, shape_spectrum, slow_fluctuation
+from birdcall.audio.filters import NOISE_RMS, make_noise, shape_spectrum, slow_fluctuation
 from birdcall.demo.synthesis import REEDY, WHISTLE, Figure, Phrase, Species, Syllable, active_power
 
 AIR_DB_PER_KHZ_AND_METRE = 0.02  # air and leaves: at 50 m a song loses 1 dB per kHz

@@ -9,8 +9,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from birdcall.audio.filters import NOISE_KINDS
 from birdcall.config import SEGMENT_SECONDS, require, require_range, require_share
-from birdcall.data.noise import NOISE_KINDS
 from birdcall.demo.ambience import BIRD_FREE_ANIMALS, LABELLED_ANIMALS
 from birdcall.demo.songs import SPECIES
 from birdcall.demo.synthesis import Individual, Song, Species, compose_song, draw_individual

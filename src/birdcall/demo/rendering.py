@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from birdcall.data.noise import slow_fluctuation
+from birdcall.audio.filters import slow_fluctuation
 from birdcall.demo.ambience import (
     BIRD_FREE_ANIMALS,
     equalize,

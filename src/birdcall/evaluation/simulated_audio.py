@@ -12,10 +12,17 @@ import soxr
 from scipy.signal import ShortTimeFFT
 from scipy.signal.windows import hann
 
-from birdcall.audio.filters import fade_curve, filter_waveform, high_pass_curve, low_pass_curve
+from birdcall.audio.filters import (
+    fade_curve,
+    filter_waveform,
+    high_pass_curve,
+    low_pass_curve,
+    make_noise,
+)
 from birdcall.data.augment import fade_ends
-from birdcall.data.dataset import ReadClip, TrainingData
-from birdcall.data.noise import NoiseFiles, ReadFailure, make_noise
+from birdcall.data.cache import CropRequest, ReadCrops
+from birdcall.data.dataset import TrainingData
+from birdcall.data.noise import NoiseFiles, ReadFailure
 from birdcall.evaluation.simulation import (
     FindSegment,
     SalientSegment,
@@ -65,7 +72,7 @@ def salient_segment_finder(data: TrainingData, sample_rate: int) -> FindSegment:
         path = recording["path"]
         if path not in segments:
             duration = _SEARCHED_SECONDS if recording["seconds"] > _SEARCHED_SECONDS else None
-            (waveform,) = data.read_clip(path, sample_rate, [0.0], duration)
+            (waveform,) = data.read_crops(CropRequest(path, sample_rate, seconds=duration))
             segments[path] = find_salient_segment(waveform, sample_rate)
         return segments[path]
 
@@ -148,7 +155,7 @@ def _loudest_run(power: np.ndarray, active: np.ndarray, hop: float) -> tuple[int
 class SoundscapeRenderer:
     """Makes the waveforms of planned soundscapes from recordings and noise."""
 
-    read_clip: ReadClip
+    read_crops: ReadCrops
     noise: NoiseFiles
     config: SimulationConfig
 
@@ -218,7 +225,8 @@ class SoundscapeRenderer:
         """Return an event's waveform ``(samples,)``: its band only, high frequencies attenuated."""
         rate = self.config.sample_rate
         seconds = (event.offset - event.onset) * event.transposition
-        (waveform,) = self.read_clip(event.path, rate, [event.recording_onset], seconds)
+        request = CropRequest(event.path, rate, (event.recording_onset,), seconds)
+        (waveform,) = self.read_crops(request)
         if event.transposition != 1:
             waveform = soxr.resample(waveform, event.transposition * rate, rate)
         # Without a band the recording's noise would begin and end with the event.
@@ -238,7 +246,7 @@ def open_renderer(data: TrainingData, fold: int, config: SimulationConfig) -> So
     if not held_out:
         logger.warning("fold %d has no held-out noise: simulated with that of its training", fold)
     noise = NoiseFiles(held_out or training, config.sample_rate, data.noise_store)
-    return SoundscapeRenderer(data.read_clip, noise, config)
+    return SoundscapeRenderer(data.read_crops, noise, config)
 
 
 def event_gain(

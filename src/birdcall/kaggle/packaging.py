@@ -302,7 +302,7 @@ def stage_training(
     experiment = find_experiment(settings.experiment)
     _require_shareable_batch(experiment)
     training = load_training_data(
-        data, folds, audit=audit, cache=audit.parent / "cache", noise=noise, labels=labels
+        data, folds=folds, audit=audit, cache=audit.parent / "cache", noise=noise, labels=labels
     )
     training.split(settings.fold)
     model = initialise(experiment, len(training.classes), init, classes=training.classes)

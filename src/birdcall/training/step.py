@@ -120,17 +120,17 @@ def batch_loss(
     config = experiment.train
     waveform = batch.waveform.to(device, non_blocking=True)
     target = batch.target.to(device, non_blocking=True)
-    everyone = None
+    whole_batch = None
     n_clips = len(waveform) * distributed.world_size
     seed = np.random.SeedSequence((config.seed, epoch, position)).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(seed[0] >> np.uint64(1)))
     draws = BatchDraws.draw(n_clips, experiment.augment, generator)
     if distributed.world_size > 1:
         # Partners of a mix may lie in another process.
-        everyone = (distributed.gather(waveform), distributed.gather(target))
+        whole_batch = (distributed.gather(waveform), distributed.gather(target))
         part = distributed.part(n_clips)
         draws = draws.part(part.start, part.stop)
-    waveform, target = augment_batch(waveform, target, draws, everyone)
+    waveform, target = augment_batch(waveform, target, draws, whole_batch)
     augment = experiment.augment
     hide = SpecAugment(augment.time_mask_share, augment.mel_mask_share, augment.n_masks)
     log_mel = hide.hide(model.frontend(waveform), draws.masks)

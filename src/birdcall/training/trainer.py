@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from birdcall.config import Experiment, OptimizerConfig, TrainConfig
 from birdcall.data.dataset import ClipDataset, TrainingData
 from birdcall.data.loader import ClipBatch, FailureCounter, iterate_clips, make_loader
-from birdcall.data.targets import ClipSampler
+from birdcall.data.targets import ClipSampler, ProcessShare
 from birdcall.inference.ensemble import default_device
 from birdcall.models.checkpoint import STATE_FILE, Checkpoint, save_checkpoint
 from birdcall.models.sed import SEDModel
@@ -412,27 +412,8 @@ def _make_loader(
     workers: int,
     distributed: DistributedContext,
 ) -> DataLoader[ClipBatch]:
-    config = experiment.train.data
     noise, _ = data.split_noise(fold)
-    dataset = ClipDataset(
-        recordings=recordings,
-        classes=data.classes,
-        experiment=experiment,
-        read_clip=data.read_clip,
-        noise_files=noise,
-        strong_labels=data.strong_labels,
-        noise_store=data.noise_store,
-    )
-    sampler = ClipSampler(
-        list(recordings["ebird_code"]),
-        config.clips_per_epoch,
-        config.sampling,
-        experiment.train.seed,
-        ratings=list(recordings["rating"]),
-        crops_per_recording=config.crops_per_recording,
-        batch_size=config.batch_size,
-        rank=distributed.rank,
-        world_size=distributed.world_size,
-    )
-    share = distributed.part(config.batch_size)
-    return make_loader(dataset, sampler, workers, batch_size=share.stop - share.start)
+    subset = replace(data, recordings=recordings, noise_files=noise)
+    share = ProcessShare(distributed.rank, distributed.world_size)
+    sampler = ClipSampler(recordings, experiment.train.data, experiment.train.seed, share)
+    return make_loader(ClipDataset(subset, experiment), sampler, workers)
