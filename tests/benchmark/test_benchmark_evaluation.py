@@ -1,25 +1,25 @@
-"""The benchmark of evaluation reads what was stored and finds what was hidden in it."""
+"""The benchmark of evaluation scores stored predictions in a new process."""
 
 import json
 
 import numpy as np
 import pytest
 
-from birdcall.benchmark.evaluation import Size, benchmark_evaluation, make_truth
+from birdcall.benchmark.training import EvaluationSize, benchmark_evaluation, random_truth
 
 
-def test_a_small_one_says_time_memory_and_scores(tmp_path):
+def test_a_small_evaluation_gives_time_memory_and_scores(tmp_path):
     table = benchmark_evaluation(tmp_path, n_soundscapes=12, seconds=60, n_classes=10, n_members=2)
     row = table.iloc[0]
     assert (row["rows"], row["members"], row["classes"]) == (144, 2, 10)
     assert row["seconds"] > 0
     assert 0.05 < row["peak_gigabytes"] < 4
     assert row["ensemble"] > row["all_nocall"] == 0.54
-    result = json.loads((tmp_path / "made-up-outputs" / "evaluation.json").read_text())
+    result = json.loads((tmp_path / "stored" / "evaluation.json").read_text())
     assert "member 1" in result["table"]
 
 
-def test_a_smaller_one_after_a_larger_one_does_not_mix_with_it(tmp_path):
+def test_a_second_smaller_evaluation_does_not_use_the_files_of_the_first(tmp_path):
     for n_members in (2, 1):
         table = benchmark_evaluation(
             tmp_path, n_soundscapes=6, seconds=30, n_classes=4, n_members=n_members
@@ -27,8 +27,8 @@ def test_a_smaller_one_after_a_larger_one_does_not_mix_with_it(tmp_path):
     assert table["members"].item() == 1
 
 
-def test_made_up_truth_is_as_rows_of_the_competition_are():
-    truth = make_truth(Size(40, 60, 50, 1))
+def test_random_truth_resembles_the_rows_of_the_competition():
+    truth = random_truth(EvaluationSize(40, 60, 50, 1))
     counts = truth.sum(axis=1)
     assert (counts == 0).mean() == pytest.approx(0.54, abs=0.03)
     shares = np.bincount(counts[counts > 0], minlength=4)[1:4] / (counts > 0).sum()

@@ -1,5 +1,7 @@
-"""The benchmark compares like with like, on the clips it says, and writes what it measured."""
+"""The benchmark of front ends compares the same clips and writes what it measured."""
 
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -7,8 +9,14 @@ import pandas as pd
 import pytest
 import soundfile
 
-from birdcall.benchmark import frontend as benchmark
-from birdcall.benchmark.frontend import Side, benchmark_frontend, make_sides, read_clips, time_sides
+from birdcall.benchmark.frontend import (
+    Implementation,
+    benchmark_frontend,
+    frontend_table,
+    make_implementations,
+    read_clips,
+    time_in_turns,
+)
 from birdcall.config import FrontendConfig
 
 RATE = 32_000
@@ -45,14 +53,14 @@ def levels(clips):
     return np.round(np.abs(clips).max(axis=1) * 10).astype(int).tolist()
 
 
-def test_the_table_compares_all_sides_and_is_written(make_data, tmp_path):
+def test_the_table_compares_all_implementations_and_is_written(make_data, tmp_path):
     output = tmp_path / "results" / "benchmark"
     table = benchmark_frontend(make_data(6, 12), output, n_clips=3, repeats=2, configs=[CONFIG])
-    sides = set(
+    rows = set(
         table[table.device == "cpu"][["implementation", "batch_size"]].itertuples(index=False)
     )
-    assert {("librosa", 1), ("torchlibrosa", 1), ("torchlibrosa", 16)} < sides
-    assert {("birdcall", 1), ("birdcall", 16)} < sides
+    assert {("librosa", 1), ("torchlibrosa", 1), ("torchlibrosa", 16)} < rows
+    assert {("birdcall", 1), ("birdcall", 16)} < rows
     assert set(table["config"]) == {"512/320/32"}
     assert (table["seconds"] > 0).all()
     np.testing.assert_allclose(table["clips_per_second"], 3 / table["seconds"], rtol=0.1)
@@ -65,45 +73,58 @@ def test_the_table_compares_all_sides_and_is_written(make_data, tmp_path):
     assert (output / "frontend.png").stat().st_size > 10_000
 
 
-def test_ratios_refer_to_librosa_and_to_batched_torchlibrosa(monkeypatch):
+def test_ratios_refer_to_librosa_and_to_batched_torchlibrosa():
     seconds = {("librosa", 1): 6.0, ("torchlibrosa", 16): 8.0, ("birdcall", 16): 2.0}
-    silent = lambda clips: np.zeros((len(clips), 1, 1))  # noqa: E731
-    sides = [Side(name, "cpu", size, silent) for name, size in seconds]
-    monkeypatch.setattr(benchmark, "make_sides", lambda config: sides)
-    runs = [[value * factor for factor in (1.0, 50.0, 0.5)] for value in seconds.values()]
-    monkeypatch.setattr(benchmark, "time_sides", lambda *_: np.array(runs))
-    table = benchmark._benchmark_config(np.zeros((100, 5), np.float32), CONFIG, repeats=3)
-    assert table["seconds"].tolist() == [6.0, 8.0, 2.0], "the median of the runs"
+    implementations = [Implementation(name, "cpu", size, np.copy) for name, size in seconds]
+    table = frontend_table(implementations, np.array(list(seconds.values())), n_clips=100)
+    assert table["seconds"].tolist() == [6.0, 8.0, 2.0]
     assert table["times_librosa"].tolist() == [1.0, 0.75, 3.0]
     assert table["times_torchlibrosa"].tolist() == [1.33, 1.0, 4.0]
     assert table["clips_per_second"].tolist() == [16.7, 12.5, 50.0]
     assert table["times_real_time"].tolist() == [83, 62, 250]
 
 
-def test_every_side_gives_the_same_log_mel():
+def test_the_median_of_the_runs_counts(make_data, tmp_path, monkeypatch):
+    runs = {"librosa": [6.0, 300.0, 3.0], "torchlibrosa": [8.0, 400.0, 4.0], "other": [2, 100, 1]}
+
+    def time_in_turns(functions, parts, repeats):
+        names = [function.__self__.name for function in functions]
+        return np.array([runs.get(name, runs["other"]) for name in names])
+
+    monkeypatch.setattr("birdcall.benchmark.frontend.time_in_turns", time_in_turns)
+    table = benchmark_frontend(make_data(6), tmp_path, n_clips=1, repeats=3, configs=[CONFIG])
+    table = table.set_index(["implementation", "batch_size"])
+    assert table.loc[("librosa", 1), "seconds"] == 6.0
+    assert table.loc[("torchlibrosa", 16), "seconds"] == 8.0
+    assert table.loc[("birdcall", 16), "times_librosa"] == 3.0
+
+
+def test_every_implementation_gives_the_same_log_mel():
     clips = 0.1 * np.random.default_rng(0).normal(size=(3, RATE)).astype(np.float32)
-    sides = make_sides(CONFIG)
-    reference = sides[0].run(clips)
-    assert sides[0].implementation == "librosa"
+    implementations = make_implementations(CONFIG)
+    outputs = {one: np.concatenate(one.run(clips)) for one in implementations}
+    reference = outputs[implementations[0]]
+    assert implementations[0].name == "librosa"
     assert reference.shape == (3, 101, 32)
-    for side in sides:
-        np.testing.assert_allclose(side.run(clips), reference, atol=1e-3, err_msg=str(side))
+    for implementation, log_mel in outputs.items():
+        np.testing.assert_allclose(log_mel, reference, atol=1e-3, err_msg=str(implementation))
 
 
-def test_the_sides_take_turns(monkeypatch):
-    monkeypatch.setattr(benchmark, "ROUND_CLIPS", 4)
+def test_functions_take_turns_on_each_part():
     calls = []
-
-    def transform(name, clips):
-        calls.append((name, len(clips)))
-        return clips
-
-    sides = [Side(name, "cpu", 2, partial(transform, name)) for name in ("one", "other")]
-    seconds = time_sides(sides, np.zeros((6, 8)), repeats=2)
-    once = [("one", 2)] * 2 + [("other", 2)] * 2 + [("one", 2), ("other", 2)]
+    functions = [partial(lambda name, part: calls.append((name, part)), name) for name in "ab"]
+    seconds = time_in_turns(functions, ["first", "second"], repeats=2)
+    once = [("a", "first"), ("b", "first"), ("a", "second"), ("b", "second")]
     assert calls == once * 2
     assert seconds.shape == (2, 2)
     assert (seconds > 0).all()
+
+
+def test_an_implementation_runs_in_its_batches():
+    sizes = []
+    implementation = Implementation("a", "cpu", 2, lambda clips: sizes.append(len(clips)))
+    implementation.run(np.zeros((5, 8)))
+    assert sizes == [2, 2, 1]
 
 
 def test_clips_are_the_first_of_every_recording_then_the_second(make_data):
@@ -152,3 +173,21 @@ def test_a_damaged_recording_is_left_out_and_named(make_data, caplog):
 def test_impossible_requests_are_refused(make_data, tmp_path, values, message):
     with pytest.raises(ValueError, match=message):
         benchmark_frontend(make_data(5), tmp_path, **values)
+
+
+ALLOCATE = """
+from birdcall.benchmark.frontend import peak_megabytes
+import numpy as np
+before = peak_megabytes()
+allocated = np.ones(2**25)
+print(before, peak_megabytes() - before, allocated.nbytes / 2**20)
+"""
+
+
+def test_memory_is_what_the_process_takes_and_not_what_its_parent_has():
+    parent = np.ones(2**27)  # a gigabyte
+    command = [sys.executable, "-c", ALLOCATE]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    before, gained, allocated = map(float, done.stdout.split())
+    assert before < 0.5 * parent.nbytes / 2**20
+    assert gained == pytest.approx(allocated, rel=0.05)

@@ -1,4 +1,4 @@
-"""The loader's benchmark reads the same clips every way, and counts what it says it counts."""
+"""The benchmark of the loader reads the same clips in every way, and counts the right times."""
 
 from functools import partial
 from pathlib import Path
@@ -9,27 +9,23 @@ import pandas as pd
 import pytest
 
 from birdcall.audio.reading import probe_audio, read_audio
-from birdcall.benchmark import loader as benchmark
 from birdcall.benchmark.loader import (
-    CACHED,
-    LIBROSA,
-    LIBROSA_OFFSET,
-    LOADER,
-    SEEK,
-    TRAINING,
-    LoaderSide,
-    Recordings,
+    LoaderRecordings,
+    LoaderRun,
+    LoaderSetting,
     benchmark_loader,
+    compare_readers,
     make_recordings,
-    make_sides,
-    prepare_recordings,
     time_loaders,
     time_readers,
+    time_waiting,
 )
 from birdcall.config import NO_AUGMENT
 from birdcall.data.recordings import read_recordings
 
 RATE = 32_000
+LIBROSA, SEEK, CACHE = "librosa.load, whole file", "birdcall, seek in the file", "birdcall, cache"
+LOADER, TRAINING = "birdcall loader", "birdcall train, small_gru"
 
 
 @pytest.fixture(scope="module")
@@ -43,32 +39,32 @@ def clock(monkeypatch):
     """A clock that only `clock.pass_time` moves."""
     now = SimpleNamespace(seconds=0.0)
     now.pass_time = lambda seconds: setattr(now, "seconds", now.seconds + seconds)
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now.seconds)
+    monkeypatch.setattr("time.perf_counter", lambda: now.seconds)
     return now
 
 
 def recordings_of(n_recordings):
     table = pd.DataFrame({"path": [f"{i}.mp3" for i in range(n_recordings)], "seconds": 60})
-    return Recordings(table, Path("data"), Path("cache"), [])
+    return LoaderRecordings(table, Path("data"), Path("cache"), [])
 
 
-def test_the_table_compares_all_sides_and_is_written(data, tmp_path, monkeypatch):
-    one_batch = partial(benchmark.measure_waiting, n_batches=1)
-    monkeypatch.setattr(benchmark, "measure_waiting", one_batch)
+def test_the_table_compares_all_readers_and_is_written(data, tmp_path):
     output = tmp_path / "results"
-    table = benchmark_loader(data, output, n_clips=32, repeats=1, workers=(0,))
+    table = benchmark_loader(
+        data, output, n_clips=32, repeats=1, workers=(0,), n_training_batches=1
+    )
     sides = table.set_index("side")
     assert sides.index.unique().tolist() == [
-        LIBROSA, LIBROSA_OFFSET, SEEK, CACHED, LOADER, TRAINING,
+        LIBROSA, "librosa.load, offset=", SEEK, CACHE, LOADER, TRAINING
     ]  # fmt: skip
     assert sides.loc[LIBROSA, "times_librosa"] == 1.0
     speed = sides["clips_per_second"]
     assert (speed > 0).all()
-    assert speed[CACHED] > speed[LIBROSA]
+    assert speed[CACHE] > speed[LIBROSA]
     expected = (table["clips_per_second"] / speed[LIBROSA]).to_numpy()
     np.testing.assert_allclose(table["times_librosa"], expected, atol=0.1, rtol=0.02)
     assert sides.loc[SEEK, "max_difference"] < 1e-4
-    assert sides.loc[CACHED, "max_difference"] < 1e-4
+    assert sides.loc[CACHE, "max_difference"] < 1e-4
     loaders = table[table["side"] == LOADER]
     assert len(loaders) == 5
     assert (loaders["start_seconds"] > 0).all()
@@ -115,24 +111,24 @@ def test_damaged_and_short_recordings_are_left_out(tmp_path, caplog):
     (audio / "XC100000.mp3").write_bytes(b"<html>not found</html>")
     short = audio / "XC100001.mp3"
     short.write_bytes(short.read_bytes()[: short.stat().st_size // 3])
-    recordings = prepare_recordings(data, tmp_path, 10, seed=0)
+    recordings = LoaderRecordings.prepare(data, tmp_path, 10, seed=0)
     assert [Path(path).name for path in recordings.table["path"]] == ["XC100002.mp3"]
     assert recordings.table["seconds"].tolist() == [6]
     assert "XC100000.mp3" in caplog.text
     (audio / "XC100002.mp3").unlink()
     with pytest.raises(FileNotFoundError, match="XC100002"):
-        prepare_recordings(data, tmp_path, 10, seed=0)
+        LoaderRecordings.prepare(data, tmp_path, 10, seed=0)
 
 
 def test_readers_take_turns_on_the_same_clips_and_the_median_counts(monkeypatch, clock):
     calls = []
 
-    def read(name, costs, path, offset):
-        clock.pass_time(costs[len(calls) // 6])  # another price in each run
-        calls.append((name, path, offset))
+    def read(name, costs, position):
+        clock.pass_time(costs[len(calls) // 6])  # each run takes another time
+        calls.append((name, *position))
         return np.zeros(5 * RATE)
 
-    monkeypatch.setattr(benchmark, "_compare", lambda *_: [0.0, 0.5])
+    monkeypatch.setattr("birdcall.benchmark.loader.compare_readers", lambda *_: [0.0, 0.5])
     readers = {
         "slow": partial(read, "slow", [1.0, 90.0, 2.0]),
         "fast": partial(read, "fast", [0.25, 0.125, 7.0]),
@@ -151,12 +147,13 @@ def test_the_difference_is_from_the_full_decode_at_the_same_place(data):
     path = read_recordings(data)["path"][0]
     whole = read_audio(data / path, RATE)
 
-    def cut(shift, gain, _path, offset):
+    def cut(shift, gain, position):
+        _, offset = position
         start = round(offset * RATE) + shift
         return whole[start : start + 5 * RATE] * gain
 
     readers = {"same": partial(cut, 0, 1), "late": partial(cut, 1, 1), "loud": partial(cut, 0, 1.1)}
-    same, late, loud = benchmark._compare(data, readers, [(path, 0.5), (path, 1.25)])
+    same, late, loud = compare_readers(data, readers, [(path, 0.5), (path, 1.25)])
     assert same == 0
     assert late > 1e-3
     loudest = max(
@@ -165,28 +162,23 @@ def test_the_difference_is_from_the_full_decode_at_the_same_place(data):
     assert loud == pytest.approx(0.1 * loudest, rel=1e-3)
 
 
-def test_an_epoch_counts_and_the_start_of_the_workers_does_not(monkeypatch):
+def test_an_epoch_counts_and_the_start_of_the_workers_does_not():
     order = []
 
     class FakeRun:
         n_clips = 64
 
-        def __init__(self, _recordings, side, n_clips):
-            self.side = side
-            assert n_clips == 60
+        def __init__(self, setting):
+            self.setting = setting
             self.times = iter([(9.0, 99.0), (0.1, 2.0), (0.1, 50.0), (0.1, 4.0)])
 
         def run_epoch(self):
-            order.append(self.side.workers)
+            order.append(self.setting.workers)
             return next(self.times)
 
-        def stop(self):
-            order.append("stopped")
-
-    monkeypatch.setattr(benchmark, "_Run", FakeRun)
-    sides = [LoaderSide(True, 1, False), LoaderSide(False, 2, True, 4)]
-    table = time_loaders(recordings_of(1), sides, 60, repeats=3)
-    assert order == [1, 2] * 4 + ["stopped"] * 2
+    runs = [FakeRun(LoaderSetting(True, 1, False)), FakeRun(LoaderSetting(False, 2, True, 4))]
+    table = time_loaders(runs, repeats=3)
+    assert order == [1, 2] * 4
     assert table["start_seconds"].tolist() == [9.0, 9.0]
     assert table["clips_per_second"].tolist() == [16.0, 16.0]
     assert table["source"].tolist() == ["cache", "file"]
@@ -194,16 +186,18 @@ def test_an_epoch_counts_and_the_start_of_the_workers_does_not(monkeypatch):
 
 
 def test_a_run_serves_new_epochs_of_whole_batches(data, tmp_path):
-    recordings = prepare_recordings(data, tmp_path, 3, seed=0)
-    run = benchmark._Run(recordings, LoaderSide(True, 0, False), 70)
+    recordings = LoaderRecordings.prepare(data, tmp_path, 3, seed=0)
+    run = LoaderRun(recordings, LoaderSetting(True, 0, False), 70)
     assert run.n_clips == 64
     epochs = [[batch.waveform for batch in run.batches()] for _ in range(2)]
     assert [len(waveform) for waveform in epochs[0]] == [32, 32]
     assert epochs[0][0].shape == (32, 5 * RATE)
     assert not np.array_equal(epochs[0][0], epochs[1][0])
+    run.stop()
+    assert not hasattr(run, "loader"), "its workers end with it"
 
 
-def test_waiting_is_the_time_between_steps(monkeypatch, clock):
+def test_waiting_is_the_time_between_steps(clock):
     def batches():
         while True:
             clock.pass_time(1.0)
@@ -211,26 +205,23 @@ def test_waiting_is_the_time_between_steps(monkeypatch, clock):
 
     steps = []
 
-    def step(*_):
+    def step(_):
         steps.append(clock.seconds)
         clock.pass_time(3.0)
 
-    monkeypatch.setattr(benchmark, "_step", step)
-    run = SimpleNamespace(
-        batches=batches, clips=SimpleNamespace(targets=np.zeros((1, 3), np.float32))
-    )
-    waiting, seconds = benchmark._train(run, LoaderSide(True, 0, True).experiment, 5)
-    assert (waiting, seconds) == (5.0, 20.0)
+    assert time_waiting(batches(), step, 5) == (5.0, 20.0)
     assert len(steps) == 7, "two steps of warm-up are not counted"
 
 
-def test_sides_say_what_they_are():
-    sides = make_sides((0, 2))
-    assert len(set(sides)) == len(sides) == 10
-    assert {side.workers for side in sides} == {0, 2}
-    plain = [side for side in sides if not side.augmented]
-    assert all(side.experiment.augment == NO_AUGMENT for side in plain)
-    crops = {side.experiment.train.crops_per_recording for side in sides if not side.cached}
+def test_settings_cover_file_and_cache_augmentation_and_crops():
+    settings = LoaderSetting.grid((0, 2))
+    assert len(set(settings)) == len(settings) == 10
+    assert {setting.workers for setting in settings} == {0, 2}
+    plain = [setting for setting in settings if not setting.augmented]
+    assert all(setting.experiment.augment == NO_AUGMENT for setting in plain)
+    crops = {
+        setting.experiment.train.data.crops_per_recording for setting in settings if not setting.cached
+    }
     assert crops == {1, 4}
 
 

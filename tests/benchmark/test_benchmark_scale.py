@@ -1,10 +1,10 @@
-"""What large amounts of sound cost follows from what was measured, by hand."""
+"""The estimates for large amounts of audio follow from the measured costs, by hand."""
 
 import pytest
 
-from birdcall.benchmark.inference import Archive, CostMeter, Machine, read_costs, simulate_archive
+from birdcall.benchmark.scale import Archive, InferenceCosts, Machine
 
-COSTS = CostMeter(reading=2.0, front_end=1.0, network=3.0)
+COSTS = InferenceCosts(reading=2.0, front_end=1.0, network=3.0)
 
 
 def test_cores_share_all_of_the_work():
@@ -18,10 +18,10 @@ def test_beside_a_gpu_the_slower_of_reading_and_networks_decides():
 
 def test_without_failures_an_archive_takes_its_work_divided_by_the_workers():
     archive = Archive(hours=1000, n_workers=10, task_hours=2, failures_per_day=0)
-    found = simulate_archive(archive, seconds_per_hour=36.0)
-    assert found["tasks"] == 500
-    assert found["days"] == pytest.approx(1000 * 36 / 10 / 86400, abs=0.005)
-    assert found["work_done_again"] == found["lost_workers"] == 0
+    result = archive.simulate(seconds_per_hour=36.0)
+    assert result["tasks"] == 500
+    assert result["days"] == pytest.approx(1000 * 36 / 10 / 86400, abs=0.005)
+    assert result["work_done_again"] == result["lost_workers"] == 0
 
 
 def test_what_failures_cost_is_what_theory_says():
@@ -29,14 +29,13 @@ def test_what_failures_cost_is_what_theory_says():
     archive = Archive(
         hours=20_000, n_workers=20, task_hours=2, failures_per_day=24, restart_seconds=0
     )
-    found = simulate_archive(archive, seconds_per_hour=36.0)
+    result = archive.simulate(seconds_per_hour=36.0)
     task, rate = 72.0, 24 / 86400
     expected_losses = 10_000 * task * rate  # while all of the work is done once
-    assert found["lost_workers"] == pytest.approx(expected_losses, rel=0.15)
-    assert found["work_done_again"] == pytest.approx(rate * task / 2, rel=0.25)
-    slow = simulate_archive(
-        Archive(20_000, 20, 2, failures_per_day=24, restart_seconds=600), seconds_per_hour=36.0
-    )
+    assert result["lost_workers"] == pytest.approx(expected_losses, rel=0.15)
+    assert result["work_done_again"] == pytest.approx(rate * task / 2, rel=0.25)
+    archive = Archive(20_000, 20, 2, failures_per_day=24, restart_seconds=600)
+    slow = archive.simulate(seconds_per_hour=36.0)
     assert slow["longer_than_without_failures"] == pytest.approx(rate * 600, rel=0.25)
 
 
@@ -45,9 +44,9 @@ def test_costs_are_those_of_the_largest_ensemble(tmp_path):
     path.write_text(
         "members,reading_seconds,front_end_seconds,networks_seconds\n1,2,1,4\n5,2.5,1.5,20\n"
     )
-    assert read_costs(path) == CostMeter(2.5, 1.5, 4.0)
+    assert InferenceCosts.read(path) == InferenceCosts(2.5, 1.5, 4.0)
     with pytest.raises(FileNotFoundError, match="birdcall benchmark inference"):
-        read_costs(tmp_path / "none.csv")
+        InferenceCosts.read(tmp_path / "none.csv")
 
 
 @pytest.mark.parametrize("field, value", [("hours", 0), ("n_workers", 0), ("restart_seconds", -1)])

@@ -89,7 +89,7 @@ def _evaluation(
     members: Annotated[int, typer.Option(min=1, help="Number of members.")] = 5,
 ) -> None:
     """Time an evaluation of stored predictions in a new process, and measure its memory."""
-    from birdcall.benchmark.evaluation import benchmark_evaluation
+    from birdcall.benchmark.training import benchmark_evaluation
 
     table = benchmark_evaluation(
         output, n_soundscapes=soundscapes, seconds=seconds, n_classes=classes, n_members=members
@@ -127,7 +127,7 @@ def _memory(
     hours: Annotated[float, typer.Option(help="Length of the long recording.")] = 24.0,
 ) -> None:
     """Measure the memory that inference takes for a recording of 10 minutes and a long one."""
-    from birdcall.benchmark.inference import benchmark_memory
+    from birdcall.benchmark.scale import benchmark_memory
 
     folder = Folders(data, output).benchmark
     table = benchmark_memory(data, folder, long_seconds=3600 * hours)
@@ -144,7 +144,7 @@ def _scale(
     members: Annotated[int, typer.Option(min=1, help="Members that predict the archive.")] = 5,
 ) -> None:
     """Estimate the time for the hidden test set and an archive, from `benchmark inference`."""
-    from birdcall.benchmark.inference import Archive, benchmark_scale
+    from birdcall.benchmark.scale import Archive, benchmark_scale
 
     archive = Archive(hours=hours, n_workers=workers, failures_per_day=failures)
     hidden, estimate = benchmark_scale(Folders(data, output).benchmark, archive, members)
