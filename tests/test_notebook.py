@@ -81,7 +81,7 @@ def test_it_shows_waveform_spectrograms_benchmark_architecture_and_detections(ex
     sources = [cell.source for cell in code_cells(executed) if figures_of(cell)]
     for shown in (
         *("detail.plot", "power_db", "log_mel(batch)", "frontend.png"),
-        *("plot_architecture", "scores.frames"),
+        *("plot_architecture", "predictions.frames"),
     ):
         assert sum(shown in source for source in sources) == 1, shown
 

@@ -14,20 +14,20 @@
 # %% [markdown]
 # # How to classify a sound?
 #
-# A bird sings for two seconds, somewhere in a minute of wind. Which bird, and when? This notebook
-# goes the whole way, one small step at a time: from sound to a waveform, from the waveform to a
-# picture, and from the picture to names with times.
+# A bird sings for two seconds in a minute of wind. Which bird is it, and when does it sing? This
+# notebook answers in small steps: from sound to a waveform, from the waveform to a picture, and
+# from the picture to species with times.
 #
 # 1. [The sound and its waveform](#1.-The-sound-and-its-waveform)
 # 2. [The spectrogram](#2.-The-spectrogram)
 # 3. [Log-mel](#3.-Log-mel)
 # 4. [How fast is it?](#4.-How-fast-is-it?)
 # 5. [The model, stage by stage](#5.-The-model,-stage-by-stage)
-# 6. [Who sings when?](#6.-Who-sings-when?)
+# 6. [Which species sings when?](#6.-Which-species-sings-when?)
 # 7. [Summary](#7.-Summary)
 #
-# Everything is done by the package `birdcall`; the cells only call it and draw. The notebook is
-# kept as text. This command, from the root of the project, makes it a notebook and runs it:
+# The package `birdcall` does all the work; the cells call it and draw. The notebook is stored as a
+# Python file. This command, run in the root of the project, converts it to a notebook and runs it:
 #
 # ```sh
 # mkdir -p kernels/build/notebook && cd kernels/build/notebook &&
@@ -36,7 +36,8 @@
 #     jupyter execute --inplace how-to-classify-a-sound.ipynb
 # ```
 #
-# (For Kaggle, copy `kernel-metadata.json` beside it and `kaggle kernels push -p` that folder.)
+# (For Kaggle, copy `kernel-metadata.json` into the same folder and run `kaggle kernels push -p` on
+# it.)
 
 # %%
 import os
@@ -45,7 +46,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-# On Kaggle the package is a mounted data set; elsewhere it is installed.
+# On Kaggle the package is a mounted dataset; elsewhere it is installed.
 sys.path.extend(map(str, Path("/kaggle/input").glob("birdcall-*")))
 sys.path.extend(map(str, Path("/kaggle/input").glob("datasets/*/birdcall-*")))
 
@@ -74,16 +75,16 @@ from birdcall.report.architecture import plot_architecture
 from birdcall.taxonomy import display_name
 
 # %% [markdown]
-# What can be set, by environment variables of the same names or right here:
+# Settings: change them here, or set environment variables of the same names.
 
 # %%
-N_CLIPS = int(os.environ.get("N_CLIPS", "48"))  # that are timed
-REPEATS = int(os.environ.get("REPEATS", "3"))  # of the timing; the median counts
-EPOCHS = int(os.environ.get("EPOCHS", "30"))  # of the training, where no trained model is found
+N_CLIPS = int(os.environ.get("N_CLIPS", "48"))  # for the benchmark
+REPEATS = int(os.environ.get("REPEATS", "3"))  # of the benchmark; the median counts
+EPOCHS = int(os.environ.get("EPOCHS", "30"))  # of the training, if there is no trained model
 MANY_RECORDINGS = 500  # too many to train on in a notebook
 SHOWN_SECONDS = 40  # of a soundscape
-DATA = os.environ.get("DATA", "")  # a folder in the competition's layout; "": look for one
-PACKAGE = os.environ.get("PACKAGE", "")  # a folder of `birdcall package`; "": look for one
+DATA = os.environ.get("DATA", "")  # a folder in the layout of the competition; "": search
+PACKAGE = os.environ.get("PACKAGE", "")  # a folder written by `birdcall package`; "": search
 
 MOUNTS = Path("/kaggle/input")
 DEVICE = default_device()
@@ -93,25 +94,25 @@ plt.rcParams["figure.constrained_layout.use"] = True
 print(f"torch {torch.__version__} on {DEVICE}, {torch.get_num_threads()} CPU threads")
 
 # %% [markdown]
-# The data is a folder as the Cornell Birdcall Identification competition has it. It is looked for
-# where Kaggle mounts it (it has two ways) and in `input/demo`. Where neither is there, some
-# minutes of synthetic birdsong are made on the spot. No download is needed anywhere.
+# The data is a folder in the layout of the Cornell Birdcall Identification competition. The next
+# cell searches the two folders where Kaggle mounts it, and `input/demo`. If there is none, it
+# synthesises some minutes of birdsong. Nothing is downloaded.
 
 
 # %%
 def find_folder(chosen: str, marker: str, *patterns: str) -> Path | None:
-    """Return the folder that holds `marker`: the chosen one, or one that is mounted or near."""
+    """Return the folder that contains `marker`: the chosen folder, or one that is mounted."""
     roots = [MOUNTS, Path.cwd(), *Path.cwd().parents]
-    found = (place for root in roots for pattern in patterns for place in root.glob(pattern))
-    places = [Path(chosen)] if chosen else found
-    folder = next((place for place in places if (place / marker).is_file()), None)
+    mounted = (folder for root in roots for pattern in patterns for folder in root.glob(pattern))
+    candidates = [Path(chosen)] if chosen else mounted
+    folder = next((folder for folder in candidates if (folder / marker).is_file()), None)
     if chosen and folder is None:
-        raise FileNotFoundError(f"{chosen}: holds no {marker}")
+        raise FileNotFoundError(f"{chosen}: this folder contains no {marker}")
     return folder
 
 
 def make_tiny_demo() -> Path:
-    """Make some minutes of sound: five synthetic species and two labelled soundscapes."""
+    """Write some minutes of audio: five synthetic species and two labelled soundscapes."""
     from birdcall.demo import DemoConfig, make_demo
 
     config = DemoConfig(
@@ -132,8 +133,8 @@ print(f"{data.name}: {len(recordings)} recordings of {len(classes)} species")
 # %% [markdown]
 # ## 1. The sound and its waveform
 #
-# Sound is air pressure that goes up and down. A microphone measures it many times a second; the
-# list of these numbers is the *waveform*. Here it is 32,000 numbers a second, between -1 and 1.
+# Sound is air pressure that goes up and down. A microphone measures it many times per second; the
+# list of these numbers is the *waveform*. Here it has 32,000 numbers per second, between -1 and 1.
 
 # %%
 SAMPLE_RATE = 32_000
@@ -157,18 +158,19 @@ detail.set(title="10 milliseconds of it", xlabel="milliseconds")
 plt.show()
 
 # %% [markdown]
-# The left picture says when it is loud, but not *what* is heard. The right one shows why: a tone is
-# a wave that repeats itself thousands of times a second. What we hear as pitch is how often.
+# The left picture shows when the recording is loud, but not *which* sound it is. The right picture
+# shows why: a tone is a wave that repeats thousands of times per second. Its pitch is the number of
+# repetitions.
 #
 # ## 2. The spectrogram
 #
-# So we ask, for short moments of sound, how much of each frequency is in it. That is a Fourier
-# transform of `n_fft` samples; `hop_length` samples later comes the next one. The result is a
-# picture: time to the right, frequency upwards, power as brightness.
+# For each short moment we compute how much of each frequency the waveform contains. That is a
+# Fourier transform of `n_fft` samples; the next transform starts `hop_length` samples later. The
+# result is a picture: time to the right, frequency upwards, power as brightness.
 #
-# It used to be computed on the CPU, a file at a time, and kept on disk. As a layer of the network
-# it runs on the GPU where there is one, in batches, and nothing needs to be kept: change a setting,
-# and the next batch has it.
+# Many projects compute it on the CPU, file by file, and store it on disk. Here it is a layer of the
+# network: it runs in batches, on the GPU if there is one, and nothing is stored. A changed setting
+# is used from the next batch on.
 
 # %%
 spectrogram = Spectrogram(n_fft=2048, hop_length=320).to(DEVICE)
@@ -178,14 +180,14 @@ with torch.inference_mode():
 print(f"{tuple(batch.shape)} -> {tuple(power.shape)} on {power.device}")
 
 # %% [markdown]
-# The four numbers are the batch, the channel (as in a grey picture), the frames (72,000 / 320, and
-# one more as both ends count) and the frequencies (2048 / 2, and one more for 0 Hz). It is the
-# layout of torchlibrosa, and the values are those of librosa.
+# The four numbers are the batch, the channel (as in a grey picture), the frames (72,000 / 320, plus
+# one because both ends count) and the frequencies (2048 / 2, plus one for 0 Hz). The layout is that
+# of torchlibrosa, and the values are those of librosa.
 
 
 # %%
 def show_image(axes: plt.Axes, level_db: np.ndarray, seconds: float, top: float) -> None:
-    """Draw decibels `(frames, bins)` over time; `top` is where the last bin lies."""
+    """Draw decibels `(frames, bins)` over time; `top` is the upper end of the axis."""
     low, high = np.percentile(level_db, (5, 99.9))
     axes.imshow(
         level_db.T, origin="lower", aspect="auto", cmap="magma", vmin=low, vmax=high,
@@ -197,27 +199,27 @@ def show_image(axes: plt.Axes, level_db: np.ndarray, seconds: float, top: float)
 power_db = 10 * np.log10(np.maximum(power[0, 0].cpu().numpy(), 1e-10))
 figure, (raw, decibels) = plt.subplots(1, 2)
 show_image(raw, power[0, 0].cpu().numpy(), 2.25, SAMPLE_RATE / 2000)
-raw.set(title="power as it is", ylabel="kHz")
+raw.set(title="power", ylabel="kHz")
 show_image(decibels, power_db, 2.25, SAMPLE_RATE / 2000)
 decibels.set(title="power in decibels", ylabel="kHz")
 plt.show()
 
 # %% [markdown]
-# Power spans a factor of a million, so the left picture is nearly black. We hear loudness by
-# factors, and decibels, the logarithm, show it as we hear it.
+# Power spans a factor of a million, so the left picture is nearly black. The human ear perceives
+# loudness by factors; decibels, a logarithm, show it in the same way.
 #
 # ## 3. Log-mel
 #
-# We hear pitch by factors, too. The *mel* scale gathers the many high frequencies in wide bins and
-# keeps the low ones apart. 1,025 frequencies become 64 mel bins, a sixteenth of the numbers, with
-# the bird's song still in them. This is the picture that the network gets.
+# The ear perceives pitch by factors, too. The *mel* scale puts the many high frequencies into wide
+# bins and the low frequencies into narrow bins. 1,025 frequencies become 64 mel bins: a sixteenth
+# of the numbers, and the song is still visible. This picture is the input of the network.
 
 # %%
 SMALL = find_experiment("small_gru")
 log_mel = LogMel(SMALL.frontend).to(DEVICE)
 with torch.inference_mode():
     image = log_mel(batch)
-print(f"{tuple(batch.shape)} -> {tuple(image.shape)}, a frame every {log_mel.frame_seconds} s")
+print(f"{tuple(batch.shape)} -> {tuple(image.shape)}, {log_mel.frame_seconds} s per frame")
 figure, axes = plt.subplots()
 show_image(axes, image[0, 0].cpu().numpy(), 2.25, SMALL.frontend.n_mels)
 axes.set(title="log-mel of the same 2.25 seconds", ylabel="mel bin")
@@ -226,10 +228,10 @@ plt.show()
 # %% [markdown]
 # ## 4. How fast is it?
 #
-# The same clips of five seconds, from the recordings above, go through librosa (one by one, as it
-# works), torchlibrosa and birdcall (one by one and in batches of 16), on the CPU and on the GPU
-# where there is one. On the GPU the way there and back is part of the time. All give the same
-# picture: `max_difference_db` is the largest difference from librosa.
+# librosa (clip by clip), torchlibrosa and birdcall (clip by clip and in batches of 16) compute the
+# log-mel of the same five-second clips, on the CPU and on the GPU if there is one. The time on the
+# GPU includes both transfers. All results are the same picture: `max_difference_db` is the largest
+# difference from librosa.
 
 # %%
 if find_spec("torchlibrosa") and find_spec("librosa"):
@@ -242,34 +244,35 @@ else:
     print("librosa or torchlibrosa is not installed: nothing to compare with")
 
 # %% [markdown]
-# Two things to take home. A GPU is fast only when it gets *many clips at once*: one by one, it
-# mostly waits. And a good algorithm comes first: torchlibrosa computes the Fourier transform of n
-# samples as a convolution, in n × n steps; the *fast* Fourier transform takes some n × log(n).
-# (A few clips on a busy machine time roughly; `birdcall benchmark frontend` takes 1,000.)
+# The table shows two things. A GPU is fast only if it gets *many clips at once*; with single clips
+# it mostly waits. And the algorithm matters most: torchlibrosa computes the Fourier transform of n
+# samples as a convolution, in n × n steps; the *fast* Fourier transform takes about n × log(n).
+# (A few clips on a busy machine give rough times; `birdcall benchmark frontend` takes 1,000 clips.)
 #
 # ## 5. The model, stage by stage
 #
-# What finds a cat in a photo finds a song in a spectrogram: a convolutional network, the
-# *backbone*. It makes the picture smaller and its channels more, until each remaining frame has a
-# list of what was seen in it. Then:
+# The network that recognises a cat in a photo also recognises a song in a spectrogram: a
+# convolutional network, the *backbone*. Layer by layer the picture gets smaller and gets more
+# channels, until each remaining frame is a list of features. Then:
 #
 # - the mean over frequency leaves a sequence in time;
-# - a *temporal layer* (here a GRU, which reads it forwards and backwards) lets each frame know its
-#   neighbours;
-# - the *attention head* says for each frame how probable each species is, the **framewise**
-#   output. It also learns which frames to listen to. The mean of the frames, weighted so, is the
+# - a *temporal layer* (here a GRU, which reads the sequence forwards and backwards) combines each
+#   frame with its neighbours;
+# - the *attention head* predicts the probability of each species in each frame, the **framewise**
+#   output. It also learns the weight of each frame. The weighted mean of the frames is the
 #   **clipwise** output.
 #
-# This is why it can be trained at all: a recording says *which* bird, not *when*. The clipwise
-# output is compared with that label, and the framewise output comes for free.
+# Because of the clipwise output the network can be trained with weak labels: the label of a
+# recording tells *which* bird sings, not *when*. The loss compares the clipwise output with the
+# label, and the framewise output needs no label.
 #
-# First, a trained model: the package of `birdcall package`, if there is one for these species. Else
-# a small one is trained right here, for a minute or two.
+# First we need a trained model: the dataset of `birdcall package`, if there is one for these
+# species. Otherwise the next cell trains a small model, in a minute or two.
 
 
 # %%
 def train_small_model() -> tuple[Path, Path]:
-    """Train on the data, or on the tiny demo if the data is large; return folder and checkpoint."""
+    """Train on the data, or on the tiny demo if the data is large; return both folders."""
     from birdcall.data.audit import audit_recordings, usable_recordings
     from birdcall.data.cache import RecordingCache
     from birdcall.data.dataset import load_training_data
@@ -287,10 +290,10 @@ def train_small_model() -> tuple[Path, Path]:
     training_data = load_training_data(folder, folds=folds, audit=table, cache=cache)
     run = Run(replace_nested(SMALL, train=train), 0, SCRATCH / "run")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # two, on two busy cores, wait for each other ten times as long
+    torch.set_num_threads(1)  # two threads on two busy cores are ten times as slow
     checkpoint = train_run(run, training_data, workers=0)
     torch.set_num_threads(threads)
-    print(f"{checkpoint.name}: {checkpoint.score} on recordings that it was not trained on")
+    print(f"{checkpoint.name}: {checkpoint.score} on the held-out recordings")
     return folder, SCRATCH / "run"
 
 
@@ -308,15 +311,15 @@ else:
 print(f"{len(ensemble.members)} members, {len(ensemble.classes)} species, on {DEVICE}")
 
 # %% [markdown]
-# This is the model (the first one, where there are several). The figure is drawn from a run on five
-# seconds: every shape in it was measured on the way.
+# This is the model (the first member of an ensemble). The figure is drawn from a run on five
+# seconds of audio: every shape in it was measured in that run.
 
 # %%
 member = ensemble.members[0]
 display(plot_architecture(member.checkpoint.experiment, len(ensemble.classes)))
 
 # %% [markdown]
-# The same as a table, from the trained weights themselves:
+# The same as a table, for the trained weights:
 
 # %%
 five_seconds = torch.zeros(1, 5 * SAMPLE_RATE, device=DEVICE)
@@ -324,41 +327,45 @@ stages = pd.DataFrame(trace_stages(member.model, five_seconds))
 display(stages[["part", "name", "shape", "n_weights"]].style.hide(axis="index"))
 
 # %% [markdown]
-# ## 6. Who sings when?
+# ## 6. Which species sings when?
 #
-# Now a soundscape: a recorder in a forest, many birds, most of them far away, and one that the
-# model has not heard. It is cut into segments of five seconds, as the competition scores them, and
-# the framewise outputs are joined again.
+# A soundscape is a long recording at one site: many birds, most of them far away. The model was not
+# trained on it. It is cut into segments of five seconds, as the competition scores them, and the
+# framewise outputs of the segments are joined again.
 
 # %%
 annotations = read_annotations(data)
 annotations = annotations[annotations["onset"] < SHOWN_SECONDS]
 is_class = annotations["ebird_code"].isin(ensemble.classes)
-filename = annotations.loc[is_class, "filename"].value_counts().idxmax()  # with most to see
+filename = annotations.loc[is_class, "filename"].value_counts().idxmax()  # the most annotations
 here = annotations["filename"] == filename
 truth, others = annotations[here & is_class], annotations[here & ~is_class]
 path = find_audio(example_audio_folder(data), filename)
-_, scores = next(predict_files(ensemble, {filename: path}, limit_seconds=SHOWN_SECONDS))
-events = detect_events(scores, decision, ensemble.classes)
-print(f"{filename}: {len(events)} detections in {scores.seconds:g} s")
+_, predictions = next(predict_files(ensemble, {filename: path}, limit_seconds=SHOWN_SECONDS))
+events = detect_events(predictions, decision, ensemble.classes)
+print(f"{filename}: {len(events)} detections in {predictions.seconds:g} s")
 display(pd.DataFrame(events))
 
 # %%
-sung = {*truth["ebird_code"], *(event.ebird_code for event in events)}
-shown = [code for code in ensemble.classes if code in sung]
+species = {*truth["ebird_code"], *(event.ebird_code for event in events)}
+shown = [code for code in ensemble.classes if code in species]
 rows = [ensemble.classes.index(code) for code in shown]
-soundscape = torch.from_numpy(read_audio(path, SAMPLE_RATE, 0.0, scores.seconds))[None].to(DEVICE)
+soundscape = torch.from_numpy(read_audio(path, SAMPLE_RATE, 0.0, predictions.seconds))[None].to(
+    DEVICE
+)
 with torch.inference_mode():
     image = log_mel(soundscape)[0, 0].cpu().numpy()
 figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(10, 4 + 0.35 * len(shown)))
-show_image(top, image, scores.seconds, image.shape[1])
+show_image(top, image, predictions.seconds, image.shape[1])
 for other in others.itertuples():
     top.plot((other.onset, other.offset), (62, 62), c="white", lw=3, solid_capstyle="butt")
-top.set(title=f"log-mel of {filename}; bar: annotated, but none of the species", ylabel="mel bin")
-top.set(xlabel="", xlim=(0, scores.seconds))
-end = scores.frames.shape[1] / FRAMES_PER_SEGMENT * SEGMENT_SECONDS
+top.set(
+    title=f"log-mel of {filename}; bar: annotated, but not one of the species", ylabel="mel bin"
+)
+top.set(xlabel="", xlim=(0, predictions.seconds))
+end = predictions.frames.shape[1] / FRAMES_PER_SEGMENT * SEGMENT_SECONDS
 frames = bottom.imshow(
-    scores.frames[rows], aspect="auto", cmap="cividis", vmin=0, vmax=1,
+    predictions.frames[rows], aspect="auto", cmap="cividis", vmin=0, vmax=1,
     extent=(0, end, len(shown), 0), interpolation="nearest",
 )  # fmt: skip
 for bird in truth.itertuples():
@@ -371,30 +378,31 @@ for event in events:
     bottom.plot((event.onset, event.offset), (line, line), c="white", lw=3, solid_capstyle="butt")
 bottom.set_yticks(np.arange(len(shown)) + 0.5, [display_name(code) for code in shown])
 title = "framewise output; outlined: annotated, line: detected"
-bottom.set(title=title, xlabel="seconds", xlim=(0, scores.seconds))
+bottom.set(title=title, xlabel="seconds", xlim=(0, predictions.seconds))
 figure.colorbar(frames, ax=bottom, label="probability")
 plt.show()
 
 # %% [markdown]
-# The upper picture is what the model sees, the lower one is what it makes of it. No one told it
-# *when* a bird sings: it was trained with one label for a whole recording. A detection is a segment
-# in which clipwise and framewise output agree, narrowed to its probable frames. Five seconds have
-# as many frames as the last rows of the architecture say: eight of them, as in the small model,
-# cannot tell an onset better than to half a second.
+# The upper picture is the input of the model, the lower picture is its output. The training labels
+# do not contain *when* a bird sings: there is one label for a whole recording. A detection is a
+# segment in which the clipwise and the framewise output agree, narrowed to its probable frames. The
+# last rows of the architecture give the number of frames in five seconds: with eight frames, as in
+# the small model, an onset is no more exact than half a second.
 #
-# Mind the bars, too: animals, or birds, that are none of the species. Nothing in the training said
-# what they are, and a small model gladly calls them by a name that it knows. Bird-free noise among
-# the training clips, more recordings and several models that must agree are the usual remedies.
+# Look at the bars, too: animals, or birds, that are not one of the species. They are not in the
+# training labels, and a small model often gives them the name of a species that it knows. The usual
+# remedies are noise without birds among the training clips, more recordings, and an ensemble.
 #
 # ## 7. Summary
 #
-# - A **waveform** says how loud it is; a **spectrogram** says what is heard; **log-mel** is a
-#   spectrogram for ears, with a fraction of the numbers.
-# - Computed as the first layer of the network, it needs no files of its own, and is fast on either
-#   device if the clips come in batches and the Fourier transform is a fast one.
-# - A **convolutional backbone** reads the picture, a **temporal layer** the order of things, and an
-#   **attention head** learns from one label per recording who sings *when*.
-# - From a picture of frames to an answer it takes a **decision**: two thresholds, chosen on
-#   soundscapes that no model has seen (`birdcall evaluate`).
+# - A **waveform** shows how loud a recording is; a **spectrogram** shows its frequencies;
+#   **log-mel** scales both like the ear does, with a fraction of the numbers.
+# - Log-mel is the first layer of the network: it needs no files, and is fast on both devices if the
+#   clips come in batches and the Fourier transform is a fast one.
+# - A **convolutional backbone** extracts features from the picture, a **temporal layer** combines
+#   them over time, and an **attention head** learns *when* a species sings from one label per
+#   recording.
+# - A **decision** turns probabilities into labels: two thresholds, chosen on soundscapes that the
+#   models were not trained on (`birdcall evaluate`).
 #
-# To go on: `birdcall train` on the real recordings, `birdcall package`, and the submission kernel.
+# Next: `birdcall train` on the real recordings, `birdcall package`, and the submission kernel.

@@ -1,4 +1,4 @@
-"""The training kernel: find the mounted package and data, then one call."""
+"""The training kernel: find the mounted package and the data, and call the package."""
 
 import os
 import sys
@@ -6,22 +6,24 @@ from pathlib import Path
 
 INPUT = Path(os.environ.get("KAGGLE_INPUT", "/kaggle/input"))
 WORKING = Path(os.environ.get("KAGGLE_WORKING", "/kaggle/working"))
-TEMP = Path(os.environ.get("KAGGLE_TEMP", "/kaggle/temp"))  # gone after the session
-TIME_LIMIT = os.environ.get("KAGGLE_TIME_LIMIT")  # seconds, in place of the package's
+TEMP = Path(os.environ.get("KAGGLE_TEMP", "/kaggle/temp"))  # deleted after the session
+TIME_LIMIT = os.environ.get("KAGGLE_TIME_LIMIT")  # seconds, instead of the limit in the package
 
 
 def find(marker: str) -> Path:
-    """Return the mounted folder that holds ``marker``, at any depth that Kaggle has had."""
+    """Return the mounted folder that contains ``marker``; its depth depends on Kaggle's version."""
     for depth in ("*", "*/*", "*/*/*"):
         for path in sorted(INPUT.glob(f"{depth}/{marker}")):
             return path.parent
-    raise FileNotFoundError(f"{marker} is nowhere below {INPUT}: is the data source attached?")
+    raise FileNotFoundError(
+        f"no {marker} below {INPUT}: is the data source attached to the kernel?"
+    )
 
 
 package = find("training.json")
 sys.path.insert(0, str(package))
 
-from birdcall.kaggle.training_kernel import run_training_kernel  # noqa: E402 - found only now
+from birdcall.kaggle.training_kernel import run_training_kernel  # noqa: E402 - in the package
 
 limit = float(TIME_LIMIT) if TIME_LIMIT else None
 sys.exit(run_training_kernel(package, find("train.csv"), INPUT, WORKING, TEMP, limit))

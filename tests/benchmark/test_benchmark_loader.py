@@ -220,7 +220,9 @@ def test_settings_cover_file_and_cache_augmentation_and_crops():
     plain = [setting for setting in settings if not setting.augmented]
     assert all(setting.experiment.augment == NO_AUGMENT for setting in plain)
     crops = {
-        setting.experiment.train.data.crops_per_recording for setting in settings if not setting.cached
+        setting.experiment.train.data.crops_per_recording
+        for setting in settings
+        if not setting.cached
     }
     assert crops == {1, 4}
 
