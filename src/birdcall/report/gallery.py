@@ -113,7 +113,7 @@ def plot_inference(table: pd.DataFrame) -> Figure:
 
 
 BENCHMARKS: dict[str, Callable[[pd.DataFrame], Figure]] = {
-    "frontend": frontend.plot_benchmark,
-    "loader": loader.plot_benchmark,
+    "frontend": frontend.plot_frontend_speed,
+    "loader": loader.plot_loader_speed,
     "inference": plot_inference,
 }

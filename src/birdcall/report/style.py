@@ -52,3 +52,11 @@ def save_figure(figure: Figure, path: Path) -> None:
     }.get(path.suffix, {"metadata": {"Software": None}})
     with atomic_path(path) as temporary:
         figure.savefig(temporary, **options)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure in the project's style; the size is in inches."""
+    use_style()
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
