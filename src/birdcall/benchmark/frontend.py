@@ -122,7 +122,7 @@ def _seconds_of(path: Path) -> float:
 
 
 class Implementation(NamedTuple):
-    """A function from clips (batch, samples) to log_mel (batch, frames, n_mels), and its batches."""
+    """A function from clips (batch, samples) to log_mel (batch, frames, n_mels), in batches."""
 
     name: str
     device: str
