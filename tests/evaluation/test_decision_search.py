@@ -8,8 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from birdcall.evaluation import decision_search as choosing
-from birdcall.evaluation.decision_search import THRESHOLDS, flattest, search_decision
+from birdcall.evaluation.decision_search import (
+    THRESHOLDS,
+    calibrate_by_group,
+    find_flat_optimum,
+    score_threshold_pairs,
+    search_decision,
+)
 from birdcall.evaluation.metrics import row_f1_scores
 from birdcall.evaluation.predictions import LabelledPredictions, segment_table
 from birdcall.inference.decision import Calibration, Decision
@@ -91,17 +96,14 @@ def test_every_pair_of_thresholds_scores_what_decide_says(
         neighbour_weight=neighbour_weight, max_birds=max_birds,
         calibration=calibration if calibrated else None,
     )  # fmt: skip
-    everything = {("g0",): np.ones(3, dtype=bool)}
-    cross = choosing._calibrate_by_group(scores, everything, {("g0",): calibration})
-    search = choosing._Search(scores, ones(scores), rule, cross)
-    found = list(search._f1_of_pairs(rule))
+    by_pair = list(score_threshold_pairs(scores, rule))
     for clip in range(0, len(THRESHOLDS), 3):
         for frame in range(1, len(THRESHOLDS), 3):
             exact = replace(
                 rule, clip_threshold=THRESHOLDS[clip], frame_threshold=THRESHOLDS[frame]
             )
             expected = scores.row_f1(exact)
-            assert found[clip * len(THRESHOLDS) + frame] == pytest.approx(expected)
+            assert by_pair[clip * len(THRESHOLDS) + frame] == pytest.approx(expected)
 
 
 def test_the_decision_has_the_score_that_the_search_says():
@@ -220,12 +222,11 @@ def test_a_plateau_is_preferred_to_a_peak():
     grid = np.full((9, 9), 0.5)
     grid[1, 1] = 0.72
     grid[5:8, 5:8] = 0.7
-    flat = choosing.average_neighbours(grid)
-    assert flattest(flat) == (6, 6)
+    assert find_flat_optimum(grid) == ((6, 6), pytest.approx(0.7))
 
 
 def test_of_equals_the_highest_thresholds_are_taken():
-    assert flattest(np.full((20, 20), 0.6)) == (19, 19)
+    assert find_flat_optimum(np.full((20, 20), 0.6))[0] == (19, 19)
     assert THRESHOLDS[19] == 1.0
 
 
@@ -321,10 +322,7 @@ def test_a_group_is_calibrated_without_its_own_recordings():
         offset = levels[min(groups)] if groups else 9.0
         return Calibration((1.0,) * 6, (offset,) * 6, (1.0,) * 6, (offset,) * 6)
 
-    groups = choosing._merge_groups(scores, 8)
-    cross = choosing._calibrate_by_group(
-        scores, groups, {names: fit(frozenset(names)) for names in groups}
-    )
+    cross = calibrate_by_group(scores, {name: fit(frozenset({name})) for name in levels})
     for group in levels:
         own = (scores.segments["group"] == group).to_numpy()
         expected, _ = fit(frozenset({group})).apply(
@@ -335,19 +333,20 @@ def test_a_group_is_calibrated_without_its_own_recordings():
 
 def test_whole_recordings_get_a_threshold_of_their_own():
     generator = np.random.default_rng(0)
-    truth = np.zeros((12 * 30, 6), dtype=bool)
+    truth = np.zeros((12 * 32, 6), dtype=bool)
     strength = np.full(truth.shape, 0.03)
-    for start in range(0, len(truth), 12):
-        bird = generator.integers(6)
-        truth[start + generator.choice(12, 4, replace=False), bird] = True
-        # Among twelve rows there is always a bird that seems to be there and is not.
-        strength[start + generator.integers(12), (bird + 1) % 6] = 0.55
-    strength[truth] = generator.choice([0.5, 0.9], truth.sum())
+    for number, start in enumerate(range(0, len(truth), 12)):
+        bird, *false = generator.choice(6, 3, replace=False)
+        truth[start : start + 12 : 2, bird] = True
+        # In every fourth recording the bird is faint in all rows: a gate would lose it.
+        strength[start : start + 12 : 2, bird] = 0.9 if number % 4 else 0.5
+        # Among twelve rows there is always one in which two others seem to be there and are not.
+        strength[start + 1 + 2 * generator.integers(6), false] = 0.55
     scores = soundscapes(truth, strength[None].astype(np.float32))
-    search = choosing._Search(scores, ones(scores), Decision())
-    everything = np.ones(30, dtype=bool)
-    decision = search._choose_for_recordings(Decision(0.45, 0.45), everything)
-    assert decision.file_threshold > 0.55
+    choice = search_decision(scores, ones(scores))
+    decision = choice.decision
+    assert adopted(choice) == set()
+    assert decision.clip_threshold <= 0.5 < 0.55 < decision.file_threshold
     tuned = scores.recording_f1(decision).mean()
     assert tuned > scores.recording_f1(replace(decision, file_threshold=0.05)).mean() + 0.1
 

@@ -12,8 +12,11 @@ import pandas as pd
 
 from birdcall.config import NOCALL, require
 from birdcall.data.targets import make_targets
-from birdcall.evaluation.calibration import fit_calibration
-from birdcall.evaluation.decision_search import DecisionSearchResult, search_decision
+from birdcall.evaluation.decision_search import (
+    DecisionSearchResult,
+    fit_calibration,
+    search_decision,
+)
 from birdcall.evaluation.labelled import LabelledSoundscapes
 from birdcall.evaluation.metrics import Interval, bootstrap_interval, row_wise_f1
 from birdcall.evaluation.predict import HeldOutPredictions
