@@ -26,6 +26,7 @@ from birdcall.models.checkpoint import read_checkpoint
 from birdcall.report.report import PAGES_FOLDER, write_report
 from birdcall.report.soundscape import SoundscapePageWriter
 from birdcall.training.runs import plan_runs, train_many
+from birdcall.training.trainer import RunOptions
 
 CORNELL_MINI = Path(__file__).resolve().parents[2] / "shared" / "data" / "cornell-mini"
 
@@ -106,9 +107,8 @@ def trained_runs(training_data, tiny_experiment, tmp_path_factory) -> list[Path]
     torch.set_num_threads(1)
     runs = tmp_path_factory.mktemp("runs")
     other = replace(tiny_experiment, name="other", train=replace(tiny_experiment.train, seed=4))
-    train_many(
-        plan_runs([tiny_experiment, other], training_data, None, runs), training_data, workers=0
-    )
+    planned = plan_runs([tiny_experiment, other], training_data, None, runs)
+    train_many(planned, training_data, RunOptions(workers=0))
     return sorted(path for path in runs.glob("*/*"))
 
 

@@ -19,6 +19,7 @@ from birdcall.kaggle.packaging import run_as_kaggle, stage_package
 from birdcall.models.checkpoint import Checkpoint, load_model, read_checkpoint, save_checkpoint
 from birdcall.models.sed import build_model
 from birdcall.training.runs import plan_runs, train_many
+from birdcall.training.trainer import RunOptions
 
 pytestmark = pytest.mark.cuda
 
@@ -82,7 +83,7 @@ def test_a_training_on_the_gpu_ends_with_a_checkpoint_that_scores_on_a_cpu(
     train = {"precision": precision, "optimizer": {"ema_decay": 0.9}}
     experiment = replace_nested(tiny_experiment, name=f"tiny_{precision}", train=train)
     runs = plan_runs([experiment], training_data, 0, tmp_path)
-    train_many(runs, training_data, workers=0, device=default_device())
+    train_many(runs, training_data, RunOptions(workers=0, device=default_device()))
     model, checkpoint = load_model(runs[0].folder)
     assert np.isfinite(checkpoint.score["macro_ap"])
     assert predict_waveforms(load_ensemble([runs[0].folder]), {RATE: noise(12)}).seconds == 12

@@ -278,7 +278,7 @@ def train_small_model() -> tuple[Path, Path]:
     from birdcall.data.dataset import load_training_data
     from birdcall.data.folds import make_folds, write_folds
     from birdcall.training.runs import train_run
-    from birdcall.training.trainer import Run
+    from birdcall.training.trainer import Run, RunOptions
 
     folder = data if len(recordings) <= MANY_RECORDINGS else make_tiny_demo()
     table, cache, folds = SCRATCH / "audit.csv", SCRATCH / "cache", SCRATCH / "folds.csv"
@@ -291,7 +291,7 @@ def train_small_model() -> tuple[Path, Path]:
     run = Run(replace_nested(SMALL, train=train), 0, SCRATCH / "run")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # two threads on two busy cores are ten times as slow
-    checkpoint = train_run(run, training_data, workers=0)
+    checkpoint = train_run(run, training_data, RunOptions(workers=0))
     torch.set_num_threads(threads)
     print(f"{checkpoint.name}: {checkpoint.score} on the held-out recordings")
     return folder, SCRATCH / "run"

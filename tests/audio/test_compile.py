@@ -9,8 +9,7 @@ import torch
 from birdcall.config import NO_AUGMENT
 from birdcall.data.loader import ClipBatch
 from birdcall.models.sed import build_model
-from birdcall.training.distributed import SINGLE_PROCESS
-from birdcall.training.step import batch_loss, make_detector
+from birdcall.training.step import BatchLoss
 
 
 @pytest.mark.slow
@@ -30,10 +29,7 @@ def test_losses_and_gradients_are_those_of_the_plain_network(tiny_experiment):
         experiment = replace(tiny_experiment, augment=NO_AUGMENT, train=train)
         torch.manual_seed(0)
         model, cpu = build_model(experiment, 3).train(), torch.device("cpu")
-        detect = make_detector(model, experiment, cpu, SINGLE_PROCESS)
-        loss = batch_loss(
-            model, detect, batch=batch, experiment=experiment, epoch=0, position=0, device=cpu
-        )
+        loss = BatchLoss(model, experiment, cpu)(batch, epoch=0, position=0)
         loss.backward()
         found.append((loss.item(), [p.grad for p in model.parameters()]))
     (plain, gradients), (made, others) = found

@@ -23,7 +23,8 @@ from birdcall.evaluation.predict import HeldOutOptions, predict_held_out
 from birdcall.evaluation.scoring import evaluate, score_submission
 from birdcall.models.checkpoint import SETTINGS_FILE, read_checkpoint
 from birdcall.report.ablation import describe_ablation, difference_table, write_picture
-from birdcall.training.log import LOG_FILE, EpochLog, write_log
+from birdcall.training.log import LOG_FILE, write_log
+from birdcall.training.trainer import EpochLog
 
 BLOCK_SECONDS = 100.0
 
@@ -53,8 +54,8 @@ class FakeTraining:
         self.blocks = []
         self.dies_after = None  # seconds into the next block
 
-    def train_many(self, runs, data, *, resume, **options):
-        assert resume
+    def train_many(self, runs, data, options):
+        assert options.resume
         new = [run for run in runs if not (run.folder / SETTINGS_FILE).exists()]
         if new and self.dies_after is not None:
             self.now += self.dies_after

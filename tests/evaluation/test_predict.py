@@ -9,7 +9,7 @@ from birdcall.audio.reading import AudioError, read_audio
 from birdcall.evaluation.predict import predict_out_of_fold, write_oof_parquet
 from birdcall.inference.engine import predict_waveforms
 from birdcall.inference.ensemble import load_ensemble
-from birdcall.training.validation import VALIDATION_SECONDS, score_out_of_fold
+from birdcall.training.step import VALIDATION_SECONDS, predict_recordings
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_the_maximum_by_recording_is_the_highest_segment_as_in_training(
     assert (framewise >= clipwise - 1e-6).mean() > 0.5
     of_fold = (training_data.recordings["fold"] == 0).to_numpy()
     (folder,) = [one for one in trained_runs if one.parts[-2:] == ("tiny", "fold0")]
-    expected = score_out_of_fold(
+    expected = predict_recordings(
         load_ensemble([folder]), training_data.recordings[of_fold], training_data.folder
     )
     np.testing.assert_allclose(clipwise[of_fold], expected, atol=1e-5)

@@ -1,6 +1,7 @@
-"""TensorBoard shows the clips that the network hears, from the first step on."""
+"""TensorBoard shows the clips that the network is trained on, from the first step."""
 
 import io
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -12,21 +13,19 @@ from birdcall.config import replace_nested
 from birdcall.data.targets import IGNORE_TARGET
 from birdcall.models.checkpoint import read_checkpoint
 from birdcall.training import runs as run_module
-from birdcall.training.log import (
-    CLIPS_TAG,
-    BatchPreview,
-    TrainingInterrupted,
-    describe_clip,
-    is_previewed,
-    plot_batch_preview,
-)
-from birdcall.training.runs import train_run
-from birdcall.training.trainer import Run
+from birdcall.training.log import describe_clip, plot_preview
+from birdcall.training.runs import TrainingInterrupted, train_run
+from birdcall.training.step import BatchPreview
+from birdcall.training.trainer import Run, RunOptions, start_training
 
+OPTIONS = RunOptions(workers=0)
+CLIPS_TAG = "training clips"
 CLASSES = ("amecro", "blujay", "norcar", "robin")
 
 
 def images(folder):
+    if not (folder / "tensorboard").exists():
+        return {}
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0}).Reload()
     if CLIPS_TAG not in events.Tags()["images"]:
         return {}
@@ -36,6 +35,11 @@ def images(folder):
     }
 
 
+class FakeBatch(NamedTuple):
+    recordings: str
+    target: tuple = ()
+
+
 def with_train(experiment, **changes):
     return replace_nested(experiment, train=changes)
 
@@ -43,22 +47,44 @@ def with_train(experiment, **changes):
 def test_a_clip_is_described_by_target_and_prediction():
     target = np.array([1.0, 0.4, IGNORE_TARGET, 0.0])
     text = describe_clip(target, np.array([0.1, 0.7, 0.2, 0.05]), CLASSES)
-    assert text == "is amecro, blujay 0.4, norcar?\nsaid blujay 0.70, norcar 0.20, amecro 0.10"
+    assert text.splitlines() == [
+        "true: amecro, blujay 0.4, norcar?",
+        "predicted: blujay 0.70, norcar 0.20, amecro 0.10",
+    ]
     nothing = describe_clip(np.zeros(4), np.zeros(4), CLASSES)
-    assert nothing.startswith("is no bird\nsaid amecro 0.00")
+    assert nothing.startswith("true: no bird\npredicted: amecro 0.00")
 
 
-def test_the_epochs_that_are_drawn_become_rarer():
-    assert [epoch + 1 for epoch in range(40) if is_previewed(epoch)] == [1, 2, 4, 8, 16, 32]
+def test_the_epochs_that_are_drawn_become_rarer(training_data, tiny_experiment, tmp_path):
+    """Of each epoch's first two batches; only the loss that previews are asked of is replaced."""
+    experiment = with_train(tiny_experiment, epochs=40, validate_every=100)
+    train_part, held_out = training_data.split(0)
+    training = start_training(Run(experiment, 0, tmp_path), training_data, train_part, OPTIONS)
+    weight = next(training.model.parameters())
+    shown = []
+    training.show_preview = lambda epoch, preview: shown.append((epoch, preview))
+
+    def loss(batch, epoch, position, preview):
+        if preview is not None:
+            preview((batch, position))
+        return 0 * weight.sum()
+
+    training.batch_loss = loss
+    for epoch in range(39):
+        for batch in ("first", "second"):
+            training.step([FakeBatch(batch)])
+        assert training.end_epoch(held_out).epoch == epoch + 1
+    assert [epoch for epoch, _ in shown] == [1, 2, 4, 8, 16, 32]
+    assert {(batch.recordings, position) for _, (batch, position) in shown} == {("first", 0)}
 
 
-def test_a_masked_band_is_seen():
+def test_a_masked_band_is_visible():
     """What SpecAugment hides is one colour in the picture of that clip, and of no other."""
     generator = torch.Generator().manual_seed(0)
     log_mel = torch.rand(2, 1, 200, 40, generator=generator)
     log_mel[0, :, 50:150] = 0
     preview = BatchPreview(log_mel, torch.zeros(2, 4), torch.zeros(2, 4), ("a$b$", "b"))
-    picture = plot_batch_preview(preview, CLASSES)
+    picture = plot_preview(preview, CLASSES)
     height, width = picture.shape[:2]
     left, right = picture[height // 2, : width // 4], picture[height // 2, width // 4 : width // 2]
     darkest = (left.astype(int).sum(axis=1) < 30).mean()
@@ -66,15 +92,13 @@ def test_a_masked_band_is_seen():
     assert (right.astype(int).sum(axis=1) < 30).mean() < 0.15
 
 
-def test_the_first_step_is_drawn_before_the_training_goes_on(
-    training_data, tiny_experiment, tmp_path
-):
+def test_the_first_step_is_drawn_at_once(training_data, tiny_experiment, tmp_path):
     """Stopped after its first step, a training has left a picture; resumed, one more."""
     run = Run(tiny_experiment, 0, tmp_path)
     with pytest.raises(TrainingInterrupted):
-        train_run(run, training_data, workers=0, deadline=0.0)
+        train_run(run, training_data, RunOptions(workers=0, deadline=0.0))
     assert list(images(tmp_path)) == [1]
-    train_run(run, training_data, workers=0, resume=True)
+    train_run(run, training_data, RunOptions(workers=0, resume=True))
     found = images(tmp_path)
     assert list(found) == [1, 2]
     assert all(one.shape[0] > 150 and one.shape[1] > 1000 for one in found.values())
@@ -83,33 +107,45 @@ def test_the_first_step_is_drawn_before_the_training_goes_on(
 def test_what_is_drawn_is_what_the_network_was_given(
     training_data, tiny_experiment, tmp_path, monkeypatch
 ):
-    heard, drawn = [], []
+    given, drawn = [], []
     monkeypatch.setattr(
         run_module,
-        "draw_clips",
+        "plot_preview",
         lambda preview, classes: drawn.append(preview) or np.zeros((8, 8, 3), np.uint8),
     )
     from birdcall.models.sed import SEDModel
 
     detect = SEDModel.detect
 
-    def listen(model, log_mel):
+    def record(model, log_mel):
         if model.training:
-            heard.append(log_mel.detach().clone())
+            given.append(log_mel.detach().clone())
         return detect(model, log_mel)
 
-    monkeypatch.setattr(SEDModel, "detect", listen)
-    train_run(Run(with_train(tiny_experiment, epochs=1), 0, tmp_path), training_data, workers=0)
+    monkeypatch.setattr(SEDModel, "detect", record)
+    train_run(
+        Run(with_train(tiny_experiment, epochs=1), 0, tmp_path),
+        training_data,
+        RunOptions(workers=0),
+    )
     assert len(drawn) == 1
-    assert torch.equal(drawn[0].log_mel, heard[0][:8].float())
+    assert torch.equal(drawn[0].log_mel, given[0][:8].float())
     assert drawn[0].target.shape[1] == drawn[0].clipwise.shape[1] == len(training_data.classes)
     assert ((drawn[0].clipwise >= 0) & (drawn[0].clipwise <= 1)).all()
 
 
-def test_drawing_changes_no_weight(training_data, tiny_experiment, tmp_path, monkeypatch):
-    train_run(Run(tiny_experiment, 0, tmp_path / "a"), training_data, workers=0)
-    monkeypatch.setattr("birdcall.training.trainer.Training._watch_at", lambda *_: None)
-    train_run(Run(tiny_experiment, 0, tmp_path / "b"), training_data, workers=0)
-    assert not images(tmp_path / "b")
-    one, other = (read_checkpoint(tmp_path / name).weights_sha256 for name in "ab")
-    assert one == other
+def test_drawing_changes_no_weight(
+    training_data, tiny_experiment, trained_runs, tmp_path, monkeypatch
+):
+    drawn = next(folder for folder in trained_runs if folder.parts[-2:] == ("tiny", "fold0"))
+    assert images(drawn)
+    train_part, held_out = training_data.split(0)
+    run = Run(tiny_experiment, 0, tmp_path)
+    training = start_training(run, training_data, train_part, OPTIONS)
+    while not training.is_finished:
+        for _ in training.steps():
+            pass
+        training.end_epoch(held_out)
+    checkpoint = training.finish(held_out)
+    assert not images(tmp_path)
+    assert checkpoint.weights_sha256 == read_checkpoint(drawn).weights_sha256

@@ -25,6 +25,7 @@ from birdcall.training.pseudo_labels import (
     write_pseudo_labels,
 )
 from birdcall.training.runs import plan_runs, train_many
+from birdcall.training.trainer import RunOptions
 
 CLASSES = ("amecro", "bkcchi", "norcar")
 CONFIG = PseudoLabelConfig()
@@ -231,7 +232,7 @@ def test_relabelled_targets_are_nearer_to_the_truth_than_labels_of_whole_recordi
         small, train={"epochs": 10, "validate_every": 10, "data": data_config}
     )
     runs = plan_runs([experiment], training_data, None, tmp_path / "runs")
-    train_many(runs, training_data, workers=0)
+    train_many(runs, training_data, RunOptions(workers=0))
     path = tmp_path / "relabelled.csv"
     summary = write_pseudo_labels([run.folder for run in runs], data, path)
     timed = StrongTargets(

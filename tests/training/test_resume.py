@@ -1,24 +1,32 @@
-"""A training that was interrupted, anyhow and anywhere, ends with the same bits."""
+"""A training that is interrupted, in any way and at any step, ends with the same weights."""
 
+import importlib.util
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import birdcall
 from birdcall.config import replace_nested
 from birdcall.models.checkpoint import STATE_FILE
-from birdcall.training.log import TrainingInterrupted, read_log
-from birdcall.training.resume import read_state, write_state
-from birdcall.training.runs import train_run
-from birdcall.training.trainer import Run
+from birdcall.training.distributed import SINGLE_PROCESS
+from birdcall.training.log import read_log
+from birdcall.training.resume import identity_of, read_state, write_state
+from birdcall.training.runs import TrainingInterrupted, train_run
+from birdcall.training.trainer import Run, RunOptions
+
+OPTIONS = RunOptions(workers=0)
+RESUME = RunOptions(workers=0, resume=True)
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +45,11 @@ def rich_experiment(tiny_experiment):
     )
 
 
-def train_step_by_step(run, data, workers=0):
-    """Interrupt a run after each of its steps and take it up again; return how often."""
+def train_step_by_step(run, data):
+    """Interrupt a run after each of its steps and resume it; return the number of interruptions."""
     for n_interruptions in range(1000):
         try:
-            train_run(run, data, workers=workers, resume=True, deadline=time.monotonic())
+            train_run(run, data, replace(RESUME, deadline=time.monotonic()))
         except TrainingInterrupted:
             continue
         else:
@@ -55,7 +63,7 @@ def test_interrupted_after_every_step_it_ends_with_the_same_bits(
 ):
     experiment = replace(rich_experiment, train=replace(rich_experiment.train, precision=precision))
     whole, parts = (Run(experiment, 0, tmp_path / name) for name in ("whole", "parts"))
-    train_run(whole, training_data, workers=0)
+    train_run(whole, training_data, OPTIONS)
     assert train_step_by_step(parts, training_data) == 9  # three epochs of three steps
     for name in ("model.safetensors", "model.json"):
         assert (parts.folder / name).read_bytes() == (whole.folder / name).read_bytes()
@@ -69,7 +77,7 @@ def test_an_epoch_that_was_left_in_its_middle_is_not_started_again(
 ):
     run = Run(rich_experiment, 0, tmp_path)
     with pytest.raises(TrainingInterrupted, match="stopped after step 1 of 9"):
-        train_run(run, training_data, workers=0, deadline=time.monotonic())
+        train_run(run, training_data, replace(OPTIONS, deadline=time.monotonic()))
     _, values = read_state(tmp_path / STATE_FILE)
     assert values["progress"]["epoch_step"] == 1
     assert values["progress"]["n_clips"] == 8
@@ -77,7 +85,7 @@ def test_an_epoch_that_was_left_in_its_middle_is_not_started_again(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_writes_a_state_and_says_how_to_go_on(
+def test_a_signal_saves_the_state_and_names_the_option_to_resume(
     training_data, tiny_experiment, tmp_path, number
 ):
     long = replace(tiny_experiment, train=replace(tiny_experiment.train, epochs=10_000))
@@ -90,65 +98,126 @@ def test_a_signal_writes_a_state_and_says_how_to_go_on(
 
     threading.Thread(target=signal_when_it_trains, daemon=True).start()
     with pytest.raises(TrainingInterrupted, match="the same command with --resume") as caught:
-        train_run(Run(long, 0, tmp_path), training_data, workers=0, save_every=10**6)
+        train_run(Run(long, 0, tmp_path), training_data, replace(OPTIONS, save_every=10**6))
     step = read_state(tmp_path / STATE_FILE)[1]["progress"]["step"]
     assert f"stopped after step {step} of 20000" in str(caught.value)
     assert signal.getsignal(number) == before
 
 
-def interrupted(experiment, data, folder):
+@pytest.fixture(scope="module")
+def first_state(training_data, tiny_experiment, tmp_path_factory):
+    """The state of a training that was interrupted after its first step."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    options = replace(OPTIONS, deadline=time.monotonic())
     with pytest.raises(TrainingInterrupted):
-        train_run(Run(experiment, 0, folder), data, workers=0, deadline=time.monotonic())
+        train_run(Run(tiny_experiment, 0, folder), training_data, options)
     return folder / STATE_FILE
 
 
-def test_a_state_of_another_experiment_is_refused_and_says_what_differs(
-    training_data, tiny_experiment, tmp_path
+@pytest.fixture
+def state(first_state, tmp_path):
+    """A copy of that state in the folder of a run."""
+    return Path(shutil.copy(first_state, tmp_path))
+
+
+def test_a_state_of_another_experiment_is_refused_with_the_differences(
+    training_data, tiny_experiment, state, tmp_path
 ):
-    path = interrupted(tiny_experiment, training_data, tmp_path)
-    before = path.read_bytes()
+    before = state.read_bytes()
     other = replace_nested(
         tiny_experiment,
         train={"optimizer": {"learning_rate": 0.5}},
         frontend={"n_mels": 40},
     )
-    with pytest.raises(ValueError, match="of another training, so it cannot go on") as caught:
-        train_run(Run(other, 0, tmp_path), training_data, workers=0, resume=True)
+    with pytest.raises(ValueError, match="state of another training") as caught:
+        train_run(Run(other, 0, tmp_path), training_data, RESUME)
     assert "experiment.frontend.n_mels was 32, is 40" in str(caught.value)
     assert "experiment.train.optimizer.learning_rate was 0.003, is 0.5" in str(caught.value)
-    assert path.read_bytes() == before
+    assert state.read_bytes() == before
 
 
 def test_a_state_of_other_code_is_refused_and_names_the_module(
-    training_data, tiny_experiment, tmp_path
+    training_data, tiny_experiment, state, tmp_path
 ):
-    path = interrupted(tiny_experiment, training_data, tmp_path)
-    tensors, values = read_state(path)
+    tensors, values = read_state(state)
     values["identity"]["code"]["training.step"] = "0" * 16
     values["identity"]["version"] = "0.0.1"
-    write_state(path, tensors, values)
+    write_state(state, tensors, values)
     with pytest.raises(ValueError, match=r"version was '0\.0\.1'.*training/step\.py has changed"):
-        train_run(Run(tiny_experiment, 0, tmp_path), training_data, workers=0, resume=True)
+        train_run(
+            Run(tiny_experiment, 0, tmp_path), training_data, RunOptions(workers=0, resume=True)
+        )
 
 
-def test_a_state_of_other_recordings_is_refused(training_data, tiny_experiment, tmp_path):
-    interrupted(tiny_experiment, training_data, tmp_path)
+PACKAGE = Path(birdcall.__file__).parent
+
+
+@pytest.fixture
+def code_after(tmp_path):
+    """Digest the code of a training after a change of one file of a copy of the package."""
+    copy = tmp_path / "birdcall"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+
+    def digest(name="", old="", new=""):
+        path = copy / name
+        text = path.read_text() if name else ""
+        assert old in text
+        if name:
+            path.write_text(text.replace(old, new))
+        # A module of its own: a process digests each file only once.
+        spec = importlib.util.spec_from_file_location("store_of_copy", copy / "storage/store.py")
+        store = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(store)
+        if name:
+            path.write_text(text)
+        return store.code_digest("training.trainer")
+
+    return digest
+
+
+def test_the_code_of_the_loss_is_in_the_identity_of_a_training(
+    training_data, tiny_experiment, code_after
+):
+    identity = identity_of(tiny_experiment.to_dict(), 0, training_data, SINGLE_PROCESS)
+    assert code_after() == identity["code"]
+    changed = code_after("training/step.py", "config.framewise_weight *", "2 *")
+    assert changed.keys() == identity["code"].keys()
+    names = [name for name in changed if changed[name] != identity["code"][name]]
+    assert names == ["training.step"]
+
+
+def test_plots_comments_and_docstrings_are_not_in_the_identity_of_a_training(code_after):
+    before = code_after()
+    assert code_after("training/log.py", 'cmap="magma"', 'cmap="gray"') == before
+    assert code_after("training/step.py", "The loss of a batch", "A loss") == before
+    assert code_after("training/trainer.py", "# from 1", "# one-based") == before
+    for name in before:
+        assert not name.startswith(("report", "evaluation", "cli", "training.log", "training.runs"))
+        source = (PACKAGE / f"{name.replace('.', '/')}.py").read_text()
+        assert "matplotlib" not in source, name
+
+
+def test_a_state_of_other_recordings_is_refused(training_data, tiny_experiment, state, tmp_path):
     fewer = replace(training_data, recordings=training_data.recordings.iloc[1:])
-    with pytest.raises(ValueError, match="the recordings are others"):
-        train_run(Run(tiny_experiment, 0, tmp_path), fewer, workers=0, resume=True)
+    with pytest.raises(ValueError, match="the recordings are different"):
+        train_run(Run(tiny_experiment, 0, tmp_path), fewer, RESUME)
 
 
-def test_a_torn_state_is_one_line_that_names_it(training_data, tiny_experiment, tmp_path):
-    path = interrupted(tiny_experiment, training_data, tmp_path)
-    path.write_bytes(path.read_bytes()[:1000])
+def test_a_truncated_state_is_refused_in_one_line_with_its_path(
+    training_data, tiny_experiment, state, tmp_path
+):
+    state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"state\.safetensors: not a readable state"):
-        train_run(Run(tiny_experiment, 0, tmp_path), training_data, workers=0, resume=True)
+        train_run(
+            Run(tiny_experiment, 0, tmp_path), training_data, RunOptions(workers=0, resume=True)
+        )
 
 
-def test_starting_again_leaves_nothing_of_the_old_state(training_data, tiny_experiment, tmp_path):
-    interrupted(tiny_experiment, training_data, tmp_path)
-    (tmp_path / ".state.0123456789abcdef.safetensors").write_bytes(b"torn by a kill")
-    train_run(Run(tiny_experiment, 0, tmp_path), training_data, workers=0)
+def test_starting_again_leaves_nothing_of_the_old_state(
+    training_data, tiny_experiment, state, tmp_path
+):
+    (tmp_path / ".state.0123456789abcdef.safetensors").write_bytes(b"written in part")
+    train_run(Run(tiny_experiment, 0, tmp_path), training_data, OPTIONS)
     assert not list(tmp_path.glob("*state*"))
     assert not list(tmp_path.glob(".state*"))
 
@@ -187,20 +256,20 @@ main()
 
 
 @pytest.mark.slow
-def test_killed_ten_times_at_random_moments_it_ends_with_the_same_bits(demo_folder, tmp_path):
+def test_killed_ten_times_at_random_moments_it_ends_with_the_same_bits(
+    demo_folder, training_data, tmp_path
+):
     """The real command with a loader process, killed by SIGKILL, and resumed each time."""
 
     def command(*arguments, **options):
         line = [sys.executable, "-c", COMMAND, "--quiet", *map(str, arguments)]
         return subprocess.Popen(line, cwd=tmp_path, start_new_session=True, **options)
 
-    for name in ("audit", "folds"):
-        options = ("--n-folds", 2) if name == "folds" else ()
-        assert command(name, "--data", demo_folder, *options).wait() == 0
     output = tmp_path / "output" / demo_folder.name
+    shutil.copytree(training_data.read_crops.folder.parent, output)
     run = output / "runs" / "small_gru" / "fold0"
     train = ("train", "--data", demo_folder, "--experiment", "small_gru", "--fold", 0)
-    train = (*train, "--workers", 1, "--save-every", 3)
+    train = (*train, "--folds", output / "folds.csv", "--workers", 1, "--save-every", 3)
     assert command(*train, stderr=subprocess.DEVNULL).wait() == 0
     whole = (run / "model.safetensors").read_bytes()
     (run / "model.json").unlink()

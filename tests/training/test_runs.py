@@ -1,7 +1,8 @@
-"""Many runs: nothing is overwritten unasked, finished ones are kept, at once is as in turn."""
+"""Many runs: nothing is overwritten unasked, finished runs are kept, parallel runs are the same."""
 
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -10,10 +11,20 @@ from dataclasses import replace
 import pytest
 
 from birdcall.config import replace_nested
-from birdcall.models.checkpoint import STATE_FILE
+from birdcall.models.checkpoint import STATE_FILE, read_checkpoint
 from birdcall.training.distributed import DistributedContext
-from birdcall.training.log import TrainingInterrupted
-from birdcall.training.runs import plan_runs, runs_table, train_many
+from birdcall.training.runs import TrainingInterrupted, plan_runs, runs_table, train_many
+from birdcall.training.trainer import RunOptions
+
+OPTIONS = RunOptions(workers=0)
+
+
+@pytest.fixture
+def finished(trained_runs, tmp_path):
+    """A folder with the finished run of the tiny experiment's fold 0."""
+    (source,) = [folder for folder in trained_runs if folder.parts[-2:] == ("tiny", "fold0")]
+    shutil.copytree(source, tmp_path / "tiny" / "fold0")
+    return tmp_path
 
 
 def test_runs_are_planned_by_experiment_and_fold(training_data, tiny_experiment, tmp_path):
@@ -25,45 +36,44 @@ def test_runs_are_planned_by_experiment_and_fold(training_data, tiny_experiment,
     assert [run.fold for run in plan_runs([other], training_data, 1, tmp_path)] == [1]
 
 
-def test_a_trained_run_is_not_overwritten_unasked(training_data, tiny_experiment, tmp_path):
-    first = plan_runs([tiny_experiment], training_data, 0, tmp_path)
-    both = plan_runs([tiny_experiment], training_data, None, tmp_path)
-    train_many(first, training_data, workers=0)
+def test_a_trained_run_is_not_overwritten_unasked(training_data, tiny_experiment, finished):
+    first = plan_runs([tiny_experiment], training_data, 0, finished)
+    both = plan_runs([tiny_experiment], training_data, None, finished)
     with pytest.raises(ValueError, match="holds a trained run already; --overwrite"):
-        train_many(both, training_data, workers=0)
-    assert not (tmp_path / "tiny" / "fold1").exists()
-    train_many(first, training_data, workers=0, overwrite=True)
-
-
-def test_a_finished_run_is_kept_when_others_are_resumed(training_data, tiny_experiment, tmp_path):
-    first = plan_runs([tiny_experiment], training_data, 0, tmp_path)
-    both = plan_runs([tiny_experiment], training_data, None, tmp_path)
-    (made,) = train_many(first, training_data, workers=0)
+        train_many(both, training_data, OPTIONS)
+    assert not both[1].folder.exists()
     written = (first[0].folder / "model.safetensors").stat().st_mtime_ns
-    kept, _ = train_many(both, training_data, workers=0, resume=True)
-    assert kept == made
-    assert (first[0].folder / "model.safetensors").stat().st_mtime_ns == written
+    train_many(first, training_data, replace(OPTIONS, overwrite=True))
+    assert (first[0].folder / "model.safetensors").stat().st_mtime_ns > written
+
+
+def test_a_finished_run_is_kept_when_others_are_resumed(training_data, tiny_experiment, finished):
+    both = plan_runs([tiny_experiment], training_data, None, finished)
+    before = read_checkpoint(both[0].folder)
+    written = (both[0].folder / "model.safetensors").stat().st_mtime_ns
+    kept, trained = train_many(both, training_data, replace(OPTIONS, resume=True))
+    assert kept == before
+    assert (both[0].folder / "model.safetensors").stat().st_mtime_ns == written
+    assert trained == read_checkpoint(both[1].folder)
 
 
 def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(
-    training_data, tiny_experiment, tmp_path
+    training_data, tiny_experiment, finished
 ):
-    train_many(plan_runs([tiny_experiment], training_data, 0, tmp_path), training_data, workers=0)
     other = replace_nested(tiny_experiment, train={"optimizer": {"learning_rate": 1e-4}})
-    runs = plan_runs([other], training_data, 0, tmp_path)
-    with pytest.raises(ValueError, match="trained by other settings of tiny; --overwrite"):
-        train_many(runs, training_data, workers=0, resume=True)
+    runs = plan_runs([other], training_data, 0, finished)
+    with pytest.raises(ValueError, match=r"tiny.fold0 was trained with other settings of tiny"):
+        train_many(runs, training_data, replace(OPTIONS, resume=True))
 
 
 def test_runs_trained_at_once_have_the_weights_of_runs_trained_in_turn(
-    training_data, tiny_experiment, tmp_path
+    training_data, tiny_experiment, trained_runs, tmp_path
 ):
-    def digests(folder, jobs):
-        runs = plan_runs([tiny_experiment], training_data, None, folder)
-        made = train_many(runs, training_data, workers=0, jobs=jobs)
-        return [(one.fold, one.weights_sha256) for one in made]
-
-    assert digests(tmp_path / "a", 1) == digests(tmp_path / "b", 2)
+    runs = plan_runs([tiny_experiment], training_data, None, tmp_path)
+    checkpoints = train_many(runs, training_data, replace(OPTIONS, jobs=2))
+    in_turn = [read_checkpoint(path) for path in trained_runs if path.parent.name == "tiny"]
+    assert [one.fold for one in checkpoints] == [0, 1]
+    assert [one.weights_sha256 for one in checkpoints] == [one.weights_sha256 for one in in_turn]
 
 
 def test_a_fold_out_of_range_is_refused_before_anything_is_trained(
@@ -79,17 +89,20 @@ def test_runs_at_once_are_refused_where_processes_share_each(
     training_data, tiny_experiment, tmp_path
 ):
     runs = plan_runs([tiny_experiment], training_data, None, tmp_path)
+    options = RunOptions(jobs=2, distributed=DistributedContext(0, 2))
     with pytest.raises(ValueError, match="leave --jobs at 1 under torchrun"):
-        train_many(runs, training_data, jobs=2, distributed=DistributedContext(0, 2))
+        train_many(runs, training_data, options)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_table_of_runs_says_what_they_scored_and_cost(training_data, tiny_experiment, tmp_path):
-    runs = plan_runs([tiny_experiment], training_data, None, tmp_path)
-    made = train_many(runs, training_data, workers=0)
+def test_the_table_of_runs_has_their_scores_and_times(training_data, tiny_experiment, trained_runs):
+    folder = trained_runs[0].parents[1]
+    runs = plan_runs([tiny_experiment], training_data, None, folder)
     table = runs_table(runs)
     assert list(table["fold"]) == [0, 1]
-    assert list(table["macro_ap"]) == [one.score["macro_ap"] for one in made]
+    assert list(table["macro_ap"]) == [
+        read_checkpoint(run.folder).score["macro_ap"] for run in runs
+    ]
     assert (table["epochs"] == 2).all()
     assert (table["clips_per_second"] > 0).all()
 
@@ -104,7 +117,7 @@ def test_a_signal_stops_runs_that_are_trained_at_once(training_data, tiny_experi
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop_when_both_run, daemon=True).start()
-    with pytest.raises(TrainingInterrupted, match="--resume goes on"):
-        train_many(runs, training_data, workers=0, jobs=2)
+    with pytest.raises(TrainingInterrupted, match="--resume"):
+        train_many(runs, training_data, replace(OPTIONS, jobs=2))
     assert all((run.folder / STATE_FILE).is_file() for run in runs)
     assert not multiprocessing.active_children()

@@ -11,14 +11,21 @@ import torch
 
 from birdcall.config import NO_AUGMENT, OptimizerConfig, replace_nested
 from birdcall.data.loader import ClipBatch
-from birdcall.models.checkpoint import load_model
+from birdcall.models.checkpoint import load_model, read_checkpoint
 from birdcall.models.sed import build_model
 from birdcall.training.log import read_log
 from birdcall.training.runs import train_run
-from birdcall.training.step import Detector, batch_loss, warmup_cosine
-from birdcall.training.trainer import Run, start_training
+from birdcall.training.step import BatchLoss, warmup_cosine
+from birdcall.training.trainer import Run, RunOptions, start_training
 
 PRECISIONS = ("float32", "bf16", "fp16")
+OPTIONS = RunOptions(workers=0)
+
+
+@pytest.fixture(scope="module")
+def tiny_runs(trained_runs):
+    """The folders of the tiny experiment's runs, in order of fold."""
+    return [folder for folder in trained_runs if folder.parent.name == "tiny"]
 
 
 def with_train(experiment, **changes):
@@ -34,17 +41,8 @@ def batch_of(waveform, target):
 
 
 def loss_of(model, waveform, target, experiment, position=0):
-    batch = batch_of(waveform, target)
-    cpu = torch.device("cpu")
-    return batch_loss(
-        model,
-        Detector(model),
-        batch=batch,
-        experiment=experiment,
-        epoch=0,
-        position=position,
-        device=cpu,
-    )
+    batch_loss = BatchLoss(model, experiment, torch.device("cpu"))
+    return batch_loss(batch_of(waveform, target), epoch=0, position=position)
 
 
 def test_a_model_can_learn_one_batch_by_heart(tiny_experiment):
@@ -63,49 +61,51 @@ def test_a_model_can_learn_one_batch_by_heart(tiny_experiment):
     assert losses[-1] < 0.1 * losses[0]
 
 
-def test_a_run_leaves_a_checkpoint_with_all_that_is_known(training_data, tiny_experiment, tmp_path):
-    checkpoint = train_run(Run(tiny_experiment, 0, tmp_path), training_data, workers=0)
-    model, read = load_model(tmp_path)
-    assert read == checkpoint
+def test_a_run_leaves_a_checkpoint_with_everything_that_is_known(
+    training_data, tiny_experiment, tiny_runs
+):
+    model, read = load_model(tiny_runs[0])
     assert read.classes == training_data.classes
     assert read.experiment == tiny_experiment
     assert 0 <= read.score["macro_ap"] <= 1
     assert not model.training
-    with (tmp_path / "log.csv").open() as file:
+    with (tiny_runs[0] / "log.csv").open() as file:
         log = list(csv.DictReader(file))
     assert [row["epoch"] for row in log] == ["1", "2"]
     assert float(log[-1]["macro_ap"]) == read.score["macro_ap"]
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"model.json", "model.safetensors", "log.csv", "tensorboard"}
+    assert {path.name for path in tiny_runs[0].iterdir()} == {
+        "model.json",
+        "model.safetensors",
+        "log.csv",
+        "tensorboard",
+    }
 
 
-def test_tensorboard_holds_what_the_log_holds(training_data, tiny_experiment, tmp_path):
+def test_tensorboard_holds_what_the_log_holds(tiny_runs):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train_run(Run(tiny_experiment, 0, tmp_path), training_data, workers=0)
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    log = read_log(tmp_path / "log.csv")
+    events = EventAccumulator(str(tiny_runs[0] / "tensorboard")).Reload()
+    log = read_log(tiny_runs[0] / "log.csv")
     for name in ("loss", "learning_rate", "clips_per_second", "waiting_share"):
         written = [(one.step, one.value) for one in events.Scalars(name)]
-        expected = [(entry.epoch, entry.row()[name]) for entry in log]
+        expected = [(entry.epoch, getattr(entry, name)) for entry in log]
         np.testing.assert_allclose(written, expected, rtol=1e-6)
 
 
-def test_two_runs_of_one_seed_have_the_same_weights(training_data, tiny_experiment, tmp_path):
-    digests = {
-        train_run(
-            Run(tiny_experiment, 1, tmp_path / name), training_data, workers=workers
-        ).weights_sha256
-        for name, workers in (("a", 0), ("b", 0), ("c", 2))
-    }
-    assert len(digests) == 1
+def test_two_runs_of_one_seed_have_the_same_weights(
+    training_data, tiny_experiment, tiny_runs, tmp_path
+):
+    """Whatever the number of loader processes; the first run had none."""
+    run = Run(tiny_experiment, 1, tmp_path)
+    checkpoint = train_run(run, training_data, RunOptions(workers=2))
+    assert checkpoint == read_checkpoint(tmp_path)
+    assert checkpoint.weights_sha256 == read_checkpoint(tiny_runs[1]).weights_sha256
 
 
-def test_another_seed_has_other_weights(training_data, tiny_experiment, tmp_path):
-    other = with_train(tiny_experiment, seed=9)
-    first = train_run(Run(tiny_experiment, 1, tmp_path / "a"), training_data, workers=0)
-    second = train_run(Run(other, 1, tmp_path / "b"), training_data, workers=0)
-    assert first.weights_sha256 != second.weights_sha256
+def test_another_seed_has_other_weights(trained_runs):
+    """The two experiments differ in nothing but the seed."""
+    digests = [read_checkpoint(folder).weights_sha256 for folder in trained_runs]
+    assert len(set(digests)) == len(trained_runs) == 4
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -126,7 +126,7 @@ def test_a_silent_and_a_full_scale_clip_give_finite_gradients(tiny_experiment, p
     assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
-def test_the_network_computes_in_the_precision_asked_for_and_the_front_end_does_not(
+def test_the_precision_is_that_of_the_network_and_not_of_the_front_end(
     tiny_experiment,
 ):
     seen = {}
@@ -148,7 +148,7 @@ def test_a_step_of_two_batches_has_the_gradient_of_one_of_both(
     def gradients(accumulate, waveforms):
         experiment = with_train(plain, optimizer={"accumulate": accumulate, "gradient_clip": 1e9})
         run = Run(experiment, 0, tmp_path)
-        training = start_training(run, training_data, train_part, workers=0)
+        training = start_training(run, training_data, train_part, OPTIONS)
         training.model.eval()
         kept = {}
         training.optimizer.step = lambda *_: kept.update(
@@ -170,21 +170,21 @@ def test_epochs_of_accumulated_batches_leave_none_out(training_data, tiny_experi
         tiny_experiment, epochs=1, data={"clips_per_epoch": 20}, optimizer={"accumulate": 2}
     )
     train_part, _ = training_data.split(0)
-    training = start_training(Run(experiment, 0, tmp_path), training_data, train_part, workers=0)
+    training = start_training(Run(experiment, 0, tmp_path), training_data, train_part, OPTIONS)
     assert training.steps_per_epoch == 3  # of two, two and one batch
     assert len(list(training.steps())) == 3
     assert training.progress.n_clips == 20
 
 
 def spoil(monkeypatch, at):
-    """Let the loss of the batches at these positions of an epoch be NaN."""
-    real = batch_loss
+    """Make the loss of the batches at these positions of an epoch NaN."""
+    real = BatchLoss.__call__
 
-    def spoiled(*args):
-        loss = real(*args)
-        return loss * math.nan if args[5] in at else loss
+    def spoiled(self, batch, epoch, position, **options):
+        loss = real(self, batch, epoch, position, **options)
+        return loss * math.nan if position in at else loss
 
-    monkeypatch.setattr("birdcall.training.trainer.batch_loss", spoiled)
+    monkeypatch.setattr(BatchLoss, "__call__", spoiled)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_recordings(
@@ -195,7 +195,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_recordings(
     with pytest.raises(
         ValueError, match=r"tiny, fold 0: the loss is not finite in a batch of .*/XC\d+\.mp3"
     ):
-        train_run(Run(experiment, 0, tmp_path), training_data, workers=0)
+        train_run(Run(experiment, 0, tmp_path), training_data, OPTIONS)
 
 
 def test_a_batch_whose_loss_is_not_finite_can_be_skipped(
@@ -204,7 +204,7 @@ def test_a_batch_whose_loss_is_not_finite_can_be_skipped(
     spoil(monkeypatch, {1})
     experiment = with_train(tiny_experiment, on_non_finite="skip")
     with caplog.at_level(logging.WARNING):
-        train_run(Run(experiment, 0, tmp_path), training_data, workers=0)
+        train_run(Run(experiment, 0, tmp_path), training_data, OPTIONS)
     assert "the loss is not finite in a batch of" in caplog.text
     log = read_log(tmp_path / "log.csv")
     assert [entry.skipped for entry in log] == [1, 1]
@@ -235,38 +235,39 @@ def test_training_ends_early_when_it_no_longer_gets_better(
     scores = iter([0.3, 0.5, 0.4, 0.5, 0.9, 0.9])
     monkeypatch.setattr("birdcall.training.trainer.validate", lambda *_: {"macro_ap": next(scores)})
     experiment = with_train(tiny_experiment, epochs=6, validate_every=1, patience=2)
-    train_run(Run(experiment, 0, tmp_path), training_data, workers=0)
+    train_run(Run(experiment, 0, tmp_path), training_data, OPTIONS)
     assert [entry.validation["macro_ap"] for entry in read_log(tmp_path / "log.csv")] == [
         *(0.3, 0.5, 0.4, 0.5)
     ]
 
 
-def test_the_moving_average_is_what_is_kept(training_data, tiny_experiment, tmp_path):
+def test_the_moving_average_is_saved(training_data, tiny_experiment, tmp_path):
     train_part, _ = training_data.split(0)
     experiment = with_train(tiny_experiment, epochs=1, optimizer={"ema_decay": 0.9})
-    training = start_training(Run(experiment, 0, tmp_path), training_data, train_part, workers=0)
+    training = start_training(Run(experiment, 0, tmp_path), training_data, train_part, OPTIONS)
     history = []
     for _ in training.steps():
         history.append(training.model.head.detection.weight.detach().clone())
     expected = history[0]
     for n_steps, weight in enumerate(history[1:], start=1):
         expected = torch.lerp(expected, weight, 1 - min(0.9, (1 + n_steps) / (10 + n_steps)))
-    torch.testing.assert_close(training.trained.head.detection.weight, expected)
+    torch.testing.assert_close(training.validated_model.head.detection.weight, expected)
     assert not torch.equal(expected, history[-1])
 
 
 def test_the_best_epochs_are_averaged(training_data, tiny_experiment, tmp_path, monkeypatch):
     kept, scores = [], iter([0.2, 0.9, 0.5, 0.7, 0.66])
 
-    def score(model, *_):
-        kept.append({name: value.clone() for name, value in model.state_dict().items()})
+    def score(ensemble, *_):
+        state = ensemble.members[0].model.state_dict()
+        kept.append({name: value.clone() for name, value in state.items()})
         return {"macro_ap": next(scores)}
 
     monkeypatch.setattr("birdcall.training.trainer.validate", score)
     experiment = with_train(
         tiny_experiment, epochs=4, validate_every=1, optimizer={"average_best": 2}
     )
-    checkpoint = train_run(Run(experiment, 0, tmp_path), training_data, workers=0)
+    checkpoint = train_run(Run(experiment, 0, tmp_path), training_data, OPTIONS)
     model, _ = load_model(tmp_path)
     assert checkpoint.score == {"macro_ap": 0.66}  # that of the mean, not of its best part
     for name, value in model.state_dict().items():

@@ -33,10 +33,10 @@ from birdcall.data.noise import find_noise, generate_noise
 from birdcall.data.recordings import classes_of, read_recordings
 from birdcall.data.targets import ClipSampler
 from birdcall.experiments import find_experiment
-from birdcall.models.sed import SEDModel, build_model
+from birdcall.models.sed import build_model
 from birdcall.report.style import AMBER, GREEN, GREY, SKY, new_figure, save_figure
 from birdcall.storage.files import atomic_path, write_atomically
-from birdcall.training.step import Detector, batch_loss
+from birdcall.training.step import BatchLoss
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -345,19 +345,12 @@ def time_waiting(
 def _make_step(experiment: Experiment, n_classes: int) -> Callable[[ClipBatch], None]:
     """Return a training step of a new model on the CPU."""
     torch.manual_seed(0)
-    model: SEDModel = build_model(experiment, n_classes, pretrained=False).train()
+    model = build_model(experiment, n_classes, pretrained=False).train()
     optimizer = torch.optim.AdamW(model.parameters(), experiment.train.optimizer.learning_rate)
+    batch_loss = BatchLoss(model, experiment, torch.device("cpu"))
 
     def step(batch: ClipBatch) -> None:
-        loss = batch_loss(
-            model,
-            Detector(model),
-            batch=batch,
-            experiment=experiment,
-            epoch=0,
-            position=0,
-            device=torch.device("cpu"),
-        )
+        loss = batch_loss(batch, epoch=0, position=0)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

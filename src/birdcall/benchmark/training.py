@@ -47,7 +47,7 @@ from birdcall.models.checkpoint import Checkpoint, find_checkpoints, save_checkp
 from birdcall.models.sed import build_model
 from birdcall.storage.files import write_atomically
 from birdcall.taxonomy import all_species
-from birdcall.training.trainer import Run, Training, start_training
+from birdcall.training.trainer import Run, RunOptions, Training, start_training
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class _StoredBatches:
 def _start(experiment: Experiment, data: TrainingData, folder: Path, workers: int) -> Training:
     train_part, _ = data.split(data.folds[0])
     run = Run(experiment, data.folds[0], folder)
-    return start_training(run, data, train_part, workers=workers)
+    return start_training(run, data, train_part, RunOptions(workers=workers))
 
 
 def _compare(augmented: Training, stored: Training, n_steps: int, repeats: int) -> dict[str, float]:

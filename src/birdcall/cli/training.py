@@ -148,6 +148,7 @@ def _train(
     from birdcall.inference.ensemble import default_device
     from birdcall.training.distributed import distributed_context
     from birdcall.training.runs import plan_runs, runs_table, train_many
+    from birdcall.training.trainer import RunOptions
 
     if resume and overwrite:
         raise ValueError("--resume continues a run, --overwrite replaces it: give one of them")
@@ -160,9 +161,7 @@ def _train(
         _report_interruption(deadline),
         distributed_context(default_device()) as (distributed, device),
     ):
-        train_many(
-            runs,
-            training_data,
+        options = RunOptions(
             workers=workers,
             jobs=jobs,
             device=device,
@@ -174,6 +173,7 @@ def _train(
             deadline=deadline,
             progress=True,
         )
+        train_many(runs, training_data, options)
         if distributed.is_first:
             typer.echo(runs_table(runs).to_string(index=False))
 
@@ -181,7 +181,7 @@ def _train(
 @contextmanager
 def _report_interruption(deadline: float | None = None) -> Iterator[None]:
     """Print the step of the interruption: a success at the deadline, else exit code 130."""
-    from birdcall.training.log import TrainingInterrupted
+    from birdcall.training.runs import TrainingInterrupted
 
     try:
         yield

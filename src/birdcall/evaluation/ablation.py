@@ -28,8 +28,9 @@ from birdcall.kaggle.submission import predict_test_set
 from birdcall.kaggle.test_set import SOLUTION, find_test_audio_folder
 from birdcall.models.checkpoint import SETTINGS_FILE
 from birdcall.storage.files import write_atomically
-from birdcall.training.log import LOG_FILE, EpochLog, read_log, summarize_log
-from birdcall.training.runs import Run, train_many
+from birdcall.training.log import LOG_FILE, read_log, summarize_log
+from birdcall.training.runs import train_many
+from birdcall.training.trainer import EpochLog, Run, RunOptions
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def ablate(
     reference = _check(experiments, n_seeds, budget_seconds, reference)
     folds = _check_folds(data, data.folds if folds is None else folds)
     ledger = BlockTimes.open(folder, [one.name for one in experiments], folds)
-    options = {"workers": workers, "jobs": jobs, "init": init, "progress": progress}
+    options = RunOptions(workers=workers, jobs=jobs, init=init, progress=progress, resume=True)
     rows, samples, left_out = [], [], []
     for seed in range(n_seeds):
         if not ledger.has_room(seed, budget_seconds):
@@ -121,7 +122,7 @@ def ablate(
         logger.info("seed %d of %d: %d runs", seed, n_seeds, len(experiments) * len(folds))
         runs = {one.name: plan_seed(one, seed, folds, folder) for one in experiments}
         with ledger.clock(seed, [run for group in runs.values() for run in group]):
-            train_many([r for group in runs.values() for r in group], data, resume=True, **options)
+            train_many([r for group in runs.values() for r in group], data, options)
             for name, group in runs.items():
                 scored = score_seed(group, data)
                 samples.append((name, scored))

@@ -40,7 +40,7 @@ from birdcall.inference.windows import SINGLE_SEGMENT, AudioSource, WindowConfig
 from birdcall.kaggle.test_set import EXAMPLE_LABELS
 from birdcall.models.checkpoint import read_checkpoint, require_same_classes
 from birdcall.storage.files import atomic_path, digest, digest_files
-from birdcall.training.validation import VALIDATION_SECONDS
+from birdcall.training.step import VALIDATION_SECONDS
 
 logger = logging.getLogger(__name__)
 

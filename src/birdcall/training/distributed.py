@@ -1,4 +1,4 @@
-"""Let several processes, one per GPU or machine, train as if they were one."""
+"""Train in several processes, one per GPU or machine, with the results of a single process."""
 
 from __future__ import annotations
 
@@ -12,34 +12,38 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
-TIMEOUT = timedelta(minutes=30)  # one process may read slower than another
+_TIMEOUT = timedelta(minutes=30)  # one process may read slower than another
 
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """This process among those that train together; alone where nobody started others."""
+    """The rank of this process, and the number of processes that train one run together."""
 
     rank: int = 0
     world_size: int = 1
 
     @property
     def is_first(self) -> bool:
-        """Is this the one that writes files and shows progress?"""
+        """Whether this process is the one that writes files and shows progress."""
         return self.rank == 0
 
     def part(self, n_items: int) -> slice:
-        """Return this process's share of a batch; ``n_items`` are those of all together."""
+        """Return this process's part of a batch of ``n_items``, which all processes share.
+
+        Raises ValueError where the batch cannot be divided equally.
+        """
         if n_items % self.world_size:
             raise ValueError(
                 f"a batch of {n_items} clips cannot be shared by {self.world_size} processes: "
                 "their number must divide the experiment's batch_size"
             )
-        share = n_items // self.world_size
-        return slice(self.rank * share, (self.rank + 1) * share)
+        size = n_items // self.world_size
+        return slice(self.rank * size, (self.rank + 1) * size)
 
     def gather(self, part: Tensor) -> Tensor:
-        """Return the parts ``(n, ...)`` of all processes behind one another, by rank."""
+        """Return the concatenation of all processes' parts ``(n, ...)``, in order of rank."""
         if self.world_size == 1:
             return part
         parts = [torch.empty_like(part) for _ in range(self.world_size)]
@@ -54,10 +58,32 @@ class DistributedContext:
         dist.all_reduce(value)
         return value
 
+    def any(self, condition: bool, device: torch.device) -> bool:
+        """Return whether ``condition`` holds in any process; all processes get the same answer."""
+        if self.world_size == 1:
+            return condition
+        return bool(self.sum(torch.tensor(float(condition), device=device)) > 0)
+
     def wait(self) -> None:
-        """Wait until every process has come here."""
+        """Wait until all processes have reached this call."""
         if self.world_size > 1:
             dist.barrier()
+
+    def wrap(self, network: nn.Module, device: torch.device) -> nn.Module:
+        """Return ``network`` so that it is trained on the batches of all processes together.
+
+        Gradients are averaged, and batch normalisations use the statistics of the whole batch.
+        The names of its weights stay. Alone, it is returned unchanged.
+        """
+        if self.world_size == 1:
+            return network
+        for module in network.modules():
+            if isinstance(module, _BatchNorm):
+                original = type(module)
+                bases = (_SharedBatchNorm, original)
+                module.__class__ = type(f"Shared{original.__name__}", bases, {})
+        devices = [device] if device.type == "cuda" else None
+        return DistributedDataParallel(network, devices, broadcast_buffers=False)
 
 
 SINGLE_PROCESS = DistributedContext()
@@ -65,10 +91,10 @@ SINGLE_PROCESS = DistributedContext()
 
 @contextmanager
 def distributed_context(device: torch.device) -> Iterator[tuple[DistributedContext, torch.device]]:
-    """Join the processes that torchrun has started; yields them and this one's device.
+    """Join the processes that torchrun has started; yield the context and this process's device.
 
     ``torchrun --nproc_per_node=2 -m birdcall train …`` sets RANK, LOCAL_RANK and WORLD_SIZE. GPUs
-    talk through NCCL, CPUs through gloo. Without torchrun this process is alone.
+    communicate through NCCL, CPUs through gloo. Without torchrun the context is SINGLE_PROCESS.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
@@ -77,7 +103,7 @@ def distributed_context(device: torch.device) -> Iterator[tuple[DistributedConte
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
     try:
         yield DistributedContext(dist.get_rank(), world_size), device
     finally:
@@ -85,7 +111,10 @@ def distributed_context(device: torch.device) -> Iterator[tuple[DistributedConte
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """The sum of a tensor over all processes; so is its gradient."""
+    """The sum of a tensor over all processes, with a gradient that is summed as well.
+
+    torch.distributed.nn.functional.all_reduce does the same, but is deprecated.
+    """
 
     @staticmethod
     def forward(_context: object, value: Tensor) -> Tensor:
@@ -101,9 +130,9 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 class _SharedBatchNorm(_BatchNorm):
-    """Batch normalisation by the statistics of the whole batch, which lies in several processes.
+    """Batch normalisation with the statistics of the batch of all processes.
 
-    torch's own SyncBatchNorm works on GPUs only, and would leave this untested without one.
+    torch's SyncBatchNorm works on GPUs only, so tests on a CPU could not cover it.
     """
 
     def forward(self, features: Tensor) -> Tensor:
@@ -116,24 +145,16 @@ class _SharedBatchNorm(_BatchNorm):
         mean = _SumOverProcesses.apply(values.sum(dims)) / n_values
         centred = values - mean.view(shape)
         variance = _SumOverProcesses.apply(centred.square().sum(dims)) / n_values
-        self._follow(mean.detach(), variance.detach() * (n_values / max(n_values - 1, 1)))
-        scale = self.weight * (variance + self.eps).rsqrt()
-        normed = centred * scale.view(shape) + self.bias.view(shape)
-        # timm's BatchNormAct2d is a normalisation with these two behind it.
-        for name in ("drop", "act"):
-            normed = getattr(self, name, nn.Identity())(normed)
-        return normed.to(features.dtype)
-
-    def _follow(self, mean: Tensor, variance: Tensor) -> None:
         self.num_batches_tracked += 1
-        share = self.momentum if self.momentum is not None else 1 / int(self.num_batches_tracked)
-        self.running_mean.lerp_(mean, share)
-        self.running_var.lerp_(variance, share)
-
-
-def convert_sync_batch_norm(model: nn.Module) -> None:
-    """Let the batch normalisations of ``model`` see the whole batch; names of weights stay."""
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            kind = type(module)
-            module.__class__ = type(f"Shared{kind.__name__}", (_SharedBatchNorm, kind), {})
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 1 / int(self.num_batches_tracked)
+        self.running_mean.lerp_(mean.detach(), momentum)
+        unbiased = variance.detach() * (n_values / max(n_values - 1, 1))
+        self.running_var.lerp_(unbiased, momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        normalised = centred * scale.view(shape) + self.bias.view(shape)
+        # timm's BatchNormAct2d is a normalisation followed by these two layers.
+        for name in ("drop", "act"):
+            normalised = getattr(self, name, nn.Identity())(normalised)
+        return normalised.to(features.dtype)

@@ -1,9 +1,9 @@
-"""Keep all that an interrupted training needs to go on as if it had not been interrupted."""
+"""Save the state of a training, so that an interrupted run ends with the same weights."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,16 @@ from birdcall.storage.files import digest, digest_table, write_atomically
 from birdcall.storage.store import code_digest
 from birdcall.training.distributed import DistributedContext
 
-Values = dict[str, Any]  # what JSON can hold
+_N_SHOWN = 5  # differences in a message
 
 
-def write_state(path: Path, tensors: Mapping[str, Tensor], values: Values) -> None:
-    """Write tensors and plain values as one file, whole or not at all."""
-    own = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    write_atomically(path, safetensors.torch.save(own, {"values": json.dumps(values)}))
+def write_state(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    """Write tensors, and values that JSON can hold, to one file; a kill leaves no partial file."""
+    copies = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    write_atomically(path, safetensors.torch.save(copies, {"values": json.dumps(values)}))
 
 
-def read_state(path: Path) -> tuple[dict[str, Tensor], Values]:
+def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_state` wrote; ValueError names the file if it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -41,62 +41,76 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], Values]:
 
 
 def delete_state(path: Path) -> None:
-    """Delete the state and what a killed process may have left of the next one."""
+    """Delete the state, and the temporary files of a process that was killed while writing."""
     path.unlink(missing_ok=True)
-    for torn in path.parent.glob(f".{path.stem}.*{path.suffix}"):
-        torn.unlink()
+    for temporary in path.parent.glob(f".{path.stem}.*{path.suffix}"):
+        temporary.unlink()
 
 
-# --- optimiser and generators, as tensors -------------------------------------------------------
+class TensorState:
+    """The tensors that change from step to step: weights, optimizer, random generators.
 
-
-def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the optimiser's state, as ``optimizer.<parameter>.<name>``."""
-    return {
-        f"optimizer.{index}.{name}": value
-        for index, state in optimizer.state_dict()["state"].items()
-        for name, value in state.items()
-    }
-
-
-def restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Undo `optimizer_tensors`; learning rates and the like stay as they are."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, name = key.split(".", 2)
-            state.setdefault(int(index), {})[name] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
-def generator_tensors(device: torch.device, distributed: DistributedContext) -> dict[str, Tensor]:
-    """Return the states of torch's generators in every process, as rows ``(distributed, bytes)``.
-
-    Dropout draws from them. All else has generators of its own, made anew for each clip and batch.
+    torch's global generators decide about dropout only. Everything else is drawn from generators
+    that are seeded for each clip and batch.
     """
-    states = {"generator.cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["generator.cuda"] = torch.cuda.get_rng_state(device)
-    return {name: distributed.gather(one[None].to(device)).cpu() for name, one in states.items()}
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        optimizer: Optimizer,
+        device: torch.device,
+        distributed: DistributedContext,
+    ) -> None:
+        self.modules = modules
+        self.optimizer = optimizer
+        self.device = device
+        self.distributed = distributed
+
+    def collect(self) -> dict[str, Tensor]:
+        """Return all tensors by name; generators have a row per process."""
+        tensors = {
+            f"{name}.{key}": value
+            for name, module in self.modules.items()
+            for key, value in module.state_dict().items()
+        }
+        for index, state in self.optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                tensors[f"optimizer.{index}.{key}"] = value
+        generators = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state(self.device)
+        for name, state in generators.items():
+            states = self.distributed.gather(state[None].to(self.device))
+            tensors[f"generator.{name}"] = states.cpu()
+        return tensors
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set everything to what `collect` returned; learning rates stay as they are."""
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            group, _, key = name.partition(".")
+            groups.setdefault(group, {})[key] = value
+        for name, module in self.modules.items():
+            module.load_state_dict(groups[name])
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in groups.get("optimizer", {}).items():
+            index, _, name = key.partition(".")
+            state.setdefault(int(index), {})[name] = value
+        parameters = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": parameters})
+        rank = self.distributed.rank
+        torch.set_rng_state(groups["generator"]["cpu"][rank])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(groups["generator"]["cuda"][rank], self.device)
 
 
-def restore_generators(
-    tensors: Mapping[str, Tensor], device: torch.device, distributed: DistributedContext
-) -> None:
-    """Undo `generator_tensors`."""
-    torch.set_rng_state(tensors["generator.cpu"][distributed.rank])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["generator.cuda"][distributed.rank], device)
-
-
-# --- what a state belongs to --------------------------------------------------------------------
+# --- identity of a training ---
 
 
 def identity_of(
-    experiment: Values, fold: int, data: TrainingData, distributed: DistributedContext
+    experiment: Mapping[str, Any], fold: int, data: TrainingData, distributed: DistributedContext
 ) -> dict[str, Any]:
-    """Return what must be the same when a training goes on: experiment, data, code, processes."""
+    """Return everything that decides about the weights: experiment, data, code, processes."""
     return {
         "version": __version__,
         "torch": torch.__version__,
@@ -111,93 +125,87 @@ def identity_of(
     }
 
 
-def require_same_identity(path: Path, there: Values, here: Values) -> None:
-    """Raise a ValueError that says what differs between a state's identity and this training's."""
-    # Tuples become lists in JSON.
-    differences = list(_differences(there, json.loads(json.dumps(here))))
+def require_same_identity(path: Path, stored: Mapping[str, Any], current: Any) -> None:
+    """Raise a ValueError with the differences, unless the state at ``path`` is of this training."""
+    current = json.loads(json.dumps(current))  # JSON has lists for tuples, as `stored` has
+    differences = _differences(stored, current)
     if differences:
-        more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
+        shown = "; ".join(differences[:_N_SHOWN])
+        n_more = len(differences) - _N_SHOWN
+        more = f" and {n_more} more" if n_more > 0 else ""
         raise ValueError(
-            f"{path} is of another training, so it cannot go on: {'; '.join(differences[:5])}"
-            f"{more}. --overwrite starts again"
+            f"{path} is the state of another training and cannot be resumed: {shown}{more}. "
+            "--overwrite starts again"
         )
 
 
-def _differences(there: Any, here: Any, place: str = "") -> Sequence[str]:
-    if isinstance(there, dict) and isinstance(here, dict):
-        names = list(dict.fromkeys((*there, *here)))
-        parts = [
-            _differences(there.get(name), here.get(name), f"{place}.{name}" if place else name)
-            for name in names
-        ]
-        return [one for part in parts for one in part]
-    if there == here:
+def _differences(stored: Any, current: Any, name: str = "") -> list[str]:
+    if isinstance(stored, dict) and isinstance(current, dict):
+        differences = []
+        for key in dict.fromkeys((*stored, *current)):
+            nested = f"{name}.{key}" if name else key
+            differences += _differences(stored.get(key), current.get(key), nested)
+        return differences
+    if stored == current:
         return []
-    kind, _, module = place.partition(".")
+    kind, _, module = name.partition(".")
     if kind == "code":
         return [f"{module.replace('.', '/')}.py has changed"]
-    if place in ("recordings", "labels", "noise", "classes"):
-        return [f"the {place} are others"]
-    return [f"{place} was {there!r}, is {here!r}"]
+    if name in ("recordings", "labels", "noise", "classes"):
+        return [f"the {name} are different"]
+    return [f"{name} was {stored!r}, is {current!r}"]
 
 
-# --- averaging ---
+# --- averages of weights ---
 
 
 def make_moving_average(model: nn.Module, decay: float) -> AveragedModel:
-    """Return a copy of ``model`` that follows it by ``update_parameters(model)``, buffers as well.
+    """Return a moving average of the weights and buffers of ``model``.
 
-    The first steps count more, or random weights would stay in the mean for ``1 / (1 - decay)``
-    steps: step n keeps ``min(decay, (1 + n) / (10 + n))``.
+    Step n keeps ``min(decay, (1 + n) / (10 + n))`` of the average. With a constant ``decay``, as in
+    torch's ``get_ema_multi_avg_fn``, random weights would stay for ``1 / (1 - decay)`` steps.
     """
 
-    def follow(average: list[Tensor], current: list[Tensor], n_averaged: Tensor) -> None:
+    @torch.no_grad()
+    def update(average: list[Tensor], current: list[Tensor], n_averaged: Tensor) -> None:
         n_steps = int(n_averaged)
-        keep = min(decay, (1 + n_steps) / (10 + n_steps))
+        step_decay = min(decay, (1 + n_steps) / (10 + n_steps))
         for mean, value in zip(average, current, strict=True):
             if mean.is_floating_point():
-                mean.lerp_(value, 1 - keep)
+                mean.lerp_(value, 1 - step_decay)
             else:
-                mean.copy_(value)  # how many batches a normalisation has seen
+                mean.copy_(value)  # the number of batches that a normalisation has seen
 
-    @torch.no_grad()
-    def follow_all(average: list[Tensor], current: list[Tensor], n_averaged: Tensor) -> None:
-        follow(average, current, n_averaged)
-
-    return AveragedModel(model, multi_avg_fn=follow_all, use_buffers=True)
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 
 @dataclass
 class BestWeights:
     """The weights of the ``n_best`` best epochs, as files in ``folder``.
 
-    Every process knows which they are; the first one, which ``writes``, keeps their files.
-
-    Nothing is deleted before `prune`: what an older state refers to must outlive the writing of
-    the next one.
+    All processes know the scores; only the process that ``writes`` has the files. A file is deleted
+    by `prune` only: an older state must find its files until the next state is written.
     """
 
     folder: Path
     n_best: int
     writes: bool = True
-    scores: dict[int, float] = field(default_factory=dict)  # of the epochs that are kept
+    scores: dict[int, float] = field(default_factory=dict)  # of the stored epochs
 
     def offer(self, epoch: int, score: float, model: nn.Module) -> None:
-        """Keep the weights of ``model`` if ``score`` is among the best so far."""
-        ranked = sorted(
-            (self.scores | {epoch: score}).items(), key=lambda item: (-item[1], item[0])
-        )
-        kept = dict(ranked[: self.n_best])
-        if epoch in kept and self.writes:
+        """Store the weights of ``model`` if ``score`` is among the best so far."""
+        candidates = (self.scores | {epoch: score}).items()
+        ranked = sorted(candidates, key=lambda item: (-item[1], item[0]))
+        self.scores = dict(ranked[: self.n_best])
+        if epoch in self.scores and self.writes:
             weights = {name: value.contiguous() for name, value in model.state_dict().items()}
             write_atomically(self._path(epoch), safetensors.torch.save(weights))
-        self.scores = kept
 
     def prune(self) -> None:
         """Delete the files of epochs that are no longer among the best."""
-        kept = {self._path(epoch) for epoch in self.scores}
+        stored = {self._path(epoch) for epoch in self.scores}
         for path in self.folder.glob("*.safetensors"):
-            if path not in kept:
+            if path not in stored:
                 path.unlink()
 
     def delete(self) -> None:
@@ -208,15 +216,14 @@ class BestWeights:
             self.folder.rmdir()
 
     def mean(self) -> dict[str, Tensor]:
-        """Return the mean of the kept weights; whole numbers are those of the best epoch."""
+        """Return the mean of the stored weights; whole numbers are those of the best epoch."""
         best_first = sorted(self.scores, key=lambda epoch: (-self.scores[epoch], epoch))
-        parts = [safetensors.torch.load_file(self._path(epoch)) for epoch in best_first]
-        return {
-            name: torch.stack([part[name] for part in parts]).mean(dim=0)
-            if value.is_floating_point()
-            else value
-            for name, value in parts[0].items()
-        }
+        states = [safetensors.torch.load_file(self._path(epoch)) for epoch in best_first]
+        mean = dict(states[0])
+        for name, value in mean.items():
+            if value.is_floating_point():
+                mean[name] = torch.stack([state[name] for state in states]).mean(dim=0)
+        return mean
 
     def _path(self, epoch: int) -> Path:
         return self.folder / f"epoch{epoch:04d}.safetensors"

@@ -1,4 +1,4 @@
-"""Train one run: an experiment on all folds but one, validated on that one."""
+"""Train runs, one after another or several at once, and list their results."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -29,73 +30,59 @@ from birdcall.models.checkpoint import (
     find_checkpoints,
     read_checkpoint,
 )
-from birdcall.training.distributed import SINGLE_PROCESS, DistributedContext
 from birdcall.training.log import (
     LOG_FILE,
-    TENSORBOARD_FOLDER,
     TensorBoard,
-    TrainingInterrupted,
-    plot_batch_preview,
+    plot_preview,
     read_log,
     summarize_log,
     write_log,
 )
 from birdcall.training.resume import delete_state
-from birdcall.training.trainer import Run, start_training
+from birdcall.training.trainer import Run, RunOptions, Training, start_training
 
 logger = logging.getLogger(__name__)
 
-SAVE_EVERY = 200  # steps
+
+class TrainingInterrupted(RuntimeError):  # noqa: N818 - as KeyboardInterrupt
+    """A signal or the deadline has stopped a training; its state is in the run's folder."""
 
 
 def train_run(
     run: Run,
     data: TrainingData,
-    *,
-    workers: int = 1,
-    device: torch.device | None = None,
-    distributed: DistributedContext = SINGLE_PROCESS,
-    init: Path | None = None,
-    resume: bool = False,
-    save_every: int = SAVE_EVERY,
-    deadline: float | None = None,
-    progress: bool = False,
+    options: RunOptions = RunOptions(),
     bar_position: int | None = None,
 ) -> Checkpoint:
-    """Train ``run`` and leave its checkpoint and log in its folder.
+    """Train ``run`` and write its checkpoint and log to its folder.
 
-    Two calls with the same arguments give the same weights (on a CPU), and so does a call that is
-    interrupted, by whatever means, and goes on with ``resume``. Seeds torch's global generator,
-    from which weights and dropout are drawn. ``deadline`` is a value of `time.monotonic`.
+    Two calls with the same arguments give the same weights (on a CPU), also if a call was
+    interrupted in any way and then resumed. Seeds torch's global generator. Raises
+    TrainingInterrupted at a signal (SIGTERM, Ctrl-C) and at the deadline, after saving the state.
     """
-    experiment, fold, folder = run
-    config = experiment.train
-    train_part, validation_part = data.split(fold)
-    check_classes(train_part, validation_part, data.classes, fold)
-    training = start_training(
-        run, data, train_part, workers=workers, device=device, distributed=distributed, init=init
-    )
-    if resume and (folder / STATE_FILE).is_file():
+    train_part, held_out = data.split(run.fold)
+    check_classes(train_part, held_out, data.classes, run.fold)
+    training = start_training(run, data, train_part, options)
+    progress, is_first = training.progress, options.distributed.is_first
+    state = run.folder / STATE_FILE
+    if options.resume and state.is_file():
         training.restore()
-    elif distributed.is_first:
-        delete_state(folder / STATE_FILE)
+        progress = training.progress
+    elif is_first:
+        delete_state(state)
         training.best.delete()
-    board = (
-        TensorBoard(folder / TENSORBOARD_FOLDER, len(training.log))
-        if distributed.is_first
-        else None
-    )
+    board = TensorBoard(run.folder, len(training.log)) if is_first else None
     if board is not None:
-        training.watch = lambda epoch, preview: board.write_clips(
-            epoch, plot_batch_preview(preview, data.classes)
+        training.show_preview = lambda epoch, preview: board.write_preview(
+            epoch, plot_preview(preview, data.classes)
         )
-    n_steps = config.epochs * training.steps_per_epoch
+    n_steps = training.n_steps
     with (
-        stop_requests() as stop,
+        _stop_requests() as stop,
         tqdm(
             total=n_steps,
-            initial=training.progress.step,
-            disable=not (progress and distributed.is_first),
+            initial=progress.step,
+            disable=not (options.progress and is_first),
             unit="step",
             position=bar_position,
             desc=run.name,
@@ -104,58 +91,70 @@ def train_run(
         while not training.is_finished:
             for _ in training.steps():
                 bar.update()
-                bar.set_postfix_str(training.progress.describe(), refresh=False)
-                asked = stop.is_set() or (deadline is not None and time.monotonic() >= deadline)
-                if training.agree(asked):
+                bar.set_postfix_str(_describe_epoch(training), refresh=False)
+                is_late = options.deadline is not None and time.monotonic() >= options.deadline
+                if options.distributed.any(stop.is_set() or is_late, training.device):
                     training.save()
                     raise TrainingInterrupted(
-                        f"{run.name}: stopped after step {training.progress.step} of {n_steps}; "
-                        "the same command with --resume goes on"
+                        f"{run.name}: stopped after step {progress.step} of {n_steps}; "
+                        "the same command with --resume continues it"
                     )
-                if training.progress.step % save_every == 0:
+                if progress.step % options.save_every == 0:
                     training.save()
-            entry = training.end_epoch()
-            if training.is_last_epoch or (entry.epoch % config.validate_every == 0):
-                training.validate(entry, validation_part)
+            entry = training.end_epoch(held_out)
             if board is not None:
-                write_log(folder / LOG_FILE, training.log)
+                write_log(run.folder / LOG_FILE, training.log)
                 board.write(entry)
             training.save()
     if board is not None:
         board.close()
-    return training.finish(validation_part)
+    return training.finish(held_out)
+
+
+def _describe_epoch(training: Training) -> str:
+    progress = training.progress
+    seconds = max(progress.seconds, 1e-9)
+    return (
+        f"epoch {progress.epoch + 1}, loss {progress.loss_sum / max(progress.n_batches, 1):.3f}, "
+        f"{progress.n_clips / seconds:.0f} clips/s, waiting {progress.waiting / seconds:.0%}"
+    )
 
 
 @contextmanager
-def stop_requests() -> Iterator[threading.Event]:
+def _stop_requests() -> Iterator[threading.Event]:
     """Yield an event that SIGTERM or Ctrl-C sets; a second Ctrl-C stops at once."""
-    asked = threading.Event()
+    stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield asked  # only the main thread hears signals
+        yield stop  # only the main thread receives signals
         return
 
-    def note(number: int, _frame: FrameType | None) -> None:
-        if asked.is_set() and number == signal.SIGINT:
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.set()
+        stop.set()
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield asked
+        yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-# --- runs ---
+# --- several runs ---
 
 
 def plan_runs(
     experiments: Sequence[Experiment], data: TrainingData, fold: int | None, folder: Path
 ) -> list[Run]:
-    """Return each experiment on ``fold``, or on all, in ``folder/<experiment>/fold<k>``."""
+    """Return each experiment on ``fold``, or on all folds: ``folder/<experiment>/fold<k>``."""
     folds = data.folds if fold is None else [fold]
-    return [Run(one, k, folder / one.name / f"fold{k}") for one in experiments for k in folds]
+    return [
+        Run(experiment, k, folder / experiment.name / f"fold{k}")
+        for experiment in experiments
+        for k in folds
+    ]
 
 
 def run_folder(folder: Path, name: str) -> Path:
@@ -189,123 +188,104 @@ def find_runs(
 
 
 def train_many(
-    runs: Sequence[Run],
-    data: TrainingData,
-    *,
-    workers: int = 1,
-    jobs: int = 1,
-    device: torch.device | None = None,
-    distributed: DistributedContext = SINGLE_PROCESS,
-    init: Path | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    save_every: int = SAVE_EVERY,
-    deadline: float | None = None,
-    progress: bool = False,
+    runs: Sequence[Run], data: TrainingData, options: RunOptions = RunOptions()
 ) -> list[Checkpoint]:
     """Train ``runs`` and return their checkpoints, in order.
 
-    ``jobs`` runs are trained at once, each in a process with its share of the cores: on a CPU, two
-    networks on one core each are faster than one on two. With ``resume``, finished runs are kept
-    and unfinished ones go on. What would be overwritten is refused before the first run starts.
-    ``deadline`` (of `time.monotonic`), SIGTERM and Ctrl-C end it by TrainingInterrupted.
+    ``jobs`` runs are trained at the same time, each in a process with its share of the cores: on a
+    CPU, two networks on one core each are faster than one network on two cores. With ``resume``,
+    finished runs are kept and unfinished runs are continued. Raises ValueError before the first run
+    starts if a run would be overwritten without ``overwrite``, and TrainingInterrupted as
+    `train_run`.
     """
+    jobs, world_size = options.jobs, options.distributed.world_size
     require(
-        jobs == 1 or distributed.world_size == 1,
-        f"{jobs} runs at once and {distributed.world_size} processes for each do not go together: "
+        jobs == 1 or world_size == 1,
+        f"{jobs} runs at once cannot be combined with {world_size} processes for each run: "
         "leave --jobs at 1 under torchrun",
     )
     for run in runs:
-        data.split(run.fold)
-        check_worker_memory(workers * jobs, run.experiment, distributed.world_size)
-        if not (resume or overwrite):
+        data.split(run.fold)  # raises for a fold out of range
+        check_worker_memory(options.workers * jobs, run.experiment, world_size)
+        if not (options.resume or options.overwrite):
             _require_untouched(run)
-    kept = {run: _finished(run) for run in runs} if resume else {}
-    pending = [run for run in runs if kept.get(run) is None]
-    options = {
-        "workers": workers, "init": init, "resume": resume, "save_every": save_every,
-        "deadline": deadline, "progress": progress,
-    }  # fmt: skip
+    checkpoints = {run: _finished(run) for run in runs} if options.resume else {}
+    pending = [run for run in runs if checkpoints.get(run) is None]
     if jobs == 1 or len(pending) <= 1:
-        options |= {"device": device, "distributed": distributed}
-        made = {run: train_run(run, data, **options) for run in pending}
+        for run in pending:
+            checkpoints[run] = train_run(run, data, options)
     else:
-        made = _train_at_once(pending, data, jobs, options)
-    return [kept.get(run) or made[run] for run in runs]
+        checkpoints |= _train_at_once(pending, data, options)
+    return [checkpoints[run] for run in runs]
 
 
 def _require_untouched(run: Run) -> None:
     if (run.folder / STATE_FILE).exists():
         raise ValueError(
-            f"{run.folder} holds an unfinished run; --resume goes on, --overwrite starts again"
+            f"{run.folder} holds an unfinished run; --resume continues it, --overwrite starts again"
         )
     if (run.folder / SETTINGS_FILE).exists():
         raise ValueError(f"{run.folder} holds a trained run already; --overwrite trains it again")
 
 
 def _finished(run: Run) -> Checkpoint | None:
-    """Return a finished run's checkpoint; refuse one of other settings under the same name."""
+    """Return the checkpoint of a finished run; ValueError if its experiment has other settings."""
     if (run.folder / STATE_FILE).exists() or not (run.folder / SETTINGS_FILE).exists():
         return None
     checkpoint = read_checkpoint(run.folder)
     if checkpoint.experiment != run.experiment:
         raise ValueError(
-            f"{run.folder} was trained by other settings of {run.experiment.name}; "
+            f"{run.folder} was trained with other settings of {run.experiment.name}; "
             "--overwrite trains it again"
         )
-    logger.info("%s is finished and kept", run.name)
+    logger.info("%s: finished already, kept", run.name)
     return checkpoint
 
 
 def _train_at_once(
-    runs: Sequence[Run], data: TrainingData, jobs: int, options: dict[str, object]
+    runs: Sequence[Run], data: TrainingData, options: RunOptions
 ) -> dict[Run, Checkpoint]:
-    spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads, stuck
+    jobs = options.jobs
+    options = replace(options, jobs=1, device=None)
+    spawn = multiprocessing.get_context("spawn")  # a fork inherits torch's threads and hangs
     level = logger.getEffectiveLevel()
     with (
-        stop_requests() as stop,
+        _stop_requests() as stop,
         ProcessPoolExecutor(jobs, spawn, _prepare_process, (jobs, level)) as pool,
     ):
-        futures = {
-            pool.submit(train_run, run, data, bar_position=number % jobs, **options): run
+        futures = [
+            pool.submit(train_run, run, data, options, bar_position=number % jobs)
             for number, run in enumerate(runs)
-        }
+        ]
         try:
-            return _collect(futures, stop)
+            waiting = set(futures)
+            while waiting:
+                done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                if stop.is_set():
+                    raise TrainingInterrupted("stopped; the same command with --resume continues")
         except BaseException:
             for future in futures:
                 future.cancel()
             for child in multiprocessing.active_children():
-                # A terminal's Ctrl-C reaches them by itself, a signal to this process does not.
-                os.kill(child.pid, signal.SIGTERM)  # each writes its state
+                # Ctrl-C in a terminal reaches the children too, a signal to this process does not.
+                os.kill(child.pid, signal.SIGTERM)  # each child saves its state
             raise
+        return {run: future.result() for run, future in zip(runs, futures, strict=True)}
 
 
 def _prepare_process(jobs: int, level: int) -> None:
     logging.basicConfig(level=level, format="%(levelname)s %(message)s")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # between two runs; within one it is heard
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # between two runs; `train_run` handles it
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
 
 
-def _collect(
-    futures: dict[Future[Checkpoint], Run], stop: threading.Event
-) -> dict[Run, Checkpoint]:
-    """Wait for all runs; the first that fails, or a signal, ends the waiting."""
-    waiting = set(futures)
-    while waiting:
-        done, waiting = wait(waiting, timeout=0.5, return_when=FIRST_EXCEPTION)
-        for future in done:
-            future.result()
-        if stop.is_set():
-            raise TrainingInterrupted("stopped; the same command with --resume goes on")
-    return {run: future.result() for future, run in futures.items()}
-
-
 def runs_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """Return a row per finished run: what it scored, and what it cost."""
+    """Return a row per finished run: its scores, and the time it took."""
     rows = []
     for run in runs:
-        cost = summarize_log(read_log(run.folder / LOG_FILE))
+        summary = summarize_log(read_log(run.folder / LOG_FILE))
         score = read_checkpoint(run.folder).score
-        rows.append({"experiment": run.experiment.name, "fold": run.fold} | score | cost)
+        rows.append({"experiment": run.experiment.name, "fold": run.fold} | score | summary)
     return pd.DataFrame(rows)

@@ -1,85 +1,96 @@
-"""The loss of a weakly labelled sound event detector."""
+"""Compute the steps of a training: the loss of a batch, and the score of a validation."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
+from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
 
 from birdcall.audio.frontend import SpecAugment
+from birdcall.audio.reading import AudioError
 from birdcall.config import Experiment, LossConfig, OptimizerConfig
 from birdcall.data.augment import BatchDraws, augment_batch
+from birdcall.data.dataset import TrainingData
 from birdcall.data.loader import ClipBatch
-from birdcall.data.targets import IGNORE_TARGET
+from birdcall.data.targets import IGNORE_TARGET, make_targets
+from birdcall.inference.engine import predict_files
+from birdcall.inference.ensemble import Ensemble
 from birdcall.models.sed import SEDModel, SEDOutput
-from birdcall.training.distributed import (
-    SINGLE_PROCESS,
-    DistributedContext,
-    convert_sync_batch_norm,
-)
-from birdcall.training.log import BatchPreview
+from birdcall.training.distributed import SINGLE_PROCESS, DistributedContext
+
+VALIDATION_SECONDS = 30.0  # of each recording: most birds sing early, some recordings last an hour
+
+_N_PREVIEW_CLIPS = 8
+_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def sed_loss(
     output: SEDOutput, target: Tensor, config: LossConfig, weight: Tensor | None = None
 ) -> Tensor:
-    """Return the loss of a batch, a scalar: ``weight`` times each clip's own, averaged over clips.
+    """Return the loss of a batch, a scalar: the mean of the clips' losses times their ``weight``.
 
-    A clip's loss is the mean over classes of loss(clipwise) + ``framewise_weight`` x
-    loss(loudest frame). The second term is the 6th place's: attention pooling alone leaves false
-    frames, the maximum alone follows single impulses.
+    A clip's loss is the mean over classes of loss(clipwise) + ``framewise_weight`` x loss(loudest
+    frame). The second term is the 6th place's: attention pooling alone leaves false frames, the
+    maximum alone follows single impulses.
 
-    target: ``(batch, classes)`` in [0, 1], or UNKNOWN: such a class adds nothing, and the mean is
-    still over all classes, so that a batch's loss is the mean of its halves' losses. weight:
-    ``(batch,)``, None: ones. Computed in float32, where the logarithm of a probability is safe.
+    target: ``(batch, classes)`` in [0, 1], or IGNORE_TARGET: such a class adds nothing, and the
+    mean is still over all classes, so that a batch's loss is the mean of its halves' losses.
+    weight: ``(batch,)``, None: ones. Computed in float32, where the logarithm of a probability is
+    safe.
     """
     with torch.autocast(target.device.type, enabled=False):
-        known = target != IGNORE_TARGET
-        target = smooth_labels(target.float().clamp(min=0), config.label_smoothing)
-        peak = output.framewise.float().amax(dim=-1)
-        loss = class_loss(output.clipwise.float(), target, config)
-        loss = loss + config.framewise_weight * class_loss(peak, target, config)
-        by_clip = torch.where(known, loss, 0).mean(dim=1)
-        return (by_clip if weight is None else weight.float() * by_clip).mean()
+        is_known = target != IGNORE_TARGET
+        # Label smoothing as in Keras, for independent classes: 0 becomes smoothing / 2, and 1
+        # becomes 1 - smoothing / 2. The 2nd place of 2021 adds its 0.01 to 0.025 to all targets,
+        # also to ones, which no probability can reach; at twice the value, absent classes (nearly
+        # all) get the same target here.
+        smoothing = config.label_smoothing
+        target = target.float().clamp(min=0) * (1 - smoothing) + smoothing / 2
+        loudest = output.framewise.float().amax(dim=-1)
+        loss = _class_loss(output.clipwise.float(), target, config)
+        loss = loss + config.framewise_weight * _class_loss(loudest, target, config)
+        clip_loss = torch.where(is_known, loss, 0).mean(dim=1)
+        return (clip_loss if weight is None else weight.float() * clip_loss).mean()
 
 
-def class_loss(probability: Tensor, target: Tensor, config: LossConfig) -> Tensor:
-    """Return each element's cross-entropy, or its focal loss, in the shape of ``probability``.
+def _class_loss(probability: Tensor, target: Tensor, config: LossConfig) -> Tensor:
+    """Return the cross-entropy or focal loss of each element, in the shape of ``probability``.
 
     Focal (Lin et al. 2017, without alpha): cross-entropy x (1 - p_t) ** ``focal_gamma``, where p_t
-    is how probable the model calls what is there; what it knows already counts less.
+    is the probability of the true state. Elements that are predicted well count less.
     """
     entropy = functional.binary_cross_entropy(probability, target, reduction="none")
     if config.name == "bce":
         return entropy
-    wrong = probability * (1 - target) + (1 - probability) * target
-    # A root (gamma below 1) has no slope at zero.
-    return entropy * wrong.clamp(min=torch.finfo(torch.float32).eps) ** config.focal_gamma
+    error = probability * (1 - target) + (1 - probability) * target
+    # A power below 1 has an infinite slope at zero.
+    return entropy * error.clamp(min=torch.finfo(torch.float32).eps) ** config.focal_gamma
 
 
-def smooth_labels(target: Tensor, smoothing: float) -> Tensor:
-    """Move targets towards one half: 0 becomes ``smoothing / 2``, 1 becomes ``1 - smoothing / 2``.
+class BatchPreview(NamedTuple):
+    """The first clips of a batch as the network was trained on them.
 
-    Keras' rule for independent classes. The 2nd place of 2021 adds its 0.01 to 0.025 to targets, to
-    those that are 1 as well, which no probability can reach; absent classes, nearly all there are,
-    get as much here at twice the value.
+    log_mel: ``(clips, channels, frames, n_mels)``, after mixing, noise and masks; target: ``(clips,
+    classes)``, after mixing; clipwise: ``(clips, classes)``, the predictions. recordings: the
+    clips' source files; mixed-in recordings are in the target only.
     """
-    return target * (1 - smoothing) + smoothing / 2
+
+    log_mel: Tensor
+    target: Tensor
+    clipwise: Tensor
+    recordings: tuple[str, ...]
 
 
-# --- step ---
-
-
-PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Detector(nn.Module):
-    """``model.detect`` as a module of its own, which can be compiled and distributed."""
+class _SpectrogramModel(nn.Module):
+    """``model.detect``, which starts at the log-mel, as a module to compile and distribute."""
 
     def __init__(self, model: SEDModel) -> None:
         super().__init__()
@@ -89,65 +100,132 @@ class Detector(nn.Module):
         return self.model.detect(log_mel)
 
 
-def make_detector(
-    model: SEDModel, experiment: Experiment, device: torch.device, distributed: DistributedContext
-) -> nn.Module:
-    detector: nn.Module = Detector(model)
-    if distributed.world_size > 1:
-        convert_sync_batch_norm(model)
-        devices = [device] if device.type == "cuda" else None
-        detector = DistributedDataParallel(detector, devices, broadcast_buffers=False)
-    return torch.compile(detector) if experiment.train.compile else detector
+class BatchLoss:
+    """Computes the loss of batches: augmentation, front end, network and `sed_loss`.
 
-
-def batch_loss(
-    model: SEDModel,
-    detect: nn.Module,
-    batch: ClipBatch,
-    experiment: Experiment,
-    epoch: int,
-    position: int,
-    device: torch.device,
-    distributed: DistributedContext = SINGLE_PROCESS,
-    watch: Callable[[BatchPreview], None] | None = None,
-) -> Tensor:
-    """Augment a batch, detect in it, and return the loss of this process's clips.
-
-    ``epoch`` and ``position`` of the batch in it decide what is drawn. NaN where the model's output
-    is not finite: cross-entropy of NaN would end a CUDA process without saying where. ``watch`` is
-    shown the clips as the network heard them.
+    The network is compiled and distributed as ``experiment`` and ``distributed`` require.
     """
-    config = experiment.train
-    waveform = batch.waveform.to(device, non_blocking=True)
-    target = batch.target.to(device, non_blocking=True)
-    whole_batch = None
-    n_clips = len(waveform) * distributed.world_size
-    seed = np.random.SeedSequence((config.seed, epoch, position)).generate_state(1, np.uint64)
-    generator = torch.Generator().manual_seed(int(seed[0] >> np.uint64(1)))
-    draws = BatchDraws.draw(n_clips, experiment.augment, generator)
-    if distributed.world_size > 1:
-        # Partners of a mix may lie in another process.
-        whole_batch = (distributed.gather(waveform), distributed.gather(target))
-        part = distributed.part(n_clips)
-        draws = draws.part(part.start, part.stop)
-    waveform, target = augment_batch(waveform, target, draws, whole_batch)
-    augment = experiment.augment
-    hide = SpecAugment(augment.time_mask_share, augment.mel_mask_share, augment.n_masks)
-    log_mel = hide.hide(model.frontend(waveform), draws.masks)
-    dtype = PRECISIONS[config.precision]
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        output = detect(log_mel)
-    if watch is not None:
-        watch(BatchPreview.of(log_mel, target, output, batch.recordings))
-    if not (output.framewise.isfinite().all() and output.clipwise.isfinite().all()):
-        # Still a function of the weights, as the other processes expect of this one.
-        return output.framewise.sum() * math.nan
-    return sed_loss(output, target, config.loss, batch.weight.to(device, non_blocking=True))
+
+    def __init__(
+        self,
+        model: SEDModel,
+        experiment: Experiment,
+        device: torch.device,
+        distributed: DistributedContext = SINGLE_PROCESS,
+    ) -> None:
+        self.model = model
+        self.experiment = experiment
+        self.device = device
+        self.distributed = distributed
+        network = distributed.wrap(_SpectrogramModel(model), device)
+        self._network = torch.compile(network) if experiment.train.compile else network
+        augment = experiment.augment
+        self._masks = SpecAugment(augment.time_mask_share, augment.mel_mask_share, augment.n_masks)
+
+    def __call__(
+        self,
+        batch: ClipBatch,
+        epoch: int,
+        position: int,
+        preview: Callable[[BatchPreview], None] | None = None,
+    ) -> Tensor:
+        """Return the loss of this process's part of a batch, a scalar.
+
+        The random draws depend on the seed, ``epoch`` and the batch's ``position`` in the epoch.
+        The loss is NaN where the network's output is not finite, because cross-entropy of NaN would
+        end a CUDA process without naming the batch. ``preview`` receives the first clips.
+        """
+        waveform = batch.waveform.to(self.device, non_blocking=True)
+        target = batch.target.to(self.device, non_blocking=True)
+        waveform, target, masks = self._augment(waveform, target, epoch, position)
+        log_mel = self._masks.hide(self.model.frontend(waveform), masks)
+        config = self.experiment.train
+        dtype = _DTYPES[config.precision]
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            output = self._network(log_mel)
+        if preview is not None:
+            tensors = (log_mel, target, output.clipwise)
+            first = [tensor[:_N_PREVIEW_CLIPS].detach().float().cpu() for tensor in tensors]
+            preview(BatchPreview(*first, batch.recordings[:_N_PREVIEW_CLIPS]))
+        if not (output.framewise.isfinite().all() and output.clipwise.isfinite().all()):
+            # Still a function of the weights: the other processes wait for its gradients.
+            return output.framewise.sum() * math.nan
+        weight = batch.weight.to(self.device, non_blocking=True)
+        return sed_loss(output, target, config.loss, weight)
+
+    def _augment(
+        self, waveform: Tensor, target: Tensor, epoch: int, position: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return augmented waveforms and targets, and the draws of their SpecAugment masks."""
+        n_clips = len(waveform) * self.distributed.world_size
+        entropy = (self.experiment.train.seed, epoch, position)
+        seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(seed[0] >> np.uint64(1)))
+        draws = BatchDraws.draw(n_clips, self.experiment.augment, generator)
+        whole_batch = None
+        if self.distributed.world_size > 1:
+            # A clip can be mixed with a clip of another process.
+            whole_batch = (self.distributed.gather(waveform), self.distributed.gather(target))
+            part = self.distributed.part(n_clips)
+            draws = draws.part(part.start, part.stop)
+        waveform, target = augment_batch(waveform, target, draws, whole_batch)
+        return waveform, target, draws.masks
 
 
 def warmup_cosine(config: OptimizerConfig, step: int, n_steps: int) -> float:
-    """Return the factor on the learning rate: up in a line, down along a cosine to nothing."""
+    """Return the factor on the learning rate: a linear rise, then a cosine down to zero."""
     n_warmup = max(1, round(config.warmup_share * n_steps))
     if step < n_warmup:
         return (step + 1) / n_warmup
     return 0.5 * (1 + math.cos(math.pi * (step - n_warmup) / max(1, n_steps - n_warmup)))
+
+
+# --- validation ---
+
+
+def validate(
+    ensemble: Ensemble,
+    recordings: pd.DataFrame,
+    data: TrainingData,
+    distributed: DistributedContext = SINGLE_PROCESS,
+) -> dict[str, float]:
+    """Return the scores of ``ensemble`` on recordings that it was not trained on.
+
+    Of several processes, each predicts a part of the recordings.
+    """
+    shape = (len(recordings), len(data.classes))
+    probabilities = torch.zeros(shape, device=ensemble.device)
+    rows = slice(distributed.rank, None, distributed.world_size)
+    if len(recordings.iloc[rows]):
+        part = predict_recordings(ensemble, recordings.iloc[rows], data.folder)
+        probabilities[rows] = torch.from_numpy(part).to(ensemble.device)
+    probabilities = distributed.sum(probabilities).cpu().numpy()
+    # Nobody knows whether a secondary label is audible in the first seconds: it is ignored.
+    targets = make_targets(recordings, data.classes, None)
+    return {"macro_ap": round(macro_average_precision(targets, probabilities), 4)}
+
+
+def predict_recordings(ensemble: Ensemble, recordings: pd.DataFrame, folder: Path) -> np.ndarray:
+    """Return the highest clipwise probability of any segment, ``(recordings, classes)``."""
+    paths = {name: folder / name for name in recordings["path"]}
+    probabilities = np.zeros((len(paths), len(ensemble.classes)), dtype=np.float32)
+    results = predict_files(ensemble, paths, limit_seconds=VALIDATION_SECONDS)
+    for row, (_, result) in enumerate(results):
+        if isinstance(result, AudioError):
+            raise result
+        probabilities[row] = result.clipwise.mean(axis=0).max(axis=0)
+    return probabilities
+
+
+def macro_average_precision(targets: np.ndarray, probabilities: np.ndarray) -> float:
+    """Return the mean average precision of the classes that occur; NaN where none occurs.
+
+    Both arrays are ``(rows, classes)``; cells whose target is IGNORE_TARGET are left out.
+    """
+    precisions = []
+    for target, probability in zip(targets.T, probabilities.T, strict=True):
+        is_known = target != IGNORE_TARGET
+        is_present = target[is_known] > 0
+        if is_present.any():
+            precisions.append(average_precision_score(is_present, probability[is_known]))
+    return float(np.mean(precisions)) if precisions else math.nan

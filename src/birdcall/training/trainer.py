@@ -1,4 +1,4 @@
-"""Hold a run while it is trained: the model, and all that follows it from step to step."""
+"""Train one run step by step: everything that decides about its weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
@@ -21,27 +21,22 @@ from birdcall.config import Experiment, OptimizerConfig, TrainConfig
 from birdcall.data.dataset import ClipDataset, TrainingData
 from birdcall.data.loader import ClipBatch, FailureCounter, iterate_clips, make_loader
 from birdcall.data.targets import ClipSampler, ProcessShare
-from birdcall.inference.ensemble import default_device
+from birdcall.inference.ensemble import Ensemble, Member, default_device
 from birdcall.models.checkpoint import STATE_FILE, Checkpoint, save_checkpoint
 from birdcall.models.sed import SEDModel
 from birdcall.training.distributed import SINGLE_PROCESS, DistributedContext
 from birdcall.training.initialisation import initialise
-from birdcall.training.log import BatchPreview, EpochLog, is_previewed
 from birdcall.training.resume import (
     BestWeights,
+    TensorState,
     delete_state,
-    generator_tensors,
     identity_of,
     make_moving_average,
-    optimizer_tensors,
     read_state,
     require_same_identity,
-    restore_generators,
-    restore_optimizer,
     write_state,
 )
-from birdcall.training.step import batch_loss, make_detector, warmup_cosine
-from birdcall.training.validation import validate
+from birdcall.training.step import BatchLoss, BatchPreview, validate, warmup_cosine
 
 logger = logging.getLogger(__name__)
 
@@ -55,31 +50,55 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
+        """The name in messages."""
         return f"{self.experiment.name}, fold {self.fold}"
 
 
-@dataclass
-class Progress:
-    """Where a training is: all numbers that change, but for weights and generators."""
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and how runs are trained; without influence on their weights, except ``init``."""
 
-    epoch: int = 0  # finished ones
-    step: int = 0  # of the optimiser, since the start
-    epoch_step: int = 0  # of the optimiser, since the epoch's start
-    loss_sum: float = 0.0  # since the epoch's start, as the four that follow
+    workers: int = 1  # loader processes; 0: clips are made in the training process
+    jobs: int = 1  # runs trained at the same time
+    device: torch.device | None = None  # None: a GPU if there is one
+    distributed: DistributedContext = SINGLE_PROCESS
+    init: Path | None = None  # weights to start from: see `initialisation.initialise`
+    resume: bool = False  # continue unfinished runs, keep finished ones
+    overwrite: bool = False  # replace finished and unfinished runs
+    save_every: int = 200  # steps between two states
+    deadline: float | None = None  # a value of `time.monotonic`; then the state is saved
+    progress: bool = False  # show a progress bar
+
+
+@dataclass
+class EpochLog:
+    """The loss, speed and scores of an epoch; a row of ``log.csv``."""
+
+    epoch: int  # from 1
+    loss: float
+    learning_rate: float
+    seconds: float
+    clips_per_second: float
+    waiting_share: float  # of the time, waiting for the loader
+    skipped: int = 0  # batches whose loss was not finite
+    validation: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Progress:
+    """The position of a training: all numbers that change, without weights and generators."""
+
+    epoch: int = 0  # finished epochs
+    step: int = 0  # optimizer steps since the start
+    epoch_step: int = 0  # optimizer steps since the start of the epoch, as all until n_clips
+    loss_sum: float = 0.0
     n_batches: int = 0
     n_skipped: int = 0
     seconds: float = 0.0
-    waiting: float = 0.0
+    waiting: float = 0.0  # of these seconds, for the loader
     n_clips: int = 0
     best_score: float = -math.inf
     validations_since_best: int = 0
-
-    def describe(self) -> str:
-        seconds = max(self.seconds, 1e-9)
-        return (
-            f"epoch {self.epoch + 1}, loss {self.loss_sum / max(self.n_batches, 1):.3f}, "
-            f"{self.n_clips / seconds:.0f} clips/s, waiting {self.waiting / seconds:.0%}"
-        )
 
     def start_epoch(self) -> None:
         self.epoch_step = self.n_batches = self.n_skipped = self.n_clips = 0
@@ -88,12 +107,12 @@ class Progress:
 
 @dataclass
 class Training:
-    """A run while it is trained: the model with all that follows it from step to step."""
+    """A run in training: the model, and everything that changes with it from step to step."""
 
     run: Run
     data: TrainingData
     model: SEDModel
-    detect: nn.Module  # the model's `detect` as it is trained: compiled, in several processes
+    batch_loss: BatchLoss
     loader: DataLoader[ClipBatch]
     failures: FailureCounter
     optimizer: torch.optim.Optimizer
@@ -102,91 +121,84 @@ class Training:
     best: BestWeights
     device: torch.device
     distributed: DistributedContext
-    progress: Progress = field(default_factory=Progress)
+    progress: _Progress = field(default_factory=_Progress)
     log: list[EpochLog] = field(default_factory=list)
-    # Is shown the first batch that is trained on, and later those that begin some epochs.
-    watch: Callable[[int, BatchPreview], None] | None = None
-    has_shown: bool = False
+    # Receives the epoch, from 1, and clips of it; for some epochs only.
+    show_preview: Callable[[int, BatchPreview], None] | None = None
+    has_shown_preview: bool = False
 
     @property
     def config(self) -> TrainConfig:
+        """The settings of the training."""
         return self.run.experiment.train
 
     @property
-    def steps_per_epoch(self) -> int:
-        return -(-self._batches_per_epoch // self.config.optimizer.accumulate)
-
-    @property
-    def _batches_per_epoch(self) -> int:
-        # A last, smaller batch is left out, unless it is the only one.
+    def batches_per_epoch(self) -> int:
+        """A last, smaller batch is left out, unless it is the only one."""
         return max(1, self.loader.sampler.n_clips // self.config.data.batch_size)
 
     @property
-    def is_last_epoch(self) -> bool:
-        return self.progress.epoch >= self.config.epochs
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps; the last step can have fewer batches than the others."""
+        return -(-self.batches_per_epoch // self.config.optimizer.accumulate)
+
+    @property
+    def n_steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        return self.config.epochs * self.steps_per_epoch
 
     @property
     def is_finished(self) -> bool:
-        return self.is_last_epoch or self._is_out_of_patience
+        """Whether all epochs are trained, or the patience is used up."""
+        progress, patience = self.progress, self.config.patience
+        is_trained = progress.epoch >= self.config.epochs
+        return is_trained or (patience is not None and progress.validations_since_best >= patience)
 
     @property
-    def _is_out_of_patience(self) -> bool:
-        patience = self.config.patience
-        return patience is not None and self.progress.validations_since_best >= patience
-
-    @property
-    def trained(self) -> SEDModel:
-        """The model that is validated and kept: the moving average where there is one."""
+    def validated_model(self) -> SEDModel:
+        """The model that is validated and saved: the moving average, if there is one."""
         return self.model if self.average is None else self.average.module
-
-    def agree(self, asked: bool) -> bool:
-        """Say whether any process was asked; all hear the same answer."""
-        if self.distributed.world_size == 1:
-            return asked
-        return bool(self.distributed.sum(torch.tensor(float(asked), device=self.device)) > 0)
 
     # --- steps
 
     def steps(self) -> Iterator[None]:
-        """Make the steps that the epoch still lacks, and yield after each."""
+        """Train the rest of the epoch; yield after each optimizer step."""
         progress, config = self.progress, self.config
-        n_done = progress.epoch_step * config.optimizer.accumulate * config.data.batch_size
-        self.loader.sampler.set_epoch(progress.epoch, min(n_done, self.loader.sampler.n_clips))
+        accumulate = config.optimizer.accumulate
+        n_trained = progress.epoch_step * accumulate * config.data.batch_size
+        self.loader.sampler.set_epoch(progress.epoch, min(n_trained, self.loader.sampler.n_clips))
         self.model.train()
-        mark = time.perf_counter()
-        pending: list[ClipBatch] = []
         n_left = self.steps_per_epoch - progress.epoch_step
+        n_last = self.batches_per_epoch - (self.steps_per_epoch - 1) * accumulate
+        pending: list[ClipBatch] = []
+        mark = time.perf_counter()
         for batch in iterate_clips(self.loader, self.failures):
             progress.waiting += time.perf_counter() - mark
             pending.append(batch)
-            is_last = n_left == 1 and len(pending) == self._batches_of_last_step
-            if len(pending) == config.optimizer.accumulate or is_last:
+            n_needed = n_last if n_left == 1 else accumulate
+            is_complete = len(pending) == n_needed
+            if is_complete:
                 self.step(pending)
-                pending, n_left = [], n_left - 1
+                pending = []
+                n_left -= 1
             progress.seconds += time.perf_counter() - mark
-            if not pending:
+            if is_complete:
                 yield
             mark = time.perf_counter()
 
-    @property
-    def _batches_of_last_step(self) -> int:
-        return (
-            self._batches_per_epoch - (self.steps_per_epoch - 1) * self.config.optimizer.accumulate
-        )
-
     def step(self, batches: list[ClipBatch]) -> None:
-        """Make one step of the optimiser from one batch or several."""
+        """Make one optimizer step from one or more batches."""
         progress, config = self.progress, self.config.optimizer
-        learning_rate = config.learning_rate * self.schedule(progress.step)
+        learning_rate = config.learning_rate * warmup_cosine(config, progress.step, self.n_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         first = progress.epoch_step * config.accumulate
-        losses = [
-            self._backward(batch, first + number, 1 / len(batches))
-            for number, batch in enumerate(batches)
-        ]
-        finite = [loss for loss in losses if loss is not None]
-        if finite:
+        losses = []
+        for number, batch in enumerate(batches):
+            loss = self._add_gradients(batch, first + number, 1 / len(batches))
+            if loss is not None:
+                losses.append(loss)
+        if losses:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
             self.scaler.step(self.optimizer)
@@ -196,61 +208,52 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         progress.step += 1
         progress.epoch_step += 1
-        progress.loss_sum += sum(finite)
-        progress.n_batches += len(finite)
-        progress.n_skipped += len(batches) - len(finite)
-        progress.n_clips += (
-            sum(len(batch.target) for batch in batches) * self.distributed.world_size
-        )
+        progress.loss_sum += sum(losses)
+        progress.n_batches += len(losses)
+        progress.n_skipped += len(batches) - len(losses)
+        n_clips = sum(len(batch.target) for batch in batches)
+        progress.n_clips += n_clips * self.distributed.world_size
 
-    def _backward(self, batch: ClipBatch, position: int, share: float) -> float | None:
-        """Add a batch's gradients; return its loss, None if that is not finite and skipped.
+    def _add_gradients(self, batch: ClipBatch, position: int, weight: float) -> float | None:
+        """Add the gradients of ``weight`` x loss; return the loss, None if it is not finite.
 
-        Several processes share the gradients of every batch, also of those that are accumulated:
-        one may be skipped, and then another than the last would have to do it.
+        Processes exchange gradients after every batch, also of accumulated batches: any of them
+        can be skipped, so none of them is certain to be the last.
         """
-        loss = batch_loss(
-            self.model,
-            self.detect,
-            batch=batch,
-            experiment=self.run.experiment,
-            epoch=self.progress.epoch,
-            position=position,
-            device=self.device,
-            distributed=self.distributed,
-            watch=self._watch_at(position),
+        loss = self.batch_loss(
+            batch, self.progress.epoch, position, preview=self._preview_at(position)
         )
         total = self.distributed.sum(loss.detach()) / self.distributed.world_size
-        if not total.isfinite():
-            self._on_non_finite(batch, bool(loss.isfinite()))
-            return None
-        self.scaler.scale(loss * share).backward()
-        return total.item()
-
-    def _watch_at(self, position: int) -> Callable[[BatchPreview], None] | None:
-        if self.watch is None:
-            return None
-        epoch = self.progress.epoch
-        if self.has_shown and not (position == 0 and is_previewed(epoch)):
-            return None
-        self.has_shown = True
-        return partial(self.watch, epoch + 1)
-
-    def _on_non_finite(self, batch: ClipBatch, elsewhere: bool) -> None:
-        named = "another process" if elsewhere else ", ".join(dict.fromkeys(batch.recordings))
-        message = f"{self.run.name}: the loss is not finite in a batch of {named}"
+        if total.isfinite():
+            self.scaler.scale(loss * weight).backward()
+            return total.item()
+        recordings = ", ".join(dict.fromkeys(batch.recordings))
+        source = "another process" if loss.isfinite() else recordings
+        message = f"{self.run.name}: the loss is not finite in a batch of {source}"
         if self.config.on_non_finite == "stop":
             raise ValueError(f"{message}: lower the learning_rate")
         logger.warning("%s: skipped", message)
+        return None
 
-    def schedule(self, step: int) -> float:
-        """Return the factor on the learning rate at a step of the optimiser."""
-        return warmup_cosine(self.config.optimizer, step, self.config.epochs * self.steps_per_epoch)
+    def _preview_at(self, position: int) -> Callable[[BatchPreview], None] | None:
+        """Return what receives the preview of a batch; None for most batches.
+
+        Shown are the first batch of a training, also of a resumed one, and then the first batches
+        of the epochs 1, 2, 4, 8, …
+        """
+        if self.show_preview is None:
+            return None
+        epoch = self.progress.epoch + 1
+        is_power_of_two = epoch & (epoch - 1) == 0
+        if self.has_shown_preview and not (position == 0 and is_power_of_two):
+            return None
+        self.has_shown_preview = True
+        return partial(self.show_preview, epoch)
 
     # --- epochs
 
-    def end_epoch(self) -> EpochLog:
-        """Close the epoch's account."""
+    def end_epoch(self, held_out: pd.DataFrame) -> EpochLog:
+        """Add the epoch to the log; validate on the recordings ``held_out`` when it is due."""
         progress = self.progress
         seconds = max(progress.seconds, 1e-9)
         entry = EpochLog(
@@ -265,57 +268,45 @@ class Training:
         self.log.append(entry)
         progress.epoch += 1
         progress.start_epoch()
+        is_last = progress.epoch >= self.config.epochs
+        if is_last or entry.epoch % self.config.validate_every == 0:
+            entry.validation = self._validate(held_out)
+            score = entry.validation["macro_ap"]
+            progress.validations_since_best += 1
+            if score > progress.best_score:
+                progress.best_score, progress.validations_since_best = score, 0
+            if self.config.optimizer.average_best:
+                self.best.offer(entry.epoch, score, self.validated_model)
         return entry
 
-    def validate(self, entry: EpochLog, recordings: pd.DataFrame) -> None:
-        """Score the model on the held-out recordings, and see whether it is the best so far."""
-        entry.validation = self._score(recordings)
-        score, progress = entry.validation["macro_ap"], self.progress
-        if score > progress.best_score:
-            progress.best_score, progress.validations_since_best = score, 0
-        else:
-            progress.validations_since_best += 1
+    def finish(self, held_out: pd.DataFrame) -> Checkpoint:
+        """Write the checkpoint and delete the state, which is no longer needed."""
+        folder, score = self.run.folder, self.log[-1].validation
         if self.config.optimizer.average_best:
-            self.best.offer(entry.epoch, score, self.trained)
-
-    def _score(self, recordings: pd.DataFrame) -> dict[str, float]:
-        return validate(
-            self.trained,
-            self._checkpoint,
-            recordings=recordings,
-            data=self.data,
-            device=self.device,
-            distributed=self.distributed,
-        )
-
-    @property
-    def _checkpoint(self) -> Checkpoint:
-        return Checkpoint(self.run.experiment, self.data.classes, self.run.fold)
-
-    def finish(self, recordings: pd.DataFrame) -> Checkpoint:
-        """Write the checkpoint; then the state is no longer needed."""
-        run, score = self.run, self.log[-1].validation
-        if self.config.optimizer.average_best:
-            self.distributed.wait()  # the first one has written them all
-            self.trained.load_state_dict(self.best.mean())
-            score = self._score(recordings)
-        checkpoint = replace(self._checkpoint, score=score)
+            self.distributed.wait()  # for the first process, which writes the weights
+            self.validated_model.load_state_dict(self.best.mean())
+            score = self._validate(held_out)
+        checkpoint = replace(self._checkpoint(), score=score)
         if self.distributed.is_first:
-            checkpoint = save_checkpoint(run.folder, self.trained, checkpoint)
-            delete_state(run.folder / STATE_FILE)
+            checkpoint = save_checkpoint(folder, self.validated_model, checkpoint)
+            delete_state(folder / STATE_FILE)
             self.best.delete()
         self.distributed.wait()
         return checkpoint
 
-    # --- to stop and go on
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(self.run.experiment, self.data.classes, self.run.fold)
+
+    def _validate(self, held_out: pd.DataFrame) -> dict[str, float]:
+        checkpoint = self._checkpoint()
+        member = Member(checkpoint.name, self.validated_model, checkpoint)
+        return validate(Ensemble([member], self.device), held_out, self.data, self.distributed)
+
+    # --- interruption
 
     def save(self) -> None:
-        """Write the state from which `restore` goes on, to the bit."""
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        if self.average is not None:
-            tensors |= {f"average.{name}": one for name, one in self.average.state_dict().items()}
-        tensors |= optimizer_tensors(self.optimizer)
-        tensors |= generator_tensors(self.device, self.distributed)
+        """Write the state, from which `restore` continues with the same bits."""
+        tensors = self._tensor_state().collect()
         if not self.distributed.is_first:
             return
         values = {
@@ -329,66 +320,56 @@ class Training:
         self.best.prune()
 
     def restore(self) -> None:
-        """Take the state that lies in the run's folder; refuse one of another training."""
+        """Continue from the state in the run's folder; ValueError if it is of another training."""
         path = self.run.folder / STATE_FILE
         tensors, values = read_state(path)
         require_same_identity(path, values["identity"], self._identity())
-        self.model.load_state_dict(_below("model.", tensors))
-        if self.average is not None:
-            self.average.load_state_dict(_below("average.", tensors))
-        restore_optimizer(self.optimizer, tensors)
-        restore_generators(tensors, self.device, self.distributed)
+        self._tensor_state().restore(tensors)
         self.scaler.load_state_dict(values["scaler"])
-        self.progress = Progress(**values["progress"])
+        self.progress = _Progress(**values["progress"])
         self.log = [EpochLog(**entry) for entry in values["log"]]
         self.best.scores = dict(map(tuple, values["best"]))
-        logger.info("%s goes on after step %d", self.run.name, self.progress.step)
+        logger.info("%s: resumed after step %d", self.run.name, self.progress.step)
+
+    def _tensor_state(self) -> TensorState:
+        modules = {"model": self.model}
+        if self.average is not None:
+            modules["average"] = self.average
+        return TensorState(modules, self.optimizer, self.device, self.distributed)
 
     def _identity(self) -> dict[str, object]:
         experiment = self.run.experiment.to_dict()
         return identity_of(experiment, self.run.fold, self.data, self.distributed)
 
 
-def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)
-    }
-
-
 def start_training(
-    run: Run,
-    data: TrainingData,
-    recordings: pd.DataFrame,
-    *,
-    workers: int,
-    device: torch.device | None = None,
-    distributed: DistributedContext = SINGLE_PROCESS,
-    init: Path | None = None,
+    run: Run, data: TrainingData, recordings: pd.DataFrame, options: RunOptions
 ) -> Training:
-    """Put a training together, before its first step."""
-    device = device or default_device()
+    """Prepare a training on ``recordings`` before its first step. Seeds torch's generator."""
+    device = options.device or default_device()
+    distributed = options.distributed
     experiment, config = run.experiment, run.experiment.train
     seed = config.seed * 1000 + run.fold
     torch.manual_seed(seed)
-    model = initialise(experiment, len(data.classes), init, classes=data.classes).to(device)
-    # Weights are the same in all processes; what they drop must not be.
+    n_classes = len(data.classes)
+    model = initialise(experiment, n_classes, options.init, classes=data.classes).to(device)
+    # All processes start from the same weights, but draw different dropout.
     torch.manual_seed(seed + 7919 * distributed.rank)
-    loader = _make_loader(
-        experiment, recordings, data=data, fold=run.fold, workers=workers, distributed=distributed
-    )
+    loader = _make_loader(run, data, recordings, options)
+    batch_loss = BatchLoss(model, experiment, device, distributed)
+    ema_decay = config.optimizer.ema_decay
+    best = BestWeights(run.folder / "best", config.optimizer.average_best, distributed.is_first)
     return Training(
         run=run,
         data=data,
         model=model,
-        detect=make_detector(model, experiment, device, distributed),
+        batch_loss=batch_loss,
         loader=loader,
         failures=FailureCounter(loader.dataset.clips),
         optimizer=_make_optimizer(model, config.optimizer),
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
-        average=None
-        if config.optimizer.ema_decay is None
-        else make_moving_average(model, config.optimizer.ema_decay),
-        best=BestWeights(run.folder / "best", config.optimizer.average_best, distributed.is_first),
+        average=None if ema_decay is None else make_moving_average(model, ema_decay),
+        best=best,
         device=device,
         distributed=distributed,
     )
@@ -396,24 +377,19 @@ def start_training(
 
 def _make_optimizer(model: SEDModel, config: OptimizerConfig) -> torch.optim.AdamW:
     """Return AdamW; biases, normalisations and GeM's power do not decay."""
-    parameters = [one for one in model.parameters() if one.requires_grad]
-    groups = [
-        {"params": [one for one in parameters if one.ndim > 1]},
-        {"params": [one for one in parameters if one.ndim <= 1], "weight_decay": 0.0},
-    ]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+    vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, config.learning_rate, weight_decay=config.weight_decay)
 
 
 def _make_loader(
-    experiment: Experiment,
-    recordings: pd.DataFrame,
-    data: TrainingData,
-    fold: int,
-    workers: int,
-    distributed: DistributedContext,
+    run: Run, data: TrainingData, recordings: pd.DataFrame, options: RunOptions
 ) -> DataLoader[ClipBatch]:
-    noise, _ = data.split_noise(fold)
-    subset = replace(data, recordings=recordings, noise_files=noise)
+    config, distributed = run.experiment.train, options.distributed
+    noise_files, _ = data.split_noise(run.fold)
+    subset = replace(data, recordings=recordings, noise_files=noise_files)
     share = ProcessShare(distributed.rank, distributed.world_size)
-    sampler = ClipSampler(recordings, experiment.train.data, experiment.train.seed, share)
-    return make_loader(ClipDataset(subset, experiment), sampler, workers)
+    sampler = ClipSampler(recordings, config.data, config.seed, share)
+    return make_loader(ClipDataset(subset, run.experiment), sampler, options.workers)

@@ -1,7 +1,8 @@
-"""The loss is that of the clip and of its loudest frame, of what is known, by weight."""
+"""The loss of clips and of their loudest frames; the score of a validation."""
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
@@ -9,8 +10,9 @@ from torchvision.ops import sigmoid_focal_loss
 
 from birdcall.config import LossConfig
 from birdcall.data.targets import IGNORE_TARGET
+from birdcall.evaluation.metrics import average_precision, macro_average
 from birdcall.models.sed import SEDOutput
-from birdcall.training.step import sed_loss, smooth_labels
+from birdcall.training.step import macro_average_precision, sed_loss
 
 BCE = LossConfig(name="bce", framewise_weight=0.5)
 FOCAL = replace(BCE, name="focal", focal_gamma=2.0)
@@ -123,8 +125,15 @@ def test_each_clip_counts_by_its_weight():
 
 
 def test_smoothing_moves_targets_towards_one_half():
-    target = torch.tensor([0.0, 1.0, 0.3, 0.5])
-    torch.testing.assert_close(smooth_labels(target, 0.1), torch.tensor([0.05, 0.95, 0.32, 0.5]))
+    half, target = torch.full((1, 4), 0.5), torch.tensor([[0.0, 1.0, 0.3, 0.5]])
+    probability = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
+    by_hand = torch.tensor([[0.05, 0.95, 0.32, 0.5]])
+    for output in (
+        SEDOutput(probability, half[..., None]),
+        SEDOutput(half, probability[..., None]),
+    ):
+        smoothed = sed_loss(output, target, replace(BCE, label_smoothing=0.1))
+        torch.testing.assert_close(smoothed, sed_loss(output, by_hand, BCE))
     logits = draw_logits()
     smoothed = sed_loss(output_of(logits), TARGET, replace(BCE, label_smoothing=0.1))
     by_hand = sed_loss(output_of(logits), 0.9 * TARGET + 0.05, BCE)
@@ -141,3 +150,27 @@ def test_half_precision_outputs_give_a_float32_loss(dtype, config):
     assert loss.dtype == torch.float32
     exact = sed_loss(SEDOutput(*(part.float() for part in output)), target, config)
     torch.testing.assert_close(loss, exact)
+
+
+# --- validation ---
+
+
+@pytest.mark.parametrize("decimals", [None, 2, 1])
+def test_average_precision_ignores_what_is_not_known(decimals):
+    """Rounded probabilities have ties; the same values as the evaluation's own metric."""
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        probabilities = generator.random((60, 7)).astype(np.float32)
+        if decimals is not None:
+            probabilities = probabilities.round(decimals)
+        targets = generator.choice([0.0, 1.0, IGNORE_TARGET], (60, 7), p=[0.8, 0.1, 0.1])
+        targets[:, 0] = 0  # a class that does not occur
+        targets[:, 1] = IGNORE_TARGET
+        expected = average_precision(targets > 0, probabilities, targets != IGNORE_TARGET)
+        assert np.isnan(expected[:2]).all()
+        score = macro_average_precision(targets, probabilities)
+        assert score == pytest.approx(macro_average(expected), rel=1e-9)
+
+
+def test_average_precision_of_nothing_is_not_a_number():
+    assert np.isnan(macro_average_precision(np.zeros((3, 2)), np.ones((3, 2))))
