@@ -6,13 +6,12 @@ import threading
 import pytest
 import torch
 
-from birdcall.audio.reading import spectrogram as threads
-from birdcall.audio.spectrogram import map_threads
+from birdcall.audio.spectrogram import map_threads, worker_pool
 
 
 @pytest.fixture(params=[1, 2, 3])
 def n_threads(request):
-    threads.worker_pool.cache_clear()
+    worker_pool.cache_clear()
     torch.set_num_threads(request.param)  # conftest sets it back to one
     return request.param
 

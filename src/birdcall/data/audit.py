@@ -23,10 +23,8 @@ from tqdm import tqdm
 from birdcall.audio.reading import (
     LENGTH_TOLERANCE,
     AudioError,
-    frame_blocks,
     is_cut,
     open_audio,
-    promised_frames,
     require_regular_file,
     resample_blocks,
 )
@@ -199,8 +197,8 @@ def measure_recording(data: Path, name: str, cache: RecordingCache | None = None
             result.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         with open_audio(path) as file:
             result.sample_rate, result.channels = file.samplerate, file.channels
-            result.header_seconds = round(promised_frames(path, file) / file.samplerate, 6)
-            blocks = _Meter(result).measure(frame_blocks(path, file))
+            result.header_seconds = round(file.promised_frames / file.samplerate, 6)
+            blocks = _Meter(result).measure(file.frame_blocks())
             if cache is None:
                 deque(blocks, maxlen=0)
             else:
