@@ -21,7 +21,7 @@ from birdcall.evaluation.scoring import Evaluation, evaluate
 from birdcall.evaluation.simulation import SimulationConfig
 from birdcall.experiments import find_experiment
 from birdcall.inference.decision import Decision
-from birdcall.kaggle.packaging import stage_package
+from birdcall.kaggle.packaging import StagingOptions, stage_package
 from birdcall.models.checkpoint import read_checkpoint
 from birdcall.report.report import PAGES_FOLDER, write_report
 from birdcall.report.soundscape import SoundscapePageWriter
@@ -126,7 +126,7 @@ def package(trained_runs, tmp_path_factory) -> Path:
     names = tuple(read_checkpoint(run).name for run in runs)
     decision = Decision(0.3, 0.3, max_birds=2, neighbour_weight=0.25, members=names)
     build = tmp_path_factory.mktemp("build")
-    return stage_package(runs, decision, script=SCRIPT, build=build, owner="somebody")
+    return stage_package(runs, decision, StagingOptions(SCRIPT, build, "somebody"))
 
 
 @pytest.fixture(scope="session")

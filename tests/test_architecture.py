@@ -102,7 +102,7 @@ def test_inside_a_layer_no_imports_go_round_in_a_circle(layer):
 
 # --- what a fresh process loads -----------------------------------------------------------------
 
-OFFLINE = ("kaggle.kernel", "kaggle.training_kernel", "inference.engine")
+OFFLINE = ("kaggle.submission", "kaggle.training_kernel", "inference.engine")
 WITHOUT_TORCH = (
     *("config", "experiments", "storage.files", "storage.store", "audio.reading"),
     *("inference.tables", "kaggle.test_set", "data.recordings", "demo.writer", "cli"),

@@ -15,7 +15,7 @@ from birdcall.inference.decision import Decision
 from birdcall.inference.engine import predict_audio, predict_waveforms
 from birdcall.inference.ensemble import Ensemble, default_device, load_ensemble
 from birdcall.inference.windows import WindowConfig
-from birdcall.kaggle.packaging import run_as_kaggle, stage_package
+from birdcall.kaggle.packaging import StagingOptions, run_as_kaggle, stage_package
 from birdcall.models.checkpoint import Checkpoint, load_model, read_checkpoint, save_checkpoint
 from birdcall.models.sed import build_model
 from birdcall.training.runs import plan_runs, train_many
@@ -66,7 +66,7 @@ def test_the_kernel_runs_on_the_gpu(trained_runs, tmp_path):
     checkpoints = [read_checkpoint(run) for run in runs]
     names = tuple(one.name for one in checkpoints)
     decision = Decision(0.0, 0.0, max_birds=2, classes=checkpoints[0].classes, members=names)
-    stage_package(runs, decision, script=SCRIPT, build=tmp_path / "build", owner="somebody")
+    stage_package(runs, decision, StagingOptions(SCRIPT, tmp_path / "build", "somebody"))
     (tmp_path / "data").mkdir()
     write_noise_file(tmp_path / "data" / "test_audio" / "aa.wav", 60)
     write_rows(tmp_path / "data", rows_of("aa", 60))

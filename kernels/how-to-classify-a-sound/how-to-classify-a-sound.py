@@ -66,8 +66,8 @@ from birdcall.inference.engine import predict_files
 from birdcall.inference.ensemble import default_device, load_ensemble
 from birdcall.inference.events import detect_events
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
-from birdcall.kaggle.kernel import MEMBERS_FOLDER, open_package, require_all_members
 from birdcall.kaggle.manifest import MANIFEST_FILE
+from birdcall.kaggle.submission import MEMBERS_FOLDER, open_package, require_all_members
 from birdcall.kaggle.test_set import example_audio_folder, find_audio, read_annotations
 from birdcall.models.checkpoint import find_checkpoints, read_checkpoint
 from birdcall.models.summary import trace_stages

@@ -30,6 +30,6 @@ site = install_wheels(package, TEMP)
 if site is not None:
     sys.path.insert(0, str(site))
 
-from birdcall.kaggle.kernel import run_kernel  # noqa: E402 - needs the wheels
+from birdcall.kaggle.submission import run_kernel  # noqa: E402 - needs the wheels
 
 run_kernel(package, find("sample_submission.csv"), WORKING / "submission.csv", BUDGET)

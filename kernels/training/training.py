@@ -23,7 +23,12 @@ def find(marker: str) -> Path:
 package = find("training.json")
 sys.path.insert(0, str(package))
 
-from birdcall.kaggle.training_kernel import run_training_kernel  # noqa: E402 - in the package
+from birdcall.kaggle.training_kernel import (  # noqa: E402 - in the package
+    SessionFolders,
+    run_training_kernel,
+)
 
-limit = float(TIME_LIMIT) if TIME_LIMIT else None
-sys.exit(run_training_kernel(package, find("train.csv"), INPUT, WORKING, TEMP, limit))
+folders = SessionFolders(
+    package=package, data=find("train.csv"), mounts=INPUT, working=WORKING, scratch=TEMP
+)
+sys.exit(run_training_kernel(folders, float(TIME_LIMIT) if TIME_LIMIT else None))

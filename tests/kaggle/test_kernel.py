@@ -26,9 +26,14 @@ from helpers import (
 )
 
 from birdcall.inference.decision import Decision, write_decision
-from birdcall.kaggle.kernel import DECISION_FILE, EXAMPLE_SUBMISSION
 from birdcall.kaggle.manifest import MANIFEST_FILE, find_changes, make_manifest
-from birdcall.kaggle.packaging import dry_run_submission, run_as_kaggle, stage_package
+from birdcall.kaggle.packaging import (
+    StagingOptions,
+    dry_run_submission,
+    run_as_kaggle,
+    stage_package,
+)
+from birdcall.kaggle.submission import DECISION_FILE, EXAMPLE_SUBMISSION
 from birdcall.models.checkpoint import load_model, read_checkpoint, save_checkpoint
 
 
@@ -42,7 +47,7 @@ def built(trained_runs, tmp_path_factory):
     decision = Decision(
         0.0, 0.0, max_birds=2, file_threshold=0.0, classes=checkpoints[0].classes, members=members
     )
-    stage_package(runs, decision, script=SCRIPT, build=build, owner="somebody")
+    stage_package(runs, decision, StagingOptions(SCRIPT, build, "somebody"))
     return build
 
 
@@ -128,7 +133,7 @@ def test_a_recording_that_cannot_be_heard_says_nocall_and_is_named(faulty, name)
     assert {labels[row[1]] for row in rows_of(name, 30)} == {"nocall"}
     assert name in summary["failed"]
     (line,) = (line for line in log.splitlines() if FAULTY[name] in line and name in line)
-    assert "its rows say nocall" in line
+    assert "its rows are nocall" in line
 
 
 @pytest.mark.parametrize(
@@ -166,7 +171,9 @@ def test_without_any_audio_it_fails(built, data, tmp_path):
 def test_recordings_that_all_fail_are_no_success(built, data, tmp_path):
     for path in (data / "test_audio").iterdir():
         path.write_text("<html>")
-    fails(built, data, tmp_path / "working", "no member has heard anything (3 recordings failed")
+    fails(
+        built, data, tmp_path / "working", "no member has predicted anything (3 recordings failed"
+    )
     assert set(read_labels(tmp_path / "working", data).values()) == {"nocall"}
 
 
@@ -302,7 +309,9 @@ def test_a_decision_of_other_classes_fails(build, data, tmp_path):
 
 
 def test_a_budget_of_zero_fails_and_leaves_nocall(built, data, tmp_path):
-    fails(built, data, tmp_path / "working", "no member has heard anything", time_limit_seconds=0)
+    fails(
+        built, data, tmp_path / "working", "no member has predicted anything", time_limit_seconds=0
+    )
     assert set(read_labels(tmp_path / "working", data).values()) == {"nocall"}
     assert read_summary(tmp_path / "working")["late"] == ["aa", "bb", "cc"]
 

@@ -17,11 +17,12 @@ from birdcall.inference.predictions import SegmentPredictions
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
 from birdcall.kaggle.submission import (
     SAFE_SHARE,
-    Budget,
+    Package,
+    TimeBudget,
     label_recording,
-    label_rows_of,
+    predict_rows,
     predict_test_set,
-    write_summary,
+    summary_text,
 )
 from birdcall.models.checkpoint import Checkpoint
 from birdcall.models.sed import build_model
@@ -71,7 +72,9 @@ def test_every_row_is_answered_in_order_although_recordings_are_missing(
 ):
     submission = competition / "out" / "submission.csv"
     with caplog.at_level(logging.WARNING):
-        summary = predict_test_set(competition, Ensemble(members), ANY_BIRD, submission)
+        summary = predict_test_set(
+            competition, submission, lambda: Package(Ensemble(members), ANY_BIRD)
+        )
     rows = pd.read_csv(competition / "test.csv")
     written = pd.read_csv(submission)
     assert list(written["row_id"]) == list(rows["row_id"])
@@ -90,7 +93,7 @@ def test_every_row_is_answered_in_order_although_recordings_are_missing(
 def test_without_test_audio_every_row_says_nocall(competition, members):
     shutil.rmtree(competition / "test_audio")
     submission = competition / "submission.csv"
-    predict_test_set(competition, Ensemble(members), ANY_BIRD, submission)
+    predict_test_set(competition, submission, lambda: Package(Ensemble(members), ANY_BIRD))
     assert (pd.read_csv(submission)["birds"] == "nocall").all()
 
 
@@ -109,7 +112,7 @@ def test_a_name_that_leads_out_of_the_folder_is_not_followed(sounds, members, na
     rows, folder = sounds
     soundfile.write(folder.parent / "secret.wav", np.zeros(5 * RATE), RATE)
     rows.loc[0, "audio_id"] = name
-    labels, summary = label_rows_of(rows, folder, Ensemble(members), ANY_BIRD)
+    labels, summary = predict_rows(rows, folder, Package(Ensemble(members), ANY_BIRD))
     assert labels[0] == "nocall"
     assert set(labels[1:]) != {"nocall"}
     assert summary.failed == (name,)
@@ -121,10 +124,10 @@ def test_a_member_that_says_nan_is_left_out_and_the_others_answer(sounds, member
     broken = replace(members[1], name="broken", model=build_model(*_like(members[1])))
     with torch.no_grad():
         broken.model.head.detection.bias.fill_(float("nan"))
-    found, summary = label_rows_of(
-        rows, folder, Ensemble([members[0], broken, members[2]]), ANY_BIRD
+    found, summary = predict_rows(
+        rows, folder, Package(Ensemble([members[0], broken, members[2]]), ANY_BIRD)
     )
-    expected, _ = label_rows_of(rows, folder, Ensemble([members[0], members[2]]), ANY_BIRD)
+    expected, _ = predict_rows(rows, folder, Package(Ensemble([members[0], members[2]]), ANY_BIRD))
     assert found == expected
     assert list(summary.left_out) == ["broken"]
     assert summary.members == {"m0": 3, "m2": 3}
@@ -137,7 +140,7 @@ def test_without_any_member_that_runs_it_fails(sounds, members):
     with torch.no_grad():
         broken.model.project.weight.fill_(float("nan"))
     with pytest.raises(MemberError, match="holds NaN"):
-        label_rows_of(rows, folder, Ensemble([broken]), ANY_BIRD)
+        predict_rows(rows, folder, Package(Ensemble([broken]), ANY_BIRD))
 
 
 def _like(member):
@@ -149,9 +152,7 @@ def _like(member):
 
 def test_a_budget_that_is_over_hears_nothing(sounds, members):
     rows, folder = sounds
-    labels, summary = label_rows_of(
-        rows, folder, ensemble=Ensemble(members), decision=ANY_BIRD, budget_seconds=0.0
-    )
+    labels, summary = predict_rows(rows, folder, Package(Ensemble(members), ANY_BIRD), 0.0)
     assert set(labels) == {"nocall"}
     assert summary.late == ("r0", "r1", "r2")
     assert summary.members == {}
@@ -159,10 +160,8 @@ def test_a_budget_that_is_over_hears_nothing(sounds, members):
 
 def test_a_large_budget_changes_nothing(sounds, members):
     rows, folder = sounds
-    free, _ = label_rows_of(rows, folder, Ensemble(members), ANY_BIRD)
-    rich, summary = label_rows_of(
-        rows, folder, ensemble=Ensemble(members), decision=ANY_BIRD, budget_seconds=3600.0
-    )
+    free, _ = predict_rows(rows, folder, Package(Ensemble(members), ANY_BIRD))
+    rich, summary = predict_rows(rows, folder, Package(Ensemble(members), ANY_BIRD), 3600.0)
     assert rich == free
     assert summary.members == {"m0": 3, "m1": 3, "m2": 3}
 
@@ -200,16 +199,17 @@ def test_as_many_members_hear_as_the_time_allows(costs, tmp_path, left_seconds, 
     path = tmp_path / "a.wav"
     soundfile.write(path, np.zeros(RATE), RATE)
     now = 0.0
-    budget = Budget({"a": path}, 50 + left_seconds, lambda: now)
+    budget = TimeBudget({"a": path}, 50 + left_seconds, lambda: now)
     now = 50.0
-    assert budget.choose_n_members(costs, ["a", "b", "c"], ["a"]) == n_members
+    assert budget.limit_members(costs, ["a", "b", "c"], ["a"]) == n_members
 
 
 def test_while_the_costs_are_unknown_all_members_hear(tmp_path):
     path = tmp_path / "a.wav"
     soundfile.write(path, np.zeros(RATE), RATE)
     assert (
-        Budget({"a": path}, 1e-3, lambda: 0.0).choose_n_members(CostMeter(), ["a", "b"], ["a"]) == 2
+        TimeBudget({"a": path}, 1e-3, lambda: 0.0).limit_members(CostMeter(), ["a", "b"], ["a"])
+        == 2
     )
 
 
@@ -222,23 +222,20 @@ def test_the_first_members_go_on_where_the_time_is_short(sounds, members, monkey
         heard.append(1)
         return (3, 1, 0)[len(heard) - 1]
 
-    monkeypatch.setattr(Budget, "choose_n_members", choose)
-    labels, summary = label_rows_of(
-        rows, folder, ensemble=Ensemble(members), decision=ANY_BIRD, budget_seconds=1e9
-    )
+    monkeypatch.setattr(TimeBudget, "limit_members", choose)
+    labels, summary = predict_rows(rows, folder, Package(Ensemble(members), ANY_BIRD), 1e9)
     assert summary.members == {"m0": 2, "m1": 1, "m2": 1}
     assert summary.late == ("r2",)
     monkeypatch.undo()
-    alone, _ = label_rows_of(rows, folder, Ensemble(members[:1]), ANY_BIRD)
+    alone, _ = predict_rows(rows, folder, Package(Ensemble(members[:1]), ANY_BIRD))
     assert labels[8:16] == alone[8:16]
     assert set(labels[16:]) == {"nocall"}
 
 
 def test_a_summary_can_be_read_by_programs(sounds, members, tmp_path):
     rows, folder = sounds
-    _, summary = label_rows_of(rows, folder, Ensemble(members), ANY_BIRD)
-    write_summary(tmp_path / "summary.json", summary)
-    values = json.loads((tmp_path / "summary.json").read_text())
+    _, summary = predict_rows(rows, folder, Package(Ensemble(members), ANY_BIRD))
+    values = json.loads(summary_text(summary))
     assert values["n_rows"] == 24
     assert values["birds_per_row"] == {"2": 24}
     assert values["members"] == {"m0": 3, "m1": 3, "m2": 3}

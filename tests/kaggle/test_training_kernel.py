@@ -17,6 +17,7 @@ from birdcall.cli import app
 from birdcall.kaggle import training_kernel
 from birdcall.kaggle.manifest import MANIFEST_FILE, make_manifest
 from birdcall.kaggle.training_kernel import (
+    SessionFolders,
     TrainingSettings,
     read_settings,
     run_training_kernel,
@@ -57,6 +58,13 @@ class Session:
         self.mounts, self.working = folder / "input", folder / "working"
         self.scratch, self.called = folder / "temp", folder / "called.json"
         self.run_folder = self.working / "runs" / "tiny" / "fold1"
+        self.folders = SessionFolders(
+            self.package,
+            self.mounts / "data",
+            mounts=self.mounts,
+            working=self.working,
+            scratch=self.scratch,
+        )
         (self.package / "birdcall").mkdir(parents=True)
         (self.package / "audit.csv").write_text("the audit")
 
@@ -66,8 +74,7 @@ class Session:
         (self.package / "birdcall" / "__main__.py").write_text(code)
         write_settings(self.package, TrainingSettings("tiny", 1, **settings))
         self.write_manifest()
-        folders = (self.package, self.mounts / "data", self.mounts, self.working, self.scratch)
-        return run_training_kernel(*folders, limit)
+        return run_training_kernel(self.folders, limit)
 
     def write_manifest(self) -> None:
         (self.package / MANIFEST_FILE).unlink(missing_ok=True)
@@ -137,13 +144,7 @@ def test_a_package_that_was_changed_is_refused(session):
     session(SAVE)
     (session.package / "audit.csv").write_text("another audit")
     with pytest.raises(ValueError, match=r"audit.csv: its sha256"):
-        run_training_kernel(
-            session.package,
-            session.mounts,
-            mounts=session.mounts,
-            working=session.working,
-            scratch=session.scratch,
-        )
+        run_training_kernel(session.folders)
 
 
 def test_wheels_of_the_package_can_be_imported(session):
@@ -201,6 +202,10 @@ def test_the_output_of_another_fold_is_left_alone(session):
     assert not session.working.exists()
 
 
+def folders_in(folder: Path) -> SessionFolders:
+    return SessionFolders(folder, folder, mounts=folder, working=folder, scratch=folder)
+
+
 # --- the command line ---------------------------------------------------------------------------
 
 
@@ -208,7 +213,7 @@ def test_one_command_line_that_the_real_command_understands(tmp_path):
     (tmp_path / "labels.csv").touch()
     settings = TrainingSettings("tiny", 1, init="init/weights.pth")
     command = training_command(
-        settings, tmp_path, data=tmp_path, output=tmp_path, seconds=41_400.0, n_gpus=0
+        settings, folders_in(tmp_path), output=tmp_path, seconds=41_400.0, n_gpus=0
     )
     assert command[:4] == [sys.executable, "-m", "birdcall", "train"]
     assert command[-1] == "--resume"
@@ -223,13 +228,13 @@ def test_one_command_line_that_the_real_command_understands(tmp_path):
 
 def test_several_gpus_share_one_training_and_its_workers(tmp_path):
     command = training_command(
-        SETTINGS, tmp_path, data=tmp_path, output=tmp_path, seconds=60.0, n_gpus=2
+        SETTINGS, folders_in(tmp_path), output=tmp_path, seconds=60.0, n_gpus=2
     )
     assert command[1:6] == [
         *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"),
     ]
     alone = training_command(
-        SETTINGS, tmp_path, data=tmp_path, output=tmp_path, seconds=60.0, n_gpus=1
+        SETTINGS, folders_in(tmp_path), output=tmp_path, seconds=60.0, n_gpus=1
     )
     place = command.index("--workers") + 1
     assert (command[place], alone[alone.index("--workers") + 1]) == ("2", "4")
@@ -287,7 +292,7 @@ def test_a_package_without_settings_says_what_makes_them(tmp_path):
 def test_a_weights_file_outside_the_package_is_refused(tmp_path):
     settings = TrainingSettings("tiny", 0, init="../weights.pth")
     with pytest.raises(ValueError, match=r"\.\./weights\.pth"):
-        training_command(settings, tmp_path, data=tmp_path, output=tmp_path, seconds=60.0, n_gpus=0)
+        training_command(settings, folders_in(tmp_path), output=tmp_path, seconds=60.0, n_gpus=0)
 
 
 # --- its place among the modules ----------------------------------------------------------------

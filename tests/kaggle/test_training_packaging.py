@@ -16,7 +16,15 @@ from birdcall.data.noise import find_noise, split_noise
 from birdcall.data.recordings import read_recordings
 from birdcall.experiments import EXPERIMENTS, find_experiment
 from birdcall.kaggle.manifest import MANIFEST_FILE, make_manifest, require_unchanged
-from birdcall.kaggle.packaging import Upload, dry_run_training, run_as_kaggle, stage_training
+from birdcall.kaggle.packaging import (
+    StagingOptions,
+    TrainingFiles,
+    Upload,
+    dry_run_training,
+    run_as_kaggle,
+    stage_training,
+    training_upload,
+)
 from birdcall.kaggle.training_kernel import TrainingSettings, read_settings
 from birdcall.models.checkpoint import STATE_FILE, load_model, read_checkpoint
 from birdcall.training.initialisation import initialise
@@ -79,10 +87,12 @@ def tables(demo_folder, tmp_path_factory) -> tuple[Path, Path]:
 def stage(demo_folder, tables, tmp_path):
     """Stage ``small_gru`` on the tiny demo, or what the test says."""
 
-    def stage(settings=SETTINGS, **options) -> Path:
-        return stage_training(
-            settings, demo_folder, *tables, SCRIPT, tmp_path / "build", "someone", **options
+    def stage(settings=SETTINGS, wheels=None, **options) -> Path:
+        files = TrainingFiles(
+            **{"data": demo_folder, "folds": tables[0], "audit": tables[1]} | options
         )
+        staging = StagingOptions(SCRIPT, tmp_path / "build", "someone", wheels)
+        return stage_training(settings, files, staging)
 
     return stage
 
@@ -200,27 +210,16 @@ def test_what_kaggles_image_lacks_is_named_unless_it_comes_along(
     assert not caplog.text
 
 
-def test_recordings_that_the_audit_does_not_know_are_refused(stage, demo_folder, tables, tmp_path):
+def test_recordings_that_the_audit_does_not_know_are_refused(stage, tables, tmp_path):
     audit = pd.read_csv(tables[1])
     audit.iloc[1:].to_csv(tmp_path / "audit.csv", index=False)
     with pytest.raises(ValueError, match="the audit does not know"):
-        stage_training(
-            SETTINGS,
-            demo_folder,
-            folds=tables[0],
-            audit=tmp_path / "audit.csv",
-            script=SCRIPT,
-            build=tmp_path / "b",
-            owner="me",
-        )
+        stage(audit=tmp_path / "audit.csv")
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_has_a_name_and_a_batch_that_kaggle_takes(name):
-    from birdcall.kaggle.packaging import _require_shareable_batch, _upload_of
-
-    _require_shareable_batch(EXPERIMENTS[name])
-    upload = _upload_of(TrainingSettings(name, 4), "someone")
+    upload = training_upload(TrainingSettings(name, 4), EXPERIMENTS[name], "someone")
     assert "_" not in upload.kernel + upload.dataset
 
 

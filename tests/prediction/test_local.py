@@ -26,7 +26,7 @@ from birdcall.inference.tables import (
     read_detections_jsonl,
     read_raven_table,
 )
-from birdcall.kaggle.kernel import open_package
+from birdcall.kaggle.submission import open_package
 from birdcall.prediction.local import (
     Recording,
     RecordingResult,

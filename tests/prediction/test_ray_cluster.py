@@ -9,7 +9,7 @@ import pytest
 import soundfile
 from helpers import RATE
 
-from birdcall.kaggle.kernel import open_package
+from birdcall.kaggle.submission import open_package
 from birdcall.prediction.local import (
     ResultOptions,
     find_recordings,

@@ -49,15 +49,13 @@ def _package(
 ) -> None:
     """Write the submission kernel and its dataset, with the members of the decision."""
     from birdcall.inference.decision import read_decision
-    from birdcall.kaggle.packaging import dry_run_submission, stage_package
+    from birdcall.kaggle.packaging import StagingOptions, dry_run_submission, stage_package
     from birdcall.training.runs import run_folder
 
     folders = Folders(data, output)
     decision = read_decision(folders.decision)
     members = [run_folder(folders.runs, name) for name in decision.members]
-    dataset = stage_package(
-        members, decision, script=script, build=build, owner=owner, wheels=wheels
-    )
+    dataset = stage_package(members, decision, StagingOptions(script, build, owner, wheels))
     typer.echo(f"{dataset}: {len(members)} members, {_megabytes(dataset):.1f} MB")
     if dry_run:
         typer.echo(dry_run_submission(build, data, folders.submission).rstrip())
@@ -94,25 +92,26 @@ def _package_training(
     ] = False,
 ) -> None:
     """Write the kernel that trains one run on Kaggle's GPUs over several sessions."""
-    from birdcall.kaggle.packaging import dry_run_training, stage_training
+    from birdcall.kaggle.packaging import (
+        StagingOptions,
+        TrainingFiles,
+        dry_run_training,
+        stage_training,
+    )
     from birdcall.kaggle.training_kernel import TrainingSettings
 
     folders = Folders(data, output, folds)
     settings = TrainingSettings(experiment, fold, hours * 3600, workers)
     build = build or _BUILD / "training" / settings.name
-    dataset = stage_training(
-        settings,
-        data,
+    files = TrainingFiles(
+        data=data,
         folds=folders.folds,
         audit=folders.audit,
-        script=script,
-        build=build,
-        owner=owner,
-        init=init,
         noise=noise,
         labels=labels,
-        wheels=wheels,
+        init=init,
     )
+    dataset = stage_training(settings, files, StagingOptions(script, build, owner, wheels))
     typer.echo(f"{dataset}: {settings.name}, {_megabytes(dataset):.1f} MB")
     if dry_run:
         sessions = folders.output / "dry_run" / settings.name
@@ -219,8 +218,7 @@ def _predict(
     A journal stores finished recordings: after a stop, the same command resumes.
     """
     from birdcall.inference.ensemble import default_device
-    from birdcall.kaggle.kernel import open_package, require_all_members
-    from birdcall.kaggle.submission import predict_test_set
+    from birdcall.kaggle.submission import open_package, predict_test_set, require_all_members
     from birdcall.prediction.local import (
         DEFAULT_FORMATS,
         JOURNAL_FILE,
@@ -239,11 +237,12 @@ def _predict(
             "--view needs PATHS, predicted on this machine: leave out --ray and --data"
         )
     device = default_device()
-    ensemble, decision, refused = open_package(package, device)
-    require_all_members(refused)
+    opened = open_package(package, device)
+    require_all_members(opened.refused)
+    ensemble, decision = opened.ensemble, opened.decision
     if data is not None:
         submission = Folders(data, output).submission
-        typer.echo(f"{submission}: {predict_test_set(data, ensemble, decision, submission)}")
+        typer.echo(f"{submission}: {predict_test_set(data, submission, lambda: opened)}")
         return
     options = ResultOptions(
         formats=tuple(format or DEFAULT_FORMATS),

@@ -24,7 +24,7 @@ from birdcall.evaluation.predict import HeldOutOptions, HeldOutPredictions, pred
 from birdcall.evaluation.scoring import EnsembleDecision, decide_ensemble, score_submission
 from birdcall.inference.decision import average_members
 from birdcall.inference.ensemble import default_device, load_ensemble
-from birdcall.kaggle.submission import predict_test_set
+from birdcall.kaggle.submission import Package, predict_test_set
 from birdcall.kaggle.test_set import SOLUTION, find_test_audio_folder
 from birdcall.models.checkpoint import SETTINGS_FILE
 from birdcall.storage.files import write_atomically
@@ -283,7 +283,7 @@ def score_seed(runs: Sequence[Run], data: TrainingData) -> dict[str, Sample]:
     if (data.folder / SOLUTION).is_file() and find_test_audio_folder(data.folder) is not None:
         submission = folder / "submission.csv"
         ensemble = load_ensemble([run.folder for run in runs], device)
-        predict_test_set(data.folder, ensemble, judged.decision, submission)
+        predict_test_set(data.folder, submission, lambda: Package(ensemble, judged.decision))
         samples[HIDDEN] = _score_hidden_rows(data.folder, submission)
     return samples | _score_recordings(heard, data)
 

@@ -1,19 +1,21 @@
-"""Say of every file of a package what it was when it was made."""
+"""Check the files of a package against its manifest, and install its wheels.
+
+The kernels import this module first: it needs nothing that the wheels may bring.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from birdcall.storage.files import inside
 
 MANIFEST_FILE = "manifest.json"
-NOT_MOUNTED = (MANIFEST_FILE, "dataset-metadata.json")  # Kaggle keeps the metadata to itself
+WHEELS_FOLDER = "wheels"
+_NOT_MOUNTED = (MANIFEST_FILE, "dataset-metadata.json")  # Kaggle does not mount the metadata
 
 
 def make_manifest(package: Path) -> dict[str, str]:
@@ -22,15 +24,15 @@ def make_manifest(package: Path) -> dict[str, str]:
     return {
         path.relative_to(package).as_posix(): _sha256(path)
         for path in files
-        if path.name not in NOT_MOUNTED and path.suffix != ".pyc"
+        if path.name not in _NOT_MOUNTED and path.suffix != ".pyc"
     }
 
 
 def find_changes(package: Path) -> dict[str, str]:
-    """Return the files that are not as packaged, and what is wrong with each."""
+    """Return the files that are not as packaged, each with the reason."""
     path = package / MANIFEST_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such manifest; `birdcall package` makes one")
+        raise FileNotFoundError(f"{path}: no such manifest; `birdcall package` writes one")
     try:
         digests = dict(json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
@@ -54,27 +56,6 @@ def require_unchanged(package: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# --- wheels ---
-
-
-WHEELS_FOLDER = "wheels"
-
-
-def find_wheels(folder: Path | None) -> list[Path]:
-    """Return the wheels in a folder; FileNotFoundError if it has none."""
-    wheels = [] if folder is None else sorted(folder.glob("*.whl"))
-    if folder is not None and not wheels:
-        raise FileNotFoundError(f"{folder}: no wheels; `pip download --no-deps -d` puts them there")
-    return wheels
-
-
-def copy_wheels(wheels: Sequence[Path], package: Path) -> None:
-    """Copy wheels to where `install_wheels` finds them."""
-    for path in wheels:
-        (package / WHEELS_FOLDER).mkdir(exist_ok=True)
-        shutil.copyfile(path, package / WHEELS_FOLDER / path.name)
 
 
 def install_wheels(package: Path, scratch: Path) -> Path | None:

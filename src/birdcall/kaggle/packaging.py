@@ -1,4 +1,4 @@
-"""Stage what is uploaded to Kaggle, and rehearse the kernel as Kaggle will run it."""
+"""Stage the kernels and their datasets for Kaggle, and run them as Kaggle will (a dry run)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ from birdcall.experiments import find_experiment
 from birdcall.inference.decision import Decision, write_decision
 from birdcall.inference.tables import read_submission
 from birdcall.inference.windows import ONNX_FILE, export_checkpoint
-from birdcall.kaggle.kernel import DECISION_FILE, MEMBERS_FOLDER
-from birdcall.kaggle.manifest import MANIFEST_FILE, copy_wheels, find_wheels, make_manifest
-from birdcall.kaggle.submission import SUMMARY_FILE
+from birdcall.kaggle.manifest import MANIFEST_FILE, WHEELS_FOLDER, make_manifest
+from birdcall.kaggle.submission import DECISION_FILE, MEMBERS_FOLDER, SUMMARY_FILE
 from birdcall.kaggle.test_set import read_test_rows
 from birdcall.kaggle.training_kernel import (
     AUDIT_FILE,
@@ -45,16 +44,14 @@ from birdcall.training.resume import read_state
 
 logger = logging.getLogger(__name__)
 
+_COMPETITION = "birdsong-recognition"
+_MAX_TITLE = 50  # characters
+_MAX_DATASET_BYTES = 100 * 2**30  # Kaggle's limit on one dataset
 
-COMPETITION = "birdsong-recognition"
-SLUG = "birdcall-package"
-MAX_TITLE = 50  # characters
-MAX_DATASET_BYTES = 100 * 2**30  # Kaggle's limit on one dataset
-
-# Python runs a module of this name at its start. In a rehearsal this one keeps the kernel, and the
-# processes that it starts, from every connection but those between them.
-OFFLINE_FILE = "sitecustomize.py"
-OFFLINE = """
+# Python runs a module of this name at its start. In a dry run it refuses the kernel, and the
+# processes that it starts, every connection but those between them.
+_OFFLINE_FILE = "sitecustomize.py"
+_OFFLINE = """
 import socket
 
 LOCAL = (None, "", "localhost", "127.0.0.1", "::1", socket.gethostname())
@@ -82,39 +79,54 @@ socket.socket.connect_ex = connecting(socket.socket.connect_ex)
 
 @dataclass(frozen=True)
 class Upload:
-    """Under which names a dataset and the kernel that reads it go to Kaggle."""
+    """The names of a dataset and of the kernel that reads it on Kaggle."""
 
     owner: str
     dataset: str  # slugs
     kernel: str
-    sees_own_output: bool = False  # the kernel's next version finds what this one has left
+    sees_own_output: bool = False  # a version of the kernel finds the output of the one before
 
     def __post_init__(self) -> None:
         for slug in (self.dataset, self.kernel):
-            if len(slug) > MAX_TITLE:
-                raise ValueError(f"{slug!r} is too long: Kaggle takes {MAX_TITLE} characters")
+            if len(slug) > _MAX_TITLE:
+                raise ValueError(f"{slug!r} is too long: Kaggle takes {_MAX_TITLE} characters")
 
     @property
     def kernel_id(self) -> str:
         return f"{self.owner}/{self.kernel}"
 
 
-def stage_package(
-    members: Sequence[Path],
-    decision: Decision,
-    script: Path,
-    build: Path,
-    owner: str,
-    wheels: Path | None = None,
-) -> Path:
+@dataclass(frozen=True)
+class StagingOptions:
+    """Where a kernel and its dataset are staged, and what comes with them.
+
+    script: of the kernel. build: the folder to write, ``dataset`` and ``kernel`` in it. owner: the
+    user on Kaggle. wheels: a folder of packages that Kaggle's image lacks.
+    """
+
+    script: Path
+    build: Path
+    owner: str
+    wheels: Path | None = None
+
+    def find_wheels(self) -> list[Path]:
+        """Return the wheels; FileNotFoundError if their folder has none."""
+        wheels = [] if self.wheels is None else sorted(self.wheels.glob("*.whl"))
+        if self.wheels is not None and not wheels:
+            raise FileNotFoundError(
+                f"{self.wheels}: no wheels; `pip download --no-deps -d` puts them there"
+            )
+        return wheels
+
+
+def stage_package(members: Sequence[Path], decision: Decision, staging: StagingOptions) -> Path:
     """Write ``build/dataset`` (code, members, decision) and ``build/kernel`` (script, metadata).
 
     Whatever an earlier call left there is replaced. Every member is loaded once, so that what
-    cannot run is not uploaded, and exported for ONNX Runtime, where that is installed. ``wheels``:
-    a folder of those that Kaggle's image lacks. Returns the dataset's folder.
+    cannot run is not uploaded, and exported for ONNX Runtime, where that is installed. Returns the
+    dataset's folder.
     """
-    packages = find_wheels(wheels)
-    dataset = start_dataset(build)
+    dataset = _start_dataset(staging)
     can_export = is_onnx_installed()
     if not can_export:
         logger.warning("onnxruntime is not installed: a kernel without GPU will run torch, slowly")
@@ -127,45 +139,45 @@ def stage_package(
         if can_export:
             difference = export_checkpoint(target, target / ONNX_FILE, decision.window_config)
             logger.info("%s: exported, within %.1g of torch", checkpoint.name, difference)
-    copy_wheels(packages, dataset)
     write_decision(dataset / DECISION_FILE, decision)
-    finish_build(build, script, Upload(owner, SLUG, "birdcall-submission"))
+    _finish_build(staging, Upload(staging.owner, "birdcall-package", "birdcall-submission"))
     return dataset
 
 
-def start_dataset(build: Path) -> Path:
-    """Empty ``build/dataset`` and ``build/kernel``; return the first, with the code in it."""
-    dataset = build / "dataset"
-    for folder in (dataset, build / "kernel"):
+def _start_dataset(staging: StagingOptions) -> Path:
+    """Empty ``build/dataset`` and ``build/kernel``; put code and wheels into the dataset."""
+    wheels = staging.find_wheels()
+    dataset = staging.build / "dataset"
+    for folder in (dataset, staging.build / "kernel"):
         shutil.rmtree(folder, ignore_errors=True)
     with resources.as_file(resources.files("birdcall")) as source:
         ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
         shutil.copytree(source, dataset / "birdcall", ignore=ignore)
+    for path in wheels:
+        (dataset / WHEELS_FOLDER).mkdir(exist_ok=True)
+        shutil.copyfile(path, dataset / WHEELS_FOLDER / path.name)
     return dataset
 
 
-def finish_build(build: Path, script: Path, upload: Upload) -> None:
-    """Write the kernel, what Kaggle wants to know of both folders, and the dataset's manifest."""
-    dataset, kernel = build / "dataset", build / "kernel"
-    _write_json(dataset / "dataset-metadata.json", dataset_metadata(upload))
-    kernel.mkdir()
-    shutil.copyfile(script, kernel / script.name)
-    _write_json(kernel / "kernel-metadata.json", kernel_metadata(upload, script.name))
-    _write_json(dataset / MANIFEST_FILE, make_manifest(dataset))
-    size = sum(path.stat().st_size for path in dataset.rglob("*") if path.is_file())
-    if size > MAX_DATASET_BYTES:
-        raise ValueError(f"{dataset} has {size / 2**30:.1f} GiB; Kaggle takes at most 100")
-
-
-def dataset_metadata(upload: Upload) -> dict[str, object]:
-    return {
+def _finish_build(staging: StagingOptions, upload: Upload) -> None:
+    """Write the kernel, the metadata of both folders, and the dataset's manifest."""
+    dataset, kernel = staging.build / "dataset", staging.build / "kernel"
+    metadata = {
         "title": upload.dataset.replace("-", " "),
         "id": f"{upload.owner}/{upload.dataset}",
         "licenses": [{"name": "CC-BY-NC-SA-4.0"}],  # as most of the recordings
     }
+    _write_json(dataset / "dataset-metadata.json", metadata)
+    kernel.mkdir()
+    shutil.copyfile(staging.script, kernel / staging.script.name)
+    _write_json(kernel / "kernel-metadata.json", _kernel_metadata(upload, staging.script.name))
+    _write_json(dataset / MANIFEST_FILE, make_manifest(dataset))
+    size = sum(path.stat().st_size for path in dataset.rglob("*") if path.is_file())
+    if size > _MAX_DATASET_BYTES:
+        raise ValueError(f"{dataset} has {size / 2**30:.1f} GiB; Kaggle takes at most 100")
 
 
-def kernel_metadata(upload: Upload, code_file: str) -> dict[str, object]:
+def _kernel_metadata(upload: Upload, code_file: str) -> dict[str, object]:
     """Return kernel-metadata.json. Internet is off explicitly: the client's default is on."""
     metadata: dict[str, object] = {
         "id": upload.kernel_id,
@@ -178,13 +190,13 @@ def kernel_metadata(upload: Upload, code_file: str) -> dict[str, object]:
         "enable_internet": False,
         "machine_shape": "NvidiaTeslaT4",
         "dataset_sources": [f"{upload.owner}/{upload.dataset}"],
-        "competition_sources": [COMPETITION],
+        "competition_sources": [_COMPETITION],
         "kernel_sources": [],
         "model_sources": [],
     }
     if upload.sees_own_output:
         metadata["kernel_sources"] = [upload.kernel_id]
-        metadata["docker_image_pinning_type"] = "original"  # to go on under the same torch
+        metadata["docker_image_pinning_type"] = "original"  # to resume under the same torch
     return metadata
 
 
@@ -193,10 +205,11 @@ def _write_json(path: Path, values: Mapping[str, object]) -> None:
 
 
 def dry_run_submission(build: Path, data: Path, submission: Path) -> str:
-    """Run the staged kernel on ``data`` as Kaggle would, keep its submission, return its log.
+    """Run the staged kernel on ``data`` as Kaggle would; copy its submission, return its log.
 
-    ``ValueError`` holds the end of the log if it fails, or says that its submission is not valid or
-    that a member was left out, with which the kernel on Kaggle would go on.
+    ``ValueError`` holds the end of the log if the kernel fails. It is also raised for a submission
+    that is not valid, and for a member that was left out, without which the kernel on Kaggle would
+    continue.
     """
     with tempfile.TemporaryDirectory() as scratch:
         log = run_as_kaggle(build, data, Path(scratch))
@@ -213,32 +226,33 @@ def run_as_kaggle(
     build: Path,
     data: Path,
     working: Path,
+    *,
     previous_output: Path | None = None,
     time_limit_seconds: float | None = None,
 ) -> str:
     """Run the staged kernel in a session like one of Kaggle's; return its log.
 
     A fresh process with an empty environment, isolated from this checkout and without network,
-    sees only a folder laid out like /kaggle/input: the data, the dataset, and what an earlier
-    version of the kernel has left. ``working`` stands for /kaggle/working. ``ValueError`` holds the
+    sees only a folder laid out like /kaggle/input: the data, the dataset, and the output of
+    an earlier version of the kernel. ``working`` stands for /kaggle/working. ``ValueError`` holds the
     end of the log if the kernel fails.
     """
     script = next((build / "kernel").glob("*.py"))
     with tempfile.TemporaryDirectory() as machine:
         root = Path(machine) / "input"
-        _link(data, root / "competitions" / COMPETITION)
+        _link(data, root / "competitions" / _COMPETITION)
         _link(build / "dataset", root / "datasets" / "owner" / "dataset")
         if previous_output is not None:
             _link(previous_output, root / "notebooks" / "owner" / "kernel")
         (Path(machine) / "offline").mkdir()
-        (Path(machine) / "offline" / OFFLINE_FILE).write_text(OFFLINE, encoding="utf-8")
+        (Path(machine) / "offline" / _OFFLINE_FILE).write_text(_OFFLINE, encoding="utf-8")
         working.mkdir(parents=True, exist_ok=True)
         environment = {
             "PATH": os.environ.get("PATH", ""),
             "HOME": machine,
             "PYTHONPATH": str(Path(machine) / "offline"),
             "PYTHONSAFEPATH": "1",  # the folder of the script is not searched for modules,
-            "PYTHONNOUSERSITE": "1",  # nor is the user's own
+            "PYTHONNOUSERSITE": "1",  # nor is the folder of the user
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONUNBUFFERED": "1",  # the log is in order
             "KAGGLE_INPUT": str(root),
@@ -267,75 +281,91 @@ def _link(source: Path, target: Path) -> None:
     target.symlink_to(source.resolve(), target_is_directory=True)
 
 
-# --- training packaging ---
+# --- the training kernel --------------------------------------------------------------------------
 
 
-# What Kaggle's image lacks; drawn on by the augmentations with these probabilities alone.
-MISSING_PACKAGES = "audiomentations numpy-minmax numpy-rms python-stretch fast-mp3-augment"
-NEED_PACKAGES = ("mp3_probability", "pitch_probability", "tempo_probability")
-N_GPUS = 2  # of Kaggle's sessions with T4s; the kernel shares each batch between them
-SECOND_SESSION_SECONDS = 600.0
+# What Kaggle's image lacks; only augmentations with these probabilities use it.
+_MISSING_PACKAGES = "audiomentations numpy-minmax numpy-rms python-stretch fast-mp3-augment"
+_NEED_PACKAGES = ("mp3_probability", "pitch_probability", "tempo_probability")
+_N_GPUS = 2  # of Kaggle's sessions with T4s; the kernel shares each batch between them
+_SECOND_SESSION_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class TrainingFiles:
+    """What a training reads: the data, tables, bird-free recordings, weights to start from."""
+
+    data: Path
+    folds: Path
+    audit: Path
+    noise: Path | None = None
+    labels: Path | None = None
+    init: Path | None = None
 
 
 def stage_training(
-    settings: TrainingSettings,
-    data: Path,
-    folds: Path,
-    audit: Path,
-    script: Path,
-    build: Path,
-    owner: str,
-    *,
-    init: Path | None = None,
-    noise: Path | None = None,
-    labels: Path | None = None,
-    wheels: Path | None = None,
+    settings: TrainingSettings, files: TrainingFiles, staging: StagingOptions
 ) -> Path:
     """Write ``build/dataset`` and ``build/kernel``, with which Kaggle trains one run.
 
-    The dataset holds code, settings, folds, audit, ``labels`` with times, the bird-free sound that
-    training here would take, the weights to start from (``init``, or the experiment's pretrained
-    ones, fetched here), and from ``wheels`` what Kaggle's image lacks. Whatever an earlier call
-    left is replaced. The network is built once, and the tables are matched with ``data``, so that
-    what cannot run is not uploaded. Returns the dataset's folder.
+    The dataset holds code, settings, folds, audit, labels with times, the bird-free recordings that
+    a training here would use, the weights to start from (``init``, or the pretrained ones of the
+    experiment, fetched here), and wheels. Whatever an earlier call left is replaced. The network is
+    built once, and the tables are matched with the data, so that what cannot run is not uploaded.
+    Returns the dataset's folder.
     """
     experiment = find_experiment(settings.experiment)
-    _require_shareable_batch(experiment)
+    upload = training_upload(settings, experiment, staging.owner)
     training = load_training_data(
-        data, folds=folds, audit=audit, cache=audit.parent / "cache", noise=noise, labels=labels
+        files.data,
+        folds=files.folds,
+        audit=files.audit,
+        cache=files.audit.parent / "cache",
+        noise=files.noise,
+        labels=files.labels,
     )
     training.split(settings.fold)
-    model = initialise(experiment, len(training.classes), init, classes=training.classes)
-    upload = _upload_of(settings, owner)
-    _warn_of_missing_wheels(wheels, experiment)
-    packages = find_wheels(wheels)
-    dataset = start_dataset(build)
-    shutil.copyfile(folds, dataset / FOLDS_FILE)
-    shutil.copyfile(audit, dataset / AUDIT_FILE)
-    if labels is not None:
-        shutil.copyfile(labels, dataset / LABELS_FILE)
+    model = initialise(experiment, len(training.classes), files.init, classes=training.classes)
+    needs_packages = any(getattr(experiment.augment, name) > 0 for name in _NEED_PACKAGES)
+    if staging.wheels is None and needs_packages:
+        logger.warning(
+            "%s augments with packages that Kaggle's image lacks: give --wheels DIR, filled by "
+            "`pip download --no-deps -d DIR --python-version 3.12 --only-binary :all: %s`",
+            experiment.name,
+            _MISSING_PACKAGES,
+        )
+    dataset = _start_dataset(staging)
+    shutil.copyfile(files.folds, dataset / FOLDS_FILE)
+    shutil.copyfile(files.audit, dataset / AUDIT_FILE)
+    if files.labels is not None:
+        shutil.copyfile(files.labels, dataset / LABELS_FILE)
     _copy_noise(training.noise_files, dataset / NOISE_FOLDER)
-    if init is not None:
-        settings = replace(settings, init=_copy_init(init, dataset))
+    if files.init is not None:
+        settings = replace(settings, init=_copy_init(files.init, dataset))
     elif experiment.model.pretrained:
         settings = replace(settings, init=_write_backbone(model, dataset))
-    copy_wheels(packages, dataset)
     write_settings(dataset, settings)
-    finish_build(build, script, upload)
+    _finish_build(staging, upload)
     return dataset
 
 
-def _require_shareable_batch(experiment: Experiment) -> None:
+def training_upload(settings: TrainingSettings, experiment: Experiment, owner: str) -> Upload:
+    """Return the names of a run's dataset and kernel: several runs train side by side.
+
+    ``ValueError`` if Kaggle takes neither the names nor the batches of the experiment.
+    """
     size = experiment.train.data.batch_size
     require(
-        size % N_GPUS == 0,
-        f"{experiment.name} has a batch_size of {size}, which Kaggle's {N_GPUS} GPUs cannot share; "
-        f"it must be a multiple of {N_GPUS}",
+        size % _N_GPUS == 0,
+        f"{experiment.name} has a batch_size of {size}, which Kaggle's {_N_GPUS} GPUs cannot "
+        f"share; it must be a multiple of {_N_GPUS}",
     )
+    kernel = f"birdcall-{settings.name.replace('_', '-')}"
+    return Upload(owner, f"{kernel}-data", kernel, sees_own_output=True)
 
 
 def _copy_init(init: Path, dataset: Path) -> str:
-    """Copy the weights, and a run's settings beside them: they say whose its outputs are."""
+    """Copy the weights, and the settings of a run beside them: they name its classes."""
     name = f"{INIT_FOLDER}/weights{init.suffix}"
     (dataset / INIT_FOLDER).mkdir()
     shutil.copyfile(init, dataset / name)
@@ -347,31 +377,16 @@ def _copy_init(init: Path, dataset: Path) -> str:
 def _write_backbone(model: SEDModel, dataset: Path) -> str:
     """Write the pretrained backbone, as the kernel has no network to fetch it."""
     name = f"{INIT_FOLDER}/weights.safetensors"
-    tensors = {key: one.contiguous() for key, one in model.backbone.state_dict().items()}
+    tensors = {key: value.contiguous() for key, value in model.backbone.state_dict().items()}
     write_atomically(dataset / name, safetensors.torch.save(tensors))
     return name
 
 
-def _upload_of(settings: TrainingSettings, owner: str) -> Upload:
-    """Name a run's own dataset and kernel: runs are trained side by side."""
-    kernel = f"birdcall-{settings.name.replace('_', '-')}"
-    return Upload(owner, f"{kernel}-data", kernel, sees_own_output=True)
-
-
-def _warn_of_missing_wheels(folder: Path | None, experiment: Experiment) -> None:
-    needed = any(getattr(experiment.augment, name) > 0 for name in NEED_PACKAGES)
-    if folder is None and needed:
-        logger.warning(
-            "%s augments with packages that Kaggle's image lacks: give --wheels DIR, filled by "
-            "`pip download --no-deps -d DIR --python-version 3.12 --only-binary :all: %s`",
-            experiment.name, MISSING_PACKAGES,
-        )  # fmt: skip
-
-
 def _copy_noise(files: Sequence[Path], target: Path) -> None:
-    """Copy bird-free sound: a numbered folder for each that it comes from.
+    """Copy bird-free recordings: a numbered folder for each folder that they come from.
 
-    A collection's own folder would ask for the metadata that say what is bird-free; this all is.
+    Under its name, the folder of a collection would need its metadata, which list the bird-free
+    recordings; all of these are.
     """
     numbers: dict[Path, int] = {}
     for path in files:
@@ -381,14 +396,14 @@ def _copy_noise(files: Sequence[Path], target: Path) -> None:
 
 
 def dry_run_training(
-    build: Path, data: Path, output: Path, second_seconds: float = SECOND_SESSION_SECONDS
+    build: Path, data: Path, output: Path, second_seconds: float = _SECOND_SESSION_SECONDS
 ) -> str:
     """Run two sessions of the staged kernel on ``data`` as Kaggle would; return their log.
 
-    The first one's time is over at once, so it saves its state after a step. The second is given
-    the first one's output and ``second_seconds``, and must go on from it: to the end where that is
-    time enough (`small_gru` on the demo), else further than the first. What it leaves is put in
-    place of ``output``. ``ValueError`` holds the end of the log if a session fails.
+    The time of the first session is over at once, so it saves its state after a step. The second
+    gets the output of the first and ``second_seconds``, and must resume from it: to the end where
+    there is time enough (`small_gru` on the demo), else further than the first. Its output replaces
+    ``output``. ``ValueError`` holds the end of the log if a session fails.
     """
     run = read_settings(build / "dataset").run
     with tempfile.TemporaryDirectory() as scratch:
@@ -409,7 +424,8 @@ def dry_run_training(
 def _saved_step(run: Path, log: str) -> int:
     if not (run / STATE_FILE).is_file():
         raise ValueError(f"the session has saved no state of its training: {_last(log)}")
-    return int(read_state(run / STATE_FILE)[1]["progress"]["step"])
+    _, values = read_state(run / STATE_FILE)
+    return int(values["progress"]["step"])
 
 
 def _last(log: str) -> str:

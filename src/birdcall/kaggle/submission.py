@@ -1,4 +1,4 @@
-"""Label the rows of test.csv within a budget of time, so that a valid file exists at any moment."""
+"""Write a submission with a package's members, within a time limit: kernel and `predict --data`."""
 
 from __future__ import annotations
 
@@ -7,35 +7,113 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 
 from birdcall.audio.reading import AudioError, probe_audio
 from birdcall.config import NOCALL, SEGMENT_SECONDS, require
-from birdcall.inference.decision import Decision, decide_recordings, decide_segments, label_strings
+from birdcall.inference.decision import (
+    Decision,
+    decide_recordings,
+    decide_segments,
+    label_strings,
+    read_decision,
+)
 from birdcall.inference.engine import open_recording, predict_audio
-from birdcall.inference.ensemble import CostMeter, Ensemble, MemberError
+from birdcall.inference.ensemble import (
+    CostMeter,
+    Ensemble,
+    Member,
+    MemberError,
+    default_device,
+    load_member,
+)
 from birdcall.inference.predictions import SEGMENTS_ONLY, SegmentPredictions
 from birdcall.inference.tables import write_submission
-from birdcall.kaggle.test_set import find_audio, find_test_audio_folder, read_test_rows
-from birdcall.storage.files import write_atomically
+from birdcall.kaggle.manifest import find_changes
+from birdcall.kaggle.test_set import (
+    EXAMPLE_AUDIO,
+    EXAMPLE_LABELS,
+    TEST_AUDIO,
+    example_audio_folder,
+    find_recordings_of,
+    find_test_audio_folder,
+    read_example_rows,
+    read_test_rows,
+)
+from birdcall.storage.files import inside, write_atomically
 
 logger = logging.getLogger(__name__)
 
-SUMMARY_FILE = "summary.json"  # beside the submission
+DECISION_FILE = "decision.json"
+MEMBERS_FOLDER = "members"
+SUMMARY_FILE = "summary.json"  # beside the submission, as is the next one
+EXAMPLE_SUBMISSION = "example_submission.csv"  # predictions of the example soundscapes
 SAFE_SHARE = 0.9  # of the time left, planned for: speeds vary
+
+
+# --- the package ----------------------------------------------------------------------------------
+
+
+class Package(NamedTuple):
+    """What labels recordings. refused: members that are not used, and why."""
+
+    ensemble: Ensemble
+    decision: Decision
+    refused: Mapping[str, str] = {}
+
+
+def open_package(package: Path, device: torch.device | str) -> Package:
+    """Load the members of a package in the decision's order: the best experiment's first.
+
+    Members are refused whose files are missing, or not as in the manifest, or cannot be loaded.
+    Raises an error if none is left, or if code or decision are not as packaged.
+    """
+    changes = find_changes(package)
+    for name, reason in changes.items():
+        if Path(name).parts[0] != MEMBERS_FOLDER:
+            raise ValueError(reason)
+    decision = read_decision(package / DECISION_FILE)
+    names = decision.members or tuple(
+        sorted(folder.name for folder in (package / MEMBERS_FOLDER).iterdir())
+    )
+    members: list[Member] = []
+    refused: dict[str, str] = {}
+    for name in names:
+        reasons = [why for file, why in changes.items() if Path(file).parts[1:2] == (name,)]
+        try:
+            if reasons:
+                raise ValueError(reasons[0])
+            folder = inside(package / MEMBERS_FOLDER, name)
+            members.append(load_member(folder, decision.window_config))
+        except (ValueError, OSError) as error:
+            refused[name] = str(error)
+    if not members:
+        raise ValueError(f"{package}: no member can be used: {'; '.join(refused.values())}")
+    return Package(Ensemble(members, device, decision.window_config), decision, refused)
+
+
+def require_all_members(refused: Mapping[str, str]) -> None:
+    """Raise ValueError with the reason if a member of a package cannot be used."""
+    for reason in refused.values():
+        raise ValueError(reason)
+
+
+# --- the submission -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SubmissionSummary:
-    """How a submission came about; what the kernel's last log line says.
+    """The account of a submission: ``summary.json`` and the last line of the kernel's log.
 
-    failed: audio_ids that are missing or do not decode; late: those that the time did not suffice
-    for. The rows of both say nocall. members: those that ran, and on how many recordings; left_out:
-    those that did not, and why. birds_per_row: how many rows have so many birds.
+    failed: audio_ids that are missing or do not decode; late: those that there was no time for. The
+    rows of both are nocall. members: those that ran, and on how many recordings; left_out: those
+    that did not, and why. birds_per_row: the number of rows by their number of species.
     """
 
     n_rows: int
@@ -63,153 +141,187 @@ class SubmissionSummary:
         )
 
 
-def write_nocall(data: Path, submission: Path) -> pd.DataFrame:
-    """Write a valid submission without any bird; return the rows of ``test.csv``."""
-    rows = read_test_rows(data)
-    write_submission(submission, list(rows["row_id"]), [NOCALL] * len(rows))
-    return rows
+def run_kernel(
+    package: Path, data: Path, submission: Path, budget_seconds: float | None = None
+) -> SubmissionSummary:
+    """Write ``submission`` for ``test.csv`` in ``data``: what the kernel's script calls.
+
+    A member that is not as packaged, or does not run, is left out, and so are members for which
+    ``budget_seconds`` do not suffice; ``summary.json`` names them. Without ``test_audio``, as when
+    the kernel is not yet scored, the rows are nocall and the members run on the example
+    soundscapes. Raises an error if no member ran: a kernel without models must not score like
+    all-nocall.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+
+    def load() -> Package:
+        loaded = open_package(package, default_device())
+        for name, reason in loaded.refused.items():
+            logger.error("%s: left out: %s", name, reason)
+        ensemble = loaded.ensemble
+        logger.info("%d members on %s, data in %s", len(ensemble.members), ensemble.device, data)
+        return loaded
+
+    summary = predict_test_set(
+        data, submission, load, budget_seconds=budget_seconds, use_examples=True
+    )
+    write_atomically(submission.with_name(SUMMARY_FILE), summary_text(summary))
+    logger.info("%s: %s", submission, summary)
+    if not summary.members:
+        raise ValueError(
+            f"no member has predicted anything ({len(summary.failed)} recordings failed, "
+            f"{len(summary.late)} too late): {submission} is nocall in all rows"
+        )
+    return summary
+
+
+def summary_text(summary: SubmissionSummary) -> str:
+    """Return the content of ``summary.json``."""
+    return json.dumps(asdict(summary), indent=1) + "\n"
 
 
 def predict_test_set(
     data: Path,
-    ensemble: Ensemble,
-    decision: Decision,
     submission: Path,
+    load: Callable[[], Package],
+    *,
     budget_seconds: float | None = None,
+    use_examples: bool = False,
 ) -> SubmissionSummary:
     """Label every row of ``test.csv`` and write the submission, in the order of ``test.csv``.
 
-    A valid all-nocall file is written first, so that whatever happens later one exists. Recordings
-    that are missing or do not decode keep nocall; each is named in the log. See `label_rows_of` for
-    the budget.
+    A valid all-nocall file is written before ``load`` opens the members, so that whatever happens
+    later there is one. Recordings that are missing or do not decode keep nocall; the log names
+    each. ``use_examples``: where there is no test audio, run on the example soundscapes instead,
+    and write `EXAMPLE_SUBMISSION`. See `predict_rows` for the budget.
     """
-    rows = write_nocall(data, submission)
-    labels, summary = label_rows_of(
-        rows,
-        find_test_audio_folder(data),
-        ensemble=ensemble,
-        decision=decision,
-        budget_seconds=budget_seconds,
-    )
+    rows = read_test_rows(data)
+    write_submission(submission, list(rows["row_id"]), [NOCALL] * len(rows))
+    package = load()
+    folder = find_test_audio_folder(data)
+    if folder is None and use_examples:
+        folder = example_audio_folder(data)
+        if not folder.is_dir() or not (data / EXAMPLE_LABELS).is_file():
+            raise FileNotFoundError(
+                f"{data}: neither {TEST_AUDIO} nor {EXAMPLE_AUDIO}: nothing to run the models on"
+            )
+        logger.warning(
+            "%s is not there: every row is nocall; the members run on %s", TEST_AUDIO, folder
+        )
+        rows = read_example_rows(data)
+        submission = submission.with_name(EXAMPLE_SUBMISSION)
+    labels, summary = predict_rows(rows, folder, package, budget_seconds)
     write_submission(submission, list(rows["row_id"]), labels)
-    return summary
+    return replace(summary, left_out={**package.refused, **summary.left_out})
 
 
-def write_summary(path: Path, summary: SubmissionSummary) -> None:
-    write_atomically(path, json.dumps(asdict(summary), indent=1) + "\n")
-
-
-def label_rows_of(
+def predict_rows(
     rows: pd.DataFrame,
     folder: Path | None,
-    ensemble: Ensemble,
-    decision: Decision,
+    package: Package,
     budget_seconds: float | None = None,
 ) -> tuple[list[str], SubmissionSummary]:
     """Return the labels of ``rows`` (see `read_test_rows`), of recordings in ``folder``.
 
-    With a budget, each recording is heard by as many members, the first ones, as the time left
-    allows for it and those after it; when it is over, what is left says nocall. A member that does
-    not run, or says what is no number, is left out and the others go on; without any it raises
-    MemberError.
+    With a budget, a recording is predicted by as many members, the first ones, as the time left
+    allows for it and all after it; when the time is over, the remaining rows are nocall. A member
+    that does not run, or predicts what is not finite, is left out; the others continue. Raises
+    MemberError if none is left.
     """
+    ensemble, decision = package.ensemble, package.decision
     require(
         decision.classes in ((), ensemble.classes),
         f"the decision is for other classes: {len(decision.classes)}, the members have "
         f"{len(ensemble.classes)}, or in another order",
     )
     start = time.perf_counter()
-    paths, failed = _find_recordings(folder, list(dict.fromkeys(rows["audio_id"])))
-    run = _Run(rows, paths, decision, Budget(paths, budget_seconds))
+    paths, missing = find_recordings_of(rows, folder)
+    progress = _Progress(rows, dict(paths), TimeBudget(paths, budget_seconds), failed=list(missing))
     left_out: dict[str, str] = {}
-    while True:
+    is_finished = False
+    while not is_finished:
         try:
-            run.label(ensemble)
-            break
+            _label_recordings(progress, ensemble, decision)
+            is_finished = True
         except MemberError as error:
             logger.error("%s; left out", error)
             left_out[error.member] = str(error)
-            others = [one for one in ensemble.members if one.name != error.member]
+            others = [member for member in ensemble.members if member.name != error.member]
             if not others:
                 raise
             ensemble = ensemble.for_members(others)
-    run.give_up()
-    labels = [run.labels[row_id] for row_id in rows["row_id"]]
+    if progress.remaining:
+        logger.warning(
+            "the time is over: %d recordings are not predicted, their rows are nocall: %s",
+            len(progress.remaining),
+            ", ".join(progress.remaining),
+        )
+    labels = [progress.labels.get(row_id, NOCALL) for row_id in rows["row_id"]]
     n_birds = Counter(0 if text == NOCALL else len(text.split()) for text in labels)
     return labels, SubmissionSummary(
         n_rows=len(rows),
         birds_per_row=dict(n_birds),
-        members=dict(run.heard_by),
+        members=dict(progress.recordings_by_member),
         left_out=left_out,
-        n_recordings=len(paths) + len(failed),
-        failed=tuple(failed + run.failed),
-        late=tuple(run.late),
+        n_recordings=len(paths) + len(missing),
+        failed=tuple(progress.failed),
+        late=tuple(progress.remaining),
         seconds=time.perf_counter() - start,
-        audio_seconds=run.audio_seconds,
+        audio_seconds=progress.audio_seconds,
     )
 
 
-class _Run:
-    """The recordings still to be labelled, and what became of the others."""
+@dataclass
+class _Progress:
+    """The labels so far, by row_id, and the recordings that remain."""
 
-    def __init__(
-        self, rows: pd.DataFrame, paths: Mapping[str, Path], decision: Decision, budget: Budget
-    ) -> None:
-        self.rows = dict(tuple(rows.groupby("audio_id", sort=False)))
-        self.labels = dict.fromkeys(rows["row_id"], NOCALL)
-        self.left, self.decision, self.budget = dict(paths), decision, budget
-        self.heard_by: Counter[str] = Counter()
-        self.failed: list[str] = []
-        self.late: list[str] = []
-        self.audio_seconds = 0.0
-
-    def label(self, ensemble: Ensemble) -> None:
-        """Label what is left; after a MemberError it can be called again, with others."""
-        sounds = {name: open_recording(path) for name, path in self.left.items()}
-        names = [member.name for member in ensemble.members]
-        n_used = {}
-
-        def choose_n_members(name: str) -> int:
-            n_used[name] = self.budget.choose_n_members(ensemble.costs, names, list(self.left))
-            return n_used[name]
-
-        began = time.perf_counter()
-        for name, scores in predict_audio(ensemble, sounds, SEGMENTS_ONLY, choose_n_members):
-            if isinstance(scores, AudioError):
-                logger.warning("%s; its rows say nocall", scores)
-                self.failed.append(name)
-            else:
-                rows = self.rows[name]
-                decided = label_recording(
-                    scores, list(rows["seconds"]), self.decision, ensemble.classes
-                )
-                self.labels.update(zip(rows["row_id"], decided, strict=True))
-                self.audio_seconds += scores.seconds
-                self.heard_by.update(names[: n_used[name]])
-                now = time.perf_counter()
-                logger.info(
-                    "%s: %.0f s, %d of %d rows with birds, %d members, %.0f x real time",
-                    name, scores.seconds, sum(text != NOCALL for text in decided), len(rows),
-                    n_used[name], scores.seconds / max(now - began, 1e-9),
-                )  # fmt: skip
-                began = now
-            del self.left[name]
-
-    def give_up(self) -> None:
-        """Tell of what the time has not sufficed for."""
-        self.late = list(self.left)
-        if self.late:
-            logger.warning(
-                "the time is over: %d recordings are not heard, their rows say nocall: %s",
-                len(self.late), ", ".join(self.late),
-            )  # fmt: skip
+    rows: pd.DataFrame
+    remaining: dict[str, Path]
+    budget: TimeBudget
+    failed: list[str]
+    labels: dict[str, str] = field(default_factory=dict)
+    recordings_by_member: Counter[str] = field(default_factory=Counter)
+    audio_seconds: float = 0.0
 
 
-class Budget:
-    """Decides how many members hear a recording, so that all recordings are heard in time.
+def _label_recordings(progress: _Progress, ensemble: Ensemble, decision: Decision) -> None:
+    """Label the remaining recordings; after a MemberError call it again with other members."""
+    rows_of = dict(tuple(progress.rows.groupby("audio_id", sort=False)))
+    sources = {name: open_recording(path) for name, path in progress.remaining.items()}
+    member_names = [member.name for member in ensemble.members]
+    n_members: dict[str, int] = {}
 
-    A member costs what it has taken so far for a second of sound, in shares of all that threads and
-    devices have done in the time that has passed. Until that is known, all members hear.
+    def limit_members(name: str) -> int:
+        remaining = list(progress.remaining)
+        n_members[name] = progress.budget.limit_members(ensemble.costs, member_names, remaining)
+        return n_members[name]
+
+    started = time.perf_counter()
+    for name, predictions in predict_audio(ensemble, sources, SEGMENTS_ONLY, limit_members):
+        del progress.remaining[name]
+        if isinstance(predictions, AudioError):
+            logger.warning("%s; its rows are nocall", predictions)
+            progress.failed.append(name)
+            continue
+        rows = rows_of[name]
+        labels = label_recording(predictions, list(rows["seconds"]), decision, ensemble.classes)
+        progress.labels.update(zip(rows["row_id"], labels, strict=True))
+        progress.audio_seconds += predictions.seconds
+        progress.recordings_by_member.update(member_names[: n_members[name]])
+        now = time.perf_counter()
+        logger.info(
+            "%s: %.0f s, %d of %d rows with birds, %d members, %.0f x real time",
+            name, predictions.seconds, sum(text != NOCALL for text in labels), len(rows),
+            n_members[name], predictions.seconds / max(now - started, 1e-9),
+        )  # fmt: skip
+        started = now
+
+
+class TimeBudget:
+    """Limits the members of each recording, so that there is time for all recordings.
+
+    The costs of a member are the time that it needed so far for a second of audio, as a share of
+    all work of threads and devices in the elapsed time. Until they are known, all members run.
     """
 
     def __init__(
@@ -219,71 +331,52 @@ class Budget:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.clock, self.seconds = clock, seconds
-        self.began = clock()
-        self.lengths = {} if seconds is None else {n: _seconds_of(p) for n, p in paths.items()}
+        self.start = clock()
+        self.lengths = {} if seconds is None else {n: probed_seconds(p) for n, p in paths.items()}
 
-    def choose_n_members(
-        self, costs: CostMeter, members: Sequence[str], left: Sequence[str]
+    def limit_members(
+        self, costs: CostMeter, members: Sequence[str], remaining: Sequence[str]
     ) -> int:
-        """Return how many members hear the next recording; ``left``: it and all not finished."""
+        """Return how many members predict the next recording; 0 when the time is over.
+
+        ``remaining``: this recording and all others that are not finished.
+        """
         if self.seconds is None:
             return len(members)
-        passed = self.clock() - self.began
-        if passed >= self.seconds:
+        elapsed = self.clock() - self.start
+        if elapsed >= self.seconds:
             return 0
-        options = sum(self.lengths[name] for name in left)
-        allowed = SAFE_SHARE * (self.seconds - passed)
+        audio_seconds = sum(self.lengths[name] for name in remaining)
+        allowed = SAFE_SHARE * (self.seconds - elapsed)
         n_members = len(members)
-        while n_members > 1 and costs.estimate(members[:n_members], passed) * options > allowed:
+        while n_members > 1:
+            if costs.estimate(members[:n_members], elapsed) * audio_seconds <= allowed:
+                break
             n_members -= 1
         return n_members
 
 
-def _seconds_of(path: Path) -> float:
+def probed_seconds(path: Path) -> float:
+    """Return the length of a recording by its header; 0 where it cannot be read."""
     try:
         return probe_audio(path).seconds
-    except (AudioError, OSError):  # it will be told of when it is heard
+    except (AudioError, OSError):  # reported when the recording is decoded
         return 0.0
 
 
-def _find_recordings(
-    folder: Path | None, names: Sequence[str]
-) -> tuple[dict[str, Path], list[str]]:
-    if folder is None:
-        logger.warning("test_audio is not there: every row says nocall")
-        return {}, list(names)
-    found: dict[str, Path] = {}
-    missing = []
-    for name in names:
-        try:
-            path = find_audio(folder, name)
-        except (ValueError, OSError) as error:  # a name that leads out of the folder
-            logger.warning("%s; its rows say nocall", error)
-            missing.append(name)
-            continue
-        if path is None:
-            logger.warning("%s: no recording of this audio_id; its rows say nocall", folder / name)
-            missing.append(name)
-        else:
-            found[name] = path
-    return found, missing
-
-
 def label_recording(
-    scores: SegmentPredictions,
+    predictions: SegmentPredictions,
     seconds: Sequence[float],
     decision: Decision,
     classes: Sequence[str],
 ) -> list[str]:
     """Label a recording's rows, given their ``seconds`` (the segment's end; NaN: whole file).
 
-    A row beyond the end of the recording says nocall.
+    A row beyond the end of the recording is nocall.
     """
-    by_segment = label_strings(
-        decide_segments(scores.clipwise, scores.framewise, decision), classes
-    )
-    whole = decide_recordings(scores.clipwise, scores.framewise, decision)
-    by_file = label_strings(whole, classes)[0]
+    clipwise, framewise = predictions.clipwise, predictions.framewise
+    by_segment = label_strings(decide_segments(clipwise, framewise, decision), classes)
+    by_file = label_strings(decide_recordings(clipwise, framewise, decision), classes)[0]
     labels = []
     for end in seconds:
         if np.isnan(end):

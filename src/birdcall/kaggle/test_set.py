@@ -1,4 +1,4 @@
-"""Read what the data says of its soundscapes: test rows, labels, annotations, audio files."""
+"""Read the tables of soundscapes: test rows, labels, annotations; find the audio files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_test_rows(data: Path) -> pd.DataFrame:
     """Read ``test.csv``: columns row_id, site, audio_id, seconds, in the order of the file.
 
     ``seconds`` is the end of the scored segment, or NaN for a row of site_3, scored by file. Other
-    columns are dropped. Raises ``ValueError`` with the line for a row that cannot be meant so.
+    columns are dropped. Raises ``ValueError`` with the line of an invalid row.
     """
     path = data / TEST_ROWS
     frame = read_table(path, ["row_id", "site", "audio_id", "seconds"])
@@ -43,17 +43,15 @@ def read_test_rows(data: Path) -> pd.DataFrame:
     _require_distinct(path, frame, "row_id")
     by_file = frame["site"] == FILE_SITE
     _refuse(
+        frame["seconds"],
         path,
-        frame,
-        wrong=by_file & (frame["seconds"] != ""),
-        column="seconds",
+        where=by_file & (frame["seconds"] != ""),
         why=f"{FILE_SITE} has none",
     )
     _refuse(
+        frame["seconds"],
         path,
-        frame,
-        wrong=~by_file & (frame["seconds"] == ""),
-        column="seconds",
+        where=~by_file & (frame["seconds"] == ""),
         why=f"only {FILE_SITE} is scored by file",
     )
     seconds = pd.Series(np.nan, index=frame.index)
@@ -65,9 +63,8 @@ def read_test_rows(data: Path) -> pd.DataFrame:
 def find_test_audio_folder(data: Path) -> Path | None:
     """Return the folder of the test recordings, or None where they are not mounted.
 
-    On Kaggle the hidden recordings exist only on the rerun that is scored. At commit time the
-    visible ``test.csv`` has three rows and no audio: the caller answers them with nocall, and
-    rehearses on ``read_example_rows`` so that a kernel whose models do not run is noticed.
+    On Kaggle the hidden recordings exist only on the rerun that is scored. When the kernel is
+    saved, the visible ``test.csv`` has three rows and no audio.
     """
     folder = data / TEST_AUDIO
     return folder if folder.is_dir() else None
@@ -119,7 +116,34 @@ def find_audio(folder: Path, name: str) -> Path | None:
     return None
 
 
-# --- what is known of the labelled ones ---------------------------------------------------------
+def find_recordings_of(
+    rows: pd.DataFrame, folder: Path | None
+) -> tuple[dict[str, Path], list[str]]:
+    """Return the recording of each audio_id of ``rows``, and the audio_ids that have none.
+
+    The log names those, and why. ``folder``: None where there is no test audio.
+    """
+    names = list(dict.fromkeys(rows["audio_id"]))
+    if folder is None:
+        logger.warning("%s is not there: every row is nocall", TEST_AUDIO)
+        return {}, names
+    paths: dict[str, Path] = {}
+    missing = []
+    for name in names:
+        try:
+            path = find_audio(folder, name)
+            reason = f"{folder / name}: no recording of this audio_id"
+        except (ValueError, OSError) as error:  # a name that leads out of the folder
+            path, reason = None, str(error)
+        if path is None:
+            logger.warning("%s; its rows are nocall", reason)
+            missing.append(name)
+        else:
+            paths[name] = path
+    return paths, missing
+
+
+# --- labelled soundscapes -------------------------------------------------------------------------
 
 
 def read_labelled_soundscapes(data: Path, classes: Collection[str] | None = None) -> pd.DataFrame:
@@ -137,11 +161,7 @@ def read_labelled_soundscapes(data: Path, classes: Collection[str] | None = None
     seconds = _segment_ends(path, frame)
     again = pd.DataFrame({"filename": frame["filename"], "seconds": seconds}).duplicated()
     _refuse(
-        path,
-        frame,
-        wrong=again,
-        column="seconds",
-        why="an earlier row has this segment of the same file",
+        frame["seconds"], path, where=again, why="an earlier row has this segment of the same file"
     )
     labels = [_birds_of(path, line, text) for line, text in frame["birds"].items()]
     scored = {code for row in labels for code in row} if classes is None else set(classes)
@@ -171,18 +191,13 @@ def read_annotations(data: Path, classes: Collection[str] | None = None) -> pd.D
         _require_filled(path, frame, column)
     onset, offset = (_numbers(path, frame, column) for column in ("time_start", "time_end"))
     _refuse(
+        frame["time_start"],
         path,
-        frame,
-        wrong=onset < 0,
-        column="time_start",
+        where=onset < 0,
         why="give seconds from the start of the recording",
     )
     _refuse(
-        path,
-        frame,
-        wrong=offset < onset,
-        column="time_end",
-        why="the annotation ends before it begins",
+        frame["time_end"], path, where=offset < onset, why="the annotation ends before it begins"
     )
     annotations = pd.DataFrame(
         {
@@ -248,26 +263,20 @@ def _birds_of(path: Path, line: int, text: str) -> tuple[str, ...]:
         raise ValueError(f"{path}, line {line}: {error}") from None
 
 
-def _refuse(path: Path, frame: pd.DataFrame, wrong: pd.Series, column: str, why: str) -> None:
-    """Raise for the first row of ``read_table``'s ``frame`` that is marked as ``wrong``."""
-    if wrong.any():
-        line = wrong.idxmax()
-        raise ValueError(f"{path}, line {line}: {column} is {frame.at[line, column]!r}; {why}")
+def _refuse(cells: pd.Series, path: Path, *, where: pd.Series, why: str) -> None:
+    """Raise for the first cell of a column of `read_table` at which ``where`` is true."""
+    if where.any():
+        line = where.idxmax()
+        raise ValueError(f"{path}, line {line}: {cells.name} is {cells[line]!r}; {why}")
 
 
 def _require_filled(path: Path, frame: pd.DataFrame, column: str) -> None:
-    _refuse(
-        path,
-        frame,
-        wrong=frame[column].str.strip() == "",
-        column=column,
-        why="it must not be empty",
-    )
+    _refuse(frame[column], path, where=frame[column].str.strip() == "", why="it must not be empty")
 
 
 def _require_distinct(path: Path, frame: pd.DataFrame, column: str) -> None:
     again = frame[column].duplicated()
-    _refuse(path, frame, wrong=again, column=column, why="an earlier row has it already")
+    _refuse(frame[column], path, where=again, why="an earlier row has it already")
 
 
 def _numbers(path: Path, frame: pd.DataFrame, column: str) -> pd.Series:
@@ -286,7 +295,7 @@ def _segment_ends(path: Path, frame: pd.DataFrame) -> pd.Series:
     seconds = _numbers(path, frame, "seconds")
     wrong = (seconds <= 0) | (seconds % SEGMENT_SECONDS != 0)
     why = f"segments end at multiples of {SEGMENT_SECONDS} s: {SEGMENT_SECONDS}, ..."
-    _refuse(path, frame, wrong=wrong, column="seconds", why=why)
+    _refuse(frame["seconds"], path, where=wrong, why=why)
     return seconds
 
 
@@ -295,8 +304,5 @@ def _log_foreign(path: Path, labels: Iterable[str]) -> None:
     if counts:
         named = ", ".join(f"{code} {count}" for code, count in counts.most_common())
         logger.warning(
-            "%s: %d labels are no class and count as no bird: %s",
-            path.name,
-            counts.total(),
-            named,
+            "%s: %d labels are no class and count as no bird: %s", path.name, counts.total(), named
         )

@@ -20,7 +20,7 @@ from birdcall.inference.ensemble import Ensemble, default_device
 from birdcall.inference.events import Event, EventDetector
 from birdcall.inference.predictions import OutputOptions, SegmentPredictions
 from birdcall.inference.tables import DETECTION_COLUMNS, detection_rows
-from birdcall.kaggle.kernel import open_package, require_all_members
+from birdcall.kaggle.submission import open_package, require_all_members
 from birdcall.prediction.local import find_recordings
 from birdcall.taxonomy import display_name
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from birdcall.inference.decision import Decision
 from birdcall.inference.ensemble import Ensemble, default_device
 from birdcall.inference.tables import write_detections_parquet
-from birdcall.kaggle.kernel import open_package, require_all_members
+from birdcall.kaggle.submission import open_package, require_all_members
 from birdcall.prediction.local import Recording, RecordingResult, detect_recordings
 from birdcall.storage.files import digest
 from birdcall.taxonomy import display_name
