@@ -274,9 +274,9 @@ def test_the_kernel_s_inference_does_what_the_decision_says(
 
 def test_a_decision_for_other_classes_is_refused(trained_runs, demo_folder, tmp_path):
     decision = Decision(classes=("a", "b", "c"))
+    ensemble = load_ensemble(trained_runs)
+    path = tmp_path / "submission.csv"
     with pytest.raises(ValueError, match="decision is for other classes"):
-        ensemble = load_ensemble(trained_runs)
-        path = tmp_path / "submission.csv"
         predict_test_set(demo_folder, path, lambda: Package(ensemble, decision))
 
 

@@ -233,8 +233,8 @@ def run_as_kaggle(
     """Run the staged kernel in a session like one of Kaggle's; return its log.
 
     A fresh process with an empty environment, isolated from this checkout and without network,
-    sees only a folder laid out like /kaggle/input: the data, the dataset, and the output of
-    an earlier version of the kernel. ``working`` stands for /kaggle/working. ``ValueError`` holds the
+    sees only a folder laid out like /kaggle/input: the data, the dataset, and the output of an
+    earlier version of the kernel. ``working`` stands for /kaggle/working. ``ValueError`` holds the
     end of the log if the kernel fails.
     """
     script = next((build / "kernel").glob("*.py"))

@@ -281,13 +281,8 @@ def _require_distinct(path: Path, frame: pd.DataFrame, column: str) -> None:
 
 def _numbers(path: Path, frame: pd.DataFrame, column: str) -> pd.Series:
     numbers = pd.to_numeric(frame[column], errors="coerce").astype(float)
-    _refuse(
-        path,
-        frame,
-        wrong=~np.isfinite(numbers),
-        column=column,
-        why="it must be a number of seconds",
-    )
+    is_bad = ~np.isfinite(numbers)
+    _refuse(frame[column], path, where=is_bad, why="it must be a number of seconds")
     return numbers
 
 
