@@ -105,7 +105,7 @@ def test_inside_a_layer_no_imports_go_round_in_a_circle(layer):
 OFFLINE = ("kaggle.submission", "kaggle.training_kernel", "inference.engine")
 WITHOUT_TORCH = (
     *("config", "experiments", "storage.files", "storage.store", "audio.reading"),
-    *("inference.tables", "kaggle.test_set", "data.recordings", "demo.writer", "cli"),
+    *("kaggle.test_set", "data.recordings", "demo.writer", "cli"),
     "evaluation.metrics",
 )
 

@@ -305,7 +305,5 @@ def test_label_strings_and_birds_are_two_forms_of_the_same(birds: tuple[str, ...
 
 
 def test_the_kernel_can_read_soundscapes_without_torch() -> None:
-    code = (
-        "import sys, birdcall.kaggle.test_set; assert 'torch' not in sys.modules"
-    )
+    code = "import sys, birdcall.kaggle.test_set; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
