@@ -105,7 +105,7 @@ def search_decision(
         segments = held_out[search.recording_of_segment]
         subset = predictions.select(segments)
         predicted[segments[predictions.labelled]] = subset.decide(decision)
-        recording_f1[held_out] = subset.recording_f1(decision)
+        recording_f1[held_out] = subset.recording_f1(decision)[0]
         by_group |= dict.fromkeys(group, decision)
     return DecisionSearchResult(
         decision=final.decision,
@@ -308,7 +308,7 @@ class _ForwardSelection:
             for n_birds in _FILE_MAX_BIRDS
             for threshold in THRESHOLDS
         ]
-        grid = subset.recording_f1_of(rules).mean(axis=1).reshape(len(_FILE_MAX_BIRDS), -1)
+        grid = subset.recording_f1(*rules).mean(axis=1).reshape(len(_FILE_MAX_BIRDS), -1)
         flat = uniform_filter1d(grid, size=3, axis=1, mode="nearest").round(9)
         # Of equal scores the fewest birds and the highest threshold.
         birds, threshold = max(

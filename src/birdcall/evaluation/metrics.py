@@ -65,23 +65,23 @@ def row_f1_scores(truth: ArrayLike, predicted: ArrayLike) -> NDArray[np.floating
 def precision(truth: ArrayLike, predicted: ArrayLike) -> float:
     """Return the share of predicted species that are true, over all rows; NaN if there is none."""
     true, guess = _decision_pair(truth, predicted)
-    return share((true & guess).sum(), guess.sum())
+    return _share((true & guess).sum(), guess.sum())
 
 
 def recall(truth: ArrayLike, predicted: ArrayLike) -> float:
     """Return the share of true species that are predicted, over all rows; NaN if there is none."""
     true, guess = _decision_pair(truth, predicted)
-    return share((true & guess).sum(), true.sum())
+    return _share((true & guess).sum(), true.sum())
 
 
 def false_birds_per_nocall_row(truth: ArrayLike, predicted: ArrayLike) -> float:
     """Return the number of species predicted per nocall row; NaN if no row is nocall."""
     true, guess = _decision_pair(truth, predicted)
     nocall = ~true.any(axis=1)
-    return share(guess[nocall].sum(), nocall.sum())
+    return _share(guess[nocall].sum(), nocall.sum())
 
 
-def share(part: float, whole: float) -> float:
+def _share(part: float, whole: float) -> float:
     """Return ``part / whole``; NaN where ``whole`` is 0."""
     return float(part / whole) if whole else float("nan")
 
@@ -231,10 +231,11 @@ def bootstrap_interval(
         raise ValueError(f"weights have shape {weight.shape} or values of 0 and below")
     if not 0 < level < 1:
         raise ValueError(f"level is {level}; give a share between 0 and 1, such as 0.95")
-    index = _group_index(groups, len(value))
+    if len(groups) != len(value):
+        raise ValueError(f"{len(groups)} groups for {len(value)} rows: give each row's recording")
+    index, draws = _draw_groups(groups, n_resamples, seed)
     totals = np.bincount(index, value * weight)
     sizes = np.bincount(index, weight)
-    draws = _draw_groups(len(sizes), n_resamples, seed)
     if len(sizes) == 1:
         return Interval(float("nan"), float("nan"))
     means = totals[draws].sum(axis=1) / sizes[draws].sum(axis=1)
@@ -249,23 +250,22 @@ def bootstrap_rows(
 
     The draws are those of `bootstrap_interval`.
     """
-    index = _group_index(groups, len(groups))
+    index, draws = _draw_groups(groups, n_resamples, seed)
     members = np.split(np.argsort(index, kind="stable"), np.cumsum(np.bincount(index))[:-1])
-    for draw in _draw_groups(len(members), n_resamples, seed):
+    for draw in draws:
         yield np.concatenate([members[group] for group in draw])
 
 
-def _group_index(groups: Sequence[object], n_rows: int) -> NDArray[np.intp]:
-    if len(groups) != n_rows:
-        raise ValueError(f"{len(groups)} groups for {n_rows} rows: give each row's recording")
-    _require_rows(n_rows)
-    return np.unique(np.asarray(groups), return_inverse=True)[1]
-
-
-def _draw_groups(n_groups: int, n_resamples: int, seed: int) -> NDArray[np.intp]:
+def _draw_groups(
+    groups: Sequence[object], n_resamples: int, seed: int
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return each row's group as an index ``(rows,)``, and ``(resamples, groups)`` drawn ones."""
+    _require_rows(len(groups))
     if n_resamples < 1:
         raise ValueError(f"n_resamples is {n_resamples}; give at least 1")
-    return np.random.default_rng(seed).integers(n_groups, size=(n_resamples, n_groups))
+    names, index = np.unique(np.asarray(groups), return_inverse=True)
+    size = (n_resamples, len(names))
+    return index, np.random.default_rng(seed).integers(len(names), size=size)
 
 
 # --- events -------------------------------------------------------------------------------------
@@ -288,20 +288,10 @@ class DetectionCounts:
         )
 
     @property
-    def precision(self) -> float:
-        """Share of the predicted events that are true; NaN if there is none."""
-        return share(self.true_positives, self.true_positives + self.false_positives)
-
-    @property
-    def recall(self) -> float:
-        """Share of the true events that are predicted; NaN if there is none."""
-        return share(self.true_positives, self.true_positives + self.false_negatives)
-
-    @property
     def f1(self) -> float:
         """2TP / (2TP + FP + FN); NaN if there is neither a true nor a predicted event."""
         mistakes = self.false_positives + self.false_negatives
-        return share(2 * self.true_positives, 2 * self.true_positives + mistakes)
+        return _share(2 * self.true_positives, 2 * self.true_positives + mistakes)
 
 
 def segment_based_counts(

@@ -171,12 +171,11 @@ class LabelledPredictions:
         """Return the F1 of each labelled row under a decision."""
         return row_f1_scores(self.labelled_truth, self.decide(decision))
 
-    def recording_f1(self, decision: Decision) -> np.ndarray:
-        """Return the F1 of each recording as one row, as site 3 is scored, ``(recordings,)``."""
-        return self.recording_f1_of([decision])[0]
+    def recording_f1(self, *decisions: Decision) -> np.ndarray:
+        """Return the F1 of each recording as one row, as site 3 is scored, a row per decision.
 
-    def recording_f1_of(self, decisions: Sequence[Decision]) -> np.ndarray:
-        """Return `recording_f1` of decisions that differ only in thresholds of whole recordings."""
+        The decisions differ only in their thresholds of whole recordings.
+        """
         rule = decisions[0]
         voters = combine_members(self.clipwise, self.framewise, rule, self.starts)
         gathered = summarise_recordings(voters, rule)

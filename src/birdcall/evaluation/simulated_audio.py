@@ -186,7 +186,13 @@ class SoundscapeRenderer:
             start = round(event.onset * rate)
             waveform = self.read_event(event)[: len(mixture) - start]
             span = slice(start, start + len(waveform))
-            mixture[span] += event_gain(event, waveform, background[span], rate) * waveform
+            # The powers are those in the event's band: over all frequencies the rumble of wind,
+            # far below the event, would decide how audible it is.
+            power = _band_power(waveform, rate, event.band_hz)
+            background_power = _band_power(background[span], rate, event.band_hz)
+            if power > 0:
+                gain = np.sqrt(10 ** (event.snr_db / 10) * background_power / power)
+                mixture[span] += np.float32(gain) * waveform
         return mixture
 
     def mix_background(self, soundscape: SimulatedSoundscape) -> np.ndarray:
@@ -249,22 +255,7 @@ def open_renderer(data: TrainingData, fold: int, config: SimulationConfig) -> So
     return SoundscapeRenderer(data.read_crops, noise, config)
 
 
-def event_gain(
-    event: SimulatedEvent, waveform: np.ndarray, background: np.ndarray, sample_rate: int
-) -> np.float32:
-    """Return the gain that gives an event its SNR; both powers are those in the event's band.
-
-    Over all frequencies, the rumble of wind far below the event would decide how audible it is.
-    """
-    power_ratio = 10 ** (event.snr_db / 10)
-    power = band_power(waveform, sample_rate, event.band_hz)
-    if power <= 0:
-        return np.float32(0)
-    background_power = band_power(background, sample_rate, event.band_hz)
-    return np.float32(np.sqrt(power_ratio * background_power / power))
-
-
-def band_power(waveform: np.ndarray, sample_rate: int, band_hz: tuple[float, float]) -> float:
+def _band_power(waveform: np.ndarray, sample_rate: int, band_hz: tuple[float, float]) -> float:
     """Return the mean power of a waveform ``(samples,)`` between two frequencies."""
     if not len(waveform):
         return 0.0

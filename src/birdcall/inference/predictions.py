@@ -91,10 +91,22 @@ class SegmentPredictions:
         )
 
     def split(self) -> list[SegmentPredictions]:
-        """Return the predictions of each recording."""
+        """Return the predictions of each recording, as views."""
         ends = [*self.starts[1:], self.n_segments]
-        bounds = zip(self.starts, ends, strict=True)
-        return [self.select(slice(start, end)) for start, end in bounds]
+        parts = []
+        # Not by `select`, which looks at all recordings: there can be tens of thousands.
+        for index, (start, end) in enumerate(zip(self.starts, ends, strict=True)):
+            segments = slice(start, end)
+            part = SegmentPredictions(
+                clipwise=self.clipwise[:, segments],
+                framewise=self.framewise[:, segments],
+                frames=_select_frames(self.frames, segments),
+                member_frames=_select_frames(self.member_frames, segments),
+                embedding=None if self.embedding is None else self.embedding[segments],
+                recording_seconds=self.recording_seconds[index : index + 1],
+            )
+            parts.append(part)
+        return parts
 
     def for_members(self, positions: Sequence[int]) -> SegmentPredictions:
         """Return the predictions of some members, by position, without what is of all together."""
