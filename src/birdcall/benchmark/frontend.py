@@ -39,7 +39,7 @@ _COMPARED_ABOVE_DB = -80.0
 _LIBROSA, _TORCHLIBROSA, _NNAUDIO, _OURS = "librosa", "torchlibrosa", "nnAudio", "birdcall"
 _COLORS = {_LIBROSA: GREY, _TORCHLIBROSA: AMBER, _NNAUDIO: SKY, _OURS: GREEN}
 
-Part = TypeVar("Part")
+_Part = TypeVar("_Part")
 
 
 def benchmark_frontend(
@@ -68,7 +68,7 @@ def benchmark_frontend(
         outputs = [np.concatenate(one.run(clips[:_COMPARED_CLIPS])) for one in implementations]
         compared = outputs[0] > _COMPARED_ABOVE_DB  # librosa's; this run was the warm-up
         seconds = time_in_turns([one.run for one in implementations], parts, repeats)
-        table = frontend_table(implementations, np.median(seconds, axis=1), n_clips)
+        table = _speed_table(implementations, np.median(seconds, axis=1), n_clips)
         differences = [
             float(np.abs(log_mel - outputs[0])[compared].max(initial=0)) for log_mel in outputs
         ]
@@ -199,7 +199,7 @@ def _on_device(
 
 
 def time_in_turns(
-    functions: Sequence[Callable[[Part], object]], parts: Sequence[Part], repeats: int
+    functions: Sequence[Callable[[_Part], object]], parts: Sequence[_Part], repeats: int
 ) -> np.ndarray:
     """Return the seconds (functions, repeats) that each function takes for all parts.
 
@@ -232,7 +232,7 @@ def peak_megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def frontend_table(
+def _speed_table(
     implementations: Sequence[Implementation], seconds: np.ndarray, n_clips: int
 ) -> pd.DataFrame:
     """Return speeds and ratios of implementations that take ``seconds`` for ``n_clips``."""

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _NAIVE_BATCH = 8  # windows
-MP3_RATE = 22_050  # hertz, mono: as the competition's soundscapes
+_MP3_RATE = 22_050  # hertz, mono: as the competition's soundscapes
 _N_CLASSES = 264
 _LOGIT_STD = 0.5  # of a random network's framewise outputs
 
@@ -186,12 +186,12 @@ def write_soundscapes(data: Path, folder: Path, minutes: float) -> dict[str, Pat
     if not sources:
         raise FileNotFoundError(f"{data}: no soundscapes in {TEST_AUDIO} or {EXAMPLE_AUDIO}")
     folder.mkdir(parents=True)
-    left, written = round(60 * minutes * MP3_RATE), {}
+    left, written = round(60 * minutes * _MP3_RATE), {}
     while left > 0:
         source = sources[len(written) % len(sources)]
         path = folder / f"{len(written):04}.mp3"
-        waveform = read_audio(source, MP3_RATE)[:left]
-        soundfile.write(path, waveform, MP3_RATE)
+        waveform = read_audio(source, _MP3_RATE)[:left]
+        soundfile.write(path, waveform, _MP3_RATE)
         written[path.stem] = path
         left -= len(waveform)
     return written

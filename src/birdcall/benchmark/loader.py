@@ -55,8 +55,8 @@ _LOADER, _TRAINING = "birdcall loader", f"birdcall train, {_EXPERIMENT.name}"
 _COLORS = {_LIBROSA: GREY, _LIBROSA_OFFSET: AMBER, _SEEK: SKY, _CACHE: GREEN}
 
 # A path and an offset in seconds.
-ClipPosition = tuple[str, float]
-ReadClip = Callable[[ClipPosition], np.ndarray]
+_ClipPosition = tuple[str, float]
+_ReadClip = Callable[[_ClipPosition], np.ndarray]
 
 
 def benchmark_loader(
@@ -86,13 +86,13 @@ def benchmark_loader(
         # More workers than cores cause a warning; here they are compared on purpose.
         warnings.filterwarnings("ignore", "This DataLoader will create")
         recordings = LoaderRecordings.prepare(data, Path(folder), n_recordings, seed)
-        reading = time_readers(recordings, make_readers(recordings), repeats, seed)
+        reading = time_readers(recordings, _make_readers(recordings), repeats, seed)
         with ExitStack() as stack:
             runs = [LoaderRun(recordings, one, n_clips) for one in LoaderSetting.grid(workers)]
             for run in runs:
                 stack.callback(run.stop)
             loading = time_loaders(runs, repeats)
-        training = measure_waiting(recordings, workers, n_training_batches)
+        training = _measure_waiting(recordings, workers, n_training_batches)
     table = pd.concat([reading, loading, training], ignore_index=True)
     librosa_speed = table.loc[table["side"] == _LIBROSA, "clips_per_second"].item()
     table["times_librosa"] = table["clips_per_second"] / librosa_speed
@@ -146,21 +146,21 @@ class LoaderRecordings:
 # --- one clip after another -----------------------------------------------------------------------
 
 
-def make_readers(recordings: LoaderRecordings) -> dict[str, ReadClip]:
+def _make_readers(recordings: LoaderRecordings) -> dict[str, _ReadClip]:
     """Return every way to read one clip, by its name."""
 
-    def load(position: ClipPosition) -> np.ndarray:
+    def load(position: _ClipPosition) -> np.ndarray:
         path, offset = position
         start = round(offset * _RATE)
         waveform, _ = librosa.load(recordings.folder / path, sr=_RATE)
         return waveform[start : start + SEGMENT_SECONDS * _RATE]
 
-    def load_offset(position: ClipPosition) -> np.ndarray:
+    def load_offset(position: _ClipPosition) -> np.ndarray:
         path, offset = position
         file = recordings.folder / path
         return librosa.load(file, sr=_RATE, offset=offset, duration=SEGMENT_SECONDS)[0]
 
-    def read(reader: RecordingCache, position: ClipPosition) -> np.ndarray:
+    def read(reader: RecordingCache, position: _ClipPosition) -> np.ndarray:
         path, offset = position
         return reader(CropRequest(path, _RATE, (offset,), SEGMENT_SECONDS))[0]
 
@@ -173,7 +173,7 @@ def make_readers(recordings: LoaderRecordings) -> dict[str, ReadClip]:
 
 
 def time_readers(
-    recordings: LoaderRecordings, readers: Mapping[str, ReadClip], repeats: int, seed: int
+    recordings: LoaderRecordings, readers: Mapping[str, _ReadClip], repeats: int, seed: int
 ) -> pd.DataFrame:
     """Time every reader on a clip of each recording, after comparing it with the full decode."""
     generator = np.random.default_rng(seed)
@@ -192,7 +192,7 @@ def time_readers(
 
 
 def compare_readers(
-    folder: Path, readers: Mapping[str, ReadClip], positions: Sequence[ClipPosition]
+    folder: Path, readers: Mapping[str, _ReadClip], positions: Sequence[_ClipPosition]
 ) -> list[float]:
     """Return each reader's largest difference from the full decode at the same position."""
     differences = dict.fromkeys(readers, 0.0)
@@ -304,7 +304,7 @@ def time_loaders(runs: Sequence[LoaderRun], repeats: int) -> pd.DataFrame:
     )
 
 
-def measure_waiting(
+def _measure_waiting(
     recordings: LoaderRecordings, workers: Sequence[int], n_batches: int
 ) -> pd.DataFrame:
     """Train the small experiment on cached clips; measure the share of time that it waits."""

@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import soundfile
-import soxr
 
 from birdcall.audio.reading import read_audio
 from birdcall.benchmark.frontend import peak_megabytes
-from birdcall.benchmark.inference import MP3_RATE, make_members, write_soundscapes
+from birdcall.benchmark.inference import make_members, write_soundscapes
 from birdcall.config import require
 from birdcall.inference.decision import Decision
 from birdcall.inference.ensemble import load_ensemble
@@ -60,8 +59,7 @@ def benchmark_memory(
 
 def write_long(path: Path, sources: Sequence[Path], seconds: float, rate: int = 8000) -> None:
     """Write a recording of ``seconds``, block by block: the sources one after another."""
-    waveforms = [soxr.resample(read_audio(one, MP3_RATE), MP3_RATE, rate) for one in sources]
-    waveform = np.concatenate(waveforms)
+    waveform = np.concatenate([read_audio(source, rate) for source in sources])
     left = round(seconds * rate)
     with soundfile.SoundFile(path, "w", rate, 1, subtype="PCM_U8") as file:
         while left > 0:
