@@ -22,7 +22,8 @@ from birdcall.evaluation.comparison import Measure
 from birdcall.evaluation.predict import HeldOutOptions, predict_held_out
 from birdcall.evaluation.scoring import evaluate, score_submission
 from birdcall.models.checkpoint import SETTINGS_FILE, read_checkpoint
-from birdcall.report.ablation import describe_ablation, difference_table, write_picture
+from birdcall.report.ablation import describe_ablation, difference_table, plot_ablation
+from birdcall.report.plots import save_figure
 from birdcall.training.log import LOG_FILE, write_log
 from birdcall.training.trainer import EpochLog
 
@@ -245,7 +246,7 @@ def test_the_page_of_one_seed_claims_no_spread(fake, pair, training_data, tmp_pa
 def test_the_page_of_a_single_experiment_has_no_differences(fake, pair, training_data, tmp_path):
     found = ablate(pair[:1], training_data, tmp_path, n_seeds=2, budget_seconds=60)
     assert "None: there is a single experiment." in describe_ablation(found)
-    write_picture(tmp_path / "ablation.png", found)
+    save_figure(plot_ablation(found), tmp_path / "ablation.png")
 
 
 @pytest.mark.parametrize(
@@ -275,7 +276,7 @@ def real(training_data, tiny_experiment, tmp_path_factory):
     other = replace(short, name="plain", model=replace(short.model, temporal="none"))
     found = ablate([short, other], training_data, folder, n_seeds=2, budget_seconds=600, workers=0)
     found.write_tables(folder)
-    write_picture(folder / "ablation.png", found)
+    save_figure(plot_ablation(found), folder / "ablation.png")
     return folder, found
 
 

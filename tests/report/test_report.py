@@ -44,7 +44,7 @@ def test_the_page_needs_nothing_but_itself(evaluation, page):
         ) or link.startswith("soundscapes/")
     for name in ("tiny", "other", "ensemble", "all nocall", "prior", "American Crow"):
         assert name in body
-    assert describe_decision(evaluation).replace(">", "&gt;") in body
+    assert describe_decision(evaluation.decision).replace(">", "&gt;") in body
     assert body.count("class='chart'") == 8
     assert "default-src 'none'" in page
 
@@ -114,7 +114,7 @@ def repeat(labelled, n_times):
 
 
 def test_the_decision_is_said_with_its_score_and_silence_beside_it(evaluation):
-    text = describe_decision(evaluation)
+    text = describe_decision(evaluation.decision)
     score = evaluation.decision.score
     assert f"{score['cross_validated_row_wise_f1']:.3f} [{score['low']:.3f}, " in text
     assert f"{score['high']:.3f}]" in text
@@ -163,15 +163,16 @@ def test_confusions_are_drawn_by_name():
     assert chart_confusions(counts.loc[[], []]) is None
 
 
-def test_a_soundscape_is_drawn_with_what_is_there_and_what_was_named(evaluation):
-    scores = evaluation.labelled.predictions
-    name = scores.segments["recording"].iloc[0]
+def test_a_soundscape_is_drawn_with_truth_and_predictions(evaluation):
+    predictions = evaluation.labelled.predictions
+    recordings = predictions.segments["recording"]
+    first = predictions.select((recordings == recordings.iloc[0]).to_numpy())
     waveform = 0.1 * np.random.default_rng(0).standard_normal(30 * 32_000).astype("f4")
     figure = plot_soundscape(
-        waveform, 32_000, scores=scores, recording=name, decision=Decision(0.0, 0.0)
+        waveform, 32_000, predictions=first, decision=Decision(clip_threshold=0, frame_threshold=0)
     )
-    own = (scores.segments["recording"] == name).to_numpy()
     bottom = figure.axes[1]
-    assert len(bottom.patches) == scores.truth[own][:, : len(scores.classes)].sum()
+    n_classes = len(predictions.classes)
+    assert len(bottom.patches) == first.truth[:, :n_classes].sum()
     dots = sum(line.get_marker() == "o" for line in bottom.lines)
-    assert dots == own.sum() * min(3, len(scores.classes))
+    assert dots == len(first.truth) * min(3, n_classes)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 
 import numpy as np
 import pandas as pd
@@ -12,15 +13,17 @@ from PIL import Image
 from birdcall.inference.decision import Calibration, Decision, calibrate
 from birdcall.inference.predictions import SegmentPredictions
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
+from birdcall.report import html
 from birdcall.report import soundscape as soundscape_pages
 from birdcall.report.html import (
     SAMPLE_RATE,
+    HtmlTable,
+    PageContent,
     draw_tiles,
     encode_mp3,
     fitting_name,
-    html_table,
     read_asset,
-    table_scripts,
+    require_browser,
     write_page,
 )
 from birdcall.report.soundscape import (
@@ -166,33 +169,55 @@ def test_names_fit_and_stay_apart():
     assert len(fitting_name("ü" * 300, ".html").encode()) <= 200
 
 
-def test_tables_sort_by_number_and_escape_text():
-    table = pd.DataFrame({"name": ["<b>", "x"], "n": [3, 12], "f1": [0.12345, np.nan]})
-    text = html_table(table, "a <caption>", sortable=True, links={"x": "y'z.html"})
+def read_page(folder, content: PageContent, **context) -> str:
+    template = "index.html" if "table" in context else "page.html"
+    write_page(folder / "p.html", template, content, **context)
+    return (folder / "p.html").read_text()
+
+
+def test_tables_sort_by_number_and_escape_text(tmp_path):
+    frame = pd.DataFrame({"name": ["<b>", "x"], "n": [3, 12], "f1": [0.12345, np.nan]})
+    table = HtmlTable(frame, "a <caption>", is_sortable=True, links={"x": "y'z.html"})
+    text = read_page(tmp_path, PageContent("t"), table=table)
     assert "<b>" not in text and "&lt;b&gt;" in text
+    assert "<caption>a &lt;caption&gt;</caption>" in text
     assert "data-order='12'>12</td>" in text
     assert "data-order='0.12345'>0.123</td>" in text
     assert "data-order='-1'></td>" in text
-    assert "href='y&#x27;z.html'" in text
+    assert "href='y&#39;z.html'" in text
+
+
+def test_data_in_a_page_cannot_end_its_element(tmp_path):
+    data = {"a": "</script><b>", "b": float("nan"), "c": "\u2028", "d": "\udcff"}
+    text = read_page(tmp_path, PageContent("t", data={"data": data}), body="")
+    element = text.split("id='data'>")[1].split("</script>")[0]
+    assert json.loads(element) == {"a": "</script><b>", "b": None, "c": "\u2028", "d": "?"}
+    assert "<b>" not in element
+
+
+def test_text_without_utf8_is_written(tmp_path):
+    assert "<title>a?</title>" in read_page(tmp_path, PageContent("a\udcff"), body="")
 
 
 def test_a_script_that_ends_itself_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds its own end"):
-        write_page(tmp_path / "p.html", "t", "", scripts=("'</script>'",))
+    with pytest.raises(ValueError, match=r"p\.html: .*</script"):
+        write_page(tmp_path / "p.html", "page.html", PageContent("t", ("'</script>'",)), body="")
 
 
-def test_scripts_come_from_packages_and_this_folder():
-    bundle, ours = table_scripts()
-    assert "DataTables" in bundle and "window.birdcallTables=" in bundle
-    assert ours == read_asset("tables.js")
+def test_scripts_come_from_packages_and_this_folder(tmp_path):
+    text = read_page(tmp_path, PageContent("t", has_tables=True), body="")
+    bundle = json.loads(text.split("id='datatables'>")[1].split("</script>")[0])
+    assert "DataTables" in bundle and "export" in bundle
+    assert read_asset("tables.js") in text
+    assert "blob:" in text.split("script-src")[1].split(";")[0]
+    without = read_page(tmp_path, PageContent("t"), body="")
+    assert "blob:" not in without.split("script-src")[1].split(";")[0]
 
 
 def test_screenshots_without_a_browser_are_refused_at_once(monkeypatch):
-    from birdcall.report import browser
-
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(FileNotFoundError, match="screenshots need Chromium"):
-        browser.require_browser()
-    monkeypatch.setattr(browser, "find_spec", lambda name: None)
+        require_browser()
+    monkeypatch.setattr(html, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"pip install 'birdcall\[browser\]'"):
-        browser.require_browser()
+        require_browser()

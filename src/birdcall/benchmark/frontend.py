@@ -20,7 +20,7 @@ from birdcall.audio.frontend import LogMel, power_to_db
 from birdcall.audio.reading import AudioError, crop_or_pad, probe_audio, read_audio
 from birdcall.config import SEGMENT_SECONDS, FrontendConfig, require
 from birdcall.data.recordings import read_recordings
-from birdcall.report.style import AMBER, GREEN, GREY, SKY, new_figure, save_figure
+from birdcall.report.plots import AMBER, GREEN, GREY, SKY, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

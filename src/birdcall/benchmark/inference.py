@@ -28,7 +28,7 @@ from birdcall.kaggle.test_set import AUDIO_SUFFIXES, EXAMPLE_AUDIO, TEST_AUDIO
 from birdcall.models.checkpoint import Checkpoint, save_checkpoint
 from birdcall.models.onnx import is_onnx_installed
 from birdcall.models.sed import SEDModel, build_model
-from birdcall.report.style import BLUE, GREY, ORANGE, new_figure
+from birdcall.report.plots import BLUE, GREY, ORANGE, new_figure
 from birdcall.storage.files import write_atomically
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ from birdcall.data.recordings import classes_of, read_recordings
 from birdcall.data.targets import ClipSampler
 from birdcall.experiments import find_experiment
 from birdcall.models.sed import build_model
-from birdcall.report.style import AMBER, GREEN, GREY, SKY, new_figure, save_figure
+from birdcall.report.plots import AMBER, GREEN, GREY, SKY, new_figure, save_figure
 from birdcall.storage.files import atomic_path, write_atomically
 from birdcall.training.step import BatchLoss
 

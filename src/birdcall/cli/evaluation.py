@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -64,7 +65,7 @@ def _evaluate(
 ) -> None:
     """Score runs on held-out audio of three kinds, choose the decision, write the report."""
     if screenshots is not None:
-        from birdcall.report.browser import require_browser
+        from birdcall.report.html import require_browser
 
         require_browser()  # before an hour of predictions, not after it
     from birdcall.evaluation.mistakes import find_mistakes, predict_mistakes, write_labelled_pages
@@ -115,10 +116,10 @@ def _evaluate(
         pages=soundscape_pages,
     )
     typer.echo(wide_table(evaluation.scores).to_string(index=False))
-    typer.echo(f"decision: {describe_decision(evaluation)}")
+    typer.echo(f"decision: {describe_decision(evaluation.decision)}")
     typer.echo(f"report: {report}")
     if screenshots is not None:
-        from birdcall.report.browser import open_browser, take_screenshots
+        from birdcall.report.html import open_browser, take_screenshots
 
         page = None
         if soundscape_pages:  # the soundscape with most birds
@@ -152,11 +153,15 @@ def _figures(
     to: Annotated[Path, typer.Option(help="Folder for the figures.")] = Path("docs/figures"),
 ) -> None:
     """Draw the figures of README and docs from the results of the other commands."""
+    from birdcall.benchmark.frontend import plot_frontend_speed
+    from birdcall.benchmark.inference import plot_inference_speed
+    from birdcall.benchmark.loader import plot_loader_speed
     from birdcall.evaluation.predict import HeldOutOptions, predict_held_out
     from birdcall.evaluation.scoring import evaluate
     from birdcall.experiments import find_experiment
     from birdcall.inference.ensemble import default_device
-    from birdcall.report.gallery import write_figures
+    from birdcall.report.plots import plot_table, write_figures
+    from birdcall.report.report import project_figures
     from birdcall.training.runs import find_runs
 
     folders = Folders(data, output, folds)
@@ -168,5 +173,12 @@ def _figures(
         data = folders.load_training_data(noise)
         return evaluate(predict_held_out(find_runs(folders.runs), data, options))
 
-    for line in write_figures(to, folders.output, find_experiment(experiment), evaluate_all_runs):
+    figures = project_figures(find_experiment(experiment), evaluate_all_runs)
+    for name, plot in (
+        ("frontend", plot_frontend_speed),
+        ("loader", plot_loader_speed),
+        ("inference", plot_inference_speed),
+    ):
+        figures[f"{name}.svg"] = partial(plot_table, folders.benchmark / f"{name}.csv", plot)
+    for line in write_figures(to, figures):
         typer.echo(line)

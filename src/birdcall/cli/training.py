@@ -90,8 +90,7 @@ def _folds(
     from birdcall.data.audit import audio_hashes, read_audit, usable_recordings
     from birdcall.data.folds import check_folds, class_shares, fold_report, make_folds, write_folds
     from birdcall.data.recordings import read_recordings
-    from birdcall.report.plots import plot_folds
-    from birdcall.report.style import save_figure
+    from birdcall.report.plots import plot_folds, save_figure
 
     folders = Folders(data, output, folds)
     audit = read_audit(folders.audit)
@@ -244,7 +243,8 @@ def _ablate(
     """Compare experiments over several seeds within a time budget; a second call resumes."""
     from birdcall.evaluation.ablation import ablate
     from birdcall.experiments import find_experiment
-    from birdcall.report.ablation import describe_ablation, write_picture
+    from birdcall.report.ablation import describe_ablation, plot_ablation
+    from birdcall.report.plots import save_figure
     from birdcall.storage.files import inside, write_atomically
 
     chosen = [find_experiment(experiment_name) for experiment_name in experiment]
@@ -267,6 +267,6 @@ def _ablate(
         )
     page = describe_ablation(ablation, shlex.join(["birdcall", *sys.argv[1:]]))
     ablation.write_tables(folder)
-    write_picture(folder / "ablation.png", ablation)
+    save_figure(plot_ablation(ablation), folder / "ablation.png")
     write_atomically(folder / "ablation.md", page)
     typer.echo(page)

@@ -82,7 +82,7 @@ class PredictedMistake:
 class PageWriter(Protocol):
     """Writes a page of each recording as it is predicted."""
 
-    def add(self, piece: SegmentPredictions) -> None:
+    def add(self, predictions: SegmentPredictions) -> None:
         """Take the next predictions of a recording, with frames and member_frames."""
 
     def finish(
@@ -96,7 +96,7 @@ class PageWriter(Protocol):
     ) -> Path:
         """Write the pages of the recording; return the first."""
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         """Drop what was added of a recording that could not be read to its end."""
 
 
@@ -327,7 +327,7 @@ def write_labelled_pages(
                 )
             else:
                 logger.warning("%s; it has no page", item)
-                pages.forget()
+                pages.discard()
             detector = EventDetector(evaluation.decision, ensemble.classes)
     return first_pages
 

@@ -250,7 +250,7 @@ def detect_recordings(
                 if writer is not None:
                     writer.give_up()
                 if page_writer:
-                    page_writer.forget()
+                    page_writer.discard()
             open_file.close()
             detector, writer = EventDetector(decision, ensemble.classes), None
             yield by_name[name], detected

@@ -1,4 +1,4 @@
-"""Draw what an evaluation found as charts to point at: the report's, by plotly."""
+"""Draw the tables of an evaluation as the report's interactive charts, by plotly."""
 
 from __future__ import annotations
 
@@ -10,58 +10,69 @@ import plotly.graph_objects as go
 from birdcall.config import NOCALL
 from birdcall.evaluation.decision_search import THRESHOLDS, DecisionSearchResult
 from birdcall.evaluation.tables import PRIOR, SNR_STEP_DB
-from birdcall.report.style import BLUE, COLORS, ORANGE
+from birdcall.report.html import HtmlTable
+from birdcall.report.plots import BLUE, COLORS, GREY, ORANGE
 from birdcall.taxonomy import display_name
 
-SYMBOLS = ("circle", "square", "triangle-up", "triangle-down", "diamond", "pentagon")
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+_SYMBOLS = ("circle", "square", "triangle-up", "triangle-down", "diamond", "pentagon")
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+_PAIR = (BLUE, ORANGE)  # colours of two curves
+_MAX_NAME = 60  # characters
 
 
 class Chart(NamedTuple):
-    """A chart, what it says in a sentence, and its numbers for those who cannot see it."""
+    """A chart, its message in one or two sentences, and its numbers for those who cannot see it."""
 
     figure: go.Figure
     caption: str
-    numbers: pd.DataFrame | None = None
+    numbers: HtmlTable | None = None
 
 
-def _layout(figure: go.Figure, x: str, y: str, height: int = 380) -> go.Figure:
-    figure.update_layout(
-        template="simple_white",
-        height=height,
-        margin={"l": 70, "r": 20, "t": 20, "b": 60},
-        font={"family": "system-ui, sans-serif", "size": 14, "color": "#1a1a1a"},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        xaxis={"title": {"text": x}, "showgrid": True, "gridcolor": "#e6e6e6"},
-        yaxis={"title": {"text": y}, "showgrid": True, "gridcolor": "#e6e6e6"},
+def _make_chart(figure: go.Figure, caption: str, numbers: pd.DataFrame | None = None) -> Chart:
+    table = None if numbers is None else HtmlTable(numbers, "The numbers of this chart")
+    return Chart(figure, caption, table)
+
+
+def _new_figure(x: str, y: str, height: int = 380) -> go.Figure:
+    """Return an empty chart with titles of its axes; the height is in pixels."""
+    axis = {"showgrid": True, "gridcolor": "#e6e6e6"}
+    return go.Figure(
+        layout={
+            "template": "simple_white",
+            "height": height,
+            "margin": {"l": 70, "r": 20, "t": 20, "b": 60},
+            "font": {"family": "system-ui, sans-serif", "size": 14, "color": "#1a1a1a"},
+            "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+            "xaxis": {"title": {"text": x}, **axis},
+            "yaxis": {"title": {"text": y}, **axis},
+        }
     )
-    return figure
 
 
 def chart_steps(search: DecisionSearchResult) -> Chart:
-    """Draw what each step of the choice would gain, with its standard error."""
+    """Draw the gain of each step of the decision search, with its standard error."""
     steps = search.steps.iloc[1:]
-    figure = go.Figure()
-    for adopted, color, symbol, label in (
-        (False, "#595959", "circle", "not better by a standard error"),
+    figure = _new_figure("gain in row-wise F1 over the rule so far", "", 150 + 28 * len(steps))
+    for is_adopted, color, symbol, label in (
+        (False, GREY, "circle", "not better by a standard error"),
         (True, ORANGE, "diamond", "adopted"),
     ):
-        own = steps[steps["adopted"] == adopted]
+        subset = steps[steps["adopted"] == is_adopted]
         figure.add_scatter(
-            x=own["gain"].tolist(),
-            y=own["alternative"].tolist(),
-            error_x={"type": "data", "array": own["standard_error"].tolist(), "color": color},
+            x=subset["gain"].tolist(),
+            y=subset["alternative"].tolist(),
+            error_x={"type": "data", "array": subset["standard_error"].tolist(), "color": color},
             mode="markers",
             marker={"color": color, "symbol": symbol, "size": 11},
             name=label,
         )
     order = steps["alternative"].tolist()[::-1]
     figure.update_yaxes(categoryorder="array", categoryarray=order, automargin=True)
-    figure.add_vline(0, line_color="#595959")
-    return Chart(
-        _layout(figure, "gain in row-wise F1 over the rule so far", "", 150 + 28 * len(steps)),
-        "What was tried, in this order from the top: a step is adopted only if it is better by "
-        "more than a standard error, over soundscapes.",
+    figure.add_vline(0, line_color=GREY)
+    return _make_chart(
+        figure,
+        "The steps of the search, in order from the top. A step is adopted if it raises F1 by more "
+        "than its standard error over soundscapes.",
         steps[["alternative", "gain", "standard_error", "adopted"]],
     )
 
@@ -69,15 +80,14 @@ def chart_steps(search: DecisionSearchResult) -> Chart:
 def chart_thresholds(search: DecisionSearchResult) -> Chart:
     """Draw weighted row-wise F1 over clip and frame threshold, with the chosen pair."""
     decision, values = search.decision, list(THRESHOLDS)
-    figure = go.Figure(
-        go.Heatmap(
-            x=values,
-            y=values,
-            z=search.grid_scores.round(4).tolist(),
-            colorscale="Cividis",
-            colorbar={"title": {"text": "F1"}},
-            hovertemplate="frame %{x}, clip %{y}: F1 %{z:.3f}<extra></extra>",
-        )
+    figure = _new_figure("frame threshold", "clip threshold", 460)
+    figure.add_heatmap(
+        x=values,
+        y=values,
+        z=search.grid_scores.round(4).tolist(),
+        colorscale="Cividis",
+        colorbar={"title": {"text": "F1"}},
+        hovertemplate="frame %{x}, clip %{y}: F1 %{z:.3f}<extra></extra>",
     )
     figure.add_scatter(
         x=[decision.frame_threshold],
@@ -87,70 +97,64 @@ def chart_thresholds(search: DecisionSearchResult) -> Chart:
         name="chosen",
         showlegend=True,
     )
-    return Chart(
-        _layout(figure, "frame threshold", "clip threshold", 460),
-        "Row-wise F1 over both thresholds where they were chosen, so higher than the score. The "
-        "ring is the chosen pair: the best mean over neighbours, since a peak with steep sides is "
-        "luck.",
+    return _make_chart(
+        figure,
+        "Row-wise F1 over both thresholds, on the data they were chosen on, so it is higher than "
+        "the score. The ring marks the chosen pair. It has the best mean over its neighbours: a "
+        "narrow peak would be chance.",
     )
 
 
 def chart_threshold_curves(search: DecisionSearchResult) -> Chart:
-    """Draw row-wise F1 over one threshold, the other as chosen."""
+    """Draw row-wise F1 over one threshold, with the other threshold as chosen."""
     clip, frame = search.grid_index
     curves = {
         "clip threshold": (search.grid_scores[:, frame], THRESHOLDS[clip]),
         "frame threshold": (search.grid_scores[clip], THRESHOLDS[frame]),
     }
-    figure = go.Figure()
-    for order, (name, (scores, chosen)) in enumerate(curves.items()):
+    figure = _new_figure("threshold", "row-wise F1")
+    for index, (name, (scores, chosen)) in enumerate(curves.items()):
+        color = _PAIR[index]
         figure.add_scatter(
             x=list(THRESHOLDS),
             y=scores.round(4).tolist(),
             mode="lines+markers",
             name=name,
-            line={"color": (BLUE, ORANGE)[order], "dash": DASHES[order]},
-            marker={"symbol": SYMBOLS[order], "size": 7},
+            line={"color": color, "dash": _DASHES[index]},
+            marker={"symbol": _SYMBOLS[index], "size": 7},
         )
+        ring = {"size": 16, "symbol": "circle-open", "line": {"width": 3}, "color": color}
         figure.add_scatter(
             x=[chosen],
             y=[scores[THRESHOLDS.index(chosen)]],
             mode="markers",
             showlegend=False,
             name=f"{name}, chosen",
-            marker={
-                "size": 16,
-                "symbol": "circle-open",
-                "line": {"width": 3},
-                "color": (BLUE, ORANGE)[order],
-            },
+            marker=ring,
         )
-    numbers = pd.DataFrame(
-        {"threshold": THRESHOLDS} | {name: scores for name, (scores, _) in curves.items()}
-    )
-    return Chart(
-        _layout(figure, "threshold", "row-wise F1"),
-        "The same along either threshold, the other as chosen; rings mark the chosen ones.",
-        numbers,
+    numbers = {"threshold": THRESHOLDS} | {name: scores for name, (scores, _) in curves.items()}
+    return _make_chart(
+        figure,
+        "Row-wise F1 over each threshold, with the other threshold as chosen. Rings mark the "
+        "chosen thresholds.",
+        pd.DataFrame(numbers),
     )
 
 
 def chart_votes(votes: pd.DataFrame, search: DecisionSearchResult) -> Chart | None:
     """Draw `tables.votes_table` beside the rule that was chosen; None for a single member."""
-    n_members = len(votes)
+    n_members, decision = len(votes), search.decision
     if n_members < 2:
         return None
-    figure = go.Figure(
-        go.Scatter(
-            x=votes["votes"].tolist(),
-            y=votes["row_wise_f1"].round(4).tolist(),
-            mode="lines+markers",
-            line={"color": BLUE},
-            marker={"size": 9},
-            name="votes",
-        )
+    figure = _new_figure("members that must agree", "row-wise F1")
+    figure.add_scatter(
+        x=votes["votes"].tolist(),
+        y=votes["row_wise_f1"].round(4).tolist(),
+        mode="lines+markers",
+        line={"color": BLUE},
+        marker={"size": 9},
+        name="votes",
     )
-    decision = search.decision
     if decision.combination == "votes":
         n_votes = decision.n_votes(n_members)
         x, y = [n_votes], [float(votes["row_wise_f1"][n_votes - 1])]
@@ -164,12 +168,11 @@ def chart_votes(votes: pd.DataFrame, search: DecisionSearchResult) -> Chart | No
         line={"color": ORANGE, "dash": "dash"},
         marker={"size": 16, "symbol": "circle-open", "color": ORANGE, "line": {"width": 3}},
     )
-    _layout(figure, "members that must agree", "row-wise F1")
     figure.update_xaxes(dtick=1)
-    return Chart(
+    return _make_chart(
         figure,
-        "Row-wise F1 where each member decides alone and a number of them must agree, at the "
-        "chosen thresholds; beside it the rule that was chosen.",
+        "Row-wise F1 where each member decides alone and this number of members must agree, at the "
+        "chosen thresholds. For comparison: the chosen rule.",
         votes,
     )
 
@@ -177,50 +180,40 @@ def chart_votes(votes: pd.DataFrame, search: DecisionSearchResult) -> Chart | No
 def chart_shares(table: pd.DataFrame) -> Chart:
     """Draw `tables.nocall_share_table`."""
     names = [name for name in dict.fromkeys(table["name"]) if name != PRIOR]
-    figure = go.Figure()
-    for order, name in enumerate(names):
+    figure = _new_figure("rows without a bird, %", "row-wise F1, cross-validated")
+    for index, name in enumerate(names):
         rows = table[table["name"] == name]
         is_nocall = name == f"all {NOCALL}"
-        color = "#4d4d4d" if is_nocall else COLORS[order % len(COLORS)]
-        up, down = rows["high"] - rows["value"], rows["value"] - rows["low"]
+        color = "#4d4d4d" if is_nocall else COLORS[index % len(COLORS)]
+        symbol = "x" if is_nocall else _SYMBOLS[index % len(_SYMBOLS)]
+        above, below = rows["high"] - rows["value"], rows["value"] - rows["low"]
         figure.add_scatter(
-            x=(rows["share"] + 0.6 * (order - len(names) / 2)).tolist(),
+            x=(rows["share"] + 0.6 * (index - len(names) / 2)).tolist(),
             y=rows["value"].tolist(),
             error_y={
                 "type": "data",
-                "array": up.fillna(0).clip(lower=0).tolist(),
-                "arrayminus": down.fillna(0).clip(lower=0).tolist(),
+                "array": above.fillna(0).clip(lower=0).tolist(),
+                "arrayminus": below.fillna(0).clip(lower=0).tolist(),
             },
-            name=_short(name),
+            # plotly reads some HTML tags in a name.
+            name=name.replace("<", "‹").replace(">", "›")[:_MAX_NAME],
             mode="lines+markers",
-            line={"color": color, "dash": DASHES[order % len(DASHES)]},
-            marker={
-                "symbol": "x" if is_nocall else SYMBOLS[order % len(SYMBOLS)],
-                "size": 9,
-                "color": color,
-            },
+            line={"color": color, "dash": _DASHES[index % len(_DASHES)]},
+            marker={"symbol": symbol, "size": 9, "color": color},
         )
-    _layout(figure, "rows without a bird, %", "row-wise F1, nested")
     figure.update_xaxes(tickvals=sorted(set(table["share"])))
-    return Chart(
-        figure,
-        "Row-wise F1 at shares of rows without a bird, with 95 % intervals.",
-        table,
+    return _make_chart(
+        figure, "Row-wise F1 by the share of rows without a bird, with 95 % intervals.", table
     )
-
-
-def _short(name: str) -> str:
-    """Return a name that plotly takes for no markup: it knows some of HTML's tags."""
-    return name.replace("<", "‹").replace(">", "›")[:60]
 
 
 def chart_reliability(table: pd.DataFrame) -> Chart:
-    """Draw `tables.reliability_table`: how often a class is present, by its probability."""
-    figure = go.Figure()
+    """Draw `tables.reliability_table`: how often a species is present, by its probability."""
+    figure = _new_figure("predicted probability", "share that is true", 460)
     figure.add_scatter(
-        x=[0, 1], y=[0, 1], mode="lines", line={"color": "#8a8a8a"}, name="calibrated exactly"
+        x=[0, 1], y=[0, 1], mode="lines", line={"color": "#8a8a8a"}, name="exact probabilities"
     )
-    for order, (name, curve) in enumerate(table.groupby("probabilities", sort=False)):
+    for index, (name, curve) in enumerate(table.groupby("probabilities", sort=False)):
         figure.add_scatter(
             x=curve["mean_probability"].tolist(),
             y=curve["share_true"].tolist(),
@@ -228,39 +221,37 @@ def chart_reliability(table: pd.DataFrame) -> Chart:
             mode="lines+markers",
             name=name,
             hovertemplate="predicted %{x:.2f}, true %{y:.2f}, %{customdata} cells",
-            line={"color": (BLUE, ORANGE)[order], "dash": DASHES[order]},
-            marker={"symbol": SYMBOLS[order], "size": 9},
+            line={"color": _PAIR[index], "dash": _DASHES[index]},
+            marker={"symbol": _SYMBOLS[index], "size": 9},
         )
-    _layout(figure, "predicted probability", "share that is true", 460)
     figure.update_xaxes(range=[0, 1]).update_yaxes(range=[0, 1])
-    return Chart(
+    return _make_chart(
         figure,
         "Held-out recordings: how often a species is present, by its predicted probability. The "
-        "calibration was fitted on these recordings; the decision uses it only if that raised "
-        "its score.",
+        "calibration was fitted on these recordings; the decision uses it only if it raised the "
+        "score.",
         table,
     )
 
 
 def chart_recall_over_snr(table: pd.DataFrame) -> Chart:
-    """Draw the recall of simulated events over their SNR in the bird's own band."""
-    figure = go.Figure(
-        go.Scatter(
-            x=(table["snr_db"] + SNR_STEP_DB / 2).tolist(),
-            y=table["recall"].tolist(),
-            error_y={"type": "data", "array": table["standard_error"].tolist()},
-            customdata=table["events"].tolist(),
-            hovertemplate="%{x} dB: %{y:.0%} of %{customdata}<extra></extra>",
-            mode="lines+markers",
-            line={"color": BLUE},
-            marker={"size": 9},
-        )
+    """Draw `tables.snr_table`: the recall of simulated events over their SNR."""
+    figure = _new_figure("SNR in the frequency band of the bird, dB", "recall of events")
+    figure.add_scatter(
+        x=(table["snr_db"] + SNR_STEP_DB / 2).tolist(),
+        y=table["recall"].tolist(),
+        error_y={"type": "data", "array": table["standard_error"].tolist()},
+        customdata=table["events"].tolist(),
+        hovertemplate="%{x} dB: %{y:.0%} of %{customdata}<extra></extra>",
+        mode="lines+markers",
+        line={"color": BLUE},
+        marker={"size": 9},
     )
-    _layout(figure, "SNR in the bird's band, dB", "events found")
     figure.update_yaxes(range=[0, 1.02])
-    return Chart(
+    return _make_chart(
         figure,
-        "Simulated birds that are named, by their level above the noise in their own band.",
+        "Share of simulated birds that are predicted, by their level above the noise in their own "
+        "frequency band.",
         table,
     )
 
@@ -270,22 +261,20 @@ def chart_confusions(counts: pd.DataFrame) -> Chart | None:
     if counts.empty:
         return None
     names = [display_name(code) for code in counts.index]
-    figure = go.Figure(
-        go.Heatmap(
-            x=names,
-            y=names,
-            z=counts.to_numpy().tolist(),
-            text=[[str(count) if count else "" for count in row] for row in counts.to_numpy()],
-            texttemplate="%{text}",
-            colorscale="Blues",
-            colorbar={"title": {"text": "times"}},
-            hovertemplate="%{y} predicted as %{x}: %{z} times<extra></extra>",
-        )
+    figure = _new_figure("predicted species", "true species", 260 + 22 * len(names))
+    figure.add_heatmap(
+        x=names,
+        y=names,
+        z=counts.to_numpy().tolist(),
+        text=[[str(count) if count else "" for count in row] for row in counts.to_numpy()],
+        texttemplate="%{text}",
+        colorscale="Blues",
+        colorbar={"title": {"text": "times"}},
+        hovertemplate="%{y} predicted as %{x}: %{z} times<extra></extra>",
     )
-    _layout(figure, "predicted species", "true species", 260 + 22 * len(names))
     figure.update_xaxes(automargin=True, tickangle=-60, showgrid=False)
     figure.update_yaxes(automargin=True, autorange="reversed", showgrid=False)
-    return Chart(
+    return _make_chart(
         figure,
         "Confused species: held-out recordings by their most probable species, and rows of "
         "simulated soundscapes in which one species is missed and another predicted.",

@@ -1,4 +1,4 @@
-"""Put a page together: one file, its scripts named by hash, so that nothing else in it can run."""
+"""Write self-contained pages from templates, put audio into them, and open them in a browser."""
 
 from __future__ import annotations
 
@@ -6,61 +6,128 @@ import base64
 import hashlib
 import io
 import json
-import re
-from dataclasses import dataclass
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
-from html import escape
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import itables.options
 import numpy as np
 import pandas as pd
 import soundfile
 import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
+from plotly.offline import get_plotlyjs
 
 from birdcall.audio.spectrogram import Spectrogram
 from birdcall.storage.files import write_atomically
 
-# The browser runs the scripts of these hashes, and no other: no handler in a name, no eval. It
-# fetches nothing at all.
-POLICY = (
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+# The browser runs the scripts with these hashes and no other script. The page fetches nothing.
+_POLICY = (
     "default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; img-src data: blob:; "
     "media-src data: blob:; connect-src data:; font-src data:; base-uri 'none'; form-action 'none'"
 )
-MAX_NAME_BYTES = 200  # of a file; what file systems take is 255
+_DATATABLES, _PLOTLY = "datatables", "plotly"
 
 
-def write_page(
-    path: Path,
-    title: str,
-    body: str,
-    *,
-    scripts: tuple[str, ...] = (),
-    styles: tuple[str, ...] = (),
-    data: Any = None,
-) -> None:
-    """Write a page whose ``body`` is HTML, with ``scripts`` run in order at its end.
+# --- pages ----------------------------------------------------------------------------------------
 
-    ``data`` is for them: JSON in an element of the id ``data``. NaN becomes null.
+
+@dataclass(frozen=True)
+class PageContent:
+    """What a page holds beside the text of its template.
+
+    scripts and styles: texts of our own JavaScript and CSS, in order. data: what the scripts read,
+    by the id of the JSON element that holds it. has_tables: with tables to sort and filter
+    (DataTables). has_charts: with charts (plotly).
     """
-    sources = "".join(f"<script>{script}</script>" for script in scripts)
+
+    title: str
+    scripts: tuple[str, ...] = ()
+    styles: tuple[str, ...] = ()
+    data: Mapping[str, Any] = field(default_factory=dict)
+    has_tables: bool = False
+    has_charts: bool = False
+
+
+@dataclass(frozen=True)
+class HtmlTable:
+    """A table for the macro ``table`` of the templates.
+
+    links: of the cells in the first column, from their text to the target.
+    """
+
+    frame: pd.DataFrame
+    caption: str
+    is_sortable: bool = False
+    links: Mapping[str, str] = field(default_factory=dict)
+
+
+def write_page(path: Path, template: str, content: PageContent, **context: Any) -> None:
+    """Write a page from a template in ``templates``, which gets ``context``; all text is escaped.
+
+    The page is one file: scripts, styles, data, pictures and audio are in it. Raises ValueError
+    where a script contains the end of its own element.
+    """
+    scripts, styles, data = list(content.scripts), list(content.styles), dict(content.data)
+    if content.has_tables:
+        bundle = Path(itables.options.dt_bundle)
+        data[_DATATABLES] = bundle.read_text(encoding="utf-8")
+        scripts.insert(0, read_asset("tables.js"))
+        styles.insert(0, bundle.with_suffix(".css").read_text(encoding="utf-8"))
+    if content.has_charts:
+        scripts.insert(0, get_plotlyjs())
     if any("</script" in script.lower() for script in scripts):
-        raise ValueError(f"{path}: a script holds its own end")
-    policy = POLICY.format(scripts=" ".join(map(_hash, scripts)) or "'none'")
-    held = (
-        "" if data is None else f"<script type='application/json' id='data'>{_json(data)}</script>"
-    )
+        raise ValueError(f"{path}: a script contains the end of its own element, </script")
+    sources = [_hash(script) for script in scripts] or ["'none'"]
+    if content.has_tables:
+        # DataTables is a JavaScript module. A page opened from disk can import a module only from
+        # a blob, and only a script that already runs can create a blob.
+        sources.append("blob:")
     page = (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{escape(title)}</title><link rel='icon' href='data:,'>"
-        f"<style>{read_asset('base.css')}{''.join(styles)}</style></head>"
-        f"<body>{body}{held}{sources}</body></html>\n"
+        _environment()
+        .get_template(template)
+        .render(
+            title=content.title,
+            policy=Markup(_POLICY.format(scripts=" ".join(sources))),
+            styles=[Markup(style) for style in (read_asset("base.css"), *styles)],
+            scripts=[Markup(script) for script in scripts],
+            data={name: _json(values) for name, values in data.items()},
+            **context,
+        )
     )
-    write_atomically(path, page)
+    # A file name need not be UTF-8; the page is.
+    write_atomically(path, page.encode("utf-8", "replace"))
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("birdcall", "report/templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["cell"] = _format_cell
+    return environment
+
+
+@cache
+def read_asset(name: str) -> str:
+    """Return the text of a script or style in ``assets``."""
+    return resources.files("birdcall").joinpath("report", "assets", name).read_text("utf-8")
 
 
 def _hash(script: str) -> str:
@@ -68,17 +135,17 @@ def _hash(script: str) -> str:
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
-def _json(data: Any) -> str:
-    """Return JSON that cannot end its script element, whatever its strings are."""
+def _json(data: Any) -> Markup:
+    """Return JSON that cannot end its script element, whatever its strings are; NaN is null."""
     text = json.dumps(_without_nan(data), ensure_ascii=False, separators=(",", ":"))
-    # A lone surrogate, from a file name that is not UTF-8, has no UTF-8.
-    text = text.encode("utf-8", "replace").decode()
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    return Markup(
+        text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    )
 
 
 def _without_nan(data: Any) -> Any:
     if isinstance(data, float):
-        return data if abs(data) < float("inf") else None
+        return data if math.isfinite(data) else None
     if isinstance(data, dict):
         return {str(key): _without_nan(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
@@ -86,84 +153,169 @@ def _without_nan(data: Any) -> Any:
     return data
 
 
-def readable(text: str) -> str:
-    """Return text that has a UTF-8: a file name need not."""
-    return text.encode("utf-8", "replace").decode()
-
-
-@cache
-def read_asset(name: str) -> str:
-    """Return a script or style of ours that lies beside this module."""
-    return (
-        resources.files("birdcall").joinpath("report", "assets", name).read_text(encoding="utf-8")
-    )
-
-
-@cache
-def table_scripts() -> tuple[str, ...]:
-    """Return DataTables as itables brings it, and what makes every ``table.sortable`` one of it."""
-    source = resources.files("itables").joinpath("html/dt_bundle.js").read_text(encoding="utf-8")
-    # It is a module; a page from disk cannot import one, nor does a policy by hash allow it.
-    exports = list(re.finditer(r"export\s*\{([^{}]*)\}\s*;?", source))
-    if len(exports) != 1:
-        raise ValueError("itables' bundle is not as this version of birdcall knows it")
-    names = dict(reversed(re.split(r"\s+as\s+", pair.strip())) for pair in exports[0][1].split(","))
-    kept = f"window.birdcallTables={names['jQuery']};"  # jQuery with DataTables in it
-    source = source[: exports[0].start()] + kept + source[exports[0].end() :]
-    return f"(function(){{'use strict';{source}\n}})();", read_asset("tables.js")
-
-
-@cache
-def table_style() -> str:
-    return resources.files("itables").joinpath("html/dt_bundle.css").read_text(encoding="utf-8")
-
-
-@cache
-def chart_script() -> str:
-    from plotly.offline import get_plotlyjs
-
-    return get_plotlyjs()
-
-
-def html_table(
-    table: pd.DataFrame,
-    caption: str,
-    *,
-    sortable: bool = False,
-    links: dict[str, str] | None = None,
-) -> str:
-    """Return a table; numbers sort as numbers, and are shown with three digits.
-
-    links: of the first column, from its text to where it leads.
-    """
-    head = "".join(f"<th scope='col'>{escape(str(name))}</th>" for name in table.columns)
-    rows = "".join(
-        f"<tr>{_cell(first, links)}{''.join(map(_cell, others))}</tr>"
-        for first, *others in table.itertuples(index=False)
-    )
-    kind = " class='sortable'" if sortable else ""
-    label = escape(caption[:80], quote=True)
-    # What can scroll must be reached by the keyboard too.
-    return (
-        f"<div class='wide' tabindex='0' role='region' aria-label='{label}'>"
-        f"<table{kind}><caption>{escape(caption)}</caption>"
-        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-    )
-
-
-def _cell(value: Any, links: dict[str, str] | None = None) -> str:
-    if value is pd.NA or (isinstance(value, float) and value != value):
-        return "<td class='number' data-order='-1'></td>"
+def _format_cell(value: Any) -> tuple[str, str | None]:
+    """Return the text of a table cell, and for a number the value by which it is sorted."""
+    if value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return "", "-1"
     if isinstance(value, bool | np.bool_):
-        return f"<td>{'yes' if value else ''}</td>"
-    if isinstance(value, int | float | np.number):
-        shown = f"{value:.3f}" if isinstance(value, float | np.floating) else str(value)
-        return f"<td class='number' data-order='{float(value):.9g}'>{shown}</td>"
-    text = escape(readable(str(value)))
-    if links and str(value) in links:
-        target = escape(links[str(value)], quote=True)
-        text = f"<a href='{target}'>{text}</a>"
-    return f"<td>{text}</td>"
+        return "yes" if value else "", None
+    if isinstance(value, float | np.floating):
+        return f"{value:.3f}", f"{value:.9g}"
+    if isinstance(value, int | np.integer):
+        return str(value), f"{value:.9g}"
+    return str(value), None
+
+
+# --- audio ----------------------------------------------------------------------------------------
+
+SAMPLE_RATE = 32_000
+MAX_HZ = SAMPLE_RATE / 2
+_N_FFT, _HOP_LENGTH = 1024, 640  # 50 columns a second
+_N_ROWS = 256
+_TILE_SECONDS = 60  # a WebP picture is at most 16,383 pixels wide
+# Levels of white and black: the background of a noisy site, and its loudest birds.
+_PERCENTILES = (20.0, 99.9)
+_MIN_RANGE_DB = 30.0  # between white and black; otherwise silence would look like noise
+# A level further below the loudest point is not background noise but the frequency limit of the
+# recorder or codec. Included in the percentiles, it would turn all noise black.
+_NOISE_DB = 90.0
+_PICTURE_QUALITY = 50
+_MP3_COMPRESSION = 0.9  # 56 kbit/s, constant, so that a player can seek exactly
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A part of a spectrogram as a picture: low frequencies at the bottom, loud is dark."""
+
+    start: float  # seconds
+    seconds: float
+    picture: str  # data URI
+
+
+def draw_tiles(waveform: np.ndarray) -> list[Tile]:
+    """Draw the spectrogram of a waveform ``(samples,)`` at `SAMPLE_RATE`, in tiles of a minute.
+
+    All tiles have the same levels. Silence is white.
+    """
+    n_samples = _TILE_SECONDS * SAMPLE_RATE
+    clips = [waveform[start : start + n_samples] for start in range(0, len(waveform), n_samples)]
+    levels = [_levels_db(clip) for clip in clips]
+    together = np.concatenate(levels, axis=1)
+    low, high = np.percentile(together[together >= together.max() - _NOISE_DB], _PERCENTILES)
+    high = max(high, low + _MIN_RANGE_DB)
+    tiles = []
+    for index, (clip, level) in enumerate(zip(clips, levels, strict=True)):
+        dark = np.clip((level - low) / (high - low), 0, 1)
+        picture = Image.fromarray(np.round(255 * (1 - dark)).astype(np.uint8))
+        content = _encode_webp(picture, _PICTURE_QUALITY, method=4)
+        uri = f"data:image/webp;base64,{base64.b64encode(content).decode()}"
+        tiles.append(Tile(float(index * _TILE_SECONDS), len(clip) / SAMPLE_RATE, uri))
+    return tiles
+
+
+def _levels_db(waveform: np.ndarray) -> np.ndarray:
+    """Return decibels ``(_N_ROWS, columns)``, high frequencies first."""
+    padded = np.pad(waveform, (0, max(0, _N_FFT - len(waveform))))
+    spectrogram = Spectrogram(n_fft=_N_FFT, hop_length=_HOP_LENGTH)
+    power = spectrogram(torch.from_numpy(padded)[None])[0, 0].numpy()
+    # Tiles stand side by side, so a tile has no column for its padding.
+    power = power[: max(1, -(-len(waveform) // _HOP_LENGTH)), :-1]
+    rows = power.reshape(len(power), _N_ROWS, -1).max(axis=2)
+    return 10 * np.log10(np.maximum(rows, 1e-10)).T[::-1]
+
+
+def _encode_webp(picture: Image.Image, quality: int, method: int) -> bytes:
+    content = io.BytesIO()
+    picture.save(content, "WEBP", quality=quality, method=method)
+    return content.getvalue()
+
+
+def encode_mp3(waveform: np.ndarray) -> str:
+    """Return a waveform ``(samples,)`` at `SAMPLE_RATE` as mp3, in base64.
+
+    The waveform is scaled so that its loudest sample is near full scale: quiet recordings are
+    audible too.
+    """
+    peak = float(np.abs(waveform).max(initial=0.0))
+    content = io.BytesIO()
+    soundfile.write(
+        content, waveform / max(peak, 1e-4) * 0.95, SAMPLE_RATE, format="MP3",
+        subtype="MPEG_LAYER_III", bitrate_mode="CONSTANT", compression_level=_MP3_COMPRESSION,
+    )  # fmt: skip
+    return base64.b64encode(content.getvalue()).decode()
+
+
+# --- a headless browser ---------------------------------------------------------------------------
+
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+_WIDTH, _HEIGHT, _SOUNDSCAPE_HEIGHT = 1280, 900, 1120  # pixels
+_WAIT_MILLISECONDS = 20_000
+
+
+def require_browser() -> str:
+    """Return the path of Chromium; raise FileNotFoundError without it or without playwright."""
+    if find_spec("playwright") is None:
+        raise FileNotFoundError("screenshots need playwright: pip install 'birdcall[browser]'")
+    for name in _BROWSERS:
+        path = shutil.which(name)
+        if path is not None:
+            return path
+    raise FileNotFoundError("screenshots need Chromium, on Debian `apt install chromium`")
+
+
+@contextmanager
+def open_browser() -> Iterator[Browser]:
+    """Run a headless Chromium; see `require_browser`."""
+    path = require_browser()
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # A user who is root has no sandbox; we open only pages that we wrote.
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+def open_page(browser: Browser, path: Path, width: int = _WIDTH) -> Page:
+    """Open a page of ours from disk and wait until its scripts have drawn it."""
+    page = browser.new_page(viewport={"width": width, "height": _HEIGHT})
+    page.goto(path.resolve().as_uri())
+    page.wait_for_selector("body[data-ready=yes]", timeout=_WAIT_MILLISECONDS)
+    return page
+
+
+def take_screenshots(
+    browser: Browser, report: Path, soundscape: Path | None, folder: Path
+) -> list[Path]:
+    """Write pictures of a report, its mistakes and a soundscape page; return their paths."""
+    pictures: dict[str, bytes] = {}
+    page = open_page(browser, report)
+    pictures["report"] = page.screenshot()
+    for name, selector in (("mistakes", ".cards"), ("confusions", "#confusions .chart")):
+        if page.query_selector(selector):
+            page.eval_on_selector(f"#{name}", "section => section.scrollIntoView()")
+            page.wait_for_timeout(300)
+            pictures[name] = page.screenshot()
+    if soundscape is not None:
+        page = open_page(browser, soundscape)
+        page.set_viewport_size({"width": _WIDTH, "height": _SOUNDSCAPE_HEIGHT})
+        page.check("#show-members")
+        page.wait_for_timeout(300)
+        pictures["soundscape"] = page.screenshot()
+    paths = []
+    for name, picture in pictures.items():
+        # WebP, since noise in a spectrogram makes a PNG many times as large.
+        image = Image.open(io.BytesIO(picture)).convert("RGB")
+        paths.append(folder / f"{name}.webp")
+        write_atomically(paths[-1], _encode_webp(image, 85, method=6))
+    return paths
+
+
+# --- names of files -------------------------------------------------------------------------------
+
+_MAX_NAME_BYTES = 200  # of a file; file systems take 255
 
 
 def fitting_name(name: str, suffix: str) -> str:
@@ -177,83 +329,7 @@ def fitting_name(name: str, suffix: str) -> str:
 
 def _fit(part: str, n_more: int = 0) -> str:
     content = part.encode("utf-8", "surrogateescape")
-    if len(content) + n_more <= MAX_NAME_BYTES:
+    if len(content) + n_more <= _MAX_NAME_BYTES:
         return part
     digest = hashlib.sha256(content).hexdigest()[:12]
-    return content[: MAX_NAME_BYTES - n_more - 13].decode("utf-8", "ignore") + "-" + digest
-
-
-# --- sound ---
-
-
-SAMPLE_RATE = 32_000
-MAX_HZ = SAMPLE_RATE / 2
-N_FFT, HOP_LENGTH = 1024, 640  # 50 columns a second
-N_ROWS = 256
-TILE_SECONDS = 60  # a WebP picture is at most 16,383 pixels wide
-# Levels of white and black: of a noisy place, and of its loudest birds.
-PERCENTILES = (20.0, 99.9)
-FLOOR_DB = 30.0  # between them, at least: silence is no noise to look at
-# What lies further below the loudest point is no noise of the place, but a recorder's or codec's
-# limit in frequency; counted in, it would make all noise black.
-NOISE_DB = 90.0
-PICTURE_QUALITY = 50
-MP3_COMPRESSION = 0.9  # 56 kbit/s, constant, so that a player can seek exactly
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A stretch of a spectrogram as a picture, low frequencies at the bottom, loud is dark."""
-
-    start: float
-    seconds: float
-    picture: str  # data URI
-
-
-def draw_tiles(waveform: np.ndarray) -> list[Tile]:
-    """Draw a spectrogram ``(samples,)`` at `SAMPLE_RATE`, in tiles of a minute.
-
-    All have the same levels. Silence is white.
-    """
-    n_tile = TILE_SECONDS * SAMPLE_RATE
-    levels = [
-        _levels(waveform[start : start + n_tile]) for start in range(0, len(waveform), n_tile)
-    ]
-    together = np.concatenate(levels, axis=1)
-    low, high = np.percentile(together[together >= together.max() - NOISE_DB], PERCENTILES)
-    high = max(high, low + FLOOR_DB)
-    tiles = []
-    for number, level in enumerate(levels):
-        dark = np.clip((level - low) / (high - low), 0, 1)
-        picture = Image.fromarray(np.round(255 * (1 - dark)).astype(np.uint8))
-        content = io.BytesIO()
-        picture.save(content, "WEBP", quality=PICTURE_QUALITY, method=4)
-        seconds = min(n_tile, len(waveform) - number * n_tile) / SAMPLE_RATE
-        uri = "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
-        tiles.append(Tile(float(number * TILE_SECONDS), seconds, uri))
-    return tiles
-
-
-def _levels(waveform: np.ndarray) -> np.ndarray:
-    """Return decibels ``(N_ROWS, columns)``, high frequencies first."""
-    padded = np.pad(waveform, (0, max(0, N_FFT - len(waveform))))
-    spectrogram = Spectrogram(n_fft=N_FFT, hop_length=HOP_LENGTH)
-    power = spectrogram(torch.from_numpy(padded)[None])[0, 0].numpy()
-    # As many columns as the stretch has: tiles stand side by side.
-    power = power[: max(1, -(-len(waveform) // HOP_LENGTH)), :-1]
-    rows = power.reshape(len(power), N_ROWS, -1).max(axis=2)
-    return 10 * np.log10(np.maximum(rows, 1e-10)).T[::-1]
-
-
-def encode_mp3(waveform: np.ndarray) -> str:
-    """Return a waveform ``(samples,)`` at `SAMPLE_RATE` as mp3, in base64.
-
-    Quiet recordings are raised to be heard: their loudest sample is full scale.
-    """
-    peak = float(np.abs(waveform).max(initial=0.0))
-    content = io.BytesIO()
-    soundfile.write(
-        content, waveform / max(peak, 1e-4) * 0.95, SAMPLE_RATE, format="MP3",
-        subtype="MPEG_LAYER_III", bitrate_mode="CONSTANT", compression_level=MP3_COMPRESSION,
-    )  # fmt: skip
-    return base64.b64encode(content.getvalue()).decode()
+    return content[: _MAX_NAME_BYTES - n_more - 13].decode("utf-8", "ignore") + "-" + digest

@@ -1,42 +1,100 @@
-"""Draw what an evaluation found, for print: the report's charts are in `charts`."""
+"""Draw figures for print, in one style: folds, recall, soundscapes, the pipeline."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from birdcall.audio.frontend import Spectrogram
+from birdcall.audio.spectrogram import Spectrogram
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.evaluation.tables import SNR_STEP_DB
 from birdcall.inference.decision import Decision, average_members
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
-from birdcall.report.style import (
-    AMBER,
-    BLUE,
-    COLORS,
-    GREEN,
-    GREY,
-    HEAT,
-    MARKERS,
-    ORANGE,
-    PURPLE,
-    SOUND,
-    use_style,
-)
+from birdcall.storage.files import UserError, atomic_path
 from birdcall.taxonomy import display_name
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+# --- style ----------------------------------------------------------------------------------------
 
-SHOWN_SECONDS = 60
+# The colours of Okabe and Ito, which the colour-blind can tell apart; markers and dashes differ
+# as well.
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+SKY, AMBER, GREY = "#56B4E9", "#E69F00", "#595959"
+COLORS = (BLUE, GREEN, PURPLE, ORANGE, SKY, AMBER)
+MARKERS = ("o", "s", "^", "v", "D", "P")
+_DOTS_PER_INCH = 110
+
+_STYLE = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": False,
+    "grid.color": "0.9",
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "figure.dpi": _DOTS_PER_INCH,
+    "savefig.dpi": _DOTS_PER_INCH,
+    "svg.hashsalt": "birdcall",  # the same figure is the same file
+    "svg.fonttype": "none",  # text stays text, for search and for screen readers
+}
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure in the project's style; the size is in inches."""
+    mpl.rcParams.update(_STYLE)
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure, whole or not at all; the same figure makes the same bytes."""
+    options = {
+        ".svg": {"metadata": {"Date": None}},
+        # As PNG, a spectrogram's noise would be eight times as large.
+        ".webp": {"pil_kwargs": {"quality": 80}},
+    }.get(path.suffix, {"metadata": {"Software": None}})
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, **options)
+
+
+def write_figures(folder: Path, figures: Mapping[str, Callable[[], Figure]]) -> Iterator[str]:
+    """Write figures into ``folder`` by file name; yield a line on each file.
+
+    A function that draws a figure raises FileNotFoundError or UserError where its input is missing:
+    then the line gives this reason.
+    """
+    for name, draw in figures.items():
+        try:
+            figure = draw()
+        except (FileNotFoundError, UserError) as error:
+            yield f"{error}; {name} was not written"
+            continue
+        path = folder / name
+        save_figure(figure, path)
+        yield f"{path}: {path.stat().st_size / 1000:.0f} kB"
+
+
+def plot_table(path: Path, plot: Callable[[pd.DataFrame], Figure]) -> Figure:
+    """Draw the table of a benchmark; raise FileNotFoundError where it was not measured yet."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: `birdcall benchmark {path.stem}` writes it")
+    return plot(pd.read_csv(path))
+
+
+# --- data and evaluation --------------------------------------------------------------------------
+
+SHOWN_SECONDS = 60  # of a soundscape
 
 
 def plot_folds(shares: pd.DataFrame, sizes: pd.Series, report: pd.DataFrame) -> Figure:
@@ -45,18 +103,17 @@ def plot_folds(shares: pd.DataFrame, sizes: pd.Series, report: pd.DataFrame) -> 
     shares: of each species (rows) in each fold (columns), as `folds.class_shares` returns them;
     sizes: recordings of each species; report: as `folds.fold_report` returns it.
     """
-    use_style()
     sizes = sizes.reindex(shares.index)
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = new_figure(10, 4)
     left, right = figure.subplots(1, 2, width_ratios=[3, 1])
-    for order, fold in enumerate(shares.columns):
-        color, marker = COLORS[order % len(COLORS)], MARKERS[order % len(MARKERS)]
+    for index, fold in enumerate(shares.columns):
+        color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
         left.scatter(
             sizes, shares[fold], s=18, alpha=0.7, color=color, marker=marker, label=f"fold {fold}"
         )
     left.axhline(1 / len(shares.columns), color="black", linewidth=1, label="equal share")
     left.set(xscale="log", xlabel="recordings of the species", ylabel="share in the fold")
-    left.set_title(f"{len(shares)} species: how evenly each is divided", loc="left")
+    left.set_title(f"Shares of {len(shares)} species in the folds", loc="left")
     left.legend(fontsize="small")
     names = [str(fold) for fold in report.index]
     right.bar(names, report["recordings"], color="0.8", label="all")
@@ -70,16 +127,15 @@ def plot_folds(shares: pd.DataFrame, sizes: pd.Series, report: pd.DataFrame) -> 
 
 
 def plot_recall_over_snr(table: pd.DataFrame) -> Figure:
-    """Draw the recall of simulated events over their SNR in the bird's own band."""
-    use_style()
-    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    """Draw the recall of simulated events over the SNR in the frequency band of the bird."""
+    figure = new_figure(6.5, 4)
     axes = figure.add_subplot()
     centre = table["snr_db"] + SNR_STEP_DB / 2
     error = table["standard_error"]
     axes.errorbar(centre, table["recall"], yerr=error, marker="o", color=BLUE, capsize=3)
     for x, y, n_events in zip(centre, table["recall"], table["events"], strict=True):
         axes.annotate(f"{n_events}", (x, y), (6, -12), textcoords="offset points", fontsize=9)
-    axes.set(xlabel="SNR in the bird's band, dB", ylabel="events found", ylim=(0, 1))
+    axes.set(xlabel="SNR in the bird's frequency band, dB", ylabel="recall of events", ylim=(0, 1))
     axes.grid(visible=True)
     return figure
 
@@ -87,44 +143,46 @@ def plot_recall_over_snr(table: pd.DataFrame) -> Figure:
 def plot_soundscape(
     waveform: np.ndarray,
     sample_rate: int,
-    scores: LabelledPredictions,
-    recording: str,
+    *,
+    predictions: LabelledPredictions,
     decision: Decision,
     frames: np.ndarray | None = None,
 ) -> Figure:
-    """Draw a minute of a soundscape: spectrogram, framewise probability, truth and labels.
+    """Draw a minute of a soundscape: spectrogram, framewise probability, truth and predictions.
 
-    frames: ``(classes, frames of the recording)``; without them each row has its highest.
+    waveform: ``(samples,)``. predictions: of this recording only. frames: ``(classes, frames)`` of
+    the recording; without them each row has its highest probability.
     """
-    whole = scores.select((scores.segments["recording"] == recording).to_numpy())
-    n_rows = min(len(whole.segments), SHOWN_SECONDS // SEGMENT_SECONDS)
-    everything = np.zeros((len(whole.segments), whole.truth.shape[1]), dtype=bool)
-    everything[whole.labelled] = whole.decide(decision)
-    n_classes = len(scores.classes)
-    chosen, truth = everything[:n_rows, :n_classes], whole.truth[:n_rows, :n_classes]
-    framewise = average_members(whole.framewise)[:n_rows]
-    shown = np.flatnonzero(truth.any(axis=0) | chosen.any(axis=0))
-    if not len(shown):
-        shown = np.argsort(-framewise.max(axis=0))[:3]
-    use_style()
-    figure = Figure(figsize=(12, 4 + 0.3 * len(shown)), layout="constrained")
+    n_rows = min(len(predictions.segments), SHOWN_SECONDS // SEGMENT_SECONDS)
+    n_classes = len(predictions.classes)
+    predicted = np.zeros(predictions.truth.shape, dtype=bool)
+    predicted[predictions.labelled] = predictions.decide(decision)
+    predicted = predicted[:n_rows, :n_classes]
+    truth = predictions.truth[:n_rows, :n_classes]
+    probability = average_members(predictions.framewise)[:n_rows]
+    columns = np.flatnonzero(truth.any(axis=0) | predicted.any(axis=0))
+    if not len(columns):
+        columns = np.argsort(-probability.max(axis=0))[:3]
+    figure = new_figure(12, 4 + 0.3 * len(columns))
     top, bottom = figure.subplots(2, 1, sharex=True)
     _draw_spectrogram(top, waveform[: SHOWN_SECONDS * sample_rate], sample_rate)
-    heat = framewise[:, shown].T
+    heat = probability[:, columns].T
     if frames is not None and frames.shape[1]:
-        heat = frames[shown, : n_rows * FRAMES_PER_SEGMENT]
+        heat = frames[columns, : n_rows * FRAMES_PER_SEGMENT]
     image = bottom.imshow(
-        heat, aspect="auto", cmap=HEAT, vmin=0, vmax=1,
-        extent=(0, SEGMENT_SECONDS * n_rows, len(shown), 0), interpolation="nearest",
+        heat, aspect="auto", cmap="cividis", vmin=0, vmax=1,
+        extent=(0, SEGMENT_SECONDS * n_rows, len(columns), 0), interpolation="nearest",
     )  # fmt: skip
-    for row, line in zip(*np.nonzero(truth[:, shown]), strict=True):
-        corner = (SEGMENT_SECONDS * row, line)
+    left = SEGMENT_SECONDS * np.arange(n_rows)
+    for row, line in zip(*np.nonzero(truth[:, columns]), strict=True):
+        corner = (left[row], line)
         bottom.add_patch(Rectangle(corner, SEGMENT_SECONDS, 1, fill=False, ec="white", lw=2))
-    for row, line in zip(*np.nonzero(chosen[:, shown]), strict=True):
-        bottom.plot(SEGMENT_SECONDS * (row + 0.5), line + 0.5, "o", ms=6, mfc="w", mec="k")
-    names = [display_name(scores.classes[place]) for place in shown]
-    bottom.set_yticks(np.arange(len(shown)) + 0.5, names)
-    bottom.set(xlabel="seconds", title="probability; frame: truth of a row, dot: label given to it")
+    for row, line in zip(*np.nonzero(predicted[:, columns]), strict=True):
+        centre = left[row] + SEGMENT_SECONDS / 2
+        bottom.plot(centre, line + 0.5, "o", ms=6, mfc="w", mec="k")
+    names = [display_name(predictions.classes[column]) for column in columns]
+    bottom.set_yticks(np.arange(len(columns)) + 0.5, names)
+    bottom.set(xlabel="seconds", title="Probability. White frame: true. Dot: predicted.")
     figure.colorbar(image, ax=bottom, pad=0.01)
     return figure
 
@@ -133,178 +191,130 @@ def _draw_spectrogram(axes: Axes, waveform: np.ndarray, sample_rate: int) -> Non
     power = Spectrogram(n_fft=1024, hop_length=640)(torch.from_numpy(waveform)[None])[0, 0].numpy()
     level = 10 * np.log10(np.maximum(power, 1e-10)).T
     axes.imshow(
-        level, origin="lower", aspect="auto", cmap=SOUND, vmin=np.percentile(level, 20),
+        level, origin="lower", aspect="auto", cmap="magma", vmin=np.percentile(level, 20),
         extent=(0, len(waveform) / sample_rate, 0, sample_rate / 2000),
     )  # fmt: skip
     axes.set(ylabel="kHz", ylim=(0, 12))
 
 
-# --- road ---
+# --- the pipeline ---------------------------------------------------------------------------------
 
 
 class Step(NamedTuple):
-    """A step of the road. after: the steps whose results it takes; place: column and row."""
+    """A step of the pipeline, drawn as a box.
+
+    command: of `birdcall`. module: where its code is. output: what it writes. after: names of the
+    steps whose output it reads. position: column and row.
+    """
 
     name: str
     command: str
     module: str
-    leaves: str
+    output: str
     after: tuple[str, ...]
-    place: tuple[int, int]
+    position: tuple[int, int]
     color: str
 
 
+# fmt: off
 STEPS = (
     Step(
-        name="make or get data",
-        command="demo",
-        module="demo",
-        leaves="train.csv, mp3",
-        after=(),
-        place=(0, 0),
-        color=GREY,
+        name="get data", command="demo", module="demo",
+        output="train.csv, mp3", after=(),
+        position=(0, 0), color=GREY,
     ),
     Step(
-        name="decode everything",
-        command="audit",
-        module="data.audit",
-        leaves="audit.csv, cache",
-        after=("make or get data",),
-        place=(1, 0),
-        color=BLUE,
+        name="check recordings", command="audit", module="data.audit",
+        output="audit.csv, cache", after=("get data",),
+        position=(1, 0), color=BLUE,
     ),
     Step(
-        name="split",
-        command="folds",
-        module="data.folds",
-        leaves="folds/<name>.csv",
-        after=("decode everything",),
-        place=(2, 0),
-        color=BLUE,
+        name="split into folds", command="folds", module="data.folds",
+        output="folds/<name>.csv", after=("check recordings",),
+        position=(2, 0), color=BLUE,
     ),
     Step(
-        name="train",
-        command="train",
-        module="training",
-        leaves="model.safetensors",
-        after=("split",),
-        place=(3, 0),
-        color=GREEN,
+        name="train", command="train", module="training",
+        output="model.safetensors", after=("split into folds",),
+        position=(3, 0), color=GREEN,
     ),
     Step(
-        name="compare",
-        command="ablate",
-        module="evaluation.ablation",
-        leaves="ablation.md",
-        after=("train",),
-        place=(4, 0),
-        color=GREEN,
+        name="compare", command="ablate", module="evaluation.ablation",
+        output="ablation.md", after=("train",),
+        position=(4, 0), color=GREEN,
     ),
     Step(
-        name="score, decide",
-        command="evaluate",
-        module="evaluation",
-        leaves="decision.json, report",
-        after=("train",),
-        place=(3, 1),
-        color=AMBER,
+        name="score and decide", command="evaluate", module="evaluation",
+        output="decision.json, report", after=("train",),
+        position=(3, 1), color=AMBER,
     ),
     Step(
-        name="stage, rehearse",
-        command="package",
-        module="packaging",
-        leaves="kernels/build",
-        after=("score, decide",),
-        place=(2, 1),
-        color=PURPLE,
+        name="package, dry run", command="package", module="kaggle.packaging",
+        output="kernels/build", after=("score and decide",),
+        position=(2, 1), color=PURPLE,
     ),
     Step(
-        name="submit",
-        command="predict --data",
-        module="submission",
-        leaves="submission.csv",
-        after=("stage, rehearse",),
-        place=(1, 1),
-        color=PURPLE,
+        name="submit", command="predict --data", module="kaggle.submission",
+        output="submission.csv", after=("package, dry run",),
+        position=(1, 1), color=PURPLE,
     ),
     Step(
-        name="listen",
-        command="predict --view",
-        module="prediction",
-        leaves="tables, pages, Raven",
-        after=("stage, rehearse",),
-        place=(2, 2),
-        color=PURPLE,
+        name="predict recordings", command="predict --view", module="prediction",
+        output="tables, pages, Raven", after=("package, dry run",),
+        position=(2, 2), color=PURPLE,
     ),
     Step(
-        name="use elsewhere",
-        command="export",
-        module="export",
-        leaves="model.onnx",
-        after=("train",),
-        place=(4, 1),
-        color=GREY,
+        name="use elsewhere", command="export", module="inference.windows",
+        output="model.onnx", after=("train",),
+        position=(4, 1), color=GREY,
     ),
 )
-WIDTH, HEIGHT = 1.0, 0.62
-COLUMN, ROW = 1.28, 1.0
+# fmt: on
+_BOX_WIDTH, _BOX_HEIGHT = 1.0, 0.62
+_COLUMN_WIDTH, _ROW_HEIGHT = 1.28, 1.0
 
 
 def plot_pipeline() -> Figure:
-    """Draw `STEPS` as boxes, with arrows from step to step."""
-    use_style()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13.5, 5.2), layout="constrained")
+    """Draw `STEPS` as boxes, with an arrow from each step to the steps that read its output."""
+    figure = new_figure(13.5, 5.2)
     axes = figure.add_subplot()
-    corners = {step.name: _corner(step) for step in STEPS}
+    corners = {}
     for step in STEPS:
-        _draw_step(axes, step)
-        for other in step.after:
-            _draw_arrow(axes, corners[other], corners[step.name])
-    axes.set(xlim=(-0.05, 4 * COLUMN + WIDTH + 0.05), ylim=(-2 * ROW - 0.05, HEIGHT + 0.05))
+        column, row = step.position
+        corners[step.name] = (column * _COLUMN_WIDTH, -row * _ROW_HEIGHT)
+    for step in STEPS:
+        _draw_step(axes, step, corners[step.name])
+        for name in step.after:
+            _draw_arrow(axes, corners[name], corners[step.name])
+    n_columns = 1 + max(step.position[0] for step in STEPS)
+    n_rows = 1 + max(step.position[1] for step in STEPS)
+    axes.set_xlim(-0.05, (n_columns - 1) * _COLUMN_WIDTH + _BOX_WIDTH + 0.05)
+    axes.set_ylim(-(n_rows - 1) * _ROW_HEIGHT - 0.05, _BOX_HEIGHT + 0.05)
     axes.axis("off")
     return figure
 
 
-def _corner(step: Step) -> tuple[float, float]:
-    column, row = step.place
-    return column * COLUMN, -row * ROW
-
-
-def _draw_step(axes: Axes, step: Step) -> None:
-    from matplotlib.patches import FancyBboxPatch
-
-    x, y = _corner(step)
-    axes.add_patch(
-        FancyBboxPatch(
-            (x, y), WIDTH, HEIGHT, boxstyle="round,pad=0,rounding_size=0.04", fc="white",
-            ec=step.color, lw=2.5,
-        )
-    )  # fmt: skip
-    middle = x + WIDTH / 2
-    axes.text(middle, y + 0.51, step.name, ha="center", va="center", fontsize=12, weight="bold")
-    lines = (f"birdcall {step.command}", step.module, f"→ {step.leaves}")
-    for number, (text, family) in enumerate(
-        zip(lines, ("monospace", "monospace", "sans-serif"), strict=True)
-    ):
-        axes.text(
-            middle, y + 0.37 - 0.13 * number, text, ha="center", va="center", fontsize=9,
-            family=family, color="black" if number != 1 else GREY,
-        )  # fmt: skip
+def _draw_step(axes: Axes, step: Step, corner: tuple[float, float]) -> None:
+    style = {"boxstyle": "round,pad=0,rounding_size=0.04", "fc": "white", "lw": 2.5}
+    axes.add_patch(FancyBboxPatch(corner, _BOX_WIDTH, _BOX_HEIGHT, ec=step.color, **style))
+    x, y = corner[0] + _BOX_WIDTH / 2, corner[1]
+    centred = {"ha": "center", "va": "center"}
+    axes.text(x, y + 0.51, step.name, fontsize=12, weight="bold", **centred)
+    small = centred | {"fontsize": 9}
+    axes.text(x, y + 0.37, f"birdcall {step.command}", family="monospace", **small)
+    axes.text(x, y + 0.24, step.module, family="monospace", color=GREY, **small)
+    axes.text(x, y + 0.11, f"→ {step.output}", **small)
 
 
 def _draw_arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
-    """Draw from edge to edge: along a row, or down, or down to the side."""
+    """Draw from box to box: along a row, or downwards."""
     (x, y), (to_x, to_y) = start, end
+    side = (to_x > x) - (to_x < x)
     if y == to_y:
-        begin = (x + WIDTH, y + HEIGHT / 2) if to_x > x else (x, y + HEIGHT / 2)
-        stop = (to_x, to_y + HEIGHT / 2) if to_x > x else (to_x + WIDTH, to_y + HEIGHT / 2)
+        tail = (x + _BOX_WIDTH if side > 0 else x, y + _BOX_HEIGHT / 2)
+        tip = (to_x if side > 0 else to_x + _BOX_WIDTH, y + _BOX_HEIGHT / 2)
     else:
-        side = (to_x > x) - (to_x < x)
-        begin = (x + WIDTH / 2 + 0.3 * side, y)
-        stop = (to_x + WIDTH / 2 - 0.3 * side, to_y + HEIGHT)
-    axes.annotate(
-        "", stop, begin, arrowprops={"arrowstyle": "-|>", "color": GREY, "lw": 2, "shrinkA": 2,
-                                     "shrinkB": 2},
-    )  # fmt: skip
+        tail = (x + _BOX_WIDTH / 2 + 0.3 * side, y)
+        tip = (to_x + _BOX_WIDTH / 2 - 0.3 * side, to_y + _BOX_HEIGHT)
+    arrow = {"arrowstyle": "-|>", "color": GREY, "lw": 2, "shrinkA": 2, "shrinkB": 2}
+    axes.annotate("", tip, tail, arrowprops=arrow)

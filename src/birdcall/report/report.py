@@ -1,21 +1,26 @@
-"""Show what an evaluation found: one self-contained page that opens from disk, and is heard."""
+"""Write the report of an evaluation: one self-contained page that opens from disk."""
 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
-from birdcall.config import SEGMENT_SECONDS
+import birdcall
+from birdcall.audio.reading import read_audio
+from birdcall.config import SEGMENT_SECONDS, Experiment
 from birdcall.evaluation.mistakes import FALSE, Mistake, PredictedMistake
 from birdcall.evaluation.scoring import Evaluation
 from birdcall.evaluation.tables import LABELLED, confusion_matrix, nocall_share_table, wide_table
+from birdcall.inference.decision import Decision
+from birdcall.report.architecture import plot_architecture, plot_layers, read_layers
 from birdcall.report.charts import (
     Chart,
     chart_confusions,
@@ -29,24 +34,27 @@ from birdcall.report.charts import (
 )
 from birdcall.report.html import (
     SAMPLE_RATE,
-    chart_script,
+    HtmlTable,
+    PageContent,
     draw_tiles,
     encode_mp3,
-    html_table,
     read_asset,
-    readable,
-    table_scripts,
-    table_style,
     write_page,
 )
+from birdcall.report.plots import (
+    SHOWN_SECONDS,
+    plot_pipeline,
+    plot_recall_over_snr,
+    plot_soundscape,
+)
+from birdcall.storage.files import UserError
 from birdcall.taxonomy import display_name
 
-logger = logging.getLogger(__name__)
-
 PAGES_FOLDER = "soundscapes"  # beside the report
-MAX_PAIRS = 200  # of confused species, in the table
-CURVE_WIDTH, CURVE_HEIGHT = 250, 44  # of a mistake's framewise output: a pixel is 20 ms
-CURVE_STYLES = (
+_MAX_PAIRS = 200  # of confused species, in the table
+_MAX_CURVES = 4  # of a mistake: its species, and others of its row
+_CURVE_WIDTH, _CURVE_HEIGHT = 250, 44  # of framewise probabilities: a pixel is 20 ms
+_MEMBER_STYLES = (  # colour and dashes
     *(("#d55e00", "6 3"), ("#009e73", "2 2"), ("#aa3377", "8 3 2 3"), ("#7a5c00", "1 3")),
     *(("#0072b2", "12 4"), ("#4d4d4d", "4 4")),
 )
@@ -57,54 +65,60 @@ def write_report(
     title: str,
     evaluation: Evaluation,
     *,
-    mistakes: Sequence[PredictedMistake] = (),
+    mistakes: Iterable[PredictedMistake] = (),
     pages: Mapping[str, Path] | None = None,
 ) -> None:
-    """Write ``report.html``: scores, the decision and how it came about, mistakes, species.
+    """Write ``report.html``: scores, the decision and its search, mistakes, species.
 
-    pages: soundscape pages of labelled soundscapes by recording, below the report's folder. The
-    report grows with species and soundscapes by a line of text each; audio is of the mistakes.
+    pages: the soundscape pages of labelled soundscapes by recording, below the report's folder.
+    The report grows by one line of text per species and soundscape; it holds the audio of the
+    mistakes only.
     """
-    charts: list[Chart] = []
-    sections = {
-        "scores": ("Scores on sound that was held out", _scores(evaluation)),
-        "decision": ("The decision", _decision(evaluation, charts)),
-        "probabilities": ("Are probabilities probabilities?", _recordings(evaluation, charts)),
-        "confusions": ("What is taken for what", _confusions(evaluation, charts)),
-        "mistakes": ("The worst mistakes, to see and hear", _mistakes(mistakes)),
-        "soundscapes": ("Labelled soundscapes", _soundscapes(evaluation, path.parent, pages or {})),
-        "species": ("Species", _species(evaluation)),
-    }
-    made = {name: (heading, "".join(parts)) for name, (heading, parts) in sections.items()}
-    shown = {name: section for name, section in made.items() if section[1]}
-    links = "".join(f"<li><a href='#{name}'>{head}</a></li>" for name, (head, _) in shown.items())
-    body = "".join(
-        f"<section id='{name}' aria-labelledby='h-{name}'><h2 id='h-{name}'>{head}</h2>{text}"
-        "</section>"
-        for name, (head, text) in shown.items()
+    charts = _charts(evaluation)
+    labelled = evaluation.labelled
+    content = PageContent(
+        title=f"birdcall on {title}",
+        scripts=(read_asset("report.js"),),
+        styles=(read_asset("report.css"),),
+        data={
+            "charts": {name: json.loads(chart.figure.to_json()) for name, chart in charts.items()}
+        },
+        has_tables=True,
+        has_charts=True,
     )
-    heading = f"birdcall on {title}"
     write_page(
         path,
-        readable(heading),
-        f"<a class='skip' href='#scores'>To the scores</a><header><h1>{escape(readable(heading))}"
-        f"</h1><nav aria-label='Sections'><ul>{links}</ul></nav></header><main>{body}</main>",
-        scripts=(chart_script(), read_asset("report.js"), *table_scripts()),
-        styles=(table_style(), read_asset("report.css")),
-        data={"charts": [json.loads(chart.figure.to_json()) for chart in charts]},
+        "report.html",
+        content,
+        scores=HtmlTable(
+            wide_table(evaluation.scores),
+            "Recordings: each is predicted by the model that was not trained on its fold. "
+            "Simulated soundscapes are mixed from these recordings, and scored under a decision "
+            "that was chosen without their recordists. On labelled soundscapes the decision is the "
+            "one that was chosen on simulated soundscapes. F1 is the competition's row-wise F1. "
+            "Intervals (95 %) resample groups of recordists, or labelled soundscapes. The prior "
+            "predicts from the frequency of each species alone.",
+        ),
+        decision=describe_decision(evaluation.decision),
+        charts=charts,
+        confusions=_confusions(evaluation.confusions),
+        mistakes=_group_mistakes(mistakes),
+        foreign_labels={} if labelled is None else dict(labelled.foreign.most_common()),
+        soundscapes=_soundscapes(evaluation.soundscapes, path.parent, pages or {}),
+        species=_species(evaluation.per_class),
     )
 
 
-def describe_decision(evaluation: Evaluation) -> str:
-    """Say the rule, what it was chosen on and what it is worth."""
-    decision, score = evaluation.decision, evaluation.decision.score
+def describe_decision(decision: Decision) -> str:
+    """Return the rule, the data it was chosen on and its score, in a sentence."""
+    score = decision.score
     text = f"{decision.describe()}; chosen on {decision.chosen_on}"
     if score:
         text += (
-            f": {score['cross_validated_row_wise_f1']:.3f} [{score['low']:.3f}, "
-            f"{score['high']:.3f}] where {score['nocall_share_expected']:.0%} of the rows have no "
-            f"bird (all nocall {score['all_nocall']:.3f}; it predicts none in "
-            f"{score['nocall_share_named']:.0%})"
+            f": {score['cross_validated_row_wise_f1']:.3f} "
+            f"[{score['low']:.3f}, {score['high']:.3f}] where "
+            f"{score['nocall_share_expected']:.0%} of the rows have no bird (all nocall "
+            f"{score['all_nocall']:.3f}; it predicts none in {score['nocall_share_named']:.0%})"
         )
     if "labelled_row_wise_f1" in score:
         text += (
@@ -114,201 +128,211 @@ def describe_decision(evaluation: Evaluation) -> str:
     return text
 
 
-# --- sections -------------------------------------------------------------------------------------
+def project_figures(
+    experiment: Experiment, evaluation: Callable[[], Evaluation], n_classes: int = 264
+) -> dict[str, Callable[[], Figure]]:
+    """Return what draws the figures of README and docs, by file name; see `plots.write_figures`.
 
-
-def _scores(evaluation: Evaluation) -> Iterator[str]:
-    yield html_table(
-        wide_table(evaluation.scores),
-        "Recordings of the fold that a model was not trained on; soundscapes simulated from "
-        "these, each scored under a decision chosen without its recordists; labelled "
-        "soundscapes under the decision chosen on simulated ones. F1 is the competition's "
-        "row-wise F1; intervals (95 %) resample groups of recordists, or labelled soundscapes. "
-        "The prior knows how common species are, and nothing else.",
-    )
-
-
-def _decision(evaluation: Evaluation, charts: list[Chart]) -> Iterator[str]:
-    search = evaluation.search
-    yield f"<p>{escape(describe_decision(evaluation))}.</p>"
-    if search is None:
-        return
-    for chart in (
-        chart_steps(search),
-        chart_threshold_curves(search),
-        chart_thresholds(search),
-        chart_votes(evaluation.votes, search),
-        chart_shares(nocall_share_table(evaluation.scores)),
-        chart_recall_over_snr(evaluation.snr),
-    ):
-        if chart is not None:
-            yield _place(chart, charts)
-
-
-def _recordings(evaluation: Evaluation, charts: list[Chart]) -> Iterator[str]:
-    if evaluation.reliability is not None:
-        yield _place(chart_reliability(evaluation.reliability), charts)
-
-
-def _confusions(evaluation: Evaluation, charts: list[Chart]) -> Iterator[str]:
-    pairs = evaluation.confusions
-    chart = chart_confusions(confusion_matrix(pairs))
-    if chart is None:
-        yield "<p>No species was confused with another.</p>"
-        return
-    yield _place(chart, charts)
-    cut = "" if len(pairs) <= MAX_PAIRS else f" The first {MAX_PAIRS} of {len(pairs)} pairs."
-    shown = pairs.head(MAX_PAIRS)
-    names = {
-        column.replace("_", " "): shown[column].map(display_name)
-        for column in ("true_species", "predicted_species")
+    experiment: the one whose architecture is drawn. evaluation: called once, when it is needed.
+    """
+    evaluation = cache(evaluation)
+    return {
+        "pipeline.svg": plot_pipeline,
+        "layers.svg": lambda: plot_layers(read_layers(Path(birdcall.__file__).parent)),
+        "architecture.svg": lambda: plot_architecture(experiment, n_classes),
+        "snr.svg": lambda: _plot_recall(evaluation()),
+        "spectrogram.webp": lambda: _plot_fullest_soundscape(evaluation()),
     }
-    yield html_table(
-        pd.DataFrame(names).join(
-            shown[["recordings", "rows", "only"]].rename(columns={"only": "no other"})
-        ),
-        "Pairs: recordings whose most probable species is wrong, and rows in which the true "
-        "species is missed and the other is predicted. No other: the true species is confused with "
-        "no other." + cut,
-        sortable=True,
-    )
 
 
-def _soundscapes(evaluation: Evaluation, folder: Path, pages: Mapping[str, Path]) -> Iterator[str]:
+def _plot_recall(evaluation: Evaluation) -> Figure:
+    if evaluation.snr is None:
+        raise UserError("no soundscape was simulated for all runs")
+    return plot_recall_over_snr(evaluation.snr)
+
+
+def _plot_fullest_soundscape(evaluation: Evaluation) -> Figure:
+    """Draw the labelled soundscape with most birds in its first minute."""
     labelled = evaluation.labelled
     if labelled is None:
-        return
-    if labelled.foreign:
-        named = ", ".join(f"{label} {count}" for label, count in labelled.foreign.most_common())
-        yield f"<p>Labels that are no species of the competition: {escape(readable(named))}.</p>"
+        raise UserError("there are no labelled soundscapes")
+    predictions = labelled.predictions
+    is_shown = predictions.segments["seconds"].to_numpy() <= SHOWN_SECONDS
+    n_birds = pd.Series(predictions.truth[is_shown].sum(axis=1))
+    recording = (
+        n_birds.groupby(predictions.segments["recording"][is_shown].to_numpy()).sum().idxmax()
+    )
+    frames = labelled.frames.get(recording)
+    return plot_soundscape(
+        read_audio(labelled.paths[recording], SAMPLE_RATE),
+        SAMPLE_RATE,
+        predictions=predictions.select((predictions.segments["recording"] == recording).to_numpy()),
+        decision=evaluation.decision,
+        frames=None if frames is None else frames.frames,
+    )
+
+
+# --- charts and tables ----------------------------------------------------------------------------
+
+
+def _charts(evaluation: Evaluation) -> dict[str, Chart]:
+    """Return the charts by name: those for which the evaluation has data."""
+    charts: dict[str, Chart | None] = {}
+    if evaluation.search is not None:
+        charts |= {
+            "steps": chart_steps(evaluation.search),
+            "threshold_curves": chart_threshold_curves(evaluation.search),
+            "thresholds": chart_thresholds(evaluation.search),
+            "votes": chart_votes(evaluation.votes, evaluation.search),
+            "shares": chart_shares(nocall_share_table(evaluation.scores)),
+            "recall": chart_recall_over_snr(evaluation.snr),
+        }
+    if evaluation.reliability is not None:
+        charts["reliability"] = chart_reliability(evaluation.reliability)
+    charts["confusions"] = chart_confusions(confusion_matrix(evaluation.confusions))
+    return {name: chart for name, chart in charts.items() if chart is not None}
+
+
+def _confusions(pairs: pd.DataFrame) -> HtmlTable:
+    caption = (
+        "Recordings: the most probable species is the predicted one instead of the true one. Rows: "
+        "the true species is missed and the predicted one is false. Only: the true species is "
+        "confused with no other species."
+    )
+    if len(pairs) > _MAX_PAIRS:
+        caption += f" The first {_MAX_PAIRS} of {len(pairs)} pairs."
+    frame = pairs.head(_MAX_PAIRS).copy()
+    for column in ("true_species", "predicted_species"):
+        frame[column] = frame[column].map(display_name)
+    return HtmlTable(_readable_columns(frame), caption, is_sortable=True)
+
+
+def _soundscapes(
+    table: pd.DataFrame | None, folder: Path, pages: Mapping[str, Path]
+) -> HtmlTable | None:
+    if table is None:
+        return None
     links = {name: quote(page.relative_to(folder).as_posix()) for name, page in pages.items()}
-    yield html_table(
-        evaluation.soundscapes,
-        f"Every labelled soundscape, the worst first; {len(links)} of them have a page to see and "
-        "hear, with a link (birdcall evaluate --pages N). Birds: how many, summed over rows.",
-        sortable=True,
-        links=links,
+    caption = (
+        f"Labelled soundscapes, the lowest F1 first. {len(links)} of them have a page with "
+        "spectrogram and audio, linked here (birdcall evaluate --pages N). Birds: the number of "
+        "true species, summed over rows."
     )
+    return HtmlTable(table, caption, is_sortable=True, links=links)
 
 
-def _species(evaluation: Evaluation) -> Iterator[str]:
-    per_class = evaluation.per_class.copy()
-    names = [display_name(code) for code in per_class["ebird_code"]]
-    per_class.insert(0, "name", names)
-    yield html_table(
-        per_class.rename(columns=lambda name: name.replace("_", " ")),
-        "The ensemble, per species. AP is of its mean probability, precision and recall are of "
-        "what the nested decisions name; recordings and rows are the support.",
-        sortable=True,
+def _species(per_class: pd.DataFrame) -> HtmlTable:
+    frame = per_class.copy()
+    frame.insert(0, "name", [display_name(code) for code in frame["ebird_code"]])
+    caption = (
+        "The ensemble by species. AP ranks by its mean probability. Precision and recall are those "
+        "of the decisions chosen without the recordists of a row. Recordings and rows are the "
+        "number of those with the species."
     )
+    return HtmlTable(_readable_columns(frame), caption, is_sortable=True)
 
 
-def _place(chart: Chart, charts: list[Chart]) -> str:
-    """Return where a chart will be drawn, with its caption and its numbers."""
-    charts.append(chart)
-    numbers = ""
-    if chart.numbers is not None:
-        table = html_table(chart.numbers, "The numbers of this chart")
-        numbers = f"<details><summary>Numbers</summary>{table}</details>"
-    return (
-        f"<figure><div class='chart' data-chart='{len(charts) - 1}' role='img' "
-        f"aria-label='{escape(chart.caption, quote=True)}'></div>"
-        f"<figcaption>{escape(chart.caption)}</figcaption>{numbers}</figure>"
-    )
+def _readable_columns(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.rename(columns=lambda name: name.replace("_", " "))
 
 
 # --- mistakes -------------------------------------------------------------------------------------
 
 
-def _mistakes(mistakes: Sequence[PredictedMistake]) -> Iterator[str]:
-    groups: dict[tuple[str, str], list[str]] = {}
-    for number, predicted in enumerate(mistakes):
-        key = predicted.mistake.audio, predicted.mistake.kind
-        groups.setdefault(key, []).append(_card(number, predicted))
-    if groups:
-        yield (
-            "<p>Area: the members' mean probability over the five seconds; lines: each member; "
-            "orange bars: when the species sings, where that is known.</p>"
-        )
-    for (audio, kind), cards in groups.items():
-        yield f"<h3>{audio.capitalize()} soundscapes: {kind}</h3><div class='cards'>"
-        yield from cards
-        yield "</div>"
+@dataclass(frozen=True)
+class Curve:
+    """Framewise probabilities of a species in the row of a mistake, as the points of an SVG.
+
+    area: the members' mean; empty where nothing was predicted. lines: points, colour and dashes of
+    each member. bars: left edge and width of each true event.
+    """
+
+    name: str
+    highest: str
+    area: str
+    lines: tuple[tuple[str, str, str], ...]
+    bars: tuple[tuple[str, str], ...]
 
 
-def _card(number: int, heard: PredictedMistake) -> str:
-    mistake = heard.mistake
-    name = display_name(mistake.ebird_code)
-    place = (
-        f"{readable(mistake.recording)}, {mistake.start:g} to {mistake.start + SEGMENT_SECONDS:g} s"
+@dataclass(frozen=True)
+class Card:
+    """A mistake as the page shows it; ``picture`` and ``audio`` are empty with a ``reason``."""
+
+    name: str
+    score: str
+    row: str
+    true: str
+    predicted: str
+    curves: tuple[Curve, ...]
+    picture: str = ""
+    audio: str = ""
+    reason: str = ""
+
+
+def _group_mistakes(mistakes: Iterable[PredictedMistake]) -> dict[str, list[Card]]:
+    """Return the cards under the heading of their kind of audio and of mistake."""
+    groups: dict[str, list[Card]] = {}
+    for predicted in mistakes:
+        mistake = predicted.mistake
+        heading = f"{mistake.audio.capitalize()} soundscapes: {mistake.kind}"
+        groups.setdefault(heading, []).append(_card(predicted))
+    return groups
+
+
+def _card(predicted: PredictedMistake) -> Card:
+    mistake = predicted.mistake
+    picture = audio = ""
+    if predicted.waveform is not None:
+        # A shorter last row is padded: all pictures show five seconds.
+        missing = max(0, SEGMENT_SECONDS * SAMPLE_RATE - len(predicted.waveform))
+        waveform = np.pad(predicted.waveform, (0, missing))
+        picture, audio = draw_tiles(waveform)[0].picture, encode_mp3(waveform)
+    end = mistake.start + SEGMENT_SECONDS
+    return Card(
+        name=display_name(mistake.ebird_code),
+        score=_describe_score(mistake),
+        row=f"{mistake.recording}, {mistake.start:g} to {end:g} s",
+        true=", ".join(map(display_name, mistake.true)) or "no bird",
+        predicted=", ".join(map(display_name, mistake.predicted)) or "no bird",
+        curves=tuple(_curves(predicted)),
+        picture=picture,
+        audio=audio,
+        reason=predicted.reason,
     )
-    if heard.waveform is None:
-        seen = f"<p class='notice'>No sound: {escape(readable(heard.reason))}</p>"
-    else:
-        # A padded row's picture is as long as the others'.
-        n_row = SEGMENT_SECONDS * SAMPLE_RATE
-        waveform = np.pad(heard.waveform, (0, max(0, n_row - len(heard.waveform))))
-        (tile,) = draw_tiles(waveform)
-        seen = (
-            f"<div class='seen'><img src='{tile.picture}' alt='Spectrogram, 0 to 16 kHz' "
-            "width='250' height='256'><span class='cursor'></span></div>"
-        )
-        player = (
-            f"<audio controls preload='none' aria-label='Five seconds: {escape(name, quote=True)}' "
-            f"src='data:audio/mpeg;base64,{encode_mp3(waveform)}'></audio>"
-        )
-    curves = "".join(_curve(heard, place, code) for place, code in enumerate(mistake.species[:4]))
-    true = ", ".join(map(display_name, mistake.true)) or "no bird"
-    named = ", ".join(map(display_name, mistake.predicted)) or "no bird"
-    return (
-        f"<article class='card' aria-labelledby='m{number}'><h4 id='m{number}'>{escape(name)}</h4>"
-        f"<p>{escape(_say_score(mistake))}<br>{escape(place)}</p>{seen}{curves}"
-        f"<p>true: {escape(true)}<br>predicted: {escape(named)}</p>"
-        f"{player if heard.waveform is not None else ''}</article>"
-    )
 
 
-def _say_score(mistake: Mistake) -> str:
+def _describe_score(mistake: Mistake) -> str:
     if mistake.kind == FALSE:
-        return f"named with a frame probability of {mistake.score:.2f}"
+        return f"predicted with a frame probability of {mistake.score:.2f}"
     if mistake.audio == LABELLED:
         return f"missed, with a frame probability of {-mistake.score:.2f}"
-    return f"missed, {mistake.score:.0f} dB above the noise of its band"
+    return f"missed, {mistake.score:.0f} dB above the noise in its frequency band"
 
 
-def _curve(heard: PredictedMistake, place: int, code: str) -> str:
-    """Draw the framewise output of one species as SVG, with when it sings."""
-    mistake = heard.mistake
-    bars = "".join(
-        f"<rect x='{_across(one.onset - mistake.start):.1f}' y='0' height='5' "
-        f"width='{_across(one.offset - one.onset):.1f}' fill='#b34700'/>"
-        for one in heard.events
-        if one.ebird_code == code
-    )
-    lines, highest = "", "not heard again"
-    if heard.frames is not None and np.isfinite(heard.frames[:, place]).all():
-        own = heard.frames[:, place]
-        corners = f"0,{CURVE_HEIGHT}", f"{CURVE_WIDTH},{CURVE_HEIGHT}"
-        lines = f"<polygon points='{corners[0]} {_points(own[0])} {corners[1]}' fill='#a9c7dd'/>"
-        lines += "".join(
-            f"<polyline points='{_points(one)}' fill='none' stroke='{color}' "
-            f"stroke-dasharray='{dash}'/>"
-            for one, (color, dash) in zip(own[1:], CURVE_STYLES, strict=False)
+def _curves(predicted: PredictedMistake) -> Iterator[Curve]:
+    """Yield the framewise probabilities of the first species of the row, with their true events."""
+    pixels_per_second = _CURVE_WIDTH / SEGMENT_SECONDS
+    for index, code in enumerate(predicted.mistake.species[:_MAX_CURVES]):
+        area, lines, highest = "", (), "not predicted"
+        if predicted.frames is not None and np.isfinite(predicted.frames[:, index]).all():
+            mean, *members = predicted.frames[:, index]
+            area = f"0,{_CURVE_HEIGHT} {_points(mean)} {_CURVE_WIDTH},{_CURVE_HEIGHT}"
+            styles = zip(members, _MEMBER_STYLES, strict=False)
+            lines = tuple((_points(frames), color, dashes) for frames, (color, dashes) in styles)
+            highest = f"at most {mean.max():.2f}"
+        bars = tuple(
+            (
+                f"{(event.onset - predicted.mistake.start) * pixels_per_second:.1f}",
+                f"{(event.offset - event.onset) * pixels_per_second:.1f}",
+            )
+            for event in predicted.events
+            if event.ebird_code == code
         )
-        highest = f"at most {own[0].max():.2f}"
-    name = display_name(code)
-    return (
-        f"<div class='curve'><span>{escape(name)}</span><svg viewBox='0 0 {CURVE_WIDTH} "
-        f"{CURVE_HEIGHT}' preserveAspectRatio='none' role='img' aria-label='Probability of "
-        f"{escape(name, quote=True)} over five seconds: {highest}'>{lines}{bars}</svg></div>"
-    )
+        yield Curve(display_name(code), highest, area=area, lines=lines, bars=bars)
 
 
-def _across(seconds: float) -> float:
-    return seconds / SEGMENT_SECONDS * CURVE_WIDTH
-
-
-def _points(frames: np.ndarray) -> str:
-    x = np.linspace(0, CURVE_WIDTH, len(frames))
-    y = CURVE_HEIGHT - 1 - frames * (CURVE_HEIGHT - 8)
-    return " ".join(f"{one:.0f},{two:.1f}" for one, two in zip(x, y, strict=True))
+def _points(frames: Sequence[float] | np.ndarray) -> str:
+    """Return the points of an SVG line through probabilities; 0 is at the bottom."""
+    xs = np.linspace(0, _CURVE_WIDTH, len(frames))
+    ys = _CURVE_HEIGHT - 1 - np.asarray(frames) * (_CURVE_HEIGHT - 8)
+    return " ".join(f"{x:.0f},{y:.1f}" for x, y in zip(xs, ys, strict=True))

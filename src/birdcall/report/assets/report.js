@@ -1,31 +1,31 @@
 'use strict';
-// Draw the charts one after another, so that the page can be scrolled from the first moment, and
-// let a line follow the sound over each mistake's picture.
-const charts = JSON.parse(document.getElementById('data').textContent).charts;
-const places = [...document.querySelectorAll('[data-chart]')];
+// Draw the charts one after another, so that the page can be scrolled at once, and move a line
+// over the spectrogram of the mistake that plays.
+const SEGMENT_SECONDS = 5;
+const charts = JSON.parse(document.getElementById('charts').textContent);
 
-function drawNext() {
-  const place = places.shift();
-  if (!place) {
-    document.body.dataset.ready = 'yes';
-    return;
+async function drawCharts() {
+  for (const element of document.querySelectorAll('[data-chart]')) {
+    const { data, layout } = charts[element.dataset.chart];
+    await Plotly.newPlot(element, data, layout, { responsive: true, displayModeBar: false });
+    await new Promise((resume) => { setTimeout(resume, 0); });
   }
-  const { data, layout } = charts[Number(place.dataset.chart)];
-  Plotly.newPlot(place, data, layout, { responsive: true, displayModeBar: false }).then(() => setTimeout(drawNext, 0));
+  await tablesReady;
+  markReady();
 }
 
-for (const audio of document.querySelectorAll('.card audio')) {
-  const cursor = audio.closest('.card').querySelector('.cursor');
-  const follow = () => {
-    cursor.style.left = `${Math.min(100, audio.currentTime / 5 * 100)}%`;
-    if (!audio.paused) requestAnimationFrame(follow);
+const players = [...document.querySelectorAll('.card audio')];
+for (const player of players) {
+  const cursor = player.closest('.card').querySelector('.cursor');
+  const moveCursor = () => {
+    cursor.style.left = `${Math.min(100, player.currentTime / SEGMENT_SECONDS * 100)}%`;
+    if (!player.paused) requestAnimationFrame(moveCursor);
   };
-  audio.addEventListener('play', () => {
-    // One bird at a time.
-    for (const other of document.querySelectorAll('.card audio')) if (other !== audio) other.pause();
-    follow();
+  player.addEventListener('play', () => {
+    for (const playing of players) if (playing !== player) playing.pause();
+    moveCursor();
   });
-  audio.addEventListener('seeked', follow);
+  player.addEventListener('seeked', moveCursor);
 }
 
-drawNext();
+if (document.querySelector('[data-chart]')) drawCharts();
