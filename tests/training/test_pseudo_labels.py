@@ -1,4 +1,4 @@
-"""Labels get times from models that did not train on the recording; none is believed blindly."""
+"""Pseudo-labels come from runs that held the recording out, and keep what is uncertain."""
 
 import json
 from dataclasses import replace
@@ -19,9 +19,9 @@ from birdcall.models.checkpoint import Checkpoint, save_checkpoint
 from birdcall.models.sed import build_model
 from birdcall.training.pseudo_labels import (
     PseudoLabelConfig,
+    PseudoLabelSummary,
     find_label_intervals,
-    held_out_recordings,
-    summarise_labels,
+    make_pseudo_labels,
     write_pseudo_labels,
 )
 from birdcall.training.runs import plan_runs, train_many
@@ -31,92 +31,94 @@ CLASSES = ("amecro", "bkcchi", "norcar")
 CONFIG = PseudoLabelConfig()
 
 
-def scores_of(seconds=15.0, clipwise=1.0, **heard):
-    """Scores of a recording in which birds are heard in stretches of (onset, offset, probability).
+def predictions_of(seconds=15.0, clipwise=1.0, **species):
+    """Predictions for a recording with intervals of (onset, offset, probability) for each species.
 
     Clipwise is the same for all.
     """
     n_segments = -(-int(seconds) // 5)
     frames = np.zeros((3, n_segments * FRAMES_PER_SEGMENT), np.float32)
-    for code, stretches in heard.items():
-        for onset, offset, probability in stretches:
+    for code, intervals in species.items():
+        for onset, offset, probability in intervals:
             frames[CLASSES.index(code), round(onset * 10) : round(offset * 10)] = probability
     clips = np.full((2, n_segments, 3), clipwise, np.float32)
     return SegmentPredictions(clips, clips, frames, recording_seconds=(seconds,))
 
 
-def stretches_of(scores, *given, config=CONFIG):
+def intervals_of(predictions, *given, config=CONFIG):
     return [
         (event.ebird_code, event.onset, event.offset, state)
-        for event, state in find_label_intervals(scores, given, CLASSES, config)
+        for event, state in find_label_intervals(predictions, given, CLASSES, config)
     ]
 
 
-def test_a_heard_stretch_lies_within_the_one_where_the_bird_may_be_heard():
-    scores = scores_of(amecro=[(2, 8, 0.2), (4, 6, 0.8)])
-    assert stretches_of(scores, "amecro") == [
+def test_a_present_interval_lies_within_an_uncertain_one():
+    predictions = predictions_of(amecro=[(2, 8, 0.2), (4, 6, 0.8)])
+    assert intervals_of(predictions, "amecro") == [
         ("amecro", 2.0, 8.0, "uncertain"),
         ("amecro", 4.0, 6.0, "present"),
     ]
 
 
 def test_the_silence_around_a_song_is_silence():
-    table = as_table(scores_of(amecro=[(4, 6, 0.8)]), "amecro")
+    table = as_table(predictions_of(amecro=[(4, 6, 0.8)]), "amecro")
     targets = StrongTargets(pd.DataFrame({"filename": ["XC1.mp3"]}), CLASSES, table)
     assert targets.find(0, 3.0, 5.0).tolist() == [1.0, 0.0, 0.0]
     assert targets.find(0, 8.0, 5.0).tolist() == [0.0, 0.0, 0.0]
 
 
-def as_table(scores, *given):
-    rows = [("XC1.mp3", *row, 1.0) for row in stretches_of(scores, *given)]
+def as_table(predictions, *given):
+    rows = [("XC1.mp3", *row, 1.0) for row in intervals_of(predictions, *given)]
     names = ["filename", "ebird_code", "onset", "offset", "state", "probability"]
     return pd.DataFrame(rows, columns=names)
 
 
 def test_a_pause_within_a_song_is_no_absence():
-    found = stretches_of(scores_of(amecro=[(1, 2, 0.9), (2.5, 4, 0.9), (6, 7, 0.9)]), "amecro")
-    heard = [row for row in found if row[3] == "present"]
-    assert heard == [("amecro", 1.0, 4.0, "present"), ("amecro", 6.0, 7.0, "present")]
+    found = intervals_of(predictions_of(amecro=[(1, 2, 0.9), (2.5, 4, 0.9), (6, 7, 0.9)]), "amecro")
+    present = [row for row in found if row[3] == "present"]
+    assert present == [("amecro", 1.0, 4.0, "present"), ("amecro", 6.0, 7.0, "present")]
 
 
 def test_the_primary_label_never_vanishes():
-    found = stretches_of(scores_of(amecro=[(9, 9.2, 0.02)]), "amecro")
+    found = intervals_of(predictions_of(amecro=[(9, 9.2, 0.02)]), "amecro")
     assert found == [("amecro", 0.0, 15.0, "uncertain"), ("amecro", 6.55, 11.55, "present")]
-    nowhere = stretches_of(scores_of(), "amecro")
+    nowhere = intervals_of(predictions_of(), "amecro")
     assert nowhere == [("amecro", 0.0, 5.0, "present"), ("amecro", 0.0, 15.0, "uncertain")]
-    at_end = stretches_of(scores_of(amecro=[(14.9, 15, 0.02)]), "amecro")
+    at_end = intervals_of(predictions_of(amecro=[(14.9, 15, 0.02)]), "amecro")
     assert ("amecro", 10.0, 15.0, "present") in at_end
-    short = stretches_of(scores_of(2.3, amecro=[(1, 2, 0.02)]), "amecro")
+    short = intervals_of(predictions_of(2.3, amecro=[(1, 2, 0.02)]), "amecro")
     assert set(short) == {("amecro", 0.0, 2.3, "present"), ("amecro", 0.0, 2.3, "uncertain")}
 
 
-def test_who_hears_a_bird_nowhere_cannot_say_where_it_is_not():
-    scores = scores_of(amecro=[(0, 5, 0.9)], norcar=[(3, 4, 0.3)])
-    assert ("norcar", 0.0, 15.0, "uncertain") in stretches_of(scores, "amecro", "norcar")
+def test_a_secondary_label_that_is_missed_is_uncertain_everywhere():
+    predictions = predictions_of(amecro=[(0, 5, 0.9)], norcar=[(3, 4, 0.3)])
+    assert ("norcar", 0.0, 15.0, "uncertain") in intervals_of(predictions, "amecro", "norcar")
 
 
 def test_a_secondary_label_without_a_trace_is_dropped():
-    scores = scores_of(amecro=[(0, 5, 0.9)], norcar=[(3, 4, 0.04)])
-    assert {row[0] for row in stretches_of(scores, "amecro", "norcar")} == {"amecro"}
+    predictions = predictions_of(amecro=[(0, 5, 0.9)], norcar=[(3, 4, 0.04)])
+    assert {row[0] for row in intervals_of(predictions, "amecro", "norcar")} == {"amecro"}
 
 
 def test_a_bird_that_is_not_listed_is_added_only_where_clip_and_frame_are_sure():
-    heard = {"amecro": [(0, 5, 0.9)], "bkcchi": [(6, 8, 0.95), (10, 11, 0.7), (12, 13, 0.4)]}
-    others = [row for row in stretches_of(scores_of(**heard), "amecro") if row[0] == "bkcchi"]
+    species = {"amecro": [(0, 5, 0.9)], "bkcchi": [(6, 8, 0.95), (10, 11, 0.7), (12, 13, 0.4)]}
+    others = [
+        row for row in intervals_of(predictions_of(**species), "amecro") if row[0] == "bkcchi"
+    ]
     assert others == [
         ("bkcchi", 6.0, 8.0, "present"),
         ("bkcchi", 6.0, 8.0, "uncertain"),
         ("bkcchi", 10.0, 11.0, "uncertain"),
     ]
-    quiet = stretches_of(scores_of(clipwise=0.6, **heard), "amecro")
+    quiet = intervals_of(predictions_of(clipwise=0.6, **species), "amecro")
     assert [row[3] for row in quiet if row[0] == "bkcchi"] == ["uncertain", "uncertain"]
-    assert {row[0] for row in stretches_of(scores_of(clipwise=0.4, **heard), "amecro")} == {
+    assert {row[0] for row in intervals_of(predictions_of(clipwise=0.4, **species), "amecro")} == {
         "amecro"
     }
 
 
-def test_nothing_is_heard_in_the_padding_behind_the_recording():
-    found = stretches_of(scores_of(12.34, amecro=[(11, 15, 0.9)]), "amecro")
+def test_no_interval_is_in_the_padding_behind_the_recording():
+    found = intervals_of(predictions_of(12.34, amecro=[(11, 15, 0.9)]), "amecro")
     assert max(row[2] for row in found) == 12.3
 
 
@@ -129,7 +131,7 @@ def test_thresholds_out_of_order_are_refused():
 
 @pytest.fixture
 def runs(training_data, tiny_experiment, tmp_path):
-    """A run per fold: that of fold 0 hears only the first class, that of fold 1 the second."""
+    """A run per fold: that of fold 0 predicts only the first class, that of fold 1 the second."""
     folders = []
     for fold in training_data.folds:
         model = build_model(tiny_experiment, len(training_data.classes))
@@ -143,12 +145,12 @@ def runs(training_data, tiny_experiment, tmp_path):
     return folders
 
 
-def test_a_recording_is_heard_only_by_members_that_did_not_train_on_it(
+def test_a_recording_is_predicted_only_by_runs_that_did_not_train_on_it(
     runs, training_data, tmp_path
 ):
-    summary = write_pseudo_labels(runs, training_data, tmp_path / "relabelled.csv")
+    summary = write_pseudo_labels(runs, training_data, tmp_path / "pseudo_labels.csv")
     recordings = training_data.recordings
-    timed = read_strong_labels(tmp_path / "relabelled.csv", recordings, training_data.classes)
+    timed = read_strong_labels(tmp_path / "pseudo_labels.csv", recordings, training_data.classes)
     assert set(timed["filename"]) == set(recordings["filename"])
     fold = timed["filename"].map(recordings.set_index("filename")["fold"])
     sure = timed[timed["probability"] > 0.9]
@@ -157,19 +159,19 @@ def test_a_recording_is_heard_only_by_members_that_did_not_train_on_it(
     assert by_fold[1].tolist() == [training_data.classes[1]]
     ends = sure.groupby("filename")["offset"].max()
     seconds = recordings.set_index("filename")["seconds"][ends.index]
-    assert np.allclose(ends, seconds, atol=0.06), "each is heard to its end"
+    assert np.allclose(ends, seconds, atol=0.06), "each is predicted to its end"
     assert summary.n_recordings == len(recordings)
     assert sum(summary.primary.values()) == len(recordings)
-    heard = [training_data.classes[fold] for fold in recordings["fold"]]
-    assert summary.primary["confirmed"] == (recordings["ebird_code"] == heard).sum() > 0
+    predicted = [training_data.classes[fold] for fold in recordings["fold"]]
+    assert summary.primary["confirmed"] == (recordings["ebird_code"] == predicted).sum() > 0
 
 
 def test_folds_without_a_run_keep_their_labels(runs, training_data, tmp_path, caplog):
-    summary = write_pseudo_labels(runs[:1], training_data, tmp_path / "relabelled.csv")
+    summary = write_pseudo_labels(runs[:1], training_data, tmp_path / "pseudo_labels.csv")
     in_fold = (training_data.recordings["fold"] == 0).sum()
     assert summary.n_recordings == in_fold
-    assert summary.n_kept == len(training_data.recordings) - in_fold
-    assert "no run has held out fold 1: " in caplog.text
+    assert summary.n_unchanged == len(training_data.recordings) - in_fold
+    assert "no run held out fold 1: " in caplog.text
 
 
 def test_a_recording_that_cannot_be_read_keeps_its_labels(runs, training_data, tmp_path, caplog):
@@ -178,18 +180,18 @@ def test_a_recording_that_cannot_be_read_keeps_its_labels(runs, training_data, t
     recordings = training_data.recordings.copy()
     recordings.loc[recordings.index[0], "path"] = str(broken)
     data = replace(training_data, recordings=recordings)
-    summary = write_pseudo_labels(runs, data, tmp_path / "relabelled.csv")
-    assert summary.n_kept == 1
+    summary = write_pseudo_labels(runs, data, tmp_path / "pseudo_labels.csv")
+    assert summary.n_unchanged == 1
     assert "broken.mp3" in caplog.text
-    assert "its labels stay as they are" in caplog.text
+    assert "its labels stay unchanged" in caplog.text
 
 
 def test_runs_of_other_data_are_refused(runs, training_data):
     with pytest.raises(ValueError, match="checkpoint of other classes"):
-        held_out_recordings(runs, replace(training_data, classes=("amecro", "zzz")))
+        make_pseudo_labels(runs, replace(training_data, classes=("amecro", "zzz")))
     recordings = training_data.recordings[training_data.recordings["fold"] == 0]
     with pytest.raises(ValueError, match="fold1: of fold 1; the data's folds are 0"):
-        held_out_recordings(runs, replace(training_data, recordings=recordings))
+        make_pseudo_labels(runs, replace(training_data, recordings=recordings))
 
 
 def test_the_summary_counts_each_label_once():
@@ -212,16 +214,22 @@ def test_the_summary_counts_each_label_once():
         ("XC3.mp3", "bkcchi", 0.0, 2.0, "present", 0.95),
     ]
     names = ["filename", "ebird_code", "onset", "offset", "state", "probability"]
-    summary = summarise_labels(pd.DataFrame(rows, columns=names), recordings, CONFIG)
-    assert str(summary) == (
-        "2 recordings relabelled, 1 as they were; primary: 1 confirmed, 1 uncertain, 0 dropped; "
-        "secondary: 1 confirmed, 1 uncertain, 1 dropped; not listed: 1 added, 0 uncertain; "
-        "primary heard in 45% of the time"
+    labels = pd.DataFrame(rows, columns=names)
+    summary = PseudoLabelSummary.of(labels, recordings, CONFIG)
+    assert summary == PseudoLabelSummary(
+        n_recordings=2,
+        n_unchanged=1,
+        primary={"confirmed": 1, "uncertain": 1, "dropped": 0},
+        secondary={"confirmed": 1, "uncertain": 1, "dropped": 1},
+        added={"present": 1, "uncertain": 0},
+        primary_share=0.45,
     )
+    assert "primary labels: 1 confirmed, 1 uncertain, 0 dropped" in str(summary)
+    assert "45%" in str(summary)
 
 
 @pytest.mark.slow
-def test_relabelled_targets_are_nearer_to_the_truth_than_labels_of_whole_recordings(
+def test_pseudo_labels_are_nearer_to_the_truth_than_labels_of_whole_recordings(
     training_data, demo_folder, tiny_experiment, tmp_path
 ):
     """Every third recording gets a secondary label of a species that is not in it."""
@@ -233,7 +241,7 @@ def test_relabelled_targets_are_nearer_to_the_truth_than_labels_of_whole_recordi
     )
     runs = plan_runs([experiment], training_data, None, tmp_path / "runs")
     train_many(runs, training_data, RunOptions(workers=0))
-    path = tmp_path / "relabelled.csv"
+    path = tmp_path / "pseudo_labels.csv"
     summary = write_pseudo_labels([run.folder for run in runs], data, path)
     timed = StrongTargets(
         data.recordings, data.classes, read_strong_labels(path, data.recordings, data.classes)
