@@ -312,6 +312,15 @@ class SoundscapePageWriter:
         self.discard()
         return write_soundscape_pages(self.folder, soundscape, self.home)
 
+    def has_pages(self, name: str, seconds: float) -> bool:
+        """Return whether the pages of a recording of this length are in the folder."""
+        names = page_names(name, n_parts_of(seconds))
+        return all((self.folder / page).is_file() for page in names)
+
+    def write_index(self, table: pd.DataFrame, title: str = "Recordings") -> Path:
+        """Write the page that links to the pages of all recordings; see `write_index`."""
+        return write_index(self.folder, title, table)
+
 
 def write_index(folder: Path, title: str, table: pd.DataFrame) -> Path:
     """Write the page that links to the pages of all recordings.
