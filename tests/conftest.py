@@ -14,7 +14,8 @@ from birdcall.data.audit import audio_hashes, audit_recordings, usable_recording
 from birdcall.data.dataset import TrainingData, load_training_data
 from birdcall.data.folds import make_folds, write_folds
 from birdcall.data.recordings import read_recordings
-from birdcall.demo import DemoConfig, make_demo
+from birdcall.demo.plan import DemoConfig
+from birdcall.demo.writer import make_demo
 from birdcall.evaluation.mistakes import find_mistakes, predict_mistakes, write_labelled_pages
 from birdcall.evaluation.predict import HeldOutOptions, HeldOutPredictions, predict_held_out
 from birdcall.evaluation.scoring import Evaluation, evaluate

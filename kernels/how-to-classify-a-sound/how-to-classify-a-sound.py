@@ -113,7 +113,8 @@ def find_folder(chosen: str, marker: str, *patterns: str) -> Path | None:
 
 def make_tiny_demo() -> Path:
     """Write some minutes of audio: five synthetic species and two labelled soundscapes."""
-    from birdcall.demo import DemoConfig, make_demo
+    from birdcall.demo.plan import DemoConfig
+    from birdcall.demo.writer import make_demo
 
     config = DemoConfig(
         n_species=5, recordings_per_species=(12, 16), recording_seconds=(5.0, 8.0),

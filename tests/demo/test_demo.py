@@ -17,19 +17,20 @@ import soundfile
 from scipy.signal import periodogram
 from sklearn.metrics import roc_auc_score
 
-from birdcall.demo import writer
-from birdcall.demo.ambience import make_insects, make_plane, propagate
-from birdcall.demo.plan import SoundscapePlan
+from birdcall.demo.plan import DemoConfig, SoundscapePlan, plan_recordists
 from birdcall.demo.rendering import (
+    active_power,
+    make_insects,
+    make_plane,
     mix_soundscape,
+    propagate,
     render_background,
     render_noise,
     render_recording,
     render_soundscape,
 )
-from birdcall.demo.schedule import DEVICES, plan_recordists
-from birdcall.demo.synthesis import active_power
-from birdcall.demo.writer import TRAIN_COLUMNS, DemoConfig, make_demo, plan_demo
+from birdcall.demo.schedule import DEVICES
+from birdcall.demo.writer import TRAIN_COLUMNS, make_demo, plan_demo
 
 TINY = DemoConfig(
     n_species=4,
@@ -260,7 +261,7 @@ def test_a_demo_that_is_there_is_left_as_it_is(tiny, caplog):
 
 def test_a_folder_with_other_things_in_it_is_not_touched(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match=f"{tmp_path.name} is not empty, nor a demo"):
+    with pytest.raises(ValueError, match=f"{tmp_path.name} is not empty, no demo"):
         make_demo(tmp_path, TINY)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="not empty"):
@@ -269,10 +270,10 @@ def test_a_folder_with_other_things_in_it_is_not_touched(tmp_path):
 
 
 def test_a_run_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(writer, "_write_tables", fail)
+    monkeypatch.setattr(csv, "DictWriter", fail)  # the tables come after the audio
     config = replace(TINY, n_species=2, recordings_per_species=(1, 1), n_examples=0, n_noise=0)
     with pytest.raises(OSError, match="no space"):
         make_demo(tmp_path / "data", config, workers=1)
@@ -350,7 +351,7 @@ def test_recordists_differ_in_all_that_colours_a_recording():
 def test_a_third_of_the_birds_behind_is_not_listed(plan):
     behind = listed = with_others = 0
     for one in plan.recordings:
-        others = {event.ebird_code for event in one.events} - {one.species.ebird_code}
+        others = {event.ebird_code for event in one.songs} - {one.species.ebird_code}
         assert {other.ebird_code for other in one.listed} <= others
         behind, listed = behind + len(others), listed + len(one.listed)
         with_others += bool(others)
@@ -361,7 +362,7 @@ def test_a_third_of_the_birds_behind_is_not_listed(plan):
 def test_no_bird_of_a_soundscape_sings_in_training_and_no_noise_is_used_twice(plan):
     def birds(plans):
         return {
-            (event.individual.name, event.individual.pitch) for one in plans for event in one.events
+            (event.individual.name, event.individual.pitch) for one in plans for event in one.songs
         }
 
     def heard(plans):
@@ -396,7 +397,10 @@ def test_sites_favour_other_species_than_training(plan):
 def test_example_labels_name_animals_that_are_no_class(plan):
     classes = {one.species.ebird_code for one in plan.recordings}
     named = {
-        code for one in plan.examples for _, codes in one.labels_with_animals() for code in codes
+        code
+        for one in plan.examples
+        for _, codes in one.labels(with_animals=True)
+        for code in codes
     }
     assert "squirrel" in named
     assert len(named - classes) >= 3
@@ -486,7 +490,7 @@ def test_the_loudness_of_a_row_does_not_tell_whether_a_bird_sings():
 def test_recordings_are_cleaner_than_soundscapes(plan):
     one = next(one for one in plan.recordings if not one.damage and 20 < one.snr_db < 30)
     one = replace(
-        one, events=tuple(e for e in one.events if e.ebird_code == one.species.ebird_code)
+        one, songs=tuple(song for song in one.songs if song.ebird_code == one.species.ebird_code)
     )
     flat = replace(one.recordist, equalizer_db=(0.0, 0.0, 0.0, 0.0), channels=1, background="white")
     recording = render_recording(replace(one, recordist=flat))[:, 0]
@@ -499,13 +503,13 @@ def test_recordings_are_cleaner_than_soundscapes(plan):
 
 def test_songs_are_in_their_recordings_from_the_first_second_on(plan):
     for one in plan.recordings:
-        primary = [e for e in one.events if e.ebird_code == one.species.ebird_code]
+        primary = [song for song in one.songs if song.ebird_code == one.species.ebird_code]
         if one.damage:
             assert primary == []
             continue
         assert 0 <= primary[0].onset_seconds <= 1
         assert all(a.offset_seconds <= b.onset_seconds for a, b in pairwise(primary))
-    many = [len(one.events) for one in plan.recordings if one.seconds > 15]
+    many = [len(one.songs) for one in plan.recordings if one.seconds > 15]
     assert np.median(many) >= 3
 
 

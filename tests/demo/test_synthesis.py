@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from scipy.signal import spectrogram, welch
 
+from birdcall.demo.rendering import active_power
 from birdcall.demo.songs import SPECIES
 from birdcall.demo.synthesis import (
     Syllable,
-    active_power,
     compose_song,
     draw_individual,
     render_song,
@@ -83,8 +83,8 @@ def test_the_stated_band_holds_the_contours_of_the_songs(code):
     contours = [
         hz
         for phrase in species.phrases[: 1 if code == "bkcchi" else None]
-        for figure in phrase.figures
-        for syllable in figure.syllables
+        for motif in phrase.motifs
+        for syllable in motif.syllables
         for hz in syllable.contour_hz
     ]
     assert species.band_hz[0] <= min(contours) * 1.05

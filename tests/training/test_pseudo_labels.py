@@ -264,7 +264,7 @@ def with_wrong_labels(data, folder):
     """Return the data with wrong secondary labels, and the songs of each recording."""
     settings = json.loads((folder / "demo.json").read_text())["config"]
     plans = plan_recordings(config_from_dict(DemoConfig, settings))
-    truth = {f"XC{plan.xc_id}.mp3": plan.events for plan in plans}
+    truth = {f"XC{plan.xc_id}.mp3": plan.songs for plan in plans}
     recordings, generator = data.recordings.copy(), np.random.default_rng(0)
     labels = []
     for filename, codes in zip(recordings["filename"], recordings["secondary_codes"], strict=True):
@@ -276,4 +276,4 @@ def with_wrong_labels(data, folder):
 
 
 def is_heard(events, code, start):
-    return any(event.ebird_code == code and event.is_heard(start, start + 2) for event in events)
+    return any(event.ebird_code == code and event.counts_in(start, start + 2) for event in events)

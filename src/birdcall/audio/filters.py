@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from scipy import fft
 
 # A filter is a symmetric kernel of so many samples (32 ms at 32 kHz) and is applied block by block
@@ -58,6 +57,8 @@ def filter_padded(padded: np.ndarray, sample_rate: int, curves: list[Curve]) -> 
 
     padded: float32, of a `padded_length`.
     """
+    import torch  # here: the processes that synthesise noise for the demo need no torch
+
     blocks = torch.from_numpy(padded).unfold(0, BLOCK_SAMPLES, STEP_SAMPLES)
     spectra = torch.fft.rfft(blocks).mul_(torch.from_numpy(_response(sample_rate, curves)))
     filtered = torch.fft.irfft(spectra, BLOCK_SAMPLES)

@@ -1,26 +1,44 @@
-"""Say what the demo data holds, before any sound is made: which files, who sings when, how loud."""
+"""What the demo data holds, before any audio is made: which files, who sings when, how loud."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from birdcall.audio.filters import NOISE_KINDS
 from birdcall.config import SEGMENT_SECONDS, require, require_range, require_share
-from birdcall.demo.ambience import BIRD_FREE_ANIMALS, LABELLED_ANIMALS
 from birdcall.demo.songs import SPECIES
-from birdcall.demo.synthesis import Individual, Song, Species, compose_song, draw_individual
+from birdcall.demo.synthesis import (
+    BIRD_FREE_ANIMALS,
+    LABELLED_ANIMALS,
+    Individual,
+    Song,
+    SyntheticSpecies,
+    compose_song,
+    draw_individual,
+)
 
 BACKGROUND_KINDS = (*NOISE_KINDS, "insects")
-# Insects twice: no two species sound alike, and a trill of theirs passes for a bird's.
+# Insects twice: no two species are alike, and their trill can be taken for a bird's.
 NOISE_FILE_KINDS = (*BACKGROUND_KINDS, *BIRD_FREE_ANIMALS, "insects")
-Item = TypeVar("Item")
 
-MIN_OVERLAP_SECONDS = 0.5  # so much of a song, or half of it, must fall into a row to count there
+
+_RECORDER_RATES = (44_100, 32_000, 48_000, 44_100, 22_050)  # in turn: small demos have all
+_HOMES = (
+    ("United States", "Ithaca, Tompkins, New York", 42.44, -76.50),
+    ("United States", "Duluth, St. Louis, Minnesota", 46.79, -92.10),
+    ("United States", "Blacksburg, Montgomery, Virginia", 37.23, -80.41),
+    ("Canada", "Chaffeys Lock, Leeds and Grenville, Ontario", 44.58, -76.32),
+    ("Canada", "Wolfville, Kings, Nova Scotia", 45.09, -64.37),
+)
+_EQUALIZER_BOUNDS_DB = ((-18, 3), (-4, 4), (-2, 4), (-9, 3))
+
+_Item = TypeVar("_Item")
+_MIN_OVERLAP_SECONDS = 0.5  # a song counts in a row with so much of it, or half of it
 
 
 @dataclass(frozen=True)
@@ -65,22 +83,42 @@ class DemoConfig:
         require_share("nocall_share", self.nocall_share)
 
     @property
-    def species(self) -> tuple[Species, ...]:
+    def species(self) -> tuple[SyntheticSpecies, ...]:
         """The demo's classes, spread over the table so that a small demo has variety too."""
-        places = np.linspace(0, len(SPECIES) - 1, self.n_species).round().astype(int)
-        return tuple(SPECIES[place] for place in places)
+        indices = np.linspace(0, len(SPECIES) - 1, self.n_species).round().astype(int)
+        return tuple(SPECIES[index] for index in indices)
 
 
 @dataclass(frozen=True)
-class Event:
-    """One song at its place. ``snr_db`` is over the background (see ``gain_for_snr``)."""
+class PlannedSong:
+    """One song of one individual in a file."""
 
     individual: Individual
     song_seed: int
     onset_seconds: float
     seconds: float
-    snr_db: float
+    snr_db: float  # over the background, see `rendering.gain_for_snr`
     distance_metres: float
+
+    @classmethod
+    def draw(
+        cls,
+        individual: Individual,
+        generator: np.random.Generator,
+        *,
+        onset_seconds: float,
+        snr_db: float,
+        distance_metres: float,
+    ) -> PlannedSong:
+        seed = int(generator.integers(2**62))
+        return cls(
+            individual=individual,
+            song_seed=seed,
+            onset_seconds=onset_seconds,
+            seconds=compose_song(individual, np.random.default_rng(seed)).seconds,
+            snr_db=snr_db,
+            distance_metres=distance_metres,
+        )
 
     @property
     def song(self) -> Song:
@@ -94,14 +132,22 @@ class Event:
     def offset_seconds(self) -> float:
         return self.onset_seconds + self.seconds
 
-    def is_heard(self, start_seconds: float, end_seconds: float) -> bool:
+    def counts_in(self, start_seconds: float, end_seconds: float) -> bool:
+        """Return whether enough of the song is between two times for a label."""
         inside = min(self.offset_seconds, end_seconds) - max(self.onset_seconds, start_seconds)
-        return inside >= min(MIN_OVERLAP_SECONDS, self.seconds / 2)
+        return inside >= min(_MIN_OVERLAP_SECONDS, self.seconds / 2)
+
+
+class RowLabels(NamedTuple):
+    """The species in one row of a soundscape."""
+
+    end: int | None  # of the row, seconds; None: the row is the whole soundscape
+    ebird_codes: tuple[str, ...]  # sorted
 
 
 @dataclass(frozen=True)
 class Recordist:
-    """A person with a place and a recorder, which colour all their recordings."""
+    """A person with a place and a recorder, which show in all their recordings."""
 
     name: str
     country: str
@@ -118,15 +164,15 @@ class Recordist:
 
 @dataclass(frozen=True)
 class RecordingPlan:
-    """One training recording. ``events``: levels relative to the primary bird's songs."""
+    """One training recording; ``songs`` have levels relative to the primary bird's."""
 
     xc_id: int
-    species: Species
+    species: SyntheticSpecies
     recordist: Recordist
     seconds: float
     snr_db: float
-    events: tuple[Event, ...]
-    listed: tuple[Species, ...]  # heard behind the primary species, and said so
+    songs: tuple[PlannedSong, ...]
+    listed: tuple[SyntheticSpecies, ...]  # secondary labels
     seed: int
     damage: str = ""  # or "garbage" or "silent"
 
@@ -146,27 +192,21 @@ class SoundscapePlan:
     sample_rate: int
     level_db: float
     background: tuple[tuple[str, float], ...]
-    birds: tuple[Event, ...]
-    others: tuple[Event, ...]
+    birds: tuple[PlannedSong, ...]
+    others: tuple[PlannedSong, ...]
     plane: tuple[float, float, float] | None  # onset, seconds, SNR in dB
     seed: int
 
-    def labels(self) -> list[tuple[int | None, tuple[str, ...]]]:
-        """Return (end of the row in seconds, sorted codes of the birds in it) for every row.
+    def labels(self, *, with_animals: bool = False) -> list[RowLabels]:
+        """Return the birds in each row, and on request the labelled other animals."""
+        songs = self.labelled_songs() if with_animals else self.birds
+        return label_rows(songs, self.seconds, is_single_row=self.site == "site_3")
 
-        Soundscapes of site_3 are one row, whose end is None.
-        """
-        return label_rows(self.birds, self.seconds, whole=self.site == "site_3")
-
-    def named_events(self) -> tuple[Event, ...]:
-        """Return the birds and those other animals that the competition's examples name."""
+    def labelled_songs(self) -> tuple[PlannedSong, ...]:
+        """Return birds and other animals that the competition's example annotations name."""
         codes = {animal.ebird_code for animal in LABELLED_ANIMALS}
-        named = [event for event in self.others if event.ebird_code in codes]
-        return tuple(sorted((*self.birds, *named), key=lambda event: event.onset_seconds))
-
-    def labels_with_animals(self) -> list[tuple[int | None, tuple[str, ...]]]:
-        """As ``labels``, for all ``named_events``."""
-        return label_rows(self.named_events(), self.seconds, whole=self.site == "site_3")
+        labelled = [song for song in self.others if song.ebird_code in codes]
+        return tuple(sorted((*self.birds, *labelled), key=lambda song: song.onset_seconds))
 
 
 @dataclass(frozen=True)
@@ -203,41 +243,51 @@ def uniform(generator: np.random.Generator, low: float, high: float) -> float:
 
 
 def pick(
-    generator: np.random.Generator, items: Sequence[Item], weights: np.ndarray | None = None
-) -> Item:
+    generator: np.random.Generator, items: Sequence[_Item], weights: np.ndarray | None = None
+) -> _Item:
     shares = None if weights is None else weights / weights.sum()
     return items[int(generator.choice(len(items), p=shares))]
 
 
-def draw_bird(config: DemoConfig, who: str, species: Species) -> Individual:
+def draw_bird(config: DemoConfig, who: str, species: SyntheticSpecies) -> Individual:
     """Draw the bird of this name; every mention of the name is the same bird."""
     return draw_individual(who, species, stream(config, "bird", who))
 
 
-def draw_event(
-    bird: Individual, onset: float, snr_db: float, distance: float, generator: np.random.Generator
-) -> Event:
-    seed = int(generator.integers(2**62))
-    seconds = compose_song(bird, np.random.default_rng(seed)).seconds
-    return Event(
-        individual=bird,
-        song_seed=seed,
-        onset_seconds=onset,
-        seconds=seconds,
-        snr_db=snr_db,
-        distance_metres=distance,
-    )
-
-
 def label_rows(
-    events: Sequence[Event], seconds: float, whole: bool
-) -> list[tuple[int | None, tuple[str, ...]]]:
-    """Return (end of the row, or None; sorted codes heard in it) for all rows of a soundscape."""
-    if whole:
-        return [(None, tuple(sorted({event.ebird_code for event in events})))]
-    ends = range(SEGMENT_SECONDS, int(seconds) + 1, SEGMENT_SECONDS)
+    songs: Sequence[PlannedSong], seconds: float, is_single_row: bool
+) -> list[RowLabels]:
+    """Return the labels of all rows of a soundscape; a row has `SEGMENT_SECONDS`, or all of it."""
+    if is_single_row:
+        return [RowLabels(None, tuple(sorted({song.ebird_code for song in songs})))]
     rows = []
-    for end in ends:
-        heard = {e.ebird_code for e in events if e.is_heard(end - SEGMENT_SECONDS, end)}
-        rows.append((end, tuple(sorted(heard))))
+    for end in range(SEGMENT_SECONDS, int(seconds) + 1, SEGMENT_SECONDS):
+        codes = {song.ebird_code for song in songs if song.counts_in(end - SEGMENT_SECONDS, end)}
+        rows.append(RowLabels(end, tuple(sorted(codes))))
     return rows
+
+
+def plan_recordists(config: DemoConfig) -> tuple[Recordist, ...]:
+    """Draw the recordists, the busiest first."""
+    recordists = []
+    for number in range(config.n_recordists):
+        generator = stream(config, "recordist", number)
+        country, location, latitude, longitude = pick(generator, _HOMES)
+        recordists.append(
+            Recordist(
+                name=f"Recordist {number + 1:02d}",
+                country=country,
+                location=location,
+                latitude=round(latitude + uniform(generator, -0.3, 0.3), 3),
+                longitude=round(longitude + uniform(generator, -0.3, 0.3), 3),
+                sample_rate=_RECORDER_RATES[number % len(_RECORDER_RATES)],
+                channels=2 if number % 4 == 3 else 1,
+                gain_db=uniform(generator, -24, -1),
+                equalizer_db=tuple(
+                    uniform(generator, low, high) for low, high in _EQUALIZER_BOUNDS_DB
+                ),
+                background=pick(generator, BACKGROUND_KINDS),
+                snr_db=uniform(generator, 14, 31),
+            )
+        )
+    return tuple(recordists)

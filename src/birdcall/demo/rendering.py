@@ -1,4 +1,4 @@
-"""Make the sound of one planned file of the demo and write it."""
+"""Make the audio of one planned file of the demo and write it: songs, noise, distance, echo."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+from scipy.signal import fftconvolve
 
-from birdcall.audio.filters import slow_fluctuation
-from birdcall.demo.ambience import (
-    BIRD_FREE_ANIMALS,
-    equalize,
-    gain_for_snr,
-    make_background,
-    make_plane,
-    propagate,
+from birdcall.audio.filters import NOISE_RMS, make_noise, shape_spectrum, slow_fluctuation
+from birdcall.demo.plan import (
+    NoisePlan,
+    PlannedSong,
+    RecordingPlan,
+    SoundscapePlan,
 )
-from birdcall.demo.plan import Event, NoisePlan, RecordingPlan, SoundscapePlan
-from birdcall.demo.synthesis import active_power, draw_individual, render_song, sing
+from birdcall.demo.synthesis import BIRD_FREE_ANIMALS, draw_individual, render_song, sing
 
-NOISE_SAMPLE_RATE = 32_000
-GARBAGE_BYTES = 20_000
-HIGHEST_PEAK = 0.95
-SWELL_HZ = 0.1  # a place is now louder, now softer, so that loudness does not tell of birds
-SWELL_DB = 5.0  # standard deviation
+_NOISE_SAMPLE_RATE = 32_000
+_GARBAGE_BYTES = 20_000
+_HIGHEST_PEAK = 0.95
+_AIR_DB_PER_KHZ_AND_METRE = 0.02  # air and leaves: at 50 m a song loses 1 dB per kHz
+_ECHO_SECONDS = (0.2, 0.5)  # in which the echo of a forest falls by 60 dB
+_EQUALIZER_HZ = (125.0, 500.0, 2_000.0, 8_000.0)
+_SWELL_HZ = 0.1  # the background is now louder, now softer: loudness does not reveal birds
+_SWELL_DB = 5.0  # standard deviation
+_FRAME_SECONDS = 0.02
+_ACTIVE_RANGE_DB = 20.0
 
 Plan = RecordingPlan | SoundscapePlan | NoisePlan
 
@@ -33,43 +36,40 @@ def write_file(folder: Path, plan: Plan) -> str:
     path = folder / plan.path
     if isinstance(plan, NoisePlan):
         waveform = render_noise(plan)
-        soundfile.write(path, waveform, NOISE_SAMPLE_RATE, subtype="PCM_16")
+        soundfile.write(path, waveform, _NOISE_SAMPLE_RATE, subtype="PCM_16")
     elif isinstance(plan, SoundscapePlan):
         soundfile.write(path, render_soundscape(plan), plan.sample_rate, format="MP3")
     elif plan.damage == "garbage":
         # No byte is 255, so that no decoder finds the beginning of a frame by chance.
         generator = np.random.default_rng(plan.seed)
-        path.write_bytes(generator.integers(0, 255, GARBAGE_BYTES, dtype=np.uint8).tobytes())
+        path.write_bytes(generator.integers(0, 255, _GARBAGE_BYTES, dtype=np.uint8).tobytes())
     else:
         soundfile.write(path, render_recording(plan), plan.recordist.sample_rate, format="MP3")
     return plan.path
 
 
 def render_noise(plan: NoisePlan) -> np.ndarray:
-    """Return bird-free noise, float32 ``(samples,)`` at 32 kHz, its RMS drawn from 0.02 to 0.1."""
+    """Return bird-free noise, float32 ``(samples,)`` at 32 kHz, its RMS drawn from 0.02 to 0.1.
+
+    Animals that are no birds call now and then, 5 to 20 dB above a breeze.
+    """
+    rate = _NOISE_SAMPLE_RATE
     generator = np.random.default_rng(plan.seed)
-    n_samples = round(plan.seconds * NOISE_SAMPLE_RATE)
-    if plan.kind in BIRD_FREE_ANIMALS:
-        noise = _render_animal(plan, n_samples, generator)
-    else:
-        noise = make_background(plan.kind, n_samples, NOISE_SAMPLE_RATE, generator)
-    return _limit(noise * generator.uniform(0.2, 1.0))
-
-
-def _render_animal(plan: NoisePlan, n_samples: int, generator: np.random.Generator) -> np.ndarray:
-    """Return an animal that is no bird, calling now and then 5 to 20 dB above a breeze."""
+    n_samples = round(plan.seconds * rate)
+    if plan.kind not in BIRD_FREE_ANIMALS:
+        noise = make_background(plan.kind, n_samples, rate, generator)
+        return _limit(noise * generator.uniform(0.2, 1.0))
     species = BIRD_FREE_ANIMALS[plan.kind]
     animal = draw_individual(plan.path, species, generator)
-    breeze = make_background("pink", n_samples, NOISE_SAMPLE_RATE, generator)
-    noise = np.float32(0.2) * breeze  # an RMS of 0.02
+    noise = np.float32(0.2) * make_background("pink", n_samples, rate, generator)  # an RMS of 0.02
     level = 0.02 * 10 ** (generator.uniform(5, 20) / 20)
-    place = generator.uniform(0, 1)
-    while place < plan.seconds:
-        call = sing(animal, NOISE_SAMPLE_RATE, generator)
-        gain = level / np.sqrt(max(active_power(call, NOISE_SAMPLE_RATE), 1e-12))
-        _add(noise, gain * call, place, NOISE_SAMPLE_RATE)
-        place += len(call) / NOISE_SAMPLE_RATE + generator.uniform(*species.song_gap_seconds)
-    return noise
+    onset = generator.uniform(0, 1)
+    while onset < plan.seconds:
+        call = sing(animal, rate, generator)
+        gain = level / np.sqrt(max(active_power(call, rate), 1e-12))
+        _add(noise, gain * call, int(onset * rate))
+        onset += len(call) / rate + generator.uniform(*species.song_gap_seconds)
+    return _limit(noise * generator.uniform(0.2, 1.0))
 
 
 def render_recording(plan: RecordingPlan) -> np.ndarray:
@@ -78,26 +78,31 @@ def render_recording(plan: RecordingPlan) -> np.ndarray:
     ``snr_db`` is the active power of the primary bird's average song over the mean power of the
     background, before the recordist's equalizer.
     """
-    who = plan.recordist
+    recordist, rate = plan.recordist, plan.recordist.sample_rate
     generator = np.random.default_rng(plan.seed)
-    n_samples = round(plan.seconds * who.sample_rate)
+    n_samples = round(plan.seconds * rate)
     if plan.damage == "silent":
-        return np.zeros((n_samples, who.channels), np.float32)
+        return np.zeros((n_samples, recordist.channels), np.float32)
     birds = np.zeros(n_samples, np.float32)
-    for event in plan.events:
-        sound = _render_event(event, who.sample_rate)
-        power = active_power(sound, who.sample_rate)
-        gain = 10 ** (event.snr_db / 20) / np.sqrt(max(power, 1e-12))
-        _add(birds, gain * sound, event.onset_seconds, who.sample_rate)
+    for song in plan.songs:
+        waveform = _render_song(song, rate)
+        gain = 10 ** (song.snr_db / 20) / np.sqrt(max(active_power(waveform, rate), 1e-12))
+        _add(birds, gain * waveform, int(song.onset_seconds * rate))
     noise_gain = 10 ** (-plan.snr_db / 20)
     channels = []
-    for channel in range(who.channels):
-        noise = make_background(who.background, n_samples, who.sample_rate, generator)
+    for channel in range(recordist.channels):
+        noise = make_background(recordist.background, n_samples, rate, generator)
         noise = noise * (noise_gain / np.sqrt(np.mean(np.square(noise)) + 1e-12))
-        side = birds if channel == 0 else _other_side(birds, generator)
-        channels.append(equalize(side + noise, who.sample_rate, who.equalizer_db))
+        if channel > 0:  # the second microphone gets the birds a little later (20 cm)
+            delay = int(generator.integers(0, 25))
+            gain = np.float32(10 ** (generator.uniform(-4, 2) / 20))
+            start = np.zeros(delay, np.float32)
+            side = gain * np.concatenate([start, birds[: len(birds) - delay]])
+        else:
+            side = birds
+        channels.append(equalize(side + noise, rate, recordist.equalizer_db))
     recording = np.stack(channels, axis=1)
-    peak_db = min(-0.5, who.gain_db + generator.uniform(-4, 4))
+    peak_db = min(-0.5, recordist.gain_db + generator.uniform(-4, 4))
     return recording * (10 ** (peak_db / 20) / max(float(np.abs(recording).max()), 1e-9))
 
 
@@ -110,69 +115,174 @@ def render_soundscape(plan: SoundscapePlan) -> np.ndarray:
 
 def mix_soundscape(plan: SoundscapePlan) -> np.ndarray:
     """Return the background with all songs, calls and planes added, float32 ``(samples,)``."""
+    rate = plan.sample_rate
     background = render_background(plan)
     mixture = background.copy()
-    for event in (*plan.birds, *plan.others):
-        _add(mixture, *place_event(event, background, plan.sample_rate))
+
+    def add(waveform: np.ndarray, onset: float, snr_db: float) -> None:
+        start = int(onset * rate)
+        span = background[start : start + len(waveform)]
+        waveform = waveform[: len(span)]  # cut where the soundscape ends
+        gain = gain_for_snr(waveform, span, snr_db, rate)
+        _add(mixture, gain * waveform, start)
+
+    for song in (*plan.birds, *plan.others):
+        add(_render_song(song, rate), song.onset_seconds, song.snr_db)
     if plan.plane is not None:
         onset, seconds, snr_db = plan.plane
         generator = np.random.default_rng(plan.seed + 1)
-        plane = make_plane(round(seconds * plan.sample_rate), plan.sample_rate, generator)
-        stretch = _stretch(background, onset, len(plane), plan.sample_rate)
-        gain = gain_for_snr(plane, stretch, snr_db, plan.sample_rate)
-        _add(mixture, gain * plane, onset, plan.sample_rate)
+        add(make_plane(round(seconds * rate), rate, generator), onset, snr_db)
     return mixture
 
 
 def render_background(plan: SoundscapePlan) -> np.ndarray:
-    """Return what a soundscape's place sounds like when nothing calls, float32 ``(samples,)``."""
+    """Return a soundscape without songs, calls and planes, float32 ``(samples,)``."""
     generator = np.random.default_rng(plan.seed)
     n_samples = round(plan.seconds * plan.sample_rate)
     background = np.zeros(n_samples, np.float32)
     for kind, level_db in plan.background:
         noise = make_background(kind, n_samples, plan.sample_rate, generator)
         background += noise * np.float32(10 ** (level_db / 20))
-    swell = slow_fluctuation(n_samples, plan.sample_rate, SWELL_HZ, generator)
-    return (background * 10 ** (SWELL_DB * np.clip(swell, -2, 2) / 20)).astype(np.float32)
+    swell = slow_fluctuation(n_samples, plan.sample_rate, _SWELL_HZ, generator)
+    return (background * 10 ** (_SWELL_DB * np.clip(swell, -2, 2) / 20)).astype(np.float32)
 
 
-def place_event(
-    event: Event, background: np.ndarray, sample_rate: int
-) -> tuple[np.ndarray, float, int]:
-    """Return the song at its SNR over ``background``, its onset in seconds, and the rate.
-
-    The song is cut where the soundscape ends.
-    """
-    sound = _render_event(event, sample_rate)
-    stretch = _stretch(background, event.onset_seconds, len(sound), sample_rate)
-    sound = sound[: len(stretch)]
-    gain = gain_for_snr(sound, stretch, event.snr_db, sample_rate)
-    return gain * sound, event.onset_seconds, sample_rate
+def _render_song(song: PlannedSong, sample_rate: int) -> np.ndarray:
+    generator = np.random.default_rng((song.song_seed, 1))
+    waveform = render_song(song.song, sample_rate, generator)
+    return propagate(waveform, sample_rate, song.distance_metres, generator)
 
 
-def _render_event(event: Event, sample_rate: int) -> np.ndarray:
-    generator = np.random.default_rng((event.song_seed, 1))
-    song = render_song(event.song, sample_rate, generator)
-    return propagate(song, sample_rate, event.distance_metres, generator)
-
-
-def _stretch(waveform: np.ndarray, onset: float, length: int, sample_rate: int) -> np.ndarray:
-    start = int(onset * sample_rate)
-    return waveform[start : start + length]
-
-
-def _add(mixture: np.ndarray, sound: np.ndarray, onset: float, sample_rate: int) -> None:
-    room = _stretch(mixture, onset, len(sound), sample_rate)
-    room += sound[: len(room)].astype(np.float32)
-
-
-def _other_side(birds: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Return what the second microphone hears: a little later (20 cm) and softer, or louder."""
-    delay = int(generator.integers(0, 25))
-    gain = np.float32(10 ** (generator.uniform(-4, 2) / 20))
-    return gain * np.concatenate([np.zeros(delay, np.float32), birds[: len(birds) - delay]])
+def _add(mixture: np.ndarray, waveform: np.ndarray, start: int) -> None:
+    """Add ``waveform`` to ``mixture`` from the sample ``start`` on, as far as it fits."""
+    span = mixture[start : start + len(waveform)]
+    span += waveform[: len(span)].astype(np.float32)
 
 
 def _limit(waveform: np.ndarray) -> np.ndarray:
     peak = float(np.abs(waveform).max())
-    return (waveform * min(1.0, HIGHEST_PEAK / max(peak, 1e-9))).astype(np.float32)
+    return (waveform * min(1.0, _HIGHEST_PEAK / max(peak, 1e-9))).astype(np.float32)
+
+
+# --- backgrounds ---
+
+
+def make_background(
+    kind: str, n_samples: int, sample_rate: int, generator: np.random.Generator
+) -> np.ndarray:
+    """Return ``make_noise`` of this kind, or insects; float32 ``(n_samples,)``, RMS 0.1."""
+    if kind != "insects":
+        return make_noise(kind, n_samples, sample_rate, generator)
+    return make_insects(n_samples, sample_rate, generator)
+
+
+def make_insects(n_samples: int, sample_rate: int, generator: np.random.Generator) -> np.ndarray:
+    """Return one insect that calls in bouts, with a faint hiss; float32, RMS ``NOISE_RMS``.
+
+    A cricket (2 to 4 chirps a second of 3 or 4 pulses, 4 to 5.5 kHz), a conehead (an even train
+    of 8 to 25 pulses a second, 3.5 to 7 kHz, where sparrows trill) or a cicada (a buzz).
+    """
+    seconds = np.arange(n_samples, dtype=np.float32) / sample_rate
+    kind = generator.choice(("cricket", "conehead", "cicada"))
+    if kind == "cricket":
+        hz = generator.uniform(4_000, 5_500)
+        chirp = (seconds * generator.uniform(2, 4)) % 1 < generator.uniform(0.3, 0.5)
+        pulses = _pulses(seconds * generator.uniform(22, 35)) * chirp
+    elif kind == "conehead":
+        hz = generator.uniform(3_500, 7_000)
+        pulses = _pulses(seconds * generator.uniform(8, 25))
+    else:
+        hz = generator.uniform(4_500, 7_500)
+        pulses = 0.6 + 0.4 * np.sin(2 * np.pi * generator.uniform(60, 150) * seconds)
+    width_hz = hz * (0.15 if kind == "cicada" else 0.02)
+    carrier = shape_spectrum(
+        generator.standard_normal(n_samples, dtype=np.float32),
+        sample_rate,
+        lambda frequency: np.exp(-0.5 * ((frequency - hz) / width_hz) ** 2),
+    )
+    calling = slow_fluctuation(n_samples, sample_rate, generator.uniform(0.05, 0.15), generator)
+    insect = carrier * pulses / (1 + np.exp(-8 * (calling + 0.5)))
+    insect /= np.sqrt(np.mean(np.square(insect))) + 1e-9
+    insect += make_noise("pink", n_samples, sample_rate, generator)  # 20 dB below
+    return (insect * (NOISE_RMS / np.sqrt(np.mean(np.square(insect))))).astype(np.float32)
+
+
+def make_plane(n_samples: int, sample_rate: int, generator: np.random.Generator) -> np.ndarray:
+    """Return a propeller plane that comes, passes and goes; float32, active power 1."""
+    position = np.linspace(-1, 1, n_samples)
+    hz = generator.uniform(75, 120) * (1 - 0.06 * np.tanh(3 * position))  # Doppler
+    phase = 2 * np.pi * np.cumsum(hz) / sample_rate
+    engine = sum(np.sin(k * phase + k) / k**0.7 for k in range(1, 9))
+    roar = make_noise("brown", n_samples, sample_rate, generator) / NOISE_RMS
+    plane = (engine + 2 * roar) * np.exp(-4 * position**2) * np.cos(np.pi / 2 * position)
+    return (plane / np.sqrt(active_power(plane, sample_rate))).astype(np.float32)
+
+
+def _pulses(turns: np.ndarray) -> np.ndarray:
+    """Smooth pulses in the first 55 % of every turn."""
+    position = turns % 1 / 0.55
+    return np.where(position < 1, np.sin(np.pi * position) ** 2, 0)
+
+
+# --- from the bird to the microphone ---
+
+
+def propagate(
+    waveform: np.ndarray, sample_rate: int, distance_metres: float, generator: np.random.Generator
+) -> np.ndarray:
+    """Return ``waveform`` from a distance: highs damped, an echo added; longer by the echo.
+
+    The echo is noise that decays by 60 dB in 0.2 to 0.5 s; its level grows with the distance, from
+    18 dB below the direct signal near by to 8 dB below it at 80 m.
+    """
+    echo_seconds = generator.uniform(*_ECHO_SECONDS)
+    n_echo = int(echo_seconds * sample_rate)
+    decay = 10 ** (-3 * np.arange(n_echo) / n_echo)
+    echo = generator.standard_normal(n_echo) * decay
+    echo_db = np.clip(-18 + distance_metres / 8, -18, -8)
+    echo *= 10 ** (echo_db / 20) / np.sqrt(np.sum(np.square(echo)))
+    echo[0] = 1.0  # the direct signal
+    echoing = fftconvolve(waveform, echo.astype(np.float32))
+    loss_db = _AIR_DB_PER_KHZ_AND_METRE * distance_metres
+
+    def amplitude(frequency: np.ndarray) -> np.ndarray:
+        return 10 ** (-loss_db * frequency / 1_000 / 20)
+
+    return shape_spectrum(echoing, sample_rate, amplitude).astype(np.float32)
+
+
+def equalize(waveform: np.ndarray, sample_rate: int, gains_db: tuple[float, ...]) -> np.ndarray:
+    """Apply a recorder's frequency response: gains at 125, 500, 2,000 and 8,000 Hz."""
+
+    def amplitude(frequency: np.ndarray) -> np.ndarray:
+        octave = np.log2(np.maximum(frequency, 1.0))
+        return 10 ** (np.interp(octave, np.log2(_EQUALIZER_HZ), gains_db) / 20)
+
+    return shape_spectrum(waveform, sample_rate, amplitude).astype(np.float32)
+
+
+def gain_for_snr(
+    waveform: np.ndarray, background: np.ndarray, snr_db: float, sample_rate: int
+) -> float:
+    """Return the gain that puts ``waveform`` at ``snr_db`` over ``background``.
+
+    The SNR is the power of the waveform's active part (``active_power``) over the mean power of the
+    background at the same time, both over all frequencies.
+    """
+    background_power = float(np.mean(np.square(background, dtype=np.float64)))
+    power = active_power(waveform, sample_rate)
+    return float(np.sqrt(10 ** (snr_db / 10) * background_power / power)) if power > 0 else 0.0
+
+
+def active_power(waveform: np.ndarray, sample_rate: int) -> float:
+    """Return the mean power of the active part of ``waveform``, without the pauses in a song.
+
+    Active are the frames of 20 ms whose power is within 20 dB of the loudest frame's.
+    """
+    length = max(1, int(_FRAME_SECONDS * sample_rate))
+    n_frames = max(1, len(waveform) // length)
+    power = np.mean(
+        np.square(waveform[: n_frames * length], dtype=np.float64).reshape(n_frames, -1),
+        1,
+    )
+    return float(power[power >= power.max() * 10 ** (-_ACTIVE_RANGE_DB / 10)].mean())

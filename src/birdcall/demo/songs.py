@@ -1,7 +1,7 @@
 """The demo's species: each song as its published description has it, in named parameters.
 
-The descriptions say which notes there are, their order, shape, quality, rhythm and rough pitch,
-retold here in our own words. Where a source gives no number, the hertz and seconds are ours.
+The descriptions give the notes, their order, shape, quality, rhythm and rough pitch, retold here in
+our own words. Where a source gives no number, the hertz and seconds are ours.
 
 AAB    All About Birds, Cornell Lab of Ornithology, allaboutbirds.org, each species' page "Sounds"
 BNA    The Birds of North America, Cornell Lab of Ornithology and American Ornithologists' Union,
@@ -11,45 +11,48 @@ Sibley D. A. Sibley, The Sibley Guide to Birds, 2000, "voice"
 
 from __future__ import annotations
 
-from birdcall.demo.synthesis import REEDY, WHISTLE, Figure, Phrase, Species, Syllable
+from birdcall.demo.synthesis import REEDY, WHISTLE, Motif, Phrase, Syllable, SyntheticSpecies
 
-HOOT = (0.0, -18.0, -26.0)
-CAW = (-8.0, -3.0, 0.0, -2.0, -6.0, -10.0, -14.0, -20.0)
-DEE = (-14.0, -1.0, 0.0, -12.0)
-JEER = (-10.0, -1.0, 0.0, -4.0, -10.0, -16.0)
-
-
-def _song(name: str, *figures: Figure) -> Phrase:
-    return Phrase(name, figures)
+# Levels of the harmonics, dB.
+_HOOT = (0.0, -18.0, -26.0)
+_CAW = (-8.0, -3.0, 0.0, -2.0, -6.0, -10.0, -14.0, -20.0)
+_DEE = (-14.0, -1.0, 0.0, -12.0)
+_JEER = (-10.0, -1.0, 0.0, -4.0, -10.0, -16.0)
 
 
-def _call(name: str, *figures: Figure) -> Phrase:
-    return Phrase(name, figures, kind="call")
+def _song(name: str, *motifs: Motif) -> Phrase:
+    return Phrase(name, motifs)
 
 
-def _once(*syllables: Syllable) -> Figure:
-    return Figure(syllables)
+def _call(name: str, *motifs: Motif) -> Phrase:
+    return Phrase(name, motifs, kind="call")
 
 
-def _tone(*hz: float, s: float, gap: float = 0.05, db: float = 0.0) -> Syllable:
-    """A clear whistle through ``hz`` in ``s`` seconds."""
-    return Syllable(hz, s, gap, gain_db=db, harmonics_db=WHISTLE)
+def _motif(*syllables: Syllable, times: tuple[int, int] = (1, 1), **changes: float) -> Motif:
+    return Motif(syllables, times, **changes)
+
+
+def _tone(hz: tuple[float, ...], seconds: float, gap: float = 0.05, db: float = 0.0) -> Syllable:
+    """A clear whistle through the pitches ``hz``; ``gap``: seconds of silence after it."""
+    return Syllable(hz, seconds, gap, gain_db=db, harmonics_db=WHISTLE)
 
 
 def _hoarse(
-    *hz: float, s: float, gap: float, like: tuple[float, ...], rough: float, rough_hz: float
+    hz: tuple[float, ...],
+    seconds: float,
+    gap: float,
+    *,
+    like: tuple[float, ...],
+    rough: tuple[float, float],
 ) -> Syllable:
-    """A rough voice with the overtones ``like`` a known one."""
-    return Syllable(hz, s, gap, harmonics_db=like, roughness=rough, rough_hz=rough_hz)
-
-
-def _series(syllable: Syllable, fewest: int, most: int) -> Figure:
-    return Figure((syllable,), (fewest, most))
+    """A rough voice with the harmonics ``like``; ``rough``: its share, and bandwidth in Hz."""
+    roughness, rough_hz = rough
+    return Syllable(hz, seconds, gap, harmonics_db=like, roughness=roughness, rough_hz=rough_hz)
 
 
 # --- clear whistles: three species share 3 to 4.5 kHz -------------------------------------------
 
-BLACK_CAPPED_CHICKADEE = Species(
+_BLACK_CAPPED_CHICKADEE = SyntheticSpecies(
     ebird_code="bkcchi",
     scientific_name="Poecile atricapillus",
     common_name="Black-capped Chickadee",
@@ -60,19 +63,18 @@ BLACK_CAPPED_CHICKADEE = Species(
     phrases=(
         _song(
             "fee-bee",
-            _once(
-                _tone(4_050, 3_900, 3_800, s=0.42, gap=0.11),
-                _tone(3_330, 3_350, 3_320, s=0.24, gap=0.015),
-                _tone(3_330, 3_320, 3_270, s=0.17),
+            _motif(
+                _tone((4_050, 3_900, 3_800), 0.42, 0.11),
+                _tone((3_330, 3_350, 3_320), 0.24, 0.015),
+                _tone((3_330, 3_320, 3_270), 0.17),
             ),
         ),
         _call(
             "chick-a-dee",
-            _series(_tone(6_800, 8_200, 5_600, s=0.05, gap=0.03), 1, 2),
-            _series(
-                _hoarse(1_750, 1_800, 1_700, s=0.16, gap=0.035, like=DEE, rough=0.35, rough_hz=400),
-                2,
-                5,
+            _motif(_tone((6_800, 8_200, 5_600), 0.05, 0.03), times=(1, 2)),
+            _motif(
+                _hoarse((1_750, 1_800, 1_700), 0.16, 0.035, like=_DEE, rough=(0.35, 400)),
+                times=(2, 5),
             ),
         ),
     ),
@@ -80,7 +82,7 @@ BLACK_CAPPED_CHICKADEE = Species(
     song_gap_seconds=(2.0, 4.5),
 )
 
-WHITE_THROATED_SPARROW = Species(
+_WHITE_THROATED_SPARROW = SyntheticSpecies(
     ebird_code="whtspa",
     scientific_name="Zonotrichia albicollis",
     common_name="White-throated Sparrow",
@@ -91,39 +93,33 @@ WHITE_THROATED_SPARROW = Species(
     phrases=(
         _song(
             "ascending",
-            _once(
-                _tone(3_050, 3_080, s=0.55, gap=0.12), _tone(4_150, 4_200, 4_180, s=0.75, gap=0.10)
-            ),
-            Figure(
-                (
-                    _tone(4_150, 4_160, s=0.17, gap=0.03),
-                    _tone(4_150, 4_140, s=0.15, gap=0.03),
-                    _tone(4_150, 4_120, s=0.20, gap=0.09),
-                ),
-                (2, 3),
+            _motif(_tone((3_050, 3_080), 0.55, 0.12), _tone((4_150, 4_200, 4_180), 0.75, 0.10)),
+            _motif(
+                _tone((4_150, 4_160), 0.17, 0.03),
+                _tone((4_150, 4_140), 0.15, 0.03),
+                _tone((4_150, 4_120), 0.20, 0.09),
+                times=(2, 3),
             ),
         ),
         _song(
             "descending",
-            _once(
-                _tone(4_350, 4_380, s=0.65, gap=0.10),
-                _tone(4_330, 4_300, s=0.30, gap=0.05),
-                _tone(3_450, 3_430, s=0.60, gap=0.11),
+            _motif(
+                _tone((4_350, 4_380), 0.65, 0.10),
+                _tone((4_330, 4_300), 0.30, 0.05),
+                _tone((3_450, 3_430), 0.60, 0.11),
             ),
-            Figure(
-                (
-                    _tone(3_430, 3_440, s=0.17, gap=0.03),
-                    _tone(3_430, 3_420, s=0.15, gap=0.03),
-                    _tone(3_420, 3_390, s=0.20, gap=0.09),
-                ),
-                (2, 3),
+            _motif(
+                _tone((3_430, 3_440), 0.17, 0.03),
+                _tone((3_430, 3_420), 0.15, 0.03),
+                _tone((3_420, 3_390), 0.20, 0.09),
+                times=(2, 3),
             ),
         ),
     ),
     song_gap_seconds=(4.0, 9.0),
 )
 
-EASTERN_WOOD_PEWEE = Species(
+_EASTERN_WOOD_PEWEE = SyntheticSpecies(
     ebird_code="eawpew",
     scientific_name="Contopus virens",
     common_name="Eastern Wood-Pewee",
@@ -134,13 +130,13 @@ EASTERN_WOOD_PEWEE = Species(
     phrases=(
         _song(
             "pee-a-wee",
-            _once(
-                _tone(3_900, 4_350, 4_150, s=0.35, gap=0.02),
-                _tone(3_500, 3_000, 3_200, s=0.16, gap=0.02, db=-4),
-                _tone(3_250, 3_300, 3_600, 4_250, s=0.50),
+            _motif(
+                _tone((3_900, 4_350, 4_150), 0.35, 0.02),
+                _tone((3_500, 3_000, 3_200), 0.16, 0.02, db=-4),
+                _tone((3_250, 3_300, 3_600, 4_250), 0.50),
             ),
         ),
-        _song("wee-oo", _once(_tone(4_200, 4_350, 3_900, 3_250, 2_750, s=0.75))),
+        _song("wee-oo", _motif(_tone((4_200, 4_350, 3_900, 3_250, 2_750), 0.75))),
     ),
     repertoire=(2, 2),
     song_gap_seconds=(3.0, 7.0),
@@ -148,7 +144,7 @@ EASTERN_WOOD_PEWEE = Species(
 
 # --- trills: the same band, told apart by rate and by how steep the notes are -------------------
 
-CHIPPING_SPARROW = Species(
+_CHIPPING_SPARROW = SyntheticSpecies(
     ebird_code="chispa",
     scientific_name="Spizella passerina",
     common_name="Chipping Sparrow",
@@ -158,14 +154,14 @@ CHIPPING_SPARROW = Species(
     "sibleyguides.com",
     band_hz=(3_300, 6_200),
     phrases=(
-        _song("falling chips", _series(_tone(6_200, 4_300, 3_400, s=0.045, gap=0.030), 28, 46)),
-        _song("rising chips", _series(_tone(3_300, 4_600, 5_900, s=0.042, gap=0.034), 28, 46)),
-        _song("hooked chips", _series(_tone(4_200, 5_900, 3_600, s=0.048, gap=0.026), 28, 46)),
+        _song("falling chips", _motif(_tone((6_200, 4_300, 3_400), 0.045, 0.030), times=(28, 46))),
+        _song("rising chips", _motif(_tone((3_300, 4_600, 5_900), 0.042, 0.034), times=(28, 46))),
+        _song("hooked chips", _motif(_tone((4_200, 5_900, 3_600), 0.048, 0.026), times=(28, 46))),
     ),
     song_gap_seconds=(3.0, 7.0),
 )
 
-DARK_EYED_JUNCO = Species(
+_DARK_EYED_JUNCO = SyntheticSpecies(
     ebird_code="daejun",
     scientific_name="Junco hyemalis",
     common_name="Dark-eyed Junco",
@@ -174,18 +170,16 @@ DARK_EYED_JUNCO = Species(
     source="BNA 716, Nolan et al. 2002; AAB",
     band_hz=(3_000, 5_600),
     phrases=(
-        _song("falling trill", _series(_tone(5_200, 4_600, 3_900, s=0.085, gap=0.040), 10, 16)),
+        _song("falling trill", _motif(_tone((5_200, 4_600, 3_900), 0.085, 0.040), times=(10, 16))),
         _song(
             "two-note trill",
-            Figure(
-                (
-                    _tone(3_700, 4_300, s=0.055, gap=0.008),
-                    _tone(4_900, 4_500, s=0.045, gap=0.020, db=-3),
-                ),
-                (9, 15),
+            _motif(
+                _tone((3_700, 4_300), 0.055, 0.008),
+                _tone((4_900, 4_500), 0.045, 0.020, db=-3),
+                times=(9, 15),
             ),
         ),
-        _song("arched trill", _series(_tone(3_400, 4_500, 3_500, s=0.090, gap=0.036), 9, 15)),
+        _song("arched trill", _motif(_tone((3_400, 4_500, 3_500), 0.090, 0.036), times=(9, 15))),
     ),
     repertoire=(1, 2),
     song_gap_seconds=(3.0, 7.0),
@@ -193,7 +187,7 @@ DARK_EYED_JUNCO = Species(
 
 # --- repeated phrases of several notes, 2.5 to 7 kHz ---------------------------------------------
 
-COMMON_YELLOWTHROAT = Species(
+_COMMON_YELLOWTHROAT = SyntheticSpecies(
     ebird_code="comyel",
     scientific_name="Geothlypis trichas",
     common_name="Common Yellowthroat",
@@ -204,32 +198,28 @@ COMMON_YELLOWTHROAT = Species(
     phrases=(
         _song(
             "witchety",
-            Figure(
-                (
-                    _tone(3_000, 4_100, 5_200, s=0.10, gap=0.02),
-                    _tone(5_600, 3_900, 3_000, s=0.09, gap=0.025),
-                    _tone(3_300, 4_700, s=0.06, gap=0.02),
-                    _tone(4_600, 3_600, 2_700, s=0.09, gap=0.03),
-                ),
-                (3, 5),
+            _motif(
+                _tone((3_000, 4_100, 5_200), 0.10, 0.02),
+                _tone((5_600, 3_900, 3_000), 0.09, 0.025),
+                _tone((3_300, 4_700), 0.06, 0.02),
+                _tone((4_600, 3_600, 2_700), 0.09, 0.03),
+                times=(3, 5),
             ),
         ),
         _song(
             "which-is-it",
-            Figure(
-                (
-                    _tone(5_900, 4_200, 2_900, s=0.12, gap=0.03),
-                    _tone(2_700, 3_600, 3_000, s=0.10, gap=0.03),
-                    _tone(3_900, 6_000, 5_200, s=0.13, gap=0.05),
-                ),
-                (3, 5),
+            _motif(
+                _tone((5_900, 4_200, 2_900), 0.12, 0.03),
+                _tone((2_700, 3_600, 3_000), 0.10, 0.03),
+                _tone((3_900, 6_000, 5_200), 0.13, 0.05),
+                times=(3, 5),
             ),
         ),
     ),
     song_gap_seconds=(3.0, 8.0),
 )
 
-OVENBIRD = Species(
+_OVENBIRD = SyntheticSpecies(
     ebird_code="ovenbi1",
     scientific_name="Seiurus aurocapilla",
     common_name="Ovenbird",
@@ -240,24 +230,20 @@ OVENBIRD = Species(
     phrases=(
         _song(
             "tea-cher",
-            Figure(
-                (
-                    _tone(4_500, 6_900, s=0.055, gap=0.02, db=-6),
-                    _tone(6_400, 5_000, 3_000, s=0.15, gap=0.075),
-                ),
-                (8, 13),
+            _motif(
+                _tone((4_500, 6_900), 0.055, 0.02, db=-6),
+                _tone((6_400, 5_000, 3_000), 0.15, 0.075),
+                times=(8, 13),
                 crescendo_db=18.0,
                 accelerando=1.12,
             ),
         ),
         _song(
             "cher-tea",
-            Figure(
-                (
-                    _tone(5_400, 3_600, 2_800, s=0.13, gap=0.025),
-                    _tone(3_500, 5_800, 4_700, s=0.085, gap=0.065, db=-4),
-                ),
-                (8, 13),
+            _motif(
+                _tone((5_400, 3_600, 2_800), 0.13, 0.025),
+                _tone((3_500, 5_800, 4_700), 0.085, 0.065, db=-4),
+                times=(8, 13),
                 crescendo_db=18.0,
                 accelerando=1.12,
             ),
@@ -268,11 +254,11 @@ OVENBIRD = Species(
 
 # --- slurred whistles and carols, 1.3 to 4.5 kHz ------------------------------------------------
 
-_CHEER = _tone(4_400, 3_300, 2_300, 1_800, s=0.30, gap=0.11)
-_WHOIT = _tone(1_700, 2_000, 2_900, 3_900, s=0.26, gap=0.10)
-_BIRDIE = (_tone(3_700, 2_600, 2_000, s=0.11, gap=0.015), _tone(2_000, 2_700, s=0.07, gap=0.045))
+_CHEER = _tone((4_400, 3_300, 2_300, 1_800), 0.30, 0.11)
+_WHOIT = _tone((1_700, 2_000, 2_900, 3_900), 0.26, 0.10)
+_BIRDIE = (_tone((3_700, 2_600, 2_000), 0.11, 0.015), _tone((2_000, 2_700), 0.07, 0.045))
 
-NORTHERN_CARDINAL = Species(
+_NORTHERN_CARDINAL = SyntheticSpecies(
     ebird_code="norcar",
     scientific_name="Cardinalis cardinalis",
     common_name="Northern Cardinal",
@@ -281,19 +267,23 @@ NORTHERN_CARDINAL = Species(
     source="BNA 440, Halkin and Linville 1999; AAB",
     band_hz=(1_700, 4_400),
     phrases=(
-        _song("cheer-birdie", Figure((_CHEER,), (2, 4)), Figure(_BIRDIE, (4, 8), accelerando=1.15)),
-        _song("whoit", Figure((_WHOIT,), (4, 7), accelerando=1.4)),
+        _song(
+            "cheer-birdie",
+            _motif(_CHEER, times=(2, 4)),
+            _motif(*_BIRDIE, times=(4, 8), accelerando=1.15),
+        ),
+        _song("whoit", _motif(_WHOIT, times=(4, 7), accelerando=1.4)),
         _song(
             "cheer-trill",
-            Figure((_CHEER,), (3, 5), accelerando=1.2),
-            _series(_tone(3_000, 2_200, 1_800, s=0.08, gap=0.03), 6, 10),
+            _motif(_CHEER, times=(3, 5), accelerando=1.2),
+            _motif(_tone((3_000, 2_200, 1_800), 0.08, 0.03), times=(6, 10)),
         ),
     ),
     repertoire=(1, 3),
     song_gap_seconds=(2.5, 6.0),
 )
 
-AMERICAN_ROBIN = Species(
+_AMERICAN_ROBIN = SyntheticSpecies(
     ebird_code="amerob",
     scientific_name="Turdus migratorius",
     common_name="American Robin",
@@ -304,30 +294,28 @@ AMERICAN_ROBIN = Species(
     phrases=(
         _song(
             "cheerily",
-            _once(
-                _tone(2_100, 2_900, 2_500, s=0.12, gap=0.015),
-                _tone(2_400, 1_900, s=0.09, gap=0.015),
-                _tone(2_000, 2_800, s=0.12),
+            _motif(
+                _tone((2_100, 2_900, 2_500), 0.12, 0.015),
+                _tone((2_400, 1_900), 0.09, 0.015),
+                _tone((2_000, 2_800), 0.12),
             ),
         ),
         _song(
             "cheer-up",
-            _once(_tone(2_900, 2_200, 1_900, s=0.15, gap=0.02), _tone(2_000, 2_600, 3_200, s=0.14)),
+            _motif(_tone((2_900, 2_200, 1_900), 0.15, 0.02), _tone((2_000, 2_600, 3_200), 0.14)),
         ),
         _song(
             "cheerio",
-            _once(_tone(1_800, 2_500, s=0.10, gap=0.01), _tone(2_700, 3_100, 2_300, 1_700, s=0.24)),
+            _motif(_tone((1_800, 2_500), 0.10, 0.01), _tone((2_700, 3_100, 2_300, 1_700), 0.24)),
         ),
         _song(
             "churry",
-            _once(
-                _tone(2_500, 2_000, 2_500, 2_000, 2_400, s=0.22, gap=0.02),
-                _tone(2_900, 2_100, s=0.10),
+            _motif(
+                _tone((2_500, 2_000, 2_500, 2_000, 2_400), 0.22, 0.02), _tone((2_900, 2_100), 0.10)
             ),
         ),
         _song(
-            "tilly",
-            _once(_tone(3_500, 2_800, s=0.08, gap=0.02), _tone(2_200, 1_700, 2_300, s=0.20)),
+            "tilly", _motif(_tone((3_500, 2_800), 0.08, 0.02), _tone((2_200, 1_700, 2_300), 0.20))
         ),
     ),
     repertoire=(3, 5),
@@ -338,7 +326,7 @@ AMERICAN_ROBIN = Species(
 
 # --- strident and harsh voices with strong overtones ---------------------------------------------
 
-KILLDEER = Species(
+_KILLDEER = SyntheticSpecies(
     ebird_code="killde",
     scientific_name="Charadrius vociferus",
     common_name="Killdeer",
@@ -349,24 +337,24 @@ KILLDEER = Species(
     phrases=(
         _call(
             "kill-deer",
-            Figure(
-                (
-                    Syllable((2_300, 2_900, 2_500), 0.12, 0.02, -3, harmonics_db=REEDY),
-                    Syllable((2_500, 3_600, 3_800, 3_000), 0.34, 0.30, harmonics_db=REEDY),
-                ),
-                (2, 5),
+            _motif(
+                Syllable((2_300, 2_900, 2_500), 0.12, 0.02, -3, harmonics_db=REEDY),
+                Syllable((2_500, 3_600, 3_800, 3_000), 0.34, 0.30, harmonics_db=REEDY),
+                times=(2, 5),
             ),
         ),
         _call(
             "dee-dee",
-            _series(Syllable((2_600, 3_100, 3_700, 3_200), 0.26, 0.13, harmonics_db=REEDY), 3, 8),
+            _motif(
+                Syllable((2_600, 3_100, 3_700, 3_200), 0.26, 0.13, harmonics_db=REEDY), times=(3, 8)
+            ),
         ),
     ),
     repertoire=(1, 2),
     song_gap_seconds=(1.0, 4.0),
 )
 
-AMERICAN_CROW = Species(
+_AMERICAN_CROW = SyntheticSpecies(
     ebird_code="amecro",
     scientific_name="Corvus brachyrhynchos",
     common_name="American Crow",
@@ -377,18 +365,15 @@ AMERICAN_CROW = Species(
     phrases=(
         _call(
             "caw",
-            _series(
-                _hoarse(
-                    470, 580, 590, 540, 440, s=0.34, gap=0.24, like=CAW, rough=0.4, rough_hz=120
-                ),
-                2,
-                6,
+            _motif(
+                _hoarse((470, 580, 590, 540, 440), 0.34, 0.24, like=_CAW, rough=(0.4, 120)),
+                times=(2, 6),
             ),
         ),
         _call(
             "short caw",
-            _series(
-                _hoarse(520, 600, 480, s=0.18, gap=0.13, like=CAW, rough=0.35, rough_hz=120), 3, 7
+            _motif(
+                _hoarse((520, 600, 480), 0.18, 0.13, like=_CAW, rough=(0.35, 120)), times=(3, 7)
             ),
         ),
     ),
@@ -396,7 +381,7 @@ AMERICAN_CROW = Species(
     song_gap_seconds=(2.0, 6.0),
 )
 
-BLUE_JAY = Species(
+_BLUE_JAY = SyntheticSpecies(
     ebird_code="blujay",
     scientific_name="Cyanocitta cristata",
     common_name="Blue Jay",
@@ -407,31 +392,23 @@ BLUE_JAY = Species(
     phrases=(
         _call(
             "jeer",
-            _series(
+            _motif(
                 _hoarse(
-                    1_150,
-                    1_450,
-                    1_400,
-                    1_250,
-                    1_050,
-                    s=0.42,
-                    gap=0.22,
-                    like=JEER,
-                    rough=0.4,
-                    rough_hz=350,
+                    (1_150, 1_450, 1_400, 1_250, 1_050),
+                    0.42,
+                    0.22,
+                    like=_JEER,
+                    rough=(0.4, 350),
                 ),
-                1,
-                4,
+                times=(1, 4),
             ),
         ),
         _call(
             "rusty gate",
-            Figure(
-                (
-                    Syllable((1_900, 2_550, 2_400), 0.14, 0.03, harmonics_db=REEDY),
-                    Syllable((1_700, 1_750, 2_100), 0.20, 0.25, harmonics_db=REEDY),
-                ),
-                (1, 3),
+            _motif(
+                Syllable((1_900, 2_550, 2_400), 0.14, 0.03, harmonics_db=REEDY),
+                Syllable((1_700, 1_750, 2_100), 0.20, 0.25, harmonics_db=REEDY),
+                times=(1, 3),
             ),
         ),
     ),
@@ -441,7 +418,7 @@ BLUE_JAY = Species(
 
 # --- low hoots: both below 700 Hz ----------------------------------------------------------------
 
-MOURNING_DOVE = Species(
+_MOURNING_DOVE = SyntheticSpecies(
     ebird_code="moudov",
     scientific_name="Zenaida macroura",
     common_name="Mourning Dove",
@@ -452,29 +429,29 @@ MOURNING_DOVE = Species(
     phrases=(
         _song(
             "perch coo",
-            _once(
-                Syllable((460, 480, 490), 0.42, 0.02, -6, harmonics_db=HOOT),
-                Syllable((500, 640, 630, 520), 0.40, 0.03, harmonics_db=HOOT),
-                Syllable((490, 470), 0.30, 0.32, -6, harmonics_db=HOOT),
+            _motif(
+                Syllable((460, 480, 490), 0.42, 0.02, -6, harmonics_db=_HOOT),
+                Syllable((500, 640, 630, 520), 0.40, 0.03, harmonics_db=_HOOT),
+                Syllable((490, 470), 0.30, 0.32, -6, harmonics_db=_HOOT),
             ),
-            _series(Syllable((480, 500, 495, 480), 0.60, 0.38, harmonics_db=HOOT), 2, 3),
+            _motif(Syllable((480, 500, 495, 480), 0.60, 0.38, harmonics_db=_HOOT), times=(2, 3)),
         ),
     ),
     song_gap_seconds=(3.0, 8.0),
 )
 
 
-def _who(*hz: float, s: float, gap: float) -> Syllable:
-    return Syllable(hz, s, gap, harmonics_db=(0.0, -12.0, -20.0), attack=0.2)
+def _who(hz: tuple[float, ...], seconds: float, gap: float) -> Syllable:
+    return Syllable(hz, seconds, gap, harmonics_db=(0.0, -12.0, -20.0), attack=0.2)
 
 
 _WHO_COOKS = (
-    _who(370, 400, 395, s=0.15, gap=0.14),
-    _who(380, 410, 400, s=0.17, gap=0.30),
-    _who(390, 420, 400, s=0.14, gap=0.13),
+    _who((370, 400, 395), 0.15, 0.14),
+    _who((380, 410, 400), 0.17, 0.30),
+    _who((390, 420, 400), 0.14, 0.13),
 )
 
-BARRED_OWL = Species(
+_BARRED_OWL = SyntheticSpecies(
     ebird_code="brdowl",
     scientific_name="Strix varia",
     common_name="Barred Owl",
@@ -485,44 +462,39 @@ BARRED_OWL = Species(
     phrases=(
         _song(
             "who cooks for you",
-            _once(*_WHO_COOKS, _who(420, 440, 350, s=0.34, gap=0.45)),
-            _once(*_WHO_COOKS, _who(420, 450, 370, s=0.28, gap=0.05)),
-            _once(_who(400, 370, 310, 270, s=0.60, gap=0.0)),
+            _motif(*_WHO_COOKS, _who((420, 440, 350), 0.34, 0.45)),
+            _motif(*_WHO_COOKS, _who((420, 450, 370), 0.28, 0.05)),
+            _motif(_who((400, 370, 310, 270), 0.60, 0.0)),
         ),
         _song(
             "ascending hoots",
-            Figure(
-                (_who(350, 370, 355, s=0.13, gap=0.15),),
-                (6, 9),
+            _motif(
+                _who((350, 370, 355), 0.13, 0.15),
+                times=(6, 9),
                 glide=1.2,
                 accelerando=1.2,
                 crescendo_db=5,
             ),
-            _once(_who(440, 450, 370, 290, s=0.55, gap=0.0)),
+            _motif(_who((440, 450, 370, 290), 0.55, 0.0)),
         ),
     ),
     repertoire=(1, 2),
     song_gap_seconds=(5.0, 11.0),
 )
 
-SPECIES = tuple(
-    sorted(
-        (
-            AMERICAN_CROW,
-            AMERICAN_ROBIN,
-            BARRED_OWL,
-            BLACK_CAPPED_CHICKADEE,
-            BLUE_JAY,
-            CHIPPING_SPARROW,
-            COMMON_YELLOWTHROAT,
-            DARK_EYED_JUNCO,
-            EASTERN_WOOD_PEWEE,
-            KILLDEER,
-            MOURNING_DOVE,
-            NORTHERN_CARDINAL,
-            OVENBIRD,
-            WHITE_THROATED_SPARROW,
-        ),
-        key=lambda species: species.ebird_code,
-    )
+SPECIES = (  # sorted by ebird_code
+    _AMERICAN_CROW,
+    _AMERICAN_ROBIN,
+    _BLACK_CAPPED_CHICKADEE,
+    _BLUE_JAY,
+    _BARRED_OWL,
+    _CHIPPING_SPARROW,
+    _COMMON_YELLOWTHROAT,
+    _DARK_EYED_JUNCO,
+    _EASTERN_WOOD_PEWEE,
+    _KILLDEER,
+    _MOURNING_DOVE,
+    _NORTHERN_CARDINAL,
+    _OVENBIRD,
+    _WHITE_THROATED_SPARROW,
 )

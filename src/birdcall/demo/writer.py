@@ -1,4 +1,4 @@
-"""Write the demo data: a folder as the competition's, of birds, people and places made up here."""
+"""Write the demo data: a folder in the competition's layout, with synthetic birds and people."""
 
 from __future__ import annotations
 
@@ -30,12 +30,6 @@ from birdcall.demo.plan import (
 from birdcall.demo.rendering import Plan, write_file
 from birdcall.demo.schedule import plan_examples, plan_noises, plan_recordings, plan_tests
 
-MARKER = "demo.json"
-VERSION = 1  # raise it when the same config makes other data
-DEFAULT_DEMO = DemoConfig()
-SECONDS_PER_WORKER = 120  # of sound; starting a process for less does not pay
-VISIBLE_ROWS = 3
-
 TRAIN_COLUMNS = (
     *("rating", "playback_used", "ebird_code", "channels", "date", "pitch", "duration", "filename"),
     *("speed", "species", "number_of_notes", "title", "secondary_labels", "bird_seen", "sci_name"),
@@ -43,18 +37,23 @@ TRAIN_COLUMNS = (
     *("bitrate_of_mp3", "file_type", "volume", "background", "xc_id", "url", "country", "author"),
     *("primary_label", "longitude", "length", "time", "recordist", "license"),
 )
-UNSPECIFIED_COLUMNS = ("pitch", "speed", "number_of_notes", "volume", "length")
-METADATA_COLUMNS = (
+_UNSPECIFIED_COLUMNS = ("pitch", "speed", "number_of_notes", "volume", "length")
+_METADATA_COLUMNS = (
     *("file_id", "device", "date", "hour", "source", "ebird_code", "certainty", "vox_type"),
     *("time_start", "time_end", "channel"),
 )
-LICENSE = "made by birdcall demo, MIT"
+_DEFAULT_CONFIG = DemoConfig()
+_MARKER = "demo.json"
+_VERSION = 1  # raise it when the same config makes other data
+_SECONDS_PER_WORKER = 120  # of audio; to start a process for less does not pay
+_VISIBLE_ROWS = 3
+_LICENSE = "made by birdcall demo, MIT"
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
-def plan_demo(config: DemoConfig = DEFAULT_DEMO) -> DemoPlan:
-    """Draw the whole demo without making a sound; the same config gives the same plan."""
+def plan_demo(config: DemoConfig = _DEFAULT_CONFIG) -> DemoPlan:
+    """Draw the whole demo without making any audio; the same config gives the same plan."""
     return DemoPlan(
         recordings=tuple(plan_recordings(config)),
         examples=tuple(plan_examples(config)),
@@ -65,72 +64,58 @@ def plan_demo(config: DemoConfig = DEFAULT_DEMO) -> DemoPlan:
 
 def make_demo(
     data: Path,
-    config: DemoConfig = DEFAULT_DEMO,
+    config: DemoConfig = _DEFAULT_CONFIG,
     workers: int | None = None,
     progress: bool = False,
 ) -> None:
     """Write the demo data to ``data``, whole or not at all; the same config, the same bytes.
 
-    ``workers`` processes make the sound, by default as many as there are processors. A folder
-    that this config has made already is left as it is; any other that is not empty is an error.
+    ``workers`` processes make the audio, by default as many as there are processors. A folder with
+    the demo of this config is left as it is; any other folder that is not empty is an error.
     """
-    marker = _describe(config)
-    if _is_made(data, marker):
-        log.info("%s holds this demo already; it is left as it is", data)
-        return
+    content = {"made_by": "birdcall demo", "version": _VERSION, "config": asdict(config)}
+    marker = json.dumps(content, indent=2) + "\n"
+    if data.exists() and not (data.is_dir() and not any(data.iterdir())):
+        path = data / _MARKER
+        if path.is_file() and path.read_text(encoding="utf-8") == marker:
+            logger.info("%s holds this demo already; it is left as it is", data)
+            return
+        state = "the demo of another config or version" if path.is_file() else "not empty, no demo"
+        raise ValueError(f"{data} is {state}; remove it or give another folder")
     plan = plan_demo(config)
     data.parent.mkdir(parents=True, exist_ok=True)
     folder = data.parent / f".{data.name}.{secrets.token_hex(8)}"
     try:
         _write_audio(folder, plan, workers, progress)
         _write_tables(folder, plan, config)
-        (folder / MARKER).write_text(marker, encoding="utf-8")
+        (folder / _MARKER).write_text(marker, encoding="utf-8")
         if data.is_dir():
-            data.rmdir()  # empty, as just seen
+            data.rmdir()  # it is empty, see above
         folder.rename(data)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    log.info("%s: %d recordings, %d soundscapes", data, len(plan.recordings), _count(plan))
-
-
-def _describe(config: DemoConfig) -> str:
-    content = {"made_by": "birdcall demo", "version": VERSION, "config": asdict(config)}
-    return json.dumps(content, indent=2) + "\n"
-
-
-def _is_made(data: Path, marker: str) -> bool:
-    if not data.exists() or (data.is_dir() and not any(data.iterdir())):
-        return False
-    path = data / MARKER
-    if path.is_file() and path.read_text(encoding="utf-8") == marker:
-        return True
-    found = "the demo of another config or version" if path.is_file() else "not empty, nor a demo"
-    raise ValueError(f"{data} is {found}; remove it or give another folder")
-
-
-def _count(plan: DemoPlan) -> int:
-    return len(plan.examples) + len(plan.tests)
-
-
-# --- audio --------------------------------------------------------------------------------------
+    n_soundscapes = len(plan.examples) + len(plan.tests)
+    logger.info("%s: %d recordings, %d soundscapes", data, len(plan.recordings), n_soundscapes)
 
 
 def _write_audio(folder: Path, plan: DemoPlan, workers: int | None, progress: bool) -> None:
     plans: list[Plan] = [*plan.examples, *plan.tests, *plan.recordings, *plan.noises]
     for parent in ("example_test_audio", "test_audio", "noise"):
         (folder / parent).mkdir(parents=True)
-    for one in plans:
-        (folder / one.path).parent.mkdir(parents=True, exist_ok=True)
+    for item in plans:
+        (folder / item.path).parent.mkdir(parents=True, exist_ok=True)
     if workers is None:
-        enough = int(sum(one.seconds for one in plans) // SECONDS_PER_WORKER)
-        workers = max(1, min(_count_processors(), enough))
+        has_affinity = hasattr(os, "sched_getaffinity")
+        n_processors = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+        seconds = sum(item.seconds for item in plans)
+        workers = max(1, min(n_processors, int(seconds // _SECONDS_PER_WORKER)))
     done = _run(partial(write_file, folder), plans, workers)
     for _ in tqdm(done, total=len(plans), desc="demo", unit="file", disable=not progress):
         pass
 
 
 def _run(write: partial, plans: list[Plan], workers: int) -> Iterator[str]:
-    """Run ``write`` on each plan; nothing depends on the order or on who does it."""
+    """Run ``write`` on each plan; the result depends on neither order nor process."""
     if workers == 1:
         yield from map(write, plans)
         return
@@ -140,13 +125,7 @@ def _run(write: partial, plans: list[Plan], workers: int) -> Iterator[str]:
         yield from pool.map(write, plans)
 
 
-def _count_processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-# --- tables -------------------------------------------------------------------------------------
+# --- tables ---
 
 
 def _write_tables(folder: Path, plan: DemoPlan, config: DemoConfig) -> None:
@@ -158,7 +137,7 @@ def _write_tables(folder: Path, plan: DemoPlan, config: DemoConfig) -> None:
     tests = [row for soundscape in plan.tests for row in _test_rows(soundscape)]
     _write_csv(folder / "test.csv", ("site", "row_id", "seconds", "audio_id"), tests)
     _write_csv(folder / "solution.csv", ("row_id", "birds"), tests)
-    sample = [{**row, "birds": NOCALL} for row in tests[:VISIBLE_ROWS]]
+    sample = [{**row, "birds": NOCALL} for row in tests[:_VISIBLE_ROWS]]
     _write_csv(folder / "sample_submission.csv", ("row_id", "birds"), sample)
     _write_csv(
         folder / "example_test_audio_summary.csv",
@@ -167,7 +146,7 @@ def _write_tables(folder: Path, plan: DemoPlan, config: DemoConfig) -> None:
     )
     _write_csv(
         folder / "example_test_audio_metadata.csv",
-        METADATA_COLUMNS,
+        _METADATA_COLUMNS,
         (row for soundscape in plan.examples for row in _metadata_rows(soundscape)),
     )
 
@@ -192,7 +171,7 @@ def _test_rows(soundscape: SoundscapePlan) -> Iterator[dict[str, object]]:
 
 
 def _summary_rows(soundscape: SoundscapePlan) -> Iterator[dict[str, object]]:
-    for end, codes in soundscape.labels_with_animals():
+    for end, codes in soundscape.labels(with_animals=True):
         yield {
             "filename_seconds": f"{soundscape.name}_{end}",
             "birds": " ".join(codes),
@@ -203,18 +182,18 @@ def _summary_rows(soundscape: SoundscapePlan) -> Iterator[dict[str, object]]:
 
 def _metadata_rows(soundscape: SoundscapePlan) -> Iterator[dict[str, object]]:
     device, day, hour = soundscape.name.split("_")
-    for event in soundscape.named_events():
+    for song in soundscape.labelled_songs():
         yield {
             "file_id": soundscape.name,
             "device": device,
             "date": day,
             "hour": int(hour),
             "source": "demo",
-            "ebird_code": event.ebird_code,
-            "certainty": "c" if event.snr_db > 5 else "l" if event.snr_db > 2 else "q",
-            "vox_type": "chatter" if event.ebird_code == "squirrel" else event.song.kind,
-            "time_start": round(event.onset_seconds, 6),
-            "time_end": round(event.offset_seconds, 6),
+            "ebird_code": song.ebird_code,
+            "certainty": "c" if song.snr_db > 5 else "l" if song.snr_db > 2 else "q",
+            "vox_type": "chatter" if song.ebird_code == "squirrel" else song.song.kind,
+            "time_start": round(song.onset_seconds, 6),
+            "time_end": round(song.offset_seconds, 6),
             "channel": 1,
         }
 
@@ -222,16 +201,16 @@ def _metadata_rows(soundscape: SoundscapePlan) -> Iterator[dict[str, object]]:
 def _train_row(recording: RecordingPlan, folder: Path, config: DemoConfig) -> dict[str, object]:
     """Return a row of train.csv, with the competition's quirks: units, gaps, lists as text."""
     generator = np.random.default_rng(draw_seed(config, "train row", recording.xc_id))
-    species, who, xc_id = recording.species, recording.recordist, recording.xc_id
+    species, recordist, xc_id = recording.species, recording.recordist, recording.xc_id
     # A better recording gets a better rating, more or less; some have none, which reads 0.
     stars = 1.5 + (recording.snr_db - 10) / 25 * 3 + 0.6 * generator.standard_normal()
     bits = round(8 * (folder / recording.path).stat().st_size / recording.seconds)
     return {
-        **dict.fromkeys(UNSPECIFIED_COLUMNS, "Not specified"),
+        **dict.fromkeys(_UNSPECIFIED_COLUMNS, "Not specified"),
         "rating": 0.0 if generator.random() < 0.04 else np.clip(round(2 * stars) / 2, 0.5, 5.0),
         "playback_used": pick(generator, ("no", "no", "no", "yes", "")),
         "ebird_code": species.ebird_code,
-        "channels": "1 (mono)" if who.channels == 1 else "2 (stereo)",
+        "channels": "1 (mono)" if recordist.channels == 1 else "2 (stereo)",
         "date": f"20{generator.integers(8, 20):02d}-{generator.integers(4, 8):02d}"
         f"-{generator.integers(1, 31):02d}",
         "duration": round(recording.seconds),
@@ -241,10 +220,10 @@ def _train_row(recording: RecordingPlan, folder: Path, config: DemoConfig) -> di
         "secondary_labels": str([other.label for other in recording.listed]),
         "bird_seen": pick(generator, ("yes", "yes", "no", "")),
         "sci_name": species.scientific_name,
-        "location": who.location,
-        "latitude": who.latitude,
-        "sampling_rate": f"{who.sample_rate} (Hz)",
-        "type": recording.events[0].song.kind if recording.events else "song",
+        "location": recordist.location,
+        "latitude": recordist.latitude,
+        "sampling_rate": f"{recordist.sample_rate} (Hz)",
+        "type": recording.songs[0].song.kind if recording.songs else "song",
         "elevation": pick(generator, ("? m", f"{10 * generator.integers(1, 90)} m")),
         "description": pick(generator, ("", "", "Male singing from the top of a tree.")),
         "bitrate_of_mp3": "" if generator.random() < 0.01 else f"{bits} (bps)",
@@ -254,11 +233,11 @@ def _train_row(recording: RecordingPlan, folder: Path, config: DemoConfig) -> di
         ),
         "xc_id": xc_id,
         "url": f"https://www.xeno-canto.org/{xc_id}",
-        "country": who.country,
-        "author": who.name,
+        "country": recordist.country,
+        "author": recordist.name,
         "primary_label": species.label,
-        "longitude": who.longitude,
+        "longitude": recordist.longitude,
         "time": pick(generator, ("?", f"{generator.integers(4, 11)}:{generator.integers(60):02d}")),
-        "recordist": who.name,
-        "license": LICENSE,
+        "recordist": recordist.name,
+        "license": _LICENSE,
     }
