@@ -1,6 +1,5 @@
 """An ablation keeps to its budget, compares like with like, and says what it left out."""
 
-import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,8 +11,9 @@ import pytest
 
 from birdcall.evaluation import ablation as ablation_module
 from birdcall.evaluation.ablation import (
+    AblationOptions,
     BlockTimes,
-    Sample,
+    MeasuredValues,
     ablate,
     loss_change_last_fifth,
     score_seed,
@@ -24,8 +24,9 @@ from birdcall.evaluation.scoring import evaluate, score_submission
 from birdcall.models.checkpoint import SETTINGS_FILE, read_checkpoint
 from birdcall.report.ablation import describe_ablation, difference_table, plot_ablation
 from birdcall.report.plots import save_figure
+from birdcall.storage.store import Journal
 from birdcall.training.log import LOG_FILE, write_log
-from birdcall.training.trainer import EpochLog
+from birdcall.training.trainer import EpochLog, RunOptions
 
 BLOCK_SECONDS = 100.0
 
@@ -73,7 +74,7 @@ class FakeTraining:
         experiment = runs[0].experiment
         score = 0.5 + 0.1 * len(experiment.name) + 0.01 * experiment.train.seed
         measure = Measure("soundscapes: F1", ("a", "a", "b", "b"), "soundscapes")
-        return {"soundscape_f1": Sample(measure, np.full(4, score))}
+        return {"soundscape_f1": MeasuredValues(measure, np.full(4, score))}
 
 
 @pytest.fixture
@@ -92,14 +93,15 @@ def pair(tiny_experiment):
 
 
 def seconds_of(folder):
-    return json.loads((folder / "ablation.json").read_text())["seconds"]
+    with Journal(folder / "ablation.jsonl", "ablation") as journal:
+        return {key["seed"]: value["seconds"] for key, value in journal.items() if "seed" in key}
 
 
 # --- which runs, in what time -------------------------------------------------------------------
 
 
 def test_a_block_is_every_experiment_and_fold_of_one_seed(fake, pair, training_data, tmp_path):
-    found = ablate(pair, training_data, tmp_path, n_seeds=2, budget_seconds=1e6)
+    found = ablate(pair, training_data, tmp_path, AblationOptions(n_seeds=2, budget_seconds=1e6))
     assert len(fake.blocks) == 2
     for seed, block in enumerate(fake.blocks):
         assert [(run.experiment.name, run.fold) for run in block] == [
@@ -112,7 +114,8 @@ def test_a_block_is_every_experiment_and_fold_of_one_seed(fake, pair, training_d
 
 
 def test_one_fold_is_trained_where_one_is_asked_for(fake, pair, training_data, tmp_path):
-    ablate(pair, training_data, tmp_path, folds=[1], n_seeds=1, budget_seconds=1e6)
+    options = AblationOptions(folds=(1,), n_seeds=1, budget_seconds=1e6)
+    ablate(pair, training_data, tmp_path, options)
     assert [run.fold for run in fake.blocks[0]] == [1, 1]
 
 
@@ -120,7 +123,7 @@ def test_a_block_that_does_not_fit_is_left_out_and_said(
     fake, pair, training_data, tmp_path, caplog
 ):
     # A block takes 100 s of training and 2 x 5 s of scoring: two fit into 300 s, three do not.
-    found = ablate(pair, training_data, tmp_path, n_seeds=4, budget_seconds=300)
+    found = ablate(pair, training_data, tmp_path, AblationOptions(n_seeds=4, budget_seconds=300))
     assert found.left_out == (2, 3)
     assert dict(found.block_seconds) == {0: 110.0, 1: 110.0}
     assert "seed 2 is left out: it would take 1.8 minutes, and 3.7 of 5.0 are spent" in caplog.text
@@ -132,48 +135,61 @@ def test_a_block_that_does_not_fit_is_left_out_and_said(
 def test_the_first_block_is_trained_even_if_it_takes_longer_than_the_budget(
     fake, pair, training_data, tmp_path
 ):
-    found = ablate(pair, training_data, tmp_path, n_seeds=2, budget_seconds=60)
+    found = ablate(pair, training_data, tmp_path, AblationOptions(n_seeds=2, budget_seconds=60))
     assert (len(fake.blocks), found.left_out) == (1, (1,))
 
 
 def test_an_interrupted_ablation_goes_on_and_counts_the_time_already_spent(
     fake, pair, training_data, tmp_path
 ):
-    ablate(pair, training_data, tmp_path, n_seeds=1, budget_seconds=1000)
+    ablate(pair, training_data, tmp_path, AblationOptions(n_seeds=1, budget_seconds=1000))
     fake.dies_after = 40.0
     with pytest.raises(KeyboardInterrupt):
-        ablate(pair, training_data, tmp_path, n_seeds=2, budget_seconds=1000)
-    assert seconds_of(tmp_path) == {"0": 110.0, "1": 40.0}
+        ablate(pair, training_data, tmp_path, AblationOptions(n_seeds=2, budget_seconds=1000))
+    assert seconds_of(tmp_path) == {0: 110.0, 1: 40.0}
     fake.dies_after = None
     # 70 s are expected to be missing: 219 s do not have room for them behind 150, 220 do.
-    found = ablate(pair, training_data, tmp_path, n_seeds=2, budget_seconds=219)
+    found = ablate(pair, training_data, tmp_path, AblationOptions(n_seeds=2, budget_seconds=219))
     assert found.left_out == (1,)
-    found = ablate(pair, training_data, tmp_path, n_seeds=2, budget_seconds=220)
+    found = ablate(pair, training_data, tmp_path, AblationOptions(n_seeds=2, budget_seconds=220))
     assert found.left_out == ()
-    assert seconds_of(tmp_path) == {"0": 110.0, "1": 150.0}
+    assert seconds_of(tmp_path) == {0: 110.0, 1: 150.0}
     assert [len(block) for block in fake.blocks] == [4, 0, 0, 0, 4]
 
 
 def test_finished_blocks_are_shown_whatever_the_budget(fake, pair, training_data, tmp_path):
-    ablate(pair, training_data, tmp_path, n_seeds=2, budget_seconds=1000)
-    again = ablate(pair, training_data, tmp_path, n_seeds=2, budget_seconds=1)
+    ablate(pair, training_data, tmp_path, AblationOptions(n_seeds=2, budget_seconds=1000))
+    again = ablate(pair, training_data, tmp_path, AblationOptions(n_seeds=2, budget_seconds=1))
     assert again.left_out == ()
     assert dict(again.block_seconds) == {0: 110.0, 1: 110.0}
 
 
 def test_another_ablation_in_the_same_folder_is_refused(fake, pair, training_data, tmp_path):
-    ablate(pair, training_data, tmp_path, n_seeds=1, budget_seconds=1000)
-    with pytest.raises(ValueError, match="is of experiments a, bbb, not a; begin another"):
-        ablate(pair[:1], training_data, tmp_path, n_seeds=1, budget_seconds=1000)
-    with pytest.raises(ValueError, match="is of folds 0, 1, not 1; begin another"):
-        ablate(pair, training_data, tmp_path, folds=[1], n_seeds=1, budget_seconds=1000)
+    ablate(pair, training_data, tmp_path, AblationOptions(n_seeds=1, budget_seconds=1000))
+    with pytest.raises(ValueError, match="is of experiments a, bbb, not a; give another"):
+        ablate(pair[:1], training_data, tmp_path, AblationOptions(n_seeds=1, budget_seconds=1000))
+    options = AblationOptions(folds=(1,), n_seeds=1, budget_seconds=1000)
+    with pytest.raises(ValueError, match="is of folds 0, 1, not 1; give another"):
+        ablate(pair, training_data, tmp_path, options)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"seconds": {}}', '{"seconds": 3, "complete": []}'])
-def test_a_ledger_that_is_none_is_refused(text, tmp_path):
-    (tmp_path / "ablation.json").write_text(text)
-    with pytest.raises(ValueError, match=r"ablation\.json: not a readable ablation"):
-        BlockTimes.open(tmp_path, ["a"], [0])
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["{"],
+        ["[]"],
+        ['{"fingerprint": "ablation"}', '{"key": {"seed": 0}, "value": {"seconds": 3}}'],
+        ['{"fingerprint": "ablation"}', '{"key": {"item": "conditions"}, "value": {}}'],
+    ],
+)
+def test_a_journal_that_is_none_is_refused(lines, tmp_path):
+    (tmp_path / "ablation.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    with pytest.raises(ValueError, match=r"ablation\.jsonl.*(not a line|not a readable ablation)"):
+        BlockTimes(tmp_path, ["a"], [0])
+
+
+def _ablate(experiments, data, folder, options):
+    return ablate(experiments, data, folder, AblationOptions(**options))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +207,7 @@ def test_a_ledger_that_is_none_is_refused(text, tmp_path):
 )
 def test_what_cannot_be_run_is_one_line(change, message, fake, pair, training_data, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
-        ablate(pair, training_data, tmp_path, **({"n_seeds": 1, "budget_seconds": 60.0} | change))
+        _ablate(pair, training_data, tmp_path, {"n_seeds": 1, "budget_seconds": 60.0} | change)
     assert "\n" not in str(error.value)
     assert fake.blocks == []
 
@@ -203,7 +219,7 @@ def test_experiments_are_given_once_and_there_is_one(
     positions, message, fake, pair, training_data, tmp_path
 ):
     with pytest.raises(ValueError, match=message):
-        ablate([pair[k] for k in positions], training_data, tmp_path, budget_seconds=60)
+        ablate([pair[k] for k in positions], training_data, tmp_path, AblationOptions(60.0))
 
 
 # --- what came out ------------------------------------------------------------------------------
@@ -212,20 +228,20 @@ def test_experiments_are_given_once_and_there_is_one(
 def test_differences_are_from_the_first_experiment_or_from_the_reference(
     fake, pair, training_data, tmp_path
 ):
-    found = ablate(pair, training_data, tmp_path, n_seeds=3, budget_seconds=1e6)
+    found = ablate(pair, training_data, tmp_path, AblationOptions(n_seeds=3, budget_seconds=1e6))
     (row,) = found.differences.to_dict("records")
     assert (row["experiment"], row["reference"]) == ("bbb", "a")
     assert row["difference"] == pytest.approx(0.2)
     assert (row["low"], row["high"]) == pytest.approx((0.2, 0.2))
-    turned = ablate(pair, training_data, tmp_path, n_seeds=3, budget_seconds=1e6, reference="bbb")
+    options = AblationOptions(n_seeds=3, budget_seconds=1e6, reference="bbb")
+    turned = ablate(pair, training_data, tmp_path, options)
     assert turned.differences["difference"].iloc[0] == pytest.approx(-0.2)
     assert difference_table(turned).iloc[0, 1] == "-0.200 [-0.200, -0.200] 0/3"
 
 
 def test_the_page_has_each_table_with_its_numbers(fake, pair, training_data, tmp_path):
-    page = describe_ablation(
-        ablate(pair, training_data, tmp_path, n_seeds=3, budget_seconds=3600), "birdcall ablate"
-    )
+    options = AblationOptions(n_seeds=3, budget_seconds=3600)
+    page = describe_ablation(ablate(pair, training_data, tmp_path, options), "birdcall ablate")
     # Scores 0.67, 0.68, 0.69: their sample standard deviation is 0.01.
     assert "| a | 0.680 ± 0.010 | 10.0 |" in page
     assert "| bbb | +0.200 [+0.200, +0.200] 3/3 |" in page
@@ -238,13 +254,14 @@ def test_the_page_has_each_table_with_its_numbers(fake, pair, training_data, tmp
 
 
 def test_the_page_of_one_seed_claims_no_spread(fake, pair, training_data, tmp_path):
-    page = describe_ablation(ablate(pair, training_data, tmp_path, n_seeds=1, budget_seconds=60))
+    options = AblationOptions(n_seeds=1, budget_seconds=60)
+    page = describe_ablation(ablate(pair, training_data, tmp_path, options))
     assert "±" not in page
     assert "say nothing of what another seed would give" in page
 
 
 def test_the_page_of_a_single_experiment_has_no_differences(fake, pair, training_data, tmp_path):
-    found = ablate(pair[:1], training_data, tmp_path, n_seeds=2, budget_seconds=60)
+    found = ablate(pair[:1], training_data, tmp_path, AblationOptions(n_seeds=2, budget_seconds=60))
     assert "None: there is a single experiment." in describe_ablation(found)
     save_figure(plot_ablation(found), tmp_path / "ablation.png")
 
@@ -274,7 +291,8 @@ def real(training_data, tiny_experiment, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablation")
     short = replace(tiny_experiment, train=replace(tiny_experiment.train, epochs=2))
     other = replace(short, name="plain", model=replace(short.model, temporal="none"))
-    found = ablate([short, other], training_data, folder, n_seeds=2, budget_seconds=600, workers=0)
+    options = AblationOptions(n_seeds=2, budget_seconds=600, training=RunOptions(workers=0))
+    found = ablate([short, other], training_data, folder, options)
     found.write_tables(folder)
     save_figure(plot_ablation(found), folder / "ablation.png")
     return folder, found
@@ -331,9 +349,7 @@ def test_seeds_are_other_networks(real):
 def test_a_second_call_trains_nothing_and_finds_the_same(real, training_data, tiny_experiment):
     folder, found = real
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
-    again = ablate(
-        found.experiments, training_data, folder, n_seeds=2, budget_seconds=600, workers=0
-    )
+    again = ablate(found.experiments, training_data, folder, found.options)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")} == before
     pd.testing.assert_frame_equal(again.table, found.table)
     pd.testing.assert_frame_equal(again.differences, found.differences)

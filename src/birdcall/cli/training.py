@@ -241,30 +241,26 @@ def _ablate(
     jobs: _Jobs = 1,
 ) -> None:
     """Compare experiments over several seeds within a time budget; a second call resumes."""
-    from birdcall.evaluation.ablation import ablate
+    from birdcall.evaluation.ablation import AblationOptions, ablate
     from birdcall.experiments import find_experiment
     from birdcall.report.ablation import describe_ablation, plot_ablation
     from birdcall.report.plots import save_figure
     from birdcall.storage.files import inside, write_atomically
+    from birdcall.training.trainer import RunOptions
 
     chosen = [find_experiment(experiment_name) for experiment_name in experiment]
     folders = Folders(data, output, folds)
     folder = inside(folders.output, name)
     held_out = parse_fold(fold)
     with _report_interruption():
-        ablation = ablate(
-            chosen,
-            folders.load_training_data(noise),
-            folder,
-            folds=None if held_out is None else [held_out],
-            n_seeds=seeds,
+        options = AblationOptions(
             budget_seconds=60 * minutes,
+            n_seeds=seeds,
+            folds=None if held_out is None else (held_out,),
             reference=reference,
-            workers=workers,
-            jobs=jobs,
-            init=init,
-            progress=True,
+            training=RunOptions(workers=workers, jobs=jobs, init=init, progress=True),
         )
+        ablation = ablate(chosen, folders.load_training_data(noise), folder, options)
     page = describe_ablation(ablation, shlex.join(["birdcall", *sys.argv[1:]]))
     ablation.write_tables(folder)
     save_figure(plot_ablation(ablation), folder / "ablation.png")

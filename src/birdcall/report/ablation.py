@@ -26,7 +26,7 @@ def describe_ablation(ablation: Ablation, command: str = "") -> str:
         "## Scores",
         _to_markdown(score_table(ablation)),
         _score_notes(ablation),
-        f"## Differences from `{ablation.reference}`",
+        f"## Differences from `{ablation.options.reference}`",
         _to_markdown(difference_table(ablation)),
         _difference_notes(ablation),
         _describe_agreement(ablation),
@@ -43,7 +43,7 @@ def describe_ablation(ablation: Ablation, command: str = "") -> str:
 def _describe_conditions(ablation: Ablation) -> str:
     data = ablation.data
     seeds = sorted(ablation.table["seed"].unique())
-    folds = ", ".join(map(str, ablation.folds))
+    folds = ", ".join(map(str, ablation.options.folds))
     lines = [
         f"- Data: {len(data.recordings)} recordings of {len(data.classes)} species, "
         f"{len(data.folds)} folds, each recordist in one of them; held out: fold {folds}."
@@ -54,7 +54,8 @@ def _describe_conditions(ablation: Ablation) -> str:
         if measure.all_nocall is not None:
             line += f"; all nocall gets {measure.all_nocall:.3f}"
         lines.append(f"{line}.")
-    init = f"`{ablation.init.name}`" if ablation.init else "as each experiment says"
+    options, training = ablation.options, ablation.options.training
+    init = f"`{training.init.name}`" if training.init else "as each experiment says"
     seconds = ablation.block_seconds
     by_seed = ", ".join(f"seed {seed} {seconds[seed] / 60:.1f}" for seed in sorted(seconds))
     skipped = "nothing"
@@ -65,9 +66,9 @@ def _describe_conditions(ablation: Ablation) -> str:
             *lines,
             f"- Seeds: {len(seeds)} ({', '.join(map(str, seeds))}); a seed determines initial "
             f"weights, clips, their order and augmentation. Initial weights: {init}.",
-            f"- Time: {sum(seconds.values()) / 60:.1f} of {ablation.budget_seconds / 60:g} "
-            f"minutes, training and scoring ({by_seed}); runs at the same time: {ablation.jobs}, "
-            f"loader workers per run: {ablation.workers}, cores: {os.cpu_count()}.",
+            f"- Time: {sum(seconds.values()) / 60:.1f} of {options.budget_seconds / 60:g} "
+            f"minutes, training and scoring ({by_seed}); runs at the same time: {training.jobs}, "
+            f"loader workers per run: {training.workers}, cores: {os.cpu_count()}.",
             f"- Left out, since the budget had no room for them: {skipped}.",
         ]
     )
@@ -84,7 +85,7 @@ def _score_notes(ablation: Ablation) -> str:
             "recordists. It is applied to labelled and hidden rows, which have no part in the "
             "choice."
         )
-    if len(ablation.folds) > 1:
+    if len(ablation.options.folds) > 1:
         notes.append("On soundscapes the members of all folds of an experiment are averaged.")
     notes.append(
         "Recordings are held out: each is predicted by the model that was not trained on its fold. "
@@ -215,11 +216,11 @@ def plot_ablation(ablation: Ablation) -> Figure:
         differences = ablation.differences
         if len(differences):
             differences = differences[differences["measure"] == key].set_index("experiment")
-            by_seed = seeds - seeds.loc[ablation.reference]
+            by_seed = seeds - seeds.loc[ablation.options.reference]
             _draw_experiments(right, by_seed, differences["difference"], differences)
             right.tick_params(labelleft=False)
         right.axvline(0, color="0.4", lw=1, zorder=0)
-        right.set_title(f"{measure.title}, minus {ablation.reference}")
+        right.set_title(f"{measure.title}, minus {ablation.options.reference}")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
