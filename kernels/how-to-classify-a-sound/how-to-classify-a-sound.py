@@ -56,8 +56,9 @@ import pandas as pd
 import torch
 from IPython.display import Audio, Image, display
 
-from birdcall.audio.frontend import LogMel, Spectrogram
+from birdcall.audio.frontend import LogMel
 from birdcall.audio.reading import crop_or_pad, read_audio
+from birdcall.audio.spectrogram import Spectrogram
 from birdcall.config import SEGMENT_SECONDS, replace_nested
 from birdcall.data.recordings import classes_of, read_recordings
 from birdcall.experiments import find_experiment
