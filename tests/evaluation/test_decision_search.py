@@ -15,8 +15,9 @@ from birdcall.evaluation.decision_search import (
     score_threshold_pairs,
     search_decision,
 )
+from birdcall.evaluation.labelled import segment_table
 from birdcall.evaluation.metrics import row_f1_scores
-from birdcall.evaluation.predictions import LabelledPredictions, segment_table
+from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.inference.decision import Calibration, Decision
 from birdcall.inference.predictions import SegmentPredictions
 

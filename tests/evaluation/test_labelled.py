@@ -10,9 +10,13 @@ import pytest
 import soundfile
 
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.evaluation.labelled import known_species, predict_labelled, read_truth
+from birdcall.evaluation.labelled import (
+    known_species,
+    predict_labelled,
+    read_truth,
+    truth_from_intervals,
+)
 from birdcall.evaluation.metrics import row_f1_scores
-from birdcall.evaluation.predictions import truth_from_intervals
 from birdcall.evaluation.tables import event_rows
 from birdcall.inference.decision import Decision
 from birdcall.inference.ensemble import load_ensemble

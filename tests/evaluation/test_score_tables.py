@@ -13,9 +13,9 @@ from sklearn.metrics import (
 )
 
 from birdcall.data.targets import IGNORE_TARGET
-from birdcall.evaluation.labelled import LabelledSoundscapes
+from birdcall.evaluation.labelled import LabelledSoundscapes, segment_table
 from birdcall.evaluation.metrics import row_f1_scores
-from birdcall.evaluation.predictions import LabelledPredictions, segment_table
+from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.evaluation.tables import (
     ScoreSubject,
     confusion_matrix,

@@ -21,11 +21,11 @@ from birdcall.config import NO_AUGMENT, SEGMENT_SECONDS, Experiment, replace_nes
 from birdcall.data.dataset import TrainingData
 from birdcall.data.loader import ClipBatch
 from birdcall.evaluation.decision_search import search_decision
+from birdcall.evaluation.labelled import segment_table
 from birdcall.evaluation.predictions import (
     LabelledPredictions,
     PredictionCache,
     predict_cached,
-    segment_table,
 )
 from birdcall.evaluation.tables import (
     ENSEMBLE,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,13 +17,12 @@ import pandas as pd
 
 from birdcall.audio.reading import AudioError, probe_audio
 from birdcall.config import SEGMENT_SECONDS
+from birdcall.data.targets import MIN_OVERLAP_SECONDS
 from birdcall.evaluation.predictions import (
     LabelledPredictions,
     PredictionCache,
     predict_cached,
     predict_frames_cached,
-    segment_table,
-    truth_from_intervals,
 )
 from birdcall.inference.engine import open_recording
 from birdcall.inference.ensemble import Ensemble
@@ -45,6 +44,7 @@ from birdcall.taxonomy import all_species, find_species
 
 logger = logging.getLogger(__name__)
 
+_TIME_TOLERANCE = 1e-6  # seconds
 _ANNOTATION_COLUMNS = ["recording", "onset", "offset", "ebird_code"]
 
 
@@ -138,6 +138,38 @@ def predict_labelled(
         foreign=truth.foreign,
         paths=truth.paths,
     )
+
+
+def segment_table(
+    recording: str, n_segments: int, *, is_labelled: np.ndarray | bool, group: str
+) -> pd.DataFrame:
+    """Return the ``segments`` of `LabelledPredictions` for one recording."""
+    return pd.DataFrame(
+        {
+            "recording": recording,
+            "seconds": SEGMENT_SECONDS * np.arange(1.0, n_segments + 1),
+            "is_labelled": is_labelled,
+            "group": group,
+        }
+    )
+
+
+def truth_from_intervals(
+    intervals: Iterable[tuple[float, float]], columns: Sequence[int], shape: tuple[int, int]
+) -> np.ndarray:
+    """Return which species are present in each segment, boolean, of ``shape`` (segments, species).
+
+    intervals: onset and offset of each event in seconds; columns: the column of its species. An
+    event is present in a segment that holds half a second of it, or half of it.
+    """
+    truth = np.zeros(shape, dtype=bool)
+    starts = SEGMENT_SECONDS * np.arange(shape[0])
+    for (onset, offset), column in zip(intervals, columns, strict=True):
+        overlap = np.minimum(offset, starts + SEGMENT_SECONDS) - np.maximum(onset, starts)
+        touches = (onset < starts + SEGMENT_SECONDS) & (offset >= starts)
+        enough = min(MIN_OVERLAP_SECONDS, (offset - onset) / 2) - _TIME_TOLERANCE
+        truth[touches & (overlap >= enough), column] = True
+    return truth
 
 
 def read_truth(folders: Sequence[Path], species: Sequence[str]) -> Truth:

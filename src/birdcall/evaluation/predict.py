@@ -17,12 +17,16 @@ import torch
 from birdcall.audio.reading import AudioError
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.data.dataset import TrainingData
-from birdcall.evaluation.labelled import LabelledSoundscapes, known_species, predict_labelled
+from birdcall.evaluation.labelled import (
+    LabelledSoundscapes,
+    known_species,
+    predict_labelled,
+    segment_table,
+)
 from birdcall.evaluation.predictions import (
     LabelledPredictions,
     PredictionCache,
     predict_cached,
-    segment_table,
 )
 from birdcall.evaluation.simulated_audio import open_renderer, salient_segment_finder
 from birdcall.evaluation.simulation import (
@@ -324,23 +328,15 @@ def predict_simulated(
     renderer = open_renderer(data, fold, config)
     files = [data.folder / path for path in describe_events(soundscapes)["path"].unique()]
     made_from = repr(soundscapes), digest_files(files), digest_files(renderer.noise.paths)
-    cache = PredictionCache(
-        cache_folder,
-        f"simulated-fold{fold}",
-        digest(repr(made_from)),
-        modules=("evaluation.simulated_audio",),
-    )
+    name, modules = f"simulated-fold{fold}", ("evaluation.simulated_audio",)
+    cache = PredictionCache(cache_folder, name, digest(repr(made_from)), modules)
     sources = {item.name: partial(renderer.render, item) for item in soundscapes}
     species = known_species(ensemble.classes)
-    tables = [
-        segment_table(
-            item.name,
-            round(item.seconds / SEGMENT_SECONDS),
-            is_labelled=True,
-            group=item.group,
-        ).assign(nocall_share=item.nocall_share)
-        for item in soundscapes
-    ]
+    tables = []
+    for item in soundscapes:
+        n_segments = round(item.seconds / SEGMENT_SECONDS)
+        table = segment_table(item.name, n_segments, is_labelled=True, group=item.group)
+        tables.append(table.assign(nocall_share=item.nocall_share))
     return LabelledPredictions(
         segments=pd.concat(tables, ignore_index=True),
         truth=np.concatenate([label_segments(item, species) for item in soundscapes]),

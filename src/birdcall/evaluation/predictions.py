@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +15,6 @@ import torch
 from tqdm import tqdm
 
 from birdcall.audio.reading import AudioError
-from birdcall.config import SEGMENT_SECONDS
-from birdcall.data.targets import MIN_OVERLAP_SECONDS
 from birdcall.evaluation.metrics import row_f1_scores
 from birdcall.inference.decision import (
     Decision,
@@ -38,8 +36,6 @@ from birdcall.storage.files import digest
 from birdcall.storage.store import Store, read_arrays, write_arrays
 
 logger = logging.getLogger(__name__)
-
-_TIME_TOLERANCE = 1e-6  # seconds
 
 Predictions = dict[str, SegmentPredictions | AudioError]  # by recording; an error: not decodable
 
@@ -114,17 +110,12 @@ class LabelledPredictions:
         )
 
     def with_probabilities(
-        self,
-        clipwise: np.ndarray,
-        framewise: np.ndarray,
-        member_names: Sequence[str] | None = None,
+        self, clipwise: np.ndarray, framewise: np.ndarray, member_names: Sequence[str] = ()
     ) -> LabelledPredictions:
         """Return other probabilities ``(members, segments, classes)`` for the same segments."""
-        return replace(
-            self,
-            predictions=replace(self.predictions, clipwise=clipwise, framewise=framewise),
-            member_names=tuple(self.member_names if member_names is None else member_names),
-        )
+        predictions = replace(self.predictions, clipwise=clipwise, framewise=framewise)
+        names = tuple(member_names) or self.member_names
+        return replace(self, predictions=predictions, member_names=names)
 
     @property
     def clipwise(self) -> np.ndarray:
@@ -188,38 +179,6 @@ class LabelledPredictions:
         return np.pad(decided, ((0, 0), (0, self.truth.shape[1] - decided.shape[1])))
 
 
-def segment_table(
-    recording: str, n_segments: int, *, is_labelled: np.ndarray | bool, group: str
-) -> pd.DataFrame:
-    """Return the table of one recording's segments, as in `LabelledPredictions`."""
-    return pd.DataFrame(
-        {
-            "recording": recording,
-            "seconds": SEGMENT_SECONDS * np.arange(1.0, n_segments + 1),
-            "is_labelled": is_labelled,
-            "group": group,
-        }
-    )
-
-
-def truth_from_intervals(
-    intervals: Iterable[tuple[float, float]], columns: Sequence[int], shape: tuple[int, int]
-) -> np.ndarray:
-    """Return which species are present in each segment, boolean, of ``shape`` (segments, species).
-
-    intervals: onset and offset of each event in seconds; columns: the column of its species. An
-    event is present in a segment that holds half a second of it, or half of it.
-    """
-    truth = np.zeros(shape, dtype=bool)
-    starts = SEGMENT_SECONDS * np.arange(shape[0])
-    for (onset, offset), column in zip(intervals, columns, strict=True):
-        overlap = np.minimum(offset, starts + SEGMENT_SECONDS) - np.maximum(onset, starts)
-        touches = (onset < starts + SEGMENT_SECONDS) & (offset >= starts)
-        enough = min(MIN_OVERLAP_SECONDS, (offset - onset) / 2) - _TIME_TOLERANCE
-        truth[touches & (overlap >= enough), column] = True
-    return truth
-
-
 # --- stored predictions ---
 
 
@@ -267,12 +226,9 @@ class PredictionCache:
                 raise ValueError("it holds other recordings, or these in another order")
             if arrays["clipwise"].shape != arrays["framewise"].shape:
                 raise ValueError("its arrays have different shapes")
-            bounds = {
-                "starts": tuple(values["starts"]),
-                "recording_seconds": tuple(values["seconds"]),
-            }
-            parts = SegmentPredictions(**arrays, **bounds).split() if names else []
-            predicted = dict(zip(names, parts, strict=True))
+            bounds = tuple(values["starts"]), tuple(values["seconds"])
+            together = SegmentPredictions(**arrays, starts=bounds[0], recording_seconds=bounds[1])
+            predicted = dict(zip(names, together.split(), strict=True))
             return {name: errors.get(name) or predicted[name] for name in recordings}
 
         identity = self.identify(member, window)
@@ -282,23 +238,16 @@ class PredictionCache:
 
     def write(self, member: Member, window: WindowConfig, predictions: Predictions) -> None:
         """Write the predictions of a member, and delete those of an earlier state of it."""
-        identity = self.identify(member, window)
-        if identity is None:
+        identity, predicted = self.identify(member, window), _without_errors(predictions)
+        if identity is None or not predicted:
             return
-        predicted = _without_errors(predictions)
-        empty = np.zeros((1, 0, len(member.checkpoint.classes)), np.float32)
-        together = SegmentPredictions(empty, empty, starts=())
-        if predicted:
-            together = concatenate(list(predicted.values()))
+        together = concatenate(list(predicted.values()))
+        errors = {name: item for name, item in predictions.items() if name not in predicted}
         values = {
             "names": list(predicted),
             "starts": together.starts,
             "seconds": together.recording_seconds,
-            "errors": [
-                (name, str(item.path), item.reason)
-                for name, item in predictions.items()
-                if isinstance(item, AudioError)
-            ],
+            "errors": [(name, str(item.path), item.reason) for name, item in errors.items()],
         }
         arrays = {"clipwise": together.clipwise, "framewise": together.framewise}
         with self.store.writing(f"{member.name}.{self.name}", identity) as path:
@@ -328,7 +277,7 @@ def predict_cached(
     ]
     if any(other != lengths[0] for other in lengths):
         # A disk that failed for some members only: their segments are not those of the others.
-        logger.warning("members predicted different ones of %s; all predict again", names)
+        logger.warning("members could read different recordings of %s; all predict again", names)
         stored = [None] * len(lengths)
         by_member = _predict_missing(ensemble, sources, cache, stored, progress=progress)
     result: Predictions = {}
@@ -353,8 +302,8 @@ def _predict_missing(
         return by_member
     members = [ensemble.members[index] for index in missing]
     stream = predict_audio(ensemble.for_members(members), sources, SEGMENTS_ONLY)
-    is_quiet = not progress
-    computed = dict(tqdm(stream, cache.name, len(sources), disable=is_quiet, unit="recording"))
+    bar = tqdm(stream, cache.name, len(sources), disable=not progress, unit="recording")
+    computed = dict(bar)
     for position, index in enumerate(missing):
         by_member[index] = {
             name: item if isinstance(item, AudioError) else item.for_member(position)
@@ -379,10 +328,8 @@ def predict_frames_cached(
     """
 
     def read_file(path: Path) -> dict[str, np.ndarray]:
-        arrays, values = read_arrays(path)
-        if values["names"] != list(sources):
-            raise ValueError("it holds other recordings, or these in another order")
-        return {name: arrays[str(index)] for index, name in enumerate(values["names"])}
+        arrays, _ = read_arrays(path)
+        return {name: arrays[name] for name in sources}
 
     window = ensemble.window_config
     identities = [cache.identify(member, window) for member in ensemble.members]
@@ -395,7 +342,6 @@ def predict_frames_cached(
     predictions = _without_errors(dict(predict_audio(ensemble, sources)))
     frames = {name: item.frames for name, item in predictions.items()}
     if is_stored and frames:
-        arrays = {str(index): array for index, array in enumerate(frames.values())}
         with cache.store.writing(*stored_as) as path:
-            write_arrays(path, arrays, {"names": list(frames)})
+            write_arrays(path, frames, {})
     return frames

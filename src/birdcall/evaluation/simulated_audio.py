@@ -204,28 +204,23 @@ class SoundscapeRenderer:
         generator = np.random.default_rng((*soundscape.seed, 1))
         n_samples = round(soundscape.seconds * rate)
         background = _scale_to_level(make_noise("pink", n_samples, rate, generator), _HISS_DB)
+        n_fade = round(_CROSSFADE_SECONDS * rate)
         failures: list[ReadFailure] = []
         for _ in range(_BACKGROUND_LAYERS):
-            self._add_layer(background, generator, failures)
+            start = -n_fade
+            while start < n_samples:
+                length = round(generator.uniform(*_NOISE_SECONDS) * rate)
+                spread_db = self.config.noise_spread_db
+                level_db = spread_db * np.clip(generator.standard_normal(), -2, 2)
+                noise = self.noise.draw(length, generator, failures)
+                clip = fade_ends(_scale_to_level(noise, level_db), n_fade)
+                n_skipped = max(0, -start)
+                span = background[max(0, start) : start + length]
+                span += clip[n_skipped : n_skipped + len(span)]
+                start += length - n_fade
         for failure in failures:
             logger.warning("%s; other noise replaces it", failure.reason)
         return background
-
-    def _add_layer(
-        self, background: np.ndarray, generator: np.random.Generator, failures: list[ReadFailure]
-    ) -> None:
-        rate = self.config.sample_rate
-        n_fade = round(_CROSSFADE_SECONDS * rate)
-        start = -n_fade
-        while start < len(background):
-            length = round(generator.uniform(*_NOISE_SECONDS) * rate)
-            level_db = self.config.noise_spread_db * np.clip(generator.standard_normal(), -2, 2)
-            noise = self.noise.draw(length, generator, failures)
-            clip = fade_ends(_scale_to_level(noise, level_db), n_fade)
-            n_skipped = max(0, -start)
-            span = background[max(0, start) : start + length]
-            span += clip[n_skipped : n_skipped + len(span)]
-            start += length - n_fade
 
     def read_event(self, event: SimulatedEvent) -> np.ndarray:
         """Return an event's waveform ``(samples,)``: its band only, high frequencies attenuated."""

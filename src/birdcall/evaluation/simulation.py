@@ -16,7 +16,7 @@ import pandas as pd
 
 from birdcall.config import SEGMENT_SECONDS, require, require_range, require_share
 from birdcall.data.folds import recordist_clusters
-from birdcall.evaluation.predictions import truth_from_intervals
+from birdcall.evaluation.labelled import truth_from_intervals
 
 # Of one, two and three species in a chorus. In the competition's examples 54, 20 and 4 rows have so
 # many.
@@ -127,7 +127,11 @@ def plan_soundscapes(
     for a recording that does not decode.
     """
     grouped = recordings.assign(group=group_recordings(recordings, config.groups_per_fold))
-    candidates = _candidates(grouped[grouped["fold"] == fold])
+    grouped = grouped[grouped["fold"] == fold]
+    is_single = grouped["secondary_codes"].map(len) == 0
+    has_single = is_single.groupby(grouped["ebird_code"]).transform("any")
+    # Sorted, so that the plan does not depend on the order of the table.
+    candidates = grouped[is_single | ~has_single].sort_values("path")
     planned = []
     for share in config.nocall_shares:
         key = (config.seed, fold, round(1000 * share))
@@ -197,14 +201,6 @@ def describe_events(soundscapes: Sequence[SimulatedSoundscape]) -> pd.DataFrame:
 # --- which recordings ---------------------------------------------------------------------------
 
 
-def _candidates(recordings: pd.DataFrame) -> pd.DataFrame:
-    """Leave out recordings with secondary labels, of species that have recordings without any."""
-    is_single = recordings["secondary_codes"].map(len) == 0
-    has_single = is_single.groupby(recordings["ebird_code"]).transform("any")
-    # The plan does not depend on the order of the table.
-    return recordings[is_single | ~has_single].sort_values("path")
-
-
 class _RecordingQueue:
     """An endless queue of recordings: species alternate, no recording repeats within a round."""
 
@@ -257,15 +253,13 @@ def _draw_empty_segments(
     return [int(n_empty) for n_empty in rounded.clip(0, config.n_segments)]
 
 
+@dataclass
 class _EventPlanner:
     """Draws the events of one soundscape."""
 
-    def __init__(
-        self, config: SimulationConfig, find_segment: FindSegment, generator: np.random.Generator
-    ) -> None:
-        self.config = config
-        self.find_segment = find_segment
-        self.generator = generator
+    config: SimulationConfig
+    find_segment: FindSegment
+    generator: np.random.Generator
 
     def plan_events(self, queue: _RecordingQueue, n_empty: int) -> list[SimulatedEvent]:
         """Add choruses until ``n_empty`` segments are empty, or one more."""
