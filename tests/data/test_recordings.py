@@ -274,7 +274,7 @@ def test_a_cut_table_and_an_empty_one_raise(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_not_in_a_layout_says_what_is_expected(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    cases = [("none", "no such folder"), ("file", "is not a folder"), (".", "holds no table")]
+    cases = [("none", "no such folder"), ("file", "is not a folder"), (".", "contains no table")]
     for name, reason in cases:
         with pytest.raises(FileNotFoundError, match=rf"{reason}.*train\.csv with train_audio/"):
             read_recordings(tmp_path / name)
