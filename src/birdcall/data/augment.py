@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
 
@@ -234,22 +233,17 @@ def _build_transform(name: str, lowest: float, highest: float) -> _Transform:
 def _transform(
     transform: _Transform, waveform: np.ndarray, sample_rate: int, generator: np.random.Generator
 ) -> np.ndarray:
-    with _seeded_globals(int(generator.integers(2**32))):
-        changed = transform(np.ascontiguousarray(waveform, np.float32), sample_rate)
-    return np.asarray(changed, np.float32)
-
-
-@contextmanager
-def _seeded_globals(seed: int) -> Iterator[None]:
     """Seed the global generators, from which audiomentations draws, and restore them after."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
+    seed = int(generator.integers(2**32))
     random.seed(seed)
     np.random.seed(seed)
     try:
-        yield
+        changed = transform(np.ascontiguousarray(waveform, np.float32), sample_rate)
     finally:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+    return np.asarray(changed, np.float32)
 
 
 # --- memory ---
@@ -307,17 +301,17 @@ class BatchDraws:
             partners[circle, number] = circle.roll(-1 - number)
         mixed = happens(config.mixup_probability)
         third = mixed & happens(config.mixup_third_probability)
-        mix_gain = _amplitude(uniform(config.mixup_gain_db, _N_PARTNERS))
+        mix_gain = 10 ** (uniform(config.mixup_gain_db, _N_PARTNERS) / 20)
         mix_gain *= torch.stack([mixed & (n_clips > 1), third & (n_clips > _N_PARTNERS)], dim=1)
         shift = uniform((0.0, 1.0)) * happens(config.shift_probability)
-        gain = _amplitude(uniform(config.gain_db) * happens(config.gain_probability))
+        gain_db = uniform(config.gain_db) * happens(config.gain_probability)
         masking = SpecAugment(config.time_mask_share, config.mel_mask_share, config.n_masks)
         return cls(
             index=torch.arange(n_clips),
             partners=partners,
             mix_gain=mix_gain,
             shift=shift,
-            gain=gain,
+            gain=10 ** (gain_db / 20),
             masks=masking.draw(n_clips, generator),
         )
 
@@ -385,7 +379,3 @@ def _unite(target: Tensor, targets: Tensor, partners: Tensor, is_added: Tensor) 
     together = torch.cat((target[:, None], others), dim=1)
     highest = together.amax(dim=1)
     return torch.where(highest > 0, highest, together.amin(dim=1))
-
-
-def _amplitude(db: Tensor) -> Tensor:
-    return 10 ** (db / 20)

@@ -73,7 +73,7 @@ class RecordingCache:
 
         Raises OSError where the recording itself is missing.
         """
-        return self._store(sample_rate).path(name, self._state(name))
+        return self._store(sample_rate).path(name, file_state(self.data / name))
 
     def has(self, name: str) -> bool:
         return self.path(name).is_file()
@@ -83,7 +83,7 @@ class RecordingCache:
 
         ``blocks`` are at the cache's sample rate. Raises AudioError where they have no samples.
         """
-        with self._store().writing(name, self._state(name)) as temporary:
+        with self._store().writing(name, file_state(self.data / name)) as temporary:
             if not write_waveform(temporary, blocks):
                 raise AudioError(self.data / name, "has no samples; empty or damaged")
 
@@ -103,9 +103,6 @@ class RecordingCache:
     def _store(self, sample_rate: int | None = None) -> Store:
         folder = self.folder / str(sample_rate or self.sample_rate)
         return Store(folder, ".npy", ["data.cache"])
-
-    def _state(self, name: str) -> dict[str, int]:
-        return file_state(self.data / name)
 
 
 def file_state(path: Path) -> dict[str, int]:

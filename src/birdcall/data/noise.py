@@ -86,11 +86,10 @@ _COLLECTIONS = (
 def find_noise(folder: Path) -> list[Path]:
     """List the bird-free audio files below ``folder``, sorted; an absent folder has none.
 
-    Published collections are read as they are distributed (docs/noise.md lists them): where their
-    metadata lie anywhere below ``folder``, the listed files are left out unless they are labelled
-    bird-free. Files that are not listed, but have the collection's name in their path, are left out
-    too. All other audio is taken. Links to folders are followed (noise is large and often linked),
-    each real folder once, so that a link to a parent ends.
+    Published collections are read as they are distributed (docs/noise.md): where their metadata lie
+    below ``folder``, the listed files are left out unless they are labelled bird-free, and so are
+    files with the collection's name in their path that are not listed. All other audio is taken.
+    Links to folders are followed (noise is large and often linked), each real folder once.
 
     Raises ValueError naming file, line and column for metadata that cannot be read, and
     FileNotFoundError for the audio of a collection without its metadata.
@@ -140,13 +139,12 @@ def split_noise(files: Sequence[Path], fold: int, n_folds: int) -> tuple[list[Pa
     """Divide noise files into those for training and those for validation, for one fold.
 
     Files of one source stay together: clips of one Freesound recording (the names in ESC-50 and
-    ff1010bird contain its number), and copies of one file under several names. A hash of the source
-    (of its number, else of its content) decides in which fold it is held out; so the split is the
-    same on every machine, and other files do not change it. Kinds of noise (ESC-50's categories;
-    ``rain`` of ``rain_07.wav``; else the folder) are on both sides where they have two sources or
-    more: where the hash would hold out none or all, the source with the smallest hash of fold and
-    name changes sides. A single source is all for training. Both lists are in the order of
-    ``files``.
+    ff1010bird contain its number), and copies of one file. A hash of the source (of its number,
+    else of its content) decides in which fold it is held out; so the split is the same on every
+    machine, and other files do not change it. Kinds of noise (ESC-50's categories; ``rain`` of
+    ``rain_07.wav``; else the folder) with two sources or more are on both sides: where the hash
+    would hold out none or all, the source with the smallest hash of fold and name changes sides.
+    A single source is all for training. Both lists are in the order of ``files``.
     """
     if not 0 <= fold < n_folds:
         raise ValueError(f"fold {fold} is out of range; it must be from 0 to {n_folds - 1}")
@@ -286,10 +284,9 @@ class NoiseFiles:
     """Bird-free audio files, to be drawn from.
 
     A file is divided into pieces of a minute or more. A piece is decoded whole and rounded to int16
-    steps of its peak, as `cache.write_waveform` does it. With a ``store`` (a folder) this is done
-    once: the first process that draws a piece stores it for all. Without a store, or where it is
-    full or cannot be written, pieces are decoded again when they are no longer in memory. The drawn
-    noise is the same to the bit in every case.
+    as in `cache.write_waveform`. With a ``store`` (a folder) the first process that draws a piece
+    stores it for all. Without a store, or where it is full or cannot be written, pieces are decoded
+    again when they are no longer in memory. The drawn noise is the same to the bit in every case.
     """
 
     def __init__(
@@ -302,8 +299,9 @@ class NoiseFiles:
         self.paths = list(paths)
         self.sample_rate = sample_rate
         self.limits = limits
-        folder = None if store is None else store / str(sample_rate)
-        self.store = None if folder is None else Store(folder, ".npy", ["data.noise"])
+        self.store = (
+            None if store is None else Store(store / str(sample_rate), ".npy", ["data.noise"])
+        )
         self.can_write = True
         self.n_writes = 0
         self.files: dict[Path, _NoiseFile] = {}
@@ -365,10 +363,7 @@ class NoiseFiles:
         return _cut(cached, n_samples, position)
 
     def _decode(self, path: Path, piece: int) -> np.ndarray:
-        """Decode one of the file's pieces, which are equally long; the last one to the file's end.
-
-        That is where decoding ends: the header of an mp3 can promise a little more.
-        """
+        """Decode one of the file's equal pieces; the last one as far as the file decodes."""
         file = self.files[path]
         seconds = file.seconds / file.n_pieces
         duration = seconds if piece + 1 < file.n_pieces else None
