@@ -6,10 +6,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from birdcall.audio.reading import AudioError, read_audio
+from birdcall.data.targets import IGNORE_TARGET, make_targets
+from birdcall.evaluation.metrics import average_precision, macro_average
 from birdcall.evaluation.predict import predict_out_of_fold, write_oof_parquet
-from birdcall.inference.engine import predict_waveforms
+from birdcall.inference.engine import predict_files, predict_waveforms
 from birdcall.inference.ensemble import load_ensemble
-from birdcall.training.step import VALIDATION_SECONDS, predict_recordings
+from birdcall.models.checkpoint import read_checkpoint
+from birdcall.training.step import VALIDATION_SECONDS, validate
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +56,16 @@ def test_the_maximum_by_recording_is_the_highest_segment_as_in_training(
     assert (framewise >= clipwise - 1e-6).mean() > 0.5
     of_fold = (training_data.recordings["fold"] == 0).to_numpy()
     (folder,) = [one for one in trained_runs if one.parts[-2:] == ("tiny", "fold0")]
-    expected = predict_recordings(
-        load_ensemble([folder]), training_data.recordings[of_fold], training_data.folder
-    )
+    held_out, ensemble = training_data.recordings[of_fold], load_ensemble([folder])
+    paths = {path: training_data.folder / path for path in held_out["path"]}
+    results = predict_files(ensemble, paths, limit_seconds=VALIDATION_SECONDS)
+    expected = [result.clipwise.mean(axis=0).max(axis=0) for _, result in results]
     np.testing.assert_allclose(clipwise[of_fold], expected, atol=1e-5)
+    targets = make_targets(held_out, training_data.classes, None)
+    known = average_precision(targets > 0, clipwise[of_fold], targets != IGNORE_TARGET)
+    score = validate(ensemble, held_out, training_data)
+    assert score["macro_ap"] == pytest.approx(macro_average(known), abs=1e-4)
+    assert read_checkpoint(folder).score == score
 
 
 def test_recordings_that_no_run_held_out_are_nan(training_data, trained_runs):

@@ -47,6 +47,7 @@ def delete_state(path: Path) -> None:
         temporary.unlink()
 
 
+@dataclass(frozen=True)
 class TensorState:
     """The tensors that change from step to step: weights, optimizer, random generators.
 
@@ -54,17 +55,10 @@ class TensorState:
     that are seeded for each clip and batch.
     """
 
-    def __init__(
-        self,
-        modules: Mapping[str, nn.Module],
-        optimizer: Optimizer,
-        device: torch.device,
-        distributed: DistributedContext,
-    ) -> None:
-        self.modules = modules
-        self.optimizer = optimizer
-        self.device = device
-        self.distributed = distributed
+    modules: Mapping[str, nn.Module]  # by the first part of their tensors' names
+    optimizer: Optimizer
+    device: torch.device
+    distributed: DistributedContext
 
     def collect(self) -> dict[str, Tensor]:
         """Return all tensors by name; generators have a row per process."""

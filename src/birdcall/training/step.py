@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -195,26 +194,18 @@ def validate(
     """
     shape = (len(recordings), len(data.classes))
     probabilities = torch.zeros(shape, device=ensemble.device)
-    rows = slice(distributed.rank, None, distributed.world_size)
-    if len(recordings.iloc[rows]):
-        part = predict_recordings(ensemble, recordings.iloc[rows], data.folder)
-        probabilities[rows] = torch.from_numpy(part).to(ensemble.device)
+    rows = range(distributed.rank, len(recordings), distributed.world_size)
+    paths = {name: data.folder / name for name in recordings["path"].iloc[list(rows)]}
+    results = predict_files(ensemble, paths, limit_seconds=VALIDATION_SECONDS)
+    for row, (_, result) in zip(rows, results, strict=True):
+        if isinstance(result, AudioError):
+            raise result
+        highest = result.clipwise.mean(axis=0).max(axis=0)  # of any segment
+        probabilities[row] = torch.from_numpy(highest).to(ensemble.device)
     probabilities = distributed.sum(probabilities).cpu().numpy()
     # Nobody knows whether a secondary label is audible in the first seconds: it is ignored.
     targets = make_targets(recordings, data.classes, None)
     return {"macro_ap": round(macro_average_precision(targets, probabilities), 4)}
-
-
-def predict_recordings(ensemble: Ensemble, recordings: pd.DataFrame, folder: Path) -> np.ndarray:
-    """Return the highest clipwise probability of any segment, ``(recordings, classes)``."""
-    paths = {name: folder / name for name in recordings["path"]}
-    probabilities = np.zeros((len(paths), len(ensemble.classes)), dtype=np.float32)
-    results = predict_files(ensemble, paths, limit_seconds=VALIDATION_SECONDS)
-    for row, (_, result) in enumerate(results):
-        if isinstance(result, AudioError):
-            raise result
-        probabilities[row] = result.clipwise.mean(axis=0).max(axis=0)
-    return probabilities
 
 
 def macro_average_precision(targets: np.ndarray, probabilities: np.ndarray) -> float:

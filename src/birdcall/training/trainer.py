@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -100,10 +100,6 @@ class _Progress:
     best_score: float = -math.inf
     validations_since_best: int = 0
 
-    def start_epoch(self) -> None:
-        self.epoch_step = self.n_batches = self.n_skipped = self.n_clips = 0
-        self.loss_sum = self.seconds = self.waiting = 0.0
-
 
 @dataclass
 class Training:
@@ -111,14 +107,19 @@ class Training:
 
     run: Run
     data: TrainingData
+    identity: dict[str, Any]  # everything that decides about the weights
+    checkpoint: Checkpoint  # without score
     model: SEDModel
     batch_loss: BatchLoss
     loader: DataLoader[ClipBatch]
     failures: FailureCounter
+    batches_per_epoch: int
+    steps_per_epoch: int  # of the optimizer; the last step can have fewer batches
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: AveragedModel | None
     best: BestWeights
+    tensors: TensorState
     device: torch.device
     distributed: DistributedContext
     progress: _Progress = field(default_factory=_Progress)
@@ -131,16 +132,6 @@ class Training:
     def config(self) -> TrainConfig:
         """The settings of the training."""
         return self.run.experiment.train
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """A last, smaller batch is left out, unless it is the only one."""
-        return max(1, self.loader.sampler.n_clips // self.config.data.batch_size)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps; the last step can have fewer batches than the others."""
-        return -(-self.batches_per_epoch // self.config.optimizer.accumulate)
 
     @property
     def n_steps(self) -> int:
@@ -267,7 +258,8 @@ class Training:
         )
         self.log.append(entry)
         progress.epoch += 1
-        progress.start_epoch()
+        progress.epoch_step = progress.n_batches = progress.n_skipped = progress.n_clips = 0
+        progress.loss_sum = progress.seconds = progress.waiting = 0.0
         is_last = progress.epoch >= self.config.epochs
         if is_last or entry.epoch % self.config.validate_every == 0:
             entry.validation = self._validate(held_out)
@@ -286,7 +278,7 @@ class Training:
             self.distributed.wait()  # for the first process, which writes the weights
             self.validated_model.load_state_dict(self.best.mean())
             score = self._validate(held_out)
-        checkpoint = replace(self._checkpoint(), score=score)
+        checkpoint = replace(self.checkpoint, score=score)
         if self.distributed.is_first:
             checkpoint = save_checkpoint(folder, self.validated_model, checkpoint)
             delete_state(folder / STATE_FILE)
@@ -294,23 +286,19 @@ class Training:
         self.distributed.wait()
         return checkpoint
 
-    def _checkpoint(self) -> Checkpoint:
-        return Checkpoint(self.run.experiment, self.data.classes, self.run.fold)
-
     def _validate(self, held_out: pd.DataFrame) -> dict[str, float]:
-        checkpoint = self._checkpoint()
-        member = Member(checkpoint.name, self.validated_model, checkpoint)
+        member = Member(self.checkpoint.name, self.validated_model, self.checkpoint)
         return validate(Ensemble([member], self.device), held_out, self.data, self.distributed)
 
     # --- interruption
 
     def save(self) -> None:
         """Write the state, from which `restore` continues with the same bits."""
-        tensors = self._tensor_state().collect()
+        tensors = self.tensors.collect()
         if not self.distributed.is_first:
             return
         values = {
-            "identity": self._identity(),
+            "identity": self.identity,
             "progress": asdict(self.progress),
             "log": [asdict(entry) for entry in self.log],
             "best": list(self.best.scores.items()),
@@ -323,23 +311,13 @@ class Training:
         """Continue from the state in the run's folder; ValueError if it is of another training."""
         path = self.run.folder / STATE_FILE
         tensors, values = read_state(path)
-        require_same_identity(path, values["identity"], self._identity())
-        self._tensor_state().restore(tensors)
+        require_same_identity(path, values["identity"], self.identity)
+        self.tensors.restore(tensors)
         self.scaler.load_state_dict(values["scaler"])
         self.progress = _Progress(**values["progress"])
         self.log = [EpochLog(**entry) for entry in values["log"]]
         self.best.scores = dict(map(tuple, values["best"]))
         logger.info("%s: resumed after step %d", self.run.name, self.progress.step)
-
-    def _tensor_state(self) -> TensorState:
-        modules = {"model": self.model}
-        if self.average is not None:
-            modules["average"] = self.average
-        return TensorState(modules, self.optimizer, self.device, self.distributed)
-
-    def _identity(self) -> dict[str, object]:
-        experiment = self.run.experiment.to_dict()
-        return identity_of(experiment, self.run.fold, self.data, self.distributed)
 
 
 def start_training(
@@ -355,21 +333,36 @@ def start_training(
     model = initialise(experiment, n_classes, options.init, classes=data.classes).to(device)
     # All processes start from the same weights, but draw different dropout.
     torch.manual_seed(seed + 7919 * distributed.rank)
-    loader = _make_loader(run, data, recordings, options)
+    noise_files, _ = data.split_noise(run.fold)
+    subset = replace(data, recordings=recordings, noise_files=noise_files)
+    share = ProcessShare(distributed.rank, distributed.world_size)
+    sampler = ClipSampler(recordings, config.data, config.seed, share)
+    loader = make_loader(ClipDataset(subset, experiment), sampler, options.workers)
+    # The loader leaves out a last, smaller batch, unless it is the only one.
+    batches_per_epoch = max(1, sampler.n_clips // config.data.batch_size)
     batch_loss = BatchLoss(model, experiment, device, distributed)
-    ema_decay = config.optimizer.ema_decay
-    best = BestWeights(run.folder / "best", config.optimizer.average_best, distributed.is_first)
+    optimizer = _make_optimizer(model, config.optimizer)
+    modules: dict[str, nn.Module] = {"model": model}
+    average = None
+    if config.optimizer.ema_decay is not None:
+        average = make_moving_average(model, config.optimizer.ema_decay)
+        modules["average"] = average
     return Training(
         run=run,
         data=data,
+        identity=identity_of(experiment.to_dict(), run.fold, data, distributed),
+        checkpoint=Checkpoint(experiment, data.classes, run.fold),
         model=model,
         batch_loss=batch_loss,
         loader=loader,
         failures=FailureCounter(loader.dataset.clips),
-        optimizer=_make_optimizer(model, config.optimizer),
+        batches_per_epoch=batches_per_epoch,
+        steps_per_epoch=math.ceil(batches_per_epoch / config.optimizer.accumulate),
+        optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
-        average=None if ema_decay is None else make_moving_average(model, ema_decay),
-        best=best,
+        average=average,
+        best=BestWeights(run.folder / "best", config.optimizer.average_best, distributed.is_first),
+        tensors=TensorState(modules, optimizer, device, distributed),
         device=device,
         distributed=distributed,
     )
@@ -382,14 +375,3 @@ def _make_optimizer(model: SEDModel, config: OptimizerConfig) -> torch.optim.Ada
     vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, config.learning_rate, weight_decay=config.weight_decay)
-
-
-def _make_loader(
-    run: Run, data: TrainingData, recordings: pd.DataFrame, options: RunOptions
-) -> DataLoader[ClipBatch]:
-    config, distributed = run.experiment.train, options.distributed
-    noise_files, _ = data.split_noise(run.fold)
-    subset = replace(data, recordings=recordings, noise_files=noise_files)
-    share = ProcessShare(distributed.rank, distributed.world_size)
-    sampler = ClipSampler(recordings, config.data, config.seed, share)
-    return make_loader(ClipDataset(subset, run.experiment), sampler, options.workers)
