@@ -14,10 +14,10 @@ from helpers import RATE, ROOT, write_noise_file
 
 import birdcall
 from birdcall.audio.frontend import LogMel
-from birdcall.inference.decision import combine
+from birdcall.inference.decision import average_members
 from birdcall.inference.engine import predict_files
-from birdcall.prediction.local import ResultOptions, detect_recordings, find_recordings
-from birdcall.prediction.local import write_results as write_tables
+from birdcall.prediction.local import ResultOptions, write_results
+from birdcall.prediction.package import detect_recordings, find_recordings
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +57,15 @@ def test_segments_have_a_row_for_each_five_seconds_and_a_column_for_each_species
 
 def test_a_probability_is_the_mean_over_the_members(predictions, opened, folder):
     paths = {str(folder / name): folder / name for name in ("long.wav", "short.wav")}
-    for path, expected in predict_files(opened.ensemble, paths):
+    for path, expected in predict_files(opened.loaded.ensemble, paths):
         segments = predictions.segments.loc[path]
-        np.testing.assert_array_equal(segments.to_numpy(), combine(expected.clipwise))
+        np.testing.assert_array_equal(segments.to_numpy(), average_members(expected.clipwise))
 
 
 def test_events_are_those_of_the_command(predictions, opened, folder, tmp_path):
     recordings = find_recordings([folder])
-    results = dict(detect_recordings(recordings, opened.ensemble, opened.decision))
-    write_tables(results, tmp_path, ResultOptions(("csv",)))
+    results = dict(detect_recordings(recordings, opened.loaded))
+    write_results(results, tmp_path, ResultOptions(("csv",)))
     written = pd.read_csv(tmp_path / "detections.csv")
     assert len(written)
     pd.testing.assert_frame_equal(predictions.events, written, check_dtype=False)

@@ -21,7 +21,7 @@ from birdcall.evaluation.simulation import SimulationConfig
 from birdcall.inference.decision import Decision, read_decision, write_decision
 from birdcall.inference.ensemble import load_ensemble
 from birdcall.inference.tables import read_submission, write_submission
-from birdcall.kaggle.submission import Package, predict_test_set
+from birdcall.kaggle.submission import LoadedPackage, predict_test_set
 from birdcall.kaggle.test_set import read_labelled_soundscapes, read_test_rows
 
 CONFIG = SimulationConfig(n_soundscapes=6, soundscape_seconds=30.0)
@@ -263,12 +263,12 @@ def test_the_kernel_s_inference_does_what_the_decision_says(
         frame_threshold=0.4, neighbour_weight=0.25, recording_threshold=0.35, file_threshold=0.36,
     )  # fmt: skip
     path = tmp_path / "submission.csv"
-    predict_test_set(demo_folder, path, lambda: Package(ensemble, decision))
+    predict_test_set(demo_folder, path, lambda: LoadedPackage(ensemble, decision))
     rows = read_test_rows(demo_folder)
     birds = read_submission(path, list(rows["row_id"]))["birds"]
     assert (birds != "nocall").any()
     changed = replace(decision, clip_threshold=1.0)
-    predict_test_set(demo_folder, path, lambda: Package(ensemble, changed))
+    predict_test_set(demo_folder, path, lambda: LoadedPackage(ensemble, changed))
     assert (read_submission(path, list(rows["row_id"]))["birds"] == "nocall").all()
 
 
@@ -277,7 +277,7 @@ def test_a_decision_for_other_classes_is_refused(trained_runs, demo_folder, tmp_
     ensemble = load_ensemble(trained_runs)
     path = tmp_path / "submission.csv"
     with pytest.raises(ValueError, match="decision is for other classes"):
-        predict_test_set(demo_folder, path, lambda: Package(ensemble, decision))
+        predict_test_set(demo_folder, path, lambda: LoadedPackage(ensemble, decision))
 
 
 def test_a_submission_is_scored_by_the_solution_with_all_nocall_beside_it(demo_folder, tmp_path):

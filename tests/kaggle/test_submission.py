@@ -17,7 +17,7 @@ from birdcall.inference.predictions import SegmentPredictions
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
 from birdcall.kaggle.submission import (
     SAFE_SHARE,
-    Package,
+    LoadedPackage,
     TimeBudget,
     label_recording,
     predict_rows,
@@ -73,7 +73,7 @@ def test_every_row_is_answered_in_order_although_recordings_are_missing(
     submission = competition / "out" / "submission.csv"
     with caplog.at_level(logging.WARNING):
         summary = predict_test_set(
-            competition, submission, lambda: Package(Ensemble(members), ANY_BIRD)
+            competition, submission, lambda: LoadedPackage(Ensemble(members), ANY_BIRD)
         )
     rows = pd.read_csv(competition / "test.csv")
     written = pd.read_csv(submission)
@@ -93,7 +93,7 @@ def test_every_row_is_answered_in_order_although_recordings_are_missing(
 def test_without_test_audio_every_row_says_nocall(competition, members):
     shutil.rmtree(competition / "test_audio")
     submission = competition / "submission.csv"
-    predict_test_set(competition, submission, lambda: Package(Ensemble(members), ANY_BIRD))
+    predict_test_set(competition, submission, lambda: LoadedPackage(Ensemble(members), ANY_BIRD))
     assert (pd.read_csv(submission)["birds"] == "nocall").all()
 
 
@@ -112,7 +112,7 @@ def test_a_name_that_leads_out_of_the_folder_is_not_followed(sounds, members, na
     rows, folder = sounds
     soundfile.write(folder.parent / "secret.wav", np.zeros(5 * RATE), RATE)
     rows.loc[0, "audio_id"] = name
-    labels, summary = predict_rows(rows, folder, Package(Ensemble(members), ANY_BIRD))
+    labels, summary = predict_rows(rows, folder, LoadedPackage(Ensemble(members), ANY_BIRD))
     assert labels[0] == "nocall"
     assert set(labels[1:]) != {"nocall"}
     assert summary.failed == (name,)
@@ -125,9 +125,11 @@ def test_a_member_that_says_nan_is_left_out_and_the_others_answer(sounds, member
     with torch.no_grad():
         broken.model.head.detection.bias.fill_(float("nan"))
     found, summary = predict_rows(
-        rows, folder, Package(Ensemble([members[0], broken, members[2]]), ANY_BIRD)
+        rows, folder, LoadedPackage(Ensemble([members[0], broken, members[2]]), ANY_BIRD)
     )
-    expected, _ = predict_rows(rows, folder, Package(Ensemble([members[0], members[2]]), ANY_BIRD))
+    expected, _ = predict_rows(
+        rows, folder, LoadedPackage(Ensemble([members[0], members[2]]), ANY_BIRD)
+    )
     assert found == expected
     assert list(summary.left_out) == ["broken"]
     assert summary.members == {"m0": 3, "m2": 3}
@@ -140,7 +142,7 @@ def test_without_any_member_that_runs_it_fails(sounds, members):
     with torch.no_grad():
         broken.model.project.weight.fill_(float("nan"))
     with pytest.raises(MemberError, match="holds NaN"):
-        predict_rows(rows, folder, Package(Ensemble([broken]), ANY_BIRD))
+        predict_rows(rows, folder, LoadedPackage(Ensemble([broken]), ANY_BIRD))
 
 
 def _like(member):
@@ -152,7 +154,7 @@ def _like(member):
 
 def test_a_budget_that_is_over_hears_nothing(sounds, members):
     rows, folder = sounds
-    labels, summary = predict_rows(rows, folder, Package(Ensemble(members), ANY_BIRD), 0.0)
+    labels, summary = predict_rows(rows, folder, LoadedPackage(Ensemble(members), ANY_BIRD), 0.0)
     assert set(labels) == {"nocall"}
     assert summary.late == ("r0", "r1", "r2")
     assert summary.members == {}
@@ -160,8 +162,8 @@ def test_a_budget_that_is_over_hears_nothing(sounds, members):
 
 def test_a_large_budget_changes_nothing(sounds, members):
     rows, folder = sounds
-    free, _ = predict_rows(rows, folder, Package(Ensemble(members), ANY_BIRD))
-    rich, summary = predict_rows(rows, folder, Package(Ensemble(members), ANY_BIRD), 3600.0)
+    free, _ = predict_rows(rows, folder, LoadedPackage(Ensemble(members), ANY_BIRD))
+    rich, summary = predict_rows(rows, folder, LoadedPackage(Ensemble(members), ANY_BIRD), 3600.0)
     assert rich == free
     assert summary.members == {"m0": 3, "m1": 3, "m2": 3}
 
@@ -223,18 +225,18 @@ def test_the_first_members_go_on_where_the_time_is_short(sounds, members, monkey
         return (3, 1, 0)[len(heard) - 1]
 
     monkeypatch.setattr(TimeBudget, "limit_members", choose)
-    labels, summary = predict_rows(rows, folder, Package(Ensemble(members), ANY_BIRD), 1e9)
+    labels, summary = predict_rows(rows, folder, LoadedPackage(Ensemble(members), ANY_BIRD), 1e9)
     assert summary.members == {"m0": 2, "m1": 1, "m2": 1}
     assert summary.late == ("r2",)
     monkeypatch.undo()
-    alone, _ = predict_rows(rows, folder, Package(Ensemble(members[:1]), ANY_BIRD))
+    alone, _ = predict_rows(rows, folder, LoadedPackage(Ensemble(members[:1]), ANY_BIRD))
     assert labels[8:16] == alone[8:16]
     assert set(labels[16:]) == {"nocall"}
 
 
 def test_a_summary_can_be_read_by_programs(sounds, members, tmp_path):
     rows, folder = sounds
-    _, summary = predict_rows(rows, folder, Package(Ensemble(members), ANY_BIRD))
+    _, summary = predict_rows(rows, folder, LoadedPackage(Ensemble(members), ANY_BIRD))
     values = json.loads(summary_text(summary))
     assert values["n_rows"] == 24
     assert values["birds_per_row"] == {"2": 24}

@@ -26,26 +26,29 @@ from birdcall.inference.tables import (
     read_detections_jsonl,
     read_raven_table,
 )
-from birdcall.kaggle.submission import open_package
+from birdcall.kaggle.submission import LoadedPackage, open_package
 from birdcall.prediction.local import (
-    Recording,
-    RecordingResult,
+    EmbeddingWriter,
     ResultOptions,
-    detect_recordings,
-    find_recordings,
     fingerprint_of,
     predict_locally,
     predict_recordings,
     write_results,
 )
+from birdcall.prediction.package import (
+    Recording,
+    RecordingResult,
+    detect_recordings,
+    find_recordings,
+)
+from birdcall.report.soundscape import SoundscapePageWriter
 from birdcall.storage.files import write_atomically
 from birdcall.storage.store import Journal
 
 
 @pytest.fixture(scope="module")
 def opened(package):
-    ensemble, decision, _ = open_package(package, "cpu")
-    return ensemble, decision
+    return open_package(package, "cpu")
 
 
 def write_sound(path, seconds, seed=0):
@@ -93,7 +96,7 @@ def test_a_bad_file_is_told_of_and_the_others_are_heard(opened, tmp_path):
     write_sound(tmp_path / "d.wav", 0.3)
     found = {
         one.name: detected
-        for one, detected in detect_recordings(find_recordings([tmp_path]), *opened)
+        for one, detected in detect_recordings(find_recordings([tmp_path]), opened)
     }
     assert "cannot be decoded" in found["b.mp3"].reason
     assert found["c.wav"].reason
@@ -108,7 +111,7 @@ def test_events_stay_where_they_are_in_a_longer_recording(opened, tmp_path):
     short, _ = soundfile.read(tmp_path / "short.wav")
     quiet = np.zeros(20 * 60 * RATE)
     soundfile.write(tmp_path / "long.wav", np.concatenate([quiet, short]), RATE)
-    found = {one.name: got for one, got in detect_recordings(find_recordings([tmp_path]), *opened)}
+    found = {one.name: got for one, got in detect_recordings(find_recordings([tmp_path]), opened)}
     late = [event for event in found["long.wav"].events if event.onset >= 1210]
     early = [event for event in found["short.wav"].events if event.onset >= 10]
     assert len(early) > 3
@@ -199,9 +202,10 @@ def test_names_do_not_lead_out_of_the_output(found, tmp_path):
 def test_embeddings_are_what_the_heads_see_of_each_segment(opened, tmp_path):
     write_sound(tmp_path / "in" / "a.wav", 32)
     (tmp_path / "in" / "bad.wav").touch()
-    ensemble, decision = opened
+    ensemble = opened.ensemble
     recordings = find_recordings([tmp_path / "in"])
-    list(detect_recordings(recordings, ensemble, decision, tmp_path / "out"))
+    outputs = OutputOptions(frames=True, embedding=True)
+    list(detect_recordings(recordings, opened, [EmbeddingWriter(tmp_path / "out")], outputs))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.wav.parquet"]
     table = pd.read_parquet(tmp_path / "out" / "a.wav.parquet")
     assert list(table["onset"]) == [5.0 * number for number in range(7)]
@@ -224,16 +228,24 @@ def test_embeddings_are_what_the_heads_see_of_each_segment(opened, tmp_path):
 def predict(paths, output, package, opened, options=ResultOptions(("csv",)), heard=None):  # noqa: B008
     """Predict as the command does; ``heard`` collects what is heard now."""
     recordings = find_recordings(paths)
-    listen = predict_locally(*opened, output, options, progress=False)
+    pages = None
+    if options.view:
+        pages = SoundscapePageWriter(
+            output / "view",
+            opened.decision,
+            classes=opened.ensemble.classes,
+            members=tuple(member.name for member in opened.ensemble.members),
+        )
+    predictor = predict_locally(opened, output, options, pages=pages)
 
     def counted(left):
         if heard is not None:
             heard.extend(one.name for one in left)
-        return listen(left)
+        return predictor(left)
 
     with Journal(output / "journal.jsonl", fingerprint_of(package, options, "cpu")) as journal:
         return predict_recordings(
-            recordings, journal, listen=counted, output=output, options=options
+            recordings, counted, journal, output, options=options, pages=pages
         )
 
 
@@ -258,7 +270,7 @@ def test_a_page_of_each_recording_shows_what_the_tables_say(opened, package, tmp
         assert [tuple(one) for one in data["decided"]] == [
             (one.ebird_code, one.onset, one.offset, one.confidence) for one in events
         ]
-        assert data["outputs"] == ["ensemble", *(member.name for member in opened[0].members)]
+        assert data["outputs"] == ["ensemble", *(member.name for member in opened.ensemble.members)]
         assert data["nFrames"] == 50 * max(1, -(-int(data["seconds"]) // 5))
     index = (view / "index.html").read_text()
     assert "href='deep/a.wav.html'" in index and "cannot be decoded" in index
@@ -304,7 +316,7 @@ def test_frames_of_members_average_to_those_of_the_ensemble(opened, tmp_path):
     write_sound(tmp_path / "a.wav", 23)
     sounds = {"a": open_recording(tmp_path / "a.wav")}
     outputs = OutputOptions(frames=True, member_frames=True)
-    for _, piece in predict_stream(opened[0], sounds, outputs):
+    for _, piece in predict_stream(opened.ensemble, sounds, outputs):
         if isinstance(piece, SegmentPredictions):
             np.testing.assert_allclose(piece.member_frames.mean(axis=0), piece.frames, atol=1e-6)
             by_segment = piece.member_frames.reshape(*piece.member_frames.shape[:2], -1, 50)
@@ -353,7 +365,7 @@ def test_results_of_another_package_are_not_mixed_with_these(opened, package, tm
     shutil.copytree(package, other)
     manifest = json.loads((other / "manifest.json").read_text())
     write_atomically(other / "manifest.json", json.dumps({**manifest, "decision.json": "0"}))
-    with pytest.raises(ValueError, match=r"another model, or of other parameters.*--overwrite"):
+    with pytest.raises(ValueError, match=r"another model or of other parameters.*--overwrite"):
         predict([tmp_path / "in"], tmp_path / "out", other, opened)
 
 
@@ -442,20 +454,22 @@ def test_progress_says_how_far_it_is_and_how_fast(opened, tmp_path, capsys):
         write_sound(tmp_path / f"{number}.wav", seconds)
     (tmp_path / "bad.mp3").touch()
     recordings = find_recordings([tmp_path])
-    listen = predict_locally(*opened, tmp_path / "out", ResultOptions(), progress=True)
-    assert len(list(listen(recordings))) == 5
+    predictor = predict_locally(opened, tmp_path / "out", ResultOptions(), progress=True)
+    assert len(list(predictor(recordings))) == 5
     last = capsys.readouterr().err.split("\r")[-1]
     assert "100 % of 18 s, 5 of 5 recordings, " in last
     assert " x real time, 00:00 left" in last
     bad = [one for one in recordings if one.name == "bad.mp3"]
-    assert len(list(listen(bad))) == 1  # nothing that has a length
+    assert len(list(predictor(bad))) == 1  # nothing that has a length
 
 
 def test_an_ensemble_of_a_package_is_that_of_its_runs(opened, trained_runs, tmp_path):
     write_sound(tmp_path / "a.wav", 12)
     recordings = find_recordings([tmp_path])
-    ((_, packaged),) = detect_recordings(recordings, *opened)
-    ((_, by_torch),) = detect_recordings(recordings, load_ensemble(trained_runs[:2]), opened[1])
+    ((_, packaged),) = detect_recordings(recordings, opened)
+    ((_, by_torch),) = detect_recordings(
+        recordings, LoadedPackage(load_ensemble(trained_runs[:2]), opened.decision)
+    )
     assert [(e.ebird_code, e.onset, e.offset) for e in packaged.events] == [
         (e.ebird_code, e.onset, e.offset) for e in by_torch.events
     ]

@@ -10,13 +10,9 @@ import soundfile
 from helpers import RATE
 
 from birdcall.kaggle.submission import open_package
-from birdcall.prediction.local import (
-    ResultOptions,
-    find_recordings,
-    predict_locally,
-    predict_recordings,
-)
-from birdcall.prediction.ray_cluster import SHARDS_FOLDER, Worker, predict_on_ray
+from birdcall.prediction.local import ResultOptions, predict_locally, predict_recordings
+from birdcall.prediction.package import find_recordings
+from birdcall.prediction.ray_cluster import Worker, predict_on_ray
 from birdcall.storage.store import Journal
 
 FORMATS = ("csv", "parquet")
@@ -39,11 +35,10 @@ def recordings(tmp_path_factory):
 def expected(package, recordings, tmp_path_factory):
     """What this machine finds."""
     output = tmp_path_factory.mktemp("here")
-    ensemble, decision, _ = open_package(package, "cpu")
     options = ResultOptions(FORMATS)
-    listen = predict_locally(ensemble, decision, output, options, progress=False)
+    predictor = predict_locally(open_package(package, "cpu"), output, options)
     with Journal(output / "journal.jsonl", "x") as journal:
-        predict_recordings(recordings, journal, listen=listen, output=output, options=options)
+        predict_recordings(recordings, predictor, journal, output, options=options)
     return output
 
 
@@ -61,12 +56,12 @@ def test_a_task_leaves_a_shard_and_says_what_it_found(package, recordings, expec
     }
     said = worker(task)
     assert list(said["name"]) == list(task["name"])
-    (shard,) = (tmp_path / SHARDS_FOLDER).iterdir()
+    (shard,) = (tmp_path / "shards").iterdir()
     whole = pd.read_parquet(expected / "detections.parquet")
     own = whole[whole["recording"].isin(list(task["path"]))].reset_index(drop=True)
     pd.testing.assert_frame_equal(pd.read_parquet(shard), own)
     worker(task)
-    assert list((tmp_path / SHARDS_FOLDER).iterdir()) == [shard]  # done again, the same file
+    assert list((tmp_path / "shards").iterdir()) == [shard]  # done again, the same file
     assert len(list((tmp_path / "embeddings").iterdir())) == 4
 
 
@@ -86,22 +81,22 @@ def cluster():
 
 def predict_there(cluster, package, recordings, output, on_found=lambda n_found: None):
     options = ResultOptions(FORMATS)
-    listen = predict_on_ray(cluster.address, package, output, embeddings=False, progress=False)
+    predictor = predict_on_ray(cluster.address, package, output, embeddings=False, progress=False)
 
     def preview(left):
-        for number, found in enumerate(listen(left), start=1):
+        for number, found in enumerate(predictor(left), start=1):
             on_found(number)
             yield found
 
     with Journal(output / "journal.jsonl", "x") as journal:
-        predict_recordings(recordings, journal, listen=preview, output=output, options=options)
+        predict_recordings(recordings, preview, journal, output, options=options)
 
 
 @pytest.mark.slow
 def test_a_cluster_finds_the_same(cluster, package, recordings, expected, tmp_path):
     predict_there(cluster, package, recordings, tmp_path)
     assert_same_tables(tmp_path, expected)
-    shards = [pd.read_parquet(path) for path in (tmp_path / SHARDS_FOLDER).iterdir()]
+    shards = [pd.read_parquet(path) for path in (tmp_path / "shards").iterdir()]
     assert len(shards) > 2
     together = pd.concat(shards).sort_values(["recording", "onset", "ebird_code"])
     whole = pd.read_parquet(expected / "detections.parquet")
@@ -126,6 +121,6 @@ def test_a_worker_that_is_lost_is_replaced(cluster, package, recordings, expecte
 
 def test_without_a_cluster_it_says_so(package, recordings, tmp_path):
     pytest.importorskip("ray")
-    listen = predict_on_ray("127.0.0.1:1", package, tmp_path, embeddings=False, progress=False)
+    predictor = predict_on_ray("127.0.0.1:1", package, tmp_path, embeddings=False, progress=False)
     with pytest.raises(ConnectionError, match=r"--ray 127\.0\.0\.1:1: no cluster answers there"):
-        list(listen(recordings[:1]))
+        list(predictor(recordings[:1]))

@@ -21,7 +21,6 @@ from birdcall.report.html import (
     PageContent,
     draw_tiles,
     encode_mp3,
-    fitting_name,
     read_asset,
     require_browser,
     write_page,
@@ -34,6 +33,7 @@ from birdcall.report.soundscape import (
     n_parts_of,
     page_names,
 )
+from birdcall.storage.files import fitting_name
 
 
 def noise(seconds: float, seed: int = 0) -> np.ndarray:

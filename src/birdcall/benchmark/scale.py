@@ -22,7 +22,8 @@ from birdcall.benchmark.inference import make_members, write_soundscapes
 from birdcall.config import require
 from birdcall.inference.decision import Decision
 from birdcall.inference.ensemble import load_ensemble
-from birdcall.prediction.local import Recording, detect_recordings
+from birdcall.kaggle.submission import LoadedPackage
+from birdcall.prediction.package import Recording, detect_recordings
 from birdcall.storage.files import read_table, write_atomically
 
 _DAY_SECONDS = 24 * 3600
@@ -72,7 +73,8 @@ def predict_long(path: str, member: str, folder: str) -> None:
     ensemble = load_ensemble([Path(member)])
     decision = Decision(0.6, 0.6, neighbour_weight=0.25, recording_threshold=0.7)
     start = time.perf_counter()
-    ((_, detected),) = detect_recordings([Recording(Path(path), "long")], ensemble, decision)
+    package = LoadedPackage(ensemble, decision)
+    ((_, detected),) = detect_recordings([Recording(Path(path), "long")], package)
     result = {
         "peak_megabytes": round(peak_megabytes(), 1),
         "x_real_time": round(detected.seconds / (time.perf_counter() - start), 1),

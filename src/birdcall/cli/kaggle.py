@@ -222,12 +222,14 @@ def _predict(
     from birdcall.prediction.local import (
         DEFAULT_FORMATS,
         JOURNAL_FILE,
+        VIEW_FOLDER,
         ResultOptions,
-        find_recordings,
         fingerprint_of,
         predict_locally,
         predict_recordings,
     )
+    from birdcall.prediction.package import find_recordings
+    from birdcall.report.soundscape import SoundscapePageWriter
     from birdcall.storage.store import Journal
 
     if bool(paths) == (data is not None):
@@ -239,7 +241,6 @@ def _predict(
     device = default_device()
     opened = open_package(package, device)
     require_all_members(opened.refused)
-    ensemble, decision = opened.ensemble, opened.decision
     if data is not None:
         submission = Folders(data, output).submission
         typer.echo(f"{submission}: {predict_test_set(data, submission, lambda: opened)}")
@@ -251,18 +252,26 @@ def _predict(
         embeddings=embeddings,
         view=view,
     )
-    options.require_known(ensemble.classes)
+    options.require_known(opened.ensemble.classes)
     recordings = find_recordings(paths)
     output = output or Path("output/predictions")
     if overwrite:
         (output / JOURNAL_FILE).unlink(missing_ok=True)
+    pages = None
+    if view:
+        pages = SoundscapePageWriter(
+            folder=output / VIEW_FOLDER,
+            decision=opened.decision,
+            classes=opened.ensemble.classes,
+            members=tuple(member.name for member in opened.ensemble.members),
+        )
     if ray is None:
-        listen = predict_locally(ensemble, decision, output, options, progress=True)
+        predictor = predict_locally(opened, output, options, pages=pages, progress=True)
     else:
         from birdcall.prediction.ray_cluster import predict_on_ray
 
-        listen = predict_on_ray(ray, package, output, embeddings=embeddings, progress=True)
+        predictor = predict_on_ray(ray, package, output, embeddings=embeddings, progress=True)
     with Journal(output / JOURNAL_FILE, fingerprint_of(package, options, device.type)) as journal:
         typer.echo(
-            predict_recordings(recordings, journal, listen=listen, output=output, options=options)
+            predict_recordings(recordings, predictor, journal, output, options=options, pages=pages)
         )

@@ -23,7 +23,7 @@ from birdcall.evaluation.predict import HeldOutOptions, HeldOutPredictions, pred
 from birdcall.evaluation.scoring import EnsembleDecision, decide_ensemble, score_submission
 from birdcall.inference.decision import average_members
 from birdcall.inference.ensemble import default_device
-from birdcall.kaggle.submission import Package, predict_test_set
+from birdcall.kaggle.submission import LoadedPackage, predict_test_set
 from birdcall.kaggle.test_set import SOLUTION, find_test_audio_folder
 from birdcall.models.checkpoint import SETTINGS_FILE
 from birdcall.storage.files import write_atomically
@@ -286,7 +286,7 @@ def score_seed(runs: Sequence[Run], data: TrainingData) -> dict[str, MeasuredVal
     measured = _measure_simulated(ensemble) | _measure_labelled(held_out, ensemble)
     if (data.folder / SOLUTION).is_file() and find_test_audio_folder(data.folder) is not None:
         submission = folder / "submission.csv"
-        package = Package(held_out.ensemble, ensemble.decision)
+        package = LoadedPackage(held_out.ensemble, ensemble.decision)
         predict_test_set(data.folder, submission, lambda: package)
         score = score_submission(data.folder, submission)
         measure = Measure(

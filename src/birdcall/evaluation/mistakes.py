@@ -8,7 +8,6 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -27,6 +26,7 @@ from birdcall.inference.ensemble import Ensemble
 from birdcall.inference.events import Event, EventDetector
 from birdcall.inference.predictions import OutputOptions, SegmentPredictions, concatenate
 from birdcall.inference.windows import FRAMES_PER_SEGMENT, End
+from birdcall.prediction.local import PageWriter
 
 logger = logging.getLogger(__name__)
 
@@ -77,27 +77,6 @@ class PredictedMistake:
     frames: np.ndarray | None = None
     members: tuple[str, ...] = ()
     events: tuple[Event, ...] = ()
-
-
-class PageWriter(Protocol):
-    """Writes a page of each recording as it is predicted."""
-
-    def add(self, predictions: SegmentPredictions) -> None:
-        """Take the next predictions of a recording, with frames and member_frames."""
-
-    def finish(
-        self,
-        name: str,
-        path: Path,
-        seconds: float,
-        decided: Sequence[Event],
-        labels: Sequence[Event] = (),
-        truth: Sequence[Event] = (),
-    ) -> Path:
-        """Write the pages of the recording; return the first."""
-
-    def discard(self) -> None:
-        """Drop what was added of a recording that could not be read to its end."""
 
 
 # --- which mistakes -------------------------------------------------------------------------------

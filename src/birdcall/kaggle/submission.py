@@ -60,7 +60,7 @@ SAFE_SHARE = 0.9  # of the time left, planned for: speeds vary
 # --- the package ----------------------------------------------------------------------------------
 
 
-class Package(NamedTuple):
+class LoadedPackage(NamedTuple):
     """What labels recordings. refused: members that are not used, and why."""
 
     ensemble: Ensemble
@@ -68,7 +68,7 @@ class Package(NamedTuple):
     refused: Mapping[str, str] = {}
 
 
-def open_package(package: Path, device: torch.device | str) -> Package:
+def open_package(package: Path, device: torch.device | str) -> LoadedPackage:
     """Load the members of a package in the decision's order: the best experiment's first.
 
     Members are refused whose files are missing, or not as in the manifest, or cannot be loaded.
@@ -95,7 +95,7 @@ def open_package(package: Path, device: torch.device | str) -> Package:
             refused[name] = str(error)
     if not members:
         raise ValueError(f"{package}: no member can be used: {'; '.join(refused.values())}")
-    return Package(Ensemble(members, device, decision.window_config), decision, refused)
+    return LoadedPackage(Ensemble(members, device, decision.window_config), decision, refused)
 
 
 def require_all_members(refused: Mapping[str, str]) -> None:
@@ -154,7 +154,7 @@ def run_kernel(
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 
-    def load() -> Package:
+    def load() -> LoadedPackage:
         loaded = open_package(package, default_device())
         for name, reason in loaded.refused.items():
             logger.error("%s: left out: %s", name, reason)
@@ -183,7 +183,7 @@ def summary_text(summary: SubmissionSummary) -> str:
 def predict_test_set(
     data: Path,
     submission: Path,
-    load: Callable[[], Package],
+    load: Callable[[], LoadedPackage],
     *,
     budget_seconds: float | None = None,
     use_examples: bool = False,
@@ -218,7 +218,7 @@ def predict_test_set(
 def predict_rows(
     rows: pd.DataFrame,
     folder: Path | None,
-    package: Package,
+    package: LoadedPackage,
     budget_seconds: float | None = None,
 ) -> tuple[list[str], SubmissionSummary]:
     """Return the labels of ``rows`` (see `read_test_rows`), of recordings in ``folder``.

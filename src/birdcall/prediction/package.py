@@ -1,12 +1,13 @@
-"""Use a staged package from Python: ``birdcall.load_package(path)``."""
+"""Predict recordings with a staged package: ``birdcall.load_package(path)``, `birdcall predict`."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -14,19 +15,132 @@ import torch
 
 from birdcall.audio.reading import AudioError
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.inference.decision import Decision, average_members
+from birdcall.inference.decision import average_members
 from birdcall.inference.engine import open_recording, predict_stream
-from birdcall.inference.ensemble import Ensemble, default_device
+from birdcall.inference.ensemble import default_device
 from birdcall.inference.events import Event, EventDetector
 from birdcall.inference.predictions import OutputOptions, SegmentPredictions
 from birdcall.inference.tables import DETECTION_COLUMNS, detection_rows
-from birdcall.kaggle.submission import open_package, require_all_members
-from birdcall.prediction.local import find_recordings
+from birdcall.kaggle.submission import LoadedPackage, open_package, require_all_members
+from birdcall.kaggle.test_set import AUDIO_SUFFIXES
 from birdcall.taxonomy import display_name
 
 logger = logging.getLogger(__name__)
 
 _Paths = str | Path | Sequence[str | Path]
+
+
+# --- recordings and their events ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recording to predict; name: of its results, unique and relative."""
+
+    path: Path
+    name: str
+
+
+@dataclass(frozen=True)
+class RecordingResult:
+    """The events of a recording, or the ``reason`` why it was not predicted."""
+
+    seconds: float
+    events: tuple[Event, ...] = ()
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        events = [
+            [event.ebird_code, event.onset, event.offset, event.confidence] for event in self.events
+        ]
+        return {"seconds": self.seconds, "events": events, "reason": self.reason}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> RecordingResult:
+        events = tuple(Event(*event) for event in values["events"])
+        return cls(float(values["seconds"]), events, str(values["reason"]))
+
+
+class RecordingObserver(Protocol):
+    """Receives the predictions of recordings, one recording after another."""
+
+    def add(self, recording: Recording, part: SegmentPredictions) -> None:
+        """Take the next segments of the recording."""
+
+    def finish(self, recording: Recording, result: RecordingResult) -> None:
+        """The recording is at its end."""
+
+    def discard(self, recording: Recording, error: AudioError) -> None:
+        """The recording does not decode, perhaps after some parts."""
+
+
+def find_recordings(paths: Sequence[str | Path]) -> list[Recording]:
+    """Return the recordings among ``paths``, below those that are folders, and that match globs.
+
+    Each once. Results of a recording in a folder are named as in that folder; where two have one
+    name, the second gets a number.
+    """
+    names: dict[Path, str] = {}
+    for path in map(Path, paths):
+        if path.is_dir():
+            items = (item for item in path.rglob("*") if item.suffix.lower() in AUDIO_SUFFIXES)
+            matches = {item: item.relative_to(path).as_posix() for item in sorted(items)}
+        elif path.exists():
+            matches = {path: path.name}
+        else:
+            anchor = Path(path.anchor)
+            matching = sorted(anchor.glob(path.relative_to(anchor).as_posix()))
+            if not matching:
+                raise FileNotFoundError(f"{path}: no such recording or folder, nor does any match")
+            matches = {item: item.name for item in matching if item.is_file()}
+        for item, name in matches.items():
+            names.setdefault(item, name)
+    if not names:
+        raise FileNotFoundError(f"{paths[0]}: no recording; known are {', '.join(AUDIO_SUFFIXES)}")
+    counts: dict[str, int] = {}
+    recordings = []
+    for path, name in names.items():
+        counts[name] = counts.get(name, 0) + 1
+        unique = name if counts[name] == 1 else f"{counts[name]}/{name}"
+        recordings.append(Recording(path, unique))
+    return recordings
+
+
+def detect_recordings(
+    recordings: Sequence[Recording],
+    package: LoadedPackage,
+    observers: Sequence[RecordingObserver] = (),
+    outputs: OutputOptions = OutputOptions(frames=True),  # noqa: B008 - it is frozen
+) -> Iterator[tuple[Recording, RecordingResult]]:
+    """Yield the events of each recording, in order; one that does not decode has a reason.
+
+    ``observers`` receive the predictions, with the ``outputs``; without frames there are no events.
+    """
+    by_name = {recording.name: recording for recording in recordings}
+    sources = {recording.name: open_recording(recording.path) for recording in recordings}
+    detector = EventDetector(package.decision, package.ensemble.classes)
+    with closing(predict_stream(package.ensemble, sources, outputs)) as stream:
+        for name, item in stream:
+            recording = by_name[name]
+            if isinstance(item, SegmentPredictions):
+                if outputs.frames:
+                    detector.add(item)
+                for observer in observers:
+                    observer.add(recording, item)
+                continue
+            if isinstance(item, AudioError):
+                result = RecordingResult(0.0, reason=item.reason)
+                for observer in observers:
+                    observer.discard(recording, item)
+            else:
+                result = RecordingResult(item.seconds, tuple(detector.finish(item.seconds)))
+                for observer in observers:
+                    observer.finish(recording, result)
+            detector = EventDetector(package.decision, package.ensemble.classes)
+            yield recording, result
+
+
+# --- use from Python ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -46,17 +160,17 @@ class PackagePredictions:
 class Package:
     """Trained members and their decision, as ``birdcall package`` has staged them."""
 
-    def __init__(self, ensemble: Ensemble, decision: Decision) -> None:
-        self.ensemble, self.decision = ensemble, decision
+    def __init__(self, loaded: LoadedPackage) -> None:
+        self.loaded = loaded
 
     def __repr__(self) -> str:
-        names = ", ".join(member.name for member in self.ensemble.members)
+        names = ", ".join(member.name for member in self.loaded.ensemble.members)
         return f"Package({len(self.classes)} classes, members: {names})"
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Return the ebird codes of the species, in the order of the columns of predictions."""
-        return self.ensemble.classes
+        return self.loaded.ensemble.classes
 
     def predict(self, paths: _Paths) -> PackagePredictions:
         """Predict recordings, folders of recordings and globs; as ``birdcall predict`` does.
@@ -65,7 +179,7 @@ class Package:
         recording that cannot be decoded is logged and listed in ``failed``; the others are
         predicted. Raises FileNotFoundError where a path matches no recording.
         """
-        calibration = self.decision.calibration
+        calibration = self.loaded.decision.calibration
 
         def probabilities(predictions: SegmentPredictions) -> np.ndarray:
             clipwise, framewise = predictions.clipwise, predictions.framewise
@@ -100,33 +214,41 @@ class Package:
         paths: _Paths,
         outputs: OutputOptions,
         values_of: Callable[[SegmentPredictions], np.ndarray],
-    ) -> tuple[dict[str, np.ndarray], dict[str, list[Event]], dict[str, str]]:
+    ) -> tuple[dict[str, np.ndarray], dict[str, Sequence[Event]], dict[str, str]]:
         """Return values ``(segments, columns)``, events (if frames are asked for) and failures.
 
         Frames are not stored: memory grows only with the number of segments.
         """
         recordings = find_recordings([paths] if isinstance(paths, str | Path) else list(paths))
-        sources = {str(recording.path): open_recording(recording.path) for recording in recordings}
-        segments: dict[str, np.ndarray] = {}
-        events: dict[str, list[Event]] = {}
+        collector = _Collector(values_of)
+        events: dict[str, Sequence[Event]] = {}
         failed: dict[str, str] = {}
-        parts: list[np.ndarray] = []
-        detector = EventDetector(self.decision, self.classes)
-        with closing(predict_stream(self.ensemble, sources, outputs)) as stream:
-            for path, item in stream:
-                if isinstance(item, SegmentPredictions):
-                    parts.append(values_of(item))
-                    if outputs.frames:
-                        detector.add(item)
-                    continue
-                if isinstance(item, AudioError):
-                    logger.warning("%s", item)
-                    failed[path] = item.reason
-                else:
-                    segments[path] = np.concatenate(parts)
-                    events[path] = detector.finish(item.seconds)
-                parts, detector = [], EventDetector(self.decision, self.classes)
-        return segments, events, failed
+        for recording, result in detect_recordings(recordings, self.loaded, [collector], outputs):
+            if result.reason:
+                logger.warning("%s: %s", recording.path, result.reason)
+                failed[str(recording.path)] = result.reason
+            else:
+                events[str(recording.path)] = result.events
+        return collector.segments, events, failed
+
+
+class _Collector:
+    """Collects the values of all segments by the path of their recording."""
+
+    def __init__(self, values_of: Callable[[SegmentPredictions], np.ndarray]) -> None:
+        self.values_of = values_of
+        self.parts: list[np.ndarray] = []
+        self.segments: dict[str, np.ndarray] = {}
+
+    def add(self, recording: Recording, part: SegmentPredictions) -> None:
+        self.parts.append(self.values_of(part))
+
+    def finish(self, recording: Recording, result: RecordingResult) -> None:
+        self.segments[str(recording.path)] = np.concatenate(self.parts)
+        self.parts = []
+
+    def discard(self, recording: Recording, error: AudioError) -> None:
+        self.parts = []
 
 
 def load_package(path: str | Path, device: torch.device | str | None = None) -> Package:
@@ -135,9 +257,9 @@ def load_package(path: str | Path, device: torch.device | str | None = None) -> 
     ``device``: the default is the GPU if there is one. Raises ValueError or FileNotFoundError where
     a file is missing or is not as packaged.
     """
-    ensemble, decision, refused = open_package(Path(path), device or default_device())
-    require_all_members(refused)
-    return Package(ensemble, decision)
+    loaded = open_package(Path(path), device or default_device())
+    require_all_members(loaded.refused)
+    return Package(loaded)
 
 
 def _segment_table(

@@ -311,25 +311,3 @@ def take_screenshots(
         paths.append(folder / f"{name}.webp")
         write_atomically(paths[-1], _encode_webp(image, 85, method=6))
     return paths
-
-
-# --- names of files -------------------------------------------------------------------------------
-
-_MAX_NAME_BYTES = 200  # of a file; file systems take 255
-
-
-def fitting_name(name: str, suffix: str) -> str:
-    """Return ``name`` with a suffix, as a path whose parts a file system takes.
-
-    A part that is too long is cut, and told apart by a digest of all of it.
-    """
-    *folders, last = Path(name).parts
-    return str(Path(*map(_fit, folders), _fit(last, len(suffix.encode())) + suffix))
-
-
-def _fit(part: str, n_more: int = 0) -> str:
-    content = part.encode("utf-8", "surrogateescape")
-    if len(content) + n_more <= _MAX_NAME_BYTES:
-        return part
-    digest = hashlib.sha256(content).hexdigest()[:12]
-    return content[: _MAX_NAME_BYTES - n_more - 13].decode("utf-8", "ignore") + "-" + digest

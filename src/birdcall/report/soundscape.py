@@ -27,11 +27,10 @@ from birdcall.report.html import (
     PageContent,
     draw_tiles,
     encode_mp3,
-    fitting_name,
     read_asset,
     write_page,
 )
-from birdcall.storage.files import digest, inside
+from birdcall.storage.files import digest, fitting_name, inside
 from birdcall.taxonomy import all_species, display_name
 
 logger = logging.getLogger(__name__)

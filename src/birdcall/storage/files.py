@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
+_MAX_NAME_BYTES = 200  # of a file; what file systems take is 255
+
 
 class UserError(ValueError):
     """An error in the user's input that its message, one line, tells how to correct."""
@@ -61,6 +63,23 @@ def inside(folder: Path, name: str) -> Path:
     if not target.is_relative_to(folder.resolve()):
         raise ValueError(f"{name!r} leads out of {folder} through a link, to {target}")
     return path
+
+
+def fitting_name(name: str, suffix: str) -> str:
+    """Return ``name`` with a suffix, as a path whose parts a file system takes.
+
+    A part that is too long is cut, and told apart by a digest of all of it.
+    """
+    *folders, last = Path(name).parts
+    return str(Path(*map(_fit, folders), _fit(last, len(suffix.encode())) + suffix))
+
+
+def _fit(part: str, n_more: int = 0) -> str:
+    content = part.encode("utf-8", "surrogateescape")
+    if len(content) + n_more <= _MAX_NAME_BYTES:
+        return part
+    digest = hashlib.sha256(content).hexdigest()[:12]
+    return content[: _MAX_NAME_BYTES - n_more - 13].decode("utf-8", "ignore") + "-" + digest
 
 
 def read_table(path: Path, columns: Sequence[str], delimiter: str = ",") -> pd.DataFrame:
