@@ -24,12 +24,20 @@ RATE = 32_000
 NAME = "train_audio/aldfly/XC1 Ä.mp3"
 
 
+@pytest.fixture(scope="module")
+def mp3(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A recording of 7.7 s."""
+    path = tmp_path_factory.mktemp("mp3") / "a.mp3"
+    write_noise(path, 7.7)
+    return path.read_bytes()
+
+
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """Make a data folder with one recording of 7.7 s."""
+def data(mp3: bytes, tmp_path: Path) -> Path:
+    """Make a data folder with one recording."""
     path = tmp_path / "data" / NAME
     path.parent.mkdir(parents=True)
-    write_noise(path, 7.7)
+    path.write_bytes(mp3)
     return tmp_path / "data"
 
 
