@@ -74,36 +74,35 @@ def test_half_a_second_or_half_of_an_event_counts(onset, offset, segments):
 def test_the_example_s_rows_follow_from_its_annotations_in_the_demo(demo_folder):
     truth = read_truth([demo_folder], KNOWN)
     for name, rows in truth.rows.groupby("recording"):
-        own = truth.annotations[truth.annotations["recording"] == name]
-        columns = [KNOWN.index(code) for code in own["ebird_code"]]
-        intervals = own[["onset", "offset"]].to_numpy()
+        subset = truth.annotations[truth.annotations["recording"] == name]
+        columns = [KNOWN.index(code) for code in subset["ebird_code"]]
+        intervals = subset[["onset", "offset"]].to_numpy()
         truth_rows = truth_from_intervals(intervals, columns, (len(rows), len(KNOWN)))
         expected = [sorted(birds) for birds in rows["birds"]]
         assert [sorted(KNOWN[k] for k in np.flatnonzero(row)) for row in truth_rows] == expected
 
 
-# --- what members hear ---------------------------------------------------------------------------
+# --- what members predict ------------------------------------------------------------------------
 
 
-def test_the_examples_are_heard_and_every_label_stands_at_its_segment(
-    demo_folder, training_data, trained_runs
+def test_the_examples_are_predicted_and_every_label_stands_at_its_segment(
+    demo_folder, training_data, held_out
 ):
-    ensemble = load_ensemble(trained_runs[:2])
     known = known_species(training_data.classes)
-    soundscapes = predict_labelled(ensemble, [demo_folder])
+    soundscapes = held_out.labelled
     rows = read_labelled_soundscapes(demo_folder, KNOWN)
     scores = soundscapes.predictions
-    assert scores.member_names == ("other-fold0", "other-fold1")
+    assert scores.member_names == ("other-fold0", "other-fold1", "tiny-fold0", "tiny-fold1")
     assert scores.labelled.sum() == len(rows)
     assert set(scores.segments["group"]) == set(rows["filename"])
-    place = {
+    row_of = {
         (recording, seconds): row
         for row, (recording, seconds) in enumerate(
             zip(scores.segments["recording"], scores.segments["seconds"], strict=True)
         )
     }
     for row in rows.itertuples():
-        birds = {known[k] for k in np.flatnonzero(scores.truth[place[row.filename, row.seconds]])}
+        birds = {known[k] for k in np.flatnonzero(scores.truth[row_of[row.filename, row.seconds]])}
         assert birds == set(row.birds)
     in_rows = Counter(label for labels in rows["foreign_labels"] for label in labels)
     table = pd.read_csv(demo_folder / "example_test_audio_metadata.csv")
@@ -114,9 +113,9 @@ def test_the_examples_are_heard_and_every_label_stands_at_its_segment(
     name = rows["filename"].iloc[0]
     path = find_audio(demo_folder / "example_test_audio", name)
     assert soundscapes.paths[name] == path
-    own = (scores.segments["recording"] == name).to_numpy()
+    subset = (scores.segments["recording"] == name).to_numpy()
     np.testing.assert_allclose(
-        scores.clipwise[:, own], soundscapes.frames[name].clipwise, atol=1e-6
+        scores.clipwise[:, subset], soundscapes.frames[name].clipwise, atol=1e-6
     )
 
 
@@ -132,7 +131,7 @@ def test_raven_tables_label_recordings_as_a_whole(ravens, trained_runs, training
     assert list(soundscapes.annotations["ebird_code"]) == ["amecro", "norcar"]
 
 
-def test_both_layouts_are_heard_together(ravens, demo_folder, trained_runs, training_data):
+def test_both_layouts_are_predicted_together(ravens, demo_folder, trained_runs, training_data):
     known = known_species(training_data.classes)
     soundscapes = predict_labelled(load_ensemble(trained_runs[:1]), [demo_folder, ravens])
     assert soundscapes.predictions.segments["recording"].nunique() == 2 + 2
@@ -184,7 +183,7 @@ def test_a_folder_without_labels_is_named(tmp_path):
     assert predict_labelled(None, []) is None
 
 
-def test_a_second_time_nothing_is_heard(
+def test_a_second_time_no_audio_is_read(
     ravens, demo_folder, trained_runs, training_data, tmp_path, monkeypatch
 ):
     ensemble = load_ensemble(trained_runs[:2])
@@ -229,7 +228,7 @@ def change_rows(folder, change, name="example_test_audio_summary.csv"):
     change(table).to_csv(folder / name, index=False)
 
 
-def test_rows_that_are_missing_are_heard_and_not_scored(
+def test_rows_that_are_missing_are_predicted_and_not_scored(
     examples, trained_runs, training_data, caplog
 ):
     change_rows(examples, lambda table: table.drop(index=[1, 2]))

@@ -366,11 +366,11 @@ def test_cells_that_are_not_known_have_no_part_in_a_class_s_score() -> None:
         (metrics.average_precision, sklearn_metrics.average_precision_score),
         (metrics.roc_auc, sklearn_metrics.roc_auc_score),
     ):
-        found = metric(truth, scores, known)
+        values = metric(truth, scores, known)
         for k in range(2):
-            own = known[:, k]
-            assert found[k] == pytest.approx(reference(truth[own, k], scores[own, k]))
-        assert np.isnan(found[2])
+            subset = known[:, k]
+            assert values[k] == pytest.approx(reference(truth[subset, k], scores[subset, k]))
+        assert np.isnan(values[2])
         np.testing.assert_array_equal(metric(truth, scores, truth | True), metric(truth, scores))
 
 

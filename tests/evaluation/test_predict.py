@@ -16,8 +16,8 @@ from birdcall.training.step import VALIDATION_SECONDS, validate
 
 
 @pytest.fixture(scope="module")
-def predicted(training_data, trained_runs):
-    return predict_out_of_fold(load_ensemble(trained_runs), training_data)
+def predicted(held_out):
+    return held_out.out_of_fold
 
 
 def test_every_recording_is_predicted_by_the_run_that_did_not_train_on_it(
@@ -34,17 +34,17 @@ def test_every_recording_is_predicted_by_the_run_that_did_not_train_on_it(
         waveform = read_audio(training_data.folder / recording["path"], 32_000)
         assert len(waveform) < VALIDATION_SECONDS * 32_000
         expected = predict_waveforms(load_ensemble([folder]), {32_000: waveform})
-        own = (part.segments["row"] == row).to_numpy()
-        assert set(part.segments["path"][own]) == {recording["path"]}
-        assert set(part.segments["fold"][own]) == {recording["fold"]}
-        assert list(part.segments["seconds"][own]) == [
+        subset = (part.segments["row"] == row).to_numpy()
+        assert set(part.segments["path"][subset]) == {recording["path"]}
+        assert set(part.segments["fold"][subset]) == {recording["fold"]}
+        assert list(part.segments["seconds"][subset]) == [
             5.0 * (k + 1) for k in range(expected.clipwise.shape[1])
         ]
         np.testing.assert_allclose(
-            part.predictions.clipwise[0, own], expected.clipwise[0], atol=1e-5
+            part.predictions.clipwise[0, subset], expected.clipwise[0], atol=1e-5
         )
         np.testing.assert_allclose(
-            part.predictions.framewise[0, own], expected.framewise[0], atol=1e-5
+            part.predictions.framewise[0, subset], expected.framewise[0], atol=1e-5
         )
 
 
@@ -117,11 +117,11 @@ def test_the_parquet_has_every_segment_and_every_class(predicted, training_data,
     assert len(table) == 2 * sum(len(part.segments) for part in predicted.values())
     for name, part in predicted.items():
         for output in ("clipwise", "framewise"):
-            own = table[(table["experiment"] == name) & (table["output"] == output)]
+            subset = table[(table["experiment"] == name) & (table["output"] == output)]
             assert np.array_equal(
-                own[list(training_data.classes)], getattr(part.predictions, output)[0]
+                subset[list(training_data.classes)], getattr(part.predictions, output)[0]
             )
-            assert np.array_equal(own["seconds"], part.segments["seconds"])
-            assert list(own["path"]) == list(part.segments["path"])
+            assert np.array_equal(subset["seconds"], part.segments["seconds"])
+            assert list(subset["path"]) == list(part.segments["path"])
     assert pq.ParquetFile(path).num_row_groups >= 4  # an experiment at a time
     assert [one.name for one in tmp_path.iterdir()] == ["oof.parquet"]
