@@ -10,7 +10,7 @@ from importlib import resources
 
 @dataclass(frozen=True, order=True)
 class Species:
-    """One of the 264; ``label`` is how xeno-canto's metadata writes it, ``Scientific_Common``."""
+    """One of the 264; ``label`` is its name in xeno-canto's metadata, ``Scientific_Common``."""
 
     ebird_code: str
     scientific_name: str
@@ -23,7 +23,7 @@ class Species:
 
 @cache
 def all_species() -> tuple[Species, ...]:
-    """Return the 264 species in the order of their codes, the competition's class order."""
+    """Return the 264 species by code, which is the competition's order of classes."""
     text = resources.files("birdcall").joinpath("ebird_codes.csv").read_text(encoding="utf-8")
     return tuple(
         Species(row["ebird_code"], row["scientific_name"], row["common_name"])
@@ -37,10 +37,10 @@ def species_of(ebird_code: str) -> Species | None:
 
 
 def find_species(name: str) -> Species | None:
-    """Find a species by ``Scientific_Common`` label, scientific or common name, in any case.
+    """Return the species of a ``Scientific_Common`` label, scientific or common name, in any case.
 
-    A label whose scientific name has changed since 2020 is still found by its common name, and the
-    other way round. None means: not among the 264.
+    If the scientific name of a label has changed since 2020, its common name decides, and the
+    other way round. None: not among the 264.
     """
     options = _normal(name)
     scientific, _, common = options.partition("_")
@@ -49,7 +49,7 @@ def find_species(name: str) -> Species | None:
 
 
 def display_name(ebird_code: str) -> str:
-    """Return the common name for people to read, or the code itself outside the 264."""
+    """Return the common name, or the code itself for one outside the 264."""
     species = species_of(ebird_code)
     return species.common_name if species else ebird_code
 

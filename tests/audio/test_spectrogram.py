@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from birdcall.audio.frontend import LogMel
-from birdcall.audio.spectrogram import POWERS, Spectrogram, check_waveform, exact_float32
+from birdcall.audio.spectrogram import POWERS, FFTPower, Spectrogram, check_waveform, exact_float32
 from birdcall.config import FrontendConfig
 
 CPU = torch.device("cpu")
@@ -44,8 +44,8 @@ def test_a_batch_cut_into_blocks_equals_its_clips_one_by_one(monkeypatch):
     for module, error in ((Spectrogram(1024, 320), 0), (LogMel(FrontendConfig()), 1e-5)):
         whole = module(waveform)
         for block in (4096, 32_000, 160_000):
-            monkeypatch.setattr("birdcall.audio.spectrogram.CPU_BLOCK_BYTES", block)
-            monkeypatch.setattr("birdcall.audio.spectrogram.CPU_DOUBLE_BYTES", block)
+            monkeypatch.setattr(FFTPower, "cpu_block_bytes", block)
+            monkeypatch.setattr(FFTPower, "cpu_double_block_bytes", block)
             torch.testing.assert_close(module(waveform), whole, rtol=0, atol=error)
         monkeypatch.undo()
 

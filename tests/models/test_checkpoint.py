@@ -44,7 +44,7 @@ def test_damaged_weights_are_refused(saved):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"model\.safetensors: sha256 differs"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: its sha256 differs"):
         load_model(saved[2])
 
 
@@ -82,7 +82,7 @@ def test_classes_in_another_order_are_other_classes(saved):
         require_same_classes(saved[2], saved[1], CLASSES[::-1])
 
 
-def test_checkpoints_are_found_in_order_of_name(tmp_path, saved):
+def test_checkpoints_are_listed_in_order_of_name(tmp_path, saved):
     model, checkpoint, folder = saved
     save_checkpoint(tmp_path / "a" / "fold0", model, checkpoint)
     assert find_checkpoints(tmp_path) == [tmp_path / "a" / "fold0", folder]

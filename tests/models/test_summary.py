@@ -14,7 +14,6 @@ from birdcall.models.summary import (
     describe_model,
     experiments_table,
     measure_field,
-    measure_stride,
     shortest_interval,
 )
 
@@ -103,7 +102,7 @@ def test_cnn14_reaches_as_far_as_its_kernels_say():
 
 
 def test_a_stride_is_measured_whatever_the_ends_of_the_image_lose():
-    assert measure_stride(Backbone(box(7, stride=4)), 1, 16, 96) == 4
+    assert measure_field(Backbone(box(7, stride=4)), 1, 16, 96).stride == 4
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from scipy import fft
 # A filter is a symmetric kernel of so many samples (32 ms at 32 kHz) and is applied block by block
 # (overlap-save). Fifty short transforms stay in the processor's cache, one of 160,000 points does
 # not: measured 0.4 (torch's FFT; scipy's 0.55) against 2.2 ms for a 5-s clip.
-KERNEL_SAMPLES = 1025
-BLOCK_SAMPLES = 4096
-HALF_KERNEL = KERNEL_SAMPLES // 2
-STEP_SAMPLES = BLOCK_SAMPLES - KERNEL_SAMPLES + 1
+_KERNEL_SAMPLES = 1025
+_BLOCK_SAMPLES = 4096
+HALF_KERNEL = _KERNEL_SAMPLES // 2
+_STEP_SAMPLES = _BLOCK_SAMPLES - _KERNEL_SAMPLES + 1
 
 Curve = Callable[[np.ndarray], np.ndarray]  # frequencies in Hz → gain (linear) at each
 
@@ -49,7 +49,7 @@ def filter_waveform(waveform: np.ndarray, sample_rate: int, curves: list[Curve])
 
 def padded_length(n_samples: int) -> int:
     """Say how many samples `filter_padded` takes to make at least ``n_samples``."""
-    return -(-n_samples // STEP_SAMPLES) * STEP_SAMPLES + KERNEL_SAMPLES - 1
+    return -(-n_samples // _STEP_SAMPLES) * _STEP_SAMPLES + _KERNEL_SAMPLES - 1
 
 
 def filter_padded(padded: np.ndarray, sample_rate: int, curves: list[Curve]) -> np.ndarray:
@@ -59,18 +59,18 @@ def filter_padded(padded: np.ndarray, sample_rate: int, curves: list[Curve]) -> 
     """
     import torch  # here: the processes that synthesise noise for the demo need no torch
 
-    blocks = torch.from_numpy(padded).unfold(0, BLOCK_SAMPLES, STEP_SAMPLES)
+    blocks = torch.from_numpy(padded).unfold(0, _BLOCK_SAMPLES, _STEP_SAMPLES)
     spectra = torch.fft.rfft(blocks).mul_(torch.from_numpy(_response(sample_rate, curves)))
-    filtered = torch.fft.irfft(spectra, BLOCK_SAMPLES)
-    # Before HALF_KERNEL and from there on by STEP_SAMPLES a block's end leaks into its start.
-    return filtered[:, HALF_KERNEL : HALF_KERNEL + STEP_SAMPLES].reshape(-1).numpy()
+    filtered = torch.fft.irfft(spectra, _BLOCK_SAMPLES)
+    # Before HALF_KERNEL and from there on by _STEP_SAMPLES a block's end leaks into its start.
+    return filtered[:, HALF_KERNEL : HALF_KERNEL + _STEP_SAMPLES].reshape(-1).numpy()
 
 
 def _response(sample_rate: int, curves: list[Curve]) -> np.ndarray:
     """Return the gains of the curves' kernel, cut to length, at a block's frequencies."""
-    hz = fft.rfftfreq(BLOCK_SAMPLES, 1 / sample_rate).astype(np.float32)
+    hz = fft.rfftfreq(_BLOCK_SAMPLES, 1 / sample_rate).astype(np.float32)
     gain = np.prod([curve(hz) for curve in curves], axis=0, dtype=np.float32)
-    kernel = fft.irfft(gain, BLOCK_SAMPLES)  # its middle is sample 0, its first half at the end
+    kernel = fft.irfft(gain, _BLOCK_SAMPLES)  # its middle is sample 0, its first half at the end
     kernel[HALF_KERNEL + 1 : -HALF_KERNEL] = 0
     kernel[1 : HALF_KERNEL + 1] *= _TAPER
     kernel[-HALF_KERNEL:] *= _TAPER[::-1]

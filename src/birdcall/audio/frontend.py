@@ -31,7 +31,7 @@ _AMIN = 1e-10  # librosa's floor of power_to_db: silence is -100 dB
 # recordings, at 200 the largest error is 6e-4 dB, at 400 it is 1.2e-3 dB.
 _SAFE_RATIO = 200
 _AUDIBLE_POWER = 0.5e-8  # -83 dB
-_BAND = 16  # mel filters to a product, see `MelFilters`
+_BAND = 16  # mel filters to a product, see `_MelFilters`
 _DELTA_WIDTH = 9  # frames; librosa.feature.delta's default
 # PCEN as in the 6th place of 2020, which are librosa.pcen's defaults too.
 _PCEN_GAIN, _PCEN_BIAS, _PCEN_POWER, _PCEN_SECONDS, _PCEN_EPS = 0.98, 2.0, 0.5, 0.4, 1e-6
@@ -52,7 +52,7 @@ class LogMel(Float32Module):
         self.config = config
         self.spectrogram = Spectrogram(config.n_fft, config.hop_length, config.implementation)
         is_torchlibrosa = config.implementation == "torchlibrosa"
-        self.mel = _torchlibrosa_mel(config) if is_torchlibrosa else MelFilters(config)
+        self.mel = _torchlibrosa_mel(config) if is_torchlibrosa else _MelFilters(config)
 
     @property
     def frame_seconds(self) -> float:
@@ -87,7 +87,7 @@ class LogMel(Float32Module):
 # --- power to mel --------------------------------------------------------------------------------
 
 
-class MelFilters(nn.Module):
+class _MelFilters(nn.Module):
     """Power (..., frames, bins) to mel (..., frames, n_mels).
 
     A mel filter covers few bins, the low ones fewest: products of 16 neighbouring filters with just

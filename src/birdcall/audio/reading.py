@@ -101,14 +101,8 @@ def read_audio(
 
     Raises ``FileNotFoundError``, or ``AudioError`` where the interval does not decode.
     """
-    (crop,) = read_crops(
-        path,
-        sample_rate,
-        offsets=[offset_seconds],
-        duration_seconds=duration_seconds,
-        downmix=downmix,
-    )
-    return crop
+    offsets = [offset_seconds]
+    return read_crops(path, sample_rate, offsets, duration_seconds, downmix=downmix)[0]
 
 
 def read_crops(
@@ -286,9 +280,8 @@ class AudioFile(soundfile.SoundFile):
         its first frame. Without one, libsndfile divides the size of the file by that of the first
         frame and counts tags (a picture, a licence) as audio; here they are subtracted.
 
-        Measured on 605 real mp3 files: off the decoded length by at most 0.14 s, libsndfile by
-        0.31 s (22 files by more than 0.25 s), mutagen 1.48 by 7.7 s, which would make a whole
-        recording count as cut. mutagen takes 0.42 ms per file, this 0.35 ms.
+        Of 605 real mp3 files this is off the decoded length by at most 0.14 s, libsndfile by
+        0.31 s, mutagen 1.48 by 7.7 s: a whole recording would count as cut. 0.35, 0.42 ms each.
         """
         if self.format != "MP3":
             return self.frames

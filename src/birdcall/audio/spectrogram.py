@@ -18,13 +18,9 @@ from torch.nn import functional
 
 from birdcall.config import require, require_choice
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
-# Framed samples computed at once. On a CPU a block stays in the cache and its memory is used again;
-# whole batches take three times as long. A GPU needs large blocks.
-CPU_BLOCK_BYTES, GPU_BLOCK_BYTES = 3 * 2**20, 2**28
-CPU_DOUBLE_BYTES = 2**20  # of a block in double precision
 _CLIPS_AT_ONCE = 4  # of a thread, see `map_clips`
 _INT16_SCALE = 1 / 32_768
 
@@ -65,7 +61,13 @@ class Spectrogram(Float32Module):
 
 
 class FFTPower(nn.Module):
-    """Power by FFT, in blocks of frames that fit the cache."""
+    """Power by FFT, in blocks of frames.
+
+    On a CPU a block stays in the cache and its memory is used again; whole batches take three
+    times as long. A GPU needs large blocks.
+    """
+
+    cpu_block_bytes, cpu_double_block_bytes, gpu_block_bytes = 3 * 2**20, 2**20, 2**28
 
     def __init__(self, n_fft: int, hop_length: int) -> None:
         super().__init__()
@@ -73,7 +75,8 @@ class FFTPower(nn.Module):
 
     def forward(self, waveform: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """Return ``function(power)``, the power in double precision like librosa's."""
-        framed, dtype = self._frame(waveform), _double(waveform.device)
+        dtype = torch.float64 if _has_double(waveform.device) else torch.float32
+        framed = self._frame(waveform)
         parts = framed.split(self._block(framed, dtype), dim=1)
         return torch.cat([function(self._power(part, dtype)) for part in parts], dim=1)
 
@@ -88,7 +91,7 @@ class FFTPower(nn.Module):
         ``is_inexact(power, function(power))`` returns for which frames it is: (clips, frames).
         While they are one in five, this is faster than double precision everywhere.
         """
-        if is_traced() or _double(waveform.device) == torch.float32:
+        if is_traced() or not _has_double(waveform.device):
             return self(waveform, function)
 
         def single(frames: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,13 +128,14 @@ class FFTPower(nn.Module):
 
     def _block(self, framed: Tensor, dtype: torch.dtype) -> int:
         """Return how many frames of each clip to compute at once."""
-        block_bytes = GPU_BLOCK_BYTES
+        is_double = dtype == torch.float64
+        block_bytes = self.gpu_block_bytes
         if framed.device.type == "cpu":
-            block_bytes = CPU_BLOCK_BYTES if dtype == torch.float32 else CPU_DOUBLE_BYTES
+            block_bytes = self.cpu_double_block_bytes if is_double else self.cpu_block_bytes
         fitting = block_bytes // (dtype.itemsize * self.n_fft * len(framed))
         # In double precision a third of the frames needs no more memory than the complex
         # spectrogram of all.
-        return max(1, min(fitting, framed.shape[1] // (3 if dtype == torch.float64 else 1)))
+        return max(1, min(fitting, framed.shape[1] // (3 if is_double else 1)))
 
     def _power(self, frames: Tensor, dtype: torch.dtype) -> Tensor:
         window = _hann_tensor(self.n_fft, dtype, frames.device)
@@ -141,8 +145,8 @@ class FFTPower(nn.Module):
         return squares[..., 0] + squares[..., 1]
 
 
-def _double(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs lack float64
+def _has_double(device: torch.device) -> bool:
+    return device.type != "mps"  # Apple's GPUs lack float64
 
 
 class _ConvPower(nn.Module):
@@ -284,7 +288,7 @@ def map_clips(function: Callable[[Tensor], Tensor], waveform: Tensor) -> Tensor:
     return map_threads(torch.cat, [images])[0] if use_threads else torch.cat(images)
 
 
-def map_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+def map_threads(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
     """Return ``[function(item) for item in items]``, each item on one of torch's number of threads.
 
     torch itself splits every single operation and waits for the slowest thread. Where other

@@ -79,7 +79,7 @@ def count_features(backbone: nn.Module, name: str, frontend: FrontendConfig) -> 
 # --- PANNs ---
 
 
-class ConvBlock(nn.Module):
+class _ConvBlock(nn.Module):
     """Two 3 x 3 convolutions, each normalised and rectified; the image keeps its size."""
 
     def __init__(self, in_chans: int, channels: int) -> None:
@@ -104,19 +104,17 @@ class Cnn14(nn.Module):
         super().__init__()
         self.num_features = widths[-1]
         for number, (before, after) in enumerate(pairwise((in_chans, *widths)), start=1):
-            self.add_module(f"conv_block{number}", ConvBlock(before, after))
+            self.add_module(f"conv_block{number}", _ConvBlock(before, after))
 
     def forward_features(self, image: Tensor) -> Tensor:
-        *blocks, last = self.children()
+        blocks = list(self.children())
         for block in blocks:
-            image = self._drop(_halve(block(image)))
-        return self._drop(last(image))
-
-    def _drop(self, image: Tensor) -> Tensor:
-        return functional.dropout(image, _BLOCK_DROPOUT, self.training)
+            image = block(image) if block is blocks[-1] else _halve(block(image))
+            image = functional.dropout(image, _BLOCK_DROPOUT, self.training)
+        return image
 
 
-class ResidualBlock(nn.Module):
+class _ResidualBlock(nn.Module):
     """ResNet's basic block, which halves its input by averaging instead of by a stride of two."""
 
     def __init__(self, in_chans: int, channels: int, *, is_halved: bool) -> None:
@@ -152,23 +150,21 @@ class ResNet38(nn.Module):
 
     def __init__(self, in_chans: int = 1) -> None:
         super().__init__()
-        self.conv_block1 = ConvBlock(in_chans, _RESNET38_WIDTHS[0])
+        self.conv_block1 = _ConvBlock(in_chans, _RESNET38_WIDTHS[0])
         self.resnet = nn.Sequential()
         widths = pairwise((_RESNET38_WIDTHS[0], *_RESNET38_WIDTHS))
         for number, ((before, after), depth) in enumerate(
             zip(widths, _RESNET38_DEPTHS, strict=True), start=1
         ):
-            first = ResidualBlock(before, after, is_halved=number > 1)
-            rest = (ResidualBlock(after, after, is_halved=False) for _ in range(depth - 1))
+            first = _ResidualBlock(before, after, is_halved=number > 1)
+            rest = (_ResidualBlock(after, after, is_halved=False) for _ in range(depth - 1))
             self.resnet.add_module(f"layer{number}", nn.Sequential(first, *rest))
-        self.conv_block_after1 = ConvBlock(_RESNET38_WIDTHS[-1], _RESNET38_FEATURES)
+        self.conv_block_after1 = _ConvBlock(_RESNET38_WIDTHS[-1], _RESNET38_FEATURES)
 
     def forward_features(self, image: Tensor) -> Tensor:
-        image = self._drop(_halve(self.conv_block1(image)))
-        image = self._drop(_halve(self.resnet(image)))
-        return self._drop(self.conv_block_after1(image))
-
-    def _drop(self, image: Tensor) -> Tensor:
+        image = _halve(self.conv_block1(image))
+        image = _halve(self.resnet(functional.dropout(image, _BLOCK_DROPOUT, self.training)))
+        image = self.conv_block_after1(functional.dropout(image, _BLOCK_DROPOUT, self.training))
         return functional.dropout(image, _BLOCK_DROPOUT, self.training)
 
 

@@ -1,4 +1,4 @@
-"""Keep a trained model with all that is needed to use it: weights, experiment, classes, score."""
+"""Save and load a trained model with its experiment, classes, fold and score."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from birdcall.storage.files import write_atomically
 
 WEIGHTS_FILE = "model.safetensors"
 SETTINGS_FILE = "model.json"
-STATE_FILE = "state.safetensors"  # of a run that is not finished: see `training.resume`
+STATE_FILE = "state.safetensors"  # of an unfinished run: see `training.resume`
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is known of a trained model, beside its weights."""
+    """A trained model without its weights: what ``model.json`` holds."""
 
     experiment: Experiment
     classes: tuple[str, ...]  # ebird_codes, in the order of the model's outputs
@@ -38,7 +38,10 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, model: SEDModel, checkpoint: Checkpoint) -> Checkpoint:
-    """Write ``model.safetensors``, then ``model.json`` with its hash: a torn pair is noticed."""
+    """Write ``model.safetensors``, then ``model.json`` with its hash.
+
+    So `load_model` notices weights and settings that do not belong together.
+    """
     tensors = {
         name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
     }
@@ -52,7 +55,7 @@ def save_checkpoint(folder: Path, model: SEDModel, checkpoint: Checkpoint) -> Ch
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Read ``model.json``; ``FileNotFoundError`` or ``ValueError`` names what is wrong with it."""
+    """Read ``model.json``; ``FileNotFoundError`` or ``ValueError`` names the file and the error."""
     path = folder / SETTINGS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; `birdcall train` makes one")
@@ -77,7 +80,8 @@ def load_model(folder: Path) -> tuple[SEDModel, Checkpoint]:
     weights = path.read_bytes()
     if hashlib.sha256(weights).hexdigest() != checkpoint.weights_sha256:
         raise ValueError(
-            f"{path}: sha256 differs from {SETTINGS_FILE}'s; the file is damaged or not its own"
+            f"{path}: its sha256 differs from the one in {SETTINGS_FILE}; the file is damaged, or "
+            "of another checkpoint"
         )
     model = build_model(checkpoint.experiment, len(checkpoint.classes))
     try:
@@ -88,12 +92,12 @@ def load_model(folder: Path) -> tuple[SEDModel, Checkpoint]:
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """Return the folders below ``folder`` that hold a checkpoint, in order of name."""
+    """Return the folders with a checkpoint below ``folder``, in order of name."""
     return sorted(path.parent for path in folder.rglob(SETTINGS_FILE))
 
 
 def require_same_classes(folder: Path, checkpoint: Checkpoint, classes: tuple[str, ...]) -> None:
-    """Raise ``ValueError`` naming the first difference, if the checkpoint is of other classes."""
+    """Raise ``ValueError`` naming differences if the checkpoint has other classes."""
     if checkpoint.classes == classes:
         return
     only_here = sorted(set(checkpoint.classes) - set(classes))

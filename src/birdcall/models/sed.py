@@ -45,7 +45,7 @@ class BiGRU(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """One pre-norm transformer layer; sinusoidal positions are added, so any length works."""
+    """One pre-norm transformer layer with sinusoidal positions (Vaswani et al., 2017)."""
 
     def __init__(self, channels: int, dropout: float, n_heads: int = 4) -> None:
         super().__init__()
@@ -59,17 +59,13 @@ class SelfAttention(nn.Module):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        hidden = features.transpose(1, 2)
-        return self.layer(hidden + _sinusoidal_positions(hidden)).transpose(1, 2)
-
-
-def _sinusoidal_positions(hidden: Tensor) -> Tensor:
-    """Return the positions ``(frames, channels)`` of Vaswani et al. (2017) for ``hidden``."""
-    n_frames, channels = hidden.shape[1:]
-    frame = torch.arange(n_frames, device=hidden.device, dtype=torch.float32)[:, None]
-    rate = torch.arange(0, channels, 2, device=hidden.device, dtype=torch.float32)
-    angle = frame * torch.exp(rate * (-math.log(10_000.0) / channels))
-    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1).to(hidden.dtype)
+        hidden = features.transpose(1, 2)  # (batch, frames, channels)
+        n_frames, channels = hidden.shape[1:]
+        frame = torch.arange(n_frames, device=hidden.device, dtype=torch.float32)[:, None]
+        rate = torch.arange(0, channels, 2, device=hidden.device, dtype=torch.float32)
+        angle = frame * torch.exp(rate * (-math.log(10_000.0) / channels))
+        positions = torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
+        return self.layer(hidden + positions.to(hidden.dtype)).transpose(1, 2)
 
 
 # --- pooling over frequency: (batch, channels, frames, mels) to (batch, channels, frames) ---
@@ -233,26 +229,21 @@ class SEDModel(nn.Module):
         return self.dropout(self.temporal(self.embed(log_mel)))
 
     def embed(self, log_mel: Tensor) -> Tensor:
-        """Return the projected backbone features ``(batch, temporal_size, frames)``."""
-        normed = self.mel_norm(log_mel.transpose(1, 3)).transpose(1, 3)
-        normed = _pad_frames(normed).contiguous(memory_format=self.memory_format)
-        features = self.pooling(self.backbone.forward_features(normed))
+        """Return the projected backbone features ``(batch, temporal_size, frames)``.
+
+        Of an image with fewer than ``MIN_FRAMES`` frames the last frame is repeated.
+        """
+        image = self.mel_norm(log_mel.transpose(1, 3)).transpose(1, 3)
+        missing = MIN_FRAMES - image.shape[2]
+        if missing > 0:  # shorter images vanish in backbones that round down, such as DenseNet
+            image = torch.cat((image, image[:, :, -1:].expand(-1, -1, missing, -1)), dim=2)
+        image = image.contiguous(memory_format=self.memory_format)
+        features = self.pooling(self.backbone.forward_features(image))
         # A little context for every frame (1st place, after PANNs).
         features = functional.max_pool1d(features, 3, 1, 1) + functional.avg_pool1d(
             features, 3, 1, 1
         )
         return functional.relu(self.project(self.dropout(features)))
-
-
-def _pad_frames(image: Tensor) -> Tensor:
-    """Repeat the last frame of ``image`` (batch, channels, frames, mels) up to ``MIN_FRAMES``.
-
-    Shorter images vanish in backbones that round down when they halve, such as DenseNet.
-    """
-    missing = MIN_FRAMES - image.shape[2]
-    if missing <= 0:
-        return image
-    return torch.cat((image, image[:, :, -1:].expand(-1, -1, missing, -1)), dim=2)
 
 
 def build_model(experiment: Experiment, n_classes: int, *, pretrained: bool = False) -> SEDModel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import groupby
@@ -124,14 +123,14 @@ def measure_field(
     touched = (gradients != 0).any(dim=0).any(dim=1).nonzero().flatten()
     reach = int(touched[-1] - touched[0]) + 1
     return ReceptiveField(
-        stride=measure_stride(backbone, n_channels, n_mels, n_frames),
+        stride=_measure_stride(backbone, n_channels, n_mels, n_frames),
         frames=shortest_interval(energy.sum(dim=1)),
         mels=shortest_interval(energy.sum(dim=0)),
         reach=reach if reach < n_frames else None,
     )
 
 
-def measure_stride(backbone: nn.Module, n_channels: int, n_mels: int, n_frames: int) -> int:
+def _measure_stride(backbone: nn.Module, n_channels: int, n_mels: int, n_frames: int) -> int:
     """Return how many input frames make one more output frame."""
     with torch.no_grad():
         short, long = (
@@ -212,11 +211,23 @@ def trace_stages(model: SEDModel, waveform: Tensor) -> list[Stage]:
         "project": model.project,
         "temporal": model.temporal,
     }
+    outputs: list[tuple[str, tuple[int, ...]]] = []  # in the order in which modules have run
+
+    def record(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            outputs.append((name, tuple(output.shape)))
+
+    modules = (backbone | parts).items()
+    hooks = [module.register_forward_hook(partial(record, name)) for name, module in modules]
     was_training = model.training
-    with _record_shapes(backbone | parts) as outputs, torch.inference_mode():
-        power = model.frontend.spectrogram(waveform)
-        output = model.eval()(waveform)
-    model.train(was_training)
+    try:
+        with torch.inference_mode():
+            power = model.frontend.spectrogram(waveform)
+            output = model.eval()(waveform)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
     shapes = dict(outputs)
     images = [(name, shape) for name, shape in outputs if name in backbone and len(shape) == 4]
     temporal = [type(layer).__name__ for layer in model.temporal if type(layer) is not nn.Identity]
@@ -246,23 +257,6 @@ def trace_stages(model: SEDModel, waveform: Tensor) -> list[Stage]:
         Stage("head", "framewise output", framewise, axes=("classes", "frames"), n_weights=n_head),
         Stage("head", f"clipwise: {head}", clipwise, axes=("classes",), n_weights=0),
     ]
-
-
-@contextmanager
-def _record_shapes(modules: dict[str, nn.Module]) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
-    """Record (name, shape of the output) whenever one of ``modules`` has run, in that order."""
-    outputs: list[tuple[str, tuple[int, ...]]] = []
-
-    def record(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            outputs.append((name, tuple(output.shape)))
-
-    handles = [m.register_forward_hook(partial(record, name)) for name, m in modules.items()]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _backbone_stages(

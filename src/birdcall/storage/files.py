@@ -1,4 +1,4 @@
-"""Read tables strictly, write files whole or not at all, keep file names inside their folder."""
+"""Read tables strictly, write files completely or not at all, keep names inside their folder."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class UserError(ValueError):
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; it becomes ``path`` only if the block succeeds.
 
-    The temporary file lies beside ``path`` (a rename across disks is not atomic) and has its
-    suffix (pandas, torch and soundfile choose the format by it). Folders are made as needed; an
-    error leaves the old ``path`` as it was and no temporary file behind.
+    The temporary file is beside ``path`` (a rename across disks is not atomic) and has its suffix
+    (pandas, torch and soundfile choose the format by it). Folders are created as needed; after an
+    error the old ``path`` is as it was and the temporary file is deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}{path.suffix}")
@@ -39,7 +39,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write ``content`` to ``path`` whole or not at all; text as UTF-8, line ends as given."""
+    """Write ``content`` completely or not at all; text as UTF-8, line ends as given."""
     data = content.encode() if isinstance(content, str) else content
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
@@ -58,7 +58,7 @@ def inside(folder: Path, name: str) -> Path:
     path = folder / name
     try:
         target = path.resolve()
-    except RuntimeError as error:  # what Python 3.11 and 3.12 say of a loop
+    except RuntimeError as error:  # of Python 3.11 and 3.12, for a circle of links
         raise OSError(f"{name!r} leads nowhere in {folder}: its links form a circle") from error
     if not target.is_relative_to(folder.resolve()):
         raise ValueError(f"{name!r} leads out of {folder} through a link, to {target}")
@@ -83,9 +83,9 @@ def _fit(part: str, n_more: int = 0) -> str:
 
 
 def read_table(path: Path, columns: Sequence[str], delimiter: str = ",") -> pd.DataFrame:
-    """Read a CSV as text, cell by cell as written; the index is the line each row starts in.
+    """Read a CSV as text, cell by cell as written; the index is the line in which each row starts.
 
-    Other columns than the needed ``columns`` are kept. Unlike ``pandas.read_csv`` it guesses
+    ``columns`` are required; others are returned as well. Unlike ``pandas.read_csv`` it guesses
     nothing: no value becomes NaN, and a row that is cut short is an error, not a row of NaN.
 
     Raises ``FileNotFoundError`` or ``ValueError`` that names the file and the line or column.
@@ -109,8 +109,8 @@ def read_table(path: Path, columns: Sequence[str], delimiter: str = ",") -> pd.D
         raise ValueError(f"{path}, line {reader.line_num}: is not a CSV: {error}") from error
     for column in columns:
         if header.count(column) != 1:
-            found = "no column" if column not in header else "more than one column"
-            raise ValueError(f"{path}: {found} {column!r}; its columns are {', '.join(header)}")
+            problem = "no column" if column not in header else "more than one column"
+            raise ValueError(f"{path}: {problem} {column!r}; its columns are {', '.join(header)}")
     for row, line in zip(rows, lines, strict=True):
         if len(row) != len(header):
             raise ValueError(
@@ -121,14 +121,14 @@ def read_table(path: Path, columns: Sequence[str], delimiter: str = ",") -> pd.D
 
 
 def _undecodable(path: Path) -> str:
-    """Say where a file stops being UTF-8; the error of reading it line by line cannot."""
+    """Return where a file stops being UTF-8: the error of a reader counts within a block."""
     content = path.read_bytes()
     try:
         content.decode()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         return f"line {line}, byte 0x{content[error.start]:02x}"
-    return "which changed meanwhile"
+    return "which has changed meanwhile"
 
 
 # --- fingerprint ---

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,11 +25,11 @@ logger = logging.getLogger(__name__)
 _SOURCE = Path(__file__).parent.parent
 _DAMAGED = (SafetensorError, KeyError, TypeError, ValueError)  # what reading a damaged file raises
 
-Values = dict[str, Any]  # whatever JSON can hold
-T = TypeVar("T")
+_Values = dict[str, Any]  # whatever JSON can hold
+_T = TypeVar("_T")
 
 
-class Journal:
+class Journal(AbstractContextManager):
     """A file of JSON lines: the first identifies the work, each other is a finished item.
 
     A line is on disk when `add` returns. An incomplete last line is removed when the journal is
@@ -44,7 +44,7 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab+")
         self._lock()
-        self._done: dict[str, Values] = {}
+        self._done: dict[str, _Values] = {}
         try:
             is_new = not self._read(fingerprint)
         except ValueError as error:
@@ -58,16 +58,16 @@ class Journal:
         if is_new:
             self._write({"fingerprint": fingerprint})
 
-    def find(self, key: Mapping[str, Any]) -> Values | None:
+    def find(self, key: Mapping[str, Any]) -> _Values | None:
         """Return the value of the finished item ``key``, or None."""
         return self._done.get(_canonical(key))
 
-    def items(self) -> Iterator[tuple[Values, Values]]:
+    def items(self) -> Iterator[tuple[_Values, _Values]]:
         """Yield key and value of each finished item, in the order in which they were added."""
         for key, value in self._done.items():
             yield json.loads(key), value
 
-    def add(self, key: Mapping[str, Any], value: Values) -> None:
+    def add(self, key: Mapping[str, Any], value: _Values) -> None:
         """Write that ``key`` is finished; a second ``value`` of one key replaces the first."""
         self._write({"key": dict(key), "value": value})
         self._done[_canonical(key)] = value
@@ -75,13 +75,10 @@ class Journal:
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> Journal:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _write(self, entry: Values) -> None:
+    def _write(self, entry: _Values) -> None:
         self._file.write(json.dumps(entry).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -154,9 +151,9 @@ class Store:
         self,
         name: str,
         made_from: Mapping[str, Any],
-        reader: Callable[[Path], T],
+        reader: Callable[[Path], _T],
         part: str = "",
-    ) -> T | None:
+    ) -> _T | None:
         """Return ``reader(path)``; None where the file is absent or, with a warning, damaged.
 
         Damaged means: ``reader`` raises ``SafetensorError``, ``KeyError``, ``TypeError`` or
@@ -201,7 +198,10 @@ class Store:
                 "make room, or do without this folder"
             )
         if max_bytes is not None:
-            size = sum(_size(path) for path in self.folder.rglob(f"*{self.suffix}"))
+            size = 0
+            for path in self.folder.rglob(f"*{self.suffix}"):
+                with suppress(FileNotFoundError):  # a temporary file has just got its final name
+                    size += path.stat().st_size
             if size > max_bytes:
                 raise OSError(f"{self.folder} has {size / 1e9:.1f} GB, which is its limit")
         return free
@@ -210,13 +210,6 @@ class Store:
         """Delete the temporary files that a killed process has left."""
         for temporary in self.folder.rglob(f".*{self.suffix}"):
             temporary.unlink(missing_ok=True)
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:  # a temporary file that has just been given its final name
-        return 0
 
 
 # --- arrays with values ---
@@ -228,7 +221,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], values: Mapping[s
     safetensors.numpy.save_file(contiguous, path, {"values": json.dumps(values)})
 
 
-def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], Values]:
+def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], _Values]:
     """Read what `write_arrays` wrote.
 
     Raises ``SafetensorError``, ``KeyError``, ``TypeError`` or ``ValueError`` where it is damaged.
