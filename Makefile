@@ -1,5 +1,5 @@
-# make demo   the whole road on data the project makes itself     make test   the tests
-# make lint   what CI checks before it tests                       make help   all targets
+# make demo   the whole pipeline on synthetic data     make test   the tests
+# make lint   the checks that CI runs first             make help   all targets
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -12,21 +12,21 @@ TRAIN ?= --overwrite --jobs 2 --workers 0
 
 .PHONY: help install demo pipeline test test-slow lint format benchmark clean
 
-help:  ## This list.
+help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-install: $(INSTALLED)  ## A .venv with the pinned packages.
+install: $(INSTALLED)  ## Create .venv with the pinned packages.
 
 $(INSTALLED): requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --requirement requirements.txt
 	touch $@
 
-demo: $(INSTALLED)  ## Synthetic birds -> folds -> training -> evaluation -> kernel -> score.
+demo: $(INSTALLED)  ## Synthetic data -> folds -> training -> evaluation -> kernel -> score.
 	$(BIN)/birdcall demo --data input/demo
 	$(MAKE) --no-print-directory pipeline DATA=input/demo
 
-pipeline: $(INSTALLED)  ## The same on any folder in the competition's layout: DATA=...
+pipeline: $(INSTALLED)  ## The same on a data folder in the layout of the competition: DATA=...
 	$(BIN)/birdcall audit --data $(DATA) --cache
 	$(BIN)/birdcall folds --data $(DATA) --n-folds $(N_FOLDS)
 	$(BIN)/birdcall train --data $(DATA) $(EXPERIMENTS:%=--experiment %) $(TRAIN)
@@ -34,25 +34,25 @@ pipeline: $(INSTALLED)  ## The same on any folder in the competition's layout: D
 	$(BIN)/birdcall package --data $(DATA) --dry-run
 	@if [ -f $(DATA)/solution.csv ]; then \
 	    $(BIN)/birdcall score $(OUTPUT)/submission.csv --data $(DATA); fi
-	@echo "look at $(OUTPUT)/report.html"
+	@echo "report: $(OUTPUT)/report.html"
 
-test: $(INSTALLED)  ## Everything that takes seconds.
+test: $(INSTALLED)  ## Run the tests that take seconds.
 	$(BIN)/pytest -n 2 --dist loadfile
 
-test-slow: $(INSTALLED)  ## What takes longer.
+test-slow: $(INSTALLED)  ## Run the tests that take minutes.
 	$(BIN)/pytest -m slow
 
-lint: $(INSTALLED)
+lint: $(INSTALLED)  ## Check format and style.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-format: $(INSTALLED)
+format: $(INSTALLED)  ## Correct format and style.
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-benchmark: $(INSTALLED)  ## Front end and inference against librosa, torchlibrosa, nnAudio, the naive kernel.
+benchmark: $(INSTALLED)  ## Time front end and inference against librosa, torchlibrosa, nnAudio.
 	$(BIN)/birdcall benchmark frontend --data $(DATA)
 	$(BIN)/birdcall benchmark inference --data $(DATA)
 
-clean:  ## Forget what was made, keep .venv and the data.
+clean:  ## Delete all results; keep .venv and the data.
 	rm -rf output kernels/build
