@@ -33,10 +33,8 @@ def require_share(name: str, value: float) -> None:
 
 def require_range(name: str, bounds: tuple[float, float]) -> None:
     """Raise a ValueError unless ``bounds`` are a lowest and a highest value, in this order."""
-    require(
-        len(bounds) == 2 and bounds[0] <= bounds[1],
-        f"{name} is {bounds}; give (lowest, highest)",
-    )
+    is_range = len(bounds) == 2 and bounds[0] <= bounds[1]
+    require(is_range, f"{name} is {bounds}; give (lowest, highest)")
 
 
 def _require_above_zero(config: object, *names: str) -> None:
@@ -46,14 +44,10 @@ def _require_above_zero(config: object, *names: str) -> None:
 
 
 def _require_choices(config: object) -> None:
-    """Check each field whose type is a Literal, or a tuple of Literals."""
+    """Check each field whose type is a Literal."""
     for name, hint in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
         if typing.get_origin(hint) is Literal:
-            require_choice(name, value, typing.get_args(hint))
-        elif typing.get_origin(hint) is tuple and typing.get_origin(hint.__args__[0]) is Literal:
-            for item in value:
-                require_choice(name, item, typing.get_args(hint.__args__[0]))
+            require_choice(name, getattr(config, name), typing.get_args(hint))
 
 
 @dataclass(frozen=True)
@@ -87,15 +81,13 @@ class FrontendConfig:
             f"fmin {self.fmin} and fmax {self.fmax} Hz must satisfy 0 <= fmin < fmax <= "
             f"{nyquist:g} Hz, half the sample_rate of {self.sample_rate}",
         )
-        require(
-            len(self.features) > 0,
-            f"features is empty; choose from {', '.join(typing.get_args(Feature))}",
-        )
+        known = typing.get_args(Feature)
+        require(len(self.features) > 0, f"features is empty; choose from {', '.join(known)}")
+        for feature in self.features:
+            require_choice("features", feature, known)
         _require_choices(self)
-        require(
-            self.top_db is None or self.top_db > 0,
-            f"top_db is {self.top_db}; give decibels above 0, or None",
-        )
+        is_limit = self.top_db is None or self.top_db > 0
+        require(is_limit, f"top_db is {self.top_db}; give decibels above 0, or None")
 
 
 @dataclass(frozen=True)
@@ -118,10 +110,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require_choices(self)
-        require(
-            self.temporal_size > 0 and self.temporal_size % 8 == 0,
-            f"temporal_size is {self.temporal_size}; it must be a positive multiple of 8",
-        )
+        size = self.temporal_size
+        is_multiple = size > 0 and size % 8 == 0
+        require(is_multiple, f"temporal_size is {size}; it must be a positive multiple of 8")
         require(0 <= self.dropout < 1, f"dropout is {self.dropout}; give a share in [0, 1)")
 
 
@@ -133,8 +124,7 @@ class AugmentConfig:
     """
 
     # --- each clip, in a loader worker: files, filters, codecs
-    # In a stereo recording the bird is often on one side. The mean of the channels is only one
-    # possible mix.
+    # In a stereo recording the bird is often on one side; the channels' mean is one mix of many.
     downmix_probability: float = 0.2
     # Off: costs 20 ms a clip, nobody measured a gain, and a shifted pitch can be another species.
     pitch_probability: float = 0.0
@@ -192,14 +182,10 @@ class AugmentConfig:
                 require_range(item.name, getattr(self, item.name))
         for name in ("tempo_rate", "low_pass_hz", "high_pass_hz", "short_noise_seconds"):
             require(getattr(self, name)[0] > 0, f"{name} is {getattr(self, name)}; give above 0")
-        require(
-            self.mp3_kbps[0] >= 8 and self.mp3_kbps[1] <= 320,
-            f"mp3_kbps is {self.mp3_kbps}; mp3 allows 8 to 320",
-        )
-        require(
-            self.short_noise_count[0] >= 1,
-            f"short_noise_count is {self.short_noise_count}; give at least 1 burst",
-        )
+        (lowest, highest), bursts = self.mp3_kbps, self.short_noise_count
+        is_mp3 = lowest >= 8 and highest <= 320
+        require(is_mp3, f"mp3_kbps is {self.mp3_kbps}; mp3 allows 8 to 320")
+        require(bursts[0] >= 1, f"short_noise_count is {bursts}; give at least 1 burst")
         require(self.n_masks >= 0, f"n_masks is {self.n_masks}; it must not be negative")
 
     def without(self, *names: str) -> AugmentConfig:
@@ -212,8 +198,6 @@ NO_AUGMENT = replace(
     **{item.name: 0.0 for item in fields(AugmentConfig) if item.name.endswith("_probability")},
     n_masks=0,
 )
-# They make a clean recording more like a noisy site; an ablation trains without them.
-NOISE_AUGMENTATIONS = ("noise", "color_noise", "short_noise", "noise_only")
 
 
 @dataclass(frozen=True)
@@ -231,10 +215,9 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         _require_above_zero(self, "clip_seconds", "batch_size", "crops_per_recording")
-        require(
-            self.clips_per_epoch is None or self.clips_per_epoch >= self.batch_size,
-            f"clips_per_epoch {self.clips_per_epoch} is less than one batch of {self.batch_size}",
-        )
+        n_clips, size = self.clips_per_epoch, self.batch_size
+        is_epoch = n_clips is None or n_clips >= size
+        require(is_epoch, f"clips_per_epoch {n_clips} is less than one batch of {size}")
         _require_choices(self)
         require_share("max_failed_share", self.max_failed_share)
 
@@ -248,8 +231,7 @@ class LossConfig:
     label_smoothing: float = 0.0  # 2nd place of 2021: 0.01 to 0.025
     # Of the loss of the loudest frame, beside the clip's (6th place): fewer false frames.
     framewise_weight: float = 0.5
-    # Target of secondary labels (2nd place of 2020: 0.3). None: they are left out of the loss,
-    # neither present nor absent.
+    # Target of secondary labels (2nd place of 2020: 0.3). None: the loss ignores them.
     secondary_label_weight: float | None = 0.3
     rating_weight: bool = False  # weight a clip's loss by the rating of its recording
 
@@ -278,14 +260,10 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _require_above_zero(self, "learning_rate", "gradient_clip", "accumulate")
         require_share("warmup_share", self.warmup_share)
-        require(
-            self.average_best >= 0,
-            f"average_best is {self.average_best}; it must not be negative",
-        )
-        require(
-            self.ema_decay is None or 0 < self.ema_decay < 1,
-            f"ema_decay is {self.ema_decay}; give a share in (0, 1), or None",
-        )
+        n_best, decay = self.average_best, self.ema_decay
+        require(n_best >= 0, f"average_best is {n_best}; it must not be negative")
+        is_share = decay is None or 0 < decay < 1
+        require(is_share, f"ema_decay is {decay}; give a share in (0, 1), or None")
 
 
 @dataclass(frozen=True)
@@ -308,10 +286,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require_above_zero(self, "epochs", "validate_every")
         _require_choices(self)
-        require(
-            self.patience is None or self.patience > 0,
-            f"patience is {self.patience}; give validations above 0, or None",
-        )
+        patience = self.patience
+        is_count = patience is None or patience > 0
+        require(is_count, f"patience is {patience}; give validations above 0, or None")
 
 
 @dataclass(frozen=True)
@@ -349,7 +326,7 @@ def config_from_dict(config_class: type[Config], values: dict[str, Any]) -> Conf
         f"{config_class.__name__} has no field {', '.join(unknown)}: "
         "was it written by another version of birdcall?",
     )
-    return config_class(**{name: _restored(hints[name], value) for name, value in values.items()})
+    return config_class(**{name: _restore(hints[name], value) for name, value in values.items()})
 
 
 def replace_nested(config: Config, **changes: Any) -> Config:
@@ -364,11 +341,10 @@ def replace_nested(config: Config, **changes: Any) -> Config:
     return replace(config, **values)
 
 
-def _restored(hint: Any, value: Any) -> Any:
+def _restore(hint: Any, value: Any) -> Any:
+    """Return the value of a field with the type ``hint``: configs, and tuples for lists."""
     if is_dataclass(hint):
         return config_from_dict(hint, value)
-    return _as_tuples(value)
-
-
-def _as_tuples(value: Any) -> Any:
-    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return tuple(_restore(None, item) for item in value)
+    return value

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from birdcall.config import (
-    NOISE_AUGMENTATIONS,
     AugmentConfig,
     Experiment,
     FrontendConfig,
@@ -102,6 +101,10 @@ _REAL = (
 )
 
 
+# They make a clean recording more like a noisy site; an ablation trains without them.
+_NOISE_AUGMENTATIONS = ("noise", "color_noise", "short_noise", "noise_only")
+
+
 def _family(base: Experiment) -> tuple[Experiment, ...]:
     """Return ``base`` with each temporal layer, and with a GRU but without noise in its clips.
 
@@ -126,7 +129,7 @@ def _family(base: Experiment) -> tuple[Experiment, ...]:
         members["gru"],
         name=f"{base.name}_gru_clean",
         description=f"{members['gru'].description}, without noise of any kind",
-        augment=base.augment.without(*NOISE_AUGMENTATIONS),
+        augment=base.augment.without(*_NOISE_AUGMENTATIONS),
     )
     return (*members.values(), clean)
 
