@@ -1,4 +1,4 @@
-"""The real commands and the real kernel, in fresh processes, on a tiny demo."""
+"""The commands and the submission kernel, each in a fresh process, on a tiny demo."""
 
 import json
 import shutil
@@ -53,9 +53,9 @@ class Commands:
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory, demo_folder):
-    """A folder in which every step has been done on the tiny demo."""
-    folder = tmp_path_factory.mktemp("road")
+def pipeline(tmp_path_factory, demo_folder):
+    """A folder in which all steps of the pipeline have run on the tiny demo."""
+    folder = tmp_path_factory.mktemp("pipeline")
     run = Commands(folder)
     run("audit", "--data", demo_folder, "--cache", "--workers", 1)
     run("folds", "--data", demo_folder, "--n-folds", 2)
@@ -66,8 +66,8 @@ def road(tmp_path_factory, demo_folder):
     return folder, run, demo_folder
 
 
-def test_the_kernel_writes_every_row_of_test_csv_in_order(road):
-    folder, run, demo = road
+def test_the_kernel_writes_every_row_of_test_csv_in_order(pipeline):
+    folder, run, demo = pipeline
     submission = folder / "output" / "tiny" / "submission.csv"
     rows, written = pd.read_csv(demo / "test.csv"), pd.read_csv(submission)
     assert list(written.columns) == ["row_id", "birds"]
@@ -85,21 +85,21 @@ def test_the_kernel_writes_every_row_of_test_csv_in_order(road):
         (("--nocall-share", "1.5"), "nocall share is 1.5"),
     ],
 )
-def test_evaluate_says_in_a_line_what_it_cannot_do(road, arguments, complaint):
-    _, run, demo = road
+def test_evaluate_refuses_bad_input_in_one_line(pipeline, arguments, complaint):
+    _, run, demo = pipeline
     assert complaint in run("evaluate", "--data", demo, *arguments, fails=True)
 
 
-def test_predict_and_the_kernel_say_the_same(road):
-    folder, run, demo = road
+def test_predict_and_the_kernel_write_the_same_submission(pipeline):
+    folder, run, demo = pipeline
     submission = folder / "output" / "tiny" / "submission.csv"
     by_kernel = submission.read_bytes()
     run("predict", "--data", demo)
     assert submission.read_bytes() == by_kernel
 
 
-def test_each_step_leaves_what_the_readme_says(road):
-    folder, _, _ = road
+def test_each_step_writes_the_files_of_the_readme(pipeline):
+    folder, _, _ = pipeline
     output = folder / "output" / "tiny"
     for name in (
         "audit.csv",
@@ -123,8 +123,8 @@ def test_each_step_leaves_what_the_readme_says(road):
     assert (output / "soundscapes").is_dir()
 
 
-def test_the_package_is_what_kaggle_takes(road):
-    build = road[0] / "kernels" / "build"
+def test_the_package_has_the_layout_that_kaggle_needs(pipeline):
+    build = pipeline[0] / "kernels" / "build"
     metadata = json.loads((build / "kernel" / "kernel-metadata.json").read_text())
     assert metadata["enable_internet"] is False
     assert (build / "kernel" / metadata["code_file"]).read_bytes() == SCRIPT.read_bytes()
@@ -137,8 +137,8 @@ def test_the_package_is_what_kaggle_takes(road):
     assert sum(name.endswith("model.safetensors") for name in manifest) == 4
 
 
-def test_the_kernel_finds_its_data_in_the_old_layout_of_kaggle_s_mounts_too(road, tmp_path):
-    folder, _, demo = road
+def test_the_kernel_also_finds_its_data_in_the_old_layout_of_mounts(pipeline, tmp_path):
+    folder, _, demo = pipeline
     build = folder / "kernels" / "build"
     root, working = tmp_path / "input", tmp_path / "working"
     working.mkdir()
@@ -158,23 +158,23 @@ def test_the_kernel_finds_its_data_in_the_old_layout_of_kaggle_s_mounts_too(road
     assert (working / "submission.csv").read_bytes() == by_dry_run.read_bytes()
 
 
-def test_predict_finds_birds_in_a_folder_of_recordings(road, tmp_path):
-    _, run, demo = road
+def test_predict_finds_birds_in_a_folder_of_recordings(pipeline, tmp_path):
+    _, run, demo = pipeline
     (tmp_path / "mine").mkdir()
     source = next((demo / "test_audio").iterdir())
     shutil.copyfile(source, tmp_path / "mine" / "dawn <1>.mp3")
     (tmp_path / "mine" / "broken.mp3").write_bytes(b"<html>")
-    said = run("predict", tmp_path / "mine", "--output", tmp_path / "out")
-    assert "1 recordings" in said
-    assert "1 failed" in said
+    printed = run("predict", tmp_path / "mine", "--output", tmp_path / "out")
+    assert "1 recordings" in printed
+    assert "1 failed" in printed
     table = pd.read_csv(tmp_path / "out" / "detections.csv")
     assert list(table.columns[:4]) == ["recording", "onset", "offset", "ebird_code"]
     assert "broken.mp3" in (tmp_path / "out" / "failed.csv").read_text()
     assert len(list((tmp_path / "out" / "raven").iterdir())) == 1
 
 
-def test_predict_goes_on_and_writes_what_is_asked_for(road, tmp_path):
-    _, run, demo = road
+def test_predict_resumes_and_writes_the_requested_formats(pipeline, tmp_path):
+    _, run, demo = pipeline
     (tmp_path / "mine").mkdir()
     for path in sorted((demo / "test_audio").iterdir())[:3]:
         shutil.copyfile(path, tmp_path / "mine" / path.name)
@@ -182,12 +182,12 @@ def test_predict_goes_on_and_writes_what_is_asked_for(road, tmp_path):
     run("predict", tmp_path / "mine" / "*.mp3", "--output", output, "--format", "parquet")
     journal = (output / "journal.jsonl").read_bytes()
     table = pd.read_parquet(output / "detections.parquet")
-    said = run(
+    printed = run(
         *("predict", tmp_path / "mine" / "*.mp3", "--output", output, "--format", "jsonl"),
         *("--format", "audacity", "--min-confidence", "0.9"),
     )
-    assert (output / "journal.jsonl").read_bytes() == journal  # nothing was heard again
-    assert f"{(table['confidence'] >= 0.9).sum()} detections in 3 recordings" in said
+    assert (output / "journal.jsonl").read_bytes() == journal  # nothing was predicted again
+    assert f"{(table['confidence'] >= 0.9).sum()} detections in 3 recordings" in printed
     assert len(list((output / "audacity").iterdir())) == 3
     run("predict", tmp_path / "mine", "--output", tmp_path / "two", "--embeddings")
     assert len(list((tmp_path / "two" / "embeddings").iterdir())) == 3
@@ -205,26 +205,26 @@ def test_predict_goes_on_and_writes_what_is_asked_for(road, tmp_path):
         (("{audio}", "--ray", "127.0.0.1:1"), "no cluster answers there"),
     ],
 )
-def test_predict_says_in_a_line_what_it_cannot_do(road, tmp_path, arguments, complaint):
-    _, run, demo = road
-    given = [one.format(audio=demo / "test_audio") for one in arguments]
+def test_predict_refuses_bad_input_in_one_line(pipeline, tmp_path, arguments, complaint):
+    _, run, demo = pipeline
+    given = [text.format(audio=demo / "test_audio") for text in arguments]
     if "--output" not in given and given:
         given += ["--output", tmp_path / "out"]
     assert complaint in run("predict", *given, fails=True)
 
 
-def test_export_writes_a_model_that_other_programs_run(road, tmp_path):
-    folder, run, _ = road
+def test_export_writes_a_model_that_other_programs_run(pipeline, tmp_path):
+    folder, run, _ = pipeline
     member = folder / "output" / "tiny" / "runs" / "small_gru" / "fold0"
-    said = run("export", member, "--input", "waveform", "--to", tmp_path / "bird.onnx")
-    assert "of torch's" in said
+    printed = run("export", member, "--input", "waveform", "--to", tmp_path / "bird.onnx")
+    assert "torch" in printed
     assert (tmp_path / "bird.onnx").stat().st_size > 10_000
     assert "--input waveform needs --to" in run("export", member, "--input", "waveform", fails=True)
     assert "no such checkpoint" in run("export", tmp_path, fails=True)
 
 
-def test_windows_with_context_are_chosen_by_evaluate_and_followed_by_the_package(road, tmp_path):
-    folder, run, demo = road
+def test_the_package_uses_the_window_of_evaluate(pipeline, tmp_path):
+    folder, run, demo = pipeline
     output = folder / "output" / "tiny"
     shutil.copytree(output, tmp_path / "tiny")
     options = ("--output", tmp_path / "tiny")
@@ -243,13 +243,13 @@ def test_windows_with_context_are_chosen_by_evaluate_and_followed_by_the_package
 
 
 @pytest.fixture
-def copy(road, tmp_path):
-    """A copy of the demo that a test may damage, with the audit and folds of the original."""
-    folder, _, demo = road
+def copy(pipeline, tmp_path):
+    """A copy of the demo that a test may damage, with audit and folds of the original."""
+    folder, _, demo = pipeline
     shutil.copytree(demo, tmp_path / "tiny")
     (tmp_path / "output" / "tiny").mkdir(parents=True)
     shutil.copytree(folder / "folds", tmp_path / "folds")
-    # Times are kept, or the audit would be of other files.
+    # The file times stay the same: the audit is of these files.
     shutil.copyfile(folder / "output" / "tiny" / "audit.csv", tmp_path / "output/tiny/audit.csv")
     return tmp_path / "tiny", Commands(tmp_path)
 
@@ -297,7 +297,7 @@ def test_a_fold_out_of_range(copy, fold):
     assert "Traceback" not in error
 
 
-def test_a_checkpoint_of_other_classes(copy, road):
+def test_a_checkpoint_of_other_classes(copy, pipeline):
     data, run = copy
     experiment = replace(find_experiment("small_gru"), name="foreign")
     classes = ("aldfly", "ameavo")
@@ -310,7 +310,7 @@ def test_a_checkpoint_of_other_classes(copy, road):
     assert "aldfly" in error
 
 
-def test_steps_that_were_left_out_are_named(tmp_path, demo_folder):
+def test_a_missing_earlier_step_is_named(tmp_path, demo_folder):
     run = Commands(tmp_path)
     assert "birdcall audit" in run("folds", "--data", demo_folder, fails=True)
     run("audit", "--data", demo_folder, "--workers", 1)
@@ -321,19 +321,36 @@ def test_steps_that_were_left_out_are_named(tmp_path, demo_folder):
     assert "birdcall train" in run("evaluate", "--data", demo_folder, fails=True)
 
 
-def test_a_recording_that_does_not_decode_is_listed_and_left_out(road, demo_folder):
-    folder, run, _ = road
-    said = run("audit", "--data", demo_folder, "--workers", 1)
+def test_a_recording_that_does_not_decode_is_listed_and_left_out(pipeline, demo_folder):
+    folder, run, _ = pipeline
+    printed = run("audit", "--data", demo_folder, "--workers", 1)
     audit = pd.read_csv(folder / "output" / "tiny" / "audit.csv")
     unreadable = audit[audit["status"] == "unreadable"]
     assert len(unreadable) == 1
     name = Path(unreadable["path"].iloc[0]).name
-    assert name in said
+    assert name in printed
     assert name not in set(pd.read_csv(folder / "folds" / "tiny.csv")["filename"])
+
+
+def test_pseudo_labels_are_written_where_train_reads_them(pipeline):
+    folder, run, demo = pipeline
+    labels = Path("output") / demo.name / "pseudo_labels.csv"
+    assert str(labels) in run("pseudo-label", "--data", demo)
+    assert (folder / labels).stat().st_size > 0
+
+
+def test_traceback_shows_where_an_error_comes_from(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "birdcall", "--traceback", "audit", "--data", "nowhere"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "nowhere" in done.stderr.splitlines()[-1]
 
 
 def test_help_lists_the_commands_in_pipeline_order(tmp_path):
     text = Commands(tmp_path)("--help")
     names = ("demo", "audit", "folds", "train", "evaluate", "package", "predict", "benchmark")
-    places = [text.index(f" {name} ") for name in names]
-    assert places == sorted(places)
+    positions = [text.index(f" {name} ") for name in names]
+    assert positions == sorted(positions)
