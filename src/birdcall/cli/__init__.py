@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from birdcall.cli import benchmark, evaluation, kaggle, training
+from birdcall.cli import evaluation, kaggle, training
 
 # A command imports what it needs when it runs, so that `--help` answers at once.
 
@@ -22,12 +22,7 @@ app = typer.Typer(
 app.add_typer(training.commands)
 app.add_typer(evaluation.commands)
 app.add_typer(kaggle.commands)
-app.add_typer(
-    benchmark.commands,
-    name="benchmark",
-    help="Measure birdcall and its peers.",
-    no_args_is_help=True,
-)
+app.add_typer(evaluation.benchmarks, name="benchmark")
 
 
 @app.callback()
