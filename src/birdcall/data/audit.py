@@ -117,9 +117,11 @@ def audit_recordings(
         pending = [name for name in names if name not in measured]
         if cache is not None:
             cache.remove_leftovers()
-            cache.require_space(
-                sum(durations[name] or _guess_seconds(data / name) for name in pending)
-            )
+            seconds = [durations[name] for name in pending]
+            for name in pending:
+                if not durations[name] and (data / name).is_file():
+                    seconds.append((data / name).stat().st_size / _BYTES_PER_SECOND)
+            cache.require_space(sum(seconds))
         logger.info("%s: %d recordings to decode, %d known", data, len(pending), len(measured))
         results = _measure_all(data, pending, workers, cache)
         if progress and pending:
@@ -344,10 +346,6 @@ def _is_current(data: Path, measurement: Measurement, cache: RecordingCache | No
         return cache is None or not measurement.seconds or cache.has(measurement.path)
     except OSError:
         return False
-
-
-def _guess_seconds(path: Path) -> float:
-    return path.stat().st_size / _BYTES_PER_SECOND if path.is_file() else 0.0
 
 
 def _judge(measured: list[Measurement], durations: dict[str, float]) -> pd.DataFrame:

@@ -61,11 +61,9 @@ def make_folds(
     recordings = recordings.assign(group=_join_groups(recordings, audio_hashes))
     recordings = recordings.sort_values(["ebird_code", "filename"], ignore_index=True)
     sizes = recordings["group"].value_counts().to_dict()
-
-    def order(name: str) -> tuple[int, bytes]:  # a hash that no Python version changes
-        return -sizes[name], hashlib.sha256(f"{seed}:{name}".encode()).digest()
-
-    names = sorted(sizes, key=order)
+    # Not Python's hash, which differs between versions and processes.
+    hashes = {name: hashlib.sha256(f"{seed}:{name}".encode()).digest() for name in sizes}
+    names = sorted(sizes, key=lambda name: (-sizes[name], hashes[name]))
     if len(names) < n_folds:
         raise ValueError(
             f"n_folds is {n_folds}, but there are only {len(names)} recordists; "

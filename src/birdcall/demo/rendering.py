@@ -244,21 +244,19 @@ def propagate(
     echo[0] = 1.0  # the direct signal
     echoing = fftconvolve(waveform, echo.astype(np.float32))
     loss_db = _AIR_DB_PER_KHZ_AND_METRE * distance_metres
-
-    def amplitude(frequency: np.ndarray) -> np.ndarray:
-        return 10 ** (-loss_db * frequency / 1_000 / 20)
-
-    return shape_spectrum(echoing, sample_rate, amplitude).astype(np.float32)
+    damped = shape_spectrum(echoing, sample_rate, lambda hz: 10 ** (-loss_db * hz / 1_000 / 20))
+    return damped.astype(np.float32)
 
 
 def equalize(waveform: np.ndarray, sample_rate: int, gains_db: tuple[float, ...]) -> np.ndarray:
     """Apply a recorder's frequency response: gains at 125, 500, 2,000 and 8,000 Hz."""
-
-    def amplitude(frequency: np.ndarray) -> np.ndarray:
-        octave = np.log2(np.maximum(frequency, 1.0))
-        return 10 ** (np.interp(octave, np.log2(_EQUALIZER_HZ), gains_db) / 20)
-
-    return shape_spectrum(waveform, sample_rate, amplitude).astype(np.float32)
+    octaves = np.log2(_EQUALIZER_HZ)
+    equalized = shape_spectrum(
+        waveform,
+        sample_rate,
+        lambda hz: 10 ** (np.interp(np.log2(np.maximum(hz, 1.0)), octaves, gains_db) / 20),
+    )
+    return equalized.astype(np.float32)
 
 
 def gain_for_snr(

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import secrets
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -109,20 +110,15 @@ def _write_audio(folder: Path, plan: DemoPlan, workers: int | None, progress: bo
         n_processors = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
         seconds = sum(item.seconds for item in plans)
         workers = max(1, min(n_processors, int(seconds // _SECONDS_PER_WORKER)))
-    done = _run(partial(write_file, folder), plans, workers)
-    for _ in tqdm(done, total=len(plans), desc="demo", unit="file", disable=not progress):
-        pass
-
-
-def _run(write: partial, plans: list[Plan], workers: int) -> Iterator[str]:
-    """Run ``write`` on each plan; the result depends on neither order nor process."""
+    write = partial(write_file, folder)
+    progress_bar = partial(tqdm, total=len(plans), desc="demo", unit="file", disable=not progress)
     if workers == 1:
-        yield from map(write, plans)
+        deque(progress_bar(map(write, plans)), maxlen=0)
         return
     # Not fork: the caller may have started torch's threads, which a fork would leave locked.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield from pool.map(write, plans)
+        deque(progress_bar(pool.map(write, plans)), maxlen=0)
 
 
 # --- tables ---
