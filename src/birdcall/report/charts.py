@@ -52,7 +52,7 @@ def _new_figure(x: str, y: str, height: int = 380) -> go.Figure:
 def chart_steps(search: DecisionSearchResult) -> Chart:
     """Draw the gain of each step of the decision search, with its standard error."""
     steps = search.steps.iloc[1:]
-    figure = _new_figure("gain in row-wise F1 over the rule so far", "", 150 + 28 * len(steps))
+    figure = _new_figure("gain in row-wise F1", "", 150 + 28 * len(steps))
     for is_adopted, color, symbol, label in (
         (False, GREY, "circle", "not better by a standard error"),
         (True, ORANGE, "diamond", "adopted"),
@@ -69,10 +69,11 @@ def chart_steps(search: DecisionSearchResult) -> Chart:
     order = steps["alternative"].tolist()[::-1]
     figure.update_yaxes(categoryorder="array", categoryarray=order, automargin=True)
     figure.add_vline(0, line_color=GREY)
+    figure.update_layout(showlegend=True)
     return _make_chart(
         figure,
-        "The steps of the search, in order from the top. A step is adopted if it raises F1 by more "
-        "than its standard error over soundscapes.",
+        "The steps of the search, in order from the top, each with its gain over the rule so far. A "
+        "step is adopted if its gain is larger than its standard error over soundscapes.",
         steps[["alternative", "gain", "standard_error", "adopted"]],
     )
 
@@ -236,7 +237,7 @@ def chart_reliability(table: pd.DataFrame) -> Chart:
 
 def chart_recall_over_snr(table: pd.DataFrame) -> Chart:
     """Draw `tables.snr_table`: the recall of simulated events over their SNR."""
-    figure = _new_figure("SNR in the frequency band of the bird, dB", "recall of events")
+    figure = _new_figure("SNR, dB", "recall of events")
     figure.add_scatter(
         x=(table["snr_db"] + SNR_STEP_DB / 2).tolist(),
         y=table["recall"].tolist(),
@@ -250,8 +251,8 @@ def chart_recall_over_snr(table: pd.DataFrame) -> Chart:
     figure.update_yaxes(range=[0, 1.02])
     return _make_chart(
         figure,
-        "Share of simulated birds that are predicted, by their level above the noise in their own "
-        "frequency band.",
+        "Share of simulated events that are predicted, by SNR: the level of the bird above the noise "
+        "in its frequency band.",
         table,
     )
 
@@ -269,7 +270,7 @@ def chart_confusions(counts: pd.DataFrame) -> Chart | None:
         text=[[str(count) if count else "" for count in row] for row in counts.to_numpy()],
         texttemplate="%{text}",
         colorscale="Blues",
-        colorbar={"title": {"text": "times"}},
+        showscale=False,
         hovertemplate="%{y} predicted as %{x}: %{z} times<extra></extra>",
     )
     figure.update_xaxes(automargin=True, tickangle=-60, showgrid=False)

@@ -218,7 +218,7 @@ def _soundscapes(
         "spectrogram and audio, linked here (birdcall evaluate --pages N). Birds: the number of "
         "true species, summed over rows."
     )
-    return HtmlTable(table, caption, is_sortable=True, links=links)
+    return HtmlTable(_readable_columns(table), caption, is_sortable=True, links=links)
 
 
 def _species(per_class: pd.DataFrame) -> HtmlTable:
@@ -233,7 +233,11 @@ def _species(per_class: pd.DataFrame) -> HtmlTable:
 
 
 def _readable_columns(frame: pd.DataFrame) -> pd.DataFrame:
-    return frame.rename(columns=lambda name: name.replace("_", " "))
+    """Write the names of columns as people read them: out-of-fold AP."""
+    words = {"oof": "out-of-fold", "ap": "AP", "f1": "F1", "ebird": "eBird"}
+    return frame.rename(
+        columns=lambda name: " ".join(words.get(word, word) for word in name.split("_"))
+    )
 
 
 # --- mistakes -------------------------------------------------------------------------------------
