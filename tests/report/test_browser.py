@@ -30,7 +30,7 @@ from birdcall.report.report import write_report
 from birdcall.report.soundscape import (
     FrameCollector,
     Soundscape,
-    write_index,
+    SoundscapePageWriter,
     write_soundscape_pages,
 )
 
@@ -122,16 +122,30 @@ def make_soundscape(folder: Path, seconds: float = 30.0, **changes) -> Soundscap
     return replace(made, **changes)
 
 
+@pytest.fixture(scope="module")
+def written_soundscape(tmp_path_factory):
+    """`make_soundscape` and its page; tests leave both as they are."""
+    folder = tmp_path_factory.mktemp("soundscape")
+    soundscape = make_soundscape(folder)
+    return soundscape, write_soundscape_pages(folder / "view", soundscape)
+
+
 @pytest.fixture
-def opened(browser, tmp_path):
-    """The page of `make_soundscape`."""
-    soundscape = make_soundscape(tmp_path)
-    preview = BatchPreview(browser, write_soundscape_pages(tmp_path / "view", soundscape))
+def opened(browser, written_soundscape):
+    """The page of `make_soundscape`, as it opens for the first time."""
+    soundscape, path = written_soundscape
+    preview = BatchPreview(browser, path)
     preview.soundscape = soundscape
     preview.page.evaluate("player.muted = true")
     yield preview
     preview.check()
     preview.page.context.close()
+
+
+def write_index(folder: Path, table: pd.DataFrame, title: str = "Recordings") -> Path:
+    return SoundscapePageWriter(folder, Decision(), CLASSES, ("one", "two")).write_index(
+        table, title
+    )
 
 
 def listed(page) -> list[Event]:
@@ -373,9 +387,9 @@ def test_labels_are_made_mended_kept_saved_and_read_as_truth(opened, tmp_path):
     events = read_raven_table(table)
     assert [one.ebird_code for one in events] == ["amecro", "blujay"]
     assert events[0].note == "far away,  two  of them"  # a table knows no quotes
-    opened.soundscape.path.rename(folder / "site _1_.wav")
+    shutil.copy(opened.soundscape.path, folder / "site _1_.wav")
     truth = read_truth([folder], CLASSES)
-    assert truth.timed == ["site _1_"]
+    assert truth.annotated == ["site _1_"]
     assert list(truth.annotations["ebird_code"]) == ["amecro", "blujay"]
     assert truth.annotations["onset"].tolist() == pytest.approx([6.9, 12], abs=0.1)
     birds = dict(zip(truth.rows["seconds"], truth.rows["birds"], strict=True))
@@ -481,7 +495,9 @@ def test_scores_that_are_no_numbers_are_refused():
         )
 
 
-@pytest.mark.parametrize("name", [HOSTILE, "🐦" * 70, "%2e%2e%2f"])
+@pytest.mark.parametrize(
+    "name", [HOSTILE, "🐦" * 70, "%2e%2e%2f"], ids=["HTML", "long", "escaped path"]
+)
 def test_hostile_names_are_inert(browser, tmp_path, name):
     base = make_soundscape(tmp_path)
     code = f"{HOSTILE}</script><script>window.bitten='yes'</script>"
@@ -500,7 +516,7 @@ def test_hostile_names_are_inert(browser, tmp_path, name):
     table = pd.DataFrame(
         {"recording": [hostile.name], "seconds": [30.0], "species": [code], "failed": [HOSTILE]}
     )
-    index = BatchPreview(browser, write_index(tmp_path / "view", HOSTILE, table))
+    index = BatchPreview(browser, write_index(tmp_path / "view", table, HOSTILE))
     index.check()
     index.page.click("tbody a >> nth=0")
     index.page.wait_for_selector("#viewer")
@@ -517,18 +533,20 @@ def test_a_name_does_not_leave_its_folder(tmp_path, name):
 
 
 @pytest.fixture(scope="module")
-def report(write_report_of, held_out, evaluation, tmp_path_factory):
-    path = tmp_path_factory.mktemp("report") / "report.html"
-    write_report_of(path, "demo", held_out, evaluation)
-    return path
+def report(written_report):
+    return written_report[0]
+
+
+@pytest.fixture(scope="module")
+def opened_report(browser, report):
+    return BatchPreview(browser, report)
 
 
 @pytest.fixture
-def read(browser, report):
-    preview = BatchPreview(browser, report)
-    yield preview
-    preview.check()
-    preview.page.context.close()
+def read(opened_report):
+    """The report, opened once: a test changes only its tables and players."""
+    yield opened_report
+    opened_report.check()
 
 
 def column(page, table: str, place: int) -> list[str]:
@@ -567,6 +585,7 @@ def test_a_table_is_filtered(read):
     assert column(page, table, 0) == [all_names[1]]
     page.fill("#species input[type=search]", "no such bird")
     page.wait_for_selector("text=No row contains these words")
+    page.fill("#species input[type=search]", "")
 
 
 def test_a_mistake_plays(read):
@@ -594,14 +613,14 @@ def test_a_mistake_shows_picture_curves_and_truth(read):
         assert "true:" in card.inner_text() and "predicted:" in card.inner_text()
 
 
-def test_the_report_leads_to_the_soundscape_and_back(browser, read):
-    page = read.page
+def test_the_report_leads_to_the_soundscape_and_back(browser, report):
+    page = open_page(browser, report)
     page.click("#soundscapes tbody a >> nth=0")
     page.wait_for_selector("#viewer")
     assert page.evaluate("data.truth.length") > 0
     page.click("text=Report")
     page.wait_for_selector("#species")
-    del read.asked[1:]
+    page.close()
 
 
 def test_hostile_labels_are_inert_in_the_report(browser, evaluation, tmp_path):
@@ -655,19 +674,22 @@ FOCUSABLE = """() => [...document.querySelectorAll('[tabindex]')]
   .filter((one) => one.tabIndex > 0).length"""
 
 
-@pytest.fixture(params=["report", "soundscape", "index"])
-def any_page(request, tmp_path):
-    if request.param == "report":
-        return request.getfixturevalue("report")
-    soundscape = make_soundscape(tmp_path, labels=(Event("amecro", 1.0, 2.0),))
-    page = write_soundscape_pages(tmp_path / "view", soundscape)
+@pytest.fixture(scope="module")
+def every_page(report, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pages")
+    soundscape = make_soundscape(folder, labels=(Event("amecro", 1.0, 2.0),))
     table = pd.DataFrame({"recording": [soundscape.name], "seconds": [30.0], "failed": [""]})
-    return page if request.param == "soundscape" else write_index(page.parent, "All", table)
+    return {
+        "report": report,
+        "soundscape": write_soundscape_pages(folder / "view", soundscape),
+        "index": write_index(folder / "view", table, "All"),
+    }
 
 
+@pytest.mark.parametrize("name", ["report", "soundscape", "index"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_everybody_can_use_it(browser, any_page, width):
-    preview = BatchPreview(browser, any_page, width)
+def test_everybody_can_use_it(browser, every_page, name, width):
+    preview = BatchPreview(browser, every_page[name], width)
     page = preview.page
     page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
     page.wait_for_timeout(200)
@@ -705,14 +727,14 @@ def test_the_tab_key_goes_through_the_page_from_top_to_bottom(opened):
     assert outline != "none"
 
 
-def test_twenty_recordings_are_there_within_two_seconds(browser, tmp_path):
-    page = write_soundscape_pages(tmp_path / "view", make_soundscape(tmp_path))
+def test_twenty_recordings_are_there_within_two_seconds(browser, written_soundscape, tmp_path):
+    (tmp_path / "view").mkdir()
     rows = []
     for number in range(20):
-        shutil.copy(page, page.with_name(f"recording {number}.wav.html"))
+        shutil.copy(written_soundscape[1], tmp_path / "view" / f"recording {number}.wav.html")
         rows.append((f"recording {number}.wav", 30.0, 2, "American Crow, Blue Jay", ""))
     table = pd.DataFrame(rows, columns=["recording", "seconds", "detections", "species", "failed"])
-    index = write_index(tmp_path / "view", "Recordings", table)
+    index = write_index(tmp_path / "view", table)
     page = BatchPreview(browser, index).page
     assert ready_after(page) < 2
     page.click("text=recording 7.wav")

@@ -72,8 +72,8 @@ def chart_steps(search: DecisionSearchResult) -> Chart:
     figure.update_layout(showlegend=True)
     return _make_chart(
         figure,
-        "The steps of the search, in order from the top, each with its gain over the rule so far. A "
-        "step is adopted if its gain is larger than its standard error over soundscapes.",
+        "The steps of the search, in order from the top, each with its gain over the rule so far. "
+        "A step is adopted if its gain is larger than its standard error over soundscapes.",
         steps[["alternative", "gain", "standard_error", "adopted"]],
     )
 
@@ -251,8 +251,8 @@ def chart_recall_over_snr(table: pd.DataFrame) -> Chart:
     figure.update_yaxes(range=[0, 1.02])
     return _make_chart(
         figure,
-        "Share of simulated events that are predicted, by SNR: the level of the bird above the noise "
-        "in its frequency band.",
+        "Share of simulated events that are predicted, by SNR: the level of the bird above the "
+        "noise in its frequency band.",
         table,
     )
 

@@ -317,28 +317,19 @@ class SoundscapePageWriter:
         return all((self.folder / page).is_file() for page in names)
 
     def write_index(self, table: pd.DataFrame, title: str = "Recordings") -> Path:
-        """Write the page that links to the pages of all recordings; see `write_index`."""
-        return write_index(self.folder, title, table)
+        """Write the page that links to the pages of all recordings.
 
-
-def write_index(folder: Path, title: str, table: pd.DataFrame) -> Path:
-    """Write the page that links to the pages of all recordings.
-
-    table: a row per recording, ``recording`` first; ``seconds`` is NaN for one without a page.
-    """
-    links = {
-        name: quote(page_names(name, n_parts_of(seconds))[0])
-        for name, seconds in zip(table["recording"], table["seconds"], strict=True)
-        if not math.isnan(seconds)
-    }
-    # Whole seconds are enough to read and to sort by.
-    table = table.assign(seconds=table["seconds"].round().astype("Int64"))
-    path = folder / INDEX_FILE
-    caption = "Recordings and the detections in them"
-    write_page(
-        path,
-        "index.html",
-        PageContent(title, has_tables=True),
-        table=HtmlTable(table, caption, is_sortable=True, links=links),
-    )
-    return path
+        table: a row per recording, ``recording`` first; ``seconds`` is NaN for one without a page.
+        """
+        links = {
+            name: quote(page_names(name, n_parts_of(seconds))[0])
+            for name, seconds in zip(table["recording"], table["seconds"], strict=True)
+            if not math.isnan(seconds)
+        }
+        # Whole seconds are enough to read and to sort by.
+        frame = table.assign(seconds=table["seconds"].round().astype("Int64"))
+        caption = "Recordings and the detections in them"
+        content = HtmlTable(frame, caption, is_sortable=True, links=links)
+        path = self.folder / INDEX_FILE
+        write_page(path, "index.html", PageContent(title, has_tables=True), table=content)
+        return path
