@@ -234,7 +234,7 @@ def test_damaged_arrays_are_absent_with_one_warning(tmp_path, caplog, damage):
 
 
 @pytest.fixture
-def package(tmp_path):
+def package(tmp_path, monkeypatch):
     """Make a small package birdcall around a copy of the module, and import that copy."""
     root = tmp_path / "birdcall"
     (root / "storage").mkdir(parents=True)
@@ -255,6 +255,7 @@ def package(tmp_path):
     def digest_anew(*modules):
         spec = importlib.util.spec_from_file_location("copied_store", copy)
         module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "copied_store", module)
         spec.loader.exec_module(module)
         return module.code_digest(*modules)
 

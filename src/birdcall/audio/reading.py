@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import tee, zip_longest
-from math import gcd
+from math import gcd, inf
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from birdcall.config import require
 from birdcall.storage.files import UserError
 
 logger = logging.getLogger(__name__)
@@ -113,8 +114,8 @@ def read_crops(
     downmix: float | None = None,
 ) -> list[np.ndarray]:
     """Read as `read_audio` does at each of ``offsets`` (seconds), but open the file once."""
-    if downmix is not None and not 0 <= downmix <= 1:
-        raise ValueError(f"downmix is {downmix}; it must be between 0 and 1, or None")
+    is_possible = downmix is None or 0 <= downmix <= 1
+    require(is_possible, f"downmix is {downmix}; it must be between 0 and 1, or None")
     for offset in offsets:
         _require_interval(sample_rate, offset, duration_seconds)
     crops = []
@@ -251,12 +252,10 @@ def _read_samples(
 
 
 def _require_interval(sample_rate: int, offset: float, duration: float | None) -> None:
-    if sample_rate <= 0:
-        raise ValueError(f"sample_rate is {sample_rate}; it must be above 0")
-    if not (0 <= offset < float("inf")):
-        raise ValueError(f"offset_seconds is {offset}; it must be 0 or more")
-    if duration is not None and not (0 < duration < float("inf")):
-        raise ValueError(f"duration_seconds is {duration}; it must be above 0, or None")
+    require(sample_rate > 0, f"sample_rate is {sample_rate}; it must be above 0")
+    require(0 <= offset < inf, f"offset_seconds is {offset}; it must be 0 or more")
+    is_possible = duration is None or 0 < duration < inf
+    require(is_possible, f"duration_seconds is {duration}; it must be above 0, or None")
 
 
 # --- files ---

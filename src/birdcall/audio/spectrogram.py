@@ -75,7 +75,7 @@ class FFTPower(nn.Module):
 
     def forward(self, waveform: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """Return ``function(power)``, the power in double precision like librosa's."""
-        dtype = torch.float64 if _has_double(waveform.device) else torch.float32
+        dtype = torch.float32 if waveform.device.type == "mps" else torch.float64
         framed = self._frame(waveform)
         parts = framed.split(self._block(framed, dtype), dim=1)
         return torch.cat([function(self._power(part, dtype)) for part in parts], dim=1)
@@ -91,7 +91,7 @@ class FFTPower(nn.Module):
         ``is_inexact(power, function(power))`` returns for which frames it is: (clips, frames).
         While they are one in five, this is faster than double precision everywhere.
         """
-        if is_traced() or not _has_double(waveform.device):
+        if is_traced() or waveform.device.type == "mps":  # Apple's GPUs lack float64
             return self(waveform, function)
 
         def single(frames: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,10 +143,6 @@ class FFTPower(nn.Module):
         # Not abs().square(): the square root costs as much as everything else.
         squares = torch.view_as_real(spectrum).square_()
         return squares[..., 0] + squares[..., 1]
-
-
-def _has_double(device: torch.device) -> bool:
-    return device.type != "mps"  # Apple's GPUs lack float64
 
 
 class _ConvPower(nn.Module):
@@ -276,7 +272,7 @@ def map_clips(function: Callable[[Tensor], Tensor], waveform: Tensor) -> Tensor:
     if on_cpu:
         n_clips = min(_CLIPS_AT_ONCE, -(-n_clips // (2 * torch.get_num_threads())))
     groups = waveform.split(n_clips)
-    results = map_threads(compute, groups) if use_threads else [compute(one) for one in groups]
+    results = map_threads(compute, groups) if use_threads else [compute(clips) for clips in groups]
     images, finite = zip(*results, strict=True)
     if not all(finite):
         bad = (~waveform.detach().isfinite()).any(dim=1).nonzero().flatten().tolist()

@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -122,6 +123,7 @@ class Journal(AbstractContextManager):
             raise OSError(f"{self.path}: another process writes to it") from error
 
 
+@dataclass(frozen=True)
 class Store:
     """A folder of files that are computed once and read many times.
 
@@ -133,10 +135,9 @@ class Store:
     a part contains no dot. The ``suffix`` begins with a dot.
     """
 
-    def __init__(self, folder: Path, suffix: str, modules: Sequence[str]) -> None:
-        self.folder = folder
-        self.suffix = suffix
-        self.modules = tuple(modules)
+    folder: Path
+    suffix: str
+    modules: Sequence[str]
 
     def path(self, name: str, made_from: Mapping[str, Any], part: str = "") -> Path:
         """Return the path of a file, whether or not it exists.
@@ -246,18 +247,20 @@ def code_digest(*modules: str) -> dict[str, str]:
     waiting = list(modules)
     while waiting:
         module = waiting.pop()
-        if module not in digests:
-            digests[module], imports = _read_module(module)
+        if module not in digests and (code := _read_module(module)) is not None:
+            digests[module], imports = code
             waiting += imports
+    if unknown := [module for module in modules if module not in digests]:
+        raise ValueError(f"{unknown[0]!r} is no module of birdcall")
     return dict(sorted(digests.items()))
 
 
 @cache  # a running process goes on with the code that it has loaded
-def _read_module(module: str) -> tuple[str, tuple[str, ...]]:
-    """Return the digest of a module's code and the birdcall modules that it imports."""
-    path = _module_file(module)
-    if path is None:
-        raise ValueError(f"{module!r} is no module of birdcall")
+def _read_module(module: str) -> tuple[str, tuple[str, ...]] | None:
+    """Return the digest of a module's code and what it imports from birdcall; None if no file."""
+    path = _SOURCE.joinpath(*module.split(".")).with_suffix(".py")
+    if not path.is_file():
+        return None
     tree = ast.parse(path.read_bytes())
     imports = tuple(_imports(tree))
     for node in ast.walk(tree):
@@ -267,25 +270,19 @@ def _read_module(module: str) -> tuple[str, tuple[str, ...]]:
     return digest(ast.unparse(tree)), imports
 
 
-def _module_file(module: str) -> Path | None:
-    path = _SOURCE.joinpath(*module.split(".")).with_suffix(".py")
-    return path if path.is_file() else None
-
-
 def _imports(node: ast.AST) -> Iterator[str]:
-    """Yield the birdcall modules that the code below ``node`` imports when it runs."""
+    """Yield all that the code below ``node`` imports from birdcall when it runs."""
     if isinstance(node, ast.Import):
         names = [alias.name for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
-        # `from birdcall.audio import reading` imports a module, `from birdcall.config import X`
-        # a name of a module.
+        # A module, as in `from birdcall.audio import reading`, or a name of a module.
         base = node.module or ""
         names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
     else:
         names = []
     for name in names:
         package, _, module = name.partition(".")
-        if package == "birdcall" and module and _module_file(module):
+        if package == "birdcall" and module:
             yield module
     type_checking = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
     is_for_types = isinstance(node, ast.If) and ast.unparse(node.test) in type_checking
