@@ -30,21 +30,22 @@ def write_state(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, 
     write_atomically(path, safetensors.torch.save(copies, {"values": json.dumps(values)}))
 
 
-def read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `write_state` wrote; ValueError names the file if it is damaged."""
+def read_state(
+    path: Path, identity: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `write_state` wrote, and compare its identity with ``identity``, if given.
+
+    ValueError names the file if it is damaged, and all differences if it is of another training.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             values = json.loads(file.metadata()["values"])
-            return {name: file.get_tensor(name) for name in file.keys()}, values  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a readable state of a training: {error}") from error
-
-
-def delete_state(path: Path) -> None:
-    """Delete the state, and the temporary files of a process that was killed while writing."""
-    path.unlink(missing_ok=True)
-    for temporary in path.parent.glob(f".{path.stem}.*{path.suffix}"):
-        temporary.unlink()
+    if identity is not None:
+        _require_same_identity(path, values["identity"], identity)
+    return tensors, values
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def identity_of(
     }
 
 
-def require_same_identity(path: Path, stored: Mapping[str, Any], current: Any) -> None:
+def _require_same_identity(path: Path, stored: Mapping[str, Any], current: Any) -> None:
     """Raise a ValueError with the differences, unless the state at ``path`` is of this training."""
     current = json.loads(json.dumps(current))  # JSON has lists for tuples, as `stored` has
     differences = _differences(stored, current)

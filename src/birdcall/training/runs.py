@@ -38,7 +38,6 @@ from birdcall.training.log import (
     summarize_log,
     write_log,
 )
-from birdcall.training.resume import delete_state
 from birdcall.training.trainer import Run, RunOptions, Training, start_training
 
 logger = logging.getLogger(__name__)
@@ -64,13 +63,11 @@ def train_run(
     check_classes(train_part, held_out, data.classes, run.fold)
     training = start_training(run, data, train_part, options)
     progress, is_first = training.progress, options.distributed.is_first
-    state = run.folder / STATE_FILE
-    if options.resume and state.is_file():
+    if options.resume and (run.folder / STATE_FILE).is_file():
         training.restore()
         progress = training.progress
     elif is_first:
-        delete_state(state)
-        training.best.delete()
+        training.discard()
     board = TensorBoard(run.folder, len(training.log)) if is_first else None
     if board is not None:
         training.show_preview = lambda epoch, preview: board.write_preview(
@@ -204,13 +201,14 @@ def train_many(
         f"{jobs} runs at once cannot be combined with {world_size} processes for each run: "
         "leave --jobs at 1 under torchrun",
     )
+    checkpoints = {}
     for run in runs:
         data.split(run.fold)  # raises for a fold out of range
         check_worker_memory(options.workers * jobs, run.experiment, world_size)
-        if not (options.resume or options.overwrite):
-            _require_untouched(run)
-    checkpoints = {run: _finished(run) for run in runs} if options.resume else {}
-    pending = [run for run in runs if checkpoints.get(run) is None]
+        finished = None if options.overwrite else _find_finished(run, options.resume)
+        if finished is not None:
+            checkpoints[run] = finished
+    pending = [run for run in runs if run not in checkpoints]
     if jobs == 1 or len(pending) <= 1:
         for run in pending:
             checkpoints[run] = train_run(run, data, options)
@@ -219,18 +217,20 @@ def train_many(
     return [checkpoints[run] for run in runs]
 
 
-def _require_untouched(run: Run) -> None:
-    if (run.folder / STATE_FILE).exists():
+def _find_finished(run: Run, resume: bool) -> Checkpoint | None:
+    """Return the checkpoint of a finished run; None if the run is still to be trained.
+
+    ValueError if it would be overwritten, and if it was trained with other settings.
+    """
+    has_state = (run.folder / STATE_FILE).exists()
+    has_checkpoint = (run.folder / SETTINGS_FILE).exists()
+    if has_state and not resume:
         raise ValueError(
             f"{run.folder} holds an unfinished run; --resume continues it, --overwrite starts again"
         )
-    if (run.folder / SETTINGS_FILE).exists():
+    if has_checkpoint and not resume:
         raise ValueError(f"{run.folder} holds a trained run already; --overwrite trains it again")
-
-
-def _finished(run: Run) -> Checkpoint | None:
-    """Return the checkpoint of a finished run; ValueError if its experiment has other settings."""
-    if (run.folder / STATE_FILE).exists() or not (run.folder / SETTINGS_FILE).exists():
+    if has_state or not has_checkpoint:
         return None
     checkpoint = read_checkpoint(run.folder)
     if checkpoint.experiment != run.experiment:

@@ -29,11 +29,9 @@ from birdcall.training.initialisation import initialise
 from birdcall.training.resume import (
     BestWeights,
     TensorState,
-    delete_state,
     identity_of,
     make_moving_average,
     read_state,
-    require_same_identity,
     write_state,
 )
 from birdcall.training.step import BatchLoss, BatchPreview, validate, warmup_cosine
@@ -115,6 +113,7 @@ class Training:
     failures: FailureCounter
     batches_per_epoch: int
     steps_per_epoch: int  # of the optimizer; the last step can have fewer batches
+    n_steps: int  # of all epochs
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: AveragedModel | None
@@ -132,11 +131,6 @@ class Training:
     def config(self) -> TrainConfig:
         """The settings of the training."""
         return self.run.experiment.train
-
-    @property
-    def n_steps(self) -> int:
-        """Optimizer steps of the whole training."""
-        return self.config.epochs * self.steps_per_epoch
 
     @property
     def is_finished(self) -> bool:
@@ -273,22 +267,29 @@ class Training:
 
     def finish(self, held_out: pd.DataFrame) -> Checkpoint:
         """Write the checkpoint and delete the state, which is no longer needed."""
-        folder, score = self.run.folder, self.log[-1].validation
+        score = self.log[-1].validation
         if self.config.optimizer.average_best:
             self.distributed.wait()  # for the first process, which writes the weights
             self.validated_model.load_state_dict(self.best.mean())
             score = self._validate(held_out)
         checkpoint = replace(self.checkpoint, score=score)
         if self.distributed.is_first:
-            checkpoint = save_checkpoint(folder, self.validated_model, checkpoint)
-            delete_state(folder / STATE_FILE)
-            self.best.delete()
+            checkpoint = save_checkpoint(self.run.folder, self.validated_model, checkpoint)
+            self.discard()
         self.distributed.wait()
         return checkpoint
 
     def _validate(self, held_out: pd.DataFrame) -> dict[str, float]:
         member = Member(self.checkpoint.name, self.validated_model, self.checkpoint)
         return validate(Ensemble([member], self.device), held_out, self.data, self.distributed)
+
+    def discard(self) -> None:
+        """Delete the state, also files that a killed process wrote in part, and the best epochs."""
+        path = self.run.folder / STATE_FILE
+        path.unlink(missing_ok=True)
+        for temporary in path.parent.glob(f".{path.stem}.*{path.suffix}"):
+            temporary.unlink()
+        self.best.delete()
 
     # --- interruption
 
@@ -310,8 +311,7 @@ class Training:
     def restore(self) -> None:
         """Continue from the state in the run's folder; ValueError if it is of another training."""
         path = self.run.folder / STATE_FILE
-        tensors, values = read_state(path)
-        require_same_identity(path, values["identity"], self.identity)
+        tensors, values = read_state(path, self.identity)
         self.tensors.restore(tensors)
         self.scaler.load_state_dict(values["scaler"])
         self.progress = _Progress(**values["progress"])
@@ -340,6 +340,7 @@ def start_training(
     loader = make_loader(ClipDataset(subset, experiment), sampler, options.workers)
     # The loader leaves out a last, smaller batch, unless it is the only one.
     batches_per_epoch = max(1, sampler.n_clips // config.data.batch_size)
+    steps_per_epoch = math.ceil(batches_per_epoch / config.optimizer.accumulate)
     batch_loss = BatchLoss(model, experiment, device, distributed)
     optimizer = _make_optimizer(model, config.optimizer)
     modules: dict[str, nn.Module] = {"model": model}
@@ -357,7 +358,8 @@ def start_training(
         loader=loader,
         failures=FailureCounter(loader.dataset.clips),
         batches_per_epoch=batches_per_epoch,
-        steps_per_epoch=math.ceil(batches_per_epoch / config.optimizer.accumulate),
+        steps_per_epoch=steps_per_epoch,
+        n_steps=config.epochs * steps_per_epoch,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
         average=average,
