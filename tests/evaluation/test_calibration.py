@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from birdcall.data.targets import IGNORE_TARGET
 from birdcall.evaluation.decision_search import fit_calibration, fit_scale_and_offset
 from birdcall.evaluation.metrics import expected_calibration_error
-from birdcall.inference.decision import calibrate
+from birdcall.inference.predictions import calibrate
 
 
 def distorted(n_recordings=2000, n_classes=20, seed=0):

@@ -18,8 +18,8 @@ from birdcall.evaluation.decision_search import (
 from birdcall.evaluation.labelled import segment_table
 from birdcall.evaluation.metrics import row_f1_scores
 from birdcall.evaluation.predictions import LabelledPredictions
-from birdcall.inference.decision import Calibration, Decision
-from birdcall.inference.predictions import SegmentPredictions
+from birdcall.inference.decision import Decision
+from birdcall.inference.predictions import Calibration, SegmentPredictions
 
 
 def soundscapes(truth, clipwise, framewise=None, n_groups=4, n_rows=12):

@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 
 from birdcall.inference.decision import (
-    Calibration,
     Decision,
     average_members,
-    calibrate,
     decide_recordings,
     decide_segments,
     label_strings,
@@ -17,6 +15,7 @@ from birdcall.inference.decision import (
     smooth_neighbours,
     write_decision,
 )
+from birdcall.inference.predictions import Calibration, calibrate
 
 CLASSES = ("amecro", "bkcchi", "norcar", "moudov")
 IDENTITY = Calibration((1.0,) * 4, (0.0,) * 4, (1.0,) * 4, (0.0,) * 4)

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.inference.decision import Calibration, Decision, decide_segments
+from birdcall.inference.decision import Decision, decide_segments
 from birdcall.inference.events import EventDetector, detect_events
-from birdcall.inference.predictions import SegmentPredictions
+from birdcall.inference.predictions import Calibration, SegmentPredictions
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
 
 CLASSES = ("amecro", "bkcchi", "norcar")

@@ -28,7 +28,6 @@ from birdcall.inference.tables import (
 )
 from birdcall.kaggle.submission import LoadedPackage, open_package
 from birdcall.prediction.local import (
-    EmbeddingWriter,
     ResultOptions,
     fingerprint_of,
     predict_locally,
@@ -36,6 +35,7 @@ from birdcall.prediction.local import (
     write_results,
 )
 from birdcall.prediction.package import (
+    EmbeddingWriter,
     Recording,
     RecordingResult,
     detect_recordings,
@@ -267,7 +267,7 @@ def test_a_page_of_each_recording_shows_what_the_tables_say(opened, package, tmp
     for name in ("<b>&.wav", "deep/a.wav"):
         data = page_data(view / f"{name}.html")
         events = tables.get(str(tmp_path / "in" / name), [])
-        assert [tuple(one) for one in data["decided"]] == [
+        assert [tuple(one) for one in data["detections"]] == [
             (one.ebird_code, one.onset, one.offset, one.confidence) for one in events
         ]
         assert data["outputs"] == ["ensemble", *(member.name for member in opened.ensemble.members)]

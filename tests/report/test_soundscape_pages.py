@@ -10,8 +10,8 @@ import pytest
 import soundfile
 from PIL import Image
 
-from birdcall.inference.decision import Calibration, Decision, calibrate
-from birdcall.inference.predictions import SegmentPredictions
+from birdcall.inference.decision import Decision
+from birdcall.inference.predictions import Calibration, SegmentPredictions, calibrate
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
 from birdcall.report import html
 from birdcall.report import soundscape as soundscape_pages

@@ -20,14 +20,8 @@ from scipy.special import expit, logit
 
 from birdcall.evaluation.metrics import row_f1_scores
 from birdcall.evaluation.predictions import LabelledPredictions
-from birdcall.inference.decision import (
-    MIN_PROBABILITY,
-    Calibration,
-    Decision,
-    average_members,
-    combine_members,
-    passes_gate,
-)
+from birdcall.inference.decision import Decision, average_members, combine_members, passes_gate
+from birdcall.inference.predictions import MIN_PROBABILITY, Calibration
 
 # With a threshold of 1 no species is ever predicted: a search can also result in all-nocall.
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20)) + (1.0,)

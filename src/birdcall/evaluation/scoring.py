@@ -43,7 +43,8 @@ from birdcall.evaluation.tables import (
     tidy_table,
     votes_table,
 )
-from birdcall.inference.decision import Calibration, Decision
+from birdcall.inference.decision import Decision
+from birdcall.inference.predictions import Calibration
 from birdcall.inference.tables import read_submission
 from birdcall.kaggle.test_set import read_solution, read_test_rows
 

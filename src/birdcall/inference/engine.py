@@ -47,7 +47,7 @@ _MAX_READERS = 8
 _READ_AHEAD_SEGMENTS = 32  # of each reader
 
 # Returns how many members predict a recording that begins, the first ones; at 0 all ends there.
-MemberLimit = Callable[[str], int]
+_MemberLimit = Callable[[str], int]
 
 
 # --- a stream of parts of recordings --------------------------------------------------------------
@@ -57,7 +57,7 @@ def predict_stream(
     ensemble: Ensemble,
     sources: Mapping[str, AudioSource],
     outputs: OutputOptions = SEGMENTS_ONLY,
-    limit_members: MemberLimit | None = None,
+    limit_members: _MemberLimit | None = None,
 ) -> Iterator[tuple[str, SegmentPredictions | End | AudioError]]:
     """Yield the predictions of the sources, in order: consecutive parts of each, then its end.
 
@@ -102,7 +102,7 @@ class _Batch:
 def _make_batches(
     ensemble: Ensemble,
     items: Iterable[tuple[str, Window | End | AudioError]],
-    limit_members: MemberLimit | None,
+    limit_members: _MemberLimit | None,
 ) -> Iterator[_Batch]:
     n_members = len(ensemble.members)
     batch = _Batch(n_members)
@@ -262,7 +262,7 @@ def predict_audio(
     ensemble: Ensemble,
     sources: Mapping[str, AudioSource],
     outputs: OutputOptions = WITH_FRAMES,
-    limit_members: MemberLimit | None = None,
+    limit_members: _MemberLimit | None = None,
 ) -> Iterator[tuple[str, SegmentPredictions | AudioError]]:
     """Yield the predictions of each source, in order; see `predict_stream`.
 

@@ -39,7 +39,7 @@ _CPU_BATCH, _CUDA_BATCH = 4, 64
 READING, FRONT_END = "reading", "front end"  # entries of a `CostMeter` beside the members
 
 # log_mel (windows, channels, frames, n_mels), names of outputs → these fields of `SegmentOutput`
-SegmentNetwork = Callable[[Tensor, Sequence[str]], list[np.ndarray]]
+_SegmentNetwork = Callable[[Tensor, Sequence[str]], list[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class DeviceReplica:
 
     device: torch.device
     frontends: Mapping[FrontendConfig, LogMel]
-    networks: tuple[SegmentNetwork, ...]
+    networks: tuple[_SegmentNetwork, ...]
     threads: Executor
     n_threads: int
 
@@ -180,7 +180,9 @@ class Ensemble:
             n_threads=n_threads,
         )
 
-    def _open_network(self, member: Member, device: torch.device, is_first: bool) -> SegmentNetwork:
+    def _open_network(
+        self, member: Member, device: torch.device, is_first: bool
+    ) -> _SegmentNetwork:
         if member.export is not None and device.type == "cpu":
             run = OnnxModel(member.export)
             return lambda log_mel, outputs: run(log_mel.numpy(), outputs)
@@ -269,7 +271,7 @@ def _compute_log_mel(frontend: LogMel, device: torch.device, waveforms: np.ndarr
 
 
 def _run(
-    member: Member, network: SegmentNetwork, log_mel: Tensor, names: Sequence[str]
+    member: Member, network: _SegmentNetwork, log_mel: Tensor, names: Sequence[str]
 ) -> list[np.ndarray]:
     try:
         arrays = network(log_mel, names)

@@ -12,13 +12,12 @@ from numpy.typing import ArrayLike
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.inference.decision import (
     Decision,
-    calibrate,
     combine_members,
     has_enough_votes,
     limit_species,
     passes_thresholds,
 )
-from birdcall.inference.predictions import SegmentPredictions, concatenate
+from birdcall.inference.predictions import SegmentPredictions, calibrate, concatenate
 from birdcall.inference.windows import FRAME_SECONDS, FRAMES_PER_SEGMENT
 
 _TIME_TOLERANCE = 1e-6  # seconds; times are rounded to it, or 3 x 0.1 s would not be 0.3 s

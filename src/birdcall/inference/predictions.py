@@ -1,13 +1,17 @@
-"""Hold what the members of an ensemble predict for segments: one container for all layers."""
+"""Hold what the members of an ensemble predict for segments, and calibrate it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
+from birdcall.config import require
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
+
+MIN_PROBABILITY = 1e-7  # a probability of 0 or 1 has no logit
 
 
 @dataclass(frozen=True)
@@ -171,3 +175,56 @@ def _select_frames(frames: np.ndarray | None, segments: slice | np.ndarray) -> n
 def _concatenate_optional(arrays: Sequence[np.ndarray | None], axis: int) -> np.ndarray | None:
     present = [array for array in arrays if array is not None]
     return np.concatenate(present, axis=axis) if len(present) == len(arrays) else None
+
+
+# --- calibration ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration by class: sigmoid(scale * logit(probability) + offset).
+
+    A number for each of the model's classes, in their order, for clipwise and framewise output.
+    """
+
+    clip_scale: tuple[float, ...]
+    clip_offset: tuple[float, ...]
+    frame_scale: tuple[float, ...]
+    frame_offset: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            values = getattr(self, item.name)
+            require(
+                len(values) == len(self.clip_scale) and all(map(math.isfinite, values)),
+                f"calibration: {item.name} must be a finite number for each class",
+            )
+        for name in ("clip_scale", "frame_scale"):
+            require(
+                min(getattr(self, name), default=1.0) > 0,
+                f"calibration: {name} holds {min(getattr(self, name), default=1.0)}; "
+                "a scale must be above 0, or it would reverse the ranking",
+            )
+
+    def apply(self, clipwise: np.ndarray, framewise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Calibrate probabilities ``(…, classes)``; the results have their dtype."""
+        return (
+            calibrate(clipwise, self.clip_scale, self.clip_offset),
+            calibrate(framewise, self.frame_scale, self.frame_offset),
+        )
+
+
+def calibrate(
+    probabilities: np.ndarray, scale: Sequence[float], offset: Sequence[float]
+) -> np.ndarray:
+    """Return sigmoid(scale * logit(p) + offset) for p ``(…, classes)``, in the same dtype."""
+    n_classes = probabilities.shape[-1]
+    require(
+        n_classes == len(scale),
+        f"the calibration is for {len(scale)} classes, the probabilities are of {n_classes}",
+    )
+    dtype = probabilities.dtype
+    clipped = np.clip(probabilities, MIN_PROBABILITY, 1 - MIN_PROBABILITY)
+    logit = np.log(clipped / (1 - clipped))
+    logit = logit * np.asarray(scale, dtype) + np.asarray(offset, dtype)
+    return (1 / (1 + np.exp(-logit))).astype(dtype, copy=False)

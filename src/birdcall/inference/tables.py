@@ -15,7 +15,7 @@ from birdcall.config import NOCALL
 from birdcall.inference.events import Event
 from birdcall.storage.files import atomic_path, read_table, write_atomically
 
-SUBMISSION_COLUMNS = ("row_id", "birds")
+_SUBMISSION_COLUMNS = ("row_id", "birds")
 DETECTION_COLUMNS = (
     "recording",
     "onset",
@@ -24,7 +24,7 @@ DETECTION_COLUMNS = (
     "common_name",
     "confidence",
 )
-RAVEN_COLUMNS = (
+_RAVEN_COLUMNS = (
     "Selection",
     "View",
     "Channel",
@@ -36,7 +36,7 @@ RAVEN_COLUMNS = (
     "Common Name",
     "Confidence",
 )
-RAVEN_LABEL_COLUMNS = (
+_RAVEN_LABEL_COLUMNS = (
     "Species Code",
     "ebird_code",
     "Code",
@@ -60,13 +60,13 @@ def write_submission(path: Path, row_ids: Sequence[str], birds: Sequence[str]) -
     if len(row_ids) != len(birds):
         raise ValueError(f"{path}: {len(row_ids)} row_ids but {len(birds)} predictions")
     _check_submission(path, row_ids, birds)
-    write_atomically(path, _csv_text([SUBMISSION_COLUMNS, *zip(row_ids, birds, strict=True)]))
+    write_atomically(path, _csv_text([_SUBMISSION_COLUMNS, *zip(row_ids, birds, strict=True)]))
 
 
 def read_submission(path: Path, row_ids: Sequence[str]) -> pd.DataFrame:
     """Read a submission, columns row_id, birds; its rows must be ``row_ids``, in this order."""
-    frame = read_table(path, SUBMISSION_COLUMNS)
-    if frame.columns.tolist() != list(SUBMISSION_COLUMNS):
+    frame = read_table(path, _SUBMISSION_COLUMNS)
+    if frame.columns.tolist() != list(_SUBMISSION_COLUMNS):
         raise ValueError(f"{path}: the columns are {', '.join(frame)}, not row_id,birds")
     found = frame["row_id"].tolist()
     _check_submission(path, found, frame["birds"].tolist())
@@ -209,22 +209,22 @@ def write_raven_table(
         )
         for number, event in enumerate(events, start=1)
     ]
-    write_atomically(path, _csv_text([RAVEN_COLUMNS, *rows], delimiter="\t"))
+    write_atomically(path, _csv_text([_RAVEN_COLUMNS, *rows], delimiter="\t"))
 
 
 def read_raven_table(path: Path, label_column: str | None = None) -> list[Event]:
     """Return the selections of a Raven table, ours or one drawn by hand in Raven.
 
-    The label is in ``label_column``, else in the first of ``RAVEN_LABEL_COLUMNS`` that is there; a
+    The label is in ``label_column``, else in the first of ``_RAVEN_LABEL_COLUMNS`` that is there; a
     confidence, where there is none, is 1. Raven saves a selection once per view (waveform and
     spectrogram): the first is taken. Raises ``ValueError`` naming the line of a bad one.
     """
     options = ("Selection", "Begin Time (s)", "End Time (s)")
     frame = read_table(path, [*options, label_column] if label_column else options, delimiter="\t")
-    labels = [name for name in RAVEN_LABEL_COLUMNS if name in frame.columns]
+    labels = [name for name in _RAVEN_LABEL_COLUMNS if name in frame.columns]
     if not (label_column or labels):
         raise ValueError(
-            f"{path}: no column with labels ({', '.join(RAVEN_LABEL_COLUMNS)}); its columns are "
+            f"{path}: no column with labels ({', '.join(_RAVEN_LABEL_COLUMNS)}); its columns are "
             f"{', '.join(frame.columns)}"
         )
     column = label_column or labels[0]

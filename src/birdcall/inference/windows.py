@@ -245,7 +245,7 @@ def export_checkpoint(
             _Exported(model, checkpoint, window_config, source).eval(),
             inputs,
             temporary,
-            metadata=describe_export(checkpoint, window_config, source),
+            metadata=_describe_export(checkpoint, window_config, source),
             input_name=source,
             output_names=SegmentOutput._fields,
         )
@@ -273,7 +273,7 @@ class _Exported(nn.Module):
         return self.detector(self.frontend(windows))
 
 
-def describe_export(
+def _describe_export(
     checkpoint: Checkpoint, window_config: WindowConfig, source: str
 ) -> dict[str, str]:
     """Return an exported file's metadata, text by key as ONNX requires.
@@ -296,7 +296,7 @@ def find_export(folder: Path, checkpoint: Checkpoint, window_config: WindowConfi
     path = folder / ONNX_FILE
     if not path.is_file() or not is_onnx_installed():
         return None
-    expected = describe_export(checkpoint, window_config, "log_mel")
+    expected = _describe_export(checkpoint, window_config, "log_mel")
     if OnnxModel(path).metadata.get(_METADATA_KEY) != expected[_METADATA_KEY]:
         logger.warning("%s: of other weights or other windows; torch runs in its place", path)
         return None

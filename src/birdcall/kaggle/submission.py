@@ -126,10 +126,6 @@ class SubmissionSummary:
     seconds: float
     audio_seconds: float
 
-    @property
-    def n_rows_with_birds(self) -> int:
-        return sum(count for n_birds, count in self.birds_per_row.items() if n_birds)
-
     def __str__(self) -> str:
         counts = ", ".join(f"{n} with {birds}" for birds, n in sorted(self.birds_per_row.items()))
         left_out = f" ({len(self.left_out)} left out)" if self.left_out else ""

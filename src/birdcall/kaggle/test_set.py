@@ -20,8 +20,8 @@ EXAMPLE_LABELS = "example_test_audio_summary.csv"
 EXAMPLE_ANNOTATIONS = "example_test_audio_metadata.csv"
 SOLUTION = "solution.csv"
 
-FILE_SITE = "site_3"  # its recordings are labelled as a whole: rows without seconds
-RAVEN_SUFFIX = ".txt"
+_FILE_SITE = "site_3"  # its recordings are labelled as a whole: rows without seconds
+_RAVEN_SUFFIX = ".txt"
 AUDIO_SUFFIXES = (".mp3", ".wav", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".mp2")
 
 logger = logging.getLogger(__name__)
@@ -41,18 +41,18 @@ def read_test_rows(data: Path) -> pd.DataFrame:
     for column in ("row_id", "audio_id"):
         _require_filled(path, frame, column)
     _require_distinct(path, frame, "row_id")
-    by_file = frame["site"] == FILE_SITE
+    by_file = frame["site"] == _FILE_SITE
     _refuse(
         frame["seconds"],
         path,
         where=by_file & (frame["seconds"] != ""),
-        why=f"{FILE_SITE} has none",
+        why=f"{_FILE_SITE} has none",
     )
     _refuse(
         frame["seconds"],
         path,
         where=~by_file & (frame["seconds"] == ""),
-        why=f"only {FILE_SITE} is scored by file",
+        why=f"only {_FILE_SITE} is scored by file",
     )
     seconds = pd.Series(np.nan, index=frame.index)
     seconds[~by_file] = _segment_ends(path, frame[~by_file])
@@ -219,7 +219,7 @@ def raven_tables_of(recording: Path) -> list[Path]:
     return sorted(
         one
         for one in recording.parent.iterdir()
-        if one.suffix.lower() == RAVEN_SUFFIX
+        if one.suffix.lower() == _RAVEN_SUFFIX
         and one.name.startswith(f"{recording.stem}.")
         and one.is_file()
     )

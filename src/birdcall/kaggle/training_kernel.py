@@ -25,7 +25,7 @@ from birdcall.storage.files import inside, write_atomically
 
 logger = logging.getLogger(__name__)
 
-TRAINING_FILE = "training.json"
+_TRAINING_FILE = "training.json"
 FOLDS_FILE = "folds.csv"
 AUDIT_FILE = "audit.csv"
 LABELS_FILE = "labels.csv"  # only where a run is trained on labels with times
@@ -78,12 +78,12 @@ class TrainingSettings:
 
 
 def write_settings(package: Path, settings: TrainingSettings) -> None:
-    write_atomically(package / TRAINING_FILE, json.dumps(asdict(settings), indent=1) + "\n")
+    write_atomically(package / _TRAINING_FILE, json.dumps(asdict(settings), indent=1) + "\n")
 
 
 def read_settings(package: Path) -> TrainingSettings:
     """Read ``training.json``; ``FileNotFoundError`` or ``ValueError`` names what is wrong."""
-    path = package / TRAINING_FILE
+    path = package / _TRAINING_FILE
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such settings; `birdcall package-training` writes them"

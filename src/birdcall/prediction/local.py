@@ -10,7 +10,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +17,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from birdcall.audio.reading import AudioError
@@ -40,12 +37,13 @@ from birdcall.kaggle.submission import LoadedPackage, probed_seconds
 from birdcall.kaggle.test_set import raven_tables_of
 from birdcall.models.onnx import is_onnx_installed
 from birdcall.prediction.package import (
+    EmbeddingWriter,
     Recording,
     RecordingObserver,
     RecordingResult,
     detect_recordings,
 )
-from birdcall.storage.files import atomic_path, digest, fitting_name, inside
+from birdcall.storage.files import digest, fitting_name, inside
 from birdcall.storage.store import Journal
 from birdcall.taxonomy import display_name
 
@@ -61,7 +59,6 @@ _TABLES: dict[str, Callable[..., None]] = {  # of all recordings
     "jsonl": write_detections_jsonl,
 }
 _SUFFIXES = {"raven": ".selections.txt", "audacity": ".labels.txt"}  # a file of each recording
-_EMBEDDING_ROWS = 512  # written to Parquet at once
 _PROGRESS = "{percentage:3.0f} % of {total:.0f} s{postfix}, {remaining} left"
 
 
@@ -185,59 +182,6 @@ class _PageObserver:
 
     def discard(self, recording: Recording, error: AudioError) -> None:
         self.pages.discard()
-
-
-class EmbeddingWriter:
-    """Writes ``onset``, ``offset`` and ``embedding`` of the segments of each recording.
-
-    A Parquet file of each recording, below ``folder``, and none of a recording that breaks off.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.stack = ExitStack()  # of the open file
-        self.temporary: Path | None = None
-        self.writer: pq.ParquetWriter | None = None
-        self.n_segments = 0
-        self.pending: list[np.ndarray] = []
-
-    def add(self, recording: Recording, part: SegmentPredictions) -> None:
-        if self.temporary is None:
-            path = inside(self.folder, fitting_name(recording.name, ".parquet"))
-            self.temporary = self.stack.enter_context(atomic_path(path))
-        self.pending.append(part.embedding)
-        if sum(map(len, self.pending)) >= _EMBEDDING_ROWS:
-            self._write_pending()
-
-    def finish(self, recording: Recording, result: RecordingResult) -> None:
-        if self.pending:
-            self._write_pending()
-        self.stack.close()
-        self._reset()
-
-    def discard(self, recording: Recording, error: AudioError) -> None:
-        self.stack.__exit__(AudioError, error, None)  # an error leaves no file
-        self._reset()
-
-    def _reset(self) -> None:
-        self.temporary = self.writer = None
-        self.n_segments, self.pending = 0, []
-
-    def _write_pending(self) -> None:
-        embedding, self.pending = np.concatenate(self.pending), []
-        n_segments, size = embedding.shape
-        numbers = np.arange(self.n_segments, self.n_segments + n_segments, dtype=np.float64)
-        onsets = SEGMENT_SECONDS * numbers
-        vectors = pa.FixedSizeListArray.from_arrays(pa.array(embedding.ravel()), size)
-        table = pa.table(
-            {"onset": onsets, "offset": onsets + SEGMENT_SECONDS, "embedding": vectors}
-        )
-        if self.writer is None:
-            self.writer = self.stack.enter_context(
-                pq.ParquetWriter(self.temporary, table.schema, compression="zstd")
-            )
-        self.writer.write_table(table)
-        self.n_segments += n_segments
 
 
 class _Progress:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from birdcall.audio.reading import AudioError
@@ -23,10 +25,12 @@ from birdcall.inference.predictions import OutputOptions, SegmentPredictions
 from birdcall.inference.tables import DETECTION_COLUMNS, detection_rows
 from birdcall.kaggle.submission import LoadedPackage, open_package, require_all_members
 from birdcall.kaggle.test_set import AUDIO_SUFFIXES
+from birdcall.storage.files import atomic_path, fitting_name, inside
 from birdcall.taxonomy import display_name
 
 logger = logging.getLogger(__name__)
 
+_EMBEDDING_ROWS = 512  # written to Parquet at once
 _Paths = str | Path | Sequence[str | Path]
 
 
@@ -138,6 +142,59 @@ def detect_recordings(
                     observer.finish(recording, result)
             detector = EventDetector(package.decision, package.ensemble.classes)
             yield recording, result
+
+
+class EmbeddingWriter:
+    """Writes ``onset``, ``offset`` and ``embedding`` of the segments of each recording.
+
+    A Parquet file of each recording, below ``folder``, and none of a recording that breaks off.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.stack = ExitStack()  # of the open file
+        self.temporary: Path | None = None
+        self.writer: pq.ParquetWriter | None = None
+        self.n_segments = 0
+        self.pending: list[np.ndarray] = []
+
+    def add(self, recording: Recording, part: SegmentPredictions) -> None:
+        if self.temporary is None:
+            path = inside(self.folder, fitting_name(recording.name, ".parquet"))
+            self.temporary = self.stack.enter_context(atomic_path(path))
+        self.pending.append(part.embedding)
+        if sum(map(len, self.pending)) >= _EMBEDDING_ROWS:
+            self._write_pending()
+
+    def finish(self, recording: Recording, result: RecordingResult) -> None:
+        if self.pending:
+            self._write_pending()
+        self.stack.close()
+        self._reset()
+
+    def discard(self, recording: Recording, error: AudioError) -> None:
+        self.stack.__exit__(AudioError, error, None)  # an error leaves no file
+        self._reset()
+
+    def _reset(self) -> None:
+        self.temporary = self.writer = None
+        self.n_segments, self.pending = 0, []
+
+    def _write_pending(self) -> None:
+        embedding, self.pending = np.concatenate(self.pending), []
+        n_segments, size = embedding.shape
+        numbers = np.arange(self.n_segments, self.n_segments + n_segments, dtype=np.float64)
+        onsets = SEGMENT_SECONDS * numbers
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array(embedding.ravel()), size)
+        table = pa.table(
+            {"onset": onsets, "offset": onsets + SEGMENT_SECONDS, "embedding": vectors}
+        )
+        if self.writer is None:
+            self.writer = self.stack.enter_context(
+                pq.ParquetWriter(self.temporary, table.schema, compression="zstd")
+            )
+        self.writer.write_table(table)
+        self.n_segments += n_segments
 
 
 # --- use from Python ------------------------------------------------------------------------------

@@ -17,8 +17,13 @@ from birdcall.inference.ensemble import default_device
 from birdcall.inference.predictions import OutputOptions
 from birdcall.inference.tables import write_detections_parquet
 from birdcall.kaggle.submission import open_package, require_all_members
-from birdcall.prediction.local import EMBEDDINGS_FOLDER, EmbeddingWriter, Predictor
-from birdcall.prediction.package import Recording, RecordingResult, detect_recordings
+from birdcall.prediction.local import EMBEDDINGS_FOLDER, Predictor
+from birdcall.prediction.package import (
+    EmbeddingWriter,
+    Recording,
+    RecordingResult,
+    detect_recordings,
+)
 from birdcall.storage.files import digest
 from birdcall.taxonomy import display_name
 
@@ -84,7 +89,7 @@ def predict_on_ray(
         rows = [{"path": str(item.path.resolve()), "name": item.name} for item in recordings]
         by_name = {recording.name: recording for recording in recordings}
         for row in tqdm(
-            run_tasks(rows, package, output, embeddings=embeddings),
+            _run_tasks(rows, package, output, embeddings=embeddings),
             total=len(rows), disable=not progress, unit="recording",
         ):  # fmt: skip
             yield by_name[row["name"]], RecordingResult.from_json(json.loads(row["result"]))
@@ -103,7 +108,7 @@ def _require_answer(address: str) -> None:
         raise ConnectionError(f"--ray {address}: no cluster answers there: {error}") from error
 
 
-def run_tasks(
+def _run_tasks(
     rows: list[dict[str, str]], package: Path, output: Path, *, embeddings: bool
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows with their results, as the workers of the connected cluster finish them."""

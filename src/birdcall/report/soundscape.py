@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 
 from birdcall.audio.reading import AudioError, iterate_audio
-from birdcall.inference.decision import Decision, calibrate
+from birdcall.inference.decision import Decision
 from birdcall.inference.events import Event
-from birdcall.inference.predictions import SegmentPredictions
+from birdcall.inference.predictions import SegmentPredictions, calibrate
 from birdcall.inference.windows import FRAME_SECONDS
 from birdcall.report.html import (
     MAX_HZ,
