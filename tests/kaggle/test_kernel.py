@@ -1,4 +1,4 @@
-"""The real kernel script, in a fresh process without network, on data and packages with faults.
+"""The kernel on data and packages with faults, some of it as the real script in a fresh process.
 
 Each fault ends in a valid submission, or in a non-zero exit code with a line that says why; where a
 file can be written at all, a valid all-nocall one lies there even then.
@@ -6,6 +6,7 @@ file can be written at all, a valid all-nocall one lies there even then.
 
 import hashlib
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -33,7 +34,7 @@ from birdcall.kaggle.packaging import (
     run_as_kaggle,
     stage_package,
 )
-from birdcall.kaggle.submission import DECISION_FILE, EXAMPLE_SUBMISSION
+from birdcall.kaggle.submission import DECISION_FILE, EXAMPLE_SUBMISSION, run_kernel
 from birdcall.models.checkpoint import load_model, read_checkpoint, save_checkpoint
 
 
@@ -71,8 +72,20 @@ def data(tmp_path):
     return folder
 
 
-def fails(build, data, working, complaint, **options):
-    """Run the kernel, which must exit with an error whose last line says so."""
+def run(build, data, working, budget_seconds=None):
+    """Do what the script does, in this process."""
+    return run_kernel(build / "dataset", data, working / "submission.csv", budget_seconds)
+
+
+def fails(build, data, working, complaint):
+    """Run the kernel here, which must end with an error that says so."""
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        run(build, data, working)
+    assert complaint in str(caught.value)
+
+
+def exits(build, data, working, complaint, **options):
+    """Run the script, which must exit with an error whose last line says so."""
     with pytest.raises(ValueError, match=r"kernel failed with exit code [1-9]") as caught:
         run_as_kaggle(build, data, working, **options)
     assert complaint in str(caught.value)
@@ -147,18 +160,19 @@ def test_what_there_is_of_a_recording_is_labelled(faulty, name, n_rows):
     assert name not in summary["failed"]
 
 
-def test_without_test_audio_the_examples_are_heard(built, data, demo_folder, tmp_path):
+def test_without_test_audio_the_examples_are_heard(built, data, demo_folder, tmp_path, caplog):
     """As when the kernel is saved on Kaggle, before it is scored."""
+    caplog.set_level(logging.INFO)
     shutil.rmtree(data / "test_audio")
     for name in ("example_test_audio", "example_test_audio_summary.csv"):
         (data / name).symlink_to(demo_folder / name)
-    log = run_as_kaggle(built, data, tmp_path / "working")
+    run(built, data, tmp_path / "working")
     assert set(read_labels(tmp_path / "working", data).values()) == {"nocall"}
     examples = pd.read_csv(tmp_path / "working" / EXAMPLE_SUBMISSION)
     truth = pd.read_csv(demo_folder / "example_test_audio_summary.csv")
     assert list(examples["row_id"]) == list(truth["filename_seconds"])
     assert (examples["birds"] != "nocall").all()
-    assert "test_audio is not there" in log
+    assert "test_audio is not there" in caplog.text
     assert len(read_summary(tmp_path / "working")["members"]) == 2
 
 
@@ -182,13 +196,13 @@ def test_three_rows_with_columns_that_nobody_knows(built, data, tmp_path):
     table.insert(0, "filename_seconds", "x")
     table["new"] = "<b>"
     table.to_csv(data / "test.csv", index=False)
-    run_as_kaggle(built, data, tmp_path / "working")
+    run(built, data, tmp_path / "working")
     assert "nocall" not in read_labels(tmp_path / "working", data).values()
 
 
 def test_site_3_alone(built, data, tmp_path):
     write_rows(data, [("site_3", "site_3_cc", None, "cc"), ("site_3", "site_3_aa", None, "aa")])
-    run_as_kaggle(built, data, tmp_path / "working")
+    run(built, data, tmp_path / "working")
     labels = read_labels(tmp_path / "working", data)
     assert "nocall" not in labels.values()
 
@@ -207,7 +221,8 @@ def sign(build):
 
 
 @pytest.mark.parametrize("fault", ["missing", "corrupt", "onnx"])
-def test_a_member_that_is_not_as_packaged_is_left_out(build, data, tmp_path, fault):
+def test_a_member_that_is_not_as_packaged_is_left_out(build, data, tmp_path, fault, caplog):
+    caplog.set_level(logging.INFO)
     folder = member_folders(build)[0]
     weights = folder / "model.safetensors"
     if fault == "missing":
@@ -217,13 +232,13 @@ def test_a_member_that_is_not_as_packaged_is_left_out(build, data, tmp_path, fau
         content = bytearray(file.read_bytes())
         content[-9] ^= 255
         file.write_bytes(content)
-    log = run_as_kaggle(build, data, tmp_path / "working")
+    run(build, data, tmp_path / "working")
     labels = read_labels(tmp_path / "working", data)
     assert all(len(text.split()) == 2 for text in labels.values())
     summary = read_summary(tmp_path / "working")
     assert list(summary["left_out"]) == [folder.name]
     assert list(summary["members"]) == [member_folders(build)[1].name]
-    assert f"{folder.name}: left out" in log
+    assert f"{folder.name}: left out" in caplog.text
     reason = "missing from the package" if fault == "missing" else "its sha256 is not"
     assert reason in summary["left_out"][folder.name]
 
@@ -242,7 +257,8 @@ def test_without_any_member_it_fails(build, data, tmp_path):
     assert set(read_labels(tmp_path / "working", data).values()) == {"nocall"}
 
 
-def test_a_member_that_returns_nan_is_left_out(build, data, tmp_path):
+def test_a_member_that_returns_nan_is_left_out(build, data, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     folder = member_folders(build)[1]
     model, checkpoint = load_model(folder)
     with torch.no_grad():
@@ -250,12 +266,12 @@ def test_a_member_that_returns_nan_is_left_out(build, data, tmp_path):
     save_checkpoint(folder, model, checkpoint)
     (folder / "model.onnx").unlink()
     sign(build)
-    log = run_as_kaggle(build, data, tmp_path / "working")
+    run(build, data, tmp_path / "working")
     assert all(len(t.split()) == 2 for t in read_labels(tmp_path / "working", data).values())
     summary = read_summary(tmp_path / "working")
     assert "holds NaN" in summary["left_out"][folder.name]
     assert list(summary["members"]) == [member_folders(build)[0].name]
-    assert "holds NaN" in log
+    assert "holds NaN" in caplog.text
 
 
 class _Bomb:
@@ -277,7 +293,7 @@ def test_a_pickle_in_place_of_weights_is_not_unpickled(build, data, tmp_path):
     settings["weights_sha256"] = hashlib.sha256(payload).hexdigest()
     (folder / "model.json").write_text(json.dumps(settings))
     sign(build)
-    run_as_kaggle(build, data, tmp_path / "working")
+    run(build, data, tmp_path / "working")
     assert not exploded.exists()
     assert list(read_summary(tmp_path / "working")["left_out"]) == [folder.name]
     pickle.loads(payload)  # it would have
@@ -331,12 +347,12 @@ def limited(tmp_path, monkeypatch):
 
 def test_a_disk_that_is_full_when_all_is_labelled_leaves_nocall(built, data, tmp_path, limited):
     write_rows(data, [row for name in ("aa", "bb") for row in rows_of(name, 300)])
-    run_as_kaggle(built, data, tmp_path / "first")  # the recordings last ten seconds
+    run(built, data, tmp_path / "first")  # the recordings last ten seconds
     for name in ("aa", "bb"):
         write_noise_file(data / "test_audio" / f"{name}.wav", 300)
     size = (tmp_path / "first" / "submission.csv").stat().st_size
     limited(-(-size // 512))
-    fails(built, data, tmp_path / "working", "File too large")
+    exits(built, data, tmp_path / "working", "File too large")
     assert set(read_labels(tmp_path / "working", data).values()) == {"nocall"}
     assert [path.name for path in (tmp_path / "working").iterdir()] == ["submission.csv"]
 
@@ -344,13 +360,13 @@ def test_a_disk_that_is_full_when_all_is_labelled_leaves_nocall(built, data, tmp
 def test_a_disk_that_is_full_from_the_beginning_fails(built, data, tmp_path, limited):
     write_rows(data, [row for name in ("aa", "bb") for row in rows_of(name, 300)])
     limited(1)
-    fails(built, data, tmp_path / "working", "File too large")
+    exits(built, data, tmp_path / "working", "File too large")
     assert list((tmp_path / "working").iterdir()) == []
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that even root cannot write")
 def test_a_working_folder_that_cannot_be_written_fails(built, data):
-    fails(built, data, Path("/proc"), "submission")
+    exits(built, data, Path("/proc"), "submission")
 
 
 def test_members_are_safetensors_and_onnx_alone(built):
