@@ -325,7 +325,7 @@ def test_a_decision_of_other_classes_fails(build, data, tmp_path):
 
 
 def test_a_budget_of_zero_fails_and_leaves_nocall(built, data, tmp_path):
-    fails(
+    exits(
         built, data, tmp_path / "working", "no member has predicted anything", time_limit_seconds=0
     )
     assert set(read_labels(tmp_path / "working", data).values()) == {"nocall"}
