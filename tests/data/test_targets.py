@@ -1,4 +1,4 @@
-"""A clip's target is what its recording's labels, or labels with times, say of its stretch."""
+"""A clip's target comes from its recording's labels, or from strong labels at its position."""
 
 import pandas as pd
 import pytest
@@ -54,12 +54,14 @@ def test_secondary_labels_without_a_weight_are_unknown(recordings):
         (10.0, 12.0, 0.0),
         (11.0, 12.9, 1.0),  # half of a call of 0.2 s
         (11.0, 12.85, IGNORE_TARGET),
-        (14.0, 16.0, IGNORE_TARGET),  # an unsure stretch
+        (14.0, 16.0, IGNORE_TARGET),  # an uncertain interval
         (18.0, 20.0, 0.0),
         (-4.0, 1.0, 0.0),
     ],
 )
-def test_a_class_is_there_where_a_heard_stretch_lies_in_the_clip(recordings, start, end, expected):
+def test_a_class_is_present_where_a_present_interval_lies_in_the_clip(
+    recordings, start, end, expected
+):
     table = timed_table(
         ("amecro", 5.0, 10.0, "present"),
         ("amecro", 12.8, 13.0, "present"),
@@ -69,14 +71,14 @@ def test_a_class_is_there_where_a_heard_stretch_lies_in_the_clip(recordings, sta
     assert target.tolist() == [expected, 0.0, 0.0]
 
 
-def test_what_is_heard_outweighs_what_is_unsure(recordings):
+def test_present_intervals_outweigh_uncertain_ones(recordings):
     table = timed_table(("amecro", 0.0, 20.0, "uncertain"), ("amecro", 5.0, 10.0, "present"))
     targets = StrongTargets(recordings, CLASSES, table)
     assert targets.find(0, 4.0, 5.0).tolist() == [1.0, 0.0, 0.0]
     assert targets.find(0, 14.0, 5.0).tolist() == [IGNORE_TARGET, 0.0, 0.0]
 
 
-def test_a_short_recording_within_its_clip_is_heard_whole(recordings):
+def test_a_short_recording_within_its_clip_counts_whole(recordings):
     table = timed_table(("bkcchi", 0.5, 1.0, "present")).assign(filename="XC2.mp3")
     targets = StrongTargets(recordings, CLASSES, table)
     assert targets.find(1, -7.0, 10.0).tolist() == [0.0, 1.0, 0.0]

@@ -191,15 +191,15 @@ def test_the_summary_has_a_row_for_every_five_seconds(tiny):
 
 
 def test_the_metadata_agree_with_the_summary(tiny):
-    heard = {}
+    labelled = {}
     for row in read_csv(tiny / "example_test_audio_metadata.csv"):
         start, end = float(row["time_start"]), float(row["time_end"])
         for last in range(5, 25, 5):
             inside = min(end, last) - max(start, last - 5)
             if inside >= min(0.5, (end - start) / 2):
-                heard.setdefault(last, set()).add(row["ebird_code"])
+                labelled.setdefault(last, set()).add(row["ebird_code"])
     for row in read_csv(tiny / "example_test_audio_summary.csv"):
-        assert set(row["birds"].split()) == heard.get(int(row["seconds"]), set())
+        assert set(row["birds"].split()) == labelled.get(int(row["seconds"]), set())
 
 
 def test_the_hidden_test_is_named_as_in_the_competition(tiny):
@@ -365,14 +365,14 @@ def test_no_bird_of_a_soundscape_sings_in_training_and_no_noise_is_used_twice(pl
             (event.individual.name, event.individual.pitch) for one in plans for event in one.songs
         }
 
-    def heard(plans):
+    def soundscape_birds(plans):
         return {
             (event.individual.name, event.individual.pitch)
             for one in plans
             for event in (*one.birds, *one.others)
         }
 
-    groups = [birds(plan.recordings), heard(plan.examples), heard(plan.tests)]
+    groups = [birds(plan.recordings), soundscape_birds(plan.examples), soundscape_birds(plan.tests)]
     for which in (0, 1):  # neither a name nor a pitch is shared
         values = [{bird[which] for bird in group} for group in groups]
         assert values[0].isdisjoint(values[1] | values[2])
@@ -408,7 +408,7 @@ def test_example_labels_name_animals_that_are_no_class(plan):
     assert {code for one in plan.tests for _, codes in one.labels() for code in codes} <= classes
 
 
-# --- what is heard ------------------------------------------------------------------------------
+# --- the audio ---
 
 
 def power_of_active_part(sound, sample_rate):
@@ -430,9 +430,9 @@ def test_a_song_in_a_soundscape_has_the_snr_and_the_place_that_were_drawn(plan, 
     events = [event for event in plan.tests[0].birds if event.offset_seconds < 59][:4]
     for event in events:
         song = mix_soundscape(only(soundscape, event)) - background
-        heard = np.flatnonzero(np.abs(song) > 1e-3 * np.abs(song).max())
+        audible = np.flatnonzero(np.abs(song) > 1e-3 * np.abs(song).max())
         start = int(event.onset_seconds * rate)
-        assert heard[0] / rate == pytest.approx(event.onset_seconds, abs=0.1)
+        assert audible[0] / rate == pytest.approx(event.onset_seconds, abs=0.1)
         stop = np.flatnonzero(np.abs(song) > 1e-7)[-1] + 1
         snr = power_of_active_part(song[start:stop], rate) / np.mean(background[start:stop] ** 2)
         assert 10 * np.log10(snr) == pytest.approx(event.snr_db, abs=0.1)
@@ -444,15 +444,15 @@ def test_the_truth_of_a_row_is_what_is_planted_in_it():
     soundscape = replace(soundscape, sample_rate=22_050)
     rate = soundscape.sample_rate
     background = render_background(soundscape)
-    heard = {}
+    shares_of = {}
     for event in soundscape.birds:
         song = mix_soundscape(only(soundscape, event)) - background
         for end, _ in soundscape.labels():
             part = song[(end - 5) * rate : end * rate]
             share = np.sum(np.square(part, dtype=float)) / np.sum(np.square(song, dtype=float))
-            heard.setdefault(end, {}).setdefault(event.ebird_code, []).append(share)
+            shares_of.setdefault(end, {}).setdefault(event.ebird_code, []).append(share)
     for end, codes in soundscape.labels():
-        shares = {code: max(values) for code, values in heard[end].items()}
+        shares = {code: max(values) for code, values in shares_of[end].items()}
         assert all(shares[code] > 0.02 for code in codes)
         absent = set(shares) - set(codes)
         assert all(shares[code] < 0.5 for code in absent), "most of a song, but no label"
