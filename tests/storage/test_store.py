@@ -296,6 +296,7 @@ def test_what_a_training_imports_is_in_its_code():
     modules = code_digest("training.trainer")
     needed = {"config", "data.dataset", "data.augment", "models.sed", "audio.spectrogram"}
     assert needed <= modules.keys()
+    assert not [name for name in modules if name.startswith(("report", "evaluation", "cli"))]
 
 
 def test_a_digest_is_the_same_in_another_process():
