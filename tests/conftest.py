@@ -114,10 +114,17 @@ def trained_runs(training_data, tiny_experiment, tmp_path_factory) -> list[Path]
 
 
 @pytest.fixture(scope="session")
-def held_out(trained_runs, training_data) -> HeldOutPredictions:
-    """Predictions of two experiments on held-out audio, with short simulated soundscapes."""
+def held_out_options(tmp_path_factory) -> HeldOutOptions:
+    """Short simulated soundscapes, and a cache that tests share: audio is predicted once."""
     config = SimulationConfig(n_soundscapes=4, soundscape_seconds=30.0)
-    return predict_held_out(trained_runs, training_data, HeldOutOptions(simulation=config))
+    folder = tmp_path_factory.mktemp("predictions")
+    return HeldOutOptions(simulation=config, cache_folder=folder)
+
+
+@pytest.fixture(scope="session")
+def held_out(trained_runs, training_data, held_out_options) -> HeldOutPredictions:
+    """Predictions of two experiments on held-out audio."""
+    return predict_held_out(trained_runs, training_data, held_out_options)
 
 
 @pytest.fixture(scope="session")
@@ -132,8 +139,8 @@ def package(trained_runs, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def evaluation(held_out) -> Evaluation:
-    """The evaluation of two experiments."""
-    return evaluate(held_out)
+    """The evaluation of two experiments, and of both as an ensemble that is asked for by name."""
+    return evaluate(held_out, [("tiny", "other")])
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from birdcall.evaluation.ablation import (
 from birdcall.evaluation.comparison import Measure
 from birdcall.evaluation.predict import HeldOutOptions, predict_held_out
 from birdcall.evaluation.scoring import evaluate, score_submission
+from birdcall.evaluation.simulation import SimulationConfig
 from birdcall.models.checkpoint import SETTINGS_FILE, read_checkpoint
 from birdcall.report.ablation import describe_ablation, difference_table, plot_ablation
 from birdcall.report.plots import save_figure
@@ -29,6 +30,7 @@ from birdcall.training.log import LOG_FILE, write_log
 from birdcall.training.trainer import EpochLog, RunOptions
 
 BLOCK_SECONDS = 100.0
+SIMULATION = SimulationConfig(n_soundscapes=4, soundscape_seconds=30.0)
 
 
 def log_of(losses):
@@ -69,7 +71,7 @@ class FakeTraining:
             (run.folder / SETTINGS_FILE).touch()
             write_log(run.folder / LOG_FILE, log_of([1.0] * 10))
 
-    def score_seed(self, runs, data):
+    def score_seed(self, runs, data, simulation):
         self.now += 5.0
         experiment = runs[0].experiment
         score = 0.5 + 0.1 * len(experiment.name) + 0.01 * experiment.train.seed
@@ -291,7 +293,7 @@ def real(training_data, tiny_experiment, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablation")
     short = replace(tiny_experiment, train=replace(tiny_experiment.train, epochs=2))
     other = replace(short, name="plain", model=replace(short.model, temporal="none"))
-    options = AblationOptions(n_seeds=2, budget_seconds=600, training=RunOptions(workers=0))
+    options = AblationOptions(n_seeds=2, budget_seconds=600, training=RunOptions(workers=0), simulation=SIMULATION)
     found = ablate([short, other], training_data, folder, options)
     found.write_tables(folder)
     save_figure(plot_ablation(found), folder / "ablation.png")
@@ -313,13 +315,13 @@ def test_every_measure_is_there_for_each_experiment_and_seed(real, training_data
 
 
 def test_scores_are_those_of_evaluate_and_of_the_submission(
-    real, training_data, demo_folder, tmp_path
+    real, training_data, demo_folder
 ):
     folder, found = real
     for (_, row), name in zip(found.table.iloc[:2].iterrows(), ("tiny", "plain"), strict=True):
         seed_folder = folder / name / "seed0"
         runs = [seed_folder / "fold0", seed_folder / "fold1"]
-        options = HeldOutOptions(cache_folder=tmp_path / name)
+        options = HeldOutOptions(simulation=SIMULATION, cache_folder=seed_folder / "predictions")
         found_here = evaluate(predict_held_out(runs, training_data, options)).scores
         expected = {
             (one.audio, one.metric): one.value
@@ -360,7 +362,7 @@ def test_one_fold_scores_only_the_recordings_it_held_out(real, training_data):
     seed_folder = folder / "tiny" / "seed0"
     runs = ablation_module.plan_seed(found.experiments[0], 0, [1], folder)
     assert runs[0].folder == seed_folder / "fold1"
-    sample = score_seed(runs, training_data)["oof_top1"]
+    sample = score_seed(runs, training_data, SIMULATION)["oof_top1"]
     assert len(sample.values) == (training_data.recordings["fold"] == 1).sum()
 
 

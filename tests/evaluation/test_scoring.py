@@ -1,4 +1,4 @@
-"""Runs are scored on three kinds of sound; the decision is chosen on one and tried on another."""
+"""Runs are scored on three kinds of audio; the decision is searched on one, tried on another."""
 
 import json
 from dataclasses import replace
@@ -9,7 +9,7 @@ import pytest
 
 import birdcall.evaluation.scoring as scoring
 from birdcall.evaluation.metrics import row_f1_scores, row_wise_f1
-from birdcall.evaluation.predict import HeldOutOptions, predict_held_out
+from birdcall.evaluation.predict import predict_held_out
 from birdcall.evaluation.scoring import (
     NOCALL_SHARE,
     add_labelled_score,
@@ -17,41 +17,27 @@ from birdcall.evaluation.scoring import (
     evaluate,
     score_submission,
 )
-from birdcall.evaluation.simulation import SimulationConfig
 from birdcall.inference.decision import Decision, read_decision, write_decision
 from birdcall.inference.ensemble import load_ensemble
 from birdcall.inference.tables import read_submission, write_submission
 from birdcall.kaggle.submission import LoadedPackage, predict_test_set
 from birdcall.kaggle.test_set import read_labelled_soundscapes, read_test_rows
 
-CONFIG = SimulationConfig(n_soundscapes=6, soundscape_seconds=30.0)
-OPTIONS = HeldOutOptions(simulation=CONFIG)
 
-
-@pytest.fixture(scope="module")
-def heard(trained_runs, training_data):
-    return predict_held_out(trained_runs, training_data, OPTIONS)
-
-
-@pytest.fixture(scope="module")
-def evaluation(heard):
-    return evaluate(heard, [("tiny", "other")])
-
-
-def value(evaluation, name, sound, metric):
+def value(evaluation, name, audio, metric):
     table = evaluation.scores
-    own = (table["name"] == name) & (table["audio"] == sound) & (table["metric"] == metric)
-    return table.loc[own, "value"].item()
+    is_row = (table["name"] == name) & (table["audio"] == audio) & (table["metric"] == metric)
+    return table.loc[is_row, "value"].item()
 
 
-def test_every_name_has_all_three_kinds_of_sound_together(evaluation):
+def test_every_name_has_all_three_kinds_of_audio_together(evaluation):
     table = evaluation.scores
     names = ["other", "tiny", "tiny+other", "ensemble", "all nocall", "prior"]
     assert list(dict.fromkeys(table["name"])) == names
-    sounds = {"simulated", "simulated 50%", "simulated 60%", "simulated 80%", "labelled"}
+    kinds = {"simulated", "simulated 50%", "simulated 60%", "simulated 80%", "labelled"}
     for name in names:
         own = table[table["name"] == name]
-        expected = sounds if name == "all nocall" else sounds | {"recordings"}
+        expected = kinds if name == "all nocall" else kinds | {"recordings"}
         assert set(own["audio"]) == expected
     assert not table.duplicated(["name", "audio", "metric"]).any()
     members = table.drop_duplicates("name").set_index("name")["members"]
@@ -71,38 +57,38 @@ def test_all_nocall_gets_the_share_of_rows_without_a_bird(evaluation, demo_folde
 
 
 def test_the_prior_is_worth_no_more_than_all_nocall(evaluation):
-    for sound in ("simulated", "labelled"):
-        nocall = value(evaluation, "all nocall", sound, "row_wise_f1")
-        assert value(evaluation, "prior", sound, "row_wise_f1") <= nocall + 1e-9
+    for audio in ("simulated", "labelled"):
+        nocall = value(evaluation, "all nocall", audio, "row_wise_f1")
+        assert value(evaluation, "prior", audio, "row_wise_f1") <= nocall + 1e-9
     assert value(evaluation, "prior", "recordings", "macro_auc") == 0.5
 
 
-def test_an_experiment_is_simulated_only_by_runs_that_held_the_recordings_out(heard):
-    simulated = heard.simulated_for(["tiny"])
-    folds = heard.data.recordings.set_index("path")["fold"]
-    groups = heard.groups
-    for fold, scores in heard.simulated.items():
+def test_an_experiment_is_simulated_only_by_runs_that_held_the_recordings_out(held_out):
+    simulated = held_out.simulated_for(["tiny"])
+    folds = held_out.data.recordings.set_index("path")["fold"]
+    groups = held_out.groups
+    for fold, scores in held_out.simulated.items():
         names = set(scores.recordings)
-        paths = heard.events["path"][heard.events["recording"].isin(names)]
+        paths = held_out.events["path"][held_out.events["recording"].isin(names)]
         assert set(folds[paths]) == {fold}
         assert scores.member_names == ("other", "tiny")
-    assert len(simulated.segments) == sum(len(s.segments) for s in heard.simulated.values())
+    assert len(simulated.segments) == sum(len(s.segments) for s in held_out.simulated.values())
     assert set(simulated.segments["group"]) <= set(groups)
 
 
-def test_the_decision_is_not_chosen_on_the_labelled_soundscapes(heard, evaluation):
-    labelled = heard.labelled
+def test_the_decision_is_not_chosen_on_the_labelled_soundscapes(held_out, evaluation):
+    labelled = held_out.labelled
     turned = replace(labelled.predictions, truth=labelled.predictions.truth[::-1])
-    other = replace(heard, labelled=replace(labelled, predictions=turned))
+    other = replace(held_out, labelled=replace(labelled, predictions=turned))
     found = evaluate(other).decision
     assert replace(found, score={}) == replace(evaluation.decision, score={})
 
 
 @pytest.mark.parametrize("threshold, warns", [(0.5, True), (1.0, False)])
 def test_a_decision_worth_less_than_silence_on_labelled_soundscapes_is_told(
-    heard, caplog, threshold, warns
+    held_out, caplog, threshold, warns
 ):
-    scores = heard.labelled.predictions
+    scores = held_out.labelled.predictions
     loud = np.full_like(scores.clipwise, 0.99)  # every bird everywhere
     deaf = scores.with_probabilities(loud, loud)
     decision = add_labelled_score(Decision(threshold, threshold), deaf, "tiny")
@@ -113,11 +99,11 @@ def test_a_decision_worth_less_than_silence_on_labelled_soundscapes_is_told(
     assert ("less than naming no bird" in caplog.text) == warns
 
 
-def test_the_labelled_score_is_that_of_the_stored_decision(heard, evaluation, tmp_path):
+def test_the_labelled_score_is_that_of_the_stored_decision(held_out, evaluation, tmp_path):
     write_decision(tmp_path / "decision.json", evaluation.decision)
     decision = read_decision(tmp_path / "decision.json")
     assert decision == evaluation.decision
-    scores = heard.labelled.predictions
+    scores = held_out.labelled.predictions
     expected = row_f1_scores(scores.labelled_truth, scores.decide(decision)).mean()
     assert value(evaluation, "ensemble", "labelled", "row_wise_f1") == pytest.approx(expected)
 
@@ -126,7 +112,7 @@ def test_the_decision_says_where_it_comes_from_and_what_it_is_worth(evaluation, 
     decision, choice = evaluation.decision, evaluation.search
     assert sorted(decision.members) == ["other-fold0", "other-fold1", "tiny-fold0", "tiny-fold1"]
     assert decision.classes == training_data.classes
-    assert decision.chosen_on.startswith("216 rows of 36 soundscapes simulated from held-out")
+    assert decision.chosen_on.startswith("144 rows of 24 soundscapes simulated from held-out")
     weights = evaluation.ensemble.weights
     nested = np.average(choice.cross_validated_f1, weights=weights)
     assert decision.score["cross_validated_row_wise_f1"] == pytest.approx(nested, abs=1e-4)
@@ -142,60 +128,62 @@ def test_the_decision_says_where_it_comes_from_and_what_it_is_worth(evaluation, 
 
 
 @pytest.mark.parametrize("best", ["tiny", "other"])
-def test_members_of_the_best_experiment_come_first(heard, best, monkeypatch):
+def test_members_of_the_best_experiment_come_first(held_out, best, monkeypatch):
     """A kernel that is short of time takes the first ones."""
     real = scoring.decide_ensemble
 
-    def decide_ensemble(heard, experiments, nocall_share, name):
-        one = real(heard, experiments, nocall_share, name)
+    def decide_ensemble(held_out, experiments, nocall_share, name):
+        one = real(held_out, experiments, nocall_share, name)
         score = {"cross_validated_row_wise_f1": 0.6 + 0.1 * (name == best)}
         return replace(one, decision=replace(one.decision, score=one.decision.score | score))
 
     monkeypatch.setattr(scoring, "decide_ensemble", decide_ensemble)
-    members = evaluate(heard).decision.members
+    members = evaluate(held_out).decision.members
     worse = {"tiny": "other", "other": "tiny"}[best]
     assert members == tuple(f"{name}-fold{fold}" for name in (best, worse) for fold in (0, 1))
 
 
-def test_calibration_is_fitted_without_the_recordings_it_is_scored_on(heard, monkeypatch):
+def test_calibration_is_fitted_without_the_recordings_it_is_scored_on(held_out, monkeypatch):
     fitted = []
 
     def fit(clipwise, framewise, targets):
         fitted.append(len(targets))
 
     monkeypatch.setattr("birdcall.evaluation.scoring.fit_calibration", fit)
-    decide_ensemble(heard, heard.experiments)
-    n_recordings = len(heard.data.recordings)
-    groups = set(heard.simulated_for(heard.experiments).segments["group"])
+    decide_ensemble(held_out, held_out.experiments)
+    n_recordings = len(held_out.data.recordings)
+    groups = set(held_out.simulated_for(held_out.experiments).segments["group"])
     assert fitted[-1] == fitted[-2] == n_recordings  # for the decision, and for the report
     left_out = [n_recordings - one for one in fitted[:-2]]
-    sizes = pd.Series(heard.groups).value_counts()
+    sizes = pd.Series(held_out.groups).value_counts()
     assert sorted(left_out) == sorted(sizes[list(groups)])
 
 
-def test_another_share_of_nocall_chooses_for_it(heard):
-    few, many = (decide_ensemble(heard, heard.experiments, share) for share in (0.0, 1.0))
+def test_another_share_of_nocall_chooses_for_it(held_out):
+    few, many = (decide_ensemble(held_out, held_out.experiments, share) for share in (0.0, 1.0))
     assert many.decision.score["nocall_share_named"] == pytest.approx(1.0)
     assert many.decision.score["cross_validated_row_wise_f1"] == pytest.approx(1.0)
     assert few.decision.score["all_nocall"] == pytest.approx(0.0)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1])
-def test_a_share_that_is_none_is_refused(heard, share):
+def test_a_share_that_is_none_is_refused(held_out, share):
     with pytest.raises(ValueError, match="nocall share is"):
-        evaluate(heard, nocall_share=share)
+        evaluate(held_out, nocall_share=share)
 
 
-def test_an_ensemble_of_runs_that_were_not_heard_is_refused(heard):
+def test_an_ensemble_of_runs_that_do_not_exist_is_refused(held_out):
     with pytest.raises(ValueError, match="no run of norun; there are runs of other, tiny"):
-        evaluate(heard, [("tiny", "norun")])
+        evaluate(held_out, [("tiny", "norun")])
 
 
-def test_experiments_that_share_no_fold_are_scored_alone(trained_runs, training_data):
+def test_experiments_that_share_no_fold_are_scored_alone(
+    trained_runs, training_data, held_out_options
+):
     runs = [
         one for one in trained_runs if one.parts[-2:] in (("tiny", "fold0"), ("other", "fold1"))
     ]
-    found = evaluate(predict_held_out(runs, training_data, OPTIONS))
+    found = evaluate(predict_held_out(runs, training_data, held_out_options))
     assert found.search is None
     assert found.decision.chosen_on == "nothing"
     table = found.scores
@@ -210,16 +198,16 @@ def test_a_run_of_a_fold_that_the_data_has_not_is_named(trained_runs, training_d
         predict_held_out(trained_runs, one_fold)
 
 
-def test_one_fold_is_enough_for_a_choice(trained_runs, training_data):
+def test_one_fold_is_enough_for_a_search(trained_runs, training_data, held_out_options):
     runs = [one for one in trained_runs if one.name == "fold0"]
-    found = evaluate(predict_held_out(runs, training_data, OPTIONS))
+    found = evaluate(predict_held_out(runs, training_data, held_out_options))
     assert found.search is not None
     assert set(found.decision.members) == {"other-fold0", "tiny-fold0"}
     recordings = found.scores[found.scores["audio"] == "recordings"]["recordings"]
     assert set(recordings) == {int((training_data.recordings["fold"] == 0).sum())}
 
 
-def test_a_model_of_chance_is_worth_no_more_than_silence(heard):
+def test_a_model_of_chance_is_worth_no_more_than_silence(held_out):
     """The whole procedure on outputs that know nothing: choosing, calibrating, applying."""
     generator = np.random.default_rng(0)
 
@@ -230,28 +218,28 @@ def test_a_model_of_chance_is_worth_no_more_than_silence(heard):
         predictions = replace(part.predictions, clipwise=clipwise, framewise=framewise)
         return replace(part, predictions=predictions)
 
-    out_of_fold = {name: chance(part) for name, part in heard.out_of_fold.items()}
-    labelled = replace(heard.labelled, predictions=chance(heard.labelled.predictions), frames={})
-    simulated = {fold: chance(part) for fold, part in heard.simulated.items()}
+    out_of_fold = {name: chance(part) for name, part in held_out.out_of_fold.items()}
+    labelled = replace(held_out.labelled, predictions=chance(held_out.labelled.predictions), frames={})
+    simulated = {fold: chance(part) for fold, part in held_out.simulated.items()}
     found = evaluate(
-        replace(heard, simulated=simulated, labelled=labelled, out_of_fold=out_of_fold)
+        replace(held_out, simulated=simulated, labelled=labelled, out_of_fold=out_of_fold)
     )
     for name in ("tiny", "other", "ensemble"):
-        for sound in ("simulated", "labelled"):
-            nocall = value(found, "all nocall", sound, "row_wise_f1")
-            assert value(found, name, sound, "row_wise_f1") <= nocall + 0.01
+        for audio in ("simulated", "labelled"):
+            nocall = value(found, "all nocall", audio, "row_wise_f1")
+            assert value(found, name, audio, "row_wise_f1") <= nocall + 0.01
 
 
-def test_a_second_evaluation_hears_nothing_again(
-    trained_runs, training_data, heard, tmp_path, monkeypatch
+def test_a_second_evaluation_predicts_nothing_again(
+    trained_runs, training_data, held_out, evaluation, held_out_options, monkeypatch
 ):
-    options = replace(OPTIONS, cache_folder=tmp_path)
-    predict_held_out(trained_runs, training_data, options)
     monkeypatch.setattr("birdcall.evaluation.predictions.predict_audio", None)
-    again = predict_held_out(trained_runs, training_data, options)
-    for fold, scores in heard.simulated.items():
-        np.testing.assert_allclose(again.simulated[fold].clipwise, scores.clipwise, atol=1e-6)
-    pd.testing.assert_frame_equal(evaluate(again).scores, evaluate(heard).scores, atol=1e-6)
+    again = predict_held_out(trained_runs, training_data, held_out_options)
+    for fold, predictions in held_out.simulated.items():
+        stored = again.simulated[fold]
+        np.testing.assert_allclose(stored.clipwise, predictions.clipwise, atol=1e-6)
+    scores = evaluate(again, [("tiny", "other")]).scores
+    pd.testing.assert_frame_equal(scores, evaluation.scores, atol=1e-6)
 
 
 def test_the_kernel_s_inference_does_what_the_decision_says(

@@ -141,7 +141,7 @@ def test_every_step_is_drawn_at_its_gain(evaluation):
 
 def test_every_name_but_the_prior_is_drawn_over_the_share_of_nocall(evaluation):
     names = [part.name for part in chart_shares(nocall_share_table(evaluation.scores)).figure.data]
-    assert names == ["other", "tiny", "ensemble", "all nocall"]
+    assert names == ["other", "tiny", "tiny+other", "ensemble", "all nocall"]
 
 
 def test_reliability_is_drawn_before_and_after_beside_the_diagonal(evaluation):

@@ -21,6 +21,7 @@ from birdcall.data.targets import IGNORE_TARGET, make_targets
 from birdcall.evaluation.comparison import Measure, compare_all, rank_agreement
 from birdcall.evaluation.predict import HeldOutOptions, HeldOutPredictions, predict_held_out
 from birdcall.evaluation.scoring import EnsembleDecision, decide_ensemble, score_submission
+from birdcall.evaluation.simulation import SimulationConfig
 from birdcall.inference.decision import average_members
 from birdcall.inference.ensemble import default_device
 from birdcall.kaggle.submission import LoadedPackage, predict_test_set
@@ -44,7 +45,8 @@ class AblationOptions:
 
     folds: held-out folds that are trained (None: all). n_seeds: of each experiment and fold.
     budget_seconds: for training and scoring of all. reference: the experiment that the others are
-    compared with (None: the first). training: of all runs, which are always resumed.
+    compared with (None: the first). training: of all runs, which are always resumed. simulation: of
+    the soundscapes on which each decision is searched.
     """
 
     budget_seconds: float
@@ -52,6 +54,7 @@ class AblationOptions:
     folds: tuple[int, ...] | None = None
     reference: str | None = None
     training: RunOptions = RunOptions()
+    simulation: SimulationConfig = SimulationConfig()
 
     def __post_init__(self) -> None:
         require(self.n_seeds >= 1, f"n_seeds is {self.n_seeds}; give at least 1")
@@ -136,7 +139,7 @@ def ablate(
             with times.measure(seed, runs):
                 train_many(runs, data, replace(options.training, resume=True))
                 for name, group in runs_of.items():
-                    scored = score_seed(group, data)
+                    scored = score_seed(group, data, options.simulation)
                     rows.append({"experiment": name, "seed": seed} | _table_row(group, scored))
                     for key, measured in scored.items():
                         measures.setdefault(key, measured.measure)
@@ -272,7 +275,9 @@ class BlockTimes:
 # --- scores -------------------------------------------------------------------------------------
 
 
-def score_seed(runs: Sequence[Run], data: TrainingData) -> dict[str, MeasuredValues]:
+def score_seed(
+    runs: Sequence[Run], data: TrainingData, simulation: SimulationConfig
+) -> dict[str, MeasuredValues]:
     """Score one experiment and seed on all audio that its runs did not train on, by measure.
 
     The decision is searched on simulated soundscapes; labelled and hidden ones are predicted by all
@@ -280,7 +285,9 @@ def score_seed(runs: Sequence[Run], data: TrainingData) -> dict[str, MeasuredVal
     rows with their solution, recordings of the folds that were trained.
     """
     folder = runs[0].folder.parent
-    options = HeldOutOptions(default_device(), cache_folder=folder / "predictions")
+    options = HeldOutOptions(
+        default_device(), simulation=simulation, cache_folder=folder / "predictions"
+    )
     held_out = predict_held_out([run.folder for run in runs], data, options)
     ensemble = decide_ensemble(held_out, held_out.experiments)
     measured = _measure_simulated(ensemble) | _measure_labelled(held_out, ensemble)
