@@ -13,12 +13,11 @@ from birdcall.evaluation import ablation as ablation_module
 from birdcall.evaluation.ablation import (
     AblationOptions,
     BlockTimes,
-    MeasuredValues,
     ablate,
     loss_change_last_fifth,
     score_seed,
 )
-from birdcall.evaluation.comparison import Measure
+from birdcall.evaluation.comparison import Measure, MeasuredValues
 from birdcall.evaluation.predict import HeldOutOptions, predict_held_out
 from birdcall.evaluation.scoring import evaluate, score_submission
 from birdcall.evaluation.simulation import SimulationConfig
@@ -293,7 +292,9 @@ def real(training_data, tiny_experiment, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ablation")
     short = replace(tiny_experiment, train=replace(tiny_experiment.train, epochs=2))
     other = replace(short, name="plain", model=replace(short.model, temporal="none"))
-    options = AblationOptions(n_seeds=2, budget_seconds=600, training=RunOptions(workers=0), simulation=SIMULATION)
+    options = AblationOptions(
+        n_seeds=2, budget_seconds=600, training=RunOptions(workers=0), simulation=SIMULATION
+    )
     found = ablate([short, other], training_data, folder, options)
     found.write_tables(folder)
     save_figure(plot_ablation(found), folder / "ablation.png")
@@ -314,9 +315,7 @@ def test_every_measure_is_there_for_each_experiment_and_seed(real, training_data
     assert (found.differences["low"] <= found.differences["high"]).all()
 
 
-def test_scores_are_those_of_evaluate_and_of_the_submission(
-    real, training_data, demo_folder
-):
+def test_scores_are_those_of_evaluate_and_of_the_submission(real, training_data, demo_folder):
     folder, found = real
     for (_, row), name in zip(found.table.iloc[:2].iterrows(), ("tiny", "plain"), strict=True):
         seed_folder = folder / name / "seed0"

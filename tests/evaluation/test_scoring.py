@@ -219,7 +219,9 @@ def test_a_model_of_chance_is_worth_no_more_than_silence(held_out):
         return replace(part, predictions=predictions)
 
     out_of_fold = {name: chance(part) for name, part in held_out.out_of_fold.items()}
-    labelled = replace(held_out.labelled, predictions=chance(held_out.labelled.predictions), frames={})
+    labelled = replace(
+        held_out.labelled, predictions=chance(held_out.labelled.predictions), frames={}
+    )
     simulated = {fold: chance(part) for fold, part in held_out.simulated.items()}
     found = evaluate(
         replace(held_out, simulated=simulated, labelled=labelled, out_of_fold=out_of_fold)

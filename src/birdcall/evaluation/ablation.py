@@ -7,22 +7,25 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from birdcall.config import Experiment, require
 from birdcall.data.dataset import TrainingData
-from birdcall.data.folds import recordist_clusters
-from birdcall.data.targets import IGNORE_TARGET, make_targets
-from birdcall.evaluation.comparison import Measure, compare_all, rank_agreement
-from birdcall.evaluation.predict import HeldOutOptions, HeldOutPredictions, predict_held_out
-from birdcall.evaluation.scoring import EnsembleDecision, decide_ensemble, score_submission
+from birdcall.evaluation.comparison import (
+    HIDDEN,
+    Measure,
+    MeasuredValues,
+    compare_all,
+    measure_held_out,
+    rank_agreement,
+)
+from birdcall.evaluation.predict import HeldOutOptions, predict_held_out
+from birdcall.evaluation.scoring import decide_ensemble, score_submission
 from birdcall.evaluation.simulation import SimulationConfig
-from birdcall.inference.decision import average_members
 from birdcall.inference.ensemble import default_device
 from birdcall.kaggle.submission import LoadedPackage, predict_test_set
 from birdcall.kaggle.test_set import SOLUTION, find_test_audio_folder
@@ -35,8 +38,7 @@ from birdcall.training.trainer import EpochLog, Run, RunOptions
 
 logger = logging.getLogger(__name__)
 
-JOURNAL_FILE = "ablation.jsonl"
-_HIDDEN = "hidden_f1"
+_JOURNAL_FILE = "ablation.jsonl"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class AblationOptions:
     folds: tuple[int, ...] | None = None
     reference: str | None = None
     training: RunOptions = RunOptions()
-    simulation: SimulationConfig = SimulationConfig()
+    simulation: SimulationConfig = field(default_factory=SimulationConfig)
 
     def __post_init__(self) -> None:
         require(self.n_seeds >= 1, f"n_seeds is {self.n_seeds}; give at least 1")
@@ -62,13 +64,6 @@ class AblationOptions:
             self.budget_seconds > 0,
             f"the budget is {self.budget_seconds:g} seconds; give more than 0",
         )
-
-
-class MeasuredValues(NamedTuple):
-    """The values of a measure for one experiment and seed, one per row; see `Measure`."""
-
-    measure: Measure
-    values: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -93,10 +88,10 @@ class Ablation:
     @property
     def agreement(self) -> pd.DataFrame | None:
         """Return how similarly each measure and hidden rows rank the experiments, if there are."""
-        if _HIDDEN not in self.measures:
+        if HIDDEN not in self.measures:
             return None
-        others = [key for key in self.measures if key != _HIDDEN]
-        return rank_agreement(self.table, others, _HIDDEN)
+        others = [key for key in self.measures if key != HIDDEN]
+        return rank_agreement(self.table, others, HIDDEN)
 
     def write_tables(self, folder: Path) -> None:
         """Write ``ablation.csv``, ``ablation_means.csv`` and ``ablation_differences.csv``."""
@@ -199,11 +194,11 @@ class BlockTimes:
     def __init__(self, folder: Path, experiments: Sequence[str], folds: Sequence[int]) -> None:
         self.seconds: dict[int, float] = {}
         self.complete: set[int] = set()
-        self._journal = Journal(folder / JOURNAL_FILE, "ablation")
+        self._journal = Journal(folder / _JOURNAL_FILE, "ablation")
         try:
             self._read({"experiments": list(experiments), "folds": list(folds)})
         except ValueError:
-            self.close()
+            self._journal.close()
             raise
 
     def _read(self, conditions: dict[str, list]) -> None:
@@ -290,74 +285,13 @@ def score_seed(
     )
     held_out = predict_held_out([run.folder for run in runs], data, options)
     ensemble = decide_ensemble(held_out, held_out.experiments)
-    measured = _measure_simulated(ensemble) | _measure_labelled(held_out, ensemble)
+    score = None
     if (data.folder / SOLUTION).is_file() and find_test_audio_folder(data.folder) is not None:
         submission = folder / "submission.csv"
         package = LoadedPackage(held_out.ensemble, ensemble.decision)
         predict_test_set(data.folder, submission, lambda: package)
         score = score_submission(data.folder, submission)
-        measure = Measure(
-            "hidden rows: F1", score.recordings, "soundscapes", all_nocall=score.all_nocall
-        )
-        measured[_HIDDEN] = MeasuredValues(measure, score.f1)
-    return measured | _measure_recordings(held_out)
-
-
-def _measure_simulated(ensemble: EnsembleDecision) -> dict[str, MeasuredValues]:
-    simulated, weights = ensemble.simulated, ensemble.weights
-    if simulated is None:
-        return {}
-    clusters, kind = tuple(simulated.groups), "groups of recordists"
-    truth = simulated.labelled_truth
-    all_nocall = float(weights[~truth.any(axis=1)].sum() / weights.sum())
-    f1 = Measure("simulated: F1", clusters, kind, all_nocall=all_nocall)
-    # Weighted so that their plain mean is the score.
-    values = ensemble.search.cross_validated_f1 * weights / weights.mean()
-    ap = Measure("simulated: macro AP", clusters, kind, truth[:, : len(simulated.classes)])
-    probabilities = average_members(simulated.framewise)[simulated.labelled]
-    return {
-        "simulated_f1": MeasuredValues(f1, values),
-        "simulated_ap": MeasuredValues(ap, probabilities),
-    }
-
-
-def _measure_labelled(
-    held_out: HeldOutPredictions, ensemble: EnsembleDecision
-) -> dict[str, MeasuredValues]:
-    labelled = held_out.labelled_for(held_out.experiments)
-    if labelled is None:
-        return {}
-    clusters, kind = tuple(labelled.recordings), "soundscapes"
-    all_nocall = float((~labelled.labelled_truth.any(axis=1)).mean())
-    f1 = Measure("soundscapes: F1", clusters, kind, all_nocall=all_nocall)
-    measured = {"soundscape_f1": MeasuredValues(f1, labelled.row_f1(ensemble.decision))}
-    truth = labelled.labelled_truth[:, : len(labelled.classes)]
-    if truth.any():
-        ap = Measure("soundscapes: macro AP", clusters, kind, truth)
-        probabilities = average_members(labelled.framewise)[labelled.labelled]
-        measured["soundscape_ap"] = MeasuredValues(ap, probabilities)
-    return measured
-
-
-def _measure_recordings(held_out: HeldOutPredictions) -> dict[str, MeasuredValues]:
-    """Measure the recordings of the folds that were held out, each by the run of its fold."""
-    probabilities, _ = held_out.out_of_fold_for(held_out.experiments)
-    known = ~np.isnan(probabilities).any(axis=1)
-    classes = held_out.data.classes
-    probabilities, recordings = probabilities[known], held_out.data.recordings[known]
-    clusters = tuple(recordist_clusters(recordings))
-    targets = make_targets(recordings, classes, None)
-    primary = [classes.index(code) for code in recordings["ebird_code"]]
-    is_right = (probabilities.argmax(axis=1) == primary).astype(float)
-    ap = Measure(
-        title="recordings: macro AP",
-        clusters=clusters,
-        cluster_kind="recordists",
-        truth=targets > 0,
-        known=targets != IGNORE_TARGET,
-    )
-    top1 = Measure("recordings: top-1", clusters, "recordists")
-    return {"oof_ap": MeasuredValues(ap, probabilities), "oof_top1": MeasuredValues(top1, is_right)}
+    return measure_held_out(held_out, ensemble, score)
 
 
 def _table_row(runs: Sequence[Run], measured: Mapping[str, MeasuredValues]) -> dict[str, float]:

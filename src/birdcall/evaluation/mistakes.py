@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -21,25 +20,27 @@ from birdcall.evaluation.simulated_audio import open_renderer
 from birdcall.evaluation.simulation import SimulatedSoundscape
 from birdcall.evaluation.tables import LABELLED, SIMULATED
 from birdcall.inference.decision import average_members
-from birdcall.inference.engine import open_recording, predict_stream
+from birdcall.inference.engine import predict_stream
 from birdcall.inference.ensemble import Ensemble
-from birdcall.inference.events import Event, EventDetector
+from birdcall.inference.events import Event
 from birdcall.inference.predictions import OutputOptions, SegmentPredictions, concatenate
-from birdcall.inference.windows import FRAMES_PER_SEGMENT, End
-from birdcall.prediction.local import PageWriter
+from birdcall.inference.windows import FRAMES_PER_SEGMENT
+from birdcall.kaggle.submission import LoadedPackage
+from birdcall.prediction.local import PageObserver, PageWriter
+from birdcall.prediction.package import Recording, detect_recordings
 
 logger = logging.getLogger(__name__)
 
 FALSE, MISSED = "predicted, not there", "there, not predicted"
-SHOWN_SAMPLE_RATE = 32_000  # of the waveforms of mistakes
-N_OF_A_KIND = 6  # for each kind of audio and of mistake
-N_PAGES = 20
+_SAMPLE_RATE = 32_000  # of the waveforms of mistakes
+_N_OF_A_KIND = 6  # for each kind of audio and of mistake
+_N_PAGES = 20
 _OUTPUTS = OutputOptions(frames=True, member_frames=True)
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A row in which a species is predicted that is not there, or the other way round.
+    """A row in which a species is predicted and not there, or there and not predicted.
 
     kind: `FALSE` or `MISSED`. audio: `SIMULATED` or `LABELLED`. start: of the row, seconds. score:
     of a false species its framewise probability; of a missed one its SNR (dB) where that is known,
@@ -65,7 +66,7 @@ class Mistake:
 class PredictedMistake:
     """A mistake with its waveform and the frames that were predicted again for it.
 
-    waveform: ``(samples,)`` of its row at `SHOWN_SAMPLE_RATE`, or None and the ``reason``. frames:
+    waveform: ``(samples,)`` of its row at 32 kHz, or None and the ``reason``. frames:
     ``(1 + members, species, FRAMES_PER_SEGMENT)``, the members' mean first, NaN for species that
     are no class of the members; None without a waveform. events: of the row's species, where their
     times are known.
@@ -83,7 +84,7 @@ class PredictedMistake:
 
 
 def find_mistakes(
-    held_out: HeldOutPredictions, ensemble: EnsembleDecision, n_of_a_kind: int = N_OF_A_KIND
+    held_out: HeldOutPredictions, ensemble: EnsembleDecision, n_of_a_kind: int = _N_OF_A_KIND
 ) -> list[Mistake]:
     """Return the worst rows of simulated and of labelled soundscapes, the worst first of each kind.
 
@@ -130,6 +131,7 @@ def _rank(
 ) -> list[Mistake]:
     """Return the mistakes of a kind, the worst of each species and recording, the worst first."""
     truth, classes = predictions.labelled_truth, predictions.classes
+    codes = np.array(classes)
     probability = average_members(predictions.framewise)[predictions.labelled]
     segments = predictions.segments[predictions.labelled]
     recordings = segments["recording"].to_numpy()
@@ -149,14 +151,10 @@ def _rank(
                 start=float(starts[row]),
                 ebird_code=code,
                 score=score,
-                predicted=_codes(predicted[row], classes),
-                true=_codes(truth[row], classes),
+                predicted=tuple(codes[predicted[row, : len(classes)]].tolist()),
+                true=tuple(codes[truth[row, : len(classes)]].tolist()),
             )
     return sorted(worst.values(), key=lambda one: (-one.score, one.recording, one.ebird_code))
-
-
-def _codes(chosen: np.ndarray, classes: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(classes[column] for column in np.flatnonzero(chosen[: len(classes)]))
 
 
 # --- their audio and frames -----------------------------------------------------------------------
@@ -205,7 +203,7 @@ def _render_row(
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """Return the waveform to show, and what the members predict on, by sample rate."""
     renderer = open_renderer(held_out.data, soundscape.fold, held_out.config)
-    rates = sorted({SHOWN_SAMPLE_RATE, *ensemble.sample_rates})
+    rates = sorted({_SAMPLE_RATE, *ensemble.sample_rates})
     waveforms = renderer.render(soundscape, rates)
     end = mistake.start + SEGMENT_SECONDS
     rows = {
@@ -213,7 +211,7 @@ def _render_row(
         for rate, waveform in waveforms.items()
     }
     is_alone = ensemble.window_config.is_single_segment
-    return rows[SHOWN_SAMPLE_RATE], rows if is_alone else waveforms
+    return rows[_SAMPLE_RATE], rows if is_alone else waveforms
 
 
 def _read_row(
@@ -227,7 +225,7 @@ def _read_row(
         except AudioError:
             return read_audio(path, rate, mistake.start)
 
-    shown = read_row(SHOWN_SAMPLE_RATE)
+    shown = read_row(_SAMPLE_RATE)
     if ensemble.window_config.is_single_segment:
         return shown, {rate: read_row(rate) for rate in ensemble.sample_rates}
     return shown, {rate: read_audio(path, rate) for rate in ensemble.sample_rates}
@@ -272,7 +270,7 @@ def write_labelled_pages(
     held_out: HeldOutPredictions,
     evaluation: Evaluation,
     pages: PageWriter,
-    n_pages: int = N_PAGES,
+    n_pages: int = _N_PAGES,
 ) -> dict[str, Path]:
     """Let ``pages`` write the worst labelled soundscapes; return the first page of each.
 
@@ -281,37 +279,19 @@ def write_labelled_pages(
     labelled = held_out.labelled
     if labelled is None or n_pages == 0:
         return {}
-    names = evaluation.soundscapes["recording"].head(n_pages)
-    sources = {name: open_recording(labelled.paths[name]) for name in names}
-    ensemble = held_out.ensemble
-    detector = EventDetector(evaluation.decision, ensemble.classes)
-    first_pages = {}
-    with closing(predict_stream(ensemble, sources, _OUTPUTS)) as stream:
-        for name, item in stream:
-            if isinstance(item, SegmentPredictions):
-                pages.add(item)
-                detector.add(item)
-                continue
-            if isinstance(item, End):
-                path = labelled.paths[name]
-                truth = true_events(labelled, name)
-                # The name of a recording may lack a suffix: that of its file tells pages apart.
-                first_pages[name] = pages.finish(
-                    f"{name}{path.suffix}",
-                    path,
-                    seconds=item.seconds,
-                    decided=detector.finish(item.seconds),
-                    labels=truth,
-                    truth=truth,
-                )
-            else:
-                logger.warning("%s; it has no page", item)
-                pages.discard()
-            detector = EventDetector(evaluation.decision, ensemble.classes)
-    return first_pages
+    paths = {name: labelled.paths[name] for name in evaluation.soundscapes["recording"]}
+    # The name of a soundscape may lack a suffix: that of its file tells pages apart.
+    names = {f"{name}{path.suffix}": name for name, path in list(paths.items())[:n_pages]}
+    observer = PageObserver(pages, lambda one: _true_events(labelled, names[one.name]))
+    recordings = [Recording(paths[name], page) for page, name in names.items()]
+    package = LoadedPackage(held_out.ensemble, evaluation.decision)
+    for recording, result in detect_recordings(recordings, package, [observer], _OUTPUTS):
+        if result.reason:
+            logger.warning("%s: %s; it has no page", recording.path, result.reason)
+    return {names[page]: path for page, path in observer.first_pages.items()}
 
 
-def true_events(labelled: LabelledSoundscapes, recording: str) -> list[Event]:
+def _true_events(labelled: LabelledSoundscapes, recording: str) -> list[Event]:
     """Return the events of a labelled soundscape: annotations, or rows where there are no times."""
     if recording in labelled.frames:
         return _annotated_events(labelled, recording)

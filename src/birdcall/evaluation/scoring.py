@@ -135,7 +135,12 @@ def evaluate(
         ensemble = replace(decisions[0], name=ENSEMBLE)
     else:
         ensemble = decide_ensemble(held_out, held_out.experiments, nocall_share, ENSEMBLE)
-    members = _order_members(held_out, decisions)
+    # The best experiment's members first: a kernel that is short of time uses the first ones.
+    score = {
+        one.name: one.decision.score.get("cross_validated_row_wise_f1", 0.0) for one in decisions
+    }
+    best_first = sorted(held_out.experiments, key=lambda name: -score[name])
+    members = tuple(member for name in best_first for member in held_out.member_names([name]))
     ensemble = replace(ensemble, decision=replace(ensemble.decision, members=members))
     targets = make_targets(held_out.data.recordings, held_out.data.classes, None)
     rows: Rows = []
@@ -192,20 +197,6 @@ def _gather(
         soundscapes=soundscapes,
         labelled=labelled,
     )
-
-
-def _order_members(
-    held_out: HeldOutPredictions, decisions: Sequence[EnsembleDecision]
-) -> tuple[str, ...]:
-    """Return all members, the best experiment first: a kernel short of time takes the first ones.
-
-    Experiments are ordered by their cross-validated score on simulated soundscapes.
-    """
-    score = {
-        one.name: one.decision.score.get("cross_validated_row_wise_f1", 0.0) for one in decisions
-    }
-    best_first = sorted(held_out.experiments, key=lambda name: -score[name])
-    return tuple(member for name in best_first for member in held_out.member_names([name]))
 
 
 # --- decisions ------------------------------------------------------------------------------------
@@ -402,29 +393,17 @@ def _predict_constant(
 
 @dataclass(frozen=True, eq=False)
 class SubmissionScore:
-    """The F1 of each hidden row of a submission, and of a submission that predicts no bird.
+    """The score of a submission on hidden rows, beside that of predicting no bird.
 
-    f1, nocall_f1: ``(rows,)``, in the order of test.csv. recordings: the ``audio_id`` of each row.
+    f1: ``(rows,)``, in the order of test.csv. recordings: the ``audio_id`` of each row, which the
+    interval resamples. row_wise_f1, all_nocall: means over rows.
     """
 
     f1: np.ndarray
-    nocall_f1: np.ndarray
     recordings: tuple[str, ...]
-
-    @property
-    def row_wise_f1(self) -> float:
-        """Return the score of the submission."""
-        return float(self.f1.mean())
-
-    @property
-    def all_nocall(self) -> float:
-        """Return the score of predicting no bird."""
-        return float(self.nocall_f1.mean())
-
-    @property
-    def interval(self) -> Interval:
-        """Return the interval of the score over resampled recordings."""
-        return bootstrap_interval(self.f1, self.recordings)
+    row_wise_f1: float
+    interval: Interval
+    all_nocall: float
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -438,7 +417,7 @@ class SubmissionScore:
 def score_submission(data: Path, submission: Path) -> SubmissionScore:
     """Score each row of a submission by ``solution.csv`` in the data folder.
 
-    Raises ValueError for a row of test.csv that one of both lacks, or an invalid submission.
+    Raises ValueError for an invalid submission, or a row of test.csv that solution.csv lacks.
     """
     rows = read_test_rows(data)
     predicted = read_submission(submission, list(rows["row_id"]))["birds"]
@@ -448,5 +427,11 @@ def score_submission(data: Path, submission: Path) -> SubmissionScore:
         raise ValueError(f"{data / 'solution.csv'}: no row {missing[0]}, which test.csv has")
     truth = list(solution.loc[rows["row_id"]])
     f1 = [row_wise_f1([true], [birds]) for true, birds in zip(truth, predicted, strict=True)]
-    nocall_f1 = [row_wise_f1([true], [NOCALL]) for true in truth]
-    return SubmissionScore(np.array(f1), np.array(nocall_f1), tuple(rows["audio_id"]))
+    recordings = tuple(rows["audio_id"])
+    return SubmissionScore(
+        f1=np.array(f1),
+        recordings=recordings,
+        row_wise_f1=float(np.mean(f1)),
+        interval=bootstrap_interval(f1, recordings),
+        all_nocall=float(np.mean([row_wise_f1([true], [NOCALL]) for true in truth])),
+    )

@@ -36,7 +36,6 @@ COLUMNS = ("name", "members", "audio", "metric", "value", "low", "high", "rows",
 RECORDINGS, SIMULATED, LABELLED = "recordings", "simulated", "labelled"  # kinds of audio
 ENSEMBLE, PRIOR = "ensemble", "prior"  # names that are no experiment's
 SNR_STEP_DB = 3.0
-MAX_CONFUSED_SPECIES = 30  # of a matrix that people can still read
 _SEGMENT_SECONDS_OF_EVENTS = 1.0
 # People mark a song by eye on a spectrogram of seconds: half a second is as good as it gets.
 _ONSET_COLLAR_SECONDS = 0.5
@@ -388,9 +387,7 @@ def confusion_table(
     return table.iloc[order].reset_index(drop=True)
 
 
-def confusion_matrix(
-    confusions: pd.DataFrame, max_species: int = MAX_CONFUSED_SPECIES
-) -> pd.DataFrame:
+def confusion_matrix(confusions: pd.DataFrame, max_species: int = 30) -> pd.DataFrame:
     """Return `confusion_table` as counts, true species × predicted species, both by code.
 
     Of more than ``max_species`` those that are confused most often.

@@ -160,18 +160,25 @@ def _labels_beside(recording: Path) -> list[Event]:
     return labels
 
 
-class _PageObserver:
-    """Writes the pages of each recording, with the labels beside it."""
+class PageObserver:
+    """Writes the pages of each recording, with its labels; first_pages: by name of the recording.
 
-    def __init__(self, pages: PageWriter) -> None:
+    labels_of: returns the labels of a recording; by default those in tables beside its file.
+    """
+
+    def __init__(
+        self, pages: PageWriter, labels_of: Callable[[Recording], list[Event]] | None = None
+    ) -> None:
         self.pages = pages
+        self.labels_of = labels_of or (lambda recording: _labels_beside(recording.path))
+        self.first_pages: dict[str, Path] = {}
 
     def add(self, recording: Recording, part: SegmentPredictions) -> None:
         self.pages.add(part)
 
     def finish(self, recording: Recording, result: RecordingResult) -> None:
-        labels = _labels_beside(recording.path)
-        self.pages.finish(
+        labels = self.labels_of(recording)
+        self.first_pages[recording.name] = self.pages.finish(
             recording.name,
             recording.path,
             seconds=result.seconds,
@@ -282,7 +289,7 @@ def predict_locally(
             if options.embeddings:
                 observers.append(EmbeddingWriter(output / EMBEDDINGS_FOLDER))
             if pages is not None:
-                observers.append(_PageObserver(pages))
+                observers.append(PageObserver(pages))
             yield from detect_recordings(recordings, package, observers, outputs)
 
     return predict
