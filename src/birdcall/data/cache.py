@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from birdcall.storage.store import Store
 logger = logging.getLogger(__name__)
 
 CACHE_SAMPLE_RATE = 32_000
+_SUFFIX, _MODULES = ".npy", ("data.cache",)  # of the store
 _HEADER_BYTES = 128  # of the .npy files here; numpy pads the header to it
 _STEP_BYTES = 4  # a float32 after the array: what one integer step is worth
 _MIN_PEAK, _MAX_INT = 2**-10, 32767
@@ -73,7 +75,8 @@ class RecordingCache:
 
         Raises OSError where the recording itself is missing.
         """
-        return self._store(sample_rate).path(name, file_state(self.data / name))
+        state = file_state(self.data / name)
+        return _cached_path(self._store(sample_rate).folder, name, **state)
 
     def has(self, name: str) -> bool:
         return self.path(name).is_file()
@@ -102,7 +105,12 @@ class RecordingCache:
 
     def _store(self, sample_rate: int | None = None) -> Store:
         folder = self.folder / str(sample_rate or self.sample_rate)
-        return Store(folder, ".npy", ["data.cache"])
+        return Store(folder, _SUFFIX, _MODULES)
+
+
+@lru_cache(maxsize=1 << 16)  # every epoch reads the same recordings, and the digest takes 0.1 ms
+def _cached_path(folder: Path, name: str, size: int, mtime_ns: int) -> Path:
+    return Store(folder, _SUFFIX, _MODULES).path(name, {"size": size, "mtime_ns": mtime_ns})
 
 
 def file_state(path: Path) -> dict[str, int]:
