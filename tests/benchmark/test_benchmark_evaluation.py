@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from birdcall.benchmark.training import EvaluationSize, benchmark_evaluation, random_truth
+from birdcall.benchmark.scale import EvaluationSize, benchmark_evaluation, random_truth
 
 
 def test_a_small_evaluation_gives_time_memory_and_scores(tmp_path):

@@ -10,9 +10,9 @@ from birdcall.benchmark.inference import (
     benchmark_inference,
     cut_segments,
     make_members,
+    write_long,
     write_soundscapes,
 )
-from birdcall.benchmark.scale import write_long
 from birdcall.inference.engine import predict_files
 from birdcall.inference.ensemble import load_ensemble
 

@@ -9,13 +9,13 @@ import pandas as pd
 import pytest
 
 from birdcall.audio.reading import probe_audio, read_audio
+from birdcall.benchmark.frontend import make_recordings
 from birdcall.benchmark.loader import (
     LoaderRecordings,
     LoaderRun,
     LoaderSetting,
     benchmark_loader,
     compare_readers,
-    make_recordings,
     time_loaders,
     time_readers,
     time_waiting,

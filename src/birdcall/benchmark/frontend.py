@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
+import soundfile
 import torch
 from torch import Tensor, nn
 
+from birdcall.audio.filters import make_noise
 from birdcall.audio.frontend import LogMel, power_to_db
 from birdcall.audio.reading import AudioError, crop_or_pad, probe_audio, read_audio
 from birdcall.config import SEGMENT_SECONDS, FrontendConfig, require
 from birdcall.data.recordings import read_recordings
 from birdcall.report.plots import AMBER, GREEN, GREY, SKY, new_figure, save_figure
+from birdcall.storage.files import atomic_path, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,6 +40,7 @@ _BATCH_SIZE = 16
 # The implementations take turns after this many clips, so that a busy machine slows all of them.
 # Not fewer: for some milliseconds after its turn, idle threads of an implementation use the cores.
 _CLIPS_PER_TURN = 256
+_MP3_RATE = 44_100
 _COMPARED_CLIPS = 64
 _COMPARED_ABOVE_DB = -80.0
 _LIBROSA, _TORCHLIBROSA, _NNAUDIO, _OURS = "librosa", "torchlibrosa", "nnAudio", "birdcall"
@@ -116,6 +123,55 @@ def _seconds_of(path: Path) -> float:
         return probe_audio(path).seconds
     except AudioError:
         return 0.0
+
+
+# --- synthetic recordings -------------------------------------------------------------------------
+
+
+def make_recordings(folder: Path, n_recordings: int, seconds: float, seed: int = 0) -> Path:
+    """Write ``n_recordings`` mp3 files of so many seconds and their train.csv; return ``folder``.
+
+    At 44.1 kHz, mono: whistles that sweep, over pink noise. Existing files are not replaced.
+    Raises ValueError where train.csv lists other recordings.
+    """
+    require(n_recordings > 0, f"n_recordings is {n_recordings}; it must be above 0")
+    require(seconds > SEGMENT_SECONDS, f"seconds is {seconds}; give more than {SEGMENT_SECONDS}")
+    names = [f"XC{100_000 + number}.mp3" for number in range(n_recordings)]
+    lines = [
+        "filename,ebird_code,recordist,primary_label,secondary_labels,rating,duration,"
+        "sampling_rate\n"
+    ]
+    for name in names:
+        lines.append(
+            f"{name},comrav,A. Bird,Corvus corax_Common Raven,[],4.0,{round(seconds)},44100 (Hz)\n"
+        )
+    table = folder / "train.csv"
+    if table.exists() and not table.read_text("utf-8").startswith("".join(lines[:2])):
+        raise ValueError(f"{table} lists other recordings; choose another folder for these")
+    audio = folder / "train_audio" / "comrav"
+    audio.mkdir(parents=True, exist_ok=True)
+    n_samples = round(seconds * _MP3_RATE)
+    noise = make_noise("pink", n_samples, _MP3_RATE, np.random.default_rng(seed)) / 10
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the encoder runs outside Python's lock
+        list(pool.map(partial(_write_recording, audio, noise, seed), names))
+    write_atomically(table, "".join(lines))
+    return folder
+
+
+def _write_recording(audio: Path, noise: np.ndarray, seed: int, name: str) -> None:
+    if (audio / name).exists():
+        return
+    generator = np.random.default_rng((seed, int(name[2:-4])))
+    waveform = np.roll(noise, int(generator.integers(len(noise))))
+    for _ in range(len(noise) // _MP3_RATE):  # a whistle for each second
+        n_samples = int(generator.uniform(0.1, 0.8) * _MP3_RATE)
+        low, high = generator.uniform(1_500, 8_000, 2)
+        phase = 2 * np.pi * np.cumsum(np.linspace(low, high, n_samples)) / _MP3_RATE
+        start = int(generator.integers(max(1, len(noise) - n_samples)))
+        whistle = np.sin(phase) * np.hanning(n_samples) * generator.uniform(0.02, 0.3)
+        waveform[start : start + n_samples] += whistle[: len(noise) - start].astype(np.float32)
+    with atomic_path(audio / name) as temporary:
+        soundfile.write(temporary, waveform, _MP3_RATE, format="MP3")
 
 
 # --- implementations ------------------------------------------------------------------------------

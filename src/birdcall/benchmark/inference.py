@@ -1,9 +1,13 @@
-"""Time inference from mp3 to probabilities against the inference of simple public kernels."""
+"""Time inference from mp3 to probabilities against a simple public kernel; measure its memory."""
 
 from __future__ import annotations
 
+import json
 import logging
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import wait
 from dataclasses import replace
@@ -18,16 +22,19 @@ import torch
 from torch import Tensor, nn
 
 from birdcall.audio.reading import read_audio
-from birdcall.benchmark.frontend import time_in_turns, torchlibrosa_frontend
+from birdcall.benchmark.frontend import peak_megabytes, time_in_turns, torchlibrosa_frontend
 from birdcall.config import SEGMENT_SECONDS, Experiment, FrontendConfig
 from birdcall.experiments import find_experiment
+from birdcall.inference.decision import Decision
 from birdcall.inference.engine import predict_files
 from birdcall.inference.ensemble import FRONT_END, READING, Ensemble, Member, load_ensemble
 from birdcall.inference.windows import ONNX_FILE, export_checkpoint, probe_windows
+from birdcall.kaggle.submission import LoadedPackage
 from birdcall.kaggle.test_set import AUDIO_SUFFIXES, EXAMPLE_AUDIO, TEST_AUDIO
 from birdcall.models.checkpoint import Checkpoint, save_checkpoint
 from birdcall.models.onnx import is_onnx_installed
 from birdcall.models.sed import SEDModel, build_model
+from birdcall.prediction.package import Recording, detect_recordings
 from birdcall.report.plots import BLUE, GREY, ORANGE, new_figure
 from birdcall.storage.files import write_atomically
 
@@ -39,6 +46,8 @@ logger = logging.getLogger(__name__)
 _NAIVE_BATCH = 8  # windows
 _MP3_RATE = 22_050  # hertz, mono: as the competition's soundscapes
 _N_CLASSES = 264
+_DAY_SECONDS = 24 * 3600
+_RESULT_FILE = "result.json"
 _LOGIT_STD = 0.5  # of a random network's framewise outputs
 
 
@@ -246,6 +255,60 @@ def spread_outputs(model: SEDModel, windows: Tensor) -> None:
     detection.weight *= _LOGIT_STD / logits.std(dim=(0, 2))[:, None, None]
     logits = detection(model.features(model.frontend(windows)))
     detection.bias -= logits.mean(dim=(0, 2))
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def benchmark_memory(
+    data: Path, folder: Path, *, short_seconds: float = 600.0, long_seconds: float = _DAY_SECONDS
+) -> pd.DataFrame:
+    """Measure the memory of detecting birds in a short and a long recording.
+
+    A process of its own predicts each, as `predict` does, with one member of
+    `benchmark_inference`. Writes ``memory.csv``.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = write_soundscapes(data, Path(scratch) / "soundscapes", short_seconds / 60)
+        (member,) = make_members(Path(scratch) / "members", paths, 1)
+        rows = []
+        for seconds in (short_seconds, long_seconds):
+            path = Path(scratch) / "long.wav"
+            write_long(path, list(paths.values()), seconds)
+            code = f"import sys; from {__name__} import predict_long; predict_long(*sys.argv[1:])"
+            subprocess.run(
+                [sys.executable, "-c", code, str(path), str(member), scratch], check=True
+            )
+            result = json.loads((Path(scratch) / _RESULT_FILE).read_text(encoding="utf-8"))
+            rows.append({"hours": round(seconds / 3600, 2), **result})
+    table = pd.DataFrame(rows)
+    write_atomically(folder / "memory.csv", table.to_csv(index=False))
+    return table
+
+
+def write_long(path: Path, sources: Sequence[Path], seconds: float, rate: int = 8000) -> None:
+    """Write a recording of ``seconds``, block by block: the sources one after another."""
+    waveform = np.concatenate([read_audio(source, rate) for source in sources])
+    left = round(seconds * rate)
+    with soundfile.SoundFile(path, "w", rate, 1, subtype="PCM_U8") as file:
+        while left > 0:
+            file.write(waveform[:left])
+            left -= len(waveform)
+
+
+def predict_long(path: str, member: str, folder: str) -> None:
+    """Detect the birds of a recording; write the peak memory of the process into ``folder``."""
+    ensemble = load_ensemble([Path(member)])
+    decision = Decision(0.6, 0.6, neighbour_weight=0.25, recording_threshold=0.7)
+    start = time.perf_counter()
+    package = LoadedPackage(ensemble, decision)
+    ((_, detected),) = detect_recordings([Recording(Path(path), "long")], package)
+    result = {
+        "peak_megabytes": round(peak_megabytes(), 1),
+        "x_real_time": round(detected.seconds / (time.perf_counter() - start), 1),
+        "events": len(detected.events),
+    }
+    write_atomically(Path(folder) / _RESULT_FILE, json.dumps(result))
 
 
 # --- the figure -----------------------------------------------------------------------------------

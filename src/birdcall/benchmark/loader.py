@@ -1,4 +1,4 @@
-"""Time reading training clips: librosa, a seek, the cache, and the loader with its workers."""
+"""Time reading training clips: by librosa, a seek, the cache, the loader, and in a training."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,10 +18,8 @@ from typing import TYPE_CHECKING
 import librosa
 import numpy as np
 import pandas as pd
-import soundfile
 import torch
 
-from birdcall.audio.filters import make_noise
 from birdcall.audio.reading import AudioError, iterate_audio, read_audio
 from birdcall.benchmark.frontend import label_speeds, time_in_turns
 from birdcall.config import NO_AUGMENT, SEGMENT_SECONDS, Experiment, replace_nested, require
@@ -35,8 +32,9 @@ from birdcall.data.targets import ClipSampler
 from birdcall.experiments import find_experiment
 from birdcall.models.sed import build_model
 from birdcall.report.plots import AMBER, GREEN, GREY, SKY, new_figure, save_figure
-from birdcall.storage.files import atomic_path, write_atomically
+from birdcall.storage.files import write_atomically
 from birdcall.training.step import BatchLoss
+from birdcall.training.trainer import Run, RunOptions, Training, start_training
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,9 +44,10 @@ logger = logging.getLogger(__name__)
 
 _EXPERIMENT = find_experiment("small_gru")  # two cores train it
 _RATE = _EXPERIMENT.frontend.sample_rate
-_MP3_RATE = 44_100
 _WORKERS = (0, 1, 2, 4)
 _CROPS = 4  # of an opened recording, compared with one crop
+_STORED_BATCHES = 8  # of different clips, so that no step repeats the one before
+_WARM_UP_STEPS = 4  # before each timing: batches that wait in a queue must not count as speed
 _LIBROSA, _LIBROSA_OFFSET = "librosa.load, whole file", "librosa.load, offset="
 _SEEK, _CACHE = "birdcall, seek in the file", "birdcall, cache"
 _LOADER, _TRAINING = "birdcall loader", f"birdcall train, {_EXPERIMENT.name}"
@@ -358,53 +357,93 @@ def _make_step(experiment: Experiment, n_classes: int) -> Callable[[ClipBatch], 
     return step
 
 
-# --- synthetic recordings -------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
-def make_recordings(folder: Path, n_recordings: int, seconds: float, seed: int = 0) -> Path:
-    """Write ``n_recordings`` mp3 files of so many seconds and their train.csv; return ``folder``.
+def benchmark_training(
+    data: TrainingData, experiment: Experiment, folder: Path, *, n_steps: int = 40, repeats: int = 5
+) -> pd.DataFrame:
+    """Time steps of ``experiment`` with and without loading and augmentation; write training.csv.
 
-    At 44.1 kHz, mono: whistles that sweep, over pink noise. Existing files are not replaced.
-    Raises ValueError where train.csv lists other recordings.
+    Two settings: one process on one core (as each run of `make demo`), and a process with loader
+    workers on all cores. Both trainings take turns of ``n_steps``, so that a slow minute of the
+    machine slows both. Columns: clips per second of each (medians), their ratio (median, lowest,
+    highest of the turns), and the share of time in which the augmented training waits for clips.
     """
-    require(n_recordings > 0, f"n_recordings is {n_recordings}; it must be above 0")
-    require(seconds > SEGMENT_SECONDS, f"seconds is {seconds}; give more than {SEGMENT_SECONDS}")
-    names = [f"XC{100_000 + number}.mp3" for number in range(n_recordings)]
-    lines = [
-        "filename,ebird_code,recordist,primary_label,secondary_labels,rating,duration,"
-        "sampling_rate\n"
-    ]
-    for name in names:
-        lines.append(
-            f"{name},comrav,A. Bird,Corvus corax_Common Raven,[],4.0,{round(seconds)},44100 (Hz)\n"
-        )
-    table = folder / "train.csv"
-    if table.exists() and not table.read_text("utf-8").startswith("".join(lines[:2])):
-        raise ValueError(f"{table} lists other recordings; choose another folder for these")
-    audio = folder / "train_audio" / "comrav"
-    audio.mkdir(parents=True, exist_ok=True)
-    n_samples = round(seconds * _MP3_RATE)
-    noise = make_noise("pink", n_samples, _MP3_RATE, np.random.default_rng(seed)) / 10
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the encoder runs outside Python's lock
-        list(pool.map(partial(_write_recording, audio, noise, seed), names))
-    write_atomically(table, "".join(lines))
-    return folder
+    n_cores = torch.get_num_threads()
+    rows = []
+    try:
+        for setting, threads, workers in (
+            ("a run on each core", 1, 0),
+            ("a run on all cores", n_cores, max(1, n_cores - 1)),
+        ):
+            torch.set_num_threads(threads)
+            n_clips = (_WARM_UP_STEPS + n_steps) * (repeats + 1) * experiment.train.data.batch_size
+            endless = replace_nested(
+                experiment, train={"epochs": 1, "data": {"clips_per_epoch": n_clips}}
+            )
+            augmented = _start(endless, data, folder, workers)
+            stored = _start(replace(endless, augment=NO_AUGMENT), data, folder, 0)
+            stored.loader = _StoredBatches(stored.loader)
+            row = {"setting": setting, "threads": threads, "workers": workers}
+            rows.append(row | _compare(augmented, stored, n_steps, repeats))
+    finally:
+        torch.set_num_threads(n_cores)
+    table = pd.DataFrame(rows)
+    write_atomically(folder / "training.csv", table.to_csv(index=False))
+    return table
 
 
-def _write_recording(audio: Path, noise: np.ndarray, seed: int, name: str) -> None:
-    if (audio / name).exists():
-        return
-    generator = np.random.default_rng((seed, int(name[2:-4])))
-    waveform = np.roll(noise, int(generator.integers(len(noise))))
-    for _ in range(len(noise) // _MP3_RATE):  # a whistle for each second
-        n_samples = int(generator.uniform(0.1, 0.8) * _MP3_RATE)
-        low, high = generator.uniform(1_500, 8_000, 2)
-        phase = 2 * np.pi * np.cumsum(np.linspace(low, high, n_samples)) / _MP3_RATE
-        start = int(generator.integers(max(1, len(noise) - n_samples)))
-        whistle = np.sin(phase) * np.hanning(n_samples) * generator.uniform(0.02, 0.3)
-        waveform[start : start + n_samples] += whistle[: len(noise) - start].astype(np.float32)
-    with atomic_path(audio / name) as temporary:
-        soundfile.write(temporary, waveform, _MP3_RATE, format="MP3")
+class _StoredBatches:
+    """Stands in for a DataLoader: repeats a few batches that are in memory."""
+
+    def __init__(self, loader: torch.utils.data.DataLoader[ClipBatch]) -> None:
+        self.sampler, self.dataset = loader.sampler, loader.dataset
+        self.sampler.set_epoch(0)
+        self.batches = [batch for batch, _ in zip(loader, range(_STORED_BATCHES), strict=False)]
+
+    def __iter__(self) -> Iterator[ClipBatch]:
+        while True:
+            yield from self.batches
+
+
+def _start(experiment: Experiment, data: TrainingData, folder: Path, workers: int) -> Training:
+    train_part, _ = data.split(data.folds[0])
+    run = Run(experiment, data.folds[0], folder)
+    return start_training(run, data, train_part, RunOptions(workers=workers))
+
+
+def _compare(augmented: Training, stored: Training, n_steps: int, repeats: int) -> dict[str, float]:
+    trainings = [(training, training.steps()) for training in (augmented, stored)]
+    speeds: list[list[float]] = []
+    waiting = []
+    for turn in range(repeats + 1):
+        speeds.append([_clips_per_second(*training, n_steps) for training in trainings])
+        waiting.append(augmented.progress.waiting / augmented.progress.seconds)
+        logger.info("turn %d of %d done", turn, repeats)
+    augmented_speed, stored_speed = np.array(speeds[1:]).T  # the first turn is the warm-up
+    ratio = augmented_speed / stored_speed
+    return {
+        "augmented_clips_per_second": round(float(np.median(augmented_speed)), 1),
+        "ready_clips_per_second": round(float(np.median(stored_speed)), 1),
+        "ratio": round(float(np.median(ratio)), 3),
+        "ratio_low": round(float(ratio.min()), 3),
+        "ratio_high": round(float(ratio.max()), 3),
+        "waiting_share": round(float(np.median(waiting[1:])), 3),
+    }
+
+
+def _clips_per_second(training: Training, steps: Iterator[None], n_steps: int) -> float:
+    """Time ``n_steps`` steps after the warm-up."""
+    for _ in range(_WARM_UP_STEPS):
+        next(steps)
+    progress = training.progress
+    progress.seconds = progress.waiting = 0.0
+    before = progress.n_clips
+    start = time.perf_counter()
+    for _ in range(n_steps):
+        next(steps)
+    return (progress.n_clips - before) / (time.perf_counter() - start)
 
 
 # --- the figure -----------------------------------------------------------------------------------

@@ -1,90 +1,39 @@
-"""Measure the memory of inference, and estimate the time of large amounts of audio."""
+"""Estimate the time for large amounts of audio, and measure a large evaluation."""
 
 from __future__ import annotations
 
 import heapq
 import json
+import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import soundfile
+import torch
 
-from birdcall.audio.reading import read_audio
 from birdcall.benchmark.frontend import peak_megabytes
-from birdcall.benchmark.inference import make_members, write_soundscapes
-from birdcall.config import require
+from birdcall.config import SEGMENT_SECONDS, require
+from birdcall.evaluation import tables
+from birdcall.evaluation.decision_search import search_decision
+from birdcall.evaluation.labelled import segment_table
+from birdcall.evaluation.predictions import LabelledPredictions, PredictionCache, predict_cached
+from birdcall.experiments import find_experiment
 from birdcall.inference.decision import Decision
-from birdcall.inference.ensemble import load_ensemble
-from birdcall.kaggle.submission import LoadedPackage
-from birdcall.prediction.package import Recording, detect_recordings
+from birdcall.inference.ensemble import Member, load_ensemble
+from birdcall.inference.predictions import SegmentPredictions, concatenate
+from birdcall.inference.windows import SINGLE_SEGMENT
+from birdcall.models.checkpoint import Checkpoint, find_checkpoints, save_checkpoint
+from birdcall.models.sed import build_model
 from birdcall.storage.files import read_table, write_atomically
-
-_DAY_SECONDS = 24 * 3600
-_RESULT_FILE = "result.json"
-
-# --- memory ---------------------------------------------------------------------------------------
-
-
-def benchmark_memory(
-    data: Path, folder: Path, *, short_seconds: float = 600.0, long_seconds: float = _DAY_SECONDS
-) -> pd.DataFrame:
-    """Measure the memory of detecting birds in a short and a long recording.
-
-    A process of its own predicts each, as `predict` does, with one member of
-    `benchmark_inference`. Writes ``memory.csv``.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        paths = write_soundscapes(data, Path(scratch) / "soundscapes", short_seconds / 60)
-        (member,) = make_members(Path(scratch) / "members", paths, 1)
-        rows = []
-        for seconds in (short_seconds, long_seconds):
-            path = Path(scratch) / "long.wav"
-            write_long(path, list(paths.values()), seconds)
-            code = f"import sys; from {__name__} import predict_long; predict_long(*sys.argv[1:])"
-            subprocess.run(
-                [sys.executable, "-c", code, str(path), str(member), scratch], check=True
-            )
-            result = json.loads((Path(scratch) / _RESULT_FILE).read_text(encoding="utf-8"))
-            rows.append({"hours": round(seconds / 3600, 2), **result})
-    table = pd.DataFrame(rows)
-    write_atomically(folder / "memory.csv", table.to_csv(index=False))
-    return table
-
-
-def write_long(path: Path, sources: Sequence[Path], seconds: float, rate: int = 8000) -> None:
-    """Write a recording of ``seconds``, block by block: the sources one after another."""
-    waveform = np.concatenate([read_audio(source, rate) for source in sources])
-    left = round(seconds * rate)
-    with soundfile.SoundFile(path, "w", rate, 1, subtype="PCM_U8") as file:
-        while left > 0:
-            file.write(waveform[:left])
-            left -= len(waveform)
-
-
-def predict_long(path: str, member: str, folder: str) -> None:
-    """Detect the birds of a recording; write the peak memory of the process into ``folder``."""
-    ensemble = load_ensemble([Path(member)])
-    decision = Decision(0.6, 0.6, neighbour_weight=0.25, recording_threshold=0.7)
-    start = time.perf_counter()
-    package = LoadedPackage(ensemble, decision)
-    ((_, detected),) = detect_recordings([Recording(Path(path), "long")], package)
-    result = {
-        "peak_megabytes": round(peak_megabytes(), 1),
-        "x_real_time": round(detected.seconds / (time.perf_counter() - start), 1),
-        "events": len(detected.events),
-    }
-    write_atomically(Path(folder) / _RESULT_FILE, json.dumps(result))
-
+from birdcall.taxonomy import all_species
 
 # --- scale ----------------------------------------------------------------------------------------
 
+_DAY_SECONDS = 24 * 3600
 _HIDDEN_HOURS = 25.0  # 150 soundscapes of ten minutes
 _LIMIT_SECONDS = 2 * 3600.0
 _MP3_MEGABYTES_PER_HOUR = 28.8  # 64 kbit/s
@@ -238,9 +187,162 @@ def benchmark_scale(
                 }
             )
     hidden = pd.DataFrame(rows)
-    archive_table = pd.DataFrame(
-        [archive.simulate(_MACHINES[0].seconds_per_hour(costs, n_members))]
-    )
+    seconds_per_hour = _MACHINES[0].seconds_per_hour(costs, n_members)
+    archive_table = pd.DataFrame([archive.simulate(seconds_per_hour)])
     write_atomically(folder / "scale_hidden.csv", hidden.to_csv(index=False))
     write_atomically(folder / "scale_archive.csv", archive_table.to_csv(index=False))
     return hidden, archive_table
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+_NOCALL_SHARE = 0.54
+_SPECIES_SHARES = (0.7, 0.25, 0.05)  # of the rows with birds: those of one, two and three species
+_EXPERIMENT = find_experiment("small_plain")  # any: the predictions are random
+_SIZE_FILE = "size.json"
+_RESULT_FILE = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class EvaluationSize:
+    """How much is evaluated; segments are those of each soundscape."""
+
+    n_soundscapes: int
+    n_segments: int
+    n_classes: int
+    n_members: int
+
+    @property
+    def names(self) -> list[str]:
+        return [f"soundscape{number:04d}" for number in range(self.n_soundscapes)]
+
+
+def benchmark_evaluation(
+    folder: Path,
+    n_soundscapes: int = 150,
+    seconds: float = 600.0,
+    n_classes: int = 264,
+    n_members: int = 5,
+) -> pd.DataFrame:
+    """Store random predictions of members and evaluate them in a new process; return its costs.
+
+    The process reads the predictions as `birdcall evaluate` does, searches the decision of each
+    member and of the ensemble (cross-validated over groups of soundscapes) and makes the table.
+    Columns: rows, members, classes, seconds (with the start of Python), peak_gigabytes (of
+    memory), and the scores, which show that the search had a choice.
+    """
+    size = EvaluationSize(n_soundscapes, int(seconds // SEGMENT_SECONDS), n_classes, n_members)
+    n_species = len(all_species())
+    require(n_classes <= n_species, f"n_classes is {n_classes}; there are {n_species} species")
+    stored = folder / "stored"
+    shutil.rmtree(stored, ignore_errors=True)
+    _store_predictions(stored, size)
+    start = time.perf_counter()
+    code = f"import sys; from {__name__} import evaluate_stored; evaluate_stored(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(stored)], check=True)
+    wall_seconds = time.perf_counter() - start
+    result = json.loads((stored / _RESULT_FILE).read_text(encoding="utf-8"))
+    row = {
+        "soundscapes": n_soundscapes,
+        "rows": n_soundscapes * size.n_segments,
+        "classes": n_classes,
+        "members": n_members,
+        "seconds": round(wall_seconds, 1),
+        "peak_gigabytes": round(result["peak_gigabytes"], 2),
+        **{name: round(value, 3) for name, value in result["scores"].items()},
+    }
+    return pd.DataFrame([row])
+
+
+def random_truth(size: EvaluationSize) -> np.ndarray:
+    """Return truth ``(rows, classes)``: species of unequal frequency, 54 % of the rows empty."""
+    generator = np.random.default_rng(0)
+    n_rows = size.n_soundscapes * size.n_segments
+    prior = generator.pareto(1.0, size.n_classes) + 0.1
+    truth = np.zeros((n_rows, size.n_classes), dtype=bool)
+    for row in np.flatnonzero(generator.random(n_rows) >= _NOCALL_SHARE):
+        n_birds = 1 + min(generator.choice(3, p=_SPECIES_SHARES), size.n_classes - 1)
+        birds = generator.choice(
+            size.n_classes, n_birds, replace=False, p=prior / prior.sum(), shuffle=False
+        )
+        truth[row, birds] = True
+    return truth
+
+
+def _store_predictions(folder: Path, size: EvaluationSize) -> None:
+    """Write checkpoints, and random predictions of them for all soundscapes into the cache."""
+    classes = tuple(species.ebird_code for species in all_species()[: size.n_classes])
+    truth = random_truth(size)
+    generator = np.random.default_rng(1)
+    # What all members have in common: the birds more or less, and some confusions.
+    common = generator.normal(-6, 1.2, truth.shape).astype(np.float32)
+    common[truth] += generator.normal(6, 2.5, truth.sum())
+    confused = generator.random(len(truth)) < 0.15
+    common[confused, generator.integers(size.n_classes, size=confused.sum())] += 5
+    for number in range(size.n_members):
+        torch.manual_seed(number)
+        model = build_model(_EXPERIMENT, len(classes)).eval()
+        checkpoint = Checkpoint(_EXPERIMENT, classes, number)
+        saved = save_checkpoint(folder / "runs" / f"fold{number}", model, checkpoint)
+        logits = common + generator.normal(0, 0.8, truth.shape).astype(np.float32)
+        clipwise = 1 / (1 + np.exp(-logits))
+        framewise = 1 / (1 + np.exp(-(logits + generator.normal(0.7, 0.4, truth.shape))))
+        predictions = SegmentPredictions(
+            clipwise[None],
+            framewise[None].astype(np.float32),
+            starts=tuple(range(0, len(truth), size.n_segments)),
+            recording_seconds=(float(SEGMENT_SECONDS * size.n_segments),) * size.n_soundscapes,
+        )
+        by_name = dict(zip(size.names, predictions.split(), strict=True))
+        _cache(folder).write(Member(saved.name, model, saved), SINGLE_SEGMENT, by_name)
+    write_atomically(folder / _SIZE_FILE, json.dumps(vars(size)))
+
+
+def _cache(folder: Path) -> PredictionCache:
+    return PredictionCache(folder / "predictions", "soundscapes", "random")
+
+
+def evaluate_stored(folder: str) -> None:
+    """Evaluate what ``folder`` holds, in this process; write scores and peak memory there."""
+    stored = Path(folder)
+    size = EvaluationSize(**json.loads((stored / _SIZE_FILE).read_text(encoding="utf-8")))
+    labelled = _read_labelled(stored, size)
+    weights = tables.share_weights(labelled.labelled_truth, _NOCALL_SHARE)
+    rows: tables.Rows = []
+    scores = {}
+    subsets = {f"member {number}": [number] for number in range(size.n_members)}
+    for name, positions in {**subsets, tables.ENSEMBLE: range(size.n_members)}.items():
+        subset = labelled.for_members(list(positions))
+        search = search_decision(subset, weights, start=Decision(classes=labelled.classes))
+        subject = tables.ScoreSubject(name, len(subset.member_names), tables.SIMULATED)
+        rows += tables.decided_rows(subject, subset, search.cross_validated, weights)
+        rows += tables.ranked_rows(subject, subset)
+        scores[name] = float(np.average(search.cross_validated_f1, weights=weights))
+    result = {
+        "peak_gigabytes": peak_megabytes() / 1000,
+        "scores": {"all_nocall": _NOCALL_SHARE, "member_0": scores["member 0"]}
+        | {tables.ENSEMBLE: scores[tables.ENSEMBLE]},
+        "table": tables.wide_table(tables.tidy_table(rows)).to_string(index=False),
+    }
+    write_atomically(stored / _RESULT_FILE, json.dumps(result))
+
+
+def _read_labelled(folder: Path, size: EvaluationSize) -> LabelledPredictions:
+    """Read the members' predictions; each soundscape is a group of its own."""
+
+    def not_stored(rates: object) -> dict[int, np.ndarray]:
+        raise RuntimeError(f"{folder}: the cache does not hold the predictions")
+
+    ensemble = load_ensemble(find_checkpoints(folder / "runs"))
+    sources = dict.fromkeys(size.names, not_stored)
+    predictions = predict_cached(ensemble, sources, _cache(folder))
+    segments = [
+        segment_table(name, size.n_segments, is_labelled=True, group=name) for name in size.names
+    ]
+    return LabelledPredictions(
+        segments=pd.concat(segments, ignore_index=True),
+        truth=random_truth(size),
+        predictions=concatenate(list(predictions.values())),
+        member_names=tuple(member.name for member in ensemble.members),
+        classes=ensemble.classes,
+    )

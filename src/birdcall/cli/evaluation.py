@@ -216,7 +216,8 @@ def _benchmark_loader(
     repeats: Annotated[int, typer.Option(min=1, help="Repetitions; the median counts.")] = 3,
 ) -> None:
     """Time reading clips: librosa, a seek, the cache, and the loader with its workers."""
-    from birdcall.benchmark.loader import benchmark_loader, make_recordings
+    from birdcall.benchmark.frontend import make_recordings
+    from birdcall.benchmark.loader import benchmark_loader
 
     if recordings is not None:
         make_recordings(data, recordings, seconds)
@@ -240,7 +241,7 @@ def _benchmark_training(
     repeats: Annotated[int, typer.Option(min=1, help="Repetitions; the median counts.")] = 5,
 ) -> None:
     """Time training steps with loading and augmentation, and on clips that are in memory."""
-    from birdcall.benchmark.training import benchmark_training
+    from birdcall.benchmark.loader import benchmark_training
     from birdcall.experiments import find_experiment
 
     folders = Folders(data, output, folds)
@@ -265,7 +266,7 @@ def _benchmark_evaluation(
     members: Annotated[int, typer.Option(min=1, help="Number of members.")] = 5,
 ) -> None:
     """Time an evaluation of stored predictions in a new process, and measure its memory."""
-    from birdcall.benchmark.training import benchmark_evaluation
+    from birdcall.benchmark.scale import benchmark_evaluation
 
     table = benchmark_evaluation(
         output, n_soundscapes=soundscapes, seconds=seconds, n_classes=classes, n_members=members
@@ -303,7 +304,7 @@ def _benchmark_memory(
     hours: Annotated[float, typer.Option(help="Length of the long recording.")] = 24.0,
 ) -> None:
     """Measure the memory that inference takes for a recording of 10 minutes and a long one."""
-    from birdcall.benchmark.scale import benchmark_memory
+    from birdcall.benchmark.inference import benchmark_memory
 
     folder = Folders(data, output).benchmark
     table = benchmark_memory(data, folder, long_seconds=3600 * hours)
