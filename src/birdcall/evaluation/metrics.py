@@ -10,7 +10,7 @@ Conventions:
 
 ROC-AUC and LWLRAP are scikit-learn's, the matching of events is scipy's. Average precision is ours,
 because a bootstrap computes it thousands of times: for 500 rows of 264 classes with ignored cells
-it takes 31 ms, with scikit-learn's function 341 ms (see docs/decisions.md).
+it takes 17 ms, with scikit-learn's function 264 ms (see docs/decisions.md).
 """
 
 from __future__ import annotations

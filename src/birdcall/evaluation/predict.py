@@ -116,7 +116,6 @@ class HeldOutPredictions:
     soundscapes: tuple[SimulatedSoundscape, ...]
     config: SimulationConfig
     ensemble: Ensemble
-    window_config: WindowConfig = SINGLE_SEGMENT
 
     @property
     def experiments(self) -> tuple[str, ...]:
@@ -193,7 +192,6 @@ def predict_held_out(
         soundscapes=tuple(planned),
         config=config,
         ensemble=ensemble,
-        window_config=options.window_config,
     )
 
 

@@ -37,7 +37,7 @@ from birdcall.storage.store import Store, read_arrays, write_arrays
 
 logger = logging.getLogger(__name__)
 
-Predictions = dict[str, SegmentPredictions | AudioError]  # by recording; an error: not decodable
+_Predictions = dict[str, SegmentPredictions | AudioError]  # by recording; an error: not decodable
 
 
 # --- predictions and truth ---
@@ -215,10 +215,10 @@ class PredictionCache:
 
     def read(
         self, member: Member, window: WindowConfig, recordings: Sequence[str]
-    ) -> Predictions | None:
+    ) -> _Predictions | None:
         """Return the stored predictions of a member, or None if it must predict."""
 
-        def read_file(path: Path) -> Predictions:
+        def read_file(path: Path) -> _Predictions:
             arrays, values = read_arrays(path)
             errors = {name: AudioError(Path(path), why) for name, path, why in values["errors"]}
             names = [name for name in recordings if name not in errors]
@@ -236,7 +236,7 @@ class PredictionCache:
             return None
         return self.store.read(f"{member.name}.{self.name}", identity, read_file)
 
-    def write(self, member: Member, window: WindowConfig, predictions: Predictions) -> None:
+    def write(self, member: Member, window: WindowConfig, predictions: _Predictions) -> None:
         """Write the predictions of a member, and delete those of an earlier state of it."""
         identity, predicted = self.identify(member, window), _without_errors(predictions)
         if identity is None or not predicted:
@@ -263,7 +263,7 @@ def predict_cached(
     cache: PredictionCache = _NO_CACHE,
     *,
     progress: bool = False,
-) -> Predictions:
+) -> _Predictions:
     """Predict recordings as `predict_audio` does, without frames, as far as they are not stored.
 
     Members that are not stored predict together, so that the audio is decoded once.
@@ -280,7 +280,7 @@ def predict_cached(
         logger.warning("members could read different recordings of %s; all predict again", names)
         stored = [None] * len(lengths)
         by_member = _predict_missing(ensemble, sources, cache, stored, progress=progress)
-    result: Predictions = {}
+    result: _Predictions = {}
     for name in sources:
         items = [predictions[name] for predictions in by_member]
         result[name] = items[0] if isinstance(items[0], AudioError) else stack_members(items)
@@ -291,10 +291,10 @@ def _predict_missing(
     ensemble: Ensemble,
     sources: Mapping[str, AudioSource],
     cache: PredictionCache,
-    stored: Sequence[Predictions | None],
+    stored: Sequence[_Predictions | None],
     *,
     progress: bool,
-) -> list[Predictions]:
+) -> list[_Predictions]:
     """Return the predictions of each member; those not ``stored`` are computed and written."""
     by_member = list(stored)
     missing = [index for index, predictions in enumerate(stored) if predictions is None]
@@ -313,7 +313,7 @@ def _predict_missing(
     return by_member
 
 
-def _without_errors(predictions: Predictions) -> dict[str, SegmentPredictions]:
+def _without_errors(predictions: _Predictions) -> dict[str, SegmentPredictions]:
     return {
         name: item for name, item in predictions.items() if isinstance(item, SegmentPredictions)
     }

@@ -211,8 +211,8 @@ def decide_ensemble(
     """Search for the decision of some experiments on the soundscapes simulated for them."""
     names = tuple(experiments)
     start = Decision(
-        window_segments=held_out.window_config.window_segments,
-        context_seconds=held_out.window_config.context_seconds,
+        window_segments=held_out.ensemble.window_config.window_segments,
+        context_seconds=held_out.ensemble.window_config.context_seconds,
         classes=held_out.data.classes,
         members=held_out.member_names(names),
     )
