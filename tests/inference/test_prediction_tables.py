@@ -44,8 +44,8 @@ def test_a_submission_has_exactly_the_rows_given_in_order(tmp_path: Path) -> Non
         (["a"], [float("nan")], "birds is nan"),
         (["a"], [" "], "birds is ' '"),
         (["a"], ["aldfly  norcar"], "codes with a space between"),
-        (["a"], ["aldfly nocall"], "nocall cannot stand beside birds"),
-        (["a"], ["aldfly aldfly"], "names a bird twice"),
+        (["a"], ["aldfly nocall"], "nocall cannot be combined with species"),
+        (["a"], ["aldfly aldfly"], "names a species twice"),
     ],
 )
 def test_a_wrong_submission_is_not_written_over_a_right_one(

@@ -1,4 +1,4 @@
-"""Turn predictions into what others read: submissions, event tables, Raven and Audacity labels."""
+"""Write and read tables: submissions, detections, labels of Raven and Audacity."""
 
 from __future__ import annotations
 
@@ -16,36 +16,14 @@ from birdcall.inference.events import Event
 from birdcall.storage.files import atomic_path, read_table, write_atomically
 
 _SUBMISSION_COLUMNS = ("row_id", "birds")
-DETECTION_COLUMNS = (
-    "recording",
-    "onset",
-    "offset",
-    "ebird_code",
-    "common_name",
-    "confidence",
-)
+DETECTION_COLUMNS = (*("recording", "onset", "offset", "ebird_code", "common_name", "confidence"),)
 _RAVEN_COLUMNS = (
-    "Selection",
-    "View",
-    "Channel",
-    "Begin Time (s)",
-    "End Time (s)",
-    "Low Freq (Hz)",
-    "High Freq (Hz)",
-    "Species Code",
-    "Common Name",
-    "Confidence",
+    *("Selection", "View", "Channel", "Begin Time (s)", "End Time (s)"),
+    *("Low Freq (Hz)", "High Freq (Hz)", "Species Code", "Common Name", "Confidence"),
 )
-_RAVEN_LABEL_COLUMNS = (
-    "Species Code",
-    "ebird_code",
-    "Code",
-    "Species",
-    "Annotation",
-    "Label",
-)
+_RAVEN_LABEL_COLUMNS = (*("Species Code", "ebird_code", "Code", "Species", "Annotation", "Label"),)
 
-Detections = Mapping[str, Sequence[Event]]  # recording -> its events
+_Detections = Mapping[str, Sequence[Event]]  # recording -> its events
 
 
 # --- the submission -----------------------------------------------------------------------------
@@ -54,8 +32,8 @@ Detections = Mapping[str, Sequence[Event]]  # recording -> its events
 def write_submission(path: Path, row_ids: Sequence[str], birds: Sequence[str]) -> None:
     """Write the columns row_id, birds in the order given; ``birds`` are label strings.
 
-    Raises ``ValueError`` rather than write what Kaggle would score wrongly: a doubled row, a row
-    without label, ``nocall`` beside birds.
+    Raises ``ValueError`` for what Kaggle would score wrongly: a row twice, a row without label,
+    ``nocall`` beside birds.
     """
     if len(row_ids) != len(birds):
         raise ValueError(f"{path}: {len(row_ids)} row_ids but {len(birds)} predictions")
@@ -68,13 +46,13 @@ def read_submission(path: Path, row_ids: Sequence[str]) -> pd.DataFrame:
     frame = read_table(path, _SUBMISSION_COLUMNS)
     if frame.columns.tolist() != list(_SUBMISSION_COLUMNS):
         raise ValueError(f"{path}: the columns are {', '.join(frame)}, not row_id,birds")
-    found = frame["row_id"].tolist()
-    _check_submission(path, found, frame["birds"].tolist())
-    for line, row_id, expected in zip(frame.index, found, row_ids, strict=False):
+    read_ids = frame["row_id"].tolist()
+    _check_submission(path, read_ids, frame["birds"].tolist())
+    for line, row_id, expected in zip(frame.index, read_ids, row_ids, strict=False):
         if row_id != expected:
             raise ValueError(f"{path}, line {line}: row_id is {row_id!r}; expected {expected!r}")
-    if len(found) != len(row_ids):
-        raise ValueError(f"{path}: {len(found)} rows where {len(row_ids)} were expected")
+    if len(read_ids) != len(row_ids):
+        raise ValueError(f"{path}: {len(read_ids)} rows where {len(row_ids)} were expected")
     return frame.reset_index(drop=True)
 
 
@@ -91,16 +69,18 @@ def _check_submission(path: Path, row_ids: Sequence[str], birds: Sequence[str]) 
                 f"{where}: birds is {text!r}; give codes with a space between, or {NOCALL}"
             )
         if len(set(tokens)) != len(tokens):
-            raise ValueError(f"{where}: birds is {text!r}; it names a bird twice")
+            raise ValueError(f"{where}: birds is {text!r}; it names a species twice")
         if NOCALL in tokens and len(tokens) > 1:
-            raise ValueError(f"{where}: birds is {text!r}; {NOCALL} cannot stand beside birds")
+            raise ValueError(
+                f"{where}: birds is {text!r}; {NOCALL} cannot be combined with species"
+            )
 
 
 # --- event files: one combined table, or one file per recording ---------------------------------
 
 
 def write_detections_csv(
-    path: Path, detections: Detections, common_names: Mapping[str, str] | None = None
+    path: Path, detections: _Detections, common_names: Mapping[str, str] | None = None
 ) -> None:
     """Write the events of all recordings as one table with ``DETECTION_COLUMNS``.
 
@@ -128,7 +108,7 @@ def read_detections_csv(path: Path) -> dict[str, list[Event]]:
 
 
 def write_detections_jsonl(
-    path: Path, detections: Detections, common_names: Mapping[str, str] | None = None
+    path: Path, detections: _Detections, common_names: Mapping[str, str] | None = None
 ) -> None:
     """Write one JSON object per event and line, with the keys ``DETECTION_COLUMNS``."""
     rows = detection_rows(detections, common_names)
@@ -136,7 +116,7 @@ def write_detections_jsonl(
 
 
 def write_detections_parquet(
-    path: Path, detections: Detections, common_names: Mapping[str, str] | None = None
+    path: Path, detections: _Detections, common_names: Mapping[str, str] | None = None
 ) -> None:
     """Write the table of `write_detections_csv` as Parquet; recordings and codes as text."""
     import pyarrow as pa  # the kernel, which imports this module, can do without
@@ -169,7 +149,7 @@ def read_detections_jsonl(path: Path) -> dict[str, list[Event]]:
 
 
 def detection_rows(
-    detections: Detections, common_names: Mapping[str, str] | None = None
+    detections: _Detections, common_names: Mapping[str, str] | None = None
 ) -> list[dict[str, str | float]]:
     """Return one row per event, with the keys ``DETECTION_COLUMNS`` in order."""
     names = common_names or {}
@@ -217,7 +197,7 @@ def read_raven_table(path: Path, label_column: str | None = None) -> list[Event]
 
     The label is in ``label_column``, else in the first of ``_RAVEN_LABEL_COLUMNS`` that is there; a
     confidence, where there is none, is 1. Raven saves a selection once per view (waveform and
-    spectrogram): the first is taken. Raises ``ValueError`` naming the line of a bad one.
+    spectrogram): the first is taken. Raises ``ValueError`` with the line of an invalid selection.
     """
     options = ("Selection", "Begin Time (s)", "End Time (s)")
     frame = read_table(path, [*options, label_column] if label_column else options, delimiter="\t")

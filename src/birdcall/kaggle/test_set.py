@@ -110,9 +110,9 @@ def find_audio(folder: Path, name: str) -> Path | None:
         for path in folder.iterdir()
         if path.name.startswith(f"{name}.") and path.suffix.lower() in AUDIO_SUFFIXES
     ]
-    for found in sorted(names, key=lambda found: (len(found), found)):
-        if inside(folder, found).is_file():
-            return folder / found
+    for file_name in sorted(names, key=lambda file_name: (len(file_name), file_name)):
+        if inside(folder, file_name).is_file():
+            return folder / file_name
     return None
 
 
@@ -217,16 +217,16 @@ def read_annotations(data: Path, classes: Collection[str] | None = None) -> pd.D
 def raven_tables_of(recording: Path) -> list[Path]:
     """Return the Raven selection tables beside a recording: ``<stem>.….txt``."""
     return sorted(
-        one
-        for one in recording.parent.iterdir()
-        if one.suffix.lower() == _RAVEN_SUFFIX
-        and one.name.startswith(f"{recording.stem}.")
-        and one.is_file()
+        path
+        for path in recording.parent.iterdir()
+        if path.suffix.lower() == _RAVEN_SUFFIX
+        and path.name.startswith(f"{recording.stem}.")
+        and path.is_file()
     )
 
 
 def read_solution(data: Path) -> pd.DataFrame:
-    """Read the truth of the hidden test rows, which made data has: columns row_id, birds.
+    """Read the truth of the hidden test rows, which only synthetic data has: row_id, birds.
 
     ``birds`` are label strings, ready for ``row_wise_f1``; an empty cell is read as nocall.
     """

@@ -302,10 +302,10 @@ def write_results(
     results: Mapping[Recording, RecordingResult], output: Path, options: ResultOptions
 ) -> str:
     """Write tables of all recordings, files of each, and ``failed.csv``; return a summary."""
-    predicted = {recording: one for recording, one in results.items() if not one.reason}
+    predicted = {item: result for item, result in results.items() if not result.reason}
     codes = {event.ebird_code for result in results.values() for event in result.events}
     names = {code: display_name(code) for code in codes}
-    selected = {recording: options.select(one.events) for recording, one in predicted.items()}
+    selected = {item: options.select(result.events) for item, result in predicted.items()}
     detections = {str(recording.path): events for recording, events in selected.items()}
     tables = [name for name in _TABLES if name in options.formats]
     for name in tables:
@@ -317,7 +317,7 @@ def write_results(
                 write_raven_table(path, events, names)
             else:
                 write_audacity_labels(path, events)
-    failed = {str(recording.path): one.reason for recording, one in results.items() if one.reason}
+    failed = {str(item.path): result.reason for item, result in results.items() if result.reason}
     write_failures(output / "failed.csv", failed)
     n_events = sum(map(len, selected.values()))
     seconds = sum(result.seconds for result in predicted.values())

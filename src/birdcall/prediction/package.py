@@ -245,7 +245,7 @@ class Package:
             return average_members(clipwise)
 
         segments, events, failed = self._run(paths, OutputOptions(frames=True), probabilities)
-        codes = {event.ebird_code for found in events.values() for event in found}
+        codes = {event.ebird_code for of_recording in events.values() for event in of_recording}
         rows = detection_rows(events, {code: display_name(code) for code in codes})
         return PackagePredictions(
             segments=_segment_table(segments, self.classes),
