@@ -1,4 +1,4 @@
-"""An ablation keeps to its budget, compares like with like, and says what it left out."""
+"""An ablation keeps to its budget, compares like with like, and names what it left out."""
 
 import math
 from dataclasses import replace

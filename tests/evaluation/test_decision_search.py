@@ -1,4 +1,4 @@
-"""The decision is chosen by a fast search that says what the rule says, and scored elsewhere."""
+"""The decision is found by a fast search that equals the rule, and scored on other groups."""
 
 from dataclasses import replace
 
@@ -53,7 +53,7 @@ def random_truth(generator, n_segments, n_classes, bird_share=0.46):
 
 
 def noisy(generator, truth, n_members=2, skill=3.0, own=0.8):
-    """Members that hear the same, each with noise of its own."""
+    """Members that agree but for the noise of each."""
     base = generator.normal(-3, 1.2, truth.shape) + skill * truth
     logits = base + own * generator.normal(size=(n_members, *truth.shape))
     return (1 / (1 + np.exp(-logits))).astype(np.float32)

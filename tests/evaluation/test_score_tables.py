@@ -1,4 +1,4 @@
-"""Tables say what independent computations say, and what is not known stays away."""
+"""Tables hold what independent computations give, and leave out what is not known."""
 
 from dataclasses import replace
 
@@ -45,8 +45,8 @@ def scores_of(seed=0, n_recordings=6, n_rows=12, n_classes=5, n_known=6):
     generator = np.random.default_rng(seed)
     total = n_recordings * n_rows
     truth = generator.random((total, n_known)) < 0.12
-    heard = generator.normal(-2, 1, (2, total, n_classes)) + 3 * truth[:, :n_classes]
-    clipwise = (1 / (1 + np.exp(-heard))).astype(np.float32)
+    logits = generator.normal(-2, 1, (2, total, n_classes)) + 3 * truth[:, :n_classes]
+    clipwise = (1 / (1 + np.exp(-logits))).astype(np.float32)
     parts = [
         segment_table(f"s{k}", n_rows, is_labelled=True, group=f"s{k}") for k in range(n_recordings)
     ]
@@ -162,7 +162,7 @@ def test_recordings_that_nobody_held_out_are_not_counted():
 
 
 def labelled_events():
-    """One recording of two segments with an event from 1 to 3 s, which is heard exactly."""
+    """One recording of two segments with an event from 1 to 3 s, which is predicted exactly."""
     frames = np.zeros((2, 2 * FRAMES_PER_SEGMENT), np.float32)
     frames[0, FRAMES_PER_SEGMENT // 5 : 3 * FRAMES_PER_SEGMENT // 5] = 0.9
     clipwise = np.array([[[0.9, 0.1], [0.1, 0.1]]], np.float32)
@@ -178,9 +178,9 @@ def labelled_events():
     annotations = pd.DataFrame(
         [("s", 1.0, 3.0, "bird0")], columns=["recording", "onset", "offset", "ebird_code"]
     )
-    heard = SegmentPredictions(clipwise, clipwise, frames, recording_seconds=(10.0,))
+    predicted = SegmentPredictions(clipwise, clipwise, frames, recording_seconds=(10.0,))
     return LabelledSoundscapes(
-        predictions=scores, annotations=annotations, frames={"s": heard}, foreign=None, paths={}
+        predictions=scores, annotations=annotations, frames={"s": predicted}, foreign=None, paths={}
     )
 
 

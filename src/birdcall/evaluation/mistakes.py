@@ -154,7 +154,9 @@ def _rank(
                 predicted=tuple(codes[predicted[row, : len(classes)]].tolist()),
                 true=tuple(codes[truth[row, : len(classes)]].tolist()),
             )
-    return sorted(worst.values(), key=lambda one: (-one.score, one.recording, one.ebird_code))
+    return sorted(
+        worst.values(), key=lambda mistake: (-mistake.score, mistake.recording, mistake.ebird_code)
+    )
 
 
 # --- their audio and frames -----------------------------------------------------------------------
@@ -166,10 +168,10 @@ def predict_mistakes(
     """Yield each mistake with its audio, predicted again by members that did not train on it."""
     ensemble_of_fold = cache(
         lambda fold: held_out.ensemble.for_members(
-            [one for one in held_out.ensemble.members if one.checkpoint.fold == fold]
+            [member for member in held_out.ensemble.members if member.checkpoint.fold == fold]
         )
     )
-    soundscapes = {one.name: one for one in held_out.soundscapes}
+    soundscapes = {soundscape.name: soundscape for soundscape in held_out.soundscapes}
     for mistake in mistakes:
         ensemble = held_out.ensemble
         try:
@@ -252,7 +254,7 @@ def _predict_frames(
 
 def _annotated_events(labelled: LabelledSoundscapes, recording: str) -> list[Event]:
     annotations = labelled.annotations[labelled.annotations["recording"] == recording]
-    return [Event(one.ebird_code, one.onset, one.offset) for one in annotations.itertuples()]
+    return [Event(row.ebird_code, row.onset, row.offset) for row in annotations.itertuples()]
 
 
 def _cut_events(events: Sequence[Event], mistake: Mistake) -> Iterator[Event]:
@@ -282,7 +284,7 @@ def write_labelled_pages(
     paths = {name: labelled.paths[name] for name in evaluation.soundscapes["recording"]}
     # The name of a soundscape may lack a suffix: that of its file tells pages apart.
     names = {f"{name}{path.suffix}": name for name, path in list(paths.items())[:n_pages]}
-    observer = PageObserver(pages, lambda one: _true_events(labelled, names[one.name]))
+    observer = PageObserver(pages, lambda recording: _true_events(labelled, names[recording.name]))
     recordings = [Recording(paths[name], page) for page, name in names.items()]
     package = LoadedPackage(held_out.ensemble, evaluation.decision)
     for recording, result in detect_recordings(recordings, package, [observer], _OUTPUTS):
