@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -187,3 +188,14 @@ def test_a_call_of_ours_with_more_than_four_arguments_names_them():
         if len(call.args) > MAX_POSITIONAL and ast.unparse(call.func).split(".")[-1] in ours
     ]
     assert not unnamed
+
+
+def test_names_that_are_imported_when_a_command_runs_exist():
+    for module, tree in sources().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("birdcall."):
+                imported = import_module(node.module)
+                for alias in node.names:
+                    name = f"{node.module}.{alias.name}".removeprefix("birdcall.")
+                    where = f"{module}, line {node.lineno}: {name}"
+                    assert hasattr(imported, alias.name) or name in sources(), where
