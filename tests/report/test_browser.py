@@ -1,4 +1,4 @@
-"""What a person does with the pages, done in headless Chromium: look, sort, play, label, save."""
+"""The pages in headless Chromium, used as a person uses them: look, sort, play, label, save."""
 
 import shutil
 import time
@@ -40,7 +40,7 @@ except FileNotFoundError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 CLASSES = ("amecro", "blujay", "norcar")
-HOSTILE = "<img src=x onerror=\"window.bitten='yes'\">"
+HOSTILE = "<img src=x onerror=\"window.wasRun='yes'\">"
 RATE = 32_000
 
 
@@ -55,37 +55,37 @@ def _one_thread():
     """Training is over: the browser has threads of its own."""
 
 
-class BatchPreview:
-    """A page that notes what it must not do."""
+class OpenPage:
+    """A page whose errors and requests are recorded."""
 
     def __init__(self, browser, path: Path, width: int = 1280) -> None:
-        self.said: list[str] = []
-        self.asked: list[str] = []
+        self.messages: list[str] = []
+        self.requests: list[str] = []
         context = browser.new_context(
             viewport={"width": width, "height": 900}, accept_downloads=True
         )
         self.page = context.new_page()
         self.page.on("console", lambda message: self._note(message))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.on("pageerror", lambda error: self.messages.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(path.resolve().as_uri())
         self.page.wait_for_selector("body[data-ready=yes]", timeout=20_000)
 
     def _note(self, message) -> None:
         if message.type in ("error", "warning"):
-            self.said.append(message.text)
+            self.messages.append(message.text)
 
     def check(self) -> None:
-        """Nothing was complained of, and nothing asked for but the page itself."""
-        assert self.said == []
-        outside = {url for url in self.asked if not url.startswith(("data:", "blob:"))}
+        """There is no error, and no request but for the page itself."""
+        assert self.messages == []
+        outside = {url for url in self.requests if not url.startswith(("data:", "blob:"))}
         assert len(outside) == 1
         assert outside.pop().startswith("file://")
-        assert self.page.evaluate("window.bitten") is None
+        assert self.page.evaluate("window.wasRun") is None
 
 
 def make_soundscape(folder: Path, seconds: float = 30.0, **changes) -> Soundscape:
-    """Two birds that come and go, as two members hear them."""
+    """A tone in noise, and three species that two members predict in it."""
     path = folder / "site <1>.wav"
     generator = np.random.default_rng(0)
     time = np.arange(round(seconds * RATE)) / RATE
@@ -107,7 +107,7 @@ def make_soundscape(folder: Path, seconds: float = 30.0, **changes) -> Soundscap
             member_frames=members,
         )
     )
-    made = Soundscape(
+    soundscape = Soundscape(
         name=path.name,
         path=path,
         seconds=seconds,
@@ -119,7 +119,7 @@ def make_soundscape(folder: Path, seconds: float = 30.0, **changes) -> Soundscap
         labels=(),
         species=CLASSES,
     )
-    return replace(made, **changes)
+    return replace(soundscape, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -134,12 +134,12 @@ def written_soundscape(tmp_path_factory):
 def opened(browser, written_soundscape):
     """The page of `make_soundscape`, as it opens for the first time."""
     soundscape, path = written_soundscape
-    preview = BatchPreview(browser, path)
-    preview.soundscape = soundscape
-    preview.page.evaluate("player.muted = true")
-    yield preview
-    preview.check()
-    preview.page.context.close()
+    opened_page = OpenPage(browser, path)
+    opened_page.soundscape = soundscape
+    opened_page.page.evaluate("player.muted = true")
+    yield opened_page
+    opened_page.check()
+    opened_page.page.context.close()
 
 
 def write_index(folder: Path, table: pd.DataFrame, title: str = "Recordings") -> Path:
@@ -150,8 +150,8 @@ def write_index(folder: Path, table: pd.DataFrame, title: str = "Recordings") ->
 
 def listed(page) -> list[Event]:
     return [
-        Event(one["code"], one["onset"], one["offset"], one["confidence"])
-        for one in page.evaluate("detections")
+        Event(event["code"], event["onset"], event["offset"], event["confidence"])
+        for event in page.evaluate("detections")
     ]
 
 
@@ -159,7 +159,7 @@ def until(page, condition: str, seconds: float = 8.0) -> None:
     """Wait for a condition; playwright's own way needs an eval, which the pages forbid."""
     end = time.monotonic() + seconds
     while not page.evaluate(condition):
-        assert time.monotonic() < end, f"it never came to {condition}"
+        assert time.monotonic() < end, f"it is still false: {condition}"
         page.wait_for_timeout(20)
 
 
@@ -174,8 +174,8 @@ def saved(page, button: str, folder: Path) -> Path:
 # --- the soundscape page ------------------------------------------------------------------------
 
 
-def test_it_shows_what_was_decided(opened):
-    assert listed(opened.page) == sorted(opened.soundscape.decided, key=lambda one: one.onset)
+def test_the_page_shows_the_detections_of_the_decision(opened):
+    assert listed(opened.page) == sorted(opened.soundscape.decided, key=lambda event: event.onset)
     rows = opened.page.inner_text("#detections").splitlines()
     assert any("American Crow" in row for row in rows)
     assert any("Blue Jay" in row for row in rows)
@@ -202,7 +202,7 @@ def test_the_spectrogram_is_where_the_tone_is(opened):
     assert opened.page.evaluate(darkest) == pytest.approx(3 / 6, abs=0.03)
 
 
-def test_the_slider_finds_what_the_library_finds(opened):
+def test_the_slider_gives_the_events_that_the_library_gives(opened):
     for output in (0, 1, 2):
         for percent in (5, 20, 35, 50, 80):
             check_slider(opened, percent, output)
@@ -218,7 +218,7 @@ def check_slider(opened, percent: int, output: int) -> None:
     )
     (part,) = opened.soundscape.parts
     levels = part.unpack()[output] / 200
-    options = frames_to_events(
+    expected = frames_to_events(
         levels,
         part.classes,
         frame_seconds=FRAME_SECONDS,
@@ -226,17 +226,19 @@ def check_slider(opened, percent: int, output: int) -> None:
         min_seconds=0.0,
         max_gap_seconds=0.5,
     )
-    found = listed(page)
-    assert [(one.ebird_code, one.onset, one.offset) for one in found] == [
-        (one.ebird_code, one.onset, one.offset) for one in options
+    events = listed(page)
+    assert [(event.ebird_code, event.onset, event.offset) for event in events] == [
+        (event.ebird_code, event.onset, event.offset) for event in expected
     ]
-    assert [one.confidence for one in found] == pytest.approx([one.confidence for one in options])
+    assert [event.confidence for event in events] == pytest.approx(
+        [event.confidence for event in expected]
+    )
     assert page.is_checked("#by-threshold")
     page.check("#by-decision")
     assert listed(page) == list(opened.soundscape.decided)
 
 
-def test_levels_say_of_a_threshold_what_the_probabilities_say(tmp_path):
+def test_levels_and_probabilities_reach_the_same_thresholds(tmp_path):
     frames = np.random.default_rng(3).random((1, 1, 500), dtype=np.float32)
     collector = FrameCollector(Decision(), ("amecro",))
     nothing = np.zeros((1, 10, 1), np.float32)
@@ -253,7 +255,7 @@ def test_levels_say_of_a_threshold_what_the_probabilities_say(tmp_path):
         assert ((levels >= 2 * percent) == (frames[0, 0] >= np.float32(percent / 100))).all()
 
 
-def test_it_plays_from_where_one_clicks(opened):
+def test_a_click_on_the_spectrogram_plays_from_there(opened):
     page = opened.page
     page.click("#spectrogram", position={"x": page.evaluate("viewWidth()") / 2, "y": 100})
     until(page, "player.currentTime > 15.1 && !player.paused")
@@ -263,7 +265,7 @@ def test_it_plays_from_where_one_clicks(opened):
     assert 15 < page.evaluate("state.cursor") < 20
 
 
-def test_sound_is_as_long_and_as_loud_as_it_should_be(opened):
+def test_the_audio_has_the_length_and_level_of_the_recording(opened):
     assert opened.page.evaluate("player.duration") == pytest.approx(30.0, abs=0.06)
     loudest = opened.page.evaluate(
         """async () => {
@@ -316,7 +318,7 @@ def test_the_keyboard_moves_plays_zooms_and_goes_to_detections(opened):
     assert page.evaluate("player.paused")
 
 
-def test_keys_in_a_field_are_the_fields_own(opened):
+def test_keys_typed_into_a_field_stay_in_the_field(opened):
     page = opened.page
     page.focus("#note")
     page.keyboard.type("n p + space")
@@ -328,7 +330,7 @@ def test_species_can_be_hidden_and_shown(opened):
     page = opened.page
     page.click("summary:has-text('Species shown')")
     page.uncheck("#filter input[value=amecro]")
-    assert [one.ebird_code for one in listed(page)] == ["blujay"]
+    assert [event.ebird_code for event in listed(page)] == ["blujay"]
     assert "amecro" not in page.evaluate("laneSpecies()")
     page.click("#show-none")
     assert listed(page) == []
@@ -336,7 +338,7 @@ def test_species_can_be_hidden_and_shown(opened):
     assert len(listed(page)) == 2
 
 
-def test_what_is_exported_is_what_is_shown(opened, tmp_path):
+def test_the_saved_tables_hold_the_events_shown(opened, tmp_path):
     page = opened.page
     page.evaluate(
         "() => { const s = document.getElementById('threshold'); s.value = 12;"
@@ -354,7 +356,7 @@ def test_what_is_exported_is_what_is_shown(opened, tmp_path):
     assert "American Crow" in raven.read_text()
 
 
-def test_labels_are_made_mended_kept_saved_and_read_as_truth(opened, tmp_path):
+def test_labels_are_added_corrected_stored_saved_and_read_as_truth(opened, tmp_path):
     page = opened.page
     page.click("#copy-detections")
     page.select_option("#labels tr:nth-child(2) select", "norcar")
@@ -385,7 +387,7 @@ def test_labels_are_made_mended_kept_saved_and_read_as_truth(opened, tmp_path):
     page.click("button[aria-label='Delete label 3']")
     table = saved(page, "#save-labels", folder)
     events = read_raven_table(table)
-    assert [one.ebird_code for one in events] == ["amecro", "blujay"]
+    assert [event.ebird_code for event in events] == ["amecro", "blujay"]
     assert events[0].note == "far away,  two  of them"  # a table knows no quotes
     shutil.copy(opened.soundscape.path, folder / "site _1_.wav")
     truth = read_truth([folder], CLASSES)
@@ -396,7 +398,7 @@ def test_labels_are_made_mended_kept_saved_and_read_as_truth(opened, tmp_path):
     assert birds[10.0] == ("amecro",) and birds[15.0] == ("blujay",) and birds[25.0] == ()
 
 
-def test_a_saved_table_is_gone_on_with(opened, tmp_path):
+def test_a_saved_table_is_opened_again(opened, tmp_path):
     page = opened.page
     page.click("#copy-detections")
     page.fill("#labels tr:nth-child(1) td:nth-child(4) input", "sure")
@@ -435,26 +437,26 @@ def test_a_label_outside_the_recording_is_refused(opened):
         {"species": ("amecro",)},
         {"parts": (), "decided": ()},
     ],
-    ids=["no detections", "half a second", "one class", "nothing heard"],
+    ids=["no detections", "half a second", "one class", "no predictions"],
 )
 def test_poor_input_makes_a_page_that_works(browser, tmp_path, changes):
     soundscape = make_soundscape(tmp_path, changes.pop("seconds", 30.0), **changes)
-    preview = BatchPreview(browser, write_soundscape_pages(tmp_path / "view", soundscape))
-    assert len(listed(preview.page)) == len(soundscape.decided)
-    preview.page.evaluate("player.muted = true; togglePlaying()")
-    until(preview.page, "player.currentTime > 0 || player.ended")
-    preview.check()
+    opened_page = OpenPage(browser, write_soundscape_pages(tmp_path / "view", soundscape))
+    assert len(listed(opened_page.page)) == len(soundscape.decided)
+    opened_page.page.evaluate("player.muted = true; togglePlaying()")
+    until(opened_page.page, "player.currentTime > 0 || player.ended")
+    opened_page.check()
 
 
-def test_missing_sound_is_said_and_the_page_works(browser, tmp_path):
+def test_a_page_without_audio_gives_the_reason_and_works(browser, tmp_path):
     soundscape = replace(make_soundscape(tmp_path), path=tmp_path / "gone.wav")
-    preview = BatchPreview(browser, write_soundscape_pages(tmp_path / "view", soundscape))
-    assert "gone.wav: no such file" in preview.page.inner_text(".notice")
-    assert preview.page.is_disabled("#play")
-    preview.page.focus("#viewer")
-    preview.page.keyboard.press("n")
-    assert preview.page.evaluate("state.selected.code") == "amecro"
-    preview.check()
+    opened_page = OpenPage(browser, write_soundscape_pages(tmp_path / "view", soundscape))
+    assert "gone.wav: no such file" in opened_page.page.inner_text(".notice")
+    assert opened_page.page.is_disabled("#play")
+    opened_page.page.focus("#viewer")
+    opened_page.page.keyboard.press("n")
+    assert opened_page.page.evaluate("state.selected.code") == "amecro"
+    opened_page.check()
 
 
 def test_a_long_recording_is_shown_in_parts(browser, tmp_path, monkeypatch):
@@ -462,19 +464,19 @@ def test_a_long_recording_is_shown_in_parts(browser, tmp_path, monkeypatch):
     soundscape = make_soundscape(tmp_path, 25.0)
     first = write_soundscape_pages(tmp_path / "view", soundscape)
     assert len(list((tmp_path / "view").iterdir())) == 3
-    page = BatchPreview(browser, first).page
-    assert [one.ebird_code for one in listed(page)] == ["amecro"]
+    page = OpenPage(browser, first).page
+    assert [event.ebird_code for event in listed(page)] == ["amecro"]
     page.click("text=Next part")
     page.wait_for_selector("body[data-ready=yes]")
-    assert [one.ebird_code for one in listed(page)] == ["blujay"]
+    assert [event.ebird_code for event in listed(page)] == ["blujay"]
     assert page.evaluate("[data.start, data.seconds, data.totalSeconds]") == [10, 10, 25]
     page.evaluate(
         "() => { const s = document.getElementById('threshold'); s.value = 30;"
         "s.dispatchEvent(new Event('input')); }"
     )
-    own = [one for one in listed(page) if one.ebird_code == "blujay"]
-    assert own
-    assert all(one.onset > 19 and one.offset <= 20 for one in own)
+    blue_jays = [event for event in listed(page) if event.ebird_code == "blujay"]
+    assert blue_jays
+    assert all(event.onset > 19 and event.offset <= 20 for event in blue_jays)
     assert saved(page, "#save-labels", tmp_path).name.endswith(".part002.selections.txt")
     page.click("text=Next part")
     page.wait_for_selector("body[data-ready=yes]")
@@ -482,7 +484,7 @@ def test_a_long_recording_is_shown_in_parts(browser, tmp_path, monkeypatch):
     assert page.locator("text=Next part").count() == 0
 
 
-def test_scores_that_are_no_numbers_are_refused():
+def test_predictions_that_are_no_numbers_are_refused():
     frames = np.full((1, 1, 50), np.nan, np.float32)
     with pytest.raises(ValueError, match="did a model diverge"):
         FrameCollector(Decision(), ("amecro",)).add(
@@ -500,7 +502,7 @@ def test_scores_that_are_no_numbers_are_refused():
 )
 def test_hostile_names_are_inert(browser, tmp_path, name):
     base = make_soundscape(tmp_path)
-    code = f"{HOSTILE}</script><script>window.bitten='yes'</script>"
+    code = f"{HOSTILE}</script><script>window.wasRun='yes'</script>"
     hostile = replace(
         base,
         name=f"{name}.wav".replace("/", "∕"),
@@ -510,13 +512,13 @@ def test_hostile_names_are_inert(browser, tmp_path, name):
     )
     path = write_soundscape_pages(tmp_path / "view", hostile)
     assert path.parent == tmp_path / "view"
-    preview = BatchPreview(browser, path)
-    assert preview.page.evaluate("state.labels[0].note") == code
-    preview.check()
+    opened_page = OpenPage(browser, path)
+    assert opened_page.page.evaluate("state.labels[0].note") == code
+    opened_page.check()
     table = pd.DataFrame(
         {"recording": [hostile.name], "seconds": [30.0], "species": [code], "failed": [HOSTILE]}
     )
-    index = BatchPreview(browser, write_index(tmp_path / "view", table, HOSTILE))
+    index = OpenPage(browser, write_index(tmp_path / "view", table, HOSTILE))
     index.check()
     index.page.click("tbody a >> nth=0")
     index.page.wait_for_selector("#viewer")
@@ -539,7 +541,7 @@ def report(written_report):
 
 @pytest.fixture(scope="module")
 def opened_report(browser, report):
-    return BatchPreview(browser, report)
+    return OpenPage(browser, report)
 
 
 @pytest.fixture
@@ -549,16 +551,16 @@ def read(opened_report):
     opened_report.check()
 
 
-def column(page, table: str, place: int) -> list[str]:
+def column(page, table: str, index: int) -> list[str]:
     return page.eval_on_selector_all(
-        f"{table} tbody tr", f"rows => rows.map((row) => row.cells[{place}].textContent)"
+        f"{table} tbody tr", f"rows => rows.map((row) => row.cells[{index}].textContent)"
     )
 
 
 def test_the_report_is_drawn_without_the_network(read):
     assert read.page.locator(".chart .main-svg").count() > 0
     empty = read.page.eval_on_selector_all(
-        ".chart", "charts => charts.filter((one) => !one.querySelector('.main-svg')).length"
+        ".chart", "charts => charts.filter((chart) => !chart.querySelector('.main-svg')).length"
     )
     assert empty == 0
 
@@ -566,15 +568,15 @@ def test_the_report_is_drawn_without_the_network(read):
 def test_a_table_is_sorted_by_mouse_and_keyboard(read):
     page, table = read.page, "#species table.sortable"
     header = page.locator(f"{table} thead th", has_text="recordings").first
-    place = header.evaluate("one => one.cellIndex")
+    index = header.evaluate("element => element.cellIndex")
     header.click()
-    numbers = [float(one) for one in column(page, table, place)]
+    numbers = [float(text) for text in column(page, table, index)]
     assert numbers == sorted(numbers) and len(set(numbers)) > 1
     until(page, f"document.querySelector('{table} th[aria-sort=ascending]') !== null")
     header.locator("[tabindex]").first.focus()
     page.keyboard.press("Enter")
     until(page, f"document.querySelector('{table} th[aria-sort=descending]') !== null")
-    assert [float(one) for one in column(page, table, place)] == numbers[::-1]
+    assert [float(text) for text in column(page, table, index)] == numbers[::-1]
 
 
 def test_a_table_is_filtered(read):
@@ -595,20 +597,22 @@ def test_a_mistake_plays(read):
     players = page.locator(".card audio")
     assert players.count() == cards.count()
     page.evaluate(
-        "document.querySelectorAll('.card audio').forEach((one) => { one.muted = true; })"
+        "document.querySelectorAll('.card audio').forEach((player) => { player.muted = true; })"
     )
-    players.nth(0).evaluate("one => one.play()")
+    players.nth(0).evaluate("element => element.play()")
     until(page, "document.querySelector('.card audio').currentTime > 0.3")
-    assert players.nth(0).evaluate("one => one.duration") == pytest.approx(5, abs=0.1)
-    left = page.locator(".card .cursor").nth(0).evaluate("one => parseFloat(one.style.left)")
+    assert players.nth(0).evaluate("element => element.duration") == pytest.approx(5, abs=0.1)
+    left = (
+        page.locator(".card .cursor").nth(0).evaluate("element => parseFloat(element.style.left)")
+    )
     assert left > 0
-    players.nth(1).evaluate("one => one.play()")
+    players.nth(1).evaluate("element => element.play()")
     until(page, "document.querySelector('.card audio').paused")
 
 
 def test_a_mistake_shows_picture_curves_and_truth(read):
     for card in read.page.locator(".card").all():
-        assert card.locator("img").evaluate("one => one.naturalWidth") >= 250
+        assert card.locator("img").evaluate("element => element.naturalWidth") >= 250
         assert card.locator("svg polygon").count() >= 1
         assert "true:" in card.inner_text() and "predicted:" in card.inner_text()
 
@@ -630,29 +634,30 @@ def test_hostile_labels_are_inert_in_the_report(browser, evaluation, tmp_path):
     scores = evaluation.scores.replace({"name": {"tiny": HOSTILE}})
     path = tmp_path / "report.html"
     write_report(path, HOSTILE, replace(evaluation, labelled=labelled, scores=scores))
-    preview = BatchPreview(browser, path)
-    assert HOSTILE in preview.page.inner_text("h1")
-    preview.check()
+    opened_page = OpenPage(browser, path)
+    assert HOSTILE in opened_page.page.inner_text("h1")
+    opened_page.check()
 
 
-# --- for everybody ------------------------------------------------------------------------------
+# --- accessibility ------------------------------------------------------------------------------
 
 UNNAMED = """() => [...document.querySelectorAll('button, input, select, textarea, audio, img,'
     + 'canvas, [role=img], [role=region], [role=application], a[href]')]
-  .filter((one) => one.getClientRects().length)
-  .filter((one) => !(one.getAttribute('aria-label') || one.getAttribute('alt') || one.title
-    || (one.labels && [...one.labels].some((label) => label.textContent.trim()))
-    || (['BUTTON', 'A'].includes(one.tagName) && one.textContent.trim())))
-  .map((one) => one.outerHTML.slice(0, 120))"""
+  .filter((element) => element.getClientRects().length)
+  .filter((element) => !(element.getAttribute('aria-label') || element.getAttribute('alt')
+    || element.title
+    || (element.labels && [...element.labels].some((label) => label.textContent.trim()))
+    || (['BUTTON', 'A'].includes(element.tagName) && element.textContent.trim())))
+  .map((element) => element.outerHTML.slice(0, 120))"""
 
 CONTRAST = """() => {
   const read = (text) => (text.match(/[\\d.]+/g) || []).map(Number);
   const linear = (value) => (value /= 255) <= 0.03928 ? value / 12.92
     : ((value + 0.055) / 1.055) ** 2.4;
   const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
-  const ground = (one) => {
-    for (; one; one = one.parentElement) {
-      const color = read(getComputedStyle(one).backgroundColor);
+  const ground = (element) => {
+    for (; element; element = element.parentElement) {
+      const color = read(getComputedStyle(element).backgroundColor);
       if (color.length === 3 || color[3] === 1) return color;
     }
     return [255, 255, 255];
@@ -660,10 +665,10 @@ CONTRAST = """() => {
   const poor = [];
   const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
-    const one = walker.currentNode.parentElement, text = walker.currentNode.textContent.trim();
-    if (!text || one.closest('script, style, svg, [disabled], .disabled, option')) continue;
-    if (!one.getClientRects().length) continue;
-    const a = light(read(getComputedStyle(one).color)), b = light(ground(one));
+    const element = walker.currentNode.parentElement, text = walker.currentNode.textContent.trim();
+    if (!text || element.closest('script, style, svg, [disabled], .disabled, option')) continue;
+    if (!element.getClientRects().length) continue;
+    const a = light(read(getComputedStyle(element).color)), b = light(ground(element));
     const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
     if (ratio < 4.5) poor.push(`${ratio.toFixed(2)} ${text.slice(0, 40)}`);
   }
@@ -671,7 +676,7 @@ CONTRAST = """() => {
 }"""
 
 FOCUSABLE = """() => [...document.querySelectorAll('[tabindex]')]
-  .filter((one) => one.tabIndex > 0).length"""
+  .filter((element) => element.tabIndex > 0).length"""
 
 
 @pytest.fixture(scope="module")
@@ -688,10 +693,12 @@ def every_page(report, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["report", "soundscape", "index"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_everybody_can_use_it(browser, every_page, name, width):
-    preview = BatchPreview(browser, every_page[name], width)
-    page = preview.page
-    page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+def test_the_page_is_accessible(browser, every_page, name, width):
+    opened_page = OpenPage(browser, every_page[name], width)
+    page = opened_page.page
+    page.evaluate(
+        "document.querySelectorAll('details').forEach((details) => { details.open = true; })"
+    )
     page.wait_for_timeout(200)
     assert page.evaluate(UNNAMED) == []
     assert page.evaluate(CONTRAST) == []
@@ -699,7 +706,7 @@ def test_everybody_can_use_it(browser, every_page, name, width):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate("document.documentElement.lang") == "en"
     assert page.locator("h1").count() == 1
-    preview.check()
+    opened_page.check()
 
 
 def test_the_tab_key_goes_through_the_page_from_top_to_bottom(opened):
@@ -708,7 +715,7 @@ def test_the_tab_key_goes_through_the_page_from_top_to_bottom(opened):
         page.keyboard.press("Tab")
         where = page.evaluate("document.activeElement.id || document.activeElement.textContent")
         seen.append(where.strip())
-    options = [
+    controls = [
         "play",
         "next-detection",
         "zoom-in",
@@ -718,8 +725,8 @@ def test_the_tab_key_goes_through_the_page_from_top_to_bottom(opened):
         "save-raven",
         "add-label",
     ]
-    places = [seen.index(one) for one in options]
-    assert places == sorted(places)
+    positions = [seen.index(name) for name in controls]
+    assert positions == sorted(positions)
     outline = page.evaluate(
         "() => { document.getElementById('play').focus(); return getComputedStyle("
         "document.activeElement).outlineStyle; }"
@@ -735,7 +742,7 @@ def test_twenty_recordings_are_there_within_two_seconds(browser, written_soundsc
         rows.append((f"recording {number}.wav", 30.0, 2, "American Crow, Blue Jay", ""))
     table = pd.DataFrame(rows, columns=["recording", "seconds", "detections", "species", "failed"])
     index = write_index(tmp_path / "view", table)
-    page = BatchPreview(browser, index).page
+    page = OpenPage(browser, index).page
     assert ready_after(page) < 2
     page.click("text=recording 7.wav")
     page.wait_for_selector("body[data-ready=yes]")
@@ -749,24 +756,24 @@ def ready_after(page) -> float:
 
 def test_only_named_scripts_run(browser, tmp_path):
     """The policy holds even where something slipped through the escaping."""
-    body = f"{HOSTILE}<script>window.bitten='yes'</script><div id='x'></div>"
+    body = f"{HOSTILE}<script>window.wasRun='yes'</script><div id='x'></div>"
     script = "document.getElementById('x').textContent = 'ours'; document.body.dataset.ready='yes'"
     content = PageContent("t", scripts=(script,))
     write_page(tmp_path / "p.html", "page.html", content, body=Markup(body))
     page = open_page(browser, tmp_path / "p.html")
     assert page.inner_text("#x") == "ours"
-    assert page.evaluate("window.bitten") is None
+    assert page.evaluate("window.wasRun") is None
 
 
 def test_screenshots_are_of_what_is_there(browser, report, tmp_path):
     from PIL import Image
 
     pages = sorted((report.parent / "soundscapes").iterdir())
-    made = take_screenshots(browser, report, pages[0], tmp_path)
-    assert [one.name for one in made] == [
+    paths = take_screenshots(browser, report, pages[0], tmp_path)
+    assert [path.name for path in paths] == [
         *("report.webp", "mistakes.webp", "confusions.webp", "soundscape.webp")
     ]
-    for path in made:
+    for path in paths:
         picture = np.asarray(Image.open(path).convert("L"))
         assert picture.shape[1] == 1280
         assert picture.std() > 15  # not a blank page

@@ -1,4 +1,4 @@
-"""The report is one page that says and draws what was found, and nothing in it can bite."""
+"""The report is one self-contained page with all results, in which no label can run a script."""
 
 import re
 from collections import Counter
@@ -52,8 +52,8 @@ def test_hostile_names_are_inert(evaluation, tmp_path):
     hostile = "<img src=x onerror=alert(1)>"
     foreign = replace(evaluation.labelled, foreign=Counter({hostile: 3}))
     scores = evaluation.scores.replace({"name": {"tiny": hostile}})
-    found = replace(evaluation, labelled=foreign, scores=scores)
-    write_report(tmp_path / "r.html", hostile, found)
+    changed = replace(evaluation, labelled=foreign, scores=scores)
+    write_report(tmp_path / "r.html", hostile, changed)
     page = (tmp_path / "r.html").read_text()
     assert hostile not in page
     assert page.count("&lt;img src=x onerror=alert(1)&gt;") >= 3
@@ -67,8 +67,8 @@ def test_a_report_without_labelled_soundscapes_is_a_page_too(write_report_of, he
 
 def test_a_report_without_a_search_is_a_page_too(write_report_of, held_out, evaluation, tmp_path):
     ensemble = replace(evaluation.ensemble, search=None, simulated=None, calibration=None)
-    found = replace(evaluation, ensemble=ensemble, votes=None, snr=None, reliability=None)
-    write_report_of(tmp_path / "r.html", "demo", held_out, found, 0)
+    changed = replace(evaluation, ensemble=ensemble, votes=None, snr=None, reliability=None)
+    write_report_of(tmp_path / "r.html", "demo", held_out, changed, 0)
     page = (tmp_path / "r.html").read_text()
     assert "Labelled soundscapes: " in page and "Simulated soundscapes: " not in page
 
@@ -91,8 +91,8 @@ def test_the_report_does_not_grow_with_the_soundscapes(
         table = soundscape_table(
             labelled.predictions, labelled.predictions.decide(evaluation.decision)
         )
-        found = replace(evaluation, labelled=labelled, soundscapes=table)
-        write_report_of(folder / "r.html", "demo", replace(held_out, labelled=labelled), found, 1)
+        changed = replace(evaluation, labelled=labelled, soundscapes=table)
+        write_report_of(folder / "r.html", "demo", replace(held_out, labelled=labelled), changed, 1)
         sizes.append(len((folder / "r.html").read_text()))
         assert len(list((folder / "soundscapes").iterdir())) == 1
     n_more = 5 * len(evaluation.labelled.paths)
@@ -112,7 +112,7 @@ def repeat(labelled, n_times):
     return replace(labelled, predictions=many, paths=paths, frames={})
 
 
-def test_the_decision_is_said_with_its_score_and_silence_beside_it(evaluation):
+def test_the_decision_is_described_with_its_score_and_that_of_all_nocall(evaluation):
     text = describe_decision(evaluation.decision)
     score = evaluation.decision.score
     assert f"{score['cross_validated_row_wise_f1']:.3f} [{score['low']:.3f}, " in text

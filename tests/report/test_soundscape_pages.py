@@ -1,4 +1,4 @@
-"""What goes into a page: pictures, sound, frames in parts, names that fit, tables."""
+"""The content of pages: pictures, audio, frames in parts, names of files, tables."""
 
 import base64
 import io
@@ -20,7 +20,7 @@ from birdcall.report.html import (
     HtmlTable,
     PageContent,
     draw_tiles,
-    encode_mp3,
+    encode_audio,
     read_asset,
     require_browser,
     write_page,
@@ -48,12 +48,12 @@ def darkness(tile) -> np.ndarray:
 
 def test_tiles_stand_side_by_side():
     tiles = draw_tiles(noise(130))
-    assert [(one.start, one.seconds) for one in tiles] == [(0, 60), (60, 60), (120, 10)]
-    assert [darkness(one).shape for one in tiles] == [(256, 3000), (256, 3000), (256, 500)]
+    assert [(tile.start, tile.seconds) for tile in tiles] == [(0, 60), (60, 60), (120, 10)]
+    assert [darkness(tile).shape for tile in tiles] == [(256, 3000), (256, 3000), (256, 500)]
 
 
 @pytest.mark.parametrize("seconds", [0.01, 0.5])
-def test_the_shortest_sound_has_a_picture(seconds):
+def test_the_shortest_audio_has_a_picture(seconds):
     (tile,) = draw_tiles(noise(seconds))
     assert tile.seconds == pytest.approx(seconds)
     assert darkness(tile).shape[0] == 256
@@ -64,21 +64,21 @@ def test_silence_is_white():
 
 
 def test_a_codecs_limit_does_not_blacken_the_noise_below_it():
-    """Of a recording without anything above 8 kHz, noise looks as in one with all of it."""
+    """The noise of a recording that ends at 8 kHz looks as it does up to 16 kHz."""
     whole = noise(20)
     spectrum = np.fft.rfft(whole)
     spectrum[len(spectrum) // 2 :] = 0
     halved = np.fft.irfft(spectrum, len(whole)).astype(np.float32)
     low_rows = slice(140, 250)
-    both = [darkness(draw_tiles(one)[0])[low_rows].mean() for one in (whole, halved)]
+    both = [darkness(draw_tiles(waveform)[0])[low_rows].mean() for waveform in (whole, halved)]
     assert both[1] == pytest.approx(both[0], abs=0.1)
     assert darkness(draw_tiles(halved)[0])[10:120].mean() < 0.02
 
 
-def test_sound_comes_back_where_it_was():
+def test_encoded_audio_keeps_times_and_level():
     time = np.arange(5 * SAMPLE_RATE) / SAMPLE_RATE
     click = 0.01 * np.sin(2 * np.pi * 2000 * time) * np.exp(-np.square((time - 3.2) / 0.01))
-    content = base64.b64decode(encode_mp3(click.astype(np.float32)))
+    content = base64.b64decode(encode_audio(click.astype(np.float32)))
     back, rate = soundfile.read(io.BytesIO(content))
     assert rate == SAMPLE_RATE
     assert len(back) == len(click)
@@ -87,60 +87,60 @@ def test_sound_comes_back_where_it_was():
     assert len(content) < 5 * 60_000 / 8 + 2000
 
 
-def pieces(frames: np.ndarray, sizes: list[int]):
-    """Cut ``(members, classes, frames)`` into pieces of so many segments."""
+def split_frames(frames: np.ndarray, sizes: list[int]):
+    """Cut ``(members, classes, frames)`` into predictions of these numbers of segments."""
     start = 0
     for n_segments in sizes:
         stop = start + n_segments * FRAMES_PER_SEGMENT
-        own = frames[:, :, start:stop]
-        nothing = np.zeros((len(own), n_segments, own.shape[1]), np.float32)
+        subset = frames[:, :, start:stop]
+        nothing = np.zeros((len(subset), n_segments, subset.shape[1]), np.float32)
         yield SegmentPredictions(
             clipwise=nothing,
             framewise=nothing,
-            frames=own.mean(axis=0),
-            member_frames=own,
+            frames=subset.mean(axis=0),
+            member_frames=subset,
         )
         start = stop
 
 
 def test_frames_are_the_same_however_they_come(monkeypatch):
     monkeypatch.setattr(soundscape_pages, "PART_SECONDS", 40)
-    classes = tuple(f"c{place}" for place in range(6))
+    classes = tuple(f"c{index}" for index in range(6))
     frames = np.random.default_rng(0).random((3, 6, 20 * FRAMES_PER_SEGMENT), dtype=np.float32)
-    made = []
+    results = []
     for sizes in ([20], [1] * 20, [7, 7, 6]):
         collector = FrameCollector(Decision(), classes)
-        for piece in pieces(frames, sizes):
-            collector.add(piece)
-        made.append(collector.finish())
-    assert made[0] == made[1] == made[2]
-    assert [one.n_frames for one in made[0]] == [400, 400, 200]
+        for predictions in split_frames(frames, sizes):
+            collector.add(predictions)
+        results.append(collector.finish())
+    assert results[0] == results[1] == results[2]
+    assert [part.n_frames for part in results[0]] == [400, 400, 200]
     outputs = np.concatenate([frames.mean(axis=0)[None], frames])
-    for number, part in enumerate(made[0]):
+    for number, part in enumerate(results[0]):
         order = [classes.index(code) for code in part.classes]
-        own = outputs[:, order, 400 * number : 400 * number + part.n_frames]
-        assert (part.unpack() == np.floor(own * LEVELS)).all()
+        expected = outputs[:, order, 400 * number : 400 * number + part.n_frames]
+        assert (part.unpack() == np.floor(expected * LEVELS)).all()
 
 
-def test_a_page_grows_with_sound_and_not_with_classes():
+def test_a_page_grows_with_the_length_of_the_recording_not_with_classes():
     generator = np.random.default_rng(0)
     sizes = []
     for n_classes in (24, 264):
         frames = generator.random((2, n_classes, 500), dtype=np.float32)
-        classes = tuple(f"c{place}" for place in range(n_classes))
+        classes = tuple(f"c{index}" for index in range(n_classes))
         collector = FrameCollector(Decision(), classes)
-        collector.add(next(pieces(frames, [10])))
+        collector.add(next(split_frames(frames, [10])))
         (part,) = collector.finish()
         assert len(part.classes) == MAX_CLASSES
         sizes.append(len(part.packed))
     assert sizes[1] < 1.1 * sizes[0]
 
 
-def test_what_nobody_hears_is_left_out():
+def test_species_that_no_member_predicts_are_left_out():
     frames = np.zeros((1, 3, 50), np.float32)
     frames[0, 1, 7] = 0.06
     collector = FrameCollector(Decision(), ("a", "b", "c"))
-    collector.add(next(pieces(frames, [1])))
+    collector.add(next(split_frames(frames, [1])))
     assert collector.finish()[0].classes == ("b",)
 
 
@@ -148,9 +148,9 @@ def test_frames_are_calibrated_as_detections_are():
     calibration = Calibration((1.0,), (0.0,), (2.0,), (-0.5,))
     frames = np.random.default_rng(1).random((2, 1, 50), dtype=np.float32)
     collector = FrameCollector(Decision(calibration=calibration), ("a",))
-    collector.add(next(pieces(frames, [1])))
-    options = calibrate(frames[1].T, (2.0,), (-0.5,)).T
-    assert (collector.finish()[0].unpack()[2] == np.floor(options * LEVELS)).all()
+    collector.add(next(split_frames(frames, [1])))
+    expected = calibrate(frames[1].T, (2.0,), (-0.5,)).T
+    assert (collector.finish()[0].unpack()[2] == np.floor(expected * LEVELS)).all()
 
 
 def test_a_day_is_144_pages():
@@ -162,9 +162,9 @@ def test_a_day_is_144_pages():
 
 
 def test_names_fit_and_stay_apart():
-    one, other = (fitting_name("x" * 260 + end, ".html") for end in "ab")
-    assert one != other
-    assert len(one.encode()) <= 200 and one.endswith(".html")
+    first, second = (fitting_name("x" * 260 + end, ".html") for end in "ab")
+    assert first != second
+    assert len(first.encode()) <= 200 and first.endswith(".html")
     assert fitting_name("ü" * 90 + "/name.wav", ".html") == "ü" * 90 + "/name.wav.html"
     assert len(fitting_name("ü" * 300, ".html").encode()) <= 200
 

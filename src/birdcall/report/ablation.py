@@ -24,14 +24,14 @@ def describe_ablation(ablation: Ablation, command: str = "") -> str:
         _describe_conditions(ablation),
         "\n".join(f"- `{each.name}`: {each.description}." for each in ablation.experiments),
         "## Scores",
-        _to_markdown(score_table(ablation)),
+        _to_markdown(_score_table(ablation)),
         _score_notes(ablation),
         f"## Differences from `{ablation.options.reference}`",
         _to_markdown(difference_table(ablation)),
         _difference_notes(ablation),
         _describe_agreement(ablation),
         "## Has the training converged?",
-        _to_markdown(training_table(ablation)),
+        _to_markdown(_training_table(ablation)),
         "The loss is the mean over the last fifth of the epochs of a run; the change is relative "
         "to the fifth before it. An experiment whose loss still falls more than that of the others "
         "could gain from more epochs, and a comparison at this length does not hold for longer "
@@ -145,7 +145,7 @@ def _describe_agreement(ablation: Ablation) -> str:
     )
 
 
-def score_table(ablation: Ablation) -> pd.DataFrame:
+def _score_table(ablation: Ablation) -> pd.DataFrame:
     """Return a row per experiment: mean ± standard deviation of each measure, clips/s."""
     means = ablation.means.set_index(["experiment", "measure"])
     speed = ablation.table.groupby("experiment")["clips_per_second"].mean()
@@ -174,7 +174,7 @@ def difference_table(ablation: Ablation) -> pd.DataFrame:
     return pd.DataFrame(list(rows.values()))
 
 
-def training_table(ablation: Ablation) -> pd.DataFrame:
+def _training_table(ablation: Ablation) -> pd.DataFrame:
     """Return a row per experiment on its training: epochs, minutes, loss at the end."""
     by_experiment = ablation.table.groupby("experiment")
     rows = []

@@ -230,7 +230,7 @@ def _encode_webp(picture: Image.Image, quality: int, method: int) -> bytes:
     return content.getvalue()
 
 
-def encode_mp3(waveform: np.ndarray) -> str:
+def encode_audio(waveform: np.ndarray) -> str:
     """Return a waveform ``(samples,)`` at `SAMPLE_RATE` as mp3, in base64.
 
     The waveform is scaled so that its loudest sample is near full scale: quiet recordings are

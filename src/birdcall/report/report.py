@@ -37,7 +37,7 @@ from birdcall.report.html import (
     HtmlTable,
     PageContent,
     draw_tiles,
-    encode_mp3,
+    encode_audio,
     read_asset,
     write_page,
 )
@@ -244,7 +244,7 @@ def _readable_columns(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 @dataclass(frozen=True)
-class Curve:
+class _Curve:
     """Framewise probabilities of a species in the row of a mistake, as the points of an SVG.
 
     area: the members' mean; empty where nothing was predicted. lines: points, colour and dashes of
@@ -259,7 +259,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Card:
+class _Card:
     """A mistake as the page shows it; ``picture`` and ``audio`` are empty with a ``reason``."""
 
     name: str
@@ -267,15 +267,15 @@ class Card:
     row: str
     true: str
     predicted: str
-    curves: tuple[Curve, ...]
+    curves: tuple[_Curve, ...]
     picture: str = ""
     audio: str = ""
     reason: str = ""
 
 
-def _group_mistakes(mistakes: Iterable[PredictedMistake]) -> dict[str, list[Card]]:
+def _group_mistakes(mistakes: Iterable[PredictedMistake]) -> dict[str, list[_Card]]:
     """Return the cards under the heading of their kind of audio and of mistake."""
-    groups: dict[str, list[Card]] = {}
+    groups: dict[str, list[_Card]] = {}
     for predicted in mistakes:
         mistake = predicted.mistake
         heading = f"{mistake.audio.capitalize()} soundscapes: {mistake.kind}"
@@ -283,16 +283,16 @@ def _group_mistakes(mistakes: Iterable[PredictedMistake]) -> dict[str, list[Card
     return groups
 
 
-def _card(predicted: PredictedMistake) -> Card:
+def _card(predicted: PredictedMistake) -> _Card:
     mistake = predicted.mistake
     picture = audio = ""
     if predicted.waveform is not None:
         # A shorter last row is padded: all pictures show five seconds.
         missing = max(0, SEGMENT_SECONDS * SAMPLE_RATE - len(predicted.waveform))
         waveform = np.pad(predicted.waveform, (0, missing))
-        picture, audio = draw_tiles(waveform)[0].picture, encode_mp3(waveform)
+        picture, audio = draw_tiles(waveform)[0].picture, encode_audio(waveform)
     end = mistake.start + SEGMENT_SECONDS
-    return Card(
+    return _Card(
         name=display_name(mistake.ebird_code),
         score=_describe_score(mistake),
         row=f"{mistake.recording}, {mistake.start:g} to {end:g} s",
@@ -313,7 +313,7 @@ def _describe_score(mistake: Mistake) -> str:
     return f"missed, {mistake.score:.0f} dB above the noise in its frequency band"
 
 
-def _curves(predicted: PredictedMistake) -> Iterator[Curve]:
+def _curves(predicted: PredictedMistake) -> Iterator[_Curve]:
     """Yield the framewise probabilities of the first species of the row, with their true events."""
     pixels_per_second = _CURVE_WIDTH / SEGMENT_SECONDS
     for index, code in enumerate(predicted.mistake.species[:_MAX_CURVES]):
@@ -332,7 +332,7 @@ def _curves(predicted: PredictedMistake) -> Iterator[Curve]:
             for event in predicted.events
             if event.ebird_code == code
         )
-        yield Curve(display_name(code), highest, area=area, lines=lines, bars=bars)
+        yield _Curve(display_name(code), highest, area=area, lines=lines, bars=bars)
 
 
 def _points(frames: Sequence[float] | np.ndarray) -> str:

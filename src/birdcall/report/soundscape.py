@@ -26,7 +26,7 @@ from birdcall.report.html import (
     HtmlTable,
     PageContent,
     draw_tiles,
-    encode_mp3,
+    encode_audio,
     read_asset,
     write_page,
 )
@@ -42,8 +42,8 @@ LEVELS = 200
 # Species of a part: those with the highest probabilities. The size of a page depends on the length
 # of the recording, not on the number of classes.
 MAX_CLASSES = 24
-MIN_PROBABILITY = 0.05
-INDEX_FILE = "index.html"
+_MIN_PROBABILITY = 0.05
+_INDEX_FILE = "index.html"
 _SCRIPTS = ("soundscape_view.js", "soundscape_player.js", "soundscape_labels.js")
 
 
@@ -111,7 +111,7 @@ class FrameCollector:
         self.pending, self.n_pending = [], 0
         highest = levels.max(axis=(0, 2))
         order = np.argsort(-highest.astype(int), kind="stable")[:MAX_CLASSES]
-        columns = order[highest[order] >= MIN_PROBABILITY * LEVELS]
+        columns = order[highest[order] >= _MIN_PROBABILITY * LEVELS]
         packed = zlib.compress(np.ascontiguousarray(levels[:, columns]).tobytes(), 6)
         codes = tuple(self.classes[column] for column in columns)
         self.parts.append(PartFrames(codes, levels.shape[2], packed))
@@ -151,7 +151,7 @@ def n_parts_of(seconds: float) -> int:
     return max(1, -(-math.ceil(seconds) // PART_SECONDS))
 
 
-def write_soundscape_pages(folder: Path, soundscape: Soundscape, home: str = INDEX_FILE) -> Path:
+def write_soundscape_pages(folder: Path, soundscape: Soundscape, home: str = _INDEX_FILE) -> Path:
     """Write a page for each ten minutes of a recording; return the first page.
 
     home: the page that they link back to, relative to ``folder``. A recording that cannot be read
@@ -160,7 +160,7 @@ def write_soundscape_pages(folder: Path, soundscape: Soundscape, home: str = IND
     n_parts = max(1, len(soundscape.parts))
     names = page_names(soundscape.name, n_parts)
     paths = [inside(folder, name) for name in names]
-    home_text = "All recordings" if home == INDEX_FILE else "Report"
+    home_text = "All recordings" if home == _INDEX_FILE else "Report"
     for part, (waveform, reason) in enumerate(_read_parts(soundscape.path, n_parts)):
         targets = {home_text: home}
         if part > 0:
@@ -185,7 +185,7 @@ def write_soundscape_pages(folder: Path, soundscape: Soundscape, home: str = IND
             links={text: up + quote(target) for text, target in targets.items()},
             reason=reason,
             has_classes=bool(data["classes"]),
-            min_probability=MIN_PROBABILITY,
+            min_probability=_MIN_PROBABILITY,
             threshold_percent=min(99, max(5, round(100 * soundscape.threshold))),
             max_khz=f"{MAX_HZ / 1000:g}",
         )
@@ -243,7 +243,7 @@ def _page_data(
         "totalSeconds": round(max(soundscape.seconds, start + seconds), 6),
         "maxHz": MAX_HZ,
         "tiles": [vars(tile) for tile in tiles],
-        "audio": None if waveform is None else encode_mp3(waveform),
+        "audio": None if waveform is None else encode_audio(waveform),
         "classes": frames.classes,
         "species": [(code, display_name(code)) for code in codes],
         "outputs": ["ensemble", *soundscape.members],
@@ -272,7 +272,7 @@ class SoundscapePageWriter:
     decision: Decision
     classes: tuple[str, ...]
     members: tuple[str, ...]
-    home: str = INDEX_FILE
+    home: str = _INDEX_FILE
     collector: FrameCollector = field(init=False)
 
     def __post_init__(self) -> None:
@@ -330,6 +330,6 @@ class SoundscapePageWriter:
         frame = table.assign(seconds=table["seconds"].round().astype("Int64"))
         caption = "Recordings and the detections in them"
         content = HtmlTable(frame, caption, is_sortable=True, links=links)
-        path = self.folder / INDEX_FILE
+        path = self.folder / _INDEX_FILE
         write_page(path, "index.html", PageContent(title, has_tables=True), table=content)
         return path
