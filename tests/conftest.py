@@ -86,20 +86,22 @@ def demo_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def training_data(demo_folder, tmp_path_factory) -> TrainingData:
-    """The tiny demo, audited and in two folds."""
+def tables(demo_folder, tmp_path_factory) -> tuple[Path, Path]:
+    """The paths of the folds (two) and of the audit of the tiny demo."""
     output = tmp_path_factory.mktemp("output")
     recordings = read_recordings(demo_folder)
     audit = audit_recordings(demo_folder, recordings, output / "audit.csv", workers=1)
     usable = usable_recordings(recordings, audit)
     folds = make_folds(usable, 2, audio_hashes=audio_hashes(usable, audit))
     write_folds(folds, output / "folds.csv")
-    return load_training_data(
-        demo_folder,
-        folds=output / "folds.csv",
-        audit=output / "audit.csv",
-        cache=output / "cache",
-    )
+    return output / "folds.csv", output / "audit.csv"
+
+
+@pytest.fixture(scope="session")
+def training_data(demo_folder, tables) -> TrainingData:
+    """The tiny demo, audited and in two folds."""
+    folds, audit = tables
+    return load_training_data(demo_folder, folds=folds, audit=audit, cache=audit.parent / "cache")
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,6 @@ import pytest
 import safetensors.torch
 import torch
 from helpers import (
-    SCRIPT,
     read_labels,
     read_summary,
     rows_of,
@@ -28,27 +27,23 @@ from helpers import (
 
 from birdcall.inference.decision import Decision, write_decision
 from birdcall.kaggle.manifest import MANIFEST_FILE, find_changes, make_manifest
-from birdcall.kaggle.packaging import (
-    StagingOptions,
-    dry_run_submission,
-    run_as_kaggle,
-    stage_package,
-)
+from birdcall.kaggle.packaging import dry_run_submission, run_as_kaggle
 from birdcall.kaggle.submission import DECISION_FILE, EXAMPLE_SUBMISSION, run_kernel
 from birdcall.models.checkpoint import load_model, read_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope="module")
-def built(trained_runs, tmp_path_factory):
-    """A package of two members that hear a bird or two everywhere."""
-    build = tmp_path_factory.mktemp("build")
-    runs = trained_runs[::-1][:2]
-    checkpoints = [read_checkpoint(run) for run in runs]
-    members = tuple(one.name for one in checkpoints)
+def built(package, tmp_path_factory):
+    """The package with a decision that names two species in each row; its members in no order."""
+    build = tmp_path_factory.mktemp("build") / "build"
+    shutil.copytree(package.parent, build)
+    checkpoints = [read_checkpoint(folder) for folder in member_folders(build)[::-1]]
+    members = tuple(checkpoint.name for checkpoint in checkpoints)
     decision = Decision(
         0.0, 0.0, max_birds=2, file_threshold=0.0, classes=checkpoints[0].classes, members=members
     )
-    stage_package(runs, decision, StagingOptions(SCRIPT, build, "somebody"))
+    write_decision(build / "dataset" / DECISION_FILE, decision)
+    sign(build)
     return build
 
 

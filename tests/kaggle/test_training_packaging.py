@@ -10,10 +10,7 @@ import safetensors.torch
 import torch
 
 from birdcall.config import replace_nested
-from birdcall.data.audit import audio_hashes, audit_recordings, usable_recordings
-from birdcall.data.folds import make_folds, write_folds
 from birdcall.data.noise import find_noise, split_noise
-from birdcall.data.recordings import read_recordings
 from birdcall.experiments import EXPERIMENTS, find_experiment
 from birdcall.kaggle.manifest import MANIFEST_FILE, make_manifest, require_unchanged
 from birdcall.kaggle.packaging import (
@@ -69,18 +66,6 @@ for refused in (
     except OSError as error:
         print(str(error).split(":")[0])
 """
-
-
-@pytest.fixture(scope="module")
-def tables(demo_folder, tmp_path_factory) -> tuple[Path, Path]:
-    """Folds and audit of the tiny demo."""
-    folder = tmp_path_factory.mktemp("tables")
-    recordings = read_recordings(demo_folder)
-    audit = audit_recordings(demo_folder, recordings, folder / "audit.csv", workers=1)
-    usable = usable_recordings(recordings, audit)
-    folds = make_folds(usable, 2, audio_hashes=audio_hashes(usable, audit))
-    write_folds(folds, folder / "folds.csv")
-    return folder / "folds.csv", folder / "audit.csv"
 
 
 @pytest.fixture
