@@ -78,7 +78,7 @@ def test_the_kernel_writes_every_row_of_test_csv_in_order(pipeline):
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
-        (("--ensemble", "small_gru+nobody"), "no run of nobody was heard"),
+        (("--ensemble", "small_gru+nobody"), "no run of nobody"),
         (("--soundscapes", "nowhere"), "nowhere: no such folder of labelled soundscapes"),
         (("--fold", "7"), "no trained run of fold 7"),
         (("--experiment", "small_plain"), "no small_plain; `birdcall train` makes one"),
