@@ -156,7 +156,7 @@ def test_labels_that_cannot_be_scored_are_refused(
 def test_matrices_that_cannot_be_scored_are_refused(
     truth: np.ndarray, predicted: np.ndarray, message: str
 ) -> None:
-    for metric in (metrics.row_f1_scores, metrics.precision, metrics.recall):
+    for metric in (metrics.row_f1_scores, metrics.precision_recall):
         with pytest.raises(ValueError, match=message):
             metric(truth, predicted)
 
@@ -167,10 +167,11 @@ def test_matrices_that_cannot_be_scored_are_refused(
 def test_precision_and_recall_pool_all_rows_as_in_sklearn() -> None:
     truth, scores = random_scores()
     predicted = scores > 0.6
+    precision, recall = metrics.precision_recall(truth, predicted)
     expected = sklearn_metrics.precision_score(truth, predicted, average="micro")
-    assert metrics.precision(truth, predicted) == pytest.approx(expected)
+    assert precision == pytest.approx(expected)
     expected = sklearn_metrics.recall_score(truth, predicted, average="micro")
-    assert metrics.recall(truth, predicted) == pytest.approx(expected)
+    assert recall == pytest.approx(expected)
 
 
 def test_false_birds_are_counted_in_rows_without_birds_only() -> None:
@@ -181,8 +182,8 @@ def test_false_birds_are_counted_in_rows_without_birds_only() -> None:
 
 def test_a_share_of_nothing_is_undefined() -> None:
     some, none = np.ones((2, 3), bool), np.zeros((2, 3), bool)
-    assert np.isnan(metrics.precision(some, none))
-    assert np.isnan(metrics.recall(none, some))
+    assert np.isnan(metrics.precision_recall(some, none)[0])
+    assert np.isnan(metrics.precision_recall(none, some)[1])
     assert np.isnan(metrics.false_birds_per_nocall_row(some, none))
 
 
@@ -254,7 +255,7 @@ def test_what_no_class_defines_is_nan() -> None:
         metrics.expected_calibration_error,
     ],
 )
-def test_scores_that_are_no_numbers_are_refused_with_their_place(metric: object) -> None:
+def test_scores_that_are_no_numbers_are_refused_with_row_and_class(metric: object) -> None:
     truth, scores = random_scores()
     scores[7, 3] = np.nan
     with pytest.raises(ValueError, match="nan in row 7, class 3: did a model diverge"):
@@ -285,9 +286,9 @@ def test_probabilities_that_hold_have_no_calibration_error() -> None:
 def test_every_probability_is_in_one_bin_of_the_reliability_diagram() -> None:
     truth, scores = random_scores()
     scores[0, :2] = 0, 1
-    curve = metrics.reliability(truth, scores, n_bins=7)
-    assert curve.count.sum() == scores.size
-    assert np.average(curve.share_true, weights=curve.count) == pytest.approx(truth.mean())
+    _, share_true, count = metrics.reliability(truth, scores, n_bins=7)
+    assert count.sum() == scores.size
+    assert np.average(share_true, weights=count) == pytest.approx(truth.mean())
 
 
 def test_logits_are_not_taken_for_probabilities() -> None:
@@ -457,7 +458,7 @@ def test_an_event_is_matched_once() -> None:
     assert counts == metrics.DetectionCounts(1, 1, 0)
 
 
-def test_a_match_gives_way_where_that_finds_one_more() -> None:
+def test_a_match_is_changed_where_that_allows_a_further_match() -> None:
     # 1.0 could take either prediction, 1.3 only that at 1.15: greedy in either order may lose one.
     truth = [[1.0, 2.0], [1.3, 2.0]]
     for predicted in ([[1.15, 2.0], [0.9, 2.0]], [[0.9, 2.0], [1.15, 2.0]]):

@@ -15,7 +15,7 @@ it takes 17 ms, with scikit-learn's function 264 ms (see docs/decisions.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,7 +41,8 @@ def row_wise_f1(truth: Sequence[str], predicted: Sequence[str]) -> float:
     if len(truth) != len(predicted):
         hint = "are both of the same rows, in the same order?"
         raise ValueError(f"{len(truth)} rows of truth but {len(predicted)} predicted: {hint}")
-    _require_rows(len(truth))
+    if len(truth) == 0:
+        raise ValueError("there are no rows to score")
     pairs = zip(_token_sets("truth", truth), _token_sets("predicted", predicted), strict=True)
     scores = [2 * len(true & guess) / (len(true) + len(guess)) for true, guess in pairs]
     return float(np.mean(scores))
@@ -62,16 +63,15 @@ def row_f1_scores(truth: ArrayLike, predicted: ArrayLike) -> NDArray[np.floating
 # --- which kind of mistakes ---------------------------------------------------------------------
 
 
-def precision(truth: ArrayLike, predicted: ArrayLike) -> float:
-    """Return the share of predicted species that are true, over all rows; NaN if there is none."""
-    true, guess = _decision_pair(truth, predicted)
-    return _share((true & guess).sum(), guess.sum())
+def precision_recall(truth: ArrayLike, predicted: ArrayLike) -> tuple[float, float]:
+    """Return precision and recall, over all rows together.
 
-
-def recall(truth: ArrayLike, predicted: ArrayLike) -> float:
-    """Return the share of true species that are predicted, over all rows; NaN if there is none."""
+    Precision is the share of predicted species that are true, NaN if none is predicted; recall is
+    the share of true species that are predicted, NaN if none is true.
+    """
     true, guess = _decision_pair(truth, predicted)
-    return _share((true & guess).sum(), true.sum())
+    n_hits = (true & guess).sum()
+    return _share(n_hits, guess.sum()), _share(n_hits, true.sum())
 
 
 def false_birds_per_nocall_row(truth: ArrayLike, predicted: ArrayLike) -> float:
@@ -157,16 +157,14 @@ def lwlrap(truth: ArrayLike, scores: ArrayLike) -> float:
 # --- calibration --------------------------------------------------------------------------------
 
 
-class Reliability(NamedTuple):
-    """A reliability diagram: a value for each bin ``(bins,)`` that holds a probability."""
+def reliability(
+    truth: ArrayLike, probabilities: ArrayLike, n_bins: int = 15
+) -> tuple[NDArray[np.floating], NDArray[np.floating], NDArray[np.intp]]:
+    """Compare probabilities, in ``n_bins`` equal bins of [0, 1], with the share of true cells.
 
-    mean_probability: NDArray[np.floating]
-    share_true: NDArray[np.floating]
-    count: NDArray[np.intp]
-
-
-def reliability(truth: ArrayLike, probabilities: ArrayLike, n_bins: int = 15) -> Reliability:
-    """Compare probabilities, in ``n_bins`` equal bins of [0, 1], with the share of true cells."""
+    Returns a reliability diagram: the mean probability, the share of true cells and the number of
+    cells of each bin ``(bins,)`` that holds a probability.
+    """
     true, probability, _ = _ranking(truth, probabilities, None)
     if probability.min() < 0 or probability.max() > 1:
         raise ValueError(
@@ -180,9 +178,7 @@ def reliability(truth: ArrayLike, probabilities: ArrayLike, n_bins: int = 15) ->
     sum_probability = np.bincount(bins, probability.ravel(), n_bins)
     sum_true = np.bincount(bins, true.ravel(), n_bins)
     used = count > 0
-    return Reliability(
-        sum_probability[used] / count[used], sum_true[used] / count[used], count[used]
-    )
+    return sum_probability[used] / count[used], sum_true[used] / count[used], count[used]
 
 
 def expected_calibration_error(
@@ -193,9 +189,8 @@ def expected_calibration_error(
     Over all cells of ``(rows, classes)``. Most cells are near 0 and easy: the columns of the
     classes that occur, or a single column, show more.
     """
-    curve = reliability(truth, probabilities, n_bins)
-    gaps = np.abs(curve.share_true - curve.mean_probability)
-    return float(np.average(gaps, weights=curve.count))
+    mean_probability, share_true, count = reliability(truth, probabilities, n_bins)
+    return float(np.average(np.abs(share_true - mean_probability), weights=count))
 
 
 # --- uncertainty --------------------------------------------------------------------------------
@@ -260,7 +255,8 @@ def _draw_groups(
     groups: Sequence[object], n_resamples: int, seed: int
 ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Return each row's group as an index ``(rows,)``, and ``(resamples, groups)`` drawn ones."""
-    _require_rows(len(groups))
+    if len(groups) == 0:
+        raise ValueError("there are no rows to score")
     if n_resamples < 1:
         raise ValueError(f"n_resamples is {n_resamples}; give at least 1")
     names, index = np.unique(np.asarray(groups), return_inverse=True)
@@ -387,29 +383,26 @@ def _active_segments(
 # --- checks -------------------------------------------------------------------------------------
 
 
-def _require_rows(n_rows: int) -> None:
-    if n_rows == 0:
-        raise ValueError("there are no rows to score")
-
-
-def _require_same_shape(truth: NDArray, other: NDArray, name: str) -> None:
-    if truth.shape != other.shape:
-        hint = "do both have the same rows and the same classes?"
-        if truth.shape == other.shape[::-1]:
-            hint = "is one of them transposed?"
-        raise ValueError(f"truth has shape {truth.shape} but {name} {other.shape}: {hint}")
-
-
-def _checked_matrix(name: str, values: ArrayLike) -> NDArray:
+def _checked_matrix(name: str, values: ArrayLike, truth: NDArray | None = None) -> NDArray:
+    """Return ``values (rows, classes)`` as an array; ``truth``, if given, must have its shape."""
     matrix = np.asarray(values)
     if matrix.ndim != 2:
         raise ValueError(f"{name} has shape {matrix.shape}; it must be (rows, classes)")
-    _require_rows(len(matrix))
+    if len(matrix) == 0:
+        raise ValueError("there are no rows to score")
+    if truth is not None and truth.shape != matrix.shape:
+        hint = "do both have the same rows and the same classes?"
+        if truth.shape == matrix.shape[::-1]:
+            hint = "is one of them transposed?"
+        raise ValueError(f"truth has shape {truth.shape} but {name} {matrix.shape}: {hint}")
     return matrix
 
 
-def _checked_decisions(name: str, values: ArrayLike) -> NDArray[np.bool_]:
-    matrix = _checked_matrix(name, values)
+def _checked_decisions(
+    name: str, values: ArrayLike, truth: NDArray | None = None
+) -> NDArray[np.bool_]:
+    """Return ``values`` as `_checked_matrix` does, boolean."""
+    matrix = _checked_matrix(name, values, truth)
     if matrix.dtype == bool:
         return matrix
     if matrix.dtype.kind not in "iuf" or not np.isin(matrix, (0, 1)).all():
@@ -424,17 +417,15 @@ def _decision_pair(
     truth: ArrayLike, predicted: ArrayLike
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     true = _checked_decisions("truth", truth)
-    guess = _checked_decisions("predicted", predicted)
-    _require_same_shape(true, guess, "predicted")
-    return true, guess
+    return true, _checked_decisions("predicted", predicted, true)
 
 
 def _ranking(
     truth: ArrayLike, scores: ArrayLike, known: ArrayLike | None
 ) -> tuple[NDArray[np.bool_], NDArray[np.floating], NDArray[np.bool_]]:
     """Return truth, scores as floats, and the known cells (all where ``known`` is None)."""
-    true, score = _checked_decisions("truth", truth), _checked_matrix("scores", scores)
-    _require_same_shape(true, score, "scores")
+    true = _checked_decisions("truth", truth)
+    score = _checked_matrix("scores", scores, true)
     if score.dtype.kind not in "biuf":
         raise ValueError(f"scores are {score.dtype}; they must be numbers")
     if score.dtype.kind != "f":
@@ -445,12 +436,12 @@ def _ranking(
             f"scores has {score[row, column]} in row {row}, class {column}: did a model diverge, "
             "or is its output missing there?"
         )
-    cells = np.ones(true.shape, bool) if known is None else _checked_decisions("known", known)
-    _require_same_shape(true, cells, "known")
-    return true, score, cells
+    if known is None:
+        return true, score, np.ones(true.shape, bool)
+    return true, score, _checked_decisions("known", known, true)
 
 
-def _token_sets(name: str, labels: Iterable[str]) -> list[set[str]]:
+def _token_sets(name: str, labels: Sequence[str]) -> list[set[str]]:
     if isinstance(labels, str):
         raise ValueError(f"{name} is one string; give a sequence of label strings, one per row")
     sets = []

@@ -21,8 +21,7 @@ from birdcall.evaluation.metrics import (
     false_birds_per_nocall_row,
     lwlrap,
     macro_average,
-    precision,
-    recall,
+    precision_recall,
     reliability,
     roc_auc,
     row_f1_scores,
@@ -80,10 +79,11 @@ def decided_rows(
     # A recording is used in several simulated soundscapes of its group: groups are resampled.
     positive = None if weights is None else np.maximum(weights, 1e-12)
     interval = bootstrap_interval(f1, predictions.groups, weights=positive)
+    precision, recall = precision_recall(truth, predicted)
     values = {
         "row_wise_f1": float(np.average(f1, weights=weights)),
-        "precision": precision(truth, predicted),
-        "recall": recall(truth, predicted),
+        "precision": precision,
+        "recall": recall,
         "false_birds_per_nocall_row": false_birds_per_nocall_row(truth, predicted),
         "nocall_share_named": float(np.average(~predicted.any(axis=1), weights=weights)),
     }
@@ -334,12 +334,14 @@ def reliability_table(
     tables = []
     for name, values in (("predicted", probabilities), ("calibrated", calibrated)):
         if values is not None:
-            curve = reliability(truth, values[cells][:, None], _RELIABILITY_BINS)
+            mean_probability, share_true, n_cells = reliability(
+                truth, values[cells][:, None], _RELIABILITY_BINS
+            )
             columns = {
                 "probabilities": name,
-                "mean_probability": curve.mean_probability,
-                "share_true": curve.share_true,
-                "cells": curve.count,
+                "mean_probability": mean_probability,
+                "share_true": share_true,
+                "cells": n_cells,
             }
             tables.append(pd.DataFrame(columns))
     return pd.concat(tables, ignore_index=True)
