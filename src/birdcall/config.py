@@ -37,8 +37,8 @@ def require_range(name: str, bounds: tuple[float, float]) -> None:
     require(is_range, f"{name} is {bounds}; give (lowest, highest)")
 
 
-def _require_above_zero(config: object, *names: str) -> None:
-    for name in names:
+def _require_above_zero(config: object, names: str) -> None:
+    for name in names.split():
         value = getattr(config, name)
         require(value > 0, f"{name} is {value}; it must be above 0")
 
@@ -70,7 +70,7 @@ class FrontendConfig:
     implementation: Literal["fft", "torchlibrosa", "conv"] = "fft"
 
     def __post_init__(self) -> None:
-        _require_above_zero(self, "sample_rate", "n_fft", "hop_length", "n_mels")
+        _require_above_zero(self, "sample_rate n_fft hop_length n_mels")
         require(
             self.hop_length <= self.n_fft,
             f"hop_length {self.hop_length} skips samples: it must not exceed n_fft {self.n_fft}",
@@ -214,7 +214,7 @@ class SamplingConfig:
     max_failed_share: float = 0.01
 
     def __post_init__(self) -> None:
-        _require_above_zero(self, "clip_seconds", "batch_size", "crops_per_recording")
+        _require_above_zero(self, "clip_seconds batch_size crops_per_recording")
         n_clips, size = self.clips_per_epoch, self.batch_size
         is_epoch = n_clips is None or n_clips >= size
         require(is_epoch, f"clips_per_epoch {n_clips} is less than one batch of {size}")
@@ -258,7 +258,7 @@ class OptimizerConfig:
     average_best: int = 0  # average so many of the best validated epochs; 0: the last epoch
 
     def __post_init__(self) -> None:
-        _require_above_zero(self, "learning_rate", "gradient_clip", "accumulate")
+        _require_above_zero(self, "learning_rate gradient_clip accumulate")
         require_share("warmup_share", self.warmup_share)
         n_best, decay = self.average_best, self.ema_decay
         require(n_best >= 0, f"average_best is {n_best}; it must not be negative")
@@ -284,7 +284,7 @@ class TrainConfig:
     channels_last: bool = True  # 1.4 x on a CPU with one-channel images, and on tensor cores
 
     def __post_init__(self) -> None:
-        _require_above_zero(self, "epochs", "validate_every")
+        _require_above_zero(self, "epochs validate_every")
         _require_choices(self)
         patience = self.patience
         is_count = patience is None or patience > 0
