@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 from scipy import fft
@@ -13,19 +14,16 @@ from scipy import fft
 # not: measured 0.4 (torch's FFT; scipy's 0.55) against 2.2 ms for a 5-s clip.
 _KERNEL_SAMPLES = 1025
 _BLOCK_SAMPLES = 4096
-HALF_KERNEL = _KERNEL_SAMPLES // 2
+_HALF_KERNEL = _KERNEL_SAMPLES // 2
 _STEP_SAMPLES = _BLOCK_SAMPLES - _KERNEL_SAMPLES + 1
 
 Curve = Callable[[np.ndarray], np.ndarray]  # frequencies in Hz → gain (linear) at each
 
 
-def low_pass_curve(cutoff_hz: float, order: int) -> Curve:
-    """Return the magnitude of a Butterworth low-pass, 6 dB per octave and order."""
-    return lambda hz: 1 / np.sqrt(1 + (hz / cutoff_hz) ** (2 * order))
-
-
-def high_pass_curve(cutoff_hz: float, order: int) -> Curve:
-    """Return the magnitude of a Butterworth high-pass, 6 dB per octave and order."""
+def butterworth_curve(kind: Literal["low", "high"], cutoff_hz: float, order: int) -> Curve:
+    """Return the magnitude of a Butterworth low-pass or high-pass, 6 dB per octave and order."""
+    if kind == "low":
+        return lambda hz: 1 / np.sqrt(1 + (hz / cutoff_hz) ** (2 * order))
     return lambda hz: 1 / np.sqrt(1 + (cutoff_hz / np.maximum(hz, 1)) ** (2 * order))
 
 
@@ -40,30 +38,29 @@ def slope_curve(db_per_octave: float, flat_below_hz: float) -> Curve:
     return lambda hz: (np.maximum(hz, flat_below_hz) / flat_below_hz) ** exponent
 
 
-def filter_waveform(waveform: np.ndarray, sample_rate: int, curves: list[Curve]) -> np.ndarray:
-    """Filter ``waveform`` ``(samples,)`` by the product of ``curves``; silence lies around it."""
-    padded = np.zeros(padded_length(len(waveform)), np.float32)
-    padded[HALF_KERNEL : HALF_KERNEL + len(waveform)] = waveform
-    return filter_padded(padded, sample_rate, curves)[: len(waveform)]
+def filter_waveform(
+    waveform: np.ndarray,
+    sample_rate: int,
+    curves: list[Curve],
+    *,
+    edges: Literal["constant", "wrap"] = "constant",
+) -> np.ndarray:
+    """Filter ``waveform`` ``(samples,)`` by the product of ``curves``; float32, the same length.
 
-
-def padded_length(n_samples: int) -> int:
-    """Say how many samples `filter_padded` takes to make at least ``n_samples``."""
-    return -(-n_samples // _STEP_SAMPLES) * _STEP_SAMPLES + _KERNEL_SAMPLES - 1
-
-
-def filter_padded(padded: np.ndarray, sample_rate: int, curves: list[Curve]) -> np.ndarray:
-    """Filter what has neighbours: ``HALF_KERNEL`` samples at either end are not in the output.
-
-    padded: float32, of a `padded_length`.
+    ``edges`` is what lies before and after the waveform, in the words of ``np.pad``: silence
+    ("constant") or the waveform itself ("wrap").
     """
     import torch  # here: the processes that synthesise noise for the demo need no torch
 
+    n_blocks = -(-len(waveform) // _STEP_SAMPLES)
+    n_after = n_blocks * _STEP_SAMPLES + _HALF_KERNEL - len(waveform)
+    padded = np.pad(waveform.astype(np.float32, copy=False), (_HALF_KERNEL, n_after), mode=edges)
     blocks = torch.from_numpy(padded).unfold(0, _BLOCK_SAMPLES, _STEP_SAMPLES)
     spectra = torch.fft.rfft(blocks).mul_(torch.from_numpy(_response(sample_rate, curves)))
     filtered = torch.fft.irfft(spectra, _BLOCK_SAMPLES)
-    # Before HALF_KERNEL and from there on by _STEP_SAMPLES a block's end leaks into its start.
-    return filtered[:, HALF_KERNEL : HALF_KERNEL + _STEP_SAMPLES].reshape(-1).numpy()
+    # Before _HALF_KERNEL and from there on by _STEP_SAMPLES a block's end leaks into its start.
+    whole = filtered[:, _HALF_KERNEL : _HALF_KERNEL + _STEP_SAMPLES].reshape(-1)
+    return whole[: len(waveform)].numpy()
 
 
 def _response(sample_rate: int, curves: list[Curve]) -> np.ndarray:
@@ -71,15 +68,15 @@ def _response(sample_rate: int, curves: list[Curve]) -> np.ndarray:
     hz = fft.rfftfreq(_BLOCK_SAMPLES, 1 / sample_rate).astype(np.float32)
     gain = np.prod([curve(hz) for curve in curves], axis=0, dtype=np.float32)
     kernel = fft.irfft(gain, _BLOCK_SAMPLES)  # its middle is sample 0, its first half at the end
-    kernel[HALF_KERNEL + 1 : -HALF_KERNEL] = 0
-    kernel[1 : HALF_KERNEL + 1] *= _TAPER
-    kernel[-HALF_KERNEL:] *= _TAPER[::-1]
+    kernel[_HALF_KERNEL + 1 : -_HALF_KERNEL] = 0
+    kernel[1 : _HALF_KERNEL + 1] *= _TAPER
+    kernel[-_HALF_KERNEL:] *= _TAPER[::-1]
     return fft.rfft(kernel).real
 
 
 # The kernel's outer half fades: a sharp cut would ring.
-_TAPER = np.ones(HALF_KERNEL, np.float32)
-_TAPER[HALF_KERNEL // 2 :] = np.cos(np.linspace(0, np.pi / 2, HALF_KERNEL // 2)) ** 2
+_TAPER = np.ones(_HALF_KERNEL, np.float32)
+_TAPER[_HALF_KERNEL // 2 :] = np.cos(np.linspace(0, np.pi / 2, _HALF_KERNEL // 2)) ** 2
 
 
 # --- noise ---
@@ -125,7 +122,7 @@ def make_noise(
     elif kind == "rain":
         noise = _make_rain(n_samples, sample_rate, generator)
     else:
-        noise = _white(n_samples, generator)
+        noise = generator.standard_normal(n_samples, dtype=np.float32)
     if kind in _NOISE_CURVES:
         noise = shape_spectrum(noise, sample_rate, _NOISE_CURVES[kind])
     if kind == "wind":
@@ -163,26 +160,17 @@ def slow_fluctuation(
     return (curve[:-1, None] + np.diff(curve)[:, None] * ramp).ravel()[:n_samples]
 
 
-def _rain_curve(hz: np.ndarray) -> np.ndarray:
-    ratio = hz / _RAIN_PEAK_HZ
-    return np.where(ratio < 1, ratio, np.maximum(ratio, 1e-9) ** -0.5)
-
-
-def _wind_curve(hz: np.ndarray) -> np.ndarray:
-    ratio = hz / _WIND_CORNER_HZ
-    return np.where(ratio < 1, ratio**-0.5, ratio**-1.5)
+def _corner_curve(corner_hz: float, below: float, above: float) -> Curve:
+    """Return a curve of power laws that is 1 at ``corner_hz``, with one exponent on either side."""
+    return lambda hz: np.where(hz < corner_hz, (hz / corner_hz) ** below, (hz / corner_hz) ** above)
 
 
 _NOISE_CURVES: dict[str, Curve] = {
     "pink": lambda hz: hz**-0.5,
     "brown": lambda hz: 1 / hz,
-    "rain": _rain_curve,
-    "wind": _wind_curve,
+    "rain": _corner_curve(_RAIN_PEAK_HZ, below=1.0, above=-0.5),
+    "wind": _corner_curve(_WIND_CORNER_HZ, below=-0.5, above=-1.5),
 }
-
-
-def _white(n_samples: int, generator: np.random.Generator) -> np.ndarray:
-    return generator.standard_normal(n_samples, dtype=np.float32)
 
 
 def _make_rain(n_samples: int, sample_rate: int, generator: np.random.Generator) -> np.ndarray:
@@ -192,7 +180,9 @@ def _make_rain(n_samples: int, sample_rate: int, generator: np.random.Generator)
     size = generator.standard_normal(n_drops, dtype=np.float32)
     np.add.at(drops, generator.integers(0, n_samples, n_drops), size)
     power = np.mean(np.square(drops))
-    return _white(n_samples, generator) + drops / np.sqrt(max(power, 1e-12))
+    return generator.standard_normal(n_samples, dtype=np.float32) + drops / np.sqrt(
+        max(power, 1e-12)
+    )
 
 
 def _make_hum(n_samples: int, sample_rate: int, generator: np.random.Generator) -> np.ndarray:
@@ -204,6 +194,8 @@ def _make_hum(n_samples: int, sample_rate: int, generator: np.random.Generator) 
             phase = generator.uniform(0, 2 * np.pi)
             lines += np.sin(2 * np.pi * harmonic * _MAINS_HZ * seconds + phase) / harmonic
     lines = np.resize(lines.astype(np.float32), n_samples)
-    floor = shape_spectrum(_white(n_samples, generator), sample_rate, _NOISE_CURVES["pink"])
+    floor = shape_spectrum(
+        generator.standard_normal(n_samples, dtype=np.float32), sample_rate, _NOISE_CURVES["pink"]
+    )
     level = np.sqrt(np.mean(np.square(lines)) / max(np.mean(np.square(floor)), 1e-12))
     return lines + floor * level * 10 ** (_HUM_FLOOR_DB / 20)

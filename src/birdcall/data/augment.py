@@ -13,14 +13,10 @@ import torch
 from torch import Tensor
 
 from birdcall.audio.filters import (
-    HALF_KERNEL,
     Curve,
+    butterworth_curve,
     fade_curve,
-    filter_padded,
     filter_waveform,
-    high_pass_curve,
-    low_pass_curve,
-    padded_length,
     slope_curve,
 )
 from birdcall.audio.frontend import SpecAugment
@@ -98,11 +94,11 @@ class ClipAugment:
         """Draw the changes of the clip's spectrum; together they are one filter."""
         config, curves = self.config, []
         if generator.random() < config.low_pass_probability:
-            curves.append(low_pass_curve(*_draw_filter(config.low_pass_hz, generator)))
+            curves.append(butterworth_curve("low", *_draw_filter(config.low_pass_hz, generator)))
         if generator.random() < config.high_fade_probability:
             curves.append(fade_curve(generator.uniform(*config.high_fade_db), self.sample_rate))
         if generator.random() < config.high_pass_probability:
-            curves.append(high_pass_curve(*_draw_filter(config.high_pass_hz, generator)))
+            curves.append(butterworth_curve("high", *_draw_filter(config.high_pass_hz, generator)))
         return curves
 
     def _color_noise(self, n_samples: int, generator: np.random.Generator) -> np.ndarray:
@@ -178,10 +174,8 @@ def color_noise(
 @cache
 def _color_pool(slope_steps: int, sample_rate: int) -> np.ndarray:
     white = np.random.default_rng(_POOL_SEED).standard_normal(POOL_SAMPLES, dtype=np.float32)
-    n_after = padded_length(POOL_SAMPLES) - POOL_SAMPLES - HALF_KERNEL
-    ring = np.pad(white, (HALF_KERNEL, n_after), mode="wrap")
     curve = slope_curve(slope_steps * _SLOPE_STEP_DB, _COLOR_FLAT_BELOW_HZ)
-    return filter_padded(ring, sample_rate, [curve])[:POOL_SAMPLES]
+    return filter_waveform(white, sample_rate, [curve], edges="wrap")
 
 
 def fade_ends(waveform: np.ndarray, n_fade: int) -> np.ndarray:

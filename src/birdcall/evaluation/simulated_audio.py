@@ -13,10 +13,9 @@ from scipy.signal import ShortTimeFFT
 from scipy.signal.windows import hann
 
 from birdcall.audio.filters import (
+    butterworth_curve,
     fade_curve,
     filter_waveform,
-    high_pass_curve,
-    low_pass_curve,
     make_noise,
 )
 from birdcall.data.augment import fade_ends
@@ -234,8 +233,8 @@ class SoundscapeRenderer:
         low_hz, high_hz = event.band_hz
         curves = [
             fade_curve(event.fade_db, rate),
-            high_pass_curve(max(low_hz, 1.0) * 2**-_SKIRT_OCTAVES, _SKIRT_ORDER),
-            low_pass_curve(high_hz * 2**_SKIRT_OCTAVES, _SKIRT_ORDER),
+            butterworth_curve("high", max(low_hz, 1.0) * 2**-_SKIRT_OCTAVES, _SKIRT_ORDER),
+            butterworth_curve("low", high_hz * 2**_SKIRT_OCTAVES, _SKIRT_ORDER),
         ]
         waveform = filter_waveform(waveform, rate, curves)
         return fade_ends(waveform, round(_EVENT_FADE_SECONDS * rate))
