@@ -16,7 +16,6 @@ from birdcall.demo.synthesis import (
     compose_song,
     draw_individual,
     render_song,
-    sing,
 )
 
 SAMPLE_RATE = 32_000
@@ -31,6 +30,10 @@ def individual(code, seed=0, phrase=None):
         return bird
     known = tuple(item for item in bird.species.phrases if item.name == phrase)
     return type(bird)(bird.name, bird.species, bird.pitch, bird.tempo, known)
+
+
+def sing(bird, sample_rate, generator):
+    return render_song(compose_song(bird, generator), sample_rate, generator)
 
 
 def peak_hz(waveform, sample_rate=SAMPLE_RATE):

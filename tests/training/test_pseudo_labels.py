@@ -11,7 +11,7 @@ import torch
 from birdcall.config import config_from_dict, replace_nested
 from birdcall.data.targets import IGNORE_TARGET, StrongTargets, make_targets, read_strong_labels
 from birdcall.demo.plan import DemoConfig
-from birdcall.demo.schedule import plan_recordings
+from birdcall.demo.schedule import plan_demo
 from birdcall.experiments import find_experiment
 from birdcall.inference.predictions import SegmentPredictions
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
@@ -263,7 +263,7 @@ def test_pseudo_labels_are_nearer_to_the_truth_than_labels_of_whole_recordings(
 def with_wrong_labels(data, folder):
     """Return the data with wrong secondary labels, and the songs of each recording."""
     settings = json.loads((folder / "demo.json").read_text())["config"]
-    plans = plan_recordings(config_from_dict(DemoConfig, settings))
+    plans = plan_demo(config_from_dict(DemoConfig, settings)).recordings
     truth = {f"XC{plan.xc_id}.mp3": plan.songs for plan in plans}
     recordings, generator = data.recordings.copy(), np.random.default_rng(0)
     labels = []

@@ -22,10 +22,9 @@ from birdcall.demo.synthesis import (
     draw_individual,
 )
 
-BACKGROUND_KINDS = (*NOISE_KINDS, "insects")
+_BACKGROUND_KINDS = (*NOISE_KINDS, "insects")
 # Insects twice: no two species are alike, and their trill can be taken for a bird's.
-NOISE_FILE_KINDS = (*BACKGROUND_KINDS, *BIRD_FREE_ANIMALS, "insects")
-
+NOISE_FILE_KINDS = (*_BACKGROUND_KINDS, *BIRD_FREE_ANIMALS, "insects")
 
 _RECORDER_RATES = (44_100, 32_000, 48_000, 44_100, 22_050)  # in turn: small demos have all
 _HOMES = (
@@ -94,10 +93,11 @@ class PlannedSong:
     """One song of one individual in a file."""
 
     individual: Individual
+    song: Song
     song_seed: int
     onset_seconds: float
     seconds: float
-    snr_db: float  # over the background, see `rendering.gain_for_snr`
+    snr_db: float  # over the background, see `rendering.mix_soundscape`
     distance_metres: float
 
     @classmethod
@@ -111,18 +111,16 @@ class PlannedSong:
         distance_metres: float,
     ) -> PlannedSong:
         seed = int(generator.integers(2**62))
+        song = compose_song(individual, np.random.default_rng(seed))
         return cls(
             individual=individual,
+            song=song,
             song_seed=seed,
             onset_seconds=onset_seconds,
-            seconds=compose_song(individual, np.random.default_rng(seed)).seconds,
+            seconds=song.seconds,
             snr_db=snr_db,
             distance_metres=distance_metres,
         )
-
-    @property
-    def song(self) -> Song:
-        return compose_song(self.individual, np.random.default_rng(self.song_seed))
 
     @property
     def ebird_code(self) -> str:
@@ -166,6 +164,7 @@ class Recordist:
 class RecordingPlan:
     """One training recording; ``songs`` have levels relative to the primary bird's."""
 
+    path: str
     xc_id: int
     species: SyntheticSpecies
     recordist: Recordist
@@ -175,10 +174,6 @@ class RecordingPlan:
     listed: tuple[SyntheticSpecies, ...]  # secondary labels
     seed: int
     damage: str = ""  # or "garbage" or "silent"
-
-    @property
-    def path(self) -> str:
-        return f"train_audio/{self.species.ebird_code}/XC{self.xc_id}.mp3"
 
 
 @dataclass(frozen=True)
@@ -238,10 +233,6 @@ def stream(config: DemoConfig, *name: str | int) -> np.random.Generator:
     return np.random.default_rng(draw_seed(config, *name))
 
 
-def uniform(generator: np.random.Generator, low: float, high: float) -> float:
-    return float(generator.uniform(low, high))
-
-
 def pick(
     generator: np.random.Generator, items: Sequence[_Item], weights: np.ndarray | None = None
 ) -> _Item:
@@ -278,16 +269,14 @@ def plan_recordists(config: DemoConfig) -> tuple[Recordist, ...]:
                 name=f"Recordist {number + 1:02d}",
                 country=country,
                 location=location,
-                latitude=round(latitude + uniform(generator, -0.3, 0.3), 3),
-                longitude=round(longitude + uniform(generator, -0.3, 0.3), 3),
+                latitude=round(latitude + generator.uniform(-0.3, 0.3), 3),
+                longitude=round(longitude + generator.uniform(-0.3, 0.3), 3),
                 sample_rate=_RECORDER_RATES[number % len(_RECORDER_RATES)],
                 channels=2 if number % 4 == 3 else 1,
-                gain_db=uniform(generator, -24, -1),
-                equalizer_db=tuple(
-                    uniform(generator, low, high) for low, high in _EQUALIZER_BOUNDS_DB
-                ),
-                background=pick(generator, BACKGROUND_KINDS),
-                snr_db=uniform(generator, 14, 31),
+                gain_db=generator.uniform(-24, -1),
+                equalizer_db=tuple(generator.uniform(*bounds) for bounds in _EQUALIZER_BOUNDS_DB),
+                background=pick(generator, _BACKGROUND_KINDS),
+                snr_db=generator.uniform(14, 31),
             )
         )
     return tuple(recordists)

@@ -9,13 +9,8 @@ import soundfile
 from scipy.signal import fftconvolve
 
 from birdcall.audio.filters import NOISE_RMS, make_noise, shape_spectrum, slow_fluctuation
-from birdcall.demo.plan import (
-    NoisePlan,
-    PlannedSong,
-    RecordingPlan,
-    SoundscapePlan,
-)
-from birdcall.demo.synthesis import BIRD_FREE_ANIMALS, draw_individual, render_song, sing
+from birdcall.demo.plan import NoisePlan, PlannedSong, RecordingPlan, SoundscapePlan
+from birdcall.demo.synthesis import BIRD_FREE_ANIMALS, compose_song, draw_individual, render_song
 
 _NOISE_SAMPLE_RATE = 32_000
 _GARBAGE_BYTES = 20_000
@@ -65,7 +60,7 @@ def render_noise(plan: NoisePlan) -> np.ndarray:
     level = 0.02 * 10 ** (generator.uniform(5, 20) / 20)
     onset = generator.uniform(0, 1)
     while onset < plan.seconds:
-        call = sing(animal, rate, generator)
+        call = render_song(compose_song(animal, generator), rate, generator)
         gain = level / np.sqrt(max(active_power(call, rate), 1e-12))
         _add(noise, gain * call, int(onset * rate))
         onset += len(call) / rate + generator.uniform(*species.song_gap_seconds)
@@ -100,7 +95,7 @@ def render_recording(plan: RecordingPlan) -> np.ndarray:
             side = gain * np.concatenate([start, birds[: len(birds) - delay]])
         else:
             side = birds
-        channels.append(equalize(side + noise, rate, recordist.equalizer_db))
+        channels.append(_equalize(side + noise, rate, recordist.equalizer_db))
     recording = np.stack(channels, axis=1)
     peak_db = min(-0.5, recordist.gain_db + generator.uniform(-4, 4))
     return recording * (10 ** (peak_db / 20) / max(float(np.abs(recording).max()), 1e-9))
@@ -114,24 +109,31 @@ def render_soundscape(plan: SoundscapePlan) -> np.ndarray:
 
 
 def mix_soundscape(plan: SoundscapePlan) -> np.ndarray:
-    """Return the background with all songs, calls and planes added, float32 ``(samples,)``."""
+    """Return the background with all songs, calls and planes added, float32 ``(samples,)``.
+
+    The SNR of each is the power of its active part (`active_power`) over the mean power of the
+    background at the same time, both over all frequencies.
+    """
     rate = plan.sample_rate
     background = render_background(plan)
     mixture = background.copy()
-
-    def add(waveform: np.ndarray, onset: float, snr_db: float) -> None:
-        start = int(onset * rate)
-        span = background[start : start + len(waveform)]
-        waveform = waveform[: len(span)]  # cut where the soundscape ends
-        gain = gain_for_snr(waveform, span, snr_db, rate)
-        _add(mixture, gain * waveform, start)
-
-    for song in (*plan.birds, *plan.others):
-        add(_render_song(song, rate), song.onset_seconds, song.snr_db)
+    added = [
+        (_render_song(song, rate), song.onset_seconds, song.snr_db)
+        for song in (*plan.birds, *plan.others)
+    ]
     if plan.plane is not None:
         onset, seconds, snr_db = plan.plane
         generator = np.random.default_rng(plan.seed + 1)
-        add(make_plane(round(seconds * rate), rate, generator), onset, snr_db)
+        added.append((make_plane(round(seconds * rate), rate, generator), onset, snr_db))
+    for waveform, onset, snr_db in added:
+        start = int(onset * rate)
+        span = background[start : start + len(waveform)]
+        waveform = waveform[: len(span)]  # cut where the soundscape ends
+        background_power = float(np.mean(np.square(span, dtype=np.float64)))
+        power = active_power(waveform, rate)
+        if power > 0:
+            gain = float(np.sqrt(10 ** (snr_db / 10) * background_power / power))
+            _add(mixture, gain * waveform, start)
     return mixture
 
 
@@ -170,31 +172,27 @@ def _limit(waveform: np.ndarray) -> np.ndarray:
 def make_background(
     kind: str, n_samples: int, sample_rate: int, generator: np.random.Generator
 ) -> np.ndarray:
-    """Return ``make_noise`` of this kind, or insects; float32 ``(n_samples,)``, RMS 0.1."""
+    """Return `make_noise` of this kind, or insects; float32 ``(n_samples,)``, RMS 0.1.
+
+    ``insects`` is one insect that calls in bouts, with a faint hiss: a cricket (2 to 4 chirps a
+    second of 3 or 4 pulses, 4 to 5.5 kHz), a conehead (an even train of 8 to 25 pulses a second,
+    3.5 to 7 kHz, where sparrows trill) or a cicada (a buzz).
+    """
     if kind != "insects":
         return make_noise(kind, n_samples, sample_rate, generator)
-    return make_insects(n_samples, sample_rate, generator)
-
-
-def make_insects(n_samples: int, sample_rate: int, generator: np.random.Generator) -> np.ndarray:
-    """Return one insect that calls in bouts, with a faint hiss; float32, RMS ``NOISE_RMS``.
-
-    A cricket (2 to 4 chirps a second of 3 or 4 pulses, 4 to 5.5 kHz), a conehead (an even train
-    of 8 to 25 pulses a second, 3.5 to 7 kHz, where sparrows trill) or a cicada (a buzz).
-    """
     seconds = np.arange(n_samples, dtype=np.float32) / sample_rate
-    kind = generator.choice(("cricket", "conehead", "cicada"))
-    if kind == "cricket":
+    insect_kind = generator.choice(("cricket", "conehead", "cicada"))
+    if insect_kind == "cricket":
         hz = generator.uniform(4_000, 5_500)
         chirp = (seconds * generator.uniform(2, 4)) % 1 < generator.uniform(0.3, 0.5)
         pulses = _pulses(seconds * generator.uniform(22, 35)) * chirp
-    elif kind == "conehead":
+    elif insect_kind == "conehead":
         hz = generator.uniform(3_500, 7_000)
         pulses = _pulses(seconds * generator.uniform(8, 25))
     else:
         hz = generator.uniform(4_500, 7_500)
         pulses = 0.6 + 0.4 * np.sin(2 * np.pi * generator.uniform(60, 150) * seconds)
-    width_hz = hz * (0.15 if kind == "cicada" else 0.02)
+    width_hz = hz * (0.15 if insect_kind == "cicada" else 0.02)
     carrier = shape_spectrum(
         generator.standard_normal(n_samples, dtype=np.float32),
         sample_rate,
@@ -248,7 +246,7 @@ def propagate(
     return damped.astype(np.float32)
 
 
-def equalize(waveform: np.ndarray, sample_rate: int, gains_db: tuple[float, ...]) -> np.ndarray:
+def _equalize(waveform: np.ndarray, sample_rate: int, gains_db: tuple[float, ...]) -> np.ndarray:
     """Apply a recorder's frequency response: gains at 125, 500, 2,000 and 8,000 Hz."""
     octaves = np.log2(_EQUALIZER_HZ)
     equalized = shape_spectrum(
@@ -257,19 +255,6 @@ def equalize(waveform: np.ndarray, sample_rate: int, gains_db: tuple[float, ...]
         lambda hz: 10 ** (np.interp(np.log2(np.maximum(hz, 1.0)), octaves, gains_db) / 20),
     )
     return equalized.astype(np.float32)
-
-
-def gain_for_snr(
-    waveform: np.ndarray, background: np.ndarray, snr_db: float, sample_rate: int
-) -> float:
-    """Return the gain that puts ``waveform`` at ``snr_db`` over ``background``.
-
-    The SNR is the power of the waveform's active part (``active_power``) over the mean power of the
-    background at the same time, both over all frequencies.
-    """
-    background_power = float(np.mean(np.square(background, dtype=np.float64)))
-    power = active_power(waveform, sample_rate)
-    return float(np.sqrt(10 ** (snr_db / 10) * background_power / power)) if power > 0 else 0.0
 
 
 def active_power(waveform: np.ndarray, sample_rate: int) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 from birdcall.demo.plan import (
     NOISE_FILE_KINDS,
     DemoConfig,
+    DemoPlan,
     NoisePlan,
     PlannedSong,
     RecordingPlan,
@@ -21,19 +22,32 @@ from birdcall.demo.plan import (
     pick,
     plan_recordists,
     stream,
-    uniform,
 )
-from birdcall.demo.synthesis import (
-    LABELLED_ANIMALS,
-    OTHER_ANIMALS,
-    Individual,
-    SyntheticSpecies,
-)
+from birdcall.demo.synthesis import LABELLED_ANIMALS, OTHER_ANIMALS, Individual, SyntheticSpecies
 
 _RECORDING_SNR_DB = (10.0, 35.0)
 
 
-def plan_recordings(config: DemoConfig) -> list[RecordingPlan]:
+def plan_demo(config: DemoConfig = DemoConfig()) -> DemoPlan:
+    """Draw the whole demo without making any audio; the same config gives the same plan."""
+    noises = []
+    for index in range(config.n_noise):
+        kind = NOISE_FILE_KINDS[index % len(NOISE_FILE_KINDS)]
+        seconds = stream(config, "noise", index).uniform(10, 20)
+        seed = draw_seed(config, "noise sound", index)
+        noises.append(NoisePlan(f"noise/{kind}_{index:02d}.wav", kind, seconds, seed))
+    return DemoPlan(
+        recordings=tuple(_plan_recordings(config)),
+        examples=tuple(_plan_examples(config)),
+        tests=tuple(_plan_tests(config)),
+        noises=tuple(noises),
+    )
+
+
+# --- recordings ---
+
+
+def _plan_recordings(config: DemoConfig) -> list[RecordingPlan]:
     species = config.species
     generator = stream(config, "recordings")
     counts = np.linspace(*config.recordings_per_species, len(species)).round().astype(int)
@@ -54,10 +68,15 @@ def plan_recordings(config: DemoConfig) -> list[RecordingPlan]:
         content = _plan_content(config, index, item, recordist)
         if damage:
             content = {"seconds": 8.0, "snr_db": _RECORDING_SNR_DB[0], "songs": (), "listed": ()}
-        seed = draw_seed(config, "recording sound", index)
         plans.append(
             RecordingPlan(
-                int(ids[index]), item, recordist=recordist, seed=seed, damage=damage, **content
+                path=f"train_audio/{item.ebird_code}/XC{ids[index]}.mp3",
+                xc_id=int(ids[index]),
+                species=item,
+                recordist=recordist,
+                seed=draw_seed(config, "recording sound", index),
+                damage=damage,
+                **content,
             )
         )
     return sorted(plans, key=lambda plan: (plan.species.ebird_code, plan.xc_id))
@@ -88,7 +107,7 @@ def _plan_content(
     generator = stream(config, "recording", index)
     low, high = config.recording_seconds
     seconds = (
-        uniform(generator, 3, 5)
+        generator.uniform(3, 5)
         if generator.random() < config.short_share
         else low + (high - low) * generator.random() ** 2.5  # short ones are the rule
     )
@@ -101,10 +120,10 @@ def _plan_content(
         others = [item for item in (*config.species, *LABELLED_ANIMALS[1:3]) if item != species]
         for other in generator.permutation(len(others))[: pick(generator, (1, 1, 2))]:
             name = f"train/{recordist.name}/{others[other].ebird_code}/behind"
-            level_db = -uniform(generator, 6, 15)
+            level_db = -generator.uniform(6, 15)
             quiet = draw_bird(config, name, others[other])
-            first_seconds = uniform(generator, 0, 4)
-            songs += _plan_songs(quiet, seconds, level_db, generator, first_seconds=first_seconds)
+            onset = generator.uniform(0, 4)
+            songs += _plan_songs(quiet, seconds, level_db, generator, first_seconds=onset)
             if generator.random() < 2 / 3:
                 listed.append(others[other])
     return {"seconds": seconds, "snr_db": snr_db, "songs": tuple(songs), "listed": tuple(listed)}
@@ -119,8 +138,8 @@ def _plan_songs(
     first_seconds: float | None = None,
 ) -> list[PlannedSong]:
     """Plan songs and pauses to the end of the recording, which may cut a song."""
-    onset = uniform(generator, 0.1, 1.0) if first_seconds is None else first_seconds
-    distance = uniform(generator, 2, 20) - 3 * level_db
+    onset = generator.uniform(0.1, 1.0) if first_seconds is None else first_seconds
+    distance = generator.uniform(2, 20) - 3 * level_db
     songs: list[PlannedSong] = []
     while onset < seconds - 0.5:
         snr_db = level_db + float(generator.standard_normal())
@@ -128,7 +147,7 @@ def _plan_songs(
             bird, generator, onset_seconds=onset, snr_db=snr_db, distance_metres=distance
         )
         songs.append(song)
-        pause = uniform(generator, *bird.species.song_gap_seconds) / bird.tempo
+        pause = generator.uniform(*bird.species.song_gap_seconds) / bird.tempo
         onset = song.offset_seconds + pause
     return songs
 
@@ -136,7 +155,7 @@ def _plan_songs(
 # --- soundscapes ---
 
 
-DEVICES = (
+_DEVICES = (
     ("BLKFR-10-CPL", date(2019, 6, 11), "093000.pt540"),
     ("ORANGE-7-CAP", date(2019, 6, 6), "093000.pt623"),
 )
@@ -151,10 +170,7 @@ _FAVOUR = 3.0
 # Of each site the sample rate, and the background: kinds of noise and their levels in dB.
 _SITES = {
     "BLKFR-10-CPL": (44_100, (("pink", 0.0), ("wind", -4.0), ("insects", -8.0))),
-    "ORANGE-7-CAP": (
-        32_000,
-        (("brown", 0.0), ("rain", -8.0), ("hum", -12.0), ("insects", -14.0)),
-    ),
+    "ORANGE-7-CAP": (32_000, (("brown", 0.0), ("rain", -8.0), ("hum", -12.0), ("insects", -14.0))),
     "site_1": (32_000, (("wind", 0.0), ("pink", -4.0), ("insects", -7.0))),
     "site_2": (44_100, (("brown", 0.0), ("hum", -6.0), ("white", -16.0), ("insects", -9.0))),
     "site_3": (48_000, (("rain", -2.0), ("pink", -3.0), ("wind", 0.0))),
@@ -173,12 +189,11 @@ class _SoundscapeFile:
     empty_share: float  # of its rows
 
 
-def plan_examples(config: DemoConfig) -> list[SoundscapePlan]:
+def _plan_examples(config: DemoConfig) -> list[SoundscapePlan]:
     plans = []
     for index, empty_share in enumerate(_empty_shares(config, config.n_examples, "example")):
-        device, first, time = DEVICES[index % 2]
-        day = first + timedelta(days=index // 2)
-        name = f"{device}_{day:%Y%m%d}_{time}"
+        device, first_day, time = _DEVICES[index % 2]
+        name = f"{device}_{first_day + timedelta(days=index // 2):%Y%m%d}_{time}"
         file = _SoundscapeFile(
             key=("example", index),
             path=f"example_test_audio/{name}.mp3",
@@ -191,7 +206,7 @@ def plan_examples(config: DemoConfig) -> list[SoundscapePlan]:
     return plans
 
 
-def plan_tests(config: DemoConfig) -> list[SoundscapePlan]:
+def _plan_tests(config: DemoConfig) -> list[SoundscapePlan]:
     long_sites = ["site_1"] * config.n_site_1 + ["site_2"] * config.n_site_2
     shares = _empty_shares(config, len(long_sites), "test")
     n_empty = round(config.nocall_share * config.n_site_3)
@@ -221,23 +236,22 @@ def _empty_shares(config: DemoConfig, n_files: int, key: str) -> list[float]:
 
 def _plan_soundscape(config: DemoConfig, file: _SoundscapeFile) -> SoundscapePlan:
     generator = stream(config, "soundscape", *file.key)
-    seconds = file.seconds
     sample_rate, noises = _SITES[file.site]
     birds = _plan_birds(config, file, generator)
-    has_plane = seconds > 20 and generator.random() < 0.4
-    plane_seconds = uniform(generator, 12, min(30, seconds - 4)) if has_plane else 0.0
-    level_db = uniform(generator, -38, -22)
-    background = tuple((kind, db + uniform(generator, -4, 4)) for kind, db in noises)
+    has_plane = file.seconds > 20 and generator.random() < 0.4
+    plane_seconds = generator.uniform(12, min(30, file.seconds - 4)) if has_plane else 0.0
+    level_db = generator.uniform(-38, -22)
+    background = tuple((kind, db + generator.uniform(-4, 4)) for kind, db in noises)
     others = _plan_others(config, file, birds, generator)
     plane = None
     if has_plane:
-        onset = uniform(generator, 0, seconds - plane_seconds)
-        plane = onset, plane_seconds, uniform(generator, 0, 12)
+        onset = generator.uniform(0, file.seconds - plane_seconds)
+        plane = onset, plane_seconds, generator.uniform(0, 12)
     return SoundscapePlan(
         path=file.path,
         site=file.site,
         name=file.name,
-        seconds=seconds,
+        seconds=file.seconds,
         sample_rate=sample_rate,
         level_db=level_db,
         background=background,
@@ -270,9 +284,9 @@ def _plan_birds(
         bird = draw_bird(config, name, species)
         near = pick(generator, tuple(songs)).onset_seconds if songs else 0.0
         onset = (
-            near + uniform(generator, -4, 4)
+            near + generator.uniform(-4, 4)
             if songs and generator.random() < _TOGETHER_SHARE
-            else uniform(generator, 0, file.seconds)
+            else generator.uniform(0, file.seconds)
         )
         proposed = songs + _draw_bout(
             bird, generator, onset=max(0.0, onset), end=file.seconds, snr_bounds_db=_SNR_DB
@@ -301,7 +315,7 @@ def _plan_others(
         species = pick(generator, OTHER_ANIMALS)
         name = f"{file.site}/{species.ebird_code}/{generator.integers(3)}"
         animal = draw_bird(config, name, species)
-        onsets = [uniform(generator, 0, file.seconds) for _ in range(3)]
+        onsets = [generator.uniform(0, file.seconds) for _ in range(3)]
         distances = [
             min([abs(bird - onset) for bird in bird_onsets], default=0) for onset in onsets
         ]
@@ -321,8 +335,8 @@ def _draw_bout(
     snr_bounds_db: tuple[float, float],
 ) -> list[PlannedSong]:
     """Draw 1 to 4 songs of one bird, all of them complete within the soundscape."""
-    bout_snr_db = uniform(generator, *snr_bounds_db)
-    distance = uniform(generator, 10, 80)
+    bout_snr_db = generator.uniform(*snr_bounds_db)
+    distance = generator.uniform(10, 80)
     songs = []
     for _ in range(pick(generator, (1, 2, 3, 4))):
         snr_db = float(np.clip(bout_snr_db + generator.standard_normal(), *snr_bounds_db))
@@ -332,15 +346,5 @@ def _draw_bout(
         if song.offset_seconds > end:
             break
         songs.append(song)
-        onset = song.offset_seconds + uniform(generator, *bird.species.song_gap_seconds)
+        onset = song.offset_seconds + generator.uniform(*bird.species.song_gap_seconds)
     return songs
-
-
-def plan_noises(config: DemoConfig) -> list[NoisePlan]:
-    plans = []
-    for index in range(config.n_noise):
-        kind = NOISE_FILE_KINDS[index % len(NOISE_FILE_KINDS)]
-        seconds = uniform(stream(config, "noise", index), 10, 20)
-        seed = draw_seed(config, "noise sound", index)
-        plans.append(NoisePlan(f"noise/{kind}_{index:02d}.wav", kind, seconds, seed))
-    return plans

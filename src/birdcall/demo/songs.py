@@ -11,6 +11,8 @@ Sibley D. A. Sibley, The Sibley Guide to Birds, 2000, "voice"
 
 from __future__ import annotations
 
+from functools import partial
+
 from birdcall.demo.synthesis import REEDY, WHISTLE, Motif, Phrase, Syllable, SyntheticSpecies
 
 # Levels of the harmonics, dB.
@@ -441,10 +443,7 @@ _MOURNING_DOVE = SyntheticSpecies(
 )
 
 
-def _who(hz: tuple[float, ...], seconds: float, gap: float) -> Syllable:
-    return Syllable(hz, seconds, gap, harmonics_db=(0.0, -12.0, -20.0), attack=0.2)
-
-
+_who = partial(Syllable, harmonics_db=(0.0, -12.0, -20.0), attack=0.2)
 _WHO_COOKS = (
     _who((370, 400, 395), 0.15, 0.14),
     _who((380, 410, 400), 0.17, 0.30),

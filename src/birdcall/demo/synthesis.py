@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 from scipy.interpolate import PchipInterpolator
@@ -24,12 +24,12 @@ REEDY = (0.0, -9.0, -16.0, -24.0, -30.0)
 
 @dataclass(frozen=True)
 class Syllable:
-    """One continuous sound of a bird, and the silence after it.
+    """One continuous note of a bird, and the silence after it.
 
     ``contour_hz`` is the fundamental at evenly spaced moments. ``harmonics_db`` are the levels of
     the fundamental and its overtones. ``attack`` and ``release`` are shares of the length.
     ``vibrato_hz`` and ``vibrato_depth`` (a share of the pitch) make a warble, and above 50 Hz a
-    buzz. ``roughness`` (0 to 1) is the share of the sound whose amplitude is noise of bandwidth
+    buzz. ``roughness`` (0 to 1) is the share of the note whose amplitude is noise of bandwidth
     ``rough_hz``: what makes a voice hoarse.
     """
 
@@ -118,19 +118,15 @@ class Note:
     """One syllable of a song, with all that chance decides."""
 
     onset_seconds: float
+    seconds: float
     syllable: Syllable
     pitch: float
-    tempo: float
     gain_db: float
-
-    @property
-    def seconds(self) -> float:
-        return self.syllable.seconds / self.tempo
 
 
 @dataclass(frozen=True)
 class Song:
-    """A song written down; ``render_song`` makes the sound. ``kind`` is song or call."""
+    """A song written down; ``render_song`` makes the waveform. ``kind`` is song or call."""
 
     notes: tuple[Note, ...]
     kind: str
@@ -182,17 +178,12 @@ def render_song(song: Song, sample_rate: int, generator: np.random.Generator) ->
     """Return the song as float32 ``(samples,)`` with a peak of 1."""
     waveform = np.zeros(max(1, int(np.ceil(song.seconds * sample_rate))), np.float32)
     for note in song.notes:
-        sound = _render_note(note, sample_rate, generator)
+        rendered = _render_note(note, sample_rate, generator)
         start = int(note.onset_seconds * sample_rate)
-        room = waveform[start : start + len(sound)]
-        room += sound[: len(room)]
+        room = waveform[start : start + len(rendered)]
+        room += rendered[: len(room)]
     peak = np.abs(waveform).max()
     return waveform / peak if peak > 0 else waveform
-
-
-def sing(individual: Individual, sample_rate: int, generator: np.random.Generator) -> np.ndarray:
-    """Return one song of ``individual`` as float32 ``(samples,)`` with a peak of 1."""
-    return render_song(compose_song(individual, generator), sample_rate, generator)
 
 
 def _compose_phrase(
@@ -212,11 +203,11 @@ def _compose_phrase(
             for syllable in motif.syllables:
                 note = Note(
                     onset_seconds=onset,
+                    seconds=syllable.seconds / speed,
                     syllable=syllable,
                     pitch=pitch
                     * motif.glide**progress
                     * float(1 + _SYLLABLE_PITCH_SD * generator.standard_normal()),
-                    tempo=speed,
                     gain_db=syllable.gain_db
                     + motif.crescendo_db * (progress - 1)
                     + _SYLLABLE_LEVEL_SD_DB * float(generator.standard_normal()),
@@ -292,8 +283,7 @@ def _animal(
     )
 
 
-def _rough_call(hz: tuple[float, ...], seconds: float, gap: float, **voice: float) -> Syllable:
-    return Syllable(hz, seconds, gap, harmonics_db=_ROUGH, **voice)
+_rough_call = partial(Syllable, harmonics_db=_ROUGH)
 
 
 _SQUIRREL = _animal(

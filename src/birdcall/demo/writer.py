@@ -29,7 +29,7 @@ from birdcall.demo.plan import (
     pick,
 )
 from birdcall.demo.rendering import Plan, write_file
-from birdcall.demo.schedule import plan_examples, plan_noises, plan_recordings, plan_tests
+from birdcall.demo.schedule import plan_demo
 
 TRAIN_COLUMNS = (
     *("rating", "playback_used", "ebird_code", "channels", "date", "pitch", "duration", "filename"),
@@ -43,7 +43,6 @@ _METADATA_COLUMNS = (
     *("file_id", "device", "date", "hour", "source", "ebird_code", "certainty", "vox_type"),
     *("time_start", "time_end", "channel"),
 )
-_DEFAULT_CONFIG = DemoConfig()
 _MARKER = "demo.json"
 _VERSION = 1  # raise it when the same config makes other data
 _SECONDS_PER_WORKER = 120  # of audio; to start a process for less does not pay
@@ -53,19 +52,9 @@ _LICENSE = "made by birdcall demo, MIT"
 logger = logging.getLogger(__name__)
 
 
-def plan_demo(config: DemoConfig = _DEFAULT_CONFIG) -> DemoPlan:
-    """Draw the whole demo without making any audio; the same config gives the same plan."""
-    return DemoPlan(
-        recordings=tuple(plan_recordings(config)),
-        examples=tuple(plan_examples(config)),
-        tests=tuple(plan_tests(config)),
-        noises=tuple(plan_noises(config)),
-    )
-
-
 def make_demo(
     data: Path,
-    config: DemoConfig = _DEFAULT_CONFIG,
+    config: DemoConfig = DemoConfig(),
     workers: int | None = None,
     progress: bool = False,
 ) -> None:
@@ -130,7 +119,17 @@ def _write_tables(folder: Path, plan: DemoPlan, config: DemoConfig) -> None:
         TRAIN_COLUMNS,
         (_train_row(recording, folder, config) for recording in plan.recordings),
     )
-    tests = [row for soundscape in plan.tests for row in _test_rows(soundscape)]
+    tests = [
+        {
+            "site": soundscape.site,
+            "row_id": f"{soundscape.site}_{soundscape.name}" + ("" if end is None else f"_{end}"),
+            "seconds": "" if end is None else end,
+            "audio_id": soundscape.name,
+            "birds": " ".join(codes) or NOCALL,
+        }
+        for soundscape in plan.tests
+        for end, codes in soundscape.labels()
+    ]
     _write_csv(folder / "test.csv", ("site", "row_id", "seconds", "audio_id"), tests)
     _write_csv(folder / "solution.csv", ("row_id", "birds"), tests)
     sample = [{**row, "birds": NOCALL} for row in tests[:_VISIBLE_ROWS]]
@@ -138,7 +137,16 @@ def _write_tables(folder: Path, plan: DemoPlan, config: DemoConfig) -> None:
     _write_csv(
         folder / "example_test_audio_summary.csv",
         ("filename_seconds", "birds", "filename", "seconds"),
-        (row for soundscape in plan.examples for row in _summary_rows(soundscape)),
+        (
+            {
+                "filename_seconds": f"{soundscape.name}_{end}",
+                "birds": " ".join(codes),
+                "filename": soundscape.name,
+                "seconds": end,
+            }
+            for soundscape in plan.examples
+            for end, codes in soundscape.labels(with_animals=True)
+        ),
     )
     _write_csv(
         folder / "example_test_audio_metadata.csv",
@@ -152,28 +160,6 @@ def _write_csv(path: Path, columns: tuple[str, ...], rows: Iterable[dict[str, ob
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def _test_rows(soundscape: SoundscapePlan) -> Iterator[dict[str, object]]:
-    for end, codes in soundscape.labels():
-        row_id = f"{soundscape.site}_{soundscape.name}" + ("" if end is None else f"_{end}")
-        yield {
-            "site": soundscape.site,
-            "row_id": row_id,
-            "seconds": "" if end is None else end,
-            "audio_id": soundscape.name,
-            "birds": " ".join(codes) or NOCALL,
-        }
-
-
-def _summary_rows(soundscape: SoundscapePlan) -> Iterator[dict[str, object]]:
-    for end, codes in soundscape.labels(with_animals=True):
-        yield {
-            "filename_seconds": f"{soundscape.name}_{end}",
-            "birds": " ".join(codes),
-            "filename": soundscape.name,
-            "seconds": end,
-        }
 
 
 def _metadata_rows(soundscape: SoundscapePlan) -> Iterator[dict[str, object]]:
