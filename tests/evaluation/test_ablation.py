@@ -258,7 +258,7 @@ def test_the_page_of_one_seed_claims_no_spread(fake, pair, training_data, tmp_pa
     options = AblationOptions(n_seeds=1, budget_seconds=60)
     page = describe_ablation(ablate(pair, training_data, tmp_path, options))
     assert "±" not in page
-    assert "say nothing of what another seed would give" in page
+    assert "do not include differences between seeds" in page
 
 
 def test_the_page_of_a_single_experiment_has_no_differences(fake, pair, training_data, tmp_path):

@@ -109,7 +109,7 @@ def _difference_notes(ablation: Ablation) -> str:
         "and does not choose thresholds again."
     ]
     if n_seeds == 1:
-        notes.append("With one seed the intervals say nothing of what another seed would give.")
+        notes.append("With one seed the intervals do not include differences between seeds.")
     elif n_seeds < _FEW_SEEDS:
         notes.append(
             f"{n_seeds} seeds do not measure well how much seeds differ: in a simulation, "
