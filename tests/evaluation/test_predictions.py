@@ -11,11 +11,7 @@ import torch
 
 from birdcall.audio.reading import AudioError
 from birdcall.evaluation import predictions
-from birdcall.evaluation.predictions import (
-    PredictionCache,
-    predict_cached,
-    predict_frames_cached,
-)
+from birdcall.evaluation.predictions import PredictionCache
 from birdcall.inference.engine import predict_waveforms
 from birdcall.inference.ensemble import Ensemble, load_ensemble
 from birdcall.storage import store
@@ -56,6 +52,7 @@ def unread(rates):
     raise AssertionError("was read again")
 
 
+NO_CACHE = PredictionCache(None, "", "")
 UNREAD = dict.fromkeys(SOURCES, unread)
 
 
@@ -71,7 +68,7 @@ def assert_same(one, other):
 
 
 def test_they_are_those_of_the_ensemble(ensemble, cache):
-    result = predict_cached(ensemble, SOURCES, cache)
+    result = cache.predict(ensemble, SOURCES)
     for name in ("a", "b", "c"):
         expected = predict_waveforms(ensemble, SOURCES[name]([RATE]))
         np.testing.assert_allclose(result[name].clipwise, expected.clipwise, atol=1e-6)
@@ -83,12 +80,12 @@ def test_they_are_those_of_the_ensemble(ensemble, cache):
 
 
 def test_a_second_time_no_audio_is_read_and_the_bits_are_the_same(ensemble, cache):
-    first = predict_cached(ensemble, SOURCES, cache)
-    assert_same(first, predict_cached(ensemble, UNREAD, cache))
+    first = cache.predict(ensemble, SOURCES)
+    assert_same(first, cache.predict(ensemble, UNREAD))
 
 
 def test_only_a_new_member_predicts(trained_runs, cache, monkeypatch):
-    predict_cached(load_ensemble(trained_runs[:1]), SOURCES, cache)
+    cache.predict(load_ensemble(trained_runs[:1]), SOURCES)
     members = []
     real = predictions.predict_audio
 
@@ -97,21 +94,21 @@ def test_only_a_new_member_predicts(trained_runs, cache, monkeypatch):
         return real(ensemble, sources, outputs)
 
     monkeypatch.setattr(predictions, "predict_audio", count)
-    together = predict_cached(load_ensemble(trained_runs[:2]), SOURCES, cache)
+    together = cache.predict(load_ensemble(trained_runs[:2]), SOURCES)
     assert members == [["other-fold1"]]
-    alone = predict_cached(load_ensemble(trained_runs[1:2]), SOURCES)
+    alone = NO_CACHE.predict(load_ensemble(trained_runs[1:2]), SOURCES)
     assert np.array_equal(together["b"].clipwise[1:], alone["b"].clipwise)
 
 
 def test_the_order_of_members_is_that_of_the_ensemble(trained_runs, cache):
-    first = predict_cached(load_ensemble(trained_runs[:2]), SOURCES, cache)
-    turned = predict_cached(load_ensemble(trained_runs[1::-1]), UNREAD, cache)
+    first = cache.predict(load_ensemble(trained_runs[:2]), SOURCES)
+    turned = cache.predict(load_ensemble(trained_runs[1::-1]), UNREAD)
     assert np.array_equal(first["a"].clipwise, turned["a"].clipwise[::-1])
 
 
 @pytest.mark.parametrize("change", ["audio", "weights", "code", "names"])
 def test_what_has_changed_is_predicted_again(ensemble, cache, monkeypatch, change):
-    predict_cached(ensemble, SOURCES, cache)
+    cache.predict(ensemble, SOURCES)
     sources = UNREAD
     if change == "audio":
         cache = replace(cache, made_from="made from something else")
@@ -124,55 +121,55 @@ def test_what_has_changed_is_predicted_again(ensemble, cache, monkeypatch, chang
             settings = replace(member.checkpoint, weights_sha256="0" * 64)
             object.__setattr__(member, "checkpoint", settings)
     with pytest.raises(AssertionError, match="read again"):
-        predict_cached(ensemble, sources, cache)
+        cache.predict(ensemble, sources)
 
 
 def test_stored_recordings_in_another_order_are_not_mistaken_for_each_other(trained_runs, cache):
     sources = {name: SOURCES[name] for name in ("a", "b", "c")}
-    predict_cached(load_ensemble(trained_runs[:1]), dict(reversed(sources.items())), cache)
-    together = predict_cached(load_ensemble(trained_runs[:2]), sources, cache)
-    assert_same(together, predict_cached(load_ensemble(trained_runs[:2]), sources))
+    cache.predict(load_ensemble(trained_runs[:1]), dict(reversed(sources.items())))
+    together = cache.predict(load_ensemble(trained_runs[:2]), sources)
+    assert_same(together, NO_CACHE.predict(load_ensemble(trained_runs[:2]), sources))
 
 
 def test_a_recording_that_failed_for_one_member_only_is_predicted_again_by_all(
     trained_runs, cache, caplog
 ):
     sources = {name: SOURCES[name] for name in ("a", "b", "c")}
-    predict_cached(load_ensemble(trained_runs[:1]), {**sources, "b": damaged}, cache)
-    together = predict_cached(load_ensemble(trained_runs[:2]), sources, cache)
+    cache.predict(load_ensemble(trained_runs[:1]), {**sources, "b": damaged})
+    together = cache.predict(load_ensemble(trained_runs[:2]), sources)
     assert "all predict again" in caplog.text
-    assert_same(together, predict_cached(load_ensemble(trained_runs[:2]), sources))
+    assert_same(together, NO_CACHE.predict(load_ensemble(trained_runs[:2]), sources))
     assert_same(
         together,
-        predict_cached(load_ensemble(trained_runs[:2]), dict.fromkeys("abc", unread), cache),
+        cache.predict(load_ensemble(trained_runs[:2]), dict.fromkeys("abc", unread)),
     )
 
 
 def test_frames_are_stored_for_members_together(ensemble, trained_runs, cache, caplog):
-    first = predict_frames_cached(ensemble, SOURCES, cache)
+    first = cache.predict_frames(ensemble, SOURCES)
     assert list(first) == ["a", "b", "c"]
     for name, frames in first.items():
         assert np.array_equal(frames, predict_waveforms(ensemble, SOURCES[name]([RATE])).frames)
     decoded = dict.fromkeys("abc", unread)
-    again = predict_frames_cached(ensemble, decoded, cache)
+    again = cache.predict_frames(ensemble, decoded)
     assert all(np.array_equal(again[name], frames) for name, frames in first.items())
     with pytest.raises(AssertionError, match="read again"):
-        predict_frames_cached(load_ensemble(trained_runs[:1]), decoded, cache)
+        cache.predict_frames(load_ensemble(trained_runs[:1]), decoded)
     with pytest.raises(AssertionError, match="read again"):
-        predict_frames_cached(ensemble, decoded, replace(cache, made_from="new"))
+        replace(cache, made_from="new").predict_frames(ensemble, decoded)
     (path,) = cache.folder.iterdir()
     path.write_bytes(path.read_bytes()[:100])
-    repaired = predict_frames_cached(ensemble, {name: SOURCES[name] for name in "abc"}, cache)
+    repaired = cache.predict_frames(ensemble, {name: SOURCES[name] for name in "abc"})
     assert all(np.array_equal(repaired[name], frames) for name, frames in first.items())
     assert [one.levelname for one in caplog.records] == ["WARNING"]
-    assert predict_frames_cached(ensemble, decoded, cache).keys() == first.keys()
+    assert cache.predict_frames(ensemble, decoded).keys() == first.keys()
 
 
 def test_outdated_predictions_of_a_member_are_deleted(ensemble, cache):
-    predict_cached(ensemble, SOURCES, cache)
+    cache.predict(ensemble, SOURCES)
     before = set(cache.folder.iterdir())
-    predict_cached(ensemble, SOURCES, replace(cache, name="others"))
-    predict_cached(ensemble, SOURCES, replace(cache, made_from="new"))
+    replace(cache, name="others").predict(ensemble, SOURCES)
+    replace(cache, made_from="new").predict(ensemble, SOURCES)
     after = set(cache.folder.iterdir())
     assert len(before) == 2
     assert len(after) == 4
@@ -181,13 +178,13 @@ def test_outdated_predictions_of_a_member_are_deleted(ensemble, cache):
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "empty"])
 def test_a_damaged_file_is_one_warning_and_is_written_again(ensemble, cache, caplog, damage):
-    first = predict_cached(ensemble, SOURCES, cache)
+    first = cache.predict(ensemble, SOURCES)
     path = sorted(cache.folder.iterdir())[0]
     whole = path.read_bytes()
     path.write_bytes(
         {"cut": whole[: len(whole) // 2], "garbage": b"\x80\x04pickle", "empty": b""}[damage]
     )
-    assert_same(first, predict_cached(ensemble, SOURCES, cache))
+    assert_same(first, cache.predict(ensemble, SOURCES))
     warnings = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
     assert len(warnings) == 1
     assert path.name in warnings[0]
@@ -197,7 +194,7 @@ def test_a_damaged_file_is_one_warning_and_is_written_again(ensemble, cache, cap
 def test_a_network_that_is_still_in_training_is_not_stored(ensemble, cache):
     member = ensemble.members[0]
     unnamed = replace(member, checkpoint=replace(member.checkpoint, weights_sha256=""))
-    predict_cached(Ensemble([unnamed]), SOURCES, cache)
+    cache.predict(Ensemble([unnamed]), SOURCES)
     assert not cache.folder.exists()
 
 
@@ -206,5 +203,5 @@ def test_a_member_that_gives_nan_is_named_and_nothing_is_stored(ensemble, cache)
     with torch.no_grad():
         changed.model.head.detection.bias.fill_(math.nan)
     with pytest.raises(ValueError, match=f"{changed.name}: its clipwise output holds NaN"):
-        predict_cached(ensemble.for_members([ensemble.members[0], changed]), SOURCES, cache)
+        cache.predict(ensemble.for_members([ensemble.members[0], changed]), SOURCES)
     assert not cache.folder.exists()

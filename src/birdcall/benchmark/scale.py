@@ -20,7 +20,7 @@ from birdcall.config import SEGMENT_SECONDS, require
 from birdcall.evaluation import tables
 from birdcall.evaluation.decision_search import search_decision
 from birdcall.evaluation.labelled import segment_table
-from birdcall.evaluation.predictions import LabelledPredictions, PredictionCache, predict_cached
+from birdcall.evaluation.predictions import LabelledPredictions, PredictionCache
 from birdcall.experiments import find_experiment
 from birdcall.inference.decision import Decision
 from birdcall.inference.ensemble import Member, load_ensemble
@@ -335,7 +335,7 @@ def _read_labelled(folder: Path, size: EvaluationSize) -> LabelledPredictions:
 
     ensemble = load_ensemble(find_checkpoints(folder / "runs"))
     sources = dict.fromkeys(size.names, not_stored)
-    predictions = predict_cached(ensemble, sources, _cache(folder))
+    predictions = _cache(folder).predict(ensemble, sources)
     segments = [
         segment_table(name, size.n_segments, is_labelled=True, group=name) for name in size.names
     ]

@@ -18,12 +18,7 @@ import pandas as pd
 from birdcall.audio.reading import AudioError, probe_audio
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.data.targets import MIN_OVERLAP_SECONDS
-from birdcall.evaluation.predictions import (
-    LabelledPredictions,
-    PredictionCache,
-    predict_cached,
-    predict_frames_cached,
-)
+from birdcall.evaluation.predictions import LabelledPredictions, PredictionCache
 from birdcall.inference.engine import open_recording
 from birdcall.inference.ensemble import Ensemble
 from birdcall.inference.predictions import SegmentPredictions, concatenate
@@ -112,7 +107,7 @@ def predict_labelled(
     cache = PredictionCache(cache_folder, "labelled", digest_files(truth.paths.values()))
     predictions: dict[str, SegmentPredictions] = {}
     tables, labels = [], []
-    for name, item in predict_cached(ensemble, sources, cache, progress=progress).items():
+    for name, item in cache.predict(ensemble, sources, progress=progress).items():
         if isinstance(item, AudioError):
             logger.warning("%s; this labelled soundscape is left out", item)
             continue
@@ -123,7 +118,7 @@ def predict_labelled(
     if not predictions:
         return None
     annotated = {name: sources[name] for name in truth.annotated if name in predictions}
-    frames = predict_frames_cached(ensemble, annotated, cache) if annotated else {}
+    frames = cache.predict_frames(ensemble, annotated) if annotated else {}
     annotations = truth.annotations[truth.annotations["recording"].isin(list(predictions))]
     return LabelledSoundscapes(
         predictions=LabelledPredictions(

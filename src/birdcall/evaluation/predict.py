@@ -23,11 +23,7 @@ from birdcall.evaluation.labelled import (
     predict_labelled,
     segment_table,
 )
-from birdcall.evaluation.predictions import (
-    LabelledPredictions,
-    PredictionCache,
-    predict_cached,
-)
+from birdcall.evaluation.predictions import LabelledPredictions, PredictionCache
 from birdcall.evaluation.simulated_audio import open_renderer, salient_segment_finder
 from birdcall.evaluation.simulation import (
     SimulatedSoundscape,
@@ -264,7 +260,7 @@ def _predict_all(
     progress: bool,
 ) -> SegmentPredictions:
     """Return the predictions for all recordings in a row; raise AudioError for a damaged one."""
-    predictions = predict_cached(ensemble, sources, cache, progress=progress)
+    predictions = cache.predict(ensemble, sources, progress=progress)
     for item in predictions.values():
         if isinstance(item, AudioError):
             raise item

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,10 @@ class LabelledPredictions:
     share no training recording and no recordist.
     truth: ``(segments, species)``, boolean. The first columns are ``classes``; the others are
     competition species that the members cannot predict. False where the truth is not known.
-    predictions: of all members, ``(members, segments, classes)``.
+    predictions: of all members, ``(members, segments, classes)``; ``clipwise`` and ``framewise``
+    are theirs.
+    starts: the first segment of each recording. labelled: which segments are scored rows,
+    ``(segments,)``, boolean. recordings, groups: of each labelled row. Intervals resample groups.
     """
 
     segments: pd.DataFrame
@@ -61,8 +64,26 @@ class LabelledPredictions:
     predictions: SegmentPredictions
     member_names: tuple[str, ...]
     classes: tuple[str, ...]
+    clipwise: np.ndarray = field(init=False)
+    framewise: np.ndarray = field(init=False)
+    starts: np.ndarray = field(init=False)
+    labelled: np.ndarray = field(init=False)
+    recordings: np.ndarray = field(init=False)
+    groups: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
+        recordings = self.segments["recording"].to_numpy()
+        labelled = self.segments["is_labelled"].to_numpy(dtype=bool)
+        derived = {
+            "clipwise": self.predictions.clipwise,
+            "framewise": self.predictions.framewise,
+            "starts": np.flatnonzero(np.append(True, recordings[1:] != recordings[:-1])),
+            "labelled": labelled,
+            "recordings": recordings[labelled],
+            "groups": self.segments["group"].to_numpy()[labelled],
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
         shape = (len(self.member_names), len(self.segments), len(self.classes))
         for name in ("clipwise", "framewise"):
             actual = getattr(self, name).shape
@@ -117,37 +138,6 @@ class LabelledPredictions:
         names = tuple(member_names) or self.member_names
         return replace(self, predictions=predictions, member_names=names)
 
-    @property
-    def clipwise(self) -> np.ndarray:
-        """Return the clipwise probabilities ``(members, segments, classes)``."""
-        return self.predictions.clipwise
-
-    @property
-    def framewise(self) -> np.ndarray:
-        """Return the framewise probabilities ``(members, segments, classes)``."""
-        return self.predictions.framewise
-
-    @cached_property
-    def starts(self) -> np.ndarray:
-        """Return the first segment of each recording, ``(recordings,)``."""
-        recordings = self.segments["recording"].to_numpy()
-        return np.flatnonzero(np.append(True, recordings[1:] != recordings[:-1]))
-
-    @cached_property
-    def labelled(self) -> np.ndarray:
-        """Return which segments are scored rows, ``(segments,)``, boolean."""
-        return self.segments["is_labelled"].to_numpy(dtype=bool)
-
-    @cached_property
-    def recordings(self) -> np.ndarray:
-        """Return the recording of each labelled row."""
-        return self.segments["recording"].to_numpy()[self.labelled]
-
-    @cached_property
-    def groups(self) -> np.ndarray:
-        """Return the group of each labelled row: the unit that an interval resamples."""
-        return self.segments["group"].to_numpy()[self.labelled]
-
     @cached_property
     def labelled_truth(self) -> np.ndarray:
         """Return the truth of the labelled rows, ``(labelled rows, species)``."""
@@ -184,7 +174,7 @@ class LabelledPredictions:
 
 @dataclass(frozen=True)
 class PredictionCache:
-    """Where the predictions for a set of recordings are stored, and what identifies their audio.
+    """Predicts a set of recordings, and stores what each member predicts for them.
 
     A member's predictions are identified by its weights, its experiment, the windows, the runtime,
     the audio and the code of all these. A member whose training is not finished is not stored.
@@ -196,10 +186,10 @@ class PredictionCache:
     modules: tuple[str, ...] = ()  # those that make the audio, beside the inference
 
     @property
-    def store(self) -> Store:
+    def _store(self) -> Store:
         return Store(self.folder, ".safetensors", ("inference.engine", *self.modules))
 
-    def identify(self, member: Member, window: WindowConfig) -> dict[str, Any] | None:
+    def _identify(self, member: Member, window: WindowConfig) -> dict[str, Any] | None:
         """Return what a member's predictions are made from; None where they are not stored."""
         if self.folder is None or not member.checkpoint.weights_sha256:
             return None
@@ -213,7 +203,7 @@ class PredictionCache:
             "torch": torch.__version__,
         }
 
-    def read(
+    def _read(
         self, member: Member, window: WindowConfig, recordings: Sequence[str]
     ) -> _Predictions | None:
         """Return the stored predictions of a member, or None if it must predict."""
@@ -231,14 +221,14 @@ class PredictionCache:
             predicted = dict(zip(names, together.split(), strict=True))
             return {name: errors.get(name) or predicted[name] for name in recordings}
 
-        identity = self.identify(member, window)
+        identity = self._identify(member, window)
         if identity is None:
             return None
-        return self.store.read(f"{member.name}.{self.name}", identity, read_file)
+        return self._store.read(f"{member.name}.{self.name}", identity, read_file)
 
     def write(self, member: Member, window: WindowConfig, predictions: _Predictions) -> None:
         """Write the predictions of a member, and delete those of an earlier state of it."""
-        identity, predicted = self.identify(member, window), _without_errors(predictions)
+        identity, predicted = self._identify(member, window), _without_errors(predictions)
         if identity is None or not predicted:
             return
         together = concatenate(list(predicted.values()))
@@ -250,98 +240,90 @@ class PredictionCache:
             "errors": [(name, str(item.path), item.reason) for name, item in errors.items()],
         }
         arrays = {"clipwise": together.clipwise, "framewise": together.framewise}
-        with self.store.writing(f"{member.name}.{self.name}", identity) as path:
+        with self._store.writing(f"{member.name}.{self.name}", identity) as path:
             write_arrays(path, arrays, values)
 
+    def predict(
+        self, ensemble: Ensemble, sources: Mapping[str, AudioSource], *, progress: bool = False
+    ) -> _Predictions:
+        """Predict recordings as `predict_audio` does, without frames, as far as not stored.
 
-_NO_CACHE = PredictionCache(None, "", "")
+        Members that are not stored predict together, so that the audio is decoded once.
+        """
+        window, names = ensemble.window_config, list(sources)
+        stored = [self._read(member, window, names) for member in ensemble.members]
+        by_member = self._predict_missing(ensemble, sources, stored, progress=progress)
+        lengths = [
+            {name: item.n_segments for name, item in _without_errors(predictions).items()}
+            for predictions in by_member
+        ]
+        if any(other != lengths[0] for other in lengths):
+            # A disk that failed for some members only: their segments are not those of the others.
+            logger.warning(
+                "members could read different recordings of %s; all predict again", names
+            )
+            stored = [None] * len(lengths)
+            by_member = self._predict_missing(ensemble, sources, stored, progress=progress)
+        result: _Predictions = {}
+        for name in sources:
+            items = [predictions[name] for predictions in by_member]
+            result[name] = items[0] if isinstance(items[0], AudioError) else stack_members(items)
+        return result
 
-
-def predict_cached(
-    ensemble: Ensemble,
-    sources: Mapping[str, AudioSource],
-    cache: PredictionCache = _NO_CACHE,
-    *,
-    progress: bool = False,
-) -> _Predictions:
-    """Predict recordings as `predict_audio` does, without frames, as far as they are not stored.
-
-    Members that are not stored predict together, so that the audio is decoded once.
-    """
-    window, names = ensemble.window_config, list(sources)
-    stored = [cache.read(member, window, names) for member in ensemble.members]
-    by_member = _predict_missing(ensemble, sources, cache, stored, progress=progress)
-    lengths = [
-        {name: item.n_segments for name, item in _without_errors(predictions).items()}
-        for predictions in by_member
-    ]
-    if any(other != lengths[0] for other in lengths):
-        # A disk that failed for some members only: their segments are not those of the others.
-        logger.warning("members could read different recordings of %s; all predict again", names)
-        stored = [None] * len(lengths)
-        by_member = _predict_missing(ensemble, sources, cache, stored, progress=progress)
-    result: _Predictions = {}
-    for name in sources:
-        items = [predictions[name] for predictions in by_member]
-        result[name] = items[0] if isinstance(items[0], AudioError) else stack_members(items)
-    return result
-
-
-def _predict_missing(
-    ensemble: Ensemble,
-    sources: Mapping[str, AudioSource],
-    cache: PredictionCache,
-    stored: Sequence[_Predictions | None],
-    *,
-    progress: bool,
-) -> list[_Predictions]:
-    """Return the predictions of each member; those not ``stored`` are computed and written."""
-    by_member = list(stored)
-    missing = [index for index, predictions in enumerate(stored) if predictions is None]
-    if not missing:
+    def _predict_missing(
+        self,
+        ensemble: Ensemble,
+        sources: Mapping[str, AudioSource],
+        stored: Sequence[_Predictions | None],
+        *,
+        progress: bool,
+    ) -> list[_Predictions]:
+        """Return the predictions of each member; those not ``stored`` are computed and written."""
+        by_member = list(stored)
+        missing = [index for index, predictions in enumerate(stored) if predictions is None]
+        if not missing:
+            return by_member
+        members = [ensemble.members[index] for index in missing]
+        stream = predict_audio(ensemble.for_members(members), sources, SEGMENTS_ONLY)
+        bar = tqdm(stream, self.name, len(sources), disable=not progress, unit="recording")
+        computed = dict(bar)
+        for position, index in enumerate(missing):
+            by_member[index] = {
+                name: item if isinstance(item, AudioError) else item.for_member(position)
+                for name, item in computed.items()
+            }
+            self.write(members[position], ensemble.window_config, by_member[index])
         return by_member
-    members = [ensemble.members[index] for index in missing]
-    stream = predict_audio(ensemble.for_members(members), sources, SEGMENTS_ONLY)
-    bar = tqdm(stream, cache.name, len(sources), disable=not progress, unit="recording")
-    computed = dict(bar)
-    for position, index in enumerate(missing):
-        by_member[index] = {
-            name: item if isinstance(item, AudioError) else item.for_member(position)
-            for name, item in computed.items()
-        }
-        cache.write(members[position], ensemble.window_config, by_member[index])
-    return by_member
+
+    def predict_frames(
+        self, ensemble: Ensemble, sources: Mapping[str, AudioSource]
+    ) -> dict[str, np.ndarray]:
+        """Return the ``frames`` of `SegmentPredictions` of each recording, the members' mean.
+
+        They are stored for these members together. Recordings that do not decode are left out.
+        """
+
+        def read_file(path: Path) -> dict[str, np.ndarray]:
+            arrays, _ = read_arrays(path)
+            return {name: arrays[name] for name in sources}
+
+        window = ensemble.window_config
+        identities = [self._identify(member, window) for member in ensemble.members]
+        is_stored = None not in identities
+        members = digest(" ".join(member.name for member in ensemble.members))
+        stored_as = f"frames-{members}.{self.name}", {"members": identities}
+        stored = self._store.read(*stored_as, read_file) if is_stored else None
+        if stored is not None:
+            return stored
+        predictions = _without_errors(dict(predict_audio(ensemble, sources)))
+        frames = {name: item.frames for name, item in predictions.items()}
+        if is_stored and frames:
+            with self._store.writing(*stored_as) as path:
+                write_arrays(path, frames, {})
+        return frames
 
 
 def _without_errors(predictions: _Predictions) -> dict[str, SegmentPredictions]:
     return {
         name: item for name, item in predictions.items() if isinstance(item, SegmentPredictions)
     }
-
-
-def predict_frames_cached(
-    ensemble: Ensemble, sources: Mapping[str, AudioSource], cache: PredictionCache = _NO_CACHE
-) -> dict[str, np.ndarray]:
-    """Return the ``frames`` of `SegmentPredictions` of each recording, the members' mean.
-
-    They are stored for these members together. Recordings that do not decode are left out.
-    """
-
-    def read_file(path: Path) -> dict[str, np.ndarray]:
-        arrays, _ = read_arrays(path)
-        return {name: arrays[name] for name in sources}
-
-    window = ensemble.window_config
-    identities = [cache.identify(member, window) for member in ensemble.members]
-    is_stored = None not in identities
-    members = digest(" ".join(member.name for member in ensemble.members))
-    stored_as = f"frames-{members}.{cache.name}", {"members": identities}
-    stored = cache.store.read(*stored_as, read_file) if is_stored else None
-    if stored is not None:
-        return stored
-    predictions = _without_errors(dict(predict_audio(ensemble, sources)))
-    frames = {name: item.frames for name, item in predictions.items()}
-    if is_stored and frames:
-        with cache.store.writing(*stored_as) as path:
-            write_arrays(path, frames, {})
-    return frames
