@@ -90,7 +90,8 @@ def write_page(path: Path, template: str, content: PageContent, **context: Any) 
         scripts.insert(0, get_plotlyjs())
     if any("</script" in script.lower() for script in scripts):
         raise ValueError(f"{path}: a script contains the end of its own element, </script")
-    sources = [_hash(script) for script in scripts] or ["'none'"]
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()) for script in scripts]
+    sources = [f"'sha256-{digest.decode()}'" for digest in digests] or ["'none'"]
     if content.has_tables:
         # DataTables is a JavaScript module. A page opened from disk can import a module only from
         # a blob, and only a script that already runs can create a blob.
@@ -128,11 +129,6 @@ def _environment() -> Environment:
 def read_asset(name: str) -> str:
     """Return the text of a script or style in ``assets``."""
     return resources.files("birdcall").joinpath("report", "assets", name).read_text("utf-8")
-
-
-def _hash(script: str) -> str:
-    digest = hashlib.sha256(script.encode()).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
 def _json(data: Any) -> Markup:

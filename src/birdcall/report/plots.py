@@ -200,7 +200,7 @@ def _draw_spectrogram(axes: Axes, waveform: np.ndarray, sample_rate: int) -> Non
 # --- the pipeline ---------------------------------------------------------------------------------
 
 
-class Step(NamedTuple):
+class _Step(NamedTuple):
     """A step of the pipeline, drawn as a box.
 
     command: of `birdcall`. module: where its code is. output: what it writes. after: names of the
@@ -218,52 +218,52 @@ class Step(NamedTuple):
 
 # fmt: off
 STEPS = (
-    Step(
+    _Step(
         name="get data", command="demo", module="demo",
         output="train.csv, mp3", after=(),
         position=(0, 0), color=GREY,
     ),
-    Step(
+    _Step(
         name="check recordings", command="audit", module="data.audit",
         output="audit.csv, cache", after=("get data",),
         position=(1, 0), color=BLUE,
     ),
-    Step(
+    _Step(
         name="split into folds", command="folds", module="data.folds",
         output="folds/<name>.csv", after=("check recordings",),
         position=(2, 0), color=BLUE,
     ),
-    Step(
+    _Step(
         name="train", command="train", module="training",
         output="model.safetensors", after=("split into folds",),
         position=(3, 0), color=GREEN,
     ),
-    Step(
+    _Step(
         name="compare", command="ablate", module="evaluation.ablation",
         output="ablation.md", after=("train",),
         position=(4, 0), color=GREEN,
     ),
-    Step(
+    _Step(
         name="score and decide", command="evaluate", module="evaluation",
         output="decision.json, report", after=("train",),
         position=(3, 1), color=AMBER,
     ),
-    Step(
+    _Step(
         name="package, dry run", command="package", module="kaggle.packaging",
         output="kernels/build", after=("score and decide",),
         position=(2, 1), color=PURPLE,
     ),
-    Step(
+    _Step(
         name="submit", command="predict --data", module="kaggle.submission",
         output="submission.csv", after=("package, dry run",),
         position=(1, 1), color=PURPLE,
     ),
-    Step(
+    _Step(
         name="predict recordings", command="predict --view", module="prediction",
         output="tables, pages, Raven", after=("package, dry run",),
         position=(2, 2), color=PURPLE,
     ),
-    Step(
+    _Step(
         name="use elsewhere", command="export", module="inference.windows",
         output="model.onnx", after=("train",),
         position=(4, 1), color=GREY,
@@ -294,7 +294,7 @@ def plot_pipeline() -> Figure:
     return figure
 
 
-def _draw_step(axes: Axes, step: Step, corner: tuple[float, float]) -> None:
+def _draw_step(axes: Axes, step: _Step, corner: tuple[float, float]) -> None:
     style = {"boxstyle": "round,pad=0,rounding_size=0.04", "fc": "white", "lw": 2.5}
     axes.add_patch(FancyBboxPatch(corner, _BOX_WIDTH, _BOX_HEIGHT, ec=step.color, **style))
     x, y = corner[0] + _BOX_WIDTH / 2, corner[1]
