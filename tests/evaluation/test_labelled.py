@@ -12,9 +12,9 @@ import soundfile
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.evaluation.labelled import (
     known_species,
+    label_segments,
     predict_labelled,
     read_truth,
-    truth_from_intervals,
 )
 from birdcall.evaluation.metrics import row_f1_scores
 from birdcall.evaluation.tables import event_rows
@@ -66,7 +66,7 @@ def ravens(tmp_path):
     ],
 )
 def test_half_a_second_or_half_of_an_event_counts(onset, offset, segments):
-    truth = truth_from_intervals([(onset, offset)], [1], (4, 3))
+    truth = label_segments([Event("b", onset, offset)], ["a", "b", "c"], 4)
     assert np.flatnonzero(truth[:, 1]).tolist() == segments
     assert not truth[:, [0, 2]].any()
 
@@ -75,9 +75,7 @@ def test_the_example_s_rows_follow_from_its_annotations_in_the_demo(demo_folder)
     truth = read_truth([demo_folder], KNOWN)
     for name, rows in truth.rows.groupby("recording"):
         subset = truth.annotations[truth.annotations["recording"] == name]
-        columns = [KNOWN.index(code) for code in subset["ebird_code"]]
-        intervals = subset[["onset", "offset"]].to_numpy()
-        truth_rows = truth_from_intervals(intervals, columns, (len(rows), len(KNOWN)))
+        truth_rows = label_segments(subset.itertuples(), KNOWN, len(rows))
         expected = [sorted(birds) for birds in rows["birds"]]
         assert [sorted(KNOWN[k] for k in np.flatnonzero(row)) for row in truth_rows] == expected
 

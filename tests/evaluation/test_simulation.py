@@ -16,10 +16,11 @@ from birdcall.data.cache import CropRequest
 from birdcall.data.dataset import load_training_data
 from birdcall.data.folds import make_folds, write_folds
 from birdcall.data.recordings import read_recordings
+from birdcall.evaluation.labelled import label_segments
 from birdcall.evaluation.predict import predict_simulated
 from birdcall.evaluation.simulated_audio import (
+    SoundscapeRenderer,
     find_salient_segment,
-    open_renderer,
     salient_segment_finder,
 )
 from birdcall.evaluation.simulation import (
@@ -28,7 +29,6 @@ from birdcall.evaluation.simulation import (
     SimulationConfig,
     describe_events,
     group_recordings,
-    label_segments,
     plan_soundscapes,
 )
 from birdcall.inference.engine import predict_waveforms
@@ -72,7 +72,7 @@ def planned(plan):
 
 @pytest.fixture(scope="module")
 def renderer(training_data):
-    return open_renderer(training_data, 0, CONFIG)
+    return SoundscapeRenderer.for_fold(training_data, 0, CONFIG)
 
 
 def reader_in(renderer, folder):
@@ -163,7 +163,9 @@ def test_the_share_of_nocall_is_within_a_row_of_each_soundscape(planned, trainin
     for share in CONFIG.nocall_shares:
         subset = [one for one in planned if one.nocall_share == share]
         assert len(subset) == CONFIG.n_soundscapes
-        truth = np.concatenate([label_segments(one, training_data.classes) for one in subset])
+        truth = np.concatenate(
+            [label_segments(one.events, training_data.classes, 6) for one in subset]
+        )
         n_empty = (~truth.any(axis=1)).sum()
         assert abs(n_empty - share * len(truth)) <= len(subset)
 
@@ -246,14 +248,16 @@ def test_labels_are_those_of_an_independent_count(planned, training_data):
                 if count >= min(50, len(times) / 2) + 1:
                     column = training_data.classes.index(event.ebird_code)
                     expected[int(segment), column] = True
-        labels = label_segments(one, training_data.classes)
+        labels = label_segments(one.events, training_data.classes, 6)
         assert not (expected & ~labels).any()
         assert (expected != labels).sum() <= 1  # on the edge of the rule by less than 10 ms
 
 
 def test_at_most_three_species_are_in_a_segment(training_data, plan):
     planned = plan(config=replace(CONFIG, nocall_shares=(0.0,), n_soundscapes=6))
-    counts = np.concatenate([label_segments(one, training_data.classes).sum(1) for one in planned])
+    counts = np.concatenate(
+        [label_segments(one.events, training_data.classes, 6).sum(1) for one in planned]
+    )
     assert counts.max() <= 3
     assert (counts == 0).mean() < 0.2
 
@@ -268,8 +272,8 @@ def test_distractors_are_birds_at_a_pitch_of_no_class_and_have_no_label(training
     assert (octaves <= often.distractor_octaves[1]).all()
     for one in planned:
         alone = replace(one, distractors=())
-        labels = label_segments(one, training_data.classes)
-        assert np.array_equal(labels, label_segments(alone, training_data.classes))
+        labels = label_segments(one.events, training_data.classes, 6)
+        assert np.array_equal(labels, label_segments(alone.events, training_data.classes, 6))
 
 
 def test_a_distractor_has_its_transposed_pitch(renderer, tmp_path):
@@ -369,9 +373,11 @@ def test_what_is_rendered_does_not_depend_on_other_rates_or_soundscapes(planned,
 def test_only_noise_that_no_run_has_trained_with_is_used(training_data):
     _, held_out = training_data.split_noise(0)
     assert held_out
-    assert open_renderer(training_data, 0, CONFIG).noise.paths == held_out
+    assert SoundscapeRenderer.for_fold(training_data, 0, CONFIG).noise.paths == held_out
     alone = replace(training_data, noise_files=training_data.noise_files[:1])
-    assert open_renderer(alone, 0, CONFIG).noise.paths == list(training_data.noise_files[:1])
+    assert SoundscapeRenderer.for_fold(alone, 0, CONFIG).noise.paths == list(
+        training_data.noise_files[:1]
+    )
 
 
 def test_the_background_is_never_silent_and_has_no_clicks(planned, renderer):
@@ -471,5 +477,5 @@ def test_real_recordings_make_the_same_plan_in_a_second_process(real_data):
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.strip() == repr(planned)
-    waveform = open_renderer(data, 0, CONFIG).render(busiest(planned), [RATE])[RATE]
+    waveform = SoundscapeRenderer.for_fold(data, 0, CONFIG).render(busiest(planned), [RATE])[RATE]
     assert np.isfinite(waveform).all()

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ from birdcall.data.targets import MIN_OVERLAP_SECONDS
 from birdcall.evaluation.predictions import LabelledPredictions, PredictionCache
 from birdcall.inference.engine import open_recording
 from birdcall.inference.ensemble import Ensemble
+from birdcall.inference.events import Event
 from birdcall.inference.predictions import SegmentPredictions, concatenate
 from birdcall.inference.tables import read_raven_table
 from birdcall.inference.windows import count_segments
@@ -40,7 +42,16 @@ from birdcall.taxonomy import all_species, find_species
 logger = logging.getLogger(__name__)
 
 _TIME_TOLERANCE = 1e-6  # seconds
+_ROW_COLUMNS = ["recording", "seconds", "birds"]
 _ANNOTATION_COLUMNS = ["recording", "onset", "offset", "ebird_code"]
+
+
+class _TimedLabel(Protocol):
+    """An event of `inference.events`, a simulated event, or a row of a table of annotations."""
+
+    onset: float  # seconds from the start of its recording
+    offset: float
+    ebird_code: str
 
 
 @dataclass
@@ -54,9 +65,7 @@ class Truth:
     """
 
     paths: dict[str, Path] = field(default_factory=dict)
-    rows: pd.DataFrame = field(
-        default_factory=lambda: pd.DataFrame(columns=["recording", "seconds", "birds"])
-    )
+    rows: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=_ROW_COLUMNS))
     annotations: pd.DataFrame = field(
         default_factory=lambda: pd.DataFrame(columns=_ANNOTATION_COLUMNS)
     )
@@ -112,7 +121,7 @@ def predict_labelled(
             logger.warning("%s; this labelled soundscape is left out", item)
             continue
         predictions[name] = item
-        truth_of_segments, is_labelled = _label_segments(truth, name, item.n_segments, species)
+        truth_of_segments, is_labelled = _label_recording(truth, name, item.n_segments, species)
         tables.append(segment_table(name, item.n_segments, is_labelled=is_labelled, group=name))
         labels.append(truth_of_segments)
     if not predictions:
@@ -149,21 +158,23 @@ def segment_table(
     )
 
 
-def truth_from_intervals(
-    intervals: Iterable[tuple[float, float]], columns: Sequence[int], shape: tuple[int, int]
+def label_segments(
+    events: Iterable[_TimedLabel], species: Sequence[str], n_segments: int
 ) -> np.ndarray:
-    """Return which species are present in each segment, boolean, of ``shape`` (segments, species).
+    """Return which species are present in each segment, boolean, ``(segments, species)``.
 
-    intervals: onset and offset of each event in seconds; columns: the column of its species. An
-    event is present in a segment that holds half a second of it, or half of it.
+    An event is present in a segment that holds half a second of it, or half of it. The code of each
+    event must be in ``species``.
     """
-    truth = np.zeros(shape, dtype=bool)
-    starts = SEGMENT_SECONDS * np.arange(shape[0])
-    for (onset, offset), column in zip(intervals, columns, strict=True):
+    truth = np.zeros((n_segments, len(species)), dtype=bool)
+    column_of = {code: column for column, code in enumerate(species)}
+    starts = SEGMENT_SECONDS * np.arange(n_segments)
+    for event in events:
+        onset, offset = event.onset, event.offset
         overlap = np.minimum(offset, starts + SEGMENT_SECONDS) - np.maximum(onset, starts)
         touches = (onset < starts + SEGMENT_SECONDS) & (offset >= starts)
         enough = min(MIN_OVERLAP_SECONDS, (offset - onset) / 2) - _TIME_TOLERANCE
-        truth[touches & (overlap >= enough), column] = True
+        truth[touches & (overlap >= enough), column_of[event.ebird_code]] = True
     return truth
 
 
@@ -196,7 +207,7 @@ def read_truth(folders: Sequence[Path], species: Sequence[str]) -> Truth:
     return result
 
 
-def _label_segments(
+def _label_recording(
     truth: Truth, recording: str, n_segments: int, species: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the truth ``(segments, species)`` of a recording, and which segments are labelled.
@@ -242,7 +253,7 @@ def _read_examples(folder: Path, species: Sequence[str]) -> Truth:
     in_rows = Counter(label for labels in rows["foreign_labels"] for label in labels)
     return Truth(
         paths=paths,
-        rows=rows.rename(columns={"filename": "recording"})[["recording", "seconds", "birds"]],
+        rows=rows.rename(columns={"filename": "recording"})[_ROW_COLUMNS],
         annotations=annotations.loc[is_known, _ANNOTATION_COLUMNS],
         annotated=[name for name in annotations["recording"].unique() if name in paths],
         foreign=in_rows | in_annotations,  # both files describe the same audio: no sum
@@ -269,16 +280,19 @@ def _read_raven_folder(folder: Path, species: Sequence[str]) -> Truth:
             continue
         if name in truth.paths:
             raise ValueError(f"{path}: another recording in {folder} is called {name} too")
-        selections = _read_selections(tables, seconds, species, truth.foreign)
+        events = _read_selections(tables, seconds, species, truth.foreign)
+        labels = label_segments(events, species, count_segments(round(seconds * 1000), 1000))
+        birds = [tuple(species[column] for column in np.flatnonzero(row)) for row in labels]
+        ends = SEGMENT_SECONDS * np.arange(1.0, len(birds) + 1)
         truth.paths[name] = path
-        rows.append(_rows_of(name, seconds, selections, species))
-        annotations.append(selections.assign(recording=name)[_ANNOTATION_COLUMNS])
+        rows += [(name, *row) for row in zip(ends, birds, strict=True)]
+        annotations += [(name, event.onset, event.offset, event.ebird_code) for event in events]
     if not truth.paths:
         raise FileNotFoundError(
             f"{folder}: neither {EXAMPLE_LABELS} nor a recording with a Raven selection table"
         )
-    truth.rows = pd.concat(rows, ignore_index=True)
-    truth.annotations = pd.concat(annotations, ignore_index=True)
+    truth.rows = pd.DataFrame(rows, columns=_ROW_COLUMNS)
+    truth.annotations = pd.DataFrame(annotations, columns=_ANNOTATION_COLUMNS)
     truth.annotated = list(truth.paths)
     _log_foreign(folder, truth.foreign)
     return truth
@@ -292,12 +306,12 @@ def _log_foreign(source: Path, foreign: Counter[str]) -> None:
 
 def _read_selections(
     tables: Sequence[Path], seconds: float, species: Sequence[str], foreign: Counter[str]
-) -> pd.DataFrame:
-    """Return the known species in a recording's tables: onset, offset, ebird_code.
+) -> list[Event]:
+    """Return the events of known species in the tables of a recording of ``seconds``.
 
     A label may be a code or a name; labels of no known species are added to ``foreign``.
     """
-    selections = []
+    events = []
     for table in tables:
         for event in read_raven_table(table):
             code = event.ebird_code
@@ -312,23 +326,5 @@ def _read_selections(
                     *(table, event.onset, seconds),
                 )
             else:
-                selections.append((event.onset, min(event.offset, seconds), code))
-    return pd.DataFrame(selections, columns=["onset", "offset", "ebird_code"])
-
-
-def _rows_of(
-    name: str, seconds: float, selections: pd.DataFrame, species: Sequence[str]
-) -> pd.DataFrame:
-    """Return the rows of a recording of so many seconds, as in `Truth`."""
-    n_segments = count_segments(round(seconds * 1000), 1000)
-    columns = [species.index(code) for code in selections["ebird_code"]]
-    intervals = selections[["onset", "offset"]].to_numpy(float)
-    labels = truth_from_intervals(intervals, columns, (n_segments, len(species)))
-    birds = [tuple(species[column] for column in np.flatnonzero(row)) for row in labels]
-    return pd.DataFrame(
-        {
-            "recording": name,
-            "seconds": SEGMENT_SECONDS * np.arange(1.0, n_segments + 1),
-            "birds": pd.Series(birds, dtype=object),
-        }
-    )
+                events.append(Event(code, event.onset, min(event.offset, seconds)))
+    return events

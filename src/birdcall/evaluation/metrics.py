@@ -50,7 +50,8 @@ def row_wise_f1(truth: Sequence[str], predicted: Sequence[str]) -> float:
 
 def row_f1_scores(truth: ArrayLike, predicted: ArrayLike) -> NDArray[np.floating]:
     """Return the F1 of each row ``(rows,)`` of boolean matrices ``(rows, classes)``."""
-    true, guess = _decision_pair(truth, predicted)
+    true = _checked_decisions("truth", truth)
+    guess = _checked_decisions("predicted", predicted, true)
     # 16 bits are enough for 65,535 classes and several times faster than numpy's default.
     hits, n_true, n_predicted = (
         np.add.reduce(matrix, axis=1, dtype=np.uint16) for matrix in (true & guess, true, guess)
@@ -69,14 +70,16 @@ def precision_recall(truth: ArrayLike, predicted: ArrayLike) -> tuple[float, flo
     Precision is the share of predicted species that are true, NaN if none is predicted; recall is
     the share of true species that are predicted, NaN if none is true.
     """
-    true, guess = _decision_pair(truth, predicted)
+    true = _checked_decisions("truth", truth)
+    guess = _checked_decisions("predicted", predicted, true)
     n_hits = (true & guess).sum()
     return _share(n_hits, guess.sum()), _share(n_hits, true.sum())
 
 
 def false_birds_per_nocall_row(truth: ArrayLike, predicted: ArrayLike) -> float:
     """Return the number of species predicted per nocall row; NaN if no row is nocall."""
-    true, guess = _decision_pair(truth, predicted)
+    true = _checked_decisions("truth", truth)
+    guess = _checked_decisions("predicted", predicted, true)
     nocall = ~true.any(axis=1)
     return _share(guess[nocall].sum(), nocall.sum())
 
@@ -305,10 +308,19 @@ def segment_based_counts(
     """
     if not segment_seconds > 0:
         raise ValueError(f"segment_seconds is {segment_seconds}; it must be above 0")
-    true_times = _checked_intervals("true", true_intervals, true_labels)
-    predicted_times = _checked_intervals("predicted", predicted_intervals, predicted_labels)
-    true = _active_segments(true_times, true_labels, segment_seconds)
-    guess = _active_segments(predicted_times, predicted_labels, segment_seconds)
+    active = []
+    for name, intervals, labels in (
+        ("true", true_intervals, true_labels),
+        ("predicted", predicted_intervals, predicted_labels),
+    ):
+        pairs = set()
+        edges = np.round(_checked_intervals(name, intervals, labels) / segment_seconds, 6)
+        for (onset, offset), label in zip(edges, labels, strict=True):
+            first = int(np.floor(onset))
+            end = max(int(np.ceil(offset)), first + 1)
+            pairs.update((segment, label) for segment in range(first, end))
+        active.append(pairs)
+    true, guess = active
     return DetectionCounts(len(true & guess), len(guess - true), len(true - guess))
 
 
@@ -368,18 +380,6 @@ def _count_matches(
     return int((maximum_bipartite_matching(pairs) >= 0).sum())
 
 
-def _active_segments(
-    intervals: NDArray, labels: Sequence[str], segment_seconds: float
-) -> set[tuple[int, str]]:
-    active = set()
-    edges = np.round(intervals / segment_seconds, 6)
-    for (onset, offset), label in zip(edges, labels, strict=True):
-        first = int(np.floor(onset))
-        end = max(int(np.ceil(offset)), first + 1)
-        active.update((segment, label) for segment in range(first, end))
-    return active
-
-
 # --- checks -------------------------------------------------------------------------------------
 
 
@@ -411,13 +411,6 @@ def _checked_decisions(
             "threshold?"
         )
     return matrix.astype(bool)
-
-
-def _decision_pair(
-    truth: ArrayLike, predicted: ArrayLike
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    true = _checked_decisions("truth", truth)
-    return true, _checked_decisions("predicted", predicted, true)
 
 
 def _ranking(

@@ -16,7 +16,7 @@ from birdcall.evaluation.labelled import LabelledSoundscapes
 from birdcall.evaluation.predict import HeldOutPredictions
 from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.evaluation.scoring import EnsembleDecision, Evaluation
-from birdcall.evaluation.simulated_audio import open_renderer
+from birdcall.evaluation.simulated_audio import SoundscapeRenderer
 from birdcall.evaluation.simulation import SimulatedSoundscape
 from birdcall.evaluation.tables import LABELLED, SIMULATED
 from birdcall.inference.decision import average_members
@@ -204,7 +204,7 @@ def _render_row(
     mistake: Mistake,
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """Return the waveform to show, and what the members predict on, by sample rate."""
-    renderer = open_renderer(held_out.data, soundscape.fold, held_out.config)
+    renderer = SoundscapeRenderer.for_fold(held_out.data, soundscape.fold, held_out.config)
     rates = sorted({_SAMPLE_RATE, *ensemble.sample_rates})
     waveforms = renderer.render(soundscape, rates)
     end = mistake.start + SEGMENT_SECONDS

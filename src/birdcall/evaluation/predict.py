@@ -20,17 +20,17 @@ from birdcall.data.dataset import TrainingData
 from birdcall.evaluation.labelled import (
     LabelledSoundscapes,
     known_species,
+    label_segments,
     predict_labelled,
     segment_table,
 )
 from birdcall.evaluation.predictions import LabelledPredictions, PredictionCache
-from birdcall.evaluation.simulated_audio import open_renderer, salient_segment_finder
+from birdcall.evaluation.simulated_audio import SoundscapeRenderer, salient_segment_finder
 from birdcall.evaluation.simulation import (
     SimulatedSoundscape,
     SimulationConfig,
     describe_events,
     group_recordings,
-    label_segments,
     plan_soundscapes,
 )
 from birdcall.inference.engine import open_recording
@@ -96,14 +96,16 @@ class OutOfFoldPredictions:
 class HeldOutPredictions:
     """Predictions of runs, each only for audio that it was not trained on.
 
-    runs: experiment and fold. out_of_fold: by experiment. simulated: by fold, with the runs of that
-    fold, named as their experiments. events: of the simulated soundscapes. groups: the group of
-    each recording of the data, as in the simulated soundscapes. labelled: with all runs, named as
-    their checkpoints. soundscapes, config: of the simulation. ensemble: all runs.
+    runs: experiment and fold. experiments: in the order of the runs. out_of_fold: by experiment.
+    simulated: by fold, with the runs of that fold, named as their experiments. events: of the
+    simulated soundscapes. groups: the group of each recording of the data, as in the simulated
+    soundscapes. labelled: with all runs, named as their checkpoints. soundscapes, config: of the
+    simulation. ensemble: all runs.
     """
 
     data: TrainingData
     runs: tuple[tuple[str, int], ...]
+    experiments: tuple[str, ...]
     out_of_fold: Mapping[str, OutOfFoldPredictions]
     simulated: Mapping[int, LabelledPredictions]
     events: pd.DataFrame
@@ -113,18 +115,9 @@ class HeldOutPredictions:
     config: SimulationConfig
     ensemble: Ensemble
 
-    @property
-    def experiments(self) -> tuple[str, ...]:
-        """Return the experiments, in the order of the runs."""
-        return tuple(dict.fromkeys(name for name, _ in self.runs))
-
     def member_names(self, experiments: Sequence[str]) -> tuple[str, ...]:
         """Return the names of the runs of ``experiments``, as in their checkpoints."""
         return tuple(f"{name}-fold{fold}" for name, fold in self.runs if name in experiments)
-
-    def positions(self, experiments: Sequence[str]) -> list[int]:
-        """Return the positions of the runs of ``experiments``."""
-        return [position for position, (name, _) in enumerate(self.runs) if name in experiments]
 
     def simulated_for(self, experiments: Sequence[str]) -> LabelledPredictions | None:
         """Return the soundscapes of the folds that all of ``experiments`` held out."""
@@ -139,7 +132,9 @@ class HeldOutPredictions:
         """Return the labelled soundscapes as predicted by all runs of ``experiments``."""
         if self.labelled is None:
             return None
-        return self.labelled.predictions.for_members(self.positions(experiments))
+        names = [name for name, _ in self.runs]
+        subset = [position for position, name in enumerate(names) if name in experiments]
+        return self.labelled.predictions.for_members(subset)
 
     def out_of_fold_for(self, experiments: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return clipwise and framewise means over experiments, ``(recordings, classes)`` each.
@@ -180,6 +175,7 @@ def predict_held_out(
     return HeldOutPredictions(
         data=data,
         runs=tuple((checkpoint.experiment.name, checkpoint.fold) for checkpoint in checkpoints),
+        experiments=tuple(out_of_fold),
         out_of_fold=out_of_fold,
         simulated=simulated,
         events=describe_events(planned),
@@ -319,21 +315,22 @@ def predict_simulated(
             raise ValueError(
                 f"{member.name} has trained on the recordings of {soundscapes[0].name}"
             )
-    renderer = open_renderer(data, fold, config)
+    renderer = SoundscapeRenderer.for_fold(data, fold, config)
     files = [data.folder / path for path in describe_events(soundscapes)["path"].unique()]
     made_from = repr(soundscapes), digest_files(files), digest_files(renderer.noise.paths)
     name, modules = f"simulated-fold{fold}", ("evaluation.simulated_audio",)
     cache = PredictionCache(cache_folder, name, digest(repr(made_from)), modules)
     sources = {item.name: partial(renderer.render, item) for item in soundscapes}
     species = known_species(ensemble.classes)
-    tables = []
+    tables, labels = [], []
     for item in soundscapes:
         n_segments = round(item.seconds / SEGMENT_SECONDS)
+        labels.append(label_segments(item.events, species, n_segments))
         table = segment_table(item.name, n_segments, is_labelled=True, group=item.group)
         tables.append(table.assign(nocall_share=item.nocall_share))
     return LabelledPredictions(
         segments=pd.concat(tables, ignore_index=True),
-        truth=np.concatenate([label_segments(item, species) for item in soundscapes]),
+        truth=np.concatenate(labels),
         predictions=_predict_all(ensemble, sources, cache, progress=progress),
         member_names=tuple(member.checkpoint.experiment.name for member in ensemble.members),
         classes=ensemble.classes,

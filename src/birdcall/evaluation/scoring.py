@@ -306,7 +306,9 @@ def add_labelled_score(decision: Decision, labelled: LabelledPredictions, name: 
 
 def _score(ensemble: EnsembleDecision, held_out: HeldOutPredictions, targets: np.ndarray) -> Rows:
     """Score some experiments on recordings, simulated and labelled soundscapes."""
-    subject = ScoreSubject(ensemble.name, len(held_out.positions(ensemble.experiments)), RECORDINGS)
+    subject = ScoreSubject(
+        ensemble.name, len(held_out.member_names(ensemble.experiments)), RECORDINGS
+    )
     clipwise, framewise = held_out.out_of_fold_for(ensemble.experiments)
     calibrated = None
     if ensemble.calibration is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,6 @@ from birdcall.data.cache import CropRequest, ReadCrops
 from birdcall.data.dataset import TrainingData
 from birdcall.data.noise import NoiseFiles, ReadFailure
 from birdcall.evaluation.simulation import (
-    FindSegment,
     SalientSegment,
     SimulatedEvent,
     SimulatedSoundscape,
@@ -60,10 +59,12 @@ _LEVEL_DB = (-38.0, -22.0)  # RMS of a soundscape relative to full scale: record
 # --- salient segments ---
 
 
-def salient_segment_finder(data: TrainingData, sample_rate: int) -> FindSegment:
-    """Return a function that finds the salient segment of a recording and remembers it.
+def salient_segment_finder(
+    data: TrainingData, sample_rate: int
+) -> Callable[[pd.Series], SalientSegment]:
+    """Return a function from a recording (its row) to its salient segment, computed once.
 
-    It raises AudioError for a recording that does not decode.
+    The function raises AudioError for a recording that does not decode.
     """
     segments: dict[str, SalientSegment] = {}
 
@@ -158,6 +159,19 @@ class SoundscapeRenderer:
     noise: NoiseFiles
     config: SimulationConfig
 
+    @classmethod
+    def for_fold(
+        cls, data: TrainingData, fold: int, config: SimulationConfig
+    ) -> SoundscapeRenderer:
+        """Return the renderer for a fold, with noise that no run of this fold has trained with."""
+        training, held_out = data.split_noise(fold)
+        if not held_out:
+            logger.warning(
+                "fold %d has no held-out noise: simulated with that of its training", fold
+            )
+        noise = NoiseFiles(held_out or training, config.sample_rate, data.noise_store)
+        return cls(data.read_crops, noise, config)
+
     def render(
         self, soundscape: SimulatedSoundscape, sample_rates: Sequence[int]
     ) -> dict[int, np.ndarray]:
@@ -238,15 +252,6 @@ class SoundscapeRenderer:
         ]
         waveform = filter_waveform(waveform, rate, curves)
         return fade_ends(waveform, round(_EVENT_FADE_SECONDS * rate))
-
-
-def open_renderer(data: TrainingData, fold: int, config: SimulationConfig) -> SoundscapeRenderer:
-    """Return the renderer for a fold, with noise that no run of this fold has trained with."""
-    training, held_out = data.split_noise(fold)
-    if not held_out:
-        logger.warning("fold %d has no held-out noise: simulated with that of its training", fold)
-    noise = NoiseFiles(held_out or training, config.sample_rate, data.noise_store)
-    return SoundscapeRenderer(data.read_crops, noise, config)
 
 
 def _band_power(waveform: np.ndarray, sample_rate: int, band_hz: tuple[float, float]) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ import pandas as pd
 
 from birdcall.config import SEGMENT_SECONDS, require, require_range, require_share
 from birdcall.data.folds import recordist_clusters
-from birdcall.evaluation.labelled import truth_from_intervals
+from birdcall.evaluation.labelled import label_segments
 
 # Of one, two and three species in a chorus. In the competition's examples 54, 20 and 4 rows have so
 # many.
@@ -70,11 +70,6 @@ class SimulationConfig:
         require(interval > 0, f"distractor_every_seconds is {interval}; it must be above 0")
         require(self.noise_spread_db >= 0, f"noise_spread_db is {self.noise_spread_db}; 0 or more")
 
-    @property
-    def n_segments(self) -> int:
-        """Return the number of segments of a soundscape."""
-        return round(self.soundscape_seconds / SEGMENT_SECONDS)
-
 
 class SalientSegment(NamedTuple):
     """The most salient part of a recording: seconds from its start, and its band in Hz."""
@@ -114,14 +109,15 @@ class SimulatedSoundscape:
     distractors: tuple[SimulatedEvent, ...]  # of no class
 
 
-FindSegment = Callable[[pd.Series], SalientSegment]  # row of a recording → its salient segment
-
-
 def plan_soundscapes(
-    recordings: pd.DataFrame, fold: int, config: SimulationConfig, find_segment: FindSegment
+    recordings: pd.DataFrame,
+    fold: int,
+    config: SimulationConfig,
+    find_segment: Callable[[pd.Series], SalientSegment],
 ) -> list[SimulatedSoundscape]:
     """Plan the soundscapes of a held-out fold, for each share of nocall.
 
+    ``find_segment`` returns the salient segment of a recording, given its row of the table.
     Recordings with secondary labels are used only for species that have no others. Within a share
     a recording is used again only after all of its group, and species alternate. Raises AudioError
     for a recording that does not decode.
@@ -177,16 +173,6 @@ def group_recordings(recordings: pd.DataFrame, groups_per_fold: int) -> np.ndarr
     return groups.to_numpy()
 
 
-def label_segments(soundscape: SimulatedSoundscape, species: Sequence[str]) -> np.ndarray:
-    """Return the truth ``(segments, species)``, boolean."""
-    column_of = {code: column for column, code in enumerate(species)}
-    return truth_from_intervals(
-        [(event.onset, event.offset) for event in soundscape.events],
-        [column_of[event.ebird_code] for event in soundscape.events],
-        shape=(round(soundscape.seconds / SEGMENT_SECONDS), len(species)),
-    )
-
-
 def describe_events(soundscapes: Sequence[SimulatedSoundscape]) -> pd.DataFrame:
     """Return a row per event: recording (the soundscape), its times, species, SNR and source."""
     rows = [
@@ -201,13 +187,13 @@ def describe_events(soundscapes: Sequence[SimulatedSoundscape]) -> pd.DataFrame:
 # --- which recordings ---------------------------------------------------------------------------
 
 
+@dataclass
 class _RecordingQueue:
     """An endless queue of recordings: species alternate, no recording repeats within a round."""
 
-    def __init__(self, recordings: pd.DataFrame, generator: np.random.Generator) -> None:
-        self.recordings = recordings.iloc[generator.permutation(len(recordings))]
-        self.generator = generator
-        self.waiting: deque[pd.Series] = deque()
+    recordings: pd.DataFrame  # in an order drawn once
+    generator: np.random.Generator
+    waiting: deque[pd.Series] = field(default_factory=deque)
 
     def take(self) -> pd.Series:
         if not self.waiting:
@@ -229,13 +215,16 @@ class _RecordingQueue:
 
 
 def _open_queues(recordings: pd.DataFrame, seed: tuple[int, ...]) -> dict[str, _RecordingQueue]:
-    return {
-        group: _RecordingQueue(members, np.random.default_rng((*seed, index)))
-        for index, (group, members) in enumerate(recordings.groupby("group"))
-    }
+    """Return a queue for each group of recordings."""
+    queues = {}
+    for index, (group, members) in enumerate(recordings.groupby("group")):
+        generator = np.random.default_rng((*seed, index))
+        shuffled = members.iloc[generator.permutation(len(members))]
+        queues[group] = _RecordingQueue(shuffled, generator)
+    return queues
 
 
-# --- what happens when --------------------------------------------------------------------------
+# --- events -------------------------------------------------------------------------------------
 
 
 def _draw_empty_segments(
@@ -247,10 +236,11 @@ def _draw_empty_segments(
         spread = np.zeros(1)
     # Shares below 0 or above 1 would be clipped, and shift the mean.
     spread *= min(1.0, share / _SHARE_SPREAD, (1 - share) / _SHARE_SPREAD)
-    expected = config.n_segments * (share + generator.permutation(spread))
+    n_segments = round(config.soundscape_seconds / SEGMENT_SECONDS)
+    expected = n_segments * (share + generator.permutation(spread))
     # The cumulated sum is rounded: errors of the single values would add up.
     rounded = np.diff(np.round(np.cumsum(expected)), prepend=0)
-    return [int(n_empty) for n_empty in rounded.clip(0, config.n_segments)]
+    return [int(n_empty) for n_empty in rounded.clip(0, n_segments)]
 
 
 @dataclass
@@ -258,21 +248,21 @@ class _EventPlanner:
     """Draws the events of one soundscape."""
 
     config: SimulationConfig
-    find_segment: FindSegment
+    find_segment: Callable[[pd.Series], SalientSegment]
     generator: np.random.Generator
 
     def plan_events(self, queue: _RecordingQueue, n_empty: int) -> list[SimulatedEvent]:
         """Add choruses until ``n_empty`` segments are empty, or one more."""
         events: list[SimulatedEvent] = []
-        n_still_empty = self.config.n_segments
+        n_still_empty = round(self.config.soundscape_seconds / SEGMENT_SECONDS)
         n_failures = 0
         while n_still_empty > n_empty and n_failures < _MAX_TRIES:
             n_species = 1 + int(self.generator.choice(3, p=_CHORUS_PROBABILITIES))
             recordings = queue.take_distinct(n_species)
             extended = self._add_chorus(events, recordings, n_empty)
             if extended is not None:
-                events, n_failures = extended, 0
-                n_still_empty = int((self._count_species(events) == 0).sum())
+                events, n_still_empty = extended
+                n_failures = 0
                 continue
             queue.waiting.extend(recordings)
             n_failures += 1
@@ -303,8 +293,12 @@ class _EventPlanner:
 
     def _add_chorus(
         self, events: list[SimulatedEvent], recordings: Sequence[pd.Series], n_empty: int
-    ) -> list[SimulatedEvent] | None:
-        """Return ``events`` and the recordings around one moment, or None where they do not fit."""
+    ) -> tuple[list[SimulatedEvent], int] | None:
+        """Add the recordings around a drawn moment; return None where they do not fit.
+
+        Returns all events, and the number of segments that are then empty.
+        """
+        n_segments = round(self.config.soundscape_seconds / SEGMENT_SECONDS)
         for _ in range(_MAX_TRIES):
             moment = self.generator.uniform(0, self.config.soundscape_seconds)
             delays = self.generator.uniform(-_CHORUS_SECONDS, _CHORUS_SECONDS, len(recordings))
@@ -312,9 +306,12 @@ class _EventPlanner:
                 self._draw_event(recording, moment + delay)
                 for recording, delay in zip(recordings, delays, strict=True)
             ]
-            counts = self._count_species([*events, *chorus])
-            if (counts == 0).sum() >= n_empty and counts.max() <= self.config.max_species:
-                return [*events, *chorus]
+            extended = [*events, *chorus]
+            codes = sorted({event.ebird_code for event in extended})
+            n_species = label_segments(extended, codes, n_segments).sum(axis=1)
+            n_still_empty = int((n_species == 0).sum())
+            if n_still_empty >= n_empty and n_species.max() <= self.config.max_species:
+                return extended, n_still_empty
         return None
 
     def _draw_event(self, recording: pd.Series, moment: float) -> SimulatedEvent:
@@ -333,13 +330,3 @@ class _EventPlanner:
             snr_db=round(float(self.generator.uniform(*self.config.snr_db)), 2),
             fade_db=round(float(self.generator.uniform(*self.config.high_fade_db)), 2),
         )
-
-    def _count_species(self, events: Sequence[SimulatedEvent]) -> np.ndarray:
-        """Return the number of species in each segment, ``(segments,)``."""
-        codes = sorted({event.ebird_code for event in events})
-        truth = truth_from_intervals(
-            [(event.onset, event.offset) for event in events],
-            [codes.index(event.ebird_code) for event in events],
-            shape=(self.config.n_segments, len(codes)),
-        )
-        return truth.sum(axis=1)
