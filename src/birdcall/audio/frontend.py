@@ -44,20 +44,26 @@ class LogMel(Float32Module):
 
     By default the one channel is the log_mel in dB, as by ``librosa.power_to_db``. Computed in at
     least float32 under any autocast; differentiable; no clip influences another. The state dict is
-    empty: everything follows from the configuration.
+    empty: everything follows from the configuration. ``frame_seconds`` is the time from one frame
+    to the next.
     """
 
     def __init__(self, config: FrontendConfig) -> None:
         super().__init__()
         self.config = config
+        self.frame_seconds = config.hop_length / config.sample_rate
         self.spectrogram = Spectrogram(config.n_fft, config.hop_length, config.implementation)
-        is_torchlibrosa = config.implementation == "torchlibrosa"
-        self.mel = _torchlibrosa_mel(config) if is_torchlibrosa else _MelFilters(config)
+        if config.implementation == "torchlibrosa":
+            from torchlibrosa.stft import LogmelFilterBank
 
-    @property
-    def frame_seconds(self) -> float:
-        """Seconds from one frame to the next."""
-        return self.config.hop_length / self.config.sample_rate
+            # is_log=False: decibels are those of `power_to_db`; torchlibrosa's top_db is of a batch
+            self.mel = LogmelFilterBank(
+                sr=config.sample_rate, n_fft=config.n_fft, n_mels=config.n_mels,
+                fmin=config.fmin, fmax=config.fmax, is_log=False,
+            )  # fmt: skip
+            parameters_to_buffers(self.mel)
+        else:
+            self.mel = _MelFilters(config)
 
     def forward(self, waveform: Tensor) -> Tensor:
         device = next(self.mel.buffers()).device
@@ -68,7 +74,7 @@ class LogMel(Float32Module):
     def _image(self, waveform: Tensor) -> Tensor:
         config, power = self.config, self.spectrogram.power
         if isinstance(power, FFTPower):
-            mel = power.repaired(waveform, self.mel, self.mel.is_inexact)
+            mel = power(waveform, self.mel, self.mel.is_inexact)
         else:
             mel = power(waveform, self.mel)
         log_mel = power_to_db(mel, config.top_db)
@@ -81,7 +87,13 @@ class LogMel(Float32Module):
         }
         channels = [makers[feature]() for feature in config.features]
         image = torch.stack(channels, dim=1) if len(channels) > 1 else channels[0][:, None]
-        return normalize(image, config.normalization)
+        if config.normalization == "none":
+            return image
+        # Each channel of each clip, or each of its mel bins, gets mean 0 and standard deviation 1.
+        dims = (2, 3) if config.normalization == "clip" else (2,)
+        centred = image - image.mean(dims, keepdim=True)
+        variance = centred.square().mean(dims, keepdim=True)
+        return centred * (variance + _FLAT_DB**2).rsqrt()
 
 
 # --- power to mel --------------------------------------------------------------------------------
@@ -96,7 +108,7 @@ class _MelFilters(nn.Module):
 
     def __init__(self, config: FrontendConfig) -> None:
         super().__init__()
-        filters = mel_filters(config)
+        filters = _mel_filters(config)
         self.bins: list[slice] = []
         for first in range(0, config.n_mels, _BAND):
             band = filters[:, first : first + _BAND]
@@ -117,15 +129,24 @@ class _MelFilters(nn.Module):
         return torch.cat(products, dim=-1)
 
 
-def mel_filters(config: FrontendConfig) -> Tensor:
+def _mel_filters(config: FrontendConfig) -> Tensor:
     """Return the mel filter bank (n_fft // 2 + 1, n_mels), float32.
 
     The triangles of ``librosa.filters.mel`` (Slaney's scale, unit area). The import of librosa for
     them would cost every process 1.5 s of processor time and 144 MB.
     """
     bin_hz = np.linspace(0, config.sample_rate / 2, config.n_fft // 2 + 1)[:, None]
-    mels = np.linspace(_hz_to_mel(config.fmin), _hz_to_mel(config.fmax), config.n_mels + 2)
-    edges_hz = np.array([_mel_to_hz(mel) for mel in mels])
+    # Slaney's scale is linear up to 1 kHz (15 mel) and logarithmic above.
+    lowest, highest = (
+        hz * 3 / 200 if hz < 1000 else 15 + math.log(hz / 1000) * 27 / math.log(6.4)
+        for hz in (config.fmin, config.fmax)
+    )
+    edges_hz = np.array(
+        [
+            mel * 200 / 3 if mel < 15 else 1000 * math.exp((mel - 15) * math.log(6.4) / 27)
+            for mel in np.linspace(lowest, highest, config.n_mels + 2)
+        ]
+    )
     lower, centre, upper = edges_hz[:-2], edges_hz[1:-1], edges_hz[2:]
     rising, falling = (bin_hz - lower) / (centre - lower), (upper - bin_hz) / (upper - centre)
     filters = np.maximum(0, np.minimum(rising, falling)) * 2 / (upper - lower)
@@ -135,26 +156,6 @@ def mel_filters(config: FrontendConfig) -> Tensor:
             "lower n_mels or raise n_fft or fmin", empty, config.n_mels, config.n_fft,
         )  # fmt: skip
     return torch.from_numpy(filters.astype(np.float32))
-
-
-def _hz_to_mel(hz: float) -> float:
-    return hz * 3 / 200 if hz < 1000 else 15 + math.log(hz / 1000) * 27 / math.log(6.4)
-
-
-def _mel_to_hz(mel: float) -> float:
-    return mel * 200 / 3 if mel < 15 else 1000 * math.exp((mel - 15) * math.log(6.4) / 27)
-
-
-def _torchlibrosa_mel(config: FrontendConfig) -> nn.Module:
-    from torchlibrosa.stft import LogmelFilterBank
-
-    # is_log=False: the decibels are those of `power_to_db`; torchlibrosa's top_db is of a batch.
-    bank = LogmelFilterBank(
-        sr=config.sample_rate, n_fft=config.n_fft, n_mels=config.n_mels,
-        fmin=config.fmin, fmax=config.fmax, is_log=False,
-    )  # fmt: skip
-    parameters_to_buffers(bank)
-    return bank
 
 
 # --- mel to features, (batch, frames, n_mels) each -----------------------------------------------
@@ -176,11 +177,11 @@ def pcen(mel: Tensor, frames_per_second: float) -> Tensor:
     """
     n_frames = _PCEN_SECONDS * frames_per_second
     weight = (math.sqrt(1 + 4 * n_frames**2) - 1) / (2 * n_frames**2)
-    gain = (smooth(mel, weight) + _PCEN_EPS).pow(-_PCEN_GAIN)
+    gain = (_smooth(mel, weight) + _PCEN_EPS).pow(-_PCEN_GAIN)
     return (mel * gain + _PCEN_BIAS).pow(_PCEN_POWER) - _PCEN_BIAS**_PCEN_POWER
 
 
-def smooth(mel: Tensor, weight: float) -> Tensor:
+def _smooth(mel: Tensor, weight: float) -> Tensor:
     """Return ``s[t] = (1 - weight) s[t - 1] + weight mel[t]``, from ``s[-1] = mel[0]``.
 
     One triangular matrix filters the frames of each block, another the states between blocks: no
@@ -190,17 +191,15 @@ def smooth(mel: Tensor, weight: float) -> Tensor:
     n_blocks = n_frames // _PCEN_BLOCK + 2  # never 1, which an exporter would make a constant
     padded = functional.pad(mel, (0, 0, 0, n_blocks * _PCEN_BLOCK - n_frames))
     blocks = padded.reshape(mel.shape[0], n_blocks, _PCEN_BLOCK, mel.shape[2])
-    step = torch.arange(_PCEN_BLOCK, device=mel.device)
-    block = torch.arange(n_blocks, device=mel.device)
-
-    def decay(steps: Tensor) -> Tensor:
-        return (1 - weight) ** steps.clamp(min=0).float()
-
-    within = torch.tril(weight * decay(step[:, None] - step)) @ blocks
-    between = torch.tril(decay(_PCEN_BLOCK * (block[:, None] - 1 - block)), diagonal=-1)
-    start = decay(_PCEN_BLOCK * block)[:, None] * mel[:, 0, None]
-    inherited = between @ within[:, :, -1] + start  # (batch, blocks, n_mels)
-    smoothed = within + decay(step + 1)[:, None] * inherited[:, :, None]
+    step = torch.arange(_PCEN_BLOCK, device=mel.device, dtype=torch.float32)
+    block = torch.arange(n_blocks, device=mel.device, dtype=torch.float32)
+    decay = 1 - weight  # in one step
+    within = torch.tril(weight * decay ** (step[:, None] - step).clamp(min=0)) @ blocks
+    between = decay ** (_PCEN_BLOCK * (block[:, None] - 1 - block)).clamp(min=0)
+    start = decay ** (_PCEN_BLOCK * block)[:, None] * mel[:, 0, None]
+    # The states in which the blocks start: (batch, blocks, n_mels).
+    inherited = torch.tril(between, diagonal=-1) @ within[:, :, -1] + start
+    smoothed = within + decay ** (step + 1)[:, None] * inherited[:, :, None]
     return smoothed.flatten(1, 2)[:, :n_frames]
 
 
@@ -224,19 +223,6 @@ def delta(log_mel: Tensor, order: int) -> Tensor:
 def _repeat_edges(image: Tensor, n_frames: int) -> Tensor:
     first, last = (image[:, frame, None].expand(-1, n_frames, -1) for frame in (0, -1))
     return torch.cat((first, image, last), dim=1)
-
-
-def normalize(image: Tensor, normalization: str) -> Tensor:
-    """Bring each channel of each clip ("clip"), or each of its mel bins ("bin"), to mean 0, std 1.
-
-    image (batch, channels, frames, n_mels); "none" returns it as it is.
-    """
-    if normalization == "none":
-        return image
-    dims = (2, 3) if normalization == "clip" else (2,)
-    centred = image - image.mean(dims, keepdim=True)
-    variance = centred.square().mean(dims, keepdim=True)
-    return centred * (variance + _FLAT_DB**2).rsqrt()
 
 
 # --- masks ---------------------------------------------------------------------------------------
@@ -271,16 +257,15 @@ class SpecAugment:
         """Return a masked copy of ``image`` (batch, channels, frames, n_mels)."""
         if draws.shape[-1] == 0:
             return image
-        draws = draws.to(image.device)[..., None].unbind(1)
-        hidden_frames = _masks(image.shape[2], self.time_mask_share, *draws[0].unbind(1))
-        hidden_mels = _masks(image.shape[3], self.mel_mask_share, *draws[1].unbind(1))
-        hidden = hidden_frames[:, None, :, None] | hidden_mels[:, None, None, :]
-        return torch.where(hidden, image.mean(dim=(2, 3), keepdim=True), image)
-
-
-def _masks(length: int, share: float, width_draw: Tensor, start_draw: Tensor) -> Tensor:
-    """Return (batch, length), True where one of the masks drawn in (batch, n_masks, 1) lies."""
-    width = (width_draw * (int(share * length) + 1)).floor()
-    start = (start_draw * (length - width + 1)).floor()
-    position = torch.arange(length, device=width.device)
-    return ((position >= start) & (position < start + width)).any(dim=1)
+        hidden = []  # of each axis: (batch, length), True where a mask lies
+        shares = (self.time_mask_share, self.mel_mask_share)
+        axis_draws = draws.to(image.device)[..., None].unbind(1)
+        for length, share, draw in zip(image.shape[2:], shares, axis_draws, strict=True):
+            width_draw, start_draw = draw.unbind(1)  # (batch, n_masks, 1)
+            width = (width_draw * (int(share * length) + 1)).floor()
+            start = (start_draw * (length - width + 1)).floor()
+            position = torch.arange(length, device=image.device)
+            hidden.append(((position >= start) & (position < start + width)).any(dim=1))
+        hidden_frames, hidden_mels = hidden
+        point = hidden_frames[:, None, :, None] | hidden_mels[:, None, None, :]
+        return torch.where(point, image.mean(dim=(2, 3), keepdim=True), image)

@@ -7,13 +7,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cache
-from threading import Barrier
 from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, backends, nn
 from torch.nn import functional
 
 from birdcall.config import require, require_choice
@@ -22,7 +22,6 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 _CLIPS_AT_ONCE = 4  # of a thread, see `map_clips`
-_INT16_SCALE = 1 / 32_768
 
 
 class Float32Module(nn.Module):
@@ -48,9 +47,9 @@ class Spectrogram(Float32Module):
     def __init__(self, n_fft: int, hop_length: int, implementation: str = "fft") -> None:
         super().__init__()
         require(0 < hop_length <= n_fft, f"hop_length {hop_length} must be in 1..n_fft ({n_fft})")
-        require_choice("implementation", implementation, tuple(POWERS))
+        require_choice("implementation", implementation, tuple(_POWERS))
         self.n_fft, self.hop_length = n_fft, hop_length
-        self.power = POWERS[implementation](n_fft, hop_length)
+        self.power = _POWERS[implementation](n_fft, hop_length)
 
     def forward(self, waveform: Tensor) -> Tensor:
         device = next(self.buffers(), waveform).device
@@ -73,58 +72,47 @@ class FFTPower(nn.Module):
         super().__init__()
         self.n_fft, self.hop_length = n_fft, hop_length
 
-    def forward(self, waveform: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return ``function(power)``, the power in double precision like librosa's."""
-        dtype = torch.float32 if waveform.device.type == "mps" else torch.float64
-        framed = self._frame(waveform)
-        parts = framed.split(self._block(framed, dtype), dim=1)
-        return torch.cat([function(self._power(part, dtype)) for part in parts], dim=1)
-
-    def repaired(
+    def forward(
         self,
         waveform: Tensor,
         function: Callable[[Tensor], Tensor],
-        is_inexact: Callable[[Tensor, Tensor], Tensor],
+        is_inexact: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Return ``function(power)`` in single precision, and in double where that is inexact.
+        """Return ``function(power)``, the power in double precision like librosa's.
 
-        ``is_inexact(power, function(power))`` returns for which frames it is: (clips, frames).
+        With ``is_inexact`` the power is in single precision, and in double where that is inexact:
+        ``is_inexact(power, function(power))`` returns for which frames it is, (clips, frames).
         While they are one in five, this is faster than double precision everywhere.
         """
-        if is_traced() or waveform.device.type == "mps":  # Apple's GPUs lack float64
-            return self(waveform, function)
+        pad = self.n_fft // 2
+        # On a CPU six times as fast as `functional.pad` with mode "reflect".
+        start, end = waveform[:, 1 : pad + 1], waveform[:, -pad - 1 : -1]
+        mirrored = torch.cat((start.flip(1), waveform, end.flip(1)), dim=1)
+        framed = mirrored.unfold(-1, self.n_fft, self.hop_length)  # (clips, frames, n_fft)
+        has_double = waveform.device.type != "mps"  # Apple's GPUs lack float64
+        if is_inexact is None or is_traced() or not has_double:
+            dtype = torch.float64 if has_double else torch.float32
+            parts = framed.split(self._block(framed, dtype), dim=1)
+            return torch.cat([function(self._power(part, dtype)) for part in parts], dim=1)
 
         def single(frames: Tensor) -> tuple[Tensor, Tensor]:
             power = self._power(frames, torch.float32)
             value = function(power)
             return value, is_inexact(power, value)
 
-        framed = self._frame(waveform)
         # Clip by clip on a CPU: products of other shapes are rounded differently, and a frame that
         # is inexact in a batch must be inexact alone.
         clips = framed.split(1 if framed.device.type == "cpu" else len(framed))
-        block = self._block(clips[0], torch.float32)
-        rows = [[single(part) for part in clip.split(block, dim=1)] for clip in clips]
-        value, inexact = (
-            torch.cat([torch.cat([pair[item] for pair in row], dim=1) for row in rows])
-            for item in (0, 1)
-        )
+        n_part = self._block(clips[0], torch.float32)
+        rows = [[single(part) for part in clip.split(n_part, dim=1)] for clip in clips]
+        joined = [[torch.cat(parts, dim=1) for parts in zip(*row, strict=True)] for row in rows]
+        value, inexact = (torch.cat(results) for results in zip(*joined, strict=True))
         at_clip, at_frame = inexact.nonzero(as_tuple=True)
         n_part = self._block(framed[:1], torch.float64)
         for first in range(0, len(at_clip), n_part):
             at = at_clip[first : first + n_part], at_frame[first : first + n_part]
             value = value.index_put(at, function(self._power(framed[at], torch.float64)))
         return value
-
-    def _frame(self, waveform: Tensor) -> Tensor:
-        """Return overlapping frames (clips, frames, n_fft), the waveform mirrored at both ends.
-
-        On a CPU six times as fast as ``functional.pad``.
-        """
-        pad = self.n_fft // 2
-        start, end = waveform[:, 1 : pad + 1], waveform[:, -pad - 1 : -1]
-        mirrored = torch.cat((start.flip(1), waveform, end.flip(1)), dim=1)
-        return mirrored.unfold(-1, self.n_fft, self.hop_length)
 
     def _block(self, framed: Tensor, dtype: torch.dtype) -> int:
         """Return how many frames of each clip to compute at once."""
@@ -138,7 +126,7 @@ class FFTPower(nn.Module):
         return max(1, min(fitting, framed.shape[1] // (3 if is_double else 1)))
 
     def _power(self, frames: Tensor, dtype: torch.dtype) -> Tensor:
-        window = _hann_tensor(self.n_fft, dtype, frames.device)
+        window = _hann(self.n_fft, dtype, frames.device)
         spectrum = torch.fft.rfft(frames.to(dtype) * window).to(torch.complex64)
         # Not abs().square(): the square root costs as much as everything else.
         squares = torch.view_as_real(spectrum).square_()
@@ -153,15 +141,15 @@ class _ConvPower(nn.Module):
         self.n_fft, self.hop_length = n_fft, hop_length
         turns = np.outer(np.arange(n_fft // 2 + 1), np.arange(n_fft)) % n_fft / n_fft
         waves = np.concatenate([np.cos(2 * np.pi * turns), np.sin(2 * np.pi * turns)])
-        kernel = torch.from_numpy(waves * _hann(n_fft)).float()
+        window = _hann(n_fft, torch.float64, torch.device("cpu"))
+        kernel = (torch.from_numpy(waves) * window).float()
         self.register_buffer("kernel", kernel[:, None], persistent=False)
 
     def forward(self, waveform: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         pad = self.n_fft // 2
         padded = functional.pad(waveform[:, None], (pad, pad), mode="reflect")
-        cosines, sines = functional.conv1d(padded, self.kernel, stride=self.hop_length).chunk(
-            2, dim=1
-        )
+        products = functional.conv1d(padded, self.kernel, stride=self.hop_length)
+        cosines, sines = products.chunk(2, dim=1)
         return function((cosines.square() + sines.square()).transpose(1, 2))
 
 
@@ -180,27 +168,23 @@ class _TorchlibrosaPower(nn.Module):
         return function(self.module(waveform)[:, 0])
 
 
-POWERS: dict[str, Callable[[int, int], nn.Module]] = {
+_POWERS: dict[str, Callable[[int, int], nn.Module]] = {
     "fft": FFTPower,
     "conv": _ConvPower,
     "torchlibrosa": _TorchlibrosaPower,
 }
 
 
-def _hann(n_fft: int) -> np.ndarray:
-    """Return the periodic Hann window, float64.
-
-    One line instead of scipy.signal, whose import takes 1 s of processor time; torch's window in
-    float32 is off by 2e-7, too coarse near its ends.
-    """
-    return 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)
-
-
 @cache
-def _hann_tensor(n_fft: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # No buffer of a module: a model with float64 in it cannot move to Apple's GPUs.
+def _hann(n_fft: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the periodic Hann window, computed in float64.
+
+    The import of scipy.signal takes 1 s; torch's window in float32 is off by 2e-7, too coarse near
+    its ends. No buffer of a module: a model with float64 in it cannot move to Apple's GPUs.
+    """
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)
     with torch.inference_mode(False):  # the next caller may need gradients
-        return torch.from_numpy(_hann(n_fft)).to(device, dtype)
+        return torch.from_numpy(window).to(device, dtype)
 
 
 def parameters_to_buffers(module: nn.Module) -> None:
@@ -235,16 +219,14 @@ def check_waveform(waveform: Tensor, n_fft: int, device: torch.device) -> Tensor
             f"waveform has {shape[1]} samples (shape {shape}); n_fft {n_fft} needs at least "
             f"{needed} to mirror at the edges: pad it, or transpose (samples, channels)",
         )
-    require(
-        waveform.device == device,
-        f"waveform is on {waveform.device}, the front end on {device}; move one with .to(device)",
+    message = (
+        f"waveform is on {waveform.device}, the front end on {device}; move one with .to(device)"
     )
+    require(waveform.device == device, message)
     if waveform.dtype == torch.int16:
-        waveform = waveform.float() * _INT16_SCALE
-    require(
-        waveform.is_floating_point(),
-        f"waveform is {waveform.dtype}; give float32 in [-1, 1] or int16",
-    )
+        waveform = waveform.float() / 32_768
+    message = f"waveform is {waveform.dtype}; give float32 in [-1, 1] or int16"
+    require(waveform.is_floating_point(), message)
     return waveform.float()
 
 
@@ -304,9 +286,8 @@ def map_threads(function: Callable[[_Item], _Result], items: Sequence[_Item]) ->
 def worker_pool(n_threads: int) -> ThreadPoolExecutor:
     """Return so many threads in which torch works alone; there is one such pool of each size."""
     pool = ThreadPoolExecutor(n_threads, "birdcall", initializer=_use_one_thread)
-    all_started = Barrier(n_threads)
-    for waiting in [pool.submit(all_started.wait) for _ in range(n_threads)]:
-        waiting.result()
+    all_started = threading.Barrier(n_threads)
+    list(pool.map(lambda _: all_started.wait(), range(n_threads)))
     torch.set_num_threads(n_threads)  # `_use_one_thread` has changed it for threads started later
     return pool
 
@@ -333,39 +314,37 @@ def exact_float32(device: torch.device) -> Iterator[None]:
     if is_traced():  # settings of the exporting process do not travel with the graph
         yield
         return
-    exactness = _EXACT_CUDA if device.type == "cuda" else _EXACT_CPU
-    with exactness, torch.autocast(device.type, enabled=False):
-        yield
-
-
-class _Exactness:
-    """Exact products of one kind of device, while any thread needs them: settings are global."""
-
-    def __init__(self, operators: Sequence[Any]) -> None:
-        self.operators, self.n_users = operators, 0
-        self.changed: list[tuple[Any, str]] = []
-        self.lock = threading.Lock()
-
-    def __enter__(self) -> None:
-        with self.lock:
-            if not self.n_users:
-                settings = [(operator, operator.fp32_precision) for operator in self.operators]
-                self.changed = [pair for pair in settings if pair[1] in ("tf32", "bf16")]
-                for operator, _ in self.changed:
-                    operator.fp32_precision = "ieee"
-            self.n_users += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.n_users -= 1
-            if not self.n_users:
-                for operator, precision in self.changed:
+    products = _CUDA_PRODUCTS if device.type == "cuda" else _CPU_PRODUCTS
+    with products.lock:
+        if not products.n_users:
+            settings = [(operator, operator.fp32_precision) for operator in products.operators]
+            products.changed = [pair for pair in settings if pair[1] in ("tf32", "bf16")]
+            for operator, _ in products.changed:
+                operator.fp32_precision = "ieee"
+        products.n_users += 1
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        with products.lock:
+            products.n_users -= 1
+            if not products.n_users:
+                for operator, precision in products.changed:
                     operator.fp32_precision = precision
+
+
+@dataclass
+class _Products:
+    """How one kind of device multiplies: a global setting, exact while any thread needs it."""
+
+    operators: Sequence[Any]
+    n_users: int = 0
+    changed: list[tuple[Any, str]] = field(default_factory=list)  # operators, their old precision
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 # What multiplies in TF32 or bfloat16 where that is allowed. Before 2.9, torch has no setting of
 # each: there, leave `float32_matmul_precision` at "highest".
-_BACKENDS = torch.backends
-_ADJUSTABLE = hasattr(_BACKENDS.cudnn, "conv")
-_EXACT_CUDA = _Exactness((_BACKENDS.cuda.matmul, _BACKENDS.cudnn.conv) if _ADJUSTABLE else ())
-_EXACT_CPU = _Exactness((_BACKENDS.mkldnn.matmul, _BACKENDS.mkldnn.conv) if _ADJUSTABLE else ())
+_ADJUSTABLE = hasattr(backends.cudnn, "conv")
+_CUDA_PRODUCTS = _Products((backends.cuda.matmul, backends.cudnn.conv) if _ADJUSTABLE else ())
+_CPU_PRODUCTS = _Products((backends.mkldnn.matmul, backends.mkldnn.conv) if _ADJUSTABLE else ())
