@@ -116,10 +116,10 @@ def test_a_cached_file_is_a_plain_npy(cache: RecordingCache, data: Path) -> None
 def test_without_a_cached_file_the_recording_itself_is_read(
     cache: RecordingCache, data: Path
 ) -> None:
-    assert not cache.has(NAME)
+    assert not cache.path(NAME).is_file()
     np.testing.assert_array_equal(read(cache, 1, 2), read_audio(data / NAME, RATE, 1, 2))
     fill(cache)
-    assert cache.has(NAME)
+    assert cache.path(NAME).is_file()
 
 
 def test_a_changed_recording_is_read_anew_and_replaces_the_old_one(
@@ -128,7 +128,7 @@ def test_a_changed_recording_is_read_anew_and_replaces_the_old_one(
     stale = fill(cache)
     write_noise(data / NAME, 3.0, seed=1)
     os.utime(data / NAME, ns=(0, 1))
-    assert not cache.has(NAME)
+    assert not cache.path(NAME).is_file()
     assert len(read(cache, 0, None)) < 4 * RATE
     fresh = fill(cache)
     assert fresh.is_file()
@@ -149,14 +149,14 @@ def test_what_a_kill_left_is_cleared_away(cache: RecordingCache, data: Path) -> 
     kept = fill(cache)
     left = kept.with_name(f".{kept.stem}.0123456789abcdef.npy")  # as `atomic_path` names them
     left.write_bytes(b"half")
-    cache.remove_leftovers()
+    cache.prepare(0)
     assert [path for path in cache.folder.rglob("*") if path.is_file()] == [kept]
 
 
 def test_sound_without_samples_is_not_kept(cache: RecordingCache, data: Path) -> None:
     with pytest.raises(AudioError, match="has no samples"):
         cache.write(NAME, [np.zeros(0, np.float32)])
-    assert not cache.has(NAME)
+    assert not cache.path(NAME).is_file()
 
 
 def test_a_stretch_beyond_the_end_raises_with_the_path(cache: RecordingCache, data: Path) -> None:
@@ -178,9 +178,9 @@ def test_the_disk_need_is_said_and_too_little_disk_raises(
     cache: RecordingCache, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with caplog.at_level(logging.INFO):
-        cache.require_space(3600)
+        cache.prepare(3600)
     assert "the cache needs 0.23 GB" in caplog.text
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     with pytest.raises(OSError, match=r"needs 0\.23 GB, 0\.00 GB are free; make room") as caught:
-        cache.require_space(3600)
+        cache.prepare(3600)
     assert "\n" not in str(caught.value)

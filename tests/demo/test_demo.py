@@ -70,7 +70,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plan():
-    """The default demo, without sound."""
+    """The default demo, without audio."""
     return plan_demo()
 
 
@@ -105,8 +105,8 @@ def test_train_csv_has_the_35_columns_in_order(tiny):
     ],
 )
 def test_the_tables_have_the_columns_of_the_real_ones(tiny, name):
-    real, made = ((folder / name).read_text().splitlines()[0] for folder in (CORNELL_MINI, tiny))
-    assert made == real
+    real, demo = ((folder / name).read_text().splitlines()[0] for folder in (CORNELL_MINI, tiny))
+    assert demo == real
 
 
 def test_the_rows_of_train_csv_have_the_competition_s_quirks(tiny):
@@ -131,7 +131,7 @@ def test_the_rows_of_train_csv_have_the_competition_s_quirks(tiny):
     assert listed == {row["filename"] for row in rows}
 
 
-def test_recordings_have_the_rate_channels_and_length_that_train_csv_says(tiny):
+def test_recordings_have_the_rate_channels_and_length_that_train_csv_states(tiny):
     readable = 0
     for row in read_csv(tiny / "train.csv"):
         try:
@@ -170,15 +170,15 @@ def test_noise_files_are_mono_16_bit_wav_at_32_khz(tiny):
 
 
 def test_noise_files_hold_animals_that_are_no_birds(plan):
-    kinds = Counter(one.kind for one in plan.noises)
+    kinds = Counter(item.kind for item in plan.noises)
     assert {"dog", "frog", "squirrel"} <= set(kinds)
-    one = next(one for one in plan.noises if one.kind == "frog")
-    noise = render_noise(one)
+    item = next(item for item in plan.noises if item.kind == "frog")
+    noise = render_noise(item)
     level, hertz = periodogram(noise, 32_000)[::-1]
     band = (hertz > 2_300) & (hertz < 3_500)
     beside = (hertz > 4_000) & (hertz < 5_200)
     assert level[band].max() > 30 * level[beside].max()
-    assert np.array_equal(noise, render_noise(one))
+    assert np.array_equal(noise, render_noise(item))
 
 
 def test_the_summary_has_a_row_for_every_five_seconds(tiny):
@@ -220,11 +220,11 @@ def test_the_hidden_test_is_named_as_in_the_competition(tiny):
 
 
 def test_example_files_are_named_as_in_the_competition(plan):
-    assert [one.path for one in plan.examples[:2]] == [
+    assert [item.path for item in plan.examples[:2]] == [
         "example_test_audio/BLKFR-10-CPL_20190611_093000.pt540.mp3",
         "example_test_audio/ORANGE-7-CAP_20190606_093000.pt623.mp3",
     ]
-    assert [one.name for one in plan.examples[:2]] == [
+    assert [item.name for item in plan.examples[:2]] == [
         "BLKFR-10-CPL_20190611_093000",
         "ORANGE-7-CAP_20190606_093000",
     ]
@@ -234,7 +234,7 @@ def test_example_files_are_named_as_in_the_competition(plan):
 
 
 def test_two_runs_are_byte_identical_whatever_the_number_of_workers(tmp_path):
-    # The fewest files with one of each kind.
+    # Few files, but some of each kind.
     config = replace(TINY, n_species=2, recordings_per_species=(1, 1), n_site_1=0, n_noise=1)
     make_demo(tmp_path / "first", config, workers=1)
     make_demo(tmp_path / "again", config, workers=2)
@@ -249,8 +249,8 @@ def test_two_runs_are_byte_identical_whatever_the_number_of_workers(tmp_path):
 def test_another_seed_makes_another_demo():
     assert plan_demo(TINY) == plan_demo(TINY)
     other = plan_demo(replace(TINY, seed=1))
-    assert {one.xc_id for one in other.recordings}.isdisjoint(
-        one.xc_id for one in plan_demo(TINY).recordings
+    assert {item.xc_id for item in other.recordings}.isdisjoint(
+        item.xc_id for item in plan_demo(TINY).recordings
     )
     assert other.tests[0].birds != plan_demo(TINY).tests[0].birds
 
@@ -297,7 +297,7 @@ def test_the_config_refuses_what_cannot_be_made():
         DemoConfig(seed=-1)
 
 
-def test_the_marker_says_the_config(tiny):
+def test_the_marker_states_the_config(tiny):
     assert json.loads((tiny / "demo.json").read_text())["config"]["n_species"] == 4
 
 
@@ -315,12 +315,12 @@ def test_about_54_percent_of_the_hidden_rows_are_nocall_and_some_have_several_bi
 
 
 def test_there_are_about_310_recordings_of_14_species_unequally_many(plan):
-    counts = Counter(one.species.ebird_code for one in plan.recordings)
+    counts = Counter(item.species.ebird_code for item in plan.recordings)
     assert 300 <= len(plan.recordings) <= 320
     assert len(counts) == 14
     assert min(counts.values()) == 12
     assert max(counts.values()) == 32 + 2  # the damaged ones are of the commonest
-    seconds = np.array([one.seconds for one in plan.recordings])
+    seconds = np.array([item.seconds for item in plan.recordings])
     assert 3 <= seconds.min() < 5 < 16 < seconds.max() <= 18
     assert 0.02 <= np.mean(seconds < 5) <= 0.1
 
@@ -328,17 +328,18 @@ def test_there_are_about_310_recordings_of_14_species_unequally_many(plan):
 @pytest.mark.parametrize("seed", range(4))
 def test_every_species_has_four_recordists_and_nobody_most_of_a_species(seed):
     recordings = plan_demo(DemoConfig(seed=seed)).recordings
-    for code in {one.species.ebird_code for one in recordings}:
+    for code in {item.species.ebird_code for item in recordings}:
         people = Counter(
-            one.recordist.name
-            for one in recordings
-            if one.species.ebird_code == code and not one.damage
+            item.recordist.name
+            for item in recordings
+            if item.species.ebird_code == code and not item.damage
         )
         assert len(people) >= 4
         assert max(people.values()) <= max(people.total() / 3, 2)
-    everyone = Counter(one.recordist.name for one in recordings)
+    everyone = Counter(item.recordist.name for item in recordings)
     several = [
-        len({one.species for one in recordings if one.recordist.name == name}) for name in everyone
+        len({item.species for item in recordings if item.recordist.name == name})
+        for name in everyone
     ]
     assert everyone.most_common(1)[0][1] > 3 * np.median(sorted(everyone.values())[:5])  # long tail
     assert np.mean(np.array(several) >= 3) > 0.5
@@ -347,19 +348,23 @@ def test_every_species_has_four_recordists_and_nobody_most_of_a_species(seed):
 def test_recordists_differ_in_all_that_colours_a_recording():
     people = plan_recordists(DemoConfig())
     assert len(people) == 25
-    assert {who.sample_rate for who in people} == {22_050, 32_000, 44_100, 48_000}
-    assert {who.channels for who in people} == {1, 2}
-    assert len({who.background for who in people}) >= 5
-    assert len({who.equalizer_db for who in people}) == len({who.gain_db for who in people}) == 25
+    assert {person.sample_rate for person in people} == {22_050, 32_000, 44_100, 48_000}
+    assert {person.channels for person in people} == {1, 2}
+    assert len({person.background for person in people}) >= 5
+    assert (
+        len({person.equalizer_db for person in people})
+        == len({person.gain_db for person in people})
+        == 25
+    )
     assert people[6].name == "Recordist 07"
 
 
 def test_a_third_of_the_birds_behind_is_not_listed(plan):
     behind = listed = with_others = 0
-    for one in plan.recordings:
-        others = {event.ebird_code for event in one.songs} - {one.species.ebird_code}
-        assert {other.ebird_code for other in one.listed} <= others
-        behind, listed = behind + len(others), listed + len(one.listed)
+    for item in plan.recordings:
+        others = {event.ebird_code for event in item.songs} - {item.species.ebird_code}
+        assert {other.ebird_code for other in item.listed} <= others
+        behind, listed = behind + len(others), listed + len(item.listed)
         with_others += bool(others)
     assert 0.2 <= with_others / len(plan.recordings) <= 0.4
     assert 0.5 <= listed / behind <= 0.83
@@ -368,59 +373,61 @@ def test_a_third_of_the_birds_behind_is_not_listed(plan):
 def test_no_bird_of_a_soundscape_sings_in_training_and_no_noise_is_used_twice(plan):
     def birds(plans):
         return {
-            (event.individual.name, event.individual.pitch) for one in plans for event in one.songs
+            (event.individual.name, event.individual.pitch)
+            for item in plans
+            for event in item.songs
         }
 
     def soundscape_birds(plans):
         return {
             (event.individual.name, event.individual.pitch)
-            for one in plans
-            for event in (*one.birds, *one.others)
+            for item in plans
+            for event in (*item.birds, *item.others)
         }
 
     groups = [birds(plan.recordings), soundscape_birds(plan.examples), soundscape_birds(plan.tests)]
-    for which in (0, 1):  # neither a name nor a pitch is shared
-        values = [{bird[which] for bird in group} for group in groups]
+    for field in (0, 1):  # neither a name nor a pitch is shared
+        values = [{bird[field] for bird in group} for group in groups]
         assert values[0].isdisjoint(values[1] | values[2])
         assert values[1].isdisjoint(values[2])
-    seeds = [one.seed for one in (*plan.recordings, *plan.examples, *plan.tests, *plan.noises)]
+    seeds = [item.seed for item in (*plan.recordings, *plan.examples, *plan.tests, *plan.noises)]
     assert len(set(seeds)) == len(seeds)
 
 
 def test_sites_favour_other_species_than_training(plan):
-    trained = Counter(one.species.ebird_code for one in plan.recordings)
+    trained = Counter(item.species.ebird_code for item in plan.recordings)
     for site in ("site_1", "site_2", "BLKFR-10-CPL", "ORANGE-7-CAP"):
         sung = Counter(
             event.ebird_code
-            for one in (*plan.examples, *plan.tests)
-            if one.site == site
-            for event in one.birds
+            for item in (*plan.examples, *plan.tests)
+            if item.site == site
+            for event in item.birds
         )
         code, most = sung.most_common(1)[0]
         assert most / sung.total() > 1.5 * trained[code] / trained.total()
 
 
 def test_example_labels_name_animals_that_are_no_class(plan):
-    classes = {one.species.ebird_code for one in plan.recordings}
+    classes = {item.species.ebird_code for item in plan.recordings}
     named = {
         code
-        for one in plan.examples
-        for _, codes in one.labels(with_animals=True)
+        for item in plan.examples
+        for _, codes in item.labels(with_animals=True)
         for code in codes
     }
     assert "squirrel" in named
     assert len(named - classes) >= 3
     assert not {"dog", "frog"} & named
-    assert {code for one in plan.tests for _, codes in one.labels() for code in codes} <= classes
+    assert {code for item in plan.tests for _, codes in item.labels() for code in codes} <= classes
 
 
 # --- the audio ---
 
 
-def power_of_active_part(sound, sample_rate):
+def power_of_active_part(waveform, sample_rate):
     """By the definition, in plain words: 20-ms frames no more than 20 dB below the loudest."""
     n = int(0.02 * sample_rate)
-    frames = [np.mean(sound[i : i + n] ** 2) for i in range(0, len(sound) - n + 1, n)]
+    frames = [np.mean(waveform[i : i + n] ** 2) for i in range(0, len(waveform) - n + 1, n)]
     return np.mean([power for power in frames if power >= max(frames) / 100])
 
 
@@ -428,9 +435,9 @@ def only(plan: SoundscapePlan, *events) -> SoundscapePlan:
     return replace(plan, birds=events, others=(), plane=None)
 
 
-@pytest.mark.parametrize("which", [0, 2, 4])
-def test_a_song_in_a_soundscape_has_the_snr_and_the_place_that_were_drawn(plan, which):
-    soundscape = replace(plan.tests[which], seconds=60.0, sample_rate=22_050)
+@pytest.mark.parametrize("index", [0, 2, 4])
+def test_a_song_in_a_soundscape_has_the_snr_and_the_onset_that_were_drawn(plan, index):
+    soundscape = replace(plan.tests[index], seconds=60.0, sample_rate=22_050)
     rate = soundscape.sample_rate
     background = render_background(soundscape).astype(float)
     events = [event for event in plan.tests[0].birds if event.offset_seconds < 59][:4]
@@ -482,40 +489,42 @@ def test_a_song_counts_where_half_a_second_or_half_of_it_falls_into_the_row(plan
 def test_the_loudness_of_a_row_does_not_tell_whether_a_bird_sings():
     config = DemoConfig(soundscape_seconds=60)
     loudness, birds = [], []
-    made = plan_demo(config)
-    for one in (*made.examples, *made.tests[:4]):
-        one = replace(one, sample_rate=22_050)
-        waveform = render_soundscape(one)
-        for end, codes in one.labels():
-            row = waveform[(end - 5) * one.sample_rate : end * one.sample_rate]
+    demo = plan_demo(config)
+    for item in (*demo.examples, *demo.tests[:4]):
+        item = replace(item, sample_rate=22_050)
+        waveform = render_soundscape(item)
+        for end, codes in item.labels():
+            row = waveform[(end - 5) * item.sample_rate : end * item.sample_rate]
             loudness.append(float(np.mean(np.square(row))))
             birds.append(bool(codes))
     assert roc_auc_score(birds, loudness) < 0.75
 
 
 def test_recordings_are_cleaner_than_soundscapes(plan):
-    one = next(one for one in plan.recordings if not one.damage and 20 < one.snr_db < 30)
-    one = replace(
-        one, songs=tuple(song for song in one.songs if song.ebird_code == one.species.ebird_code)
+    item = next(item for item in plan.recordings if not item.damage and 20 < item.snr_db < 30)
+    item = replace(
+        item, songs=tuple(song for song in item.songs if song.ebird_code == item.species.ebird_code)
     )
-    flat = replace(one.recordist, equalizer_db=(0.0, 0.0, 0.0, 0.0), channels=1, background="white")
-    recording = render_recording(replace(one, recordist=flat))[:, 0]
+    flat = replace(
+        item.recordist, equalizer_db=(0.0, 0.0, 0.0, 0.0), channels=1, background="white"
+    )
+    recording = render_recording(replace(item, recordist=flat))[:, 0]
     frames = np.square(recording[: len(recording) // 441 * 441].reshape(-1, 441)).mean(axis=1)
     floor = np.quantile(frames, 0.05)
     ratio_db = 10 * np.log10(active_power(recording, flat.sample_rate) / floor)
-    assert ratio_db == pytest.approx(one.snr_db, abs=5)
-    assert all(10 <= one.snr_db <= 35 for one in plan.recordings)
+    assert ratio_db == pytest.approx(item.snr_db, abs=5)
+    assert all(10 <= item.snr_db <= 35 for item in plan.recordings)
 
 
 def test_songs_are_in_their_recordings_from_the_first_second_on(plan):
-    for one in plan.recordings:
-        primary = [song for song in one.songs if song.ebird_code == one.species.ebird_code]
-        if one.damage:
+    for item in plan.recordings:
+        primary = [song for song in item.songs if song.ebird_code == item.species.ebird_code]
+        if item.damage:
             assert primary == []
             continue
         assert 0 <= primary[0].onset_seconds <= 1
         assert all(a.offset_seconds <= b.onset_seconds for a, b in pairwise(primary))
-    many = [len(one.songs) for one in plan.recordings if one.seconds > 15]
+    many = [len(item.songs) for item in plan.recordings if item.seconds > 15]
     assert np.median(many) >= 3
 
 
@@ -524,7 +533,7 @@ def test_distance_takes_the_highs_and_adds_an_echo():
     click = np.zeros(rate, np.float32)
     click[100] = 1
     near, far = (propagate(click, rate, metres, np.random.default_rng(0)) for metres in (5, 80))
-    spectra = [np.abs(np.fft.rfft(sound[:200])) for sound in (near, far)]
+    spectra = [np.abs(np.fft.rfft(clip[:200])) for clip in (near, far)]
     high, low = 50, 6  # bins of 160 Hz: 8 kHz and about 1 kHz
     loss_db = [20 * np.log10(spectrum[low] / spectrum[high]) for spectrum in spectra]
     assert loss_db[1] - loss_db[0] == pytest.approx(75 * 0.02 * 7, abs=2)
@@ -532,7 +541,7 @@ def test_distance_takes_the_highs_and_adds_an_echo():
     assert len(far) > rate
 
 
-def test_insects_and_planes_sound_where_their_docstrings_say():
+def test_insects_and_planes_have_the_frequencies_of_their_docstrings():
     rate = 32_000
     for seed in range(6):
         insect = make_background("insects", rate * 10, rate, np.random.default_rng(seed))

@@ -126,8 +126,8 @@ def test_an_ovenbird_gets_louder_and_a_yellowthroat_does_not():
 def test_a_dove_coos_five_or_six_times_at_500_hz():
     song = compose_song(individual("moudov"), np.random.default_rng(0))
     assert len(song.notes) in (5, 6)
-    sound = render_song(song, SAMPLE_RATE, np.random.default_rng(0))
-    assert 400 < peak_hz(sound) < 700
+    waveform = render_song(song, SAMPLE_RATE, np.random.default_rng(0))
+    assert 400 < peak_hz(waveform) < 700
     assert 2.5 < song.seconds < 4.8
 
 
@@ -184,9 +184,9 @@ def test_a_song_follows_its_seed_and_no_two_renditions_are_the_same(code):
 def test_a_song_is_the_same_at_every_sample_rate_and_nothing_is_aliased():
     song = compose_song(individual("ovenbi1"), np.random.default_rng(3))
     for sample_rate in (22_050, 32_000, 48_000):
-        sound = render_song(song, sample_rate, np.random.default_rng(0))
-        assert len(sound) / sample_rate == pytest.approx(song.seconds, abs=0.001)
-        frequency, power = welch(sound, sample_rate, nperseg=1024)
+        waveform = render_song(song, sample_rate, np.random.default_rng(0))
+        assert len(waveform) / sample_rate == pytest.approx(song.seconds, abs=0.001)
+        frequency, power = welch(waveform, sample_rate, nperseg=1024)
         assert power[frequency < 2_000].sum() < 1e-3 * power.sum()
 
 

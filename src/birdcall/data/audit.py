@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,7 @@ logger = logging.getLogger(__name__)
 _STATUSES = ("ok", "truncated", "too_short", "silent", "unreadable", "duplicate")
 _MIN_SECONDS = 0.5  # less is a click, or the rest of a broken upload
 _MIN_TRUNCATED_SECONDS = 1.0
-# What a recording may lack, seconds plus share, of the length in the table of recordings (whole
-# seconds, sometimes of another edit); of that in its own header: LENGTH_TOLERANCE.
+# Seconds plus share that may lack of the table's length (whole seconds, or of another edit).
 _TABLE_TOLERANCE = (2.0, 0.1)
 _CLIPPED = 0.999  # of full scale
 _SILENT_DB = -80.0  # full scale is 0 dB; the quietest real recordings stay above -70
@@ -75,16 +75,9 @@ class Measurement:
     sha256: str = ""  # of the file
     audio_hash: str = ""  # of the decoded waveform and its sample rate
 
-    @property
-    def state(self) -> dict[str, int]:
-        """The file's, as `file_state` returns it."""
-        return {"size": self.size, "mtime_ns": self.mtime_ns}
 
-
-AUDIT_COLUMNS = (
-    *("path", "status", "usable", "reason"),
-    *(item.name for item in fields(Measurement) if item.name != "path"),
-)
+_MEASURED = [item.name for item in fields(Measurement)]
+_AUDIT_COLUMNS = ["path", "status", "usable", "reason", *_MEASURED[1:]]
 
 
 def audit_recordings(
@@ -98,30 +91,31 @@ def audit_recordings(
 ) -> pd.DataFrame:
     """Decode all recordings, write ``audit_csv`` and return it: one row per recording, by path.
 
-    Columns: AUDIT_COLUMNS, those of `Measurement` and the verdict. Unchanged files that an earlier
-    audit, finished or killed, has measured are not measured again. ``workers`` processes decode
+    Columns: the fields of `Measurement`, and status, usable and reason. An unchanged file is not
+    measured again where an earlier audit, finished or killed, did so. ``workers`` processes decode
     (None: one per core; 0: this process alone). With ``cache``, the decoded audio is stored there.
     """
-    names = sorted(set(recordings["path"]))
     durations = recordings.set_index("path")["duration"].to_dict()
+    names = sorted(durations)
     journal_path = audit_csv.with_suffix(".journal")
     fingerprint = digest(json.dumps(code_digest("data.audit")))
     with Journal(journal_path, fingerprint, restart=True) as journal:
-        known = _read_measurements(audit_csv)
+        known: dict[str, Measurement] = {}
+        if audit_csv.is_file():
+            try:
+                rows = read_audit(audit_csv)[_MEASURED]
+                known = {row["path"]: Measurement(**row) for row in rows.to_dict("records")}
+            except ValueError as error:
+                logger.warning("starting over: %s", error)
         known |= {key["path"]: Measurement(**values) for key, values in journal.items()}
-        measured = {
-            name: known[name]
-            for name in names
-            if name in known and _is_current(data, known[name], cache)
-        }
+        earlier = [known[name] for name in names if name in known]
+        measured = {item.path: item for item in earlier if _is_current(data, item, cache)}
         pending = [name for name in names if name not in measured]
         if cache is not None:
-            cache.remove_leftovers()
-            seconds = [durations[name] for name in pending]
-            for name in pending:
-                if not durations[name] and (data / name).is_file():
-                    seconds.append((data / name).stat().st_size / _BYTES_PER_SECOND)
-            cache.require_space(sum(seconds))
+            seconds = sum(durations[name] for name in pending)
+            unknown = [data / name for name in pending if not durations[name]]
+            n_bytes = sum(path.stat().st_size for path in unknown if path.is_file())
+            cache.prepare(seconds + n_bytes / _BYTES_PER_SECOND)
         logger.info("%s: %d recordings to decode, %d known", data, len(pending), len(measured))
         results = _measure_all(data, pending, workers, cache)
         if progress and pending:
@@ -139,7 +133,7 @@ def read_audit(path: Path) -> pd.DataFrame:
     """Read what `audit_recordings` wrote; FileNotFoundError says to run it first."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no audit yet; make it with `birdcall audit`")
-    audit = read_table(path, AUDIT_COLUMNS)[list(AUDIT_COLUMNS)].reset_index(drop=True)
+    audit = read_table(path, _AUDIT_COLUMNS)[_AUDIT_COLUMNS].reset_index(drop=True)
     try:
         for item in fields(Measurement):
             kind = {"int": "int64", "float": "float64"}.get(str(item.type), "str")
@@ -200,12 +194,11 @@ def measure_recording(data: Path, name: str, cache: RecordingCache | None = None
         with open_audio(path) as file:
             result.sample_rate, result.channels = file.samplerate, file.channels
             result.header_seconds = round(file.promised_frames / file.samplerate, 6)
-            blocks = _Meter(result).measure(file.frame_blocks())
+            blocks = _measure_blocks(result, file.frame_blocks())
             if cache is None:
                 deque(blocks, maxlen=0)
             else:
-                resampled = resample_blocks(blocks, file.samplerate, cache.sample_rate)
-                cache.write(name, resampled)
+                cache.write(name, resample_blocks(blocks, file.samplerate, cache.sample_rate))
     except AudioError as error:
         result.error = result.error or error.reason
     except OSError as error:
@@ -215,56 +208,45 @@ def measure_recording(data: Path, name: str, cache: RecordingCache | None = None
     return result
 
 
-class _Meter:
-    """Measures a recording while its blocks pass through."""
-
-    def __init__(self, result: Measurement) -> None:
-        self.result = result
-        self.n_frames = self.n_clipped = self.n_silent = 0
-        self.peak = self.squares = 0.0
-        self.power = np.zeros(_N_FFT // 2 + 1)
-        self.hann = np.hanning(_N_FFT).astype(np.float32)
-        self.hash = hashlib.blake2b(str(result.sample_rate).encode(), digest_size=16)
-
-    def measure(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Yield the mono waveform of each block; end, and note the error, where decoding fails."""
-        try:
-            for block in blocks:
-                mono = block.mean(axis=1, dtype=np.float32)
-                self._add(block, mono)
-                yield mono
-        except AudioError as error:
-            self.result.error = error.reason
-        if self.n_frames:
-            self._finish()
-
-    def _add(self, block: np.ndarray, mono: np.ndarray) -> None:
-        self.n_frames += len(mono)
-        self.n_clipped += int(np.count_nonzero(np.abs(block) >= _CLIPPED))
-        self.peak = max(self.peak, float(np.abs(mono).max()))
-        squares = mono.astype(np.float64) ** 2
-        self.squares += float(squares.sum())
-        n_window = max(1, round(_WINDOW_SECONDS * self.result.sample_rate))
-        starts = np.arange(0, len(mono), n_window)
-        lengths = np.diff(np.append(starts, len(mono)))
-        quiet = np.add.reduceat(squares, starts) / lengths < 10 ** (_SILENT_DB / 10)
-        self.n_silent += int(lengths[quiet].sum())
-        padded = np.pad(mono, (0, max(0, _N_FFT - len(mono))))
-        windows = np.lib.stride_tricks.sliding_window_view(padded, _N_FFT)[::_FFT_HOP]
-        self.power += (np.abs(np.fft.rfft(windows * self.hann)) ** 2).sum(axis=0)
-        self.hash.update(np.rint(mono.clip(-1, 1) * 32767).astype("<i2").tobytes())
-
-    def _finish(self) -> None:
-        result, bin_hz = self.result, self.result.sample_rate / _N_FFT
-        result.seconds = round(self.n_frames / result.sample_rate, 6)
-        result.peak_db = _decibels(self.peak**2)
-        result.rms_db = _decibels(self.squares / self.n_frames)
-        result.clipped_share = round(self.n_clipped / self.n_frames / result.channels, 6)
-        result.silent_share = round(self.n_silent / self.n_frames, 6)
-        self.power[: max(1, round(50 / bin_hz))] = 0  # a constant offset is no signal
-        loud = np.flatnonzero(self.power > self.power.max() * 10 ** (-_BANDWIDTH_DB / 10))
-        result.bandwidth_hz = round(float(loud[-1]) * bin_hz, 1) if len(loud) else 0.0
-        result.audio_hash = self.hash.hexdigest()
+def _measure_blocks(result: Measurement, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield the mono waveform of each block; end, and note the error, where decoding fails."""
+    n_frames = n_clipped = n_silent = 0
+    peak = sum_of_squares = 0.0
+    spectrum = np.zeros(_N_FFT // 2 + 1)
+    hann = np.hanning(_N_FFT).astype(np.float32)
+    audio_hash = hashlib.blake2b(str(result.sample_rate).encode(), digest_size=16)
+    n_window = max(1, round(_WINDOW_SECONDS * result.sample_rate))
+    try:
+        for block in blocks:
+            mono = block.mean(axis=1, dtype=np.float32)
+            n_frames += len(mono)
+            n_clipped += int(np.count_nonzero(np.abs(block) >= _CLIPPED))
+            peak = max(peak, float(np.abs(mono).max()))
+            squares = mono.astype(np.float64) ** 2
+            sum_of_squares += float(squares.sum())
+            starts = np.arange(0, len(mono), n_window)
+            lengths = np.diff(np.append(starts, len(mono)))
+            quiet = np.add.reduceat(squares, starts) / lengths < 10 ** (_SILENT_DB / 10)
+            n_silent += int(lengths[quiet].sum())
+            padded = np.pad(mono, (0, max(0, _N_FFT - len(mono))))
+            windows = np.lib.stride_tricks.sliding_window_view(padded, _N_FFT)[::_FFT_HOP]
+            spectrum += (np.abs(np.fft.rfft(windows * hann)) ** 2).sum(axis=0)
+            audio_hash.update(np.rint(mono.clip(-1, 1) * 32767).astype("<i2").tobytes())
+            yield mono
+    except AudioError as error:
+        result.error = error.reason
+    if not n_frames:
+        return
+    result.seconds = round(n_frames / result.sample_rate, 6)
+    result.peak_db = _decibels(peak**2)
+    result.rms_db = _decibels(sum_of_squares / n_frames)
+    result.clipped_share = round(n_clipped / n_frames / result.channels, 6)
+    result.silent_share = round(n_silent / n_frames, 6)
+    bin_hz = result.sample_rate / _N_FFT
+    spectrum[: max(1, round(50 / bin_hz))] = 0  # a constant offset is no signal
+    loud = np.flatnonzero(spectrum > spectrum.max() * 10 ** (-_BANDWIDTH_DB / 10))
+    result.bandwidth_hz = round(float(loud[-1]) * bin_hz, 1) if len(loud) else 0.0
+    result.audio_hash = audio_hash.hexdigest()
 
 
 def _decibels(power: float) -> float:
@@ -276,19 +258,20 @@ def _measure_all(
 ) -> Iterator[Measurement]:
     """Measure recordings in worker processes, in the order in which they finish.
 
-    A file that crashes the decoder ends its worker and the pool. All recordings that were being
-    decoded are then measured again, each in a process of its own; one that crashes again is
-    unreadable.
+    A file that crashes the decoder ends its worker and the pool. The recordings that were being
+    decoded are measured again, each in a new process; what crashes again is unreadable.
     """
     if workers == 0:
         yield from (measure_recording(data, name, cache) for name in names)
         return
+    context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks
+    make_pool = partial(ProcessPoolExecutor, mp_context=context, initializer=_start_worker)
     queue = deque(names)
     workers = min(workers or os.cpu_count() or 1, max(1, len(names)))
     while queue:
         running: dict[Future[Measurement], str] = {}
         try:
-            with _make_pool(workers) as pool:
+            with make_pool(workers) as pool:
                 while queue or running:
                     while queue and len(running) < 2 * workers:
                         name = queue.popleft()
@@ -300,16 +283,11 @@ def _measure_all(
         except BrokenProcessPool:
             for name in running.values():
                 try:
-                    with _make_pool(1) as pool:
+                    with make_pool(1) as pool:
                         yield pool.submit(measure_recording, data, name, cache).result()
                 except BrokenProcessPool:
                     state = file_state(data / name)
                     yield Measurement(name, **state, error="crashes the decoder")
-
-
-def _make_pool(workers: int) -> ProcessPoolExecutor:
-    context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks
-    return ProcessPoolExecutor(workers, context, initializer=_start_worker)
 
 
 def _start_worker() -> None:
@@ -325,27 +303,15 @@ def _start_worker() -> None:
     threading.Thread(target=follow_parent, daemon=True).start()
 
 
-def _read_measurements(audit_csv: Path) -> dict[str, Measurement]:
-    """Read what an earlier audit has measured; what cannot be read is measured again."""
-    if not audit_csv.is_file():
-        return {}
-    try:
-        audit = read_audit(audit_csv)
-    except ValueError as error:
-        logger.warning("starting over: %s", error)
-        return {}
-    names = [item.name for item in fields(Measurement)]
-    return {record["path"]: Measurement(**record) for record in audit[names].to_dict("records")}
-
-
 def _is_current(data: Path, measurement: Measurement, cache: RecordingCache | None) -> bool:
     """Return whether the file is still the measured one, and cached if it has to be."""
     try:
-        if file_state(data / measurement.path) != measurement.state:
-            return False
-        return cache is None or not measurement.seconds or cache.has(measurement.path)
+        state = file_state(data / measurement.path)
+        is_cached = cache is None or cache.path(measurement.path).is_file()
     except OSError:
         return False
+    is_same = state == {"size": measurement.size, "mtime_ns": measurement.mtime_ns}
+    return is_same and (is_cached or not measurement.seconds)
 
 
 def _judge(measured: list[Measurement], durations: dict[str, float]) -> pd.DataFrame:
@@ -354,14 +320,13 @@ def _judge(measured: list[Measurement], durations: dict[str, float]) -> pd.DataF
     rows = []
     for item in measured:
         status, reason = _verdict(item, durations[item.path])
-        usable = status == "ok" or (
-            status == "truncated" and item.seconds >= _MIN_TRUNCATED_SECONDS
-        )
+        is_long_enough = item.seconds >= _MIN_TRUNCATED_SECONDS
+        usable = status == "ok" or (status == "truncated" and is_long_enough)
         if usable and first_of.setdefault(item.audio_hash, item.path) != item.path:
             status, usable = "duplicate", False
             reason = f"the same audio as {first_of[item.audio_hash]}"
         rows.append(asdict(item) | {"status": status, "usable": usable, "reason": reason})
-    return pd.DataFrame(rows, columns=list(AUDIT_COLUMNS))
+    return pd.DataFrame(rows, columns=_AUDIT_COLUMNS)
 
 
 def _verdict(item: Measurement, duration: float) -> tuple[str, str]:
@@ -376,9 +341,8 @@ def _verdict(item: Measurement, duration: float) -> tuple[str, str]:
     )
     for source, promised, tolerance in promises:
         if is_cut(item.seconds, promised, tolerance):
-            because = f" ({item.error})" if item.error else ""
-            decoded = f"{item.seconds:.1f} s decode{because}"
-            return "truncated", f"{source} says {promised:g} s, {decoded}"
+            reason = f"{source} says {promised:g} s, {item.seconds:.1f} s decode"
+            return "truncated", reason + (f" ({item.error})" if item.error else "")
     if item.error:
         return "truncated", item.error
     if item.seconds < _MIN_SECONDS:

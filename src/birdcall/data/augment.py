@@ -12,13 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from birdcall.audio.filters import (
-    Curve,
-    butterworth_curve,
-    fade_curve,
-    filter_waveform,
-    slope_curve,
-)
+from birdcall.audio.filters import butterworth_curve, fade_curve, filter_waveform, slope_curve
 from birdcall.audio.frontend import SpecAugment
 from birdcall.config import AugmentConfig
 from birdcall.data.noise import NoiseFiles, ReadFailure
@@ -27,7 +21,7 @@ from birdcall.data.noise import NoiseFiles, ReadFailure
 # per worker). Where one of its transforms is switched on, it is imported with the first clip that
 # needs it.
 
-POOL_SAMPLES = 1 << 19  # of noise of one slope, 16 s at 32 kHz; 2 MB for each slope in use
+_POOL_SAMPLES = 1 << 19  # of noise of one slope, 16 s at 32 kHz; 2 MB for each slope in use
 _POOL_SEED = 0
 _FILTER_ORDERS = (2, 4)  # 12 to 24 dB per octave
 _COLOR_FLAT_BELOW_HZ = 50.0  # or steep noise would have its power where no front end has a band
@@ -65,45 +59,35 @@ class ClipAugment:
         """
         _reuse_freed_memory()
         config, rate = self.config, self.sample_rate
-
-        def happens(probability: float) -> bool:
-            return bool(generator.random() < probability)
-
-        if happens(config.pitch_probability):
+        if generator.random() < config.pitch_probability:
             shift = _build_transform("PitchShift", *config.pitch_semitones)
             waveform = _transform(shift, waveform, rate, generator)
-        if happens(config.tempo_probability):  # pitch and number of samples stay
-            stretch = _build_transform("TimeStretch", *config.tempo_rate)
-            waveform = _transform(stretch, waveform, rate, generator)
-        if curves := self._draw_curves(generator):
-            waveform = filter_waveform(waveform, rate, curves)
-        if happens(config.color_noise_probability):
-            snr_db = generator.uniform(*config.color_noise_snr_db)
-            waveform = mix_at_snr(waveform, self._color_noise(len(waveform), generator), snr_db)
-        if self.noise.paths and happens(config.noise_probability):
-            snr_db = generator.uniform(*config.noise_snr_db)
-            noise = self.noise.draw(len(waveform), generator, failures)
-            waveform = mix_at_snr(waveform, noise, snr_db)
-        if happens(config.short_noise_probability):
-            waveform = self._add_bursts(waveform, generator, failures)
-        if happens(config.mp3_probability):
-            waveform = encode_mp3(waveform, rate, config.mp3_kbps, generator)
-        return waveform
-
-    def _draw_curves(self, generator: np.random.Generator) -> list[Curve]:
-        """Draw the changes of the clip's spectrum; together they are one filter."""
-        config, curves = self.config, []
+        if generator.random() < config.tempo_probability:  # pitch and number of samples stay
+            change = _build_transform("TimeStretch", *config.tempo_rate)
+            waveform = _transform(change, waveform, rate, generator)
+        curves = []  # changes of the clip's spectrum; together they are one filter
         if generator.random() < config.low_pass_probability:
             curves.append(butterworth_curve("low", *_draw_filter(config.low_pass_hz, generator)))
         if generator.random() < config.high_fade_probability:
-            curves.append(fade_curve(generator.uniform(*config.high_fade_db), self.sample_rate))
+            curves.append(fade_curve(generator.uniform(*config.high_fade_db), rate))
         if generator.random() < config.high_pass_probability:
             curves.append(butterworth_curve("high", *_draw_filter(config.high_pass_hz, generator)))
-        return curves
-
-    def _color_noise(self, n_samples: int, generator: np.random.Generator) -> np.ndarray:
-        slope_db = generator.uniform(*self.config.color_noise_slope_db)
-        return color_noise(n_samples, self.sample_rate, slope_db, generator)
+        if curves:
+            waveform = filter_waveform(waveform, rate, curves)
+        if generator.random() < config.color_noise_probability:
+            snr_db = generator.uniform(*config.color_noise_snr_db)
+            slope_db = generator.uniform(*config.color_noise_slope_db)
+            noise = color_noise(len(waveform), rate, slope_db, generator)
+            waveform = mix_at_snr(waveform, noise, snr_db)
+        if self.noise.paths and generator.random() < config.noise_probability:
+            snr_db = generator.uniform(*config.noise_snr_db)
+            noise = self.noise.draw(len(waveform), generator, failures)
+            waveform = mix_at_snr(waveform, noise, snr_db)
+        if generator.random() < config.short_noise_probability:
+            waveform = self._add_bursts(waveform, generator, failures)
+        if generator.random() < config.mp3_probability:
+            waveform = encode_mp3(waveform, rate, config.mp3_kbps, generator)
+        return waveform
 
     def _add_bursts(
         self, waveform: np.ndarray, generator: np.random.Generator, failures: list[ReadFailure]
@@ -120,7 +104,8 @@ class ClipAugment:
             if self.noise.paths:
                 burst = self.noise.draw(n_samples, generator, failures)
             else:
-                burst = self._color_noise(n_samples, generator)
+                slope_db = generator.uniform(*config.color_noise_slope_db)
+                burst = color_noise(n_samples, self.sample_rate, slope_db, generator)
             burst = fade_ends(burst, round(_BURST_FADE_SECONDS * self.sample_rate))
             noisy[start : start + n_samples] += _gain_to(power, burst, snr_db) * burst
         return noisy
@@ -173,7 +158,7 @@ def color_noise(
 
 @cache
 def _color_pool(slope_steps: int, sample_rate: int) -> np.ndarray:
-    white = np.random.default_rng(_POOL_SEED).standard_normal(POOL_SAMPLES, dtype=np.float32)
+    white = np.random.default_rng(_POOL_SEED).standard_normal(_POOL_SAMPLES, dtype=np.float32)
     curve = slope_curve(slope_steps * _SLOPE_STEP_DB, _COLOR_FLAT_BELOW_HZ)
     return filter_waveform(white, sample_rate, [curve], edges="wrap")
 
@@ -240,9 +225,6 @@ def _transform(
     return np.asarray(changed, np.float32)
 
 
-# --- memory ---
-
-
 @cache
 def _reuse_freed_memory() -> None:
     """Make this process keep the memory of finished clips, for the next clips.
@@ -281,10 +263,7 @@ class BatchDraws:
     def draw(cls, n_clips: int, config: AugmentConfig, generator: torch.Generator) -> BatchDraws:
         """Draw for a whole batch; ``generator`` is on the CPU."""
 
-        def happens(probability: float) -> Tensor:
-            return torch.rand(n_clips, generator=generator) < probability
-
-        def uniform(bounds: tuple[float, float], *shape: int) -> Tensor:
+        def uniform(bounds: tuple[float, float] = (0.0, 1.0), *shape: int) -> Tensor:
             share = torch.rand(n_clips, *shape, generator=generator)
             return bounds[0] + (bounds[1] - bounds[0]) * share
 
@@ -293,12 +272,12 @@ class BatchDraws:
         partners = torch.empty(n_clips, _N_PARTNERS, dtype=torch.int64)
         for number in range(_N_PARTNERS):
             partners[circle, number] = circle.roll(-1 - number)
-        mixed = happens(config.mixup_probability)
-        third = mixed & happens(config.mixup_third_probability)
+        mixed = uniform() < config.mixup_probability
+        third = mixed & (uniform() < config.mixup_third_probability)
         mix_gain = 10 ** (uniform(config.mixup_gain_db, _N_PARTNERS) / 20)
         mix_gain *= torch.stack([mixed & (n_clips > 1), third & (n_clips > _N_PARTNERS)], dim=1)
-        shift = uniform((0.0, 1.0)) * happens(config.shift_probability)
-        gain_db = uniform(config.gain_db) * happens(config.gain_probability)
+        shift = uniform() * (uniform() < config.shift_probability)
+        gain_db = uniform(config.gain_db) * (uniform() < config.gain_probability)
         masking = SpecAugment(config.time_mask_share, config.mel_mask_share, config.n_masks)
         return cls(
             index=torch.arange(n_clips),
@@ -349,7 +328,12 @@ def augment_batch(
                 factor = scale[row, number] * gain
                 for source, goal in parts:
                     augmented[row, goal].addcmul_(waveforms[partner, source], factor)
-    return augmented, _unite(target, targets, draws.partners.to(target.device), scale > 0)
+    partner_targets = targets[draws.partners.to(target.device)]
+    added = torch.where((scale > 0)[..., None], partner_targets, target[:, None])
+    together = torch.cat((target[:, None], added), dim=1)
+    highest = together.amax(dim=1)
+    # IGNORE_TARGET (-1) where a class is so in one of them and positive in none.
+    return augmented, torch.where(highest > 0, highest, together.amin(dim=1))
 
 
 def _mix_scale(waveform: Tensor, draws: BatchDraws) -> Tensor:
@@ -362,14 +346,3 @@ def _mix_scale(waveform: Tensor, draws: BatchDraws) -> Tensor:
     norm_of_clip, norm_of_partner = norm[index][:, None], norm[partners]
     audible = (norm_of_clip > 0) & (norm_of_partner > 0)
     return torch.where(audible, mix_gain * norm_of_clip / norm_of_partner.clamp(min=1e-30), 0)
-
-
-def _unite(target: Tensor, targets: Tensor, partners: Tensor, is_added: Tensor) -> Tensor:
-    """Return the union of a clip's target and those of its added partners.
-
-    A class is IGNORE_TARGET (-1) where it is so in one of them and positive in none.
-    """
-    others = torch.where(is_added[..., None], targets[partners], target[:, None])
-    together = torch.cat((target[:, None], others), dim=1)
-    highest = together.amax(dim=1)
-    return torch.where(highest > 0, highest, together.amin(dim=1))

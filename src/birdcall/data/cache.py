@@ -17,7 +17,7 @@ from birdcall.storage.store import Store
 
 logger = logging.getLogger(__name__)
 
-CACHE_SAMPLE_RATE = 32_000
+_SAMPLE_RATE = 32_000
 _SUFFIX, _MODULES = ".npy", ("data.cache",)  # of the store
 _HEADER_BYTES = 128  # of the .npy files here; numpy pads the header to it
 _STEP_BYTES = 4  # a float32 after the array: what one integer step is worth
@@ -50,7 +50,7 @@ class RecordingCache:
 
     data: Path  # the data folder, with the recordings
     folder: Path  # of the cache
-    sample_rate: int = CACHE_SAMPLE_RATE
+    sample_rate: int = _SAMPLE_RATE
 
     def __call__(self, request: CropRequest) -> list[np.ndarray]:
         """Read crops as `audio.read_crops` does, from the cache where the recording is there.
@@ -78,9 +78,6 @@ class RecordingCache:
         state = file_state(self.data / name)
         return _cached_path(self._store(sample_rate).folder, name, **state)
 
-    def has(self, name: str) -> bool:
-        return self.path(name).is_file()
-
     def write(self, name: str, blocks: Iterable[np.ndarray]) -> None:
         """Store the waveform that ``blocks`` make up, whole or not at all; delete outdated files.
 
@@ -90,18 +87,18 @@ class RecordingCache:
             if not write_waveform(temporary, blocks):
                 raise AudioError(self.data / name, "has no samples; empty or damaged")
 
-    def require_space(self, seconds: float) -> None:
-        """Log how much disk so much audio needs; raise OSError where less is free."""
+    def prepare(self, seconds: float) -> None:
+        """Delete temporary files that a killed process has left, and check the free space.
+
+        Log how much disk so much audio needs; raise OSError where less is free.
+        """
+        self._store().remove_leftovers()
         needed = seconds * self.sample_rate * np.dtype(np.int16).itemsize
         free = self._store().require_space(needed)
         logger.info(
             "the cache needs %.2f GB, %.2f GB are free in %s",
             *(needed / 1e9, free / 1e9, self.folder),
         )
-
-    def remove_leftovers(self) -> None:
-        """Delete the temporary files that a killed process has left."""
-        self._store().remove_leftovers()
 
     def _store(self, sample_rate: int | None = None) -> Store:
         folder = self.folder / str(sample_rate or self.sample_rate)
@@ -165,7 +162,7 @@ def read_cached(
     path: Path,
     offset_seconds: float = 0.0,
     duration_seconds: float | None = None,
-    sample_rate: int = CACHE_SAMPLE_RATE,
+    sample_rate: int = _SAMPLE_RATE,
 ) -> np.ndarray:
     """Read a part ``(samples,)``, float32, of a file of `write_waveform`; None: to its end.
 

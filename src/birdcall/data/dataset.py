@@ -40,7 +40,7 @@ from birdcall.data.targets import (
 
 logger = logging.getLogger(__name__)
 
-NOISE = "noise"  # in place of a recording's path
+_NOISE = "noise"  # in place of a recording's path
 _NOISE_INDEX = -1  # in place of a recording's index
 
 
@@ -135,7 +135,7 @@ class Clip(NamedTuple):
     waveform: Tensor | None  # (clip samples,); None: no recording that was tried can be read
     target: Tensor  # (classes,)
     weight: float  # of its loss
-    recording: str  # path; ``NOISE`` for bird-free noise alone
+    recording: str  # path; "noise" for bird-free noise alone
     failures: tuple[ReadFailure, ...]
 
 
@@ -175,7 +175,18 @@ class ClipDataset:
         Where a recording cannot be read, another replaces it, of the same class if possible; the
         request alone decides which. `Clip.failures` lists what could not be read.
         """
-        drafts = [self._draw(request) for request in requests]
+        drafts = []
+        for request in requests:
+            seed = (self.experiment.train.seed, request.epoch, request.position)
+            generator = np.random.default_rng(seed)
+            noise_only = generator.random() < self.experiment.augment.noise_only_probability
+            draft = _Draft(
+                generator,
+                index=_NOISE_INDEX if noise_only and self.noise_files else request.index,
+                position=generator.random(),
+                downmix=self.augment.draw_downmix(generator),
+            )
+            drafts.append(draft)
         for (index, downmix), group in groupby(drafts, key=lambda item: (item.index, item.downmix)):
             same = list(group)
             if index == _NOISE_INDEX or len(same) == 1:
@@ -188,21 +199,11 @@ class ClipDataset:
                 draft.waveform = waveform
         return [self._finish(draft) for draft in drafts]
 
-    def _draw(self, request: ClipRequest) -> _Draft:
-        """Make the clip's first draws, before anything is read."""
-        seed = (self.experiment.train.seed, request.epoch, request.position)
-        generator = np.random.default_rng(seed)
-        noise_only = generator.random() < self.experiment.augment.noise_only_probability
-        return _Draft(
-            generator,
-            index=_NOISE_INDEX if noise_only and self.noise_files else request.index,
-            position=generator.random(),
-            downmix=self.augment.draw_downmix(generator),
-        )
+    __getitems__ = make_clips  # the name by which torch's DataLoader asks for a batch
 
     def _finish(self, draft: _Draft) -> Clip:
         failures: list[ReadFailure] = []
-        target, weight, recording = np.zeros(self.targets.shape[1], np.float32), 1.0, NOISE
+        target, weight, recording = np.zeros(self.targets.shape[1], np.float32), 1.0, _NOISE
         waveform: Tensor | None = None
         try:
             if draft.index == _NOISE_INDEX:
@@ -213,7 +214,13 @@ class ClipDataset:
                 index, samples = self._read_recording(draft, failures)
                 samples = self.augment(samples, draft.generator, failures)
                 recording, weight = self.paths[index], float(self.weights[index])
-                target = self._target(index, draft.position)
+                target = self.targets[index]
+                if self.strong_targets is not None:
+                    clip_seconds = self.experiment.train.data.clip_seconds
+                    # Below 0 for a recording shorter than the clip, which lies somewhere within it.
+                    start = draft.position * (self.seconds[index] - clip_seconds)
+                    strong_target = self.strong_targets.find(index, start, clip_seconds)
+                    target = target if strong_target is None else strong_target
             waveform = torch.from_numpy(np.ascontiguousarray(samples, dtype=np.float32))
         except NothingReadableError:
             weight = 0.0
@@ -224,17 +231,6 @@ class ClipDataset:
             recording=recording,
             failures=tuple(failures),
         )
-
-    def _target(self, index: int, position: float) -> np.ndarray:
-        """Return the target ``(classes,)`` of the clip at ``position``, as in `_read_crops`."""
-        if self.strong_targets is not None:
-            clip_seconds = self.experiment.train.data.clip_seconds
-            # Below 0 for a recording shorter than the clip, which lies somewhere within it.
-            start = position * (self.seconds[index] - clip_seconds)
-            target = self.strong_targets.find(index, start, clip_seconds)
-            if target is not None:
-                return target
-        return self.targets[index]
 
     def _read_recording(self, draft: _Draft, failures: list[ReadFailure]) -> tuple[int, np.ndarray]:
         """Read the draft's crop, or of another recording if that fails; return index and crop."""

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from birdcall.storage.files import read_table, write_atomically
 
@@ -71,7 +73,9 @@ def make_folds(
         )
     counts = pd.crosstab(recordings["group"], recordings["ebird_code"]).loc[names].to_numpy()
     assignment = _Assignment(counts, n_folds)
-    assignment.improve()
+    for _ in range(_MAX_PASSES):
+        if not assignment.move_groups() and not assignment.swap_large_groups():
+            break
     assignment.divide_classes()
     fold_of = dict(zip(names, assignment.folds.tolist(), strict=True))
     folds = recordings[["filename", "ebird_code"]].assign(fold=recordings["group"].map(fold_of))
@@ -95,12 +99,6 @@ class _Assignment:
         self.folds = np.full(len(counts), -1)
         for group in range(len(counts)):
             self._assign(group, int(np.argmin(self._fold_costs(group))))
-
-    def improve(self) -> None:
-        """Move and swap groups while that lowers the cost, at most _MAX_PASSES times."""
-        for _ in range(_MAX_PASSES):
-            if not self._move_groups() and not self._swap_large_groups():
-                return
 
     def divide_classes(self) -> None:
         """Move the cheapest group out of each fold that has all of a class, where that is possible.
@@ -142,7 +140,7 @@ class _Assignment:
         self.excess[classes, fold] -= self.n_folds * self.counts[group, classes]
         return fold
 
-    def _move_groups(self) -> int:
+    def move_groups(self) -> int:
         """Assign each group to the fold with the lowest cost; return how many moved."""
         n_moved = 0
         for group in range(len(self.folds)):
@@ -154,7 +152,7 @@ class _Assignment:
             n_moved += moves
         return n_moved
 
-    def _swap_large_groups(self) -> int:
+    def swap_large_groups(self) -> int:
         """Swap each of the largest groups with its best partner; return how many swapped."""
         counts = self.counts[:_MAX_SWAPPED]
         weighted = counts * self.weights
@@ -297,19 +295,17 @@ def _join_groups(recordings: pd.DataFrame, audio_hashes: Sequence[object] | None
         f"file:{filename}" if pd.isna(recordist) else f"recordist:{recordist}"
         for filename, recordist in zip(recordings["filename"], recordists, strict=True)
     ]
-    parents = {key: key for key in keys}
-
-    def root(key: str) -> str:
-        while parents[key] != key:
-            parents[key] = key = parents[parents[key]]
-        return key
-
-    first_of_hash: dict[object, str] = {}
-    for key, audio_hash in zip(keys, _known_hashes(recordings, audio_hashes), strict=True):
-        if not pd.isna(audio_hash):
-            first, second = sorted([root(first_of_hash.setdefault(audio_hash, key)), root(key)])
-            parents[second] = first
-    return [root(key) for key in keys]
+    # A graph of names and audio hashes, with an edge for each recording that has both.
+    name_of, names = pd.factorize(np.array(keys, object), sort=True)
+    hash_of, hashes = pd.factorize(np.array(_known_hashes(recordings, audio_hashes), object))
+    has_hash = hash_of >= 0
+    edges = (name_of[has_hash], len(names) + hash_of[has_hash])
+    n_nodes = len(names) + len(hashes)
+    graph = coo_array((np.ones(len(edges[0])), edges), shape=(n_nodes, n_nodes))
+    group_of_name = pd.Series(connected_components(graph, directed=False)[1][: len(names)])
+    first_names = group_of_name.drop_duplicates()
+    first_of_group = dict(zip(first_names, names[first_names.index], strict=True))
+    return [first_of_group[group] for group in group_of_name[name_of]]
 
 
 def _recordist_keys(recordings: pd.DataFrame) -> pd.Series:

@@ -12,21 +12,21 @@ from typing import NamedTuple, NoReturn
 import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from birdcall.config import Experiment
 from birdcall.data.dataset import Clip, ClipDataset
 from birdcall.data.noise import MAX_TRIES, ReadFailure
-from birdcall.data.targets import ClipRequest, ClipSampler
+from birdcall.data.targets import ClipSampler
 
 logger = logging.getLogger(__name__)
 
 # Of a worker without its batches: measured on Linux (Private_Dirty), rounded up. A forked worker
 # shares torch and birdcall with its parent, until reference counts are written to shared pages.
-WORKER_BYTES = {"fork": 100_000_000, "forkserver": 350_000_000, "spawn": 350_000_000}
+_WORKER_BYTES = {"fork": 100_000_000, "forkserver": 350_000_000, "spawn": 350_000_000}
 # Batches that a worker holds: two ready (torch's prefetch_factor), one handed over, and of the next
 # one its single clips and their stack.
-BATCHES_PER_WORKER = 5
+_BATCHES_PER_WORKER = 5
 # In addition where a clip may be encoded, or its pitch or tempo changed: audiomentations imports
 # librosa and numba.
 _AUDIOMENTATIONS_BYTES = 150_000_000
@@ -44,30 +44,17 @@ class ClipBatch(NamedTuple):
     failures: tuple[ReadFailure, ...]
 
 
-class _ClipBatches(Dataset[Clip]):
-    """A `ClipDataset` from which a DataLoader takes a batch at a time."""
-
-    def __init__(self, clips: ClipDataset) -> None:
-        self.clips = clips
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def __getitems__(self, requests: list[ClipRequest]) -> list[Clip]:
-        return self.clips.make_clips(requests)
-
-
 def make_loader(
     dataset: ClipDataset, sampler: ClipSampler, workers: int, start_method: str | None = None
 ) -> DataLoader[ClipBatch]:
     """Load batches of clips with so many worker processes, 0: in this process.
 
     Where several processes share each batch, this one loads its part. ``loader.sampler`` and
-    ``loader.dataset.clips`` are the arguments. The last batch is left out where it would be
+    ``loader.dataset`` are the arguments. The last batch is left out where it would be
     smaller, unless it is the only one.
     """
     return DataLoader(
-        _ClipBatches(dataset),
+        dataset,
         batch_size=sampler.batch_size // sampler.share.world_size,
         sampler=sampler,
         drop_last=sampler.n_clips >= sampler.batch_size,
@@ -176,7 +163,7 @@ def check_worker_memory(
     augment = experiment.augment
     batch_size = experiment.train.data.batch_size // n_processes
     batch_bytes = batch_size * experiment.clip_samples * torch.float32.itemsize
-    each = WORKER_BYTES[multiprocessing.get_start_method()] + BATCHES_PER_WORKER * batch_bytes
+    each = _WORKER_BYTES[multiprocessing.get_start_method()] + _BATCHES_PER_WORKER * batch_bytes
     if any((augment.mp3_probability, augment.pitch_probability, augment.tempo_probability)):
         each += _AUDIOMENTATIONS_BYTES
     room = available // (each * n_processes)

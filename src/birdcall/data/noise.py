@@ -38,7 +38,7 @@ _PROBE_BYTES = 4096
 
 
 @dataclass(frozen=True)
-class Collection:
+class _Collection:
     """A published collection of audio, recognised by its folder and its metadata.
 
     ``folder`` matches within a path; ``metadata`` matches a file name, "": the collection has no
@@ -75,11 +75,11 @@ class Collection:
 
 
 _COLLECTIONS = (
-    Collection("ff1010bird", r"ff1010bird", r"ff1010bird_metadata.*\.csv"),
-    Collection("warblrb10k", r"warblrb10k|wabrlrb10k", r"warblrb10k.*metadata.*\.csv"),
-    Collection("BirdVox-DCASE-20k", r"birdvox-?dcase", r"BirdVox-?DCASE.*\.csv"),
-    Collection("ESC-50", r"esc-?50", r"esc50.*\.csv", item="filename", label="category"),
-    Collection("BirdVox-full-night", r"birdvox-full-night", ""),
+    _Collection("ff1010bird", r"ff1010bird", r"ff1010bird_metadata.*\.csv"),
+    _Collection("warblrb10k", r"warblrb10k|wabrlrb10k", r"warblrb10k.*metadata.*\.csv"),
+    _Collection("BirdVox-DCASE-20k", r"birdvox-?dcase", r"BirdVox-?DCASE.*\.csv"),
+    _Collection("ESC-50", r"esc-?50", r"esc50.*\.csv", item="filename", label="category"),
+    _Collection("BirdVox-full-night", r"birdvox-full-night", ""),
 )
 
 
@@ -148,10 +148,11 @@ def split_noise(files: Sequence[Path], fold: int, n_folds: int) -> tuple[list[Pa
     """
     if not 0 <= fold < n_folds:
         raise ValueError(f"fold {fold} is out of range; it must be from 0 to {n_folds - 1}")
-    sources = {path: _source_of(path) for path in files}
+    origins = {path: _origin_of(path) for path in files}
     kind_of: dict[str, str] = {}
     for path in sorted(files):  # a source of several kinds counts as the first
-        kind_of.setdefault(sources[path], _kind_of(path))
+        source, kind = origins[path]
+        kind_of.setdefault(source, kind)
     kinds: dict[str, list[str]] = {}
     for source, kind in kind_of.items():
         kinds.setdefault(kind, []).append(source)
@@ -162,8 +163,8 @@ def split_noise(files: Sequence[Path], fold: int, n_folds: int) -> tuple[list[Pa
         held_out = _hold_out(list(kind_of), fold, n_folds)
     if files and not held_out:
         logger.warning("all noise is of one source: it is for training, none is for validation")
-    training = [path for path in files if sources[path] not in held_out]
-    return training, [path for path in files if sources[path] in held_out]
+    training = [path for path in files if origins[path][0] not in held_out]
+    return training, [path for path in files if origins[path][0] in held_out]
 
 
 def generate_noise(
@@ -198,28 +199,26 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (path for name in names if (path := Path(root, name)).is_file())
 
 
-def _source_of(path: Path) -> str:
-    """Name the source of ``path``; where the name does not tell, by size and parts of content."""
+def _origin_of(path: Path) -> tuple[str, str]:
+    """Name the source and the kind of ``path``.
+
+    Where the name does not tell the source, the size and parts of the content do.
+    """
     if match := _ESC50_NAME.fullmatch(path.stem):
-        return f"freesound:{match['clip']}"
+        return f"freesound:{match['clip']}", f"ESC-50:{match['target']}"
+    match = _NUMBERED_NAME.match(path.stem)
+    kind = match["kind"] if match else str(path.parent)
     if _FREESOUND_NAME.fullmatch(path.stem):
-        return f"freesound:{path.stem}"
+        return f"freesound:{path.stem}", kind
     if match := _GENERATED_NAME.fullmatch(path.stem):  # its last bits differ between machines
-        return f"generated:{match['kind']}_{match['number']}"
+        return f"generated:{match['kind']}_{match['number']}", kind
     size = path.stat().st_size
     content = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
         for eighth in (1, 3, 5, 7):  # not the start: a header can hold the time of writing
             file.seek(eighth * size // 8)
             content.update(file.read(_PROBE_BYTES))
-    return f"content:{content.hexdigest()}"
-
-
-def _kind_of(path: Path) -> str:
-    if match := _ESC50_NAME.fullmatch(path.stem):
-        return f"ESC-50:{match['target']}"
-    match = _NUMBERED_NAME.match(path.stem)
-    return match["kind"] if match else str(path.parent)
+    return f"content:{content.hexdigest()}", kind
 
 
 def _hold_out(sources: list[str], fold: int, n_folds: int) -> set[str]:
@@ -335,11 +334,11 @@ class NoiseFiles:
     def _read(self, path: Path, n_samples: int, position: float) -> np.ndarray:
         """Read at ``position``, a share of all positions that the file's pieces have."""
         if path not in self.files:
-            seconds = probe_audio(path).seconds
-            n_pieces = max(1, int(seconds / self.limits.piece_seconds))
+            length = probe_audio(path).seconds
+            n_pieces = max(1, int(length / self.limits.piece_seconds))
             where = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
             name = f"{where[:2]}/{where}"  # folders of a moderate size
-            self.files[path] = _NoiseFile(name, file_state(path), seconds, n_pieces)
+            self.files[path] = _NoiseFile(name, file_state(path), length, n_pieces)
         file = self.files[path]
         piece = min(int(position * file.n_pieces), file.n_pieces - 1)
         position = position * file.n_pieces - piece
@@ -347,7 +346,12 @@ class NoiseFiles:
             part = f"{piece}-of-{file.n_pieces}"
             stored = self.store.path(file.name, file.state, part)
             try:
-                return _cut_stored(stored, n_samples, position, self.sample_rate)
+                spare = cached_samples(stored) - n_samples
+                if spare < 0:
+                    return np.resize(read_cached(stored, sample_rate=self.sample_rate), n_samples)
+                start = min(int(position * (spare + 1)), spare) / self.sample_rate
+                seconds = n_samples / self.sample_rate
+                return read_cached(stored, start, seconds, self.sample_rate)
             except OSError:  # in most cases it is not there yet
                 if self.can_write:
                     waveform = self._decode(path, piece)
@@ -381,14 +385,6 @@ class NoiseFiles:
             self.can_write = False
             text = "decoded noise is no longer stored in %s, which makes clips slower: %s"
             logger.warning(text, self.store.folder, error)
-
-
-def _cut_stored(stored: Path, n_samples: int, position: float, sample_rate: int) -> np.ndarray:
-    spare = cached_samples(stored) - n_samples
-    if spare < 0:
-        return np.resize(read_cached(stored, sample_rate=sample_rate), n_samples)
-    start = min(int(position * (spare + 1)), spare)
-    return read_cached(stored, start / sample_rate, n_samples / sample_rate, sample_rate)
 
 
 def _cut(cached: tuple[np.ndarray, np.float32], n_samples: int, position: float) -> np.ndarray:

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, NoReturn
 
@@ -52,14 +52,6 @@ class _Layout:
     secondary_labels: str = "secondary_labels"
     recordist: str = "recordist"
     optional: tuple[str, ...] = ("sampling_rate",)
-
-    @property
-    def columns(self) -> list[str]:
-        needed = [
-            *(self.filename, self.audio_filename, self.ebird_code, self.label or "filename"),
-            *(self.secondary_labels, self.recordist, "rating", "duration"),
-        ]
-        return [name for name in dict.fromkeys(needed) if name not in self.optional]
 
 
 class _Row(NamedTuple):
@@ -193,14 +185,17 @@ def _read_table(
 ) -> Iterator[tuple[str, dict[str, object], str]]:
     """Yield filename, record and the primary label's name for each line of a table."""
     first_lines: dict[str, int] = {}
-
-    @cache
-    def folder_of(code: str) -> str:
-        folders = layout.folders(code)
-        return next((folder for folder in folders if (data / folder / code).is_dir()), folders[0])
-
-    lines = read_table(table, layout.columns)
-    used = [name for name in (*layout.columns, *layout.optional) if name in lines]
+    folder_of: dict[str, str] = {}
+    needed = dict.fromkeys(
+        [
+            *(layout.filename, layout.audio_filename, layout.ebird_code),
+            *(layout.label or "filename", layout.secondary_labels, layout.recordist),
+            *("rating", "duration"),
+        ]
+    )
+    columns = [name for name in needed if name not in layout.optional]
+    lines = read_table(table, columns)
+    used = [name for name in (*columns, *layout.optional) if name in lines]
     for line, *values in lines[used].itertuples():
         row = _Row(table, line, dict(zip(used, values, strict=True)))
         record = _read_record(row, layout)
@@ -209,7 +204,11 @@ def _read_table(
             row.fail(layout.filename, f"is in line {first_lines[filename]} already")
         first_lines[filename] = line
         name = row.read_path(layout.audio_filename)
-        record["folder"] = folder_of(code)
+        if code not in folder_of:
+            folders = layout.folders(code)
+            present = (folder for folder in folders if (data / folder / code).is_dir())
+            folder_of[code] = next(present, folders[0])
+        record["folder"] = folder_of[code]
         name = name if len(name.parts) > 1 else code / name
         record["path"] = str(PurePosixPath(record["folder"]) / name)
         yield filename, record, row.values[layout.label] if layout.label else code
@@ -273,16 +272,15 @@ def _map_labels(
         known |= {name: code for name in (scientific, common, label) if name}
     known |= {code: code for code in classes}
 
-    @cache
-    def code_of(label: str) -> str | None:
+    code_of: dict[str, str | None] = {}
+    for label in {name for names in recordings["secondary_codes"] for name in names}:
         scientific, _, common = label.partition("_")
-        species = find_species(label)
         code = known.get(label) or known.get(scientific) or known.get(common)
-        return code or (species.ebird_code if species else None)
-
+        species = None if code else find_species(label)
+        code_of[label] = species.ebird_code if species else code
     rows = []
     for names, primary in zip(recordings["secondary_codes"], recordings["ebird_code"], strict=True):
-        codes = dict.fromkeys(code_of(name) for name in names)
+        codes = dict.fromkeys(code_of[name] for name in names)
         rows.append(tuple(code for code in codes if code in classes and code != primary))
     return rows
 

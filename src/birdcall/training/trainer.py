@@ -356,7 +356,7 @@ def start_training(
         model=model,
         batch_loss=batch_loss,
         loader=loader,
-        failures=FailureCounter(loader.dataset.clips),
+        failures=FailureCounter(loader.dataset),
         batches_per_epoch=batches_per_epoch,
         steps_per_epoch=steps_per_epoch,
         n_steps=config.epochs * steps_per_epoch,
