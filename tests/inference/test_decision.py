@@ -8,11 +8,11 @@ import pytest
 from birdcall.inference.decision import (
     Decision,
     average_members,
+    combine_members,
     decide_recordings,
     decide_segments,
     label_strings,
     read_decision,
-    smooth_neighbours,
     write_decision,
 )
 from birdcall.inference.predictions import Calibration, calibrate
@@ -109,10 +109,10 @@ def test_a_vote_needs_clip_and_frame_of_the_same_member():
 
 
 def test_a_third_of_three_members_is_one_whatever_floats_say():
-    assert Decision(vote_share=1 / 3).n_votes(3) == 1
-    assert Decision(vote_share=2 / 3).n_votes(3) == 2
-    assert Decision(vote_share=0.5).n_votes(4) == 2
-    assert Decision(vote_share=0.0).n_votes(4) == 1
+    assert Decision(combination="votes", vote_share=1 / 3).n_votes(3) == 1
+    assert Decision(combination="votes", vote_share=2 / 3).n_votes(3) == 2
+    assert Decision(combination="votes", vote_share=0.5).n_votes(4) == 2
+    assert Decision(combination="votes", vote_share=0.0).n_votes(4) == 1
 
 
 @pytest.mark.parametrize("combination", ["mean", "rms", "votes"])
@@ -127,8 +127,11 @@ def test_a_member_with_nan_is_refused(combination):
 
 
 def test_neighbours_are_averaged_within_a_recording_only():
-    scores = np.array([0.0, 1.0, 0.0, 0.6, 0.0])[:, None]
-    smooth = smooth_neighbours(scores, 0.5, np.array([0, 3]))[:, 0]
+    scores = np.array([0.0, 1.0, 0.0, 0.6, 0.0])[None, :, None]
+    decision = Decision(neighbour_weight=0.5)
+    voters = combine_members(scores, scores, decision, np.array([0, 3]))
+    assert np.array_equal(voters.clipwise, voters.framewise)
+    smooth = voters.clipwise[0, :, 0]
     assert smooth == pytest.approx([0.5 / 1.5, 1 / 2, 0.5 / 1.5, 0.6 / 1.5, 0.3 / 1.5])
 
 
@@ -159,21 +162,21 @@ def test_recordings_one_after_another_are_decided_as_each_alone():
         0.4, 0.3, "votes", 0.5, recording_threshold=0.8, neighbour_weight=0.25, max_birds=2
     )
     together = decide_segments(clipwise, framewise, decision, starts)
-    whole = decide_recordings(clipwise, framewise, decision, starts)
+    (whole,) = decide_recordings(clipwise, framewise, [decision], starts)
     ends = [*starts[1:], 40]
-    for place, (first, end) in enumerate(zip(starts, ends, strict=True)):
-        own = clipwise[:, first:end], framewise[:, first:end], decision
-        assert np.array_equal(together[first:end], decide_segments(*own))
-        assert np.array_equal(whole[[place]], decide_recordings(*own))
+    for index, (first, end) in enumerate(zip(starts, ends, strict=True)):
+        alone = clipwise[:, first:end], framewise[:, first:end]
+        assert np.array_equal(together[first:end], decide_segments(*alone, decision))
+        assert np.array_equal(whole[[index]], decide_recordings(*alone, [decision])[0])
 
 
 def test_a_whole_recording_has_the_birds_of_its_rows_that_are_sure_enough():
     scores = one_member([0.9, 0.55, 0, 0], [0, 0.6, 0.7, 0])
-    whole = decide_recordings(scores, scores, Decision(file_threshold=0.65))
-    assert label_strings(whole, CLASSES) == ["amecro norcar"]
-    whole = decide_recordings(scores, scores, Decision(file_threshold=0.5, file_max_birds=2))
-    assert label_strings(whole, CLASSES) == ["amecro norcar"]
-    nobody = decide_recordings(scores, scores, Decision(clip_threshold=1.0, file_threshold=0.1))
+    decisions = [Decision(file_threshold=0.65), Decision(file_threshold=0.5, file_max_birds=2)]
+    for whole in decide_recordings(scores, scores, decisions):
+        assert label_strings(whole, CLASSES) == ["amecro norcar"]
+    strict = Decision(clip_threshold=1.0, file_threshold=0.1)
+    (nobody,) = decide_recordings(scores, scores, [strict])
     assert label_strings(nobody, CLASSES) == ["nocall"]
 
 

@@ -20,7 +20,7 @@ from scipy.special import expit, logit
 
 from birdcall.evaluation.metrics import row_f1_scores
 from birdcall.evaluation.predictions import LabelledPredictions
-from birdcall.inference.decision import Decision, average_members, combine_members, passes_gate
+from birdcall.inference.decision import Decision, average_members, combine_members
 from birdcall.inference.predictions import MIN_PROBABILITY, Calibration
 
 # With a threshold of 1 no species is ever predicted: a search can also result in all-nocall.
@@ -221,7 +221,8 @@ class _ForwardSelection:
             combinations["rms"] = {"combination": "rms"}
         if n_members > 2:  # votes of two members are the higher or the lower of their scores
             by_votes = {
-                replace(self.start, vote_share=s).n_votes(n_members): s for s in _VOTE_SHARES
+                Decision(combination="votes", vote_share=s).n_votes(n_members): s
+                for s in _VOTE_SHARES
             }
             for share in by_votes.values():
                 text = f"votes of {share:.0%}"
@@ -374,8 +375,8 @@ class _Cells:
         lowest = THRESHOLDS[0]
         reached = (voters.clipwise >= lowest) & (voters.framewise >= lowest)
         if rule.recording_threshold > 0:
-            reached &= passes_gate(voters, rule.recording_threshold)
-        n_votes = rule.n_votes(len(reached)) if rule.combination == "votes" else 1
+            reached &= voters.passes_gate(rule.recording_threshold)
+        n_votes = rule.n_votes(len(reached))
         agreed = (reached.sum(axis=0) >= n_votes) & labelled[:, None]
         segment, column = np.nonzero(agreed)
         order = np.lexsort((column, -voters.strength[segment, column], segment))

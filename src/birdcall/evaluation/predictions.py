@@ -18,10 +18,8 @@ from birdcall.audio.reading import AudioError
 from birdcall.evaluation.metrics import row_f1_scores
 from birdcall.inference.decision import (
     Decision,
-    apply_recording_thresholds,
-    combine_members,
+    decide_recordings,
     decide_segments,
-    summarise_recordings,
 )
 from birdcall.inference.engine import predict_audio
 from birdcall.inference.ensemble import Ensemble, Member
@@ -157,11 +155,8 @@ class LabelledPredictions:
 
         The decisions differ only in their thresholds of whole recordings.
         """
-        rule = decisions[0]
-        voters = combine_members(self.clipwise, self.framewise, rule, self.starts)
-        gathered = summarise_recordings(voters, rule)
         truth = np.logical_or.reduceat(self.truth, self.starts, axis=0)
-        decided = (apply_recording_thresholds(gathered, decision) for decision in decisions)
+        decided = decide_recordings(self.clipwise, self.framewise, decisions, self.starts)
         return np.array([row_f1_scores(truth, self._pad(species)) for species in decided])
 
     def _pad(self, decided: np.ndarray) -> np.ndarray:

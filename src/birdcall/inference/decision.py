@@ -18,7 +18,7 @@ import numpy as np
 
 from birdcall.config import NOCALL, config_from_dict, require, require_choice, require_share
 from birdcall.inference.predictions import Calibration
-from birdcall.inference.windows import WindowConfig
+from birdcall.inference.windows import SINGLE_SEGMENT, WindowConfig
 from birdcall.storage.files import write_atomically
 
 _COMBINATIONS = ("mean", "rms", "votes")
@@ -83,9 +83,11 @@ class Decision:
         """Return the windows that the members must predict."""
         return WindowConfig(self.window_segments, self.context_seconds)
 
-    def n_votes(self, n_members: int) -> int:
-        """Return how many of ``n_members`` must agree."""
-        return max(1, math.ceil(round(self.vote_share * n_members, 9)))
+    def n_votes(self, n_voters: int) -> int:
+        """Return how many of ``n_voters`` must agree; 1 where members do not vote."""
+        if self.combination != "votes":
+            return 1
+        return max(1, math.ceil(round(self.vote_share * n_voters, 9)))
 
     def describe(self) -> str:
         """Return the rule in words."""
@@ -107,7 +109,7 @@ class Decision:
             parts.append(f"smoothed over neighbours that weigh {self.neighbour_weight:g}")
         if self.calibration is not None:
             parts.append("after calibration")
-        if not self.window_config.is_single_segment:
+        if self.window_config != SINGLE_SEGMENT:
             parts.append(f"in windows of {self.window_config.window_seconds:g} s")
         return f"{' '.join(parts)}, at most {self.max_birds} species"
 
@@ -155,17 +157,10 @@ class VoterPredictions(NamedTuple):
         """Return each recording's highest clipwise values, ``(voters, recordings, classes)``."""
         return np.maximum.reduceat(self.clipwise, self.starts, axis=1)
 
-
-class RecordingSummary(NamedTuple):
-    """What decides on whole recordings, see `decide_recordings`.
-
-    in_a_segment: the species is decided in a segment, ``(recordings, classes)``. highest: see
-    `VoterPredictions.highest`. strength: the highest of a segment, ``(recordings, classes)``.
-    """
-
-    in_a_segment: np.ndarray
-    highest: np.ndarray
-    strength: np.ndarray
+    def passes_gate(self, threshold: float) -> np.ndarray:
+        """Return which species are anywhere in the row's recording, ``(voters, rows, classes)``."""
+        lengths = np.diff([*self.starts, self.clipwise.shape[1]])
+        return np.repeat(self.highest() >= threshold, lengths, axis=1)
 
 
 def average_members(probabilities: np.ndarray, combination: str = "mean") -> np.ndarray:
@@ -178,7 +173,10 @@ def average_members(probabilities: np.ndarray, combination: str = "mean") -> np.
         probabilities.ndim == 3,
         f"probabilities have shape {probabilities.shape}; give (members, rows, classes)",
     )
-    _require_finite(probabilities)
+    require(
+        bool(np.isfinite(probabilities).all()),
+        "the probabilities of a member hold NaN or infinity",
+    )
     if len(probabilities) == 1:
         return probabilities[0]
     # Sorted first, so that rounding does not depend on the order of the members.
@@ -186,11 +184,6 @@ def average_members(probabilities: np.ndarray, combination: str = "mean") -> np.
     if combination == "mean":
         return ordered.mean(axis=0)
     return np.sqrt(np.square(ordered).mean(axis=0))
-
-
-def _require_finite(probabilities: np.ndarray) -> None:
-    is_finite = bool(np.isfinite(probabilities).all())
-    require(is_finite, "the probabilities of a member hold NaN or infinity")
 
 
 def combine_members(
@@ -207,18 +200,16 @@ def combine_members(
     starts = np.zeros(1, np.intp) if starts is None else np.asarray(starts)
     if decision.calibration is not None:
         clipwise, framewise = decision.calibration.apply(clipwise, framewise)
-    if decision.combination == "votes":
-        _require_finite(clipwise)
-        _require_finite(framewise)
-    else:
+    if decision.combination != "votes":
         clipwise = average_members(clipwise, decision.combination)[None]
         framewise = average_members(framewise, decision.combination)[None]
-    clipwise = smooth_neighbours(clipwise, decision.neighbour_weight, starts)
-    framewise = smooth_neighbours(framewise, decision.neighbour_weight, starts)
-    return VoterPredictions(clipwise, framewise, average_members(clipwise * framewise), starts)
+    clipwise = _smooth_neighbours(clipwise, decision.neighbour_weight, starts)
+    framewise = _smooth_neighbours(framewise, decision.neighbour_weight, starts)
+    strength = average_members(clipwise * framewise)  # raises for NaN or infinity in either
+    return VoterPredictions(clipwise, framewise, strength, starts)
 
 
-def smooth_neighbours(probabilities: np.ndarray, weight: float, starts: np.ndarray) -> np.ndarray:
+def _smooth_neighbours(probabilities: np.ndarray, weight: float, starts: np.ndarray) -> np.ndarray:
     """Average each row of ``(…, rows, classes)`` with the rows before and after it.
 
     Each neighbour weighs ``weight``, the row itself 1; other recordings are no neighbours.
@@ -252,66 +243,41 @@ def decide_segments(
     recording after another; ``starts`` are the recordings' first rows (None: one recording).
     """
     voters = combine_members(clipwise, framewise, decision, starts)
-    return apply_segment_thresholds(voters, decision)
+    return _apply_segment_thresholds(voters, decision)
 
 
 def decide_recordings(
     clipwise: np.ndarray,
     framewise: np.ndarray,
-    decision: Decision,
+    decisions: Sequence[Decision],
     starts: np.ndarray | None = None,
-) -> np.ndarray:
+) -> list[np.ndarray]:
     """Return which species are in each whole recording, as rows of site 3 need it.
 
-    Takes what `decide_segments` takes; returns ``(recordings, classes)``.
+    Takes what `decide_segments` takes, but several decisions, which differ only in their thresholds
+    of whole recordings; returns ``(recordings, classes)`` for each of them.
     """
-    voters = combine_members(clipwise, framewise, decision, starts)
-    return apply_recording_thresholds(summarise_recordings(voters, decision), decision)
+    voters = combine_members(clipwise, framewise, decisions[0], starts)
+    in_a_row = _apply_segment_thresholds(voters, decisions[0])
+    in_a_segment = np.logical_or.reduceat(in_a_row, voters.starts, axis=0)
+    highest = voters.highest()
+    strength = np.maximum.reduceat(voters.strength, voters.starts, axis=0)
+    decided = []
+    for decision in decisions:
+        passed = highest >= decision.file_threshold
+        agreed = passed.sum(axis=0) >= decision.n_votes(len(passed))
+        decided.append(limit_species(in_a_segment & agreed, strength, decision.file_max_birds))
+    return decided
 
 
-def apply_segment_thresholds(voters: VoterPredictions, decision: Decision) -> np.ndarray:
+def _apply_segment_thresholds(voters: VoterPredictions, decision: Decision) -> np.ndarray:
     """Return the species of each row, ``(rows, classes)``."""
-    passed = passes_thresholds(voters, decision)
-    if decision.recording_threshold > 0:
-        passed &= passes_gate(voters, decision.recording_threshold)
-    agreed = has_enough_votes(passed, decision)
-    return limit_species(agreed, voters.strength, decision.max_birds)
-
-
-def passes_thresholds(voters: VoterPredictions, decision: Decision) -> np.ndarray:
-    """Return where clip and frames reach their thresholds, ``(voters, rows, classes)``."""
     passed = voters.clipwise >= decision.clip_threshold
     passed &= voters.framewise >= decision.frame_threshold
-    return passed
-
-
-def passes_gate(voters: VoterPredictions, threshold: float) -> np.ndarray:
-    """Return which species are anywhere in the row's recording, ``(voters, rows, classes)``."""
-    lengths = np.diff([*voters.starts, voters.clipwise.shape[1]])
-    return np.repeat(voters.highest() >= threshold, lengths, axis=1)
-
-
-def has_enough_votes(passed: np.ndarray, decision: Decision) -> np.ndarray:
-    """Return for ``(voters, …)`` whether as many voters agree as the decision needs."""
-    n_needed = decision.n_votes(len(passed)) if decision.combination == "votes" else 1
-    return passed.sum(axis=0) >= n_needed
-
-
-def summarise_recordings(voters: VoterPredictions, decision: Decision) -> RecordingSummary:
-    """Return what decides on whole recordings, before the thresholds for them."""
-    in_a_row = apply_segment_thresholds(voters, decision)
-    return RecordingSummary(
-        np.logical_or.reduceat(in_a_row, voters.starts, axis=0),
-        voters.highest(),
-        np.maximum.reduceat(voters.strength, voters.starts, axis=0),
-    )
-
-
-def apply_recording_thresholds(summary: RecordingSummary, decision: Decision) -> np.ndarray:
-    """Return the species of each whole recording, ``(recordings, classes)``."""
-    agreed = has_enough_votes(summary.highest >= decision.file_threshold, decision)
-    chosen = summary.in_a_segment & agreed
-    return limit_species(chosen, summary.strength, decision.file_max_birds)
+    if decision.recording_threshold > 0:
+        passed &= voters.passes_gate(decision.recording_threshold)
+    agreed = passed.sum(axis=0) >= decision.n_votes(len(passed))
+    return limit_species(agreed, voters.strength, decision.max_birds)
 
 
 def limit_species(chosen: np.ndarray, strength: np.ndarray, max_species: int) -> np.ndarray:

@@ -1,27 +1,23 @@
-"""Events: from when to when a species is in a recording, found in predictions over time."""
+"""Turn predictions over time into events: from when to when a species is in a recording."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.inference.decision import (
-    Decision,
-    combine_members,
-    has_enough_votes,
-    limit_species,
-    passes_thresholds,
-)
+from birdcall.inference.decision import Decision, combine_members, limit_species
 from birdcall.inference.predictions import SegmentPredictions, calibrate, concatenate
 from birdcall.inference.windows import FRAME_SECONDS, FRAMES_PER_SEGMENT
 
 _TIME_TOLERANCE = 1e-6  # seconds; times are rounded to it, or 3 x 0.1 s would not be 0.3 s
 _MAX_GAP_SECONDS = 0.5  # two calls this close are one event
+_TIME_ORDER = attrgetter("onset", "offset", "ebird_code")
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,7 @@ def merge_events(
             "negative"
         )
     merged: dict[str, list[Event]] = {}
-    for event in sorted(events, key=_time_order):
+    for event in sorted(events, key=_TIME_ORDER):
         earlier = merged.setdefault(event.ebird_code, [])
         if earlier and event.onset - earlier[-1].offset <= max_gap_seconds + _TIME_TOLERANCE:
             earlier[-1] = Event(
@@ -122,11 +118,7 @@ def merge_events(
         for event in of_species
         if event.offset - event.onset >= min_seconds - _TIME_TOLERANCE
     ]
-    return sorted(long_enough, key=_time_order)
-
-
-def _time_order(event: Event) -> tuple[float, float, str]:
-    return event.onset, event.offset, event.ebird_code
+    return sorted(long_enough, key=_TIME_ORDER)
 
 
 # --- detection in a recording of any length -------------------------------------------------------
@@ -145,16 +137,8 @@ class _Candidates(NamedTuple):
     strength: np.ndarray
     frames: np.ndarray
 
-    def select(self, entries: np.ndarray) -> _Candidates:
-        return _Candidates(
-            row=self.row[entries],
-            column=self.column[entries],
-            passed=self.passed[:, entries],
-            strength=self.strength[entries],
-            frames=self.frames[entries],
-        )
 
-
+@dataclass(eq=False)
 class EventDetector:
     """Takes the predictions of a recording part by part; decides as `decide_segments` on all of it.
 
@@ -162,13 +146,13 @@ class EventDetector:
     segment) is decided as soon as its neighbours are known. Only the gate waits for the end.
     """
 
-    def __init__(self, decision: Decision, classes: Sequence[str]) -> None:
-        self.decision, self.classes = decision, tuple(classes)
-        self.n_decided = 0  # rows
-        # The last decided row, for smoothing, and those not yet decided.
-        self.pending: SegmentPredictions | None = None
-        self.highest: np.ndarray | None = None  # clipwise, (voters, classes)
-        self.candidates: list[_Candidates] = []
+    decision: Decision
+    classes: Sequence[str]
+    n_decided: int = field(default=0, init=False)  # rows
+    # The last decided row, for smoothing, and those not yet decided.
+    pending: SegmentPredictions | None = field(default=None, init=False)
+    highest: np.ndarray | None = field(default=None, init=False)  # clipwise, (voters, classes)
+    candidates: list[_Candidates] = field(default_factory=list, init=False)
 
     def add(self, part: SegmentPredictions) -> None:
         """Take the next segments of the recording, with their frames."""
@@ -194,13 +178,34 @@ class EventDetector:
             strength=np.concatenate(strength),
             frames=np.concatenate(frames),
         )
-        return self._find_events(self._choose(candidates), seconds)
+        chosen = self._choose(candidates)
+        if not chosen.any():
+            return []
+        segment, column, frames = (
+            candidates.row[chosen],
+            candidates.column[chosen],
+            candidates.frames[chosen],
+        )
+        threshold = np.minimum(frames.max(axis=1), self.decision.frame_threshold)
+        active = frames >= threshold[:, None].astype(frames.dtype)
+        n_frames = max(1, round(seconds / FRAME_SECONDS))
+        position = segment[:, None] * FRAMES_PER_SEGMENT + np.arange(FRAMES_PER_SEGMENT)
+        active &= position < n_frames
+        events = []
+        for entry, start, end in _find_runs(active):
+            segment_start = segment[entry] * SEGMENT_SECONDS
+            onset = round(float(segment_start + start * FRAME_SECONDS), 6)
+            offset = round(float(segment_start + end * FRAME_SECONDS), 6)
+            confidence = round(float(frames[entry, start:end].max()), 6)
+            code = self.classes[column[entry]]
+            events.append(Event(code, onset, max(onset, min(offset, seconds)), confidence))
+        return merge_events(events, max_gap_seconds=_MAX_GAP_SECONDS)
 
     def _decide(self, rows: SegmentPredictions, end: int) -> None:
         """Decide the pending rows before ``end``; keep the last one of them and those after it."""
         first = 1 if self.n_decided else 0  # the row before is a neighbour only
         if end > first:
-            self._collect(rows, first, end)
+            self._collect(rows, slice(first, end))
             self.n_decided += end - first
         n_dropped = max(0, end - 1) if self.n_decided else 0
         rest = rows.select(slice(n_dropped, None))
@@ -209,16 +214,17 @@ class EventDetector:
             rest.clipwise.copy(), rest.framewise.copy(), rest.frames.copy()
         )
 
-    def _collect(self, rows: SegmentPredictions, first: int, end: int) -> None:
+    def _collect(self, rows: SegmentPredictions, decided: slice) -> None:
+        """Store the candidates among the decided rows."""
         voters = combine_members(rows.clipwise, rows.framewise, self.decision)
-        decided = slice(first, end)
         highest = voters.clipwise[:, decided].max(axis=1)
         self.highest = highest if self.highest is None else np.maximum(self.highest, highest)
-        passed = passes_thresholds(voters, self.decision)[:, decided]
+        passed = voters.clipwise[:, decided] >= self.decision.clip_threshold
+        passed &= voters.framewise[:, decided] >= self.decision.frame_threshold
         strength = voters.strength[decided]
         row, column = np.nonzero(self._can_be_chosen(passed, strength))
         by_row = rows.frames.reshape(len(self.classes), -1, FRAMES_PER_SEGMENT)
-        frames = by_row[column, row + first]
+        frames = by_row[column, row + decided.start]
         calibration = self.decision.calibration
         if calibration is not None:
             scale = np.asarray(calibration.frame_scale)[column]
@@ -242,14 +248,16 @@ class EventDetector:
         """
         certain = passed & (self.highest >= self.decision.recording_threshold)[:, None]
         n_strongest = min(self.decision.max_birds, strength.shape[1])
-        strengths = np.where(has_enough_votes(certain, self.decision), strength, -np.inf)
+        agreed = certain.sum(axis=0) >= self.decision.n_votes(len(certain))
+        strengths = np.where(agreed, strength, -np.inf)
         weakest = np.partition(strengths, -n_strongest, axis=1)[:, -n_strongest]
         return passed.any(axis=0) & (strength >= weakest[:, None])
 
-    def _choose(self, candidates: _Candidates) -> _Candidates:
-        """Return those that pass the gate and are among the strongest of their row."""
+    def _choose(self, candidates: _Candidates) -> np.ndarray:
+        """Return which candidates pass the gate and are among the strongest of their row."""
         gate = self.highest >= self.decision.recording_threshold
-        agreed = has_enough_votes(candidates.passed & gate[:, candidates.column], self.decision)
+        passed = candidates.passed & gate[:, candidates.column]
+        agreed = passed.sum(axis=0) >= self.decision.n_votes(len(passed))
         # Entries are in order of row. Rows with more than max_birds species are few; they are
         # ranked as `decide_segments` ranks them.
         chosen = agreed.copy()
@@ -261,26 +269,7 @@ class EventDetector:
             chosen[row] = limit_species(
                 agreed[None, row], candidates.strength[None, row], self.decision.max_birds
             )[0]
-        return candidates.select(chosen)
-
-    def _find_events(self, chosen: _Candidates, seconds: float) -> list[Event]:
-        if not len(chosen.row):
-            return []
-        frames = chosen.frames
-        threshold = np.minimum(frames.max(axis=1), self.decision.frame_threshold)
-        active = frames >= threshold[:, None].astype(frames.dtype)
-        n_frames = max(1, round(seconds / FRAME_SECONDS))
-        position = chosen.row[:, None] * FRAMES_PER_SEGMENT + np.arange(FRAMES_PER_SEGMENT)
-        active &= position < n_frames
-        events = []
-        for entry, start, end in _find_runs(active):
-            row_start = chosen.row[entry] * SEGMENT_SECONDS
-            onset = round(float(row_start + start * FRAME_SECONDS), 6)
-            offset = round(float(row_start + end * FRAME_SECONDS), 6)
-            confidence = round(float(frames[entry, start:end].max()), 6)
-            code = self.classes[chosen.column[entry]]
-            events.append(Event(code, onset, max(onset, min(offset, seconds)), confidence))
-        return merge_events(events, max_gap_seconds=_MAX_GAP_SECONDS)
+        return chosen
 
 
 def detect_events(

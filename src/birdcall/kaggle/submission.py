@@ -372,7 +372,7 @@ def label_recording(
     """
     clipwise, framewise = predictions.clipwise, predictions.framewise
     by_segment = label_strings(decide_segments(clipwise, framewise, decision), classes)
-    by_file = label_strings(decide_recordings(clipwise, framewise, decision), classes)[0]
+    by_file = label_strings(decide_recordings(clipwise, framewise, [decision])[0], classes)[0]
     labels = []
     for end in seconds:
         if np.isnan(end):
