@@ -184,8 +184,8 @@ def test_an_event_cannot_end_before_it_begins() -> None:
 
 def test_the_combined_table_is_read_back_equal(tmp_path: Path) -> None:
     path = tmp_path / "detections.csv"
-    outputs.write_detections_csv(path, DETECTIONS, NAMES)
-    assert outputs.read_detections_csv(path) == DETECTIONS
+    outputs.write_detections(path, DETECTIONS, NAMES)
+    assert outputs.read_detections(path) == DETECTIONS
     table = pd.read_csv(path)
     assert tuple(table.columns) == outputs.DETECTION_COLUMNS
     assert table["common_name"].fillna("").tolist()[:2] == ["Northern Cardinal", ""]
@@ -193,8 +193,8 @@ def test_the_combined_table_is_read_back_equal(tmp_path: Path) -> None:
 
 def test_json_lines_are_read_back_equal_and_have_the_columns_of_the_table(tmp_path: Path) -> None:
     path = tmp_path / "detections.jsonl"
-    outputs.write_detections_jsonl(path, DETECTIONS, NAMES)
-    assert outputs.read_detections_jsonl(path) == DETECTIONS
+    outputs.write_detections(path, DETECTIONS, NAMES)
+    assert outputs.read_detections(path) == DETECTIONS
     first = json.loads(path.read_text().splitlines()[0])
     assert tuple(first) == outputs.DETECTION_COLUMNS
     assert first["common_name"] == "Northern Cardinal"
@@ -239,34 +239,34 @@ def test_audacity_labels_are_read_back_equal_and_hand_made_ones_too(tmp_path: Pa
 
 def test_float32_scores_are_written_as_numbers(tmp_path: Path) -> None:
     event = Event("a", np.float32(0.5), np.float64(1), np.float32(0.25))
-    outputs.write_detections_csv(tmp_path / "a.csv", {"r": [event]})
-    outputs.write_detections_jsonl(tmp_path / "a.jsonl", {"r": [event]})
+    outputs.write_detections(tmp_path / "a.csv", {"r": [event]})
+    outputs.write_detections(tmp_path / "a.jsonl", {"r": [event]})
     outputs.write_raven_table(tmp_path / "a.txt", [event])
     expected = [Event("a", 0.5, 1.0, 0.25)]
-    assert outputs.read_detections_csv(tmp_path / "a.csv") == {"r": expected}
-    assert outputs.read_detections_jsonl(tmp_path / "a.jsonl") == {"r": expected}
+    assert outputs.read_detections(tmp_path / "a.csv") == {"r": expected}
+    assert outputs.read_detections(tmp_path / "a.jsonl") == {"r": expected}
     assert outputs.read_raven_table(tmp_path / "a.txt") == expected
 
 
 @pytest.mark.parametrize(
-    ("write", "read", "nothing"),
+    ("write", "read", "suffix", "nothing"),
     [
-        (outputs.write_detections_csv, outputs.read_detections_csv, {}),
-        (outputs.write_detections_jsonl, outputs.read_detections_jsonl, {}),
-        (outputs.write_raven_table, outputs.read_raven_table, []),
-        (outputs.write_audacity_labels, outputs.read_audacity_labels, []),
+        (outputs.write_detections, outputs.read_detections, ".csv", {}),
+        (outputs.write_detections, outputs.read_detections, ".jsonl", {}),
+        (outputs.write_raven_table, outputs.read_raven_table, ".txt", []),
+        (outputs.write_audacity_labels, outputs.read_audacity_labels, ".txt", []),
     ],
 )
 def test_no_events_make_a_readable_file_and_no_file_an_error(
-    tmp_path: Path, write: Callable, read: Callable, nothing: object
+    tmp_path: Path, write: Callable, read: Callable, suffix: str, nothing: object
 ) -> None:
-    write(tmp_path / "empty", nothing)
-    assert read(tmp_path / "empty") == nothing
-    with pytest.raises(FileNotFoundError, match="missing is missing"):
-        read(tmp_path / "missing")
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    write(tmp_path / f"empty{suffix}", nothing)
+    assert read(tmp_path / f"empty{suffix}") == nothing
+    with pytest.raises(FileNotFoundError, match=f"missing{suffix} is missing"):
+        read(tmp_path / f"missing{suffix}")
+    (tmp_path / f"binary{suffix}").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="UTF-8"):
-        read(tmp_path / "binary")
+        read(tmp_path / f"binary{suffix}")
 
 
 RAVEN_HEAD = "Selection\tBegin Time (s)\tEnd Time (s)\tSpecies\n"
@@ -274,26 +274,61 @@ TABLE_HEAD = "recording,onset,offset,ebird_code,common_name,confidence\n"
 
 
 @pytest.mark.parametrize(
-    ("read", "text", "message"),
+    ("read", "name", "text", "message"),
     [
-        (outputs.read_raven_table, RAVEN_HEAD + "1\t3\t2\ta\n", "line 2: event of a lasts from 3"),
-        (outputs.read_raven_table, RAVEN_HEAD + "1\tx\t2\ta\n", "line 2: could not convert"),
-        (outputs.read_raven_table, "Selection\tBegin Time (s)\tEnd Time (s)\n", "with labels"),
-        (outputs.read_raven_table, "Selection,Begin Time (s)\n", "no column"),
-        (outputs.read_detections_csv, TABLE_HEAD + "r,3,2,a,,1\n", "line 2: event of a lasts"),
-        (outputs.read_detections_csv, TABLE_HEAD + "r,3,4,a,,nan\n", "line 2: confidence of a"),
-        (outputs.read_audacity_labels, "0\t1\ta\n2\t1\ta\n", "line 2: event of a lasts from 2"),
-        (outputs.read_audacity_labels, "0 1 a\n", "line 1: '0 1 a' is not onset"),
-        (outputs.read_detections_jsonl, '{"recording": "r"}\n', "line 1: not a detection"),
-        (outputs.read_detections_jsonl, "[]\n", "line 1: not a detection"),
-        (outputs.read_detections_jsonl, '{"recording": \n', "line 1: not a detection"),
+        (
+            outputs.read_raven_table,
+            "events.txt",
+            RAVEN_HEAD + "1\t3\t2\ta\n",
+            "line 2: event of a lasts from 3",
+        ),
+        (
+            outputs.read_raven_table,
+            "events.txt",
+            RAVEN_HEAD + "1\tx\t2\ta\n",
+            "line 2: could not convert",
+        ),
+        (
+            outputs.read_raven_table,
+            "events.txt",
+            "Selection\tBegin Time (s)\tEnd Time (s)\n",
+            "with labels",
+        ),
+        (outputs.read_raven_table, "events.txt", "Selection,Begin Time (s)\n", "no column"),
+        (
+            outputs.read_detections,
+            "events.csv",
+            TABLE_HEAD + "r,3,2,a,,1\n",
+            "line 2: event of a lasts",
+        ),
+        (
+            outputs.read_detections,
+            "events.csv",
+            TABLE_HEAD + "r,3,4,a,,nan\n",
+            "line 2: confidence of a",
+        ),
+        (
+            outputs.read_audacity_labels,
+            "events.txt",
+            "0\t1\ta\n2\t1\ta\n",
+            "line 2: event of a lasts from 2",
+        ),
+        (outputs.read_audacity_labels, "events.txt", "0 1 a\n", "line 1: '0 1 a' is not onset"),
+        (
+            outputs.read_detections,
+            "events.jsonl",
+            '{"recording": "r"}\n',
+            "line 1: not a detection",
+        ),
+        (outputs.read_detections, "events.jsonl", "[]\n", "line 1: not a detection"),
+        (outputs.read_detections, "events.jsonl", '{"recording": \n', "line 1: not a detection"),
     ],
 )
 def test_a_bad_event_file_is_refused_with_its_line(
-    tmp_path: Path, read: Callable, text: str, message: str
+    tmp_path: Path, read: Callable, name: str, text: str, message: str
 ) -> None:
-    (tmp_path / "events.txt").write_text(text)
+    (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message) as caught:
-        read(tmp_path / "events.txt")
-    assert str(tmp_path / "events.txt") in str(caught.value)
+        read(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value)
     assert "\n" not in str(caught.value)

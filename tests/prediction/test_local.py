@@ -22,8 +22,7 @@ from birdcall.inference.events import Event
 from birdcall.inference.predictions import OutputOptions, SegmentPredictions
 from birdcall.inference.tables import (
     read_audacity_labels,
-    read_detections_csv,
-    read_detections_jsonl,
+    read_detections,
     read_raven_table,
 )
 from birdcall.kaggle.submission import LoadedPackage, open_package
@@ -144,8 +143,8 @@ def test_every_format_says_the_same(found, tmp_path):
     assert "2 detections in 2 recordings" in said
     assert "1 failed" in said
     expected = {"in/dawn <1>.mp3": list(EVENTS)}
-    assert read_detections_csv(tmp_path / "detections.csv") == expected
-    assert read_detections_jsonl(tmp_path / "detections.jsonl") == expected
+    assert read_detections(tmp_path / "detections.csv") == expected
+    assert read_detections(tmp_path / "detections.jsonl") == expected
     parquet = pd.read_parquet(tmp_path / "detections.parquet")
     csv = pd.read_csv(tmp_path / "detections.csv")
     pd.testing.assert_frame_equal(parquet.astype(csv.dtypes), csv)
@@ -169,9 +168,9 @@ def test_raven_tables_are_truth_that_evaluate_reads(found, tmp_path):
 
 def test_what_is_not_wanted_is_left_out(found, tmp_path):
     write_results(found, tmp_path, ResultOptions(("csv",), min_confidence=0.5))
-    assert read_detections_csv(tmp_path / "detections.csv") == {"in/dawn <1>.mp3": [EVENTS[0]]}
+    assert read_detections(tmp_path / "detections.csv") == {"in/dawn <1>.mp3": [EVENTS[0]]}
     write_results(found, tmp_path, ResultOptions(("csv",), species=("norcar",)))
-    assert read_detections_csv(tmp_path / "detections.csv") == {"in/dawn <1>.mp3": [EVENTS[1]]}
+    assert read_detections(tmp_path / "detections.csv") == {"in/dawn <1>.mp3": [EVENTS[1]]}
     assert {path.name for path in tmp_path.iterdir()} == {"detections.csv", "failed.csv"}
 
 
@@ -263,7 +262,7 @@ def test_a_page_of_each_recording_shows_what_the_tables_say(opened, package, tmp
     )
     view = tmp_path / "out" / "view"
     assert f"look at {view / 'index.html'}" in said
-    tables = read_detections_csv(tmp_path / "out" / "detections.csv")
+    tables = read_detections(tmp_path / "out" / "detections.csv")
     for name in ("<b>&.wav", "deep/a.wav"):
         data = page_data(view / f"{name}.html")
         events = tables.get(str(tmp_path / "in" / name), [])

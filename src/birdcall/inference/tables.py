@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from birdcall.config import NOCALL
+from birdcall.config import NOCALL, require_choice
 from birdcall.inference.events import Event
 from birdcall.storage.files import atomic_path, read_table, write_atomically
 
 _SUBMISSION_COLUMNS = ("row_id", "birds")
 DETECTION_COLUMNS = (*("recording", "onset", "offset", "ebird_code", "common_name", "confidence"),)
+_EVENT_COLUMNS = ("recording", "ebird_code", "onset", "offset", "confidence")
 _RAVEN_COLUMNS = (
     *("Selection", "View", "Channel", "Begin Time (s)", "End Time (s)"),
     *("Low Freq (Hz)", "High Freq (Hz)", "Species Code", "Common Name", "Confidence"),
@@ -79,71 +80,50 @@ def _check_submission(path: Path, row_ids: Sequence[str], birds: Sequence[str]) 
 # --- event files: one combined table, or one file per recording ---------------------------------
 
 
-def write_detections_csv(
+def write_detections(
     path: Path, detections: _Detections, common_names: Mapping[str, str] | None = None
 ) -> None:
     """Write the events of all recordings as one table with ``DETECTION_COLUMNS``.
 
-    Recordings are in the order given; one without events has no row. ``common_names`` maps ebird
-    codes to names; where it has none the cell is empty.
+    The suffix of ``path`` chooses the format: ``.csv``, ``.parquet`` or ``.jsonl`` (a JSON object
+    per line). Recordings are in the order given; one without events has no row. ``common_names``
+    maps ebird codes to names; where it has none the cell is empty.
     """
+    require_choice("suffix of a table of detections", path.suffix, (".csv", ".parquet", ".jsonl"))
     rows = detection_rows(detections, common_names)
-    write_atomically(path, _csv_text([DETECTION_COLUMNS, *(row.values() for row in rows)]))
+    if path.suffix == ".csv":
+        write_atomically(path, _csv_text([DETECTION_COLUMNS, *(row.values() for row in rows)]))
+    elif path.suffix == ".jsonl":
+        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    else:
+        import pyarrow as pa  # the kernel, which imports this module, can do without
+        import pyarrow.parquet as pq
+
+        types = {"onset": pa.float64(), "offset": pa.float64(), "confidence": pa.float64()}
+        schema = pa.schema([(name, types.get(name, pa.string())) for name in DETECTION_COLUMNS])
+        with atomic_path(path) as temporary:
+            pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary, compression="zstd")
 
 
-def read_detections_csv(path: Path) -> dict[str, list[Event]]:
-    """Return the events of each recording in a table of ``write_detections_csv``."""
+def read_detections(path: Path) -> dict[str, list[Event]]:
+    """Return the events of each recording in a ``.csv`` or ``.jsonl`` of `write_detections`.
+
+    Raises ``ValueError`` with the line of an invalid event.
+    """
+    require_choice("suffix of a table of detections", path.suffix, (".csv", ".jsonl"))
+    rows: list[tuple[int, Mapping[str, str | float]]] = []
+    if path.suffix == ".csv":
+        rows += read_table(path, DETECTION_COLUMNS).iterrows()
+    else:
+        for line, text in enumerate(_read_lines(path), start=1):
+            try:
+                row = json.loads(text)
+                rows.append((line, {name: row[name] for name in _EVENT_COLUMNS}))
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{path}, line {line}: not a detection: {error}") from error
     detections: dict[str, list[Event]] = {}
-    for line, row in read_table(path, DETECTION_COLUMNS).iterrows():
-        event = _event(
-            path,
-            line,
-            ebird_code=row["ebird_code"],
-            onset=row["onset"],
-            offset=row["offset"],
-            confidence=row["confidence"],
-        )
-        detections.setdefault(row["recording"], []).append(event)
-    return detections
-
-
-def write_detections_jsonl(
-    path: Path, detections: _Detections, common_names: Mapping[str, str] | None = None
-) -> None:
-    """Write one JSON object per event and line, with the keys ``DETECTION_COLUMNS``."""
-    rows = detection_rows(detections, common_names)
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def write_detections_parquet(
-    path: Path, detections: _Detections, common_names: Mapping[str, str] | None = None
-) -> None:
-    """Write the table of `write_detections_csv` as Parquet; recordings and codes as text."""
-    import pyarrow as pa  # the kernel, which imports this module, can do without
-    import pyarrow.parquet as pq
-
-    types = {"onset": pa.float64(), "offset": pa.float64(), "confidence": pa.float64()}
-    schema = pa.schema([(name, types.get(name, pa.string())) for name in DETECTION_COLUMNS])
-    table = pa.Table.from_pylist(detection_rows(detections, common_names), schema=schema)
-    with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
-
-
-def write_failures(path: Path, reasons: Mapping[str, str]) -> None:
-    """Write a table with the columns recording, reason."""
-    write_atomically(path, _csv_text([("recording", "reason"), *reasons.items()]))
-
-
-def read_detections_jsonl(path: Path) -> dict[str, list[Event]]:
-    """Return the events of each recording in a file of ``write_detections_jsonl``."""
-    detections: dict[str, list[Event]] = {}
-    for line, text in enumerate(_read_lines(path), start=1):
-        try:
-            row = json.loads(text)
-            values = [row[key] for key in ("ebird_code", "onset", "offset", "confidence")]
-            recording = row["recording"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}, line {line}: not a detection: {error}") from error
+    for line, row in rows:
+        recording, *values = (row[name] for name in _EVENT_COLUMNS)
         detections.setdefault(recording, []).append(_event(path, line, *values))
     return detections
 

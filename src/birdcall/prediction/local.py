@@ -26,10 +26,7 @@ from birdcall.inference.predictions import OutputOptions, SegmentPredictions
 from birdcall.inference.tables import (
     read_raven_table,
     write_audacity_labels,
-    write_detections_csv,
-    write_detections_jsonl,
-    write_detections_parquet,
-    write_failures,
+    write_detections,
     write_raven_table,
 )
 from birdcall.kaggle.manifest import MANIFEST_FILE
@@ -43,7 +40,7 @@ from birdcall.prediction.package import (
     RecordingResult,
     detect_recordings,
 )
-from birdcall.storage.files import digest, fitting_name, inside
+from birdcall.storage.files import digest, fitting_name, inside, write_atomically
 from birdcall.storage.store import Journal
 from birdcall.taxonomy import display_name
 
@@ -53,11 +50,7 @@ JOURNAL_FILE = "journal.jsonl"
 EMBEDDINGS_FOLDER = "embeddings"
 VIEW_FOLDER = "view"
 DEFAULT_FORMATS = ("csv", "raven")
-_TABLES: dict[str, Callable[..., None]] = {  # of all recordings
-    "csv": write_detections_csv,
-    "parquet": write_detections_parquet,
-    "jsonl": write_detections_jsonl,
-}
+_TABLES = ("csv", "parquet", "jsonl")  # of all recordings
 _SUFFIXES = {"raven": ".selections.txt", "audacity": ".labels.txt"}  # a file of each recording
 _PROGRESS = "{percentage:3.0f} % of {total:.0f} s{postfix}, {remaining} left"
 
@@ -309,7 +302,7 @@ def write_results(
     detections = {str(recording.path): events for recording, events in selected.items()}
     tables = [name for name in _TABLES if name in options.formats]
     for name in tables:
-        _TABLES[name](output / f"detections.{name}", detections, names)
+        write_detections(output / f"detections.{name}", detections, names)
     for recording, events in selected.items():
         for name in (name for name in _SUFFIXES if name in options.formats):
             path = inside(output / name, fitting_name(recording.name, _SUFFIXES[name]))
@@ -318,7 +311,9 @@ def write_results(
             else:
                 write_audacity_labels(path, events)
     failed = {str(item.path): result.reason for item, result in results.items() if result.reason}
-    write_failures(output / "failed.csv", failed)
+    table = pd.DataFrame(failed.items(), columns=["recording", "reason"])
+    text = table.to_csv(index=False, lineterminator="\n")
+    write_atomically(output / "failed.csv", text)
     n_events = sum(map(len, selected.values()))
     seconds = sum(result.seconds for result in predicted.values())
     written = ", ".join(str(output / f"detections.{name}") for name in tables)

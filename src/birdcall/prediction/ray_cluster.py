@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from birdcall.inference.ensemble import default_device
 from birdcall.inference.predictions import OutputOptions
-from birdcall.inference.tables import write_detections_parquet
+from birdcall.inference.tables import write_detections
 from birdcall.kaggle.submission import open_package, require_all_members
 from birdcall.prediction.local import EMBEDDINGS_FOLDER, Predictor
 from birdcall.prediction.package import (
@@ -60,7 +60,7 @@ class Worker:
         results = dict(detect_recordings(recordings, self.package, observers, outputs))
         shard = self.output / _SHARDS_FOLDER / f"{digest(chr(10).join(paths))}.parquet"
         events = {str(recording.path): result.events for recording, result in results.items()}
-        write_detections_parquet(shard, events, self.names)
+        write_detections(shard, events, self.names)
         texts = [json.dumps(results[recording].to_json()) for recording in recordings]
         return {"path": task["path"], "name": task["name"], "result": np.array(texts, dtype=object)}
 
