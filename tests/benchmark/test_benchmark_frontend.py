@@ -1,5 +1,6 @@
 """The benchmark of front ends compares the same clips and writes what it measured."""
 
+import inspect
 import subprocess
 import sys
 from functools import partial
@@ -10,9 +11,9 @@ import pytest
 import soundfile
 
 from birdcall.benchmark.frontend import (
-    Implementation,
     benchmark_frontend,
     make_implementations,
+    peak_megabytes,
     read_clips,
     time_in_turns,
 )
@@ -83,7 +84,7 @@ def test_medians_of_runs_and_ratios_to_librosa_and_to_batched_torchlibrosa(
 
     def time_in_turns(functions, parts, repeats):
         implementations = [function.__self__ for function in functions]
-        names = [(one.name, one.batch_size) for one in implementations]
+        names = [(item.name, item.batch_size) for item in implementations]
         return np.array([runs.get(name, [1.0] * repeats) for name in names])
 
     monkeypatch.setattr("birdcall.benchmark.frontend.time_in_turns", time_in_turns)
@@ -100,7 +101,7 @@ def test_medians_of_runs_and_ratios_to_librosa_and_to_batched_torchlibrosa(
 def test_every_implementation_gives_the_same_log_mel():
     clips = 0.1 * np.random.default_rng(0).normal(size=(3, RATE)).astype(np.float32)
     implementations = make_implementations(CONFIG)
-    outputs = {one: np.concatenate(one.run(clips)) for one in implementations}
+    outputs = {item: np.concatenate(item.run(clips)) for item in implementations}
     reference = outputs[implementations[0]]
     assert implementations[0].name == "librosa"
     assert reference.shape == (3, 101, 32)
@@ -120,7 +121,9 @@ def test_functions_take_turns_on_each_part():
 
 def test_an_implementation_runs_in_its_batches():
     sizes = []
-    implementation = Implementation("a", "cpu", 2, lambda clips: sizes.append(len(clips)))
+    implementation = make_implementations(CONFIG)[0]._replace(
+        batch_size=2, transform=lambda clips: sizes.append(len(clips))
+    )
     implementation.run(np.zeros((5, 8)))
     assert sizes == [2, 2, 1]
 
@@ -173,9 +176,13 @@ def test_impossible_requests_are_refused(make_data, tmp_path, values, message):
         benchmark_frontend(make_data(5), tmp_path, **values)
 
 
-ALLOCATE = """
-from birdcall.benchmark.frontend import peak_megabytes
+# The function alone: the modules that a benchmark imports take hundreds of megabytes.
+ALLOCATE = f"""
+import resource
+import sys
+from pathlib import Path
 import numpy as np
+{inspect.getsource(peak_megabytes)}
 before = peak_megabytes()
 allocated = np.ones(2**25)
 print(before, peak_megabytes() - before, allocated.nbytes / 2**20)
@@ -187,5 +194,5 @@ def test_memory_is_what_the_process_takes_and_not_what_its_parent_has():
     command = [sys.executable, "-c", ALLOCATE]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     before, gained, allocated = map(float, done.stdout.split())
-    assert before < parent.nbytes / 2**20
+    assert before < 0.5 * parent.nbytes / 2**20
     assert gained == pytest.approx(allocated, rel=0.05)

@@ -13,7 +13,6 @@ from birdcall.benchmark.frontend import make_recordings
 from birdcall.benchmark.loader import (
     LoaderRecordings,
     LoaderRun,
-    LoaderSetting,
     benchmark_loader,
     compare_readers,
     time_loaders,
@@ -21,6 +20,7 @@ from birdcall.benchmark.loader import (
     time_waiting,
 )
 from birdcall.config import NO_AUGMENT
+from birdcall.data.cache import RecordingCache
 from birdcall.data.recordings import read_recordings
 
 RATE = 32_000
@@ -45,7 +45,8 @@ def clock(monkeypatch):
 
 def recordings_of(n_recordings):
     table = pd.DataFrame({"path": [f"{i}.mp3" for i in range(n_recordings)], "seconds": 60})
-    return LoaderRecordings(table, Path("data"), Path("cache"), [])
+    reader = RecordingCache(Path("data"), Path("cache"))
+    return LoaderRecordings(table, Path("data"), files=reader, cached=reader, noise_files=[])
 
 
 def test_the_table_compares_all_readers_and_is_written(data, tmp_path):
@@ -66,7 +67,11 @@ def test_the_table_compares_all_readers_and_is_written(data, tmp_path):
     assert sides.loc[SEEK, "max_difference"] < 1e-4
     assert sides.loc[CACHE, "max_difference"] < 1e-4
     loaders = table[table["side"] == LOADER]
-    assert len(loaders) == 5
+    settings = loaders[["source", "augmented", "crops_per_recording", "workers"]]
+    assert list(settings.itertuples(index=False, name=None)) == [
+        ("file", False, 1, 0), ("file", True, 1, 0), ("cache", False, 1, 0),
+        ("cache", True, 1, 0), ("file", False, 4, 0),
+    ]  # fmt: skip
     assert (loaders["start_seconds"] > 0).all()
     assert table.loc[table["side"] == TRAINING, "waiting_share"].between(0, 1).all()
     written = pd.read_csv(output / "loader.csv")
@@ -168,15 +173,16 @@ def test_an_epoch_counts_and_the_start_of_the_workers_does_not():
     class FakeRun:
         n_clips = 64
 
-        def __init__(self, setting):
-            self.setting = setting
+        def __init__(self, source, workers, crops_per_recording):
+            self.source, self.workers, self.augmented = source, workers, False
+            self.crops_per_recording = crops_per_recording
             self.times = iter([(9.0, 99.0), (0.1, 2.0), (0.1, 50.0), (0.1, 4.0)])
 
         def run_epoch(self):
-            order.append(self.setting.workers)
+            order.append(self.workers)
             return next(self.times)
 
-    runs = [FakeRun(LoaderSetting(True, 1, False)), FakeRun(LoaderSetting(False, 2, True, 4))]
+    runs = [FakeRun("cache", 1, 1), FakeRun("file", 2, 4)]
     table = time_loaders(runs, repeats=3)
     assert order == [1, 2] * 4
     assert table["start_seconds"].tolist() == [9.0, 9.0]
@@ -187,7 +193,7 @@ def test_an_epoch_counts_and_the_start_of_the_workers_does_not():
 
 def test_a_run_serves_new_epochs_of_whole_batches(data, tmp_path):
     recordings = LoaderRecordings.prepare(data, tmp_path, 3, seed=0)
-    run = LoaderRun(recordings, LoaderSetting(True, 0, False), 70)
+    run = LoaderRun(recordings, 70, cached=True, workers=0, augmented=False)
     assert run.n_clips == 64
     epochs = [[batch.waveform for batch in run.batches()] for _ in range(2)]
     assert [len(waveform) for waveform in epochs[0]] == [32, 32]
@@ -213,18 +219,15 @@ def test_waiting_is_the_time_between_steps(clock):
     assert len(steps) == 7, "two steps of warm-up are not counted"
 
 
-def test_settings_cover_file_and_cache_augmentation_and_crops():
-    settings = LoaderSetting.grid((0, 2))
-    assert len(set(settings)) == len(settings) == 10
-    assert {setting.workers for setting in settings} == {0, 2}
-    plain = [setting for setting in settings if not setting.augmented]
-    assert all(setting.experiment.augment == NO_AUGMENT for setting in plain)
-    crops = {
-        setting.experiment.train.data.crops_per_recording
-        for setting in settings
-        if not setting.cached
-    }
-    assert crops == {1, 4}
+def test_a_run_without_augmentation_or_with_several_crops_trains_such_an_experiment(data, tmp_path):
+    recordings = LoaderRecordings.prepare(data, tmp_path, 3, seed=0)
+    start = partial(LoaderRun, recordings, 32, cached=False, workers=0)
+    plain = start(augmented=False, crops_per_recording=4)
+    assert plain.experiment.augment == NO_AUGMENT
+    assert plain.experiment.train.data.crops_per_recording == 4
+    augmented = start(augmented=True)
+    assert augmented.experiment.augment != NO_AUGMENT
+    assert augmented.experiment.train.data.crops_per_recording == 1
 
 
 @pytest.mark.parametrize("values", [{"n_clips": 0}, {"repeats": -1}, {"n_recordings": 0}])

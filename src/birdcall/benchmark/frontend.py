@@ -9,11 +9,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+import librosa
 import numpy as np
 import pandas as pd
 import soundfile
@@ -43,6 +45,13 @@ _CLIPS_PER_TURN = 256
 _MP3_RATE = 44_100
 _COMPARED_CLIPS = 64
 _COMPARED_ABOVE_DB = -80.0
+_DECIMALS = {
+    "seconds": 4,
+    "clips_per_second": 1,
+    "times_real_time": 0,
+    "times_librosa": 2,
+    "times_torchlibrosa": 2,
+}
 _LIBROSA, _TORCHLIBROSA, _NNAUDIO, _OURS = "librosa", "torchlibrosa", "nnAudio", "birdcall"
 _COLORS = {_LIBROSA: GREY, _TORCHLIBROSA: AMBER, _NNAUDIO: SKY, _OURS: GREEN}
 
@@ -72,17 +81,27 @@ def benchmark_frontend(
     tables = []
     for config in configs:
         implementations = make_implementations(config)
-        outputs = [np.concatenate(one.run(clips[:_COMPARED_CLIPS])) for one in implementations]
+        outputs = [np.concatenate(item.run(clips[:_COMPARED_CLIPS])) for item in implementations]
         compared = outputs[0] > _COMPARED_ABOVE_DB  # librosa's; this run was the warm-up
-        seconds = time_in_turns([one.run for one in implementations], parts, repeats)
-        table = _speed_table(implementations, np.median(seconds, axis=1), n_clips)
-        differences = [
+        seconds = time_in_turns([item.run for item in implementations], parts, repeats)
+        table = pd.DataFrame(
+            [(item.name, item.device, item.batch_size) for item in implementations],
+            columns=["implementation", "device", "batch_size"],
+        )
+        table.insert(0, "config", f"{config.n_fft}/{config.hop_length}/{config.n_mels}")
+        table["seconds"] = np.median(seconds, axis=1)
+        table["clips_per_second"] = n_clips / table["seconds"]
+        table["times_real_time"] = table["clips_per_second"] * SEGMENT_SECONDS
+        table["max_difference_db"] = [
             float(np.abs(log_mel - outputs[0])[compared].max(initial=0)) for log_mel in outputs
         ]
-        table.insert(6, "max_difference_db", differences)
-        table.insert(0, "config", f"{config.n_fft}/{config.hop_length}/{config.n_mels}")
+        librosa_seconds = table.loc[table["implementation"] == _LIBROSA, "seconds"].item()
+        batched = (table["implementation"] == _TORCHLIBROSA) & (table["batch_size"] == _BATCH_SIZE)
+        torchlibrosa_seconds = table["device"].map(table[batched].set_index("device")["seconds"])
+        table["times_librosa"] = librosa_seconds / table["seconds"]
+        table["times_torchlibrosa"] = torchlibrosa_seconds / table["seconds"]
         tables.append(table)
-    table = pd.concat(tables, ignore_index=True)
+    table = pd.concat(tables, ignore_index=True).round(_DECIMALS)
     table["threads"] = torch.get_num_threads()
     output.mkdir(parents=True, exist_ok=True)
     table.to_csv(output / "frontend.csv", index=False)
@@ -97,7 +116,10 @@ def read_clips(data: Path, n_clips: int, sample_rate: int, seed: int = 0) -> np.
     """
     table = read_recordings(data).sample(frac=1, random_state=seed)
     paths = [data / path for path in table["path"][:n_clips]]
-    seconds = {path: _seconds_of(path) for path in paths}
+    seconds = dict.fromkeys(paths, 0.0)
+    for path in paths:
+        with suppress(AudioError):  # the error is logged below
+            seconds[path] = probe_audio(path).seconds
     positions = [(path, 0) for path in paths]
     for offset in range(SEGMENT_SECONDS, int(max(seconds.values())), SEGMENT_SECONDS):
         positions += [(path, offset) for path in paths if seconds[path] >= offset + SEGMENT_SECONDS]
@@ -116,13 +138,6 @@ def read_clips(data: Path, n_clips: int, sample_rate: int, seed: int = 0) -> np.
     if len(clips) < n_clips:
         logger.warning("%s has only %d clips, used again to make %d", data, len(clips), n_clips)
     return np.stack([clips[i % len(clips)] for i in range(n_clips)])
-
-
-def _seconds_of(path: Path) -> float:
-    try:
-        return probe_audio(path).seconds
-    except AudioError:
-        return 0.0
 
 
 # --- synthetic recordings -------------------------------------------------------------------------
@@ -177,7 +192,7 @@ def _write_recording(audio: Path, noise: np.ndarray, seed: int, name: str) -> No
 # --- implementations ------------------------------------------------------------------------------
 
 
-class Implementation(NamedTuple):
+class _Implementation(NamedTuple):
     """A function from clips (batch, samples) to log_mel (batch, frames, n_mels), in batches."""
 
     name: str
@@ -191,40 +206,44 @@ class Implementation(NamedTuple):
         return [self.transform(clips[start : start + self.batch_size]) for start in starts]
 
 
-def make_implementations(config: FrontendConfig) -> list[Implementation]:
-    """Build librosa and what else is installed, on the CPU and on CUDA where there is one."""
-    implementations = [Implementation(_LIBROSA, "cpu", 1, _librosa_transform(config))]
+def make_implementations(config: FrontendConfig) -> list[_Implementation]:
+    """Build librosa and the installed others, on the CPU and on CUDA where there is a GPU."""
+    implementations = [_Implementation(_LIBROSA, "cpu", 1, partial(_librosa_log_mel, config))]
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         frontends: dict[str, nn.Module] = {_OURS: LogMel(config)}
         if find_spec("torchlibrosa"):
             frontends[_TORCHLIBROSA] = torchlibrosa_frontend(config)
         for name, frontend in frontends.items():
-            transform = _on_device(frontend, device, lambda log_mel: log_mel[:, 0])
+            frontend = frontend.eval().to(device)
+            transform = partial(_run, frontend, device, lambda log_mel: log_mel[:, 0])
             for batch_size in (1, _BATCH_SIZE):  # one clip at a time, as the article does it
-                implementations.append(Implementation(name, device, batch_size, transform))
+                implementations.append(_Implementation(name, device, batch_size, transform))
         if find_spec("nnAudio"):
             from nnAudio.features import MelSpectrogram
 
             mel = MelSpectrogram(
                 sr=config.sample_rate, n_fft=config.n_fft, hop_length=config.hop_length,
                 n_mels=config.n_mels, fmin=config.fmin, fmax=config.fmax, verbose=False,
-            )  # fmt: skip
-            transform = _on_device(mel, device, lambda mel: power_to_db(mel).transpose(1, 2))
-            implementations.append(Implementation(_NNAUDIO, device, _BATCH_SIZE, transform))
+            ).eval().to(device)  # fmt: skip
+            transform = partial(_run, mel, device, lambda mel: power_to_db(mel).transpose(1, 2))
+            implementations.append(_Implementation(_NNAUDIO, device, _BATCH_SIZE, transform))
     return implementations
 
 
-def _librosa_transform(config: FrontendConfig) -> Callable[[np.ndarray], np.ndarray]:
-    import librosa
+def _librosa_log_mel(config: FrontendConfig, clips: np.ndarray) -> np.ndarray:
+    """Return librosa's log_mel of a batch of one clip."""
+    mel = librosa.feature.melspectrogram(
+        y=clips[0], sr=config.sample_rate, n_fft=config.n_fft, hop_length=config.hop_length,
+        n_mels=config.n_mels, fmin=config.fmin, fmax=config.fmax, pad_mode="reflect",
+    )  # fmt: skip
+    return librosa.power_to_db(mel, top_db=None).T[None]
 
-    def transform(clips: np.ndarray) -> np.ndarray:
-        mel = librosa.feature.melspectrogram(
-            y=clips[0], sr=config.sample_rate, n_fft=config.n_fft, hop_length=config.hop_length,
-            n_mels=config.n_mels, fmin=config.fmin, fmax=config.fmax, pad_mode="reflect",
-        )  # fmt: skip
-        return librosa.power_to_db(mel, top_db=None).T[None]
 
-    return transform
+def _run(
+    module: nn.Module, device: str, convert: Callable[[Tensor], Tensor], clips: np.ndarray
+) -> np.ndarray:
+    with torch.inference_mode():  # .cpu() waits for the GPU
+        return convert(module(torch.from_numpy(clips).to(device))).cpu().numpy()
 
 
 def torchlibrosa_frontend(config: FrontendConfig) -> nn.Module:
@@ -237,18 +256,6 @@ def torchlibrosa_frontend(config: FrontendConfig) -> nn.Module:
         fmin=config.fmin, fmax=config.fmax, top_db=None,
     )  # fmt: skip
     return nn.Sequential(spectrogram, log_mel).eval()
-
-
-def _on_device(
-    module: nn.Module, device: str, convert: Callable[[Tensor], Tensor]
-) -> Callable[[np.ndarray], np.ndarray]:
-    module = module.eval().to(device)
-
-    def transform(clips: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():  # .cpu() waits for the GPU
-            return convert(module(torch.from_numpy(clips).to(device))).cpu().numpy()
-
-    return transform
 
 
 # --- time and memory ------------------------------------------------------------------------------
@@ -286,26 +293,6 @@ def peak_megabytes() -> float:
                 return int(line.split()[1]) / 1024
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def _speed_table(
-    implementations: Sequence[Implementation], seconds: np.ndarray, n_clips: int
-) -> pd.DataFrame:
-    """Return speeds and ratios of implementations that take ``seconds`` for ``n_clips``."""
-    table = pd.DataFrame(
-        [(one.name, one.device, one.batch_size) for one in implementations],
-        columns=["implementation", "device", "batch_size"],
-    )
-    table["seconds"] = seconds
-    table["clips_per_second"] = n_clips / table["seconds"]
-    table["times_real_time"] = table["clips_per_second"] * SEGMENT_SECONDS
-    librosa = table.loc[table["implementation"] == _LIBROSA, "seconds"].item()
-    batched = (table["implementation"] == _TORCHLIBROSA) & (table["batch_size"] == _BATCH_SIZE)
-    torchlibrosa = table[batched].set_index("device")["seconds"]
-    table["times_librosa"] = librosa / table["seconds"]
-    table["times_torchlibrosa"] = table["device"].map(torchlibrosa) / table["seconds"]
-    decimals = {"seconds": 4, "clips_per_second": 1, "times_real_time": 0}
-    return table.round(decimals | {"times_librosa": 2, "times_torchlibrosa": 2})
 
 
 # --- figures --------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import wait
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,15 +85,14 @@ def benchmark_inference(
 def _compare(
     ensemble: Ensemble, paths: Mapping[str, Path], seconds: float, repeats: int
 ) -> dict[str, object]:
-    naive = NaiveKernel(ensemble.members)
-
-    def predict(paths: Mapping[str, Path]) -> list[np.ndarray]:
-        return [predictions.clipwise for _, predictions in predict_files(ensemble, paths)]
-
-    pairs = zip(naive.predict(paths), predict(paths), strict=True)  # the warm-up, too
-    difference = max(float(np.abs(theirs - ours).max()) for theirs, ours in pairs)
+    frontends = [torchlibrosa_frontend(member.frontend) for member in ensemble.members]
+    predict_naive = partial(predict_naively, ensemble.members, frontends)
+    pairs = zip(predict_naive(paths), predict_files(ensemble, paths), strict=True)
+    # The warm-up, too.
+    difference = max(float(np.abs(naive - ours.clipwise).max()) for naive, (_, ours) in pairs)
     before = dict(ensemble.costs.seconds)
-    naive_seconds, our_seconds = time_in_turns([naive.predict, predict], [paths], repeats)
+    functions = [predict_naive, lambda paths: list(predict_files(ensemble, paths))]
+    naive_seconds, our_seconds = time_in_turns(functions, [paths], repeats)
     # Seconds of one thread for all recordings once.
     spent = {
         name: (total - before[name]) / repeats for name, total in ensemble.costs.seconds.items()
@@ -136,43 +135,31 @@ def _time_networks_alone(ensemble: Ensemble, paths: Mapping[str, Path], repeats:
             for network in replica.networks:
                 network(batch, ("clipwise", "framewise", "frames"))
 
-    def predict_all(batches: Sequence[Tensor]) -> None:
-        futures = [replica.threads.submit(predict, batch) for batch in batches]
-        for future in wait(futures).done:
-            future.result()
-
-    predict_all(batches)
-    return float(np.median(time_in_turns([predict_all], [batches], repeats)))
+    predict_all = [lambda batches: list(replica.threads.map(predict, batches))]
+    seconds = time_in_turns(predict_all, [batches], 1 + repeats)
+    return float(np.median(seconds[:, 1:]))  # the first run is the warm-up
 
 
-class NaiveKernel:
-    """The inference of most public kernels: member after member, nothing shared or overlapped."""
+@torch.inference_mode()
+def predict_naively(
+    members: Sequence[Member], frontends: Sequence[nn.Module], paths: Mapping[str, Path]
+) -> list[np.ndarray]:
+    """Return the clipwise probabilities ``(members, segments, classes)`` of each recording.
 
-    def __init__(self, members: Sequence[Member]) -> None:
-        self.members = members
-        self.frontends = [torchlibrosa_frontend(member.frontend) for member in members]
-
-    @torch.inference_mode()
-    def predict(self, paths: Mapping[str, Path]) -> list[np.ndarray]:
-        """Return the clipwise probabilities ``(members, segments, classes)`` of each recording."""
-        return [
-            np.stack(
-                [
-                    self._predict_by(member, frontend, path)
-                    for member, frontend in zip(self.members, self.frontends, strict=True)
-                ]
-            )
-            for path in paths.values()
-        ]
-
-    def _predict_by(self, member: Member, frontend: nn.Module, path: Path) -> np.ndarray:
-        rate = member.frontend.sample_rate
-        waveform, _ = librosa.load(path, sr=rate, mono=True)
-        parts = [
-            member.model.detect(frontend(windows)).clipwise.numpy()
-            for windows in cut_segments(waveform, rate).split(_NAIVE_BATCH)
-        ]
-        return np.concatenate(parts)
+    As most public kernels do it: member after member, nothing shared or overlapped. ``frontends``
+    are the members' front ends of torchlibrosa.
+    """
+    results = []
+    for path in paths.values():
+        by_member = []
+        for member, frontend in zip(members, frontends, strict=True):
+            rate = member.frontend.sample_rate
+            waveform, _ = librosa.load(path, sr=rate, mono=True)
+            batches = cut_segments(waveform, rate).split(_NAIVE_BATCH)
+            parts = [member.model.detect(frontend(batch)).clipwise.numpy() for batch in batches]
+            by_member.append(np.concatenate(parts))
+        results.append(np.stack(by_member))
+    return results
 
 
 def cut_segments(waveform: np.ndarray, sample_rate: int) -> Tensor:
@@ -265,7 +252,7 @@ def benchmark_memory(
 ) -> pd.DataFrame:
     """Measure the memory of detecting birds in a short and a long recording.
 
-    A process of its own predicts each, as `predict` does, with one member of
+    A new process predicts each recording, as `predict` does, with one member of
     `benchmark_inference`. Writes ``memory.csv``.
     """
     with tempfile.TemporaryDirectory() as scratch:
@@ -275,7 +262,7 @@ def benchmark_memory(
         for seconds in (short_seconds, long_seconds):
             path = Path(scratch) / "long.wav"
             write_long(path, list(paths.values()), seconds)
-            code = f"import sys; from {__name__} import predict_long; predict_long(*sys.argv[1:])"
+            code = f"import sys; from {__name__} import _predict_long; _predict_long(*sys.argv[1:])"
             subprocess.run(
                 [sys.executable, "-c", code, str(path), str(member), scratch], check=True
             )
@@ -296,7 +283,7 @@ def write_long(path: Path, sources: Sequence[Path], seconds: float, rate: int = 
             left -= len(waveform)
 
 
-def predict_long(path: str, member: str, folder: str) -> None:
+def _predict_long(path: str, member: str, folder: str) -> None:
     """Detect the birds of a recording; write the peak memory of the process into ``folder``."""
     ensemble = load_ensemble([Path(member)])
     decision = Decision(0.6, 0.6, neighbour_weight=0.25, recording_threshold=0.7)

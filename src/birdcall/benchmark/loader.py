@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import librosa
 import numpy as np
@@ -37,15 +37,21 @@ from birdcall.training.step import BatchLoss
 from birdcall.training.trainer import Run, RunOptions, Training, start_training
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
 _EXPERIMENT = find_experiment("small_gru")  # two cores train it
 _RATE = _EXPERIMENT.frontend.sample_rate
+_BATCH_SIZE = _EXPERIMENT.train.data.batch_size
 _WORKERS = (0, 1, 2, 4)
-_CROPS = 4  # of an opened recording, compared with one crop
+_LOADER_SETTINGS: tuple[dict[str, Any], ...] = (
+    {"cached": False, "augmented": False},
+    {"cached": False, "augmented": True},
+    {"cached": True, "augmented": False},
+    {"cached": True, "augmented": True},
+    {"cached": False, "augmented": False, "crops_per_recording": 4},
+)
 _STORED_BATCHES = 8  # of different clips, so that no step repeats the one before
 _WARM_UP_STEPS = 4  # before each timing: batches that wait in a queue must not count as speed
 _LIBROSA, _LIBROSA_OFFSET = "librosa.load, whole file", "librosa.load, offset="
@@ -85,11 +91,19 @@ def benchmark_loader(
         # More workers than cores cause a warning; here they are compared on purpose.
         warnings.filterwarnings("ignore", "This DataLoader will create")
         recordings = LoaderRecordings.prepare(data, Path(folder), n_recordings, seed)
-        reading = time_readers(recordings, _make_readers(recordings), repeats, seed)
+        readers = {
+            _LIBROSA: partial(_load_by_librosa, data, False),
+            _LIBROSA_OFFSET: partial(_load_by_librosa, data, True),
+            _SEEK: partial(_read_crop, recordings.files),
+            _CACHE: partial(_read_crop, recordings.cached),
+        }
+        reading = time_readers(recordings, readers, repeats, seed)
         with ExitStack() as stack:
-            runs = [LoaderRun(recordings, one, n_clips) for one in LoaderSetting.grid(workers)]
-            for run in runs:
-                stack.callback(run.stop)
+            runs = []
+            for settings in _LOADER_SETTINGS:
+                for n_workers in workers:
+                    runs.append(LoaderRun(recordings, n_clips, workers=n_workers, **settings))
+                    stack.callback(runs[-1].stop)
             loading = time_loaders(runs, repeats)
         training = _measure_waiting(recordings, workers, n_training_batches)
     table = pd.concat([reading, loading, training], ignore_index=True)
@@ -107,11 +121,12 @@ def benchmark_loader(
 
 @dataclass(frozen=True)
 class LoaderRecordings:
-    """The recordings that are read: a table with ``path``, ``seconds`` and labels, and folders."""
+    """The recordings that are read: a table with ``path``, ``seconds`` and labels; two readers."""
 
     table: pd.DataFrame
     folder: Path
-    cache: Path
+    files: RecordingCache  # without any stored recording: it reads the files
+    cached: RecordingCache
     noise_files: list[Path]
 
     @classmethod
@@ -136,39 +151,29 @@ class LoaderRecordings:
         table = table.loc[chosen].assign(seconds=seconds)
         noise_files = find_noise(data / "noise") or generate_noise(folder / "noise", _RATE)
         logger.info("%d recordings, %.0f s on average", len(table), table["seconds"].mean())
-        return cls(table, data, cache.folder, noise_files)
-
-    def reader(self, cached: bool) -> RecordingCache:
-        return RecordingCache(self.folder, self.cache if cached else self.cache / "none")
+        files = RecordingCache(data, cache.folder / "none")
+        return cls(
+            table, data, files=files, cached=RecordingCache(data, cache.folder),
+            noise_files=noise_files,
+        )  # fmt: skip
 
 
 # --- one clip after another -----------------------------------------------------------------------
 
 
-def _make_readers(recordings: LoaderRecordings) -> dict[str, _ReadClip]:
-    """Return every way to read one clip, by its name."""
+def _load_by_librosa(folder: Path, seek: bool, position: _ClipPosition) -> np.ndarray:
+    """Load a clip: seek to it in the file, or cut it out of the whole recording."""
+    path, offset = position
+    if seek:
+        return librosa.load(folder / path, sr=_RATE, offset=offset, duration=SEGMENT_SECONDS)[0]
+    start = round(offset * _RATE)
+    waveform, _ = librosa.load(folder / path, sr=_RATE)
+    return waveform[start : start + SEGMENT_SECONDS * _RATE]
 
-    def load(position: _ClipPosition) -> np.ndarray:
-        path, offset = position
-        start = round(offset * _RATE)
-        waveform, _ = librosa.load(recordings.folder / path, sr=_RATE)
-        return waveform[start : start + SEGMENT_SECONDS * _RATE]
 
-    def load_offset(position: _ClipPosition) -> np.ndarray:
-        path, offset = position
-        file = recordings.folder / path
-        return librosa.load(file, sr=_RATE, offset=offset, duration=SEGMENT_SECONDS)[0]
-
-    def read(reader: RecordingCache, position: _ClipPosition) -> np.ndarray:
-        path, offset = position
-        return reader(CropRequest(path, _RATE, (offset,), SEGMENT_SECONDS))[0]
-
-    return {
-        _LIBROSA: load,
-        _LIBROSA_OFFSET: load_offset,
-        _SEEK: partial(read, recordings.reader(cached=False)),
-        _CACHE: partial(read, recordings.reader(cached=True)),
-    }
+def _read_crop(reader: RecordingCache, position: _ClipPosition) -> np.ndarray:
+    path, offset = position
+    return reader(CropRequest(path, _RATE, (offset,), SEGMENT_SECONDS))[0]
 
 
 def time_readers(
@@ -208,56 +213,48 @@ def compare_readers(
 # --- the loader -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class LoaderSetting:
-    """How the loader runs."""
-
-    cached: bool
-    workers: int
-    augmented: bool
-    crops_per_recording: int = 1
-
-    @classmethod
-    def grid(cls, workers: Sequence[int]) -> list[LoaderSetting]:
-        """Return file and cache, without and with augmentation, and several crops of a file."""
-        settings = [
-            cls(cached, n, augmented)
-            for cached in (False, True)
-            for augmented in (False, True)
-            for n in workers
-        ]
-        return settings + [cls(False, n, False, _CROPS) for n in workers]
-
-    @property
-    def experiment(self) -> Experiment:
-        augment = _EXPERIMENT.augment if self.augmented else NO_AUGMENT
-        data = {"crops_per_recording": self.crops_per_recording}
-        return replace_nested(_EXPERIMENT, augment=augment, train={"data": data})
-
-
 class LoaderRun:
-    """A loader that serves one epoch after another."""
+    """A loader that serves epochs of ``n_clips``, with its settings.
 
-    def __init__(self, recordings: LoaderRecordings, setting: LoaderSetting, n_clips: int) -> None:
-        table, self.setting = recordings.table, setting
-        train = setting.experiment.train
+    cached: clips are read from the cache, not from the files. workers: processes of the loader.
+    """
+
+    def __init__(
+        self,
+        recordings: LoaderRecordings,
+        n_clips: int,
+        *,
+        cached: bool,
+        workers: int,
+        augmented: bool,
+        crops_per_recording: int = 1,
+    ) -> None:
+        self.source = "cache" if cached else "file"
+        self.workers, self.augmented = workers, augmented
+        self.crops_per_recording = crops_per_recording
+        self.experiment = replace_nested(
+            _EXPERIMENT,
+            augment=_EXPERIMENT.augment if augmented else NO_AUGMENT,
+            train={
+                "data": {
+                    "crops_per_recording": crops_per_recording,
+                    "clips_per_epoch": max(n_clips, _BATCH_SIZE),
+                }
+            },
+        )
+        table = recordings.table
         data = TrainingData(
             folder=recordings.folder,
             recordings=table,
             classes=classes_of(table),
-            read_crops=recordings.reader(setting.cached),
+            read_crops=recordings.cached if cached else recordings.files,
             noise_files=recordings.noise_files,
-            noise_store=recordings.cache / "noise" if setting.cached else None,
+            noise_store=recordings.cached.folder / "noise" if cached else None,
         )
-        self.clips = ClipDataset(data, setting.experiment)
-        sampling = replace(
-            train.data,
-            clips_per_epoch=max(n_clips, train.data.batch_size),
-            crops_per_recording=setting.crops_per_recording,
-        )
-        self.sampler = ClipSampler(table, sampling, train.seed)
-        self.loader = make_loader(self.clips, self.sampler, setting.workers)
-        self.n_clips = len(self.loader) * train.data.batch_size
+        self.clips = ClipDataset(data, self.experiment)
+        self.sampler = ClipSampler(table, self.experiment.train.data, self.experiment.train.seed)
+        self.loader = make_loader(self.clips, self.sampler, workers)
+        self.n_clips = len(self.loader) * _BATCH_SIZE
         self.failures = FailureCounter(self.clips)
         self.epoch = 0
 
@@ -289,14 +286,13 @@ def time_loaders(runs: Sequence[LoaderRun], repeats: int) -> pd.DataFrame:
         for index, run in enumerate(runs):
             seconds[index, repeat] = run.run_epoch()[1]
         logger.info("loading, run %d of %d done", repeat + 1, repeats)
-    settings = [run.setting for run in runs]
     return pd.DataFrame(
         {
             "side": _LOADER,
-            "source": ["cache" if one.cached else "file" for one in settings],
-            "workers": [one.workers for one in settings],
-            "augmented": [one.augmented for one in settings],
-            "crops_per_recording": [one.crops_per_recording for one in settings],
+            "source": [run.source for run in runs],
+            "workers": [run.workers for run in runs],
+            "augmented": [run.augmented for run in runs],
+            "crops_per_recording": [run.crops_per_recording for run in runs],
             "clips_per_second": [run.n_clips for run in runs] / np.median(seconds, axis=1),
             "start_seconds": starts,
         }
@@ -309,16 +305,21 @@ def _measure_waiting(
     """Train the small experiment on cached clips; measure the share of time that it waits."""
     rows = []
     for n in workers:
-        setting = LoaderSetting(cached=True, workers=n, augmented=True)
-        batch_size = setting.experiment.train.data.batch_size
-        run = LoaderRun(recordings, setting, (n_batches + 2) * batch_size)
-        step = _make_step(setting.experiment, run.clips.targets.shape[1])
+        n_clips = (n_batches + 2) * _BATCH_SIZE
+        run = LoaderRun(recordings, n_clips, cached=True, workers=n, augmented=True)
+        torch.manual_seed(0)
+        n_classes = run.clips.targets.shape[1]
+        model = build_model(run.experiment, n_classes, pretrained=False).train()
+        learning_rate = run.experiment.train.optimizer.learning_rate
+        optimizer = torch.optim.AdamW(model.parameters(), learning_rate)
+        batch_loss = BatchLoss(model, run.experiment, torch.device("cpu"))
+        step = partial(_train_batch, batch_loss, optimizer)
         waiting, seconds = time_waiting(run.batches(), step, n_batches)
         run.stop()
         rows.append(
             {
                 "side": _TRAINING, "source": "cache", "workers": n, "augmented": True,
-                "crops_per_recording": 1, "clips_per_second": n_batches * batch_size / seconds,
+                "crops_per_recording": 1, "clips_per_second": n_batches * _BATCH_SIZE / seconds,
                 "waiting_share": waiting / seconds,
             }
         )  # fmt: skip
@@ -341,20 +342,11 @@ def time_waiting(
     return waiting, mark - start
 
 
-def _make_step(experiment: Experiment, n_classes: int) -> Callable[[ClipBatch], None]:
-    """Return a training step of a new model on the CPU."""
-    torch.manual_seed(0)
-    model = build_model(experiment, n_classes, pretrained=False).train()
-    optimizer = torch.optim.AdamW(model.parameters(), experiment.train.optimizer.learning_rate)
-    batch_loss = BatchLoss(model, experiment, torch.device("cpu"))
-
-    def step(batch: ClipBatch) -> None:
-        loss = batch_loss(batch, epoch=0, position=0)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-
-    return step
+def _train_batch(batch_loss: BatchLoss, optimizer: torch.optim.Optimizer, batch: ClipBatch) -> None:
+    loss = batch_loss(batch, epoch=0, position=0)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -371,6 +363,7 @@ def benchmark_training(
     highest of the turns), and the share of time in which the augmented training waits for clips.
     """
     n_cores = torch.get_num_threads()
+    train_part, _ = data.split(data.folds[0])
     rows = []
     try:
         for setting, threads, workers in (
@@ -382,9 +375,14 @@ def benchmark_training(
             endless = replace_nested(
                 experiment, train={"epochs": 1, "data": {"clips_per_epoch": n_clips}}
             )
-            augmented = _start(endless, data, folder, workers)
-            stored = _start(replace(endless, augment=NO_AUGMENT), data, folder, 0)
-            stored.loader = _StoredBatches(stored.loader)
+            trainings = []
+            for variant, n in ((endless, workers), (replace(endless, augment=NO_AUGMENT), 0)):
+                run, options = Run(variant, data.folds[0], folder), RunOptions(workers=n)
+                trainings.append(start_training(run, data, train_part, options))
+            augmented, stored = trainings
+            stored.loader.sampler.set_epoch(0)
+            batches = list(islice(stored.loader, _STORED_BATCHES))
+            stored.loader = _StoredBatches(stored.loader.sampler, batches)
             row = {"setting": setting, "threads": threads, "workers": workers}
             rows.append(row | _compare(augmented, stored, n_steps, repeats))
     finally:
@@ -394,34 +392,33 @@ def benchmark_training(
     return table
 
 
+@dataclass(frozen=True)
 class _StoredBatches:
     """Stands in for a DataLoader: repeats a few batches that are in memory."""
 
-    def __init__(self, loader: torch.utils.data.DataLoader[ClipBatch]) -> None:
-        self.sampler, self.dataset = loader.sampler, loader.dataset
-        self.sampler.set_epoch(0)
-        self.batches = [batch for batch, _ in zip(loader, range(_STORED_BATCHES), strict=False)]
+    sampler: ClipSampler
+    batches: list[ClipBatch]
 
     def __iter__(self) -> Iterator[ClipBatch]:
-        while True:
-            yield from self.batches
-
-
-def _start(experiment: Experiment, data: TrainingData, folder: Path, workers: int) -> Training:
-    train_part, _ = data.split(data.folds[0])
-    run = Run(experiment, data.folds[0], folder)
-    return start_training(run, data, train_part, RunOptions(workers=workers))
+        return cycle(self.batches)
 
 
 def _compare(augmented: Training, stored: Training, n_steps: int, repeats: int) -> dict[str, float]:
-    trainings = [(training, training.steps()) for training in (augmented, stored)]
-    speeds: list[list[float]] = []
+    trainings = [(training.progress, training.steps()) for training in (augmented, stored)]
+    speeds = np.zeros((repeats + 1, len(trainings)))
     waiting = []
     for turn in range(repeats + 1):
-        speeds.append([_clips_per_second(*training, n_steps) for training in trainings])
+        for index, (progress, steps) in enumerate(trainings):
+            for _ in range(_WARM_UP_STEPS):
+                next(steps)
+            progress.seconds = progress.waiting = 0.0
+            before, start = progress.n_clips, time.perf_counter()
+            for _ in range(n_steps):
+                next(steps)
+            speeds[turn, index] = (progress.n_clips - before) / (time.perf_counter() - start)
         waiting.append(augmented.progress.waiting / augmented.progress.seconds)
         logger.info("turn %d of %d done", turn, repeats)
-    augmented_speed, stored_speed = np.array(speeds[1:]).T  # the first turn is the warm-up
+    augmented_speed, stored_speed = speeds[1:].T  # the first turn is the warm-up
     ratio = augmented_speed / stored_speed
     return {
         "augmented_clips_per_second": round(float(np.median(augmented_speed)), 1),
@@ -431,19 +428,6 @@ def _compare(augmented: Training, stored: Training, n_steps: int, repeats: int) 
         "ratio_high": round(float(ratio.max()), 3),
         "waiting_share": round(float(np.median(waiting[1:])), 3),
     }
-
-
-def _clips_per_second(training: Training, steps: Iterator[None], n_steps: int) -> float:
-    """Time ``n_steps`` steps after the warm-up."""
-    for _ in range(_WARM_UP_STEPS):
-        next(steps)
-    progress = training.progress
-    progress.seconds = progress.waiting = 0.0
-    before = progress.n_clips
-    start = time.perf_counter()
-    for _ in range(n_steps):
-        next(steps)
-    return (progress.n_clips - before) / (time.perf_counter() - start)
 
 
 # --- the figure -----------------------------------------------------------------------------------
@@ -460,29 +444,26 @@ def plot_loader_speed(table: pd.DataFrame) -> Figure:
     readers.margins(x=0.3)
     readers.set_title("One clip after another, one process")
     readers.set_xlabel("five-second clips per second  (× librosa.load of the file)")
-    _plot_loaders(loaders, table[table["side"] == _LOADER])
     figure.suptitle(f"From recording to training clip, {table['cores'].iloc[0]} CPU cores")
-    return figure
-
-
-def _plot_loaders(axes: Axes, rows: pd.DataFrame) -> None:
-    groups = list(rows.groupby(["source", "augmented", "crops_per_recording"], sort=False))
+    settings = ["source", "augmented", "crops_per_recording"]
+    groups = list(table[table["side"] == _LOADER].groupby(settings, sort=False))
     width = 0.8 / len(groups)
     for number, ((source, augmented, crops), group) in enumerate(groups):
         label = f"{source}, {'augmented' if augmented else 'plain'}"
         label += f", {crops:.0f} crops of each opened" if crops > 1 else ""
         positions = np.arange(len(group)) + (number - (len(groups) - 1) / 2) * width
-        bars = axes.bar(
+        bars = loaders.bar(
             positions, group["clips_per_second"], width, label=label, edgecolor="white",
             color=_COLORS[_CACHE if source == "cache" else _SEEK],
             hatch="///" if augmented else "..." if crops > 1 else "",
         )  # fmt: skip
-        axes.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=7)
-    axes.set_yscale("log")
-    axes.set_xticks(np.arange(len(group)), [f"{n:.0f}" for n in group["workers"]])
-    axes.margins(y=0.2)
-    axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
-    axes.set_ylim(top=axes.get_ylim()[1] * 4)  # room for the legend
-    axes.set_title("The loader, batches of 32")
-    axes.set_xlabel("workers (0: in the training process)")
-    axes.set_ylabel("five-second clips per second")
+        loaders.bar_label(bars, fmt="{:,.0f}", padding=2, fontsize=7)
+    loaders.set_yscale("log")
+    loaders.set_xticks(np.arange(len(group)), [f"{n:.0f}" for n in group["workers"]])
+    loaders.margins(y=0.2)
+    loaders.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
+    loaders.set_ylim(top=loaders.get_ylim()[1] * 4)  # room for the legend
+    loaders.set_title("The loader, batches of 32")
+    loaders.set_xlabel("workers (0: in the training process)")
+    loaders.set_ylabel("five-second clips per second")
+    return figure

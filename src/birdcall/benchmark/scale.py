@@ -125,15 +125,13 @@ class Archive:
         n_tasks = int(np.ceil(self.hours / self.task_hours))
         task_seconds = self.task_hours * seconds_per_hour
 
-        def lifetime() -> float:
-            if not self.failures_per_day:
-                return np.inf
-            return generator.exponential(_DAY_SECONDS / self.failures_per_day)
-
+        mean_lifetime = np.inf
+        if self.failures_per_day:
+            mean_lifetime = _DAY_SECONDS / self.failures_per_day
         # When each worker is free, and its number; when it is lost.
         free = [(0.0, number) for number in range(self.n_workers)]
         heapq.heapify(free)
-        lost_at = [lifetime() for _ in range(self.n_workers)]
+        lost_at = [generator.exponential(mean_lifetime) for _ in range(self.n_workers)]
         left, n_lost, wasted, end = n_tasks, 0, 0.0, 0.0
         while left:
             now, worker = heapq.heappop(free)
@@ -146,7 +144,7 @@ class Archive:
             n_lost += 1
             wasted += max(0.0, lost_at[worker] - now)
             back = lost_at[worker] + self.restart_seconds
-            lost_at[worker] = back + lifetime()
+            lost_at[worker] = back + generator.exponential(mean_lifetime)
             heapq.heappush(free, (back, worker))
         ideal = n_tasks * task_seconds / self.n_workers
         shard_bytes = self.hours * self.detections_per_hour * _ROW_BYTES
@@ -200,21 +198,18 @@ _NOCALL_SHARE = 0.54
 _SPECIES_SHARES = (0.7, 0.25, 0.05)  # of the rows with birds: those of one, two and three species
 _EXPERIMENT = find_experiment("small_plain")  # any: the predictions are random
 _SIZE_FILE = "size.json"
+_CACHE_NAMES = ("soundscapes", "random")  # of the recordings, and of where their audio comes from
 _RESULT_FILE = "evaluation.json"
 
 
 @dataclass(frozen=True)
-class EvaluationSize:
+class _EvaluationSize:
     """How much is evaluated; segments are those of each soundscape."""
 
     n_soundscapes: int
     n_segments: int
     n_classes: int
     n_members: int
-
-    @property
-    def names(self) -> list[str]:
-        return [f"soundscape{number:04d}" for number in range(self.n_soundscapes)]
 
 
 def benchmark_evaluation(
@@ -231,14 +226,14 @@ def benchmark_evaluation(
     Columns: rows, members, classes, seconds (with the start of Python), peak_gigabytes (of
     memory), and the scores, which show that the search had a choice.
     """
-    size = EvaluationSize(n_soundscapes, int(seconds // SEGMENT_SECONDS), n_classes, n_members)
+    size = _EvaluationSize(n_soundscapes, int(seconds // SEGMENT_SECONDS), n_classes, n_members)
     n_species = len(all_species())
     require(n_classes <= n_species, f"n_classes is {n_classes}; there are {n_species} species")
     stored = folder / "stored"
     shutil.rmtree(stored, ignore_errors=True)
     _store_predictions(stored, size)
     start = time.perf_counter()
-    code = f"import sys; from {__name__} import evaluate_stored; evaluate_stored(sys.argv[1])"
+    code = f"import sys; from {__name__} import _evaluate_stored; _evaluate_stored(sys.argv[1])"
     subprocess.run([sys.executable, "-c", code, str(stored)], check=True)
     wall_seconds = time.perf_counter() - start
     result = json.loads((stored / _RESULT_FILE).read_text(encoding="utf-8"))
@@ -254,25 +249,26 @@ def benchmark_evaluation(
     return pd.DataFrame([row])
 
 
-def random_truth(size: EvaluationSize) -> np.ndarray:
+def random_truth(n_rows: int, n_classes: int) -> np.ndarray:
     """Return truth ``(rows, classes)``: species of unequal frequency, 54 % of the rows empty."""
     generator = np.random.default_rng(0)
-    n_rows = size.n_soundscapes * size.n_segments
-    prior = generator.pareto(1.0, size.n_classes) + 0.1
-    truth = np.zeros((n_rows, size.n_classes), dtype=bool)
+    prior = generator.pareto(1.0, n_classes) + 0.1
+    truth = np.zeros((n_rows, n_classes), dtype=bool)
     for row in np.flatnonzero(generator.random(n_rows) >= _NOCALL_SHARE):
-        n_birds = 1 + min(generator.choice(3, p=_SPECIES_SHARES), size.n_classes - 1)
+        n_birds = 1 + min(generator.choice(3, p=_SPECIES_SHARES), n_classes - 1)
         birds = generator.choice(
-            size.n_classes, n_birds, replace=False, p=prior / prior.sum(), shuffle=False
+            n_classes, n_birds, replace=False, p=prior / prior.sum(), shuffle=False
         )
         truth[row, birds] = True
     return truth
 
 
-def _store_predictions(folder: Path, size: EvaluationSize) -> None:
+def _store_predictions(folder: Path, size: _EvaluationSize) -> None:
     """Write checkpoints, and random predictions of them for all soundscapes into the cache."""
     classes = tuple(species.ebird_code for species in all_species()[: size.n_classes])
-    truth = random_truth(size)
+    names = [f"soundscape{number:04d}" for number in range(size.n_soundscapes)]
+    truth = random_truth(size.n_soundscapes * size.n_segments, size.n_classes)
+    cache = PredictionCache(folder / "predictions", *_CACHE_NAMES)
     generator = np.random.default_rng(1)
     # What all members have in common: the birds more or less, and some confusions.
     common = generator.normal(-6, 1.2, truth.shape).astype(np.float32)
@@ -293,20 +289,35 @@ def _store_predictions(folder: Path, size: EvaluationSize) -> None:
             starts=tuple(range(0, len(truth), size.n_segments)),
             recording_seconds=(float(SEGMENT_SECONDS * size.n_segments),) * size.n_soundscapes,
         )
-        by_name = dict(zip(size.names, predictions.split(), strict=True))
-        _cache(folder).write(Member(saved.name, model, saved), SINGLE_SEGMENT, by_name)
-    write_atomically(folder / _SIZE_FILE, json.dumps(vars(size)))
+        by_name = dict(zip(names, predictions.split(), strict=True))
+        cache.write(Member(saved.name, model, saved), SINGLE_SEGMENT, by_name)
+    write_atomically(folder / _SIZE_FILE, json.dumps({"size": vars(size), "names": names}))
 
 
-def _cache(folder: Path) -> PredictionCache:
-    return PredictionCache(folder / "predictions", "soundscapes", "random")
-
-
-def evaluate_stored(folder: str) -> None:
-    """Evaluate what ``folder`` holds, in this process; write scores and peak memory there."""
+def _evaluate_stored(folder: str) -> None:
+    """Evaluate the predictions in ``folder``; write scores and this process's peak memory there."""
     stored = Path(folder)
-    size = EvaluationSize(**json.loads((stored / _SIZE_FILE).read_text(encoding="utf-8")))
-    labelled = _read_labelled(stored, size)
+    values = json.loads((stored / _SIZE_FILE).read_text(encoding="utf-8"))
+    size, names = _EvaluationSize(**values["size"]), values["names"]
+    ensemble = load_ensemble(find_checkpoints(stored / "runs"))
+
+    def not_stored(rates: object) -> dict[int, np.ndarray]:
+        raise RuntimeError(f"{stored}: the cache does not hold the predictions")
+
+    sources = dict.fromkeys(names, not_stored)
+    cache = PredictionCache(stored / "predictions", *_CACHE_NAMES)
+    predictions = cache.predict(ensemble, sources)
+    # Each soundscape is a group.
+    segments = [
+        segment_table(name, size.n_segments, is_labelled=True, group=name) for name in names
+    ]
+    labelled = LabelledPredictions(
+        segments=pd.concat(segments, ignore_index=True),
+        truth=random_truth(size.n_soundscapes * size.n_segments, size.n_classes),
+        predictions=concatenate(list(predictions.values())),
+        member_names=tuple(member.name for member in ensemble.members),
+        classes=ensemble.classes,
+    )
     weights = tables.share_weights(labelled.labelled_truth, _NOCALL_SHARE)
     rows: tables.Rows = []
     scores = {}
@@ -325,24 +336,3 @@ def evaluate_stored(folder: str) -> None:
         "table": tables.wide_table(tables.tidy_table(rows)).to_string(index=False),
     }
     write_atomically(stored / _RESULT_FILE, json.dumps(result))
-
-
-def _read_labelled(folder: Path, size: EvaluationSize) -> LabelledPredictions:
-    """Read the members' predictions; each soundscape is a group of its own."""
-
-    def not_stored(rates: object) -> dict[int, np.ndarray]:
-        raise RuntimeError(f"{folder}: the cache does not hold the predictions")
-
-    ensemble = load_ensemble(find_checkpoints(folder / "runs"))
-    sources = dict.fromkeys(size.names, not_stored)
-    predictions = _cache(folder).predict(ensemble, sources)
-    segments = [
-        segment_table(name, size.n_segments, is_labelled=True, group=name) for name in size.names
-    ]
-    return LabelledPredictions(
-        segments=pd.concat(segments, ignore_index=True),
-        truth=random_truth(size),
-        predictions=concatenate(list(predictions.values())),
-        member_names=tuple(member.name for member in ensemble.members),
-        classes=ensemble.classes,
-    )
