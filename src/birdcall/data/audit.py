@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 _STATUSES = ("ok", "truncated", "too_short", "silent", "unreadable", "duplicate")
 _MIN_SECONDS = 0.5  # less is a click, or the rest of a broken upload
 _MIN_TRUNCATED_SECONDS = 1.0
-# Seconds plus share that may lack of the table's length (whole seconds, or of another edit).
+# How much shorter than in the table (whole seconds) a recording may be: seconds plus share.
 _TABLE_TOLERANCE = (2.0, 0.1)
 _CLIPPED = 0.999  # of full scale
 _SILENT_DB = -80.0  # full scale is 0 dB; the quietest real recordings stay above -70
