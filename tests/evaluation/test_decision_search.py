@@ -392,7 +392,7 @@ def test_scores_of_another_shape_are_refused():
     with pytest.raises(ValueError, match="framewise has shape"):
         scores.with_probabilities(scores.clipwise, scores.framewise[:, :5])
     torn = scores.segments.sample(frac=1, random_state=0).reset_index(drop=True)
-    with pytest.raises(ValueError, match="do not stand together"):
+    with pytest.raises(ValueError, match="are not adjacent"):
         replace(scores, segments=torn)
 
 

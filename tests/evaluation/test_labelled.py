@@ -83,7 +83,7 @@ def test_the_example_s_rows_follow_from_its_annotations_in_the_demo(demo_folder)
 # --- what members predict ------------------------------------------------------------------------
 
 
-def test_the_examples_are_predicted_and_every_label_stands_at_its_segment(
+def test_the_examples_are_predicted_and_every_label_is_at_its_segment(
     demo_folder, training_data, held_out
 ):
     known = known_species(training_data.classes)
@@ -150,7 +150,7 @@ def test_names_of_species_are_known_and_others_counted(ravens):
     assert truth.foreign == Counter({"red squirrel": 1})
 
 
-def test_a_selection_after_the_end_is_left_out_and_said(ravens, caplog):
+def test_a_selection_after_the_end_is_left_out_with_a_warning(ravens, caplog):
     late = [Event("amecro", 22.0, 40.0, 1.0), Event("norcar", 30.0, 31.0, 1.0)]
     write_raven_table(ravens / "dawn.Table.1.selections.txt", late)
     truth = read_truth([ravens], KNOWN)
@@ -200,7 +200,7 @@ def test_birds_named_where_a_table_is_empty_are_false_events(ravens, trained_run
     assert list(soundscapes.frames) == ["dawn", "night/quiet"]
     of_dawn = replace(soundscapes, frames={"dawn": soundscapes.frames["dawn"]})
     everything = Decision(clip_threshold=0.0, frame_threshold=0.0, max_birds=3)
-    with_quiet, without = (event_rows("x", one, everything) for one in (soundscapes, of_dawn))
+    with_quiet, without = (event_rows("x", item, everything) for item in (soundscapes, of_dawn))
     # Three birds in each second of twelve more, none of them there.
     assert with_quiet[0]["metric"] == "segment_f1"
     assert 0 < with_quiet[0]["value"] < without[0]["value"]
@@ -309,9 +309,9 @@ def test_the_real_annotations_agree_with_the_real_rows(cornell_mini):
     truth = read_truth([cornell_mini], KNOWN)
     rows = truth.rows[truth.rows["recording"].str.startswith("ORANGE")]
     touched = {
-        (int(seconds // SEGMENT_SECONDS), one.ebird_code)
-        for one in truth.annotations.itertuples()
-        for seconds in np.arange(one.onset, one.offset, 0.05)
+        (int(seconds // SEGMENT_SECONDS), item.ebird_code)
+        for item in truth.annotations.itertuples()
+        for seconds in np.arange(item.onset, item.offset, 0.05)
     }
     labelled = {
         (int(row.seconds // SEGMENT_SECONDS) - 1, bird)

@@ -29,7 +29,7 @@ def test_every_recording_is_predicted_by_the_run_that_did_not_train_on_it(
     for row in rng.choice(len(training_data.recordings), 6, replace=False):
         recording = training_data.recordings.iloc[row]
         (folder,) = [
-            one for one in trained_runs if one.parts[-2:] == ("tiny", f"fold{recording['fold']}")
+            run for run in trained_runs if run.parts[-2:] == ("tiny", f"fold{recording['fold']}")
         ]
         waveform = read_audio(training_data.folder / recording["path"], 32_000)
         assert len(waveform) < VALIDATION_SECONDS * 32_000
@@ -55,7 +55,7 @@ def test_the_maximum_by_recording_is_the_highest_segment_as_in_training(
     assert not np.isnan(clipwise).any()
     assert (framewise >= clipwise - 1e-6).mean() > 0.5
     of_fold = (training_data.recordings["fold"] == 0).to_numpy()
-    (folder,) = [one for one in trained_runs if one.parts[-2:] == ("tiny", "fold0")]
+    (folder,) = [run for run in trained_runs if run.parts[-2:] == ("tiny", "fold0")]
     held_out, ensemble = training_data.recordings[of_fold], load_ensemble([folder])
     paths = {path: training_data.folder / path for path in held_out["path"]}
     results = predict_files(ensemble, paths, limit_seconds=VALIDATION_SECONDS)
@@ -124,4 +124,4 @@ def test_the_parquet_has_every_segment_and_every_class(predicted, training_data,
             assert np.array_equal(subset["seconds"], part.segments["seconds"])
             assert list(subset["path"]) == list(part.segments["path"])
     assert pq.ParquetFile(path).num_row_groups >= 4  # an experiment at a time
-    assert [one.name for one in tmp_path.iterdir()] == ["oof.parquet"]
+    assert [path.name for path in tmp_path.iterdir()] == ["oof.parquet"]

@@ -56,15 +56,15 @@ NO_CACHE = PredictionCache(None, "", "")
 UNREAD = dict.fromkeys(SOURCES, unread)
 
 
-def assert_same(one, other):
-    assert list(one) == list(other)
-    for name, scores in one.items():
-        if isinstance(scores, AudioError):
-            assert str(scores) == str(other[name])
+def assert_same(first, second):
+    assert list(first) == list(second)
+    for name, predicted in first.items():
+        if isinstance(predicted, AudioError):
+            assert str(predicted) == str(second[name])
         else:
-            assert np.array_equal(scores.clipwise, other[name].clipwise)
-            assert np.array_equal(scores.framewise, other[name].framewise)
-            assert scores.seconds == other[name].seconds
+            assert np.array_equal(predicted.clipwise, second[name].clipwise)
+            assert np.array_equal(predicted.framewise, second[name].framewise)
+            assert predicted.seconds == second[name].seconds
 
 
 def test_they_are_those_of_the_ensemble(ensemble, cache):
@@ -161,7 +161,7 @@ def test_frames_are_stored_for_members_together(ensemble, trained_runs, cache, c
     path.write_bytes(path.read_bytes()[:100])
     repaired = cache.predict_frames(ensemble, {name: SOURCES[name] for name in "abc"})
     assert all(np.array_equal(repaired[name], frames) for name, frames in first.items())
-    assert [one.levelname for one in caplog.records] == ["WARNING"]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert cache.predict_frames(ensemble, decoded).keys() == first.keys()
 
 
@@ -185,7 +185,7 @@ def test_a_damaged_file_is_one_warning_and_is_written_again(ensemble, cache, cap
         {"cut": whole[: len(whole) // 2], "garbage": b"\x80\x04pickle", "empty": b""}[damage]
     )
     assert_same(first, cache.predict(ensemble, SOURCES))
-    warnings = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1
     assert path.name in warnings[0]
     assert path.read_bytes() == whole

@@ -51,7 +51,7 @@ EVENT = SimulatedEvent(
 
 @pytest.fixture(scope="module")
 def find_segment(training_data):
-    """The salient segments of the recordings, each found once for all tests."""
+    """The salient segments of the recordings, each computed once for all tests."""
     return salient_segment_finder(training_data, RATE)
 
 
@@ -161,10 +161,10 @@ def test_silence_has_a_salient_segment_too(waveform):
 
 def test_the_share_of_nocall_is_within_a_row_of_each_soundscape(planned, training_data):
     for share in CONFIG.nocall_shares:
-        subset = [one for one in planned if one.nocall_share == share]
+        subset = [soundscape for soundscape in planned if soundscape.nocall_share == share]
         assert len(subset) == CONFIG.n_soundscapes
         truth = np.concatenate(
-            [label_segments(one.events, training_data.classes, 6) for one in subset]
+            [label_segments(soundscape.events, training_data.classes, 6) for soundscape in subset]
         )
         n_empty = (~truth.any(axis=1)).sum()
         assert abs(n_empty - share * len(truth)) <= len(subset)
@@ -172,7 +172,7 @@ def test_the_share_of_nocall_is_within_a_row_of_each_soundscape(planned, trainin
 
 def test_only_recordings_of_the_held_out_fold_are_used(planned, training_data):
     folds = training_data.recordings.set_index("path")["fold"]
-    assert {folds[event.path] for one in planned for event in one.events} == {0}
+    assert {folds[event.path] for soundscape in planned for event in soundscape.events} == {0}
 
 
 def test_no_recordist_is_in_two_groups(training_data):
@@ -194,15 +194,17 @@ def test_a_soundscape_is_made_from_its_group_alone(training_data, plan):
     groups = dict(
         zip(recordings["path"], group_recordings(recordings, CONFIG.groups_per_fold), strict=True)
     )
-    for one in planned:
-        assert {groups[event.path] for event in one.events} <= {one.group}
-    assert len({one.group for one in planned}) > 1
+    for soundscape in planned:
+        assert {groups[event.path] for event in soundscape.events} <= {soundscape.group}
+    assert len({soundscape.group for soundscape in planned}) > 1
 
 
 def test_a_recording_repeats_only_when_all_of_its_group_have_been_used(plan):
     many = plan(config=replace(CONFIG, n_soundscapes=12, nocall_shares=(0.5,)))
-    for group in {one.group for one in many}:
-        used = Counter(e.path for one in many if one.group == group for e in one.events)
+    for group in {soundscape.group for soundscape in many}:
+        used = Counter(
+            e.path for soundscape in many if soundscape.group == group for e in soundscape.events
+        )
         assert max(used.values()) - min(used.values()) <= 2  # one may be too long for what is left
 
 
@@ -214,11 +216,11 @@ def test_a_recording_with_secondary_labels_is_left_out_where_its_species_has_one
     recordings.loc[:, "secondary_codes"] = [("norcar",)] * len(recordings)
     recordings.loc[first, "secondary_codes"] = [()] * len(first)
     planned = plan(recordings)
-    used = {event.path for one in planned for event in one.events}
+    used = {event.path for soundscape in planned for event in soundscape.events}
     assert used <= set(recordings.loc[first, "path"])
     recordings["secondary_codes"] = [("norcar",)] * len(recordings)
     planned = plan(recordings)
-    assert any(one.events for one in planned)
+    assert any(soundscape.events for soundscape in planned)
 
 
 def test_the_plan_does_not_depend_on_the_order_of_recordings_or_folds(planned, training_data, plan):
@@ -232,23 +234,23 @@ def test_another_seed_plans_other_soundscapes(planned, plan):
 
 
 def test_events_lie_inside_their_soundscape_at_drawn_levels(planned):
-    events = [event for one in planned for event in one.events]
+    events = [event for soundscape in planned for event in soundscape.events]
     assert all(0 <= e.onset < e.offset <= CONFIG.soundscape_seconds for e in events)
     assert all(CONFIG.snr_db[0] <= e.snr_db <= CONFIG.snr_db[1] for e in events)
     assert len({e.snr_db for e in events}) > len(events) / 2
 
 
 def test_labels_are_those_of_an_independent_count(planned, training_data):
-    for one in planned:
+    for soundscape in planned:
         expected = np.zeros((6, len(training_data.classes)), dtype=bool)
-        for event in one.events:
+        for event in soundscape.events:
             # A hundredth of a second at a time.
             times = np.arange(round(100 * event.onset), round(100 * event.offset))
             for segment, count in Counter(times // (100 * SEGMENT_SECONDS)).items():
                 if count >= min(50, len(times) / 2) + 1:
                     column = training_data.classes.index(event.ebird_code)
                     expected[int(segment), column] = True
-        labels = label_segments(one.events, training_data.classes, 6)
+        labels = label_segments(soundscape.events, training_data.classes, 6)
         assert not (expected & ~labels).any()
         assert (expected != labels).sum() <= 1  # on the edge of the rule by less than 10 ms
 
@@ -256,7 +258,10 @@ def test_labels_are_those_of_an_independent_count(planned, training_data):
 def test_at_most_three_species_are_in_a_segment(training_data, plan):
     planned = plan(config=replace(CONFIG, nocall_shares=(0.0,), n_soundscapes=6))
     counts = np.concatenate(
-        [label_segments(one.events, training_data.classes, 6).sum(1) for one in planned]
+        [
+            label_segments(soundscape.events, training_data.classes, 6).sum(1)
+            for soundscape in planned
+        ]
     )
     assert counts.max() <= 3
     assert (counts == 0).mean() < 0.2
@@ -265,14 +270,14 @@ def test_at_most_three_species_are_in_a_segment(training_data, plan):
 def test_distractors_are_birds_at_a_pitch_of_no_class_and_have_no_label(training_data, plan):
     often = replace(CONFIG, distractor_every_seconds=3.0)
     planned = plan(config=often)
-    distractors = [event for one in planned for event in one.distractors]
+    distractors = [event for soundscape in planned for event in soundscape.distractors]
     assert len(distractors) == pytest.approx(30 / 3 * len(planned), rel=0.4)
     octaves = np.abs(np.log2([event.transposition for event in distractors]))
     assert (octaves >= often.distractor_octaves[0]).all()
     assert (octaves <= often.distractor_octaves[1]).all()
-    for one in planned:
-        alone = replace(one, distractors=())
-        labels = label_segments(one.events, training_data.classes, 6)
+    for soundscape in planned:
+        alone = replace(soundscape, distractors=())
+        labels = label_segments(soundscape.events, training_data.classes, 6)
         assert np.array_equal(labels, label_segments(alone.events, training_data.classes, 6))
 
 
@@ -290,7 +295,7 @@ def test_a_distractor_has_its_transposed_pitch(renderer, tmp_path):
 
 def test_events_are_described_one_a_row(planned):
     table = describe_events(planned)
-    assert len(table) == sum(len(one.events) for one in planned)
+    assert len(table) == sum(len(soundscape.events) for soundscape in planned)
     assert list(table) == ["recording", "onset", "offset", "ebird_code", "snr_db", "path"]
 
 
@@ -316,7 +321,7 @@ def test_settings_that_cannot_be_meant_are_refused(changes, complaint):
 
 
 def busiest(planned):
-    return max(planned, key=lambda one: len(one.events))
+    return max(planned, key=lambda soundscape: len(soundscape.events))
 
 
 def band_power(waveform, band_hz):
@@ -326,11 +331,11 @@ def band_power(waveform, band_hz):
 
 
 def test_an_event_has_its_snr_in_its_frequency_band(planned, renderer):
-    one = busiest(planned)
-    background = renderer.mix_background(one)
-    assert one.events
-    for event in (*one.events, *one.distractors):
-        alone = replace(one, events=(event,), distractors=())
+    soundscape = busiest(planned)
+    background = renderer.mix_background(soundscape)
+    assert soundscape.events
+    for event in (*soundscape.events, *soundscape.distractors):
+        alone = replace(soundscape, events=(event,), distractors=())
         difference = renderer.mix(alone) - background
         start = round(event.onset * RATE)
         span = slice(start, start + len(renderer.read_event(event)))
@@ -339,14 +344,14 @@ def test_an_event_has_its_snr_in_its_frequency_band(planned, renderer):
 
 
 def test_a_mixture_is_its_background_outside_events_and_differs_within_them(planned, renderer):
-    one = busiest(planned)
-    difference = renderer.mix(one) - renderer.mix_background(one)
-    sings = np.zeros(len(difference), dtype=bool)
-    for event in (*one.events, *one.distractors):
-        sings[round(event.onset * RATE) : round(event.offset * RATE) + 1] = True
+    soundscape = busiest(planned)
+    difference = renderer.mix(soundscape) - renderer.mix_background(soundscape)
+    is_event = np.zeros(len(difference), dtype=bool)
+    for event in (*soundscape.events, *soundscape.distractors):
+        is_event[round(event.onset * RATE) : round(event.offset * RATE) + 1] = True
         span = slice(round(event.onset * RATE), round(event.offset * RATE))
         assert np.abs(difference[span]).max() > 0
-    assert not difference[~sings].any()
+    assert not difference[~is_event].any()
 
 
 def test_the_recording_s_noise_outside_the_event_s_band_is_taken_out(training_data, renderer):
@@ -359,13 +364,13 @@ def test_the_recording_s_noise_outside_the_event_s_band_is_taken_out(training_da
 
 
 def test_what_is_rendered_does_not_depend_on_other_rates_or_soundscapes(planned, renderer):
-    one = busiest(planned)
-    alone = renderer.render(one, [RATE])
-    both = renderer.render(one, [16_000, RATE])
+    soundscape = busiest(planned)
+    alone = renderer.render(soundscape, [RATE])
+    both = renderer.render(soundscape, [16_000, RATE])
     assert np.array_equal(alone[RATE], both[RATE])
     assert len(both[16_000]) == 30 * 16_000
     renderer.render(planned[0], [RATE])
-    assert np.array_equal(alone[RATE], renderer.render(one, [RATE])[RATE])
+    assert np.array_equal(alone[RATE], renderer.render(soundscape, [RATE])[RATE])
     assert alone[RATE].dtype == np.float32
     assert 0.01 < np.abs(alone[RATE]).max() <= 1.0
 
@@ -394,7 +399,7 @@ def test_a_damaged_recording_is_named(renderer, tmp_path):
     (tmp_path / path).parent.mkdir(parents=True)
     (tmp_path / path).write_bytes(b"<html>no audio</html>" * 50)
     event = replace(EVENT, path=path)
-    one = SimulatedSoundscape(
+    soundscape = SimulatedSoundscape(
         name="s",
         fold=0,
         group="fold0-part0",
@@ -405,7 +410,7 @@ def test_a_damaged_recording_is_named(renderer, tmp_path):
         distractors=(),
     )
     with pytest.raises(AudioError, match=r"XC1\.mp3"):
-        reader_in(renderer, tmp_path).render(one, [RATE])
+        reader_in(renderer, tmp_path).render(soundscape, [RATE])
 
 
 # --- what members predict ------------------------------------------------------------------------
@@ -469,8 +474,8 @@ def test_real_recordings_make_the_same_plan_in_a_second_process(real_data):
     find_segment = salient_segment_finder(data, RATE)
     config = replace(CONFIG, nocall_shares=(0.2,))
     planned = plan_soundscapes(data.recordings, 0, config, find_segment)
-    assert sum(len(one.events) for one in planned) > 20
-    lengths = [event.offset - event.onset for one in planned for event in one.events]
+    assert sum(len(soundscape.events) for soundscape in planned) > 20
+    lengths = [event.offset - event.onset for soundscape in planned for event in soundscape.events]
     assert 0.5 < np.mean(lengths) < 3
     done = subprocess.run(
         [sys.executable, "-c", SECOND_PROCESS, *map(str, real_data)],

@@ -77,9 +77,8 @@ class Truth:
 class LabelledSoundscapes:
     """Labelled soundscapes with the predictions of all members.
 
-    predictions: each recording is a group of its own. frames: `SegmentPredictions` with ``frames``
-    of the recordings whose annotations are complete. annotations, foreign, paths: see
-    `Truth`.
+    predictions: each recording is a group. frames: `SegmentPredictions` with ``frames``
+    of the recordings whose annotations are complete. annotations, foreign, paths: see `Truth`.
     """
 
     predictions: LabelledPredictions

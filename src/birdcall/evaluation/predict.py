@@ -255,7 +255,7 @@ def _predict_all(
     *,
     progress: bool,
 ) -> SegmentPredictions:
-    """Return the predictions for all recordings in a row; raise AudioError for a damaged one."""
+    """Return the predictions for all recordings together; raise AudioError if one is damaged."""
     predictions = cache.predict(ensemble, sources, progress=progress)
     for item in predictions.values():
         if isinstance(item, AudioError):
@@ -268,8 +268,8 @@ def write_oof_parquet(
 ) -> None:
     """Write every segment: keys, then a column of probabilities per class.
 
-    Each segment has a row for its clipwise and one for its framewise output. Experiments are
-    written one after another, so that memory holds one at a time.
+    Each segment has two rows, for its clipwise and its framewise output. Experiments are written in
+    turn, so that memory holds the table of a single experiment.
     """
     keys = {
         "experiment": pa.string(),

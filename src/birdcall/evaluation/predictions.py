@@ -1,4 +1,4 @@
-"""Hold predictions beside their truth, and store what each member predicts, to compute it once."""
+"""Hold predictions with their truth, and store the predictions of members, to compute them once."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ _Predictions = dict[str, SegmentPredictions | AudioError]  # by recording; an er
 class LabelledPredictions:
     """Predictions for soundscapes that no member was trained on, and the true species in them.
 
-    segments: a row per segment. All segments of a recording are there, one after the other in order
-    of time, because decisions use neighbours. Columns: ``recording``; ``seconds``, the segment's
+    segments: a row per segment. All segments of a recording are there, adjacent and in order of
+    time, because decisions use neighbours. Columns: ``recording``; ``seconds``, the segment's
     end; ``is_labelled``, whether its truth is known; ``group``: soundscapes of different groups
     share no training recording and no recordist.
     truth: ``(segments, species)``, boolean. The first columns are ``classes``; the others are
@@ -90,7 +90,7 @@ class LabelledPredictions:
                     f"{name} has shape {actual} instead of (members, segments, classes) = {shape}"
                 )
         if len(self.starts) != self.segments["recording"].nunique():
-            raise ValueError("the segments of a recording do not stand together")
+            raise ValueError("the segments of a recording are not adjacent")
         if tuple(self.starts) != tuple(self.predictions.starts):
             raise ValueError("recordings start elsewhere in the predictions than in the segments")
 
@@ -151,9 +151,9 @@ class LabelledPredictions:
         return row_f1_scores(self.labelled_truth, self.decide(decision))
 
     def recording_f1(self, *decisions: Decision) -> np.ndarray:
-        """Return the F1 of each recording as one row, as site 3 is scored, a row per decision.
+        """Return the F1 of each recording as a single row, ``(decisions, recordings)``.
 
-        The decisions differ only in their thresholds of whole recordings.
+        Site 3 is scored so. The decisions differ only in their thresholds of whole recordings.
         """
         truth = np.logical_or.reduceat(self.truth, self.starts, axis=0)
         decided = decide_recordings(self.clipwise, self.framewise, decisions, self.starts)
@@ -169,7 +169,7 @@ class LabelledPredictions:
 
 @dataclass(frozen=True)
 class PredictionCache:
-    """Predicts a set of recordings, and stores what each member predicts for them.
+    """Predicts a set of recordings, and stores the predictions of each member.
 
     A member's predictions are identified by its weights, its experiment, the windows, the runtime,
     the audio and the code of all these. A member whose training is not finished is not stored.
@@ -185,7 +185,7 @@ class PredictionCache:
         return Store(self.folder, ".safetensors", ("inference.engine", *self.modules))
 
     def _identify(self, member: Member, window: WindowConfig) -> dict[str, Any] | None:
-        """Return what a member's predictions are made from; None where they are not stored."""
+        """Return all that a member's predictions depend on; None where they are not stored."""
         if self.folder is None or not member.checkpoint.weights_sha256:
             return None
         return {
@@ -208,7 +208,7 @@ class PredictionCache:
             errors = {name: AudioError(Path(path), why) for name, path, why in values["errors"]}
             names = [name for name in recordings if name not in errors]
             if names != values["names"] or not errors.keys() <= set(recordings):
-                raise ValueError("it holds other recordings, or these in another order")
+                raise ValueError("its recordings are others, or in another order")
             if arrays["clipwise"].shape != arrays["framewise"].shape:
                 raise ValueError("its arrays have different shapes")
             bounds = tuple(values["starts"]), tuple(values["seconds"])

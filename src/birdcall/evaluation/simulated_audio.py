@@ -47,9 +47,9 @@ _BAND_SHARE = 0.95  # of a segment's power lies in its band
 
 _BACKGROUND_RMS = 0.03
 _BACKGROUND_LAYERS = 2
-_NOISE_SECONDS = (8.0, 16.0)  # of one clip of noise in the background
+_NOISE_SECONDS = (8.0, 16.0)  # of a clip of noise in the background
 _CROSSFADE_SECONDS = 1.0
-_HISS_DB = -15.0  # of pink noise below the background, so that it is silent nowhere
+_HISS_DB = -15.0  # of pink noise below the background, so that no part of it is silent
 _EVENT_FADE_SECONDS = 0.05
 _SKIRT_OCTAVES = 1 / 3  # outside an event's band; beyond it the recording's noise is filtered out
 _SKIRT_ORDER = 4
@@ -80,7 +80,7 @@ def salient_segment_finder(
 
 
 def find_salient_segment(waveform: np.ndarray, sample_rate: int) -> SalientSegment:
-    """Return the segment of ``waveform (samples,)`` with most power above its own background.
+    """Return the segment of ``waveform (samples,)`` with most power above its background.
 
     It lasts at most ``_MAX_SECONDS``, and begins and ends at a frame above the background. Where no
     frame is, as in silence, it is the start of the waveform, with all frequencies.
@@ -177,7 +177,7 @@ class SoundscapeRenderer:
     ) -> dict[int, np.ndarray]:
         """Return the waveform ``(samples,)``, float32, at each of the sample rates.
 
-        It is made at the config's rate and resampled, so that all members get the same audio.
+        Rendered at the config's rate and resampled, so that all members get the same audio.
         Raises AudioError for a recording that does not decode.
         """
         mixture = self.mix(soundscape)
@@ -200,7 +200,7 @@ class SoundscapeRenderer:
             waveform = self.read_event(event)[: len(mixture) - start]
             span = slice(start, start + len(waveform))
             # The powers are those in the event's band: over all frequencies the rumble of wind,
-            # far below the event, would decide how audible it is.
+            # far below the event, would decide how audible the event is.
             power = _band_power(waveform, rate, event.band_hz)
             background_power = _band_power(background[span], rate, event.band_hz)
             if power > 0:
@@ -211,7 +211,7 @@ class SoundscapeRenderer:
     def mix_background(self, soundscape: SimulatedSoundscape) -> np.ndarray:
         """Return the background ``(samples,)``: layers of noise clips, each faded into the next.
 
-        Each clip has its own level; faint pink noise lies below all of them.
+        The level of each clip is drawn; faint pink noise lies below all of them.
         """
         rate = self.config.sample_rate
         generator = np.random.default_rng((*soundscape.seed, 1))

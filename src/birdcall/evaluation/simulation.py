@@ -18,8 +18,7 @@ from birdcall.config import SEGMENT_SECONDS, require, require_range, require_sha
 from birdcall.data.folds import recordist_clusters
 from birdcall.evaluation.labelled import label_segments
 
-# Of one, two and three species in a chorus. In the competition's examples 54, 20 and 4 rows have so
-# many.
+# Of a chorus of 1, 2 and 3 species: in the competition's examples these are 54, 20 and 4 rows.
 _CHORUS_PROBABILITIES = (0.70, 0.25, 0.05)
 _CHORUS_SECONDS = 3.0  # the onsets of a chorus lie at most this far from its moment
 _MAX_TRIES = 50
@@ -39,7 +38,7 @@ class SimulationConfig:
     soundscape_seconds: float = 60.0
     n_soundscapes: int = 16  # of each fold and share
     nocall_shares: tuple[float, ...] = (0.5, 0.6, 0.8)
-    # Of an event, in its own frequency band: people label only what stands out.
+    # Of an event, in its frequency band: people label only birds well above the noise.
     snr_db: tuple[float, float] = (10.0, 25.0)
     # Attenuation by air and leaves at half the sample rate, falling to 0 dB at 0 Hz.
     high_fade_db: tuple[float, float] = (0.0, 12.0)
@@ -97,7 +96,7 @@ class SimulatedEvent:
 
 @dataclass(frozen=True)
 class SimulatedSoundscape:
-    """One planned soundscape: its fold and group, and all events in it."""
+    """A planned soundscape: its fold and group, and all events in it."""
 
     name: str
     fold: int
@@ -158,7 +157,7 @@ def group_recordings(recordings: pd.DataFrame, groups_per_fold: int) -> np.ndarr
     """Return the group of each recording, ``(recordings,)``: a part of its fold, by recordist.
 
     Recordists with many recordings are assigned first, each to the smallest group so far. A
-    recording without a recordist's name counts as one of a further recordist.
+    recording without a recordist's name counts as that of a further recordist.
     """
     names = recordist_clusters(recordings)
     groups = pd.Series("", index=recordings.index)
@@ -252,7 +251,7 @@ class _EventPlanner:
     generator: np.random.Generator
 
     def plan_events(self, queue: _RecordingQueue, n_empty: int) -> list[SimulatedEvent]:
-        """Add choruses until ``n_empty`` segments are empty, or one more."""
+        """Add choruses until ``n_empty`` or ``n_empty + 1`` segments are empty."""
         events: list[SimulatedEvent] = []
         n_still_empty = round(self.config.soundscape_seconds / SEGMENT_SECONDS)
         n_failures = 0
