@@ -102,8 +102,7 @@ def read_audio(
 
     Raises ``FileNotFoundError``, or ``AudioError`` where the interval does not decode.
     """
-    offsets = [offset_seconds]
-    return read_crops(path, sample_rate, offsets, duration_seconds, downmix=downmix)[0]
+    return read_crops(path, sample_rate, [offset_seconds], duration_seconds, downmix=downmix)[0]
 
 
 def read_crops(
@@ -120,20 +119,10 @@ def read_crops(
         _require_interval(sample_rate, offset, duration_seconds)
     crops = []
     with open_audio(path) as file:
-        promised = file.promised_frames / file.samplerate
         for number, offset in enumerate(offsets):
             if number:
                 file.seek(0)  # its position when it was opened
-            start, n_samples = _to_samples(file, sample_rate, offset, duration_seconds)
-            crop = _read_samples(file, sample_rate, start, n_samples=n_samples, downmix=downmix)
-            if len(crop) < n_samples:
-                ends = (start + len(crop)) / sample_rate
-                reason = f"decodes only to {ends:.2f} s of {promised:.2f} s"
-                reason += "; truncated or damaged" if is_cut(ends, promised) else ""
-                if duration_seconds is not None or not len(crop):
-                    raise AudioError(path, reason)
-                if is_cut(ends, promised):
-                    logger.warning("%s: %s", path, reason)
+            crop = _read_crop(file, sample_rate, offset, duration=duration_seconds, downmix=downmix)
             crops.append(crop)
     return crops
 
@@ -159,14 +148,12 @@ def iterate_rates(
     with open_audio(path) as file:
         promised = file.promised_frames / file.samplerate
         decoded = tee(file.mono_blocks(), len(sample_rates))
-        resampled = [
-            _rearrange_blocks(
-                resample_blocks(blocks, file.samplerate, rate), max(1, round(block_seconds * rate))
-            )
-            for blocks, rate in zip(decoded, sample_rates, strict=True)
-        ]
+        streams = []
+        for blocks, rate in zip(decoded, sample_rates, strict=True):
+            resampled = resample_blocks(blocks, file.samplerate, rate)
+            streams.append(_rearrange_blocks(resampled, max(1, round(block_seconds * rate))))
         # The lengths at two rates differ by rounding: the last block can be empty at one of them.
-        for parts in zip_longest(*resampled, fillvalue=np.zeros(0, np.float32)):
+        for parts in zip_longest(*streams, fillvalue=np.zeros(0, np.float32)):
             n_samples += len(parts[0])
             yield dict(zip(sample_rates, parts, strict=True))
     if not n_samples:
@@ -211,12 +198,18 @@ def _rearrange_blocks(blocks: Iterable[np.ndarray], n_block: int) -> Iterator[np
         yield np.concatenate(waiting)
 
 
-def _to_samples(
-    file: AudioFile, sample_rate: int, offset: float, duration: float | None
-) -> tuple[int, int]:
-    """Return start and length of an interval in samples; AudioError where it is not in the file."""
+def _read_crop(
+    file: AudioFile,
+    sample_rate: int,
+    offset: float,
+    *,
+    duration: float | None,
+    downmix: float | None,
+) -> np.ndarray:
+    """Read as `read_audio` does from an open file that is at its beginning."""
+    path, rate = Path(file.name), file.samplerate
+    total = resampled_length(file.frames, rate, sample_rate)
     start = round(offset * sample_rate)
-    total = resampled_length(file.frames, file.samplerate, sample_rate)
     n_samples = total - start
     if duration is not None:
         n_samples = round(duration * sample_rate)
@@ -224,31 +217,29 @@ def _to_samples(
             start = max(0, start - 1)
     if start + n_samples > total or n_samples <= 0:
         asked = "its end" if duration is None else f"{duration:g} s"
-        has = f"{total / sample_rate:g} s"
-        raise AudioError(Path(file.name), f"asked for {asked} from {offset:g} s, has {has}")
-    return start, n_samples
-
-
-def _read_samples(
-    file: AudioFile, sample_rate: int, start: int, *, n_samples: int, downmix: float | None
-) -> np.ndarray:
-    """Read ``n_samples`` output samples from ``start`` on of a file at its beginning.
-
-    They are fewer where the file ends or decoding stops.
-    """
-    rate, stop = file.samplerate, start + n_samples
+        raise AudioError(
+            path, f"asked for {asked} from {offset:g} s, has {total / sample_rate:g} s"
+        )
     divisor = gcd(rate, sample_rate)
     in_step, out_step = rate // divisor, sample_rate // divisor
     margin = _MARGIN_SAMPLES * max(1, -(-rate // sample_rate)) if rate != sample_rate else 0
     # The read starts where an input and an output sample fall on the same instant.
     step = max(0, (start * rate // sample_rate - max(margin, _PREROLL_FRAMES)) // in_step)
     first, skip = step * in_step, start - step * out_step
-    last = min(file.frames, -(-stop * rate // sample_rate) + margin)
+    last = min(file.frames, -(-(start + n_samples) * rate // sample_rate) + margin)
     if first:
         file.seek(first)
     blocks = resample_blocks(file.mono_blocks(last - first, downmix), rate, sample_rate)
-    waveform = np.concatenate([np.zeros(0, np.float32), *blocks])
-    return waveform[skip : skip + n_samples]
+    crop = np.concatenate([np.zeros(0, np.float32), *blocks])[skip : skip + n_samples]
+    if len(crop) < n_samples:  # the file ends earlier, or decoding stops
+        ends, promised = (start + len(crop)) / sample_rate, file.promised_frames / rate
+        reason = f"decodes only to {ends:.2f} s of {promised:.2f} s"
+        reason += "; truncated or damaged" if is_cut(ends, promised) else ""
+        if duration is not None or not len(crop):
+            raise AudioError(path, reason)
+        if is_cut(ends, promised):
+            logger.warning("%s: %s", path, reason)
+    return crop
 
 
 def _require_interval(sample_rate: int, offset: float, duration: float | None) -> None:
@@ -280,20 +271,35 @@ class AudioFile(soundfile.SoundFile):
         frame and counts tags (a picture, a licence) as audio; here they are subtracted.
 
         Of 605 real mp3 files this is off the decoded length by at most 0.14 s, libsndfile by
-        0.31 s, mutagen 1.48 by 7.7 s: a whole recording would count as cut. 0.35, 0.42 ms each.
+        0.31 s, mutagen 1.48 by 7.7 s: a whole recording would count as cut.
         """
         if self.format != "MP3":
             return self.frames
         path = Path(self.name)
         size = path.stat().st_size
         with path.open("rb") as stream:
-            start = _leading_tag_bytes(stream.read(10))
+            start = 0
+            head = stream.read(10)
+            if len(head) == 10 and head.startswith(b"ID3"):
+                for byte in head[6:]:  # the size of the ID3v2 tag, 7 bits each
+                    start = start << 7 | byte & 0x7F
+                start += 20 if head[5] & 0x10 else 10  # a header, and with this flag a footer
             stream.seek(start)
             first_frame = stream.read(64)
             if any(first_frame.find(name, 4) > 0 for name in (b"Xing", b"Info", b"VBRI")):
                 return self.frames
             stream.seek(max(start, size - 512))
-            tags = start + _trailing_tag_bytes(stream.read())
+            tail = stream.read()
+        end = len(tail)  # of the audio in it: before ID3v1, then Lyrics3 or APEv2
+        if end >= 128 and tail[-128:].startswith(b"TAG"):
+            end -= 128
+        rest = tail[:end]
+        if rest.endswith(b"LYRICS200") and rest[-15:-9].isdigit():
+            end -= int(rest[-15:-9]) + 15
+        elif len(rest) >= 32 and rest[-32:-24] == b"APETAGEX":
+            has_header = int.from_bytes(rest[-12:-8], "little") >> 31
+            end -= int.from_bytes(rest[-20:-16], "little") + 32 * has_header
+        tags = start + len(tail) - end
         return max(1, round(self.frames * (size - tags) / size))
 
     def frame_blocks(self, n_frames: int | None = None) -> Iterator[np.ndarray]:
@@ -357,26 +363,3 @@ def _decode_error(path: Path, error: Exception) -> AudioError:
     if "not a regular file" in reason:  # libsndfile's message for an mp3 without any frame
         reason = "no audio in any known format; not an audio file, or damaged as a whole"
     return AudioError(path, f"cannot be decoded: {reason}")
-
-
-def _leading_tag_bytes(head: bytes) -> int:
-    """Return the length of the ID3v2 tag that starts with these ten bytes, 0 without a tag."""
-    if len(head) < 10 or not head.startswith(b"ID3"):
-        return 0
-    size = 0
-    for byte in head[6:10]:  # 7 bits each
-        size = size << 7 | byte & 0x7F
-    has_footer = head[5] & 0x10
-    return 10 + size + (10 if has_footer else 0)
-
-
-def _trailing_tag_bytes(tail: bytes) -> int:
-    """Return the length of the tags (ID3v1, Lyrics3, APEv2) of a file with this end."""
-    n_bytes = 128 if tail[-128:].startswith(b"TAG") and len(tail) >= 128 else 0
-    rest = tail[: len(tail) - n_bytes]
-    if rest.endswith(b"LYRICS200") and rest[-15:-9].isdigit():
-        n_bytes += int(rest[-15:-9]) + 15
-    elif len(rest) >= 32 and rest[-32:-24] == b"APETAGEX":
-        has_header = int.from_bytes(rest[-12:-8], "little") >> 31
-        n_bytes += int.from_bytes(rest[-20:-16], "little") + 32 * has_header
-    return n_bytes

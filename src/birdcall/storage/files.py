@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
@@ -90,21 +91,24 @@ def read_table(path: Path, columns: Sequence[str], delimiter: str = ",") -> pd.D
 
     Raises ``FileNotFoundError`` or ``ValueError`` that names the file and the line or column.
     """
-    rows, lines = [], []
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:  # Excel writes a BOM
-            reader = csv.reader(file, delimiter=delimiter)
-            header = next(reader, [])
-            line = reader.line_num + 1
-            for row in reader:
-                if row:
-                    rows.append(row)
-                    lines.append(line)
-                line = reader.line_num + 1  # a cell can hold line ends, so a row several lines
+        text = path.read_bytes().decode("utf-8-sig")  # Excel writes a BOM
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, {_undecodable(path)}: is not a CSV in UTF-8") from error
+        line = error.object.count(b"\n", 0, error.start) + 1
+        where = f"line {line}, byte 0x{error.object[error.start]:02x}"
+        raise ValueError(f"{path}, {where}: is not a CSV in UTF-8") from error
+    rows, lines = [], []
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        header = next(reader, [])
+        line = reader.line_num + 1
+        for row in reader:
+            if row:
+                rows.append(row)
+                lines.append(line)
+            line = reader.line_num + 1  # a cell can hold line ends, so a row several lines
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: is not a CSV: {error}") from error
     for column in columns:
@@ -120,17 +124,6 @@ def read_table(path: Path, columns: Sequence[str], delimiter: str = ",") -> pd.D
     return pd.DataFrame(rows, columns=header, index=pd.Index(lines, name="line"), dtype=str)
 
 
-def _undecodable(path: Path) -> str:
-    """Return where a file stops being UTF-8: the error of a reader counts within a block."""
-    content = path.read_bytes()
-    try:
-        content.decode()
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        return f"line {line}, byte 0x{content[error.start]:02x}"
-    return "which has changed meanwhile"
-
-
 # --- fingerprint ---
 
 
@@ -138,10 +131,6 @@ def digest(content: bytes | str) -> str:
     """Return the first 16 hexadecimal digits of the sha256."""
     data = content.encode() if isinstance(content, str) else content
     return hashlib.sha256(data).hexdigest()[:16]
-
-
-def digest_table(table: pd.DataFrame) -> str:
-    return digest(table.to_csv(index=False))
 
 
 def digest_files(paths: Iterable[Path]) -> str:

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,10 +21,17 @@ from safetensors import SafetensorError, safe_open
 
 from birdcall.storage.files import atomic_path, digest
 
+try:
+    import fcntl
+except ImportError:  # Windows: there a second process is not detected
+    fcntl = None
+
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).parent.parent
 _DAMAGED = (SafetensorError, KeyError, TypeError, ValueError)  # what reading a damaged file raises
+
+_canonical = partial(json.dumps, sort_keys=True, default=str)
 
 _Values = dict[str, Any]  # whatever JSON can hold
 _T = TypeVar("_T")
@@ -44,7 +51,13 @@ class Journal(AbstractContextManager):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab+")
-        self._lock()
+        self.close = self._file.close
+        if fcntl is not None:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                self.close()
+                raise OSError(f"{path}: another process writes to it") from error
         self._done: dict[str, _Values] = {}
         try:
             is_new = not self._read(fingerprint)
@@ -72,9 +85,6 @@ class Journal(AbstractContextManager):
         """Write that ``key`` is finished; a second ``value`` of one key replaces the first."""
         self._write({"key": dict(key), "value": value})
         self._done[_canonical(key)] = value
-
-    def close(self) -> None:
-        self._file.close()
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -110,17 +120,6 @@ class Journal(AbstractContextManager):
                 "another --output folder, or --overwrite to start again"
             )
         return len(lines)
-
-    def _lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # Windows: there a second process is not detected
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._file.close()
-            raise OSError(f"{self.path}: another process writes to it") from error
 
 
 @dataclass(frozen=True)
@@ -289,7 +288,3 @@ def _imports(node: ast.AST) -> Iterator[str]:
     children = node.orelse if is_for_types else ast.iter_child_nodes(node)
     for child in children:
         yield from _imports(child)
-
-
-def _canonical(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, sort_keys=True, default=str)

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from birdcall import __version__
 from birdcall.data.dataset import TrainingData
-from birdcall.storage.files import digest, digest_table, write_atomically
+from birdcall.storage.files import digest, write_atomically
 from birdcall.storage.store import code_digest
 from birdcall.training.distributed import DistributedContext
 
@@ -106,14 +106,15 @@ def identity_of(
     experiment: Mapping[str, Any], fold: int, data: TrainingData, distributed: DistributedContext
 ) -> dict[str, Any]:
     """Return everything that decides about the weights: experiment, data, code, processes."""
+    labels = data.strong_labels
     return {
         "version": __version__,
         "torch": torch.__version__,
         "code": code_digest("training.trainer"),
         "processes": distributed.world_size,
         "fold": fold,
-        "recordings": digest_table(data.recordings),
-        "labels": None if data.strong_labels is None else digest_table(data.strong_labels),
+        "recordings": digest(data.recordings.to_csv(index=False)),
+        "labels": None if labels is None else digest(labels.to_csv(index=False)),
         "noise": digest("\n".join(sorted(path.name for path in data.noise_files))),
         "classes": list(data.classes),
         "experiment": experiment,
