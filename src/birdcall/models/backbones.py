@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import timm
@@ -174,13 +175,10 @@ def _build_conv(in_chans: int, channels: int, size: int) -> nn.Conv2d:
     return layer
 
 
-def _halve(image: Tensor) -> Tensor:
-    """Average 2 x 2 points; at an odd size, the remaining row or column is averaged as well.
-
-    PANNs drop it: after five poolings up to 31 frames at the end of a clip would have no effect,
-    and shorter clips would give no output at all. For even sizes the two are the same.
-    """
-    return functional.avg_pool2d(image, 2, ceil_mode=True)
+# Averages 2 x 2 points; at an odd size, the remaining row or column is averaged as well. PANNs drop
+# it: after five poolings up to 31 frames at the end of a clip would have no effect, and shorter
+# clips would give no output at all. For even sizes the two are the same.
+_halve = partial(functional.avg_pool2d, kernel_size=2, ceil_mode=True)
 
 
 PANNS = {"panns_cnn14": Cnn14, "panns_resnet38": ResNet38}

@@ -122,22 +122,17 @@ def measure_field(
     energy = gradients.double().square().mean(dim=0)
     touched = (gradients != 0).any(dim=0).any(dim=1).nonzero().flatten()
     reach = int(touched[-1] - touched[0]) + 1
-    return ReceptiveField(
-        stride=_measure_stride(backbone, n_channels, n_mels, n_frames),
-        frames=shortest_interval(energy.sum(dim=1)),
-        mels=shortest_interval(energy.sum(dim=0)),
-        reach=reach if reach < n_frames else None,
-    )
-
-
-def _measure_stride(backbone: nn.Module, n_channels: int, n_mels: int, n_frames: int) -> int:
-    """Return how many input frames make one more output frame."""
     with torch.no_grad():
         short, long = (
             backbone.forward_features(torch.zeros(1, n_channels, length, n_mels)).shape[2]
             for length in (n_frames // 2, n_frames)
         )
-    return round((n_frames - n_frames // 2) / (long - short))
+    return ReceptiveField(
+        stride=round((n_frames - n_frames // 2) / (long - short)),
+        frames=shortest_interval(energy.sum(dim=1)),
+        mels=shortest_interval(energy.sum(dim=0)),
+        reach=reach if reach < n_frames else None,
+    )
 
 
 def shortest_interval(energy: Tensor, share: float = _ENERGY_SHARE) -> int:
@@ -270,23 +265,17 @@ def _backbone_stages(
         names = [name for name, _ in joined]
         used = {p for name in names for p in backbone.get_submodule(name).parameters()} - counted
         counted |= used
-        innermost = [
-            _shorten(name, names, all_names)
-            for name in names
-            if not any(other.startswith(f"{name}.") for other in all_names)
-        ]
+        innermost = [name for name in names if not any(n.startswith(f"{name}.") for n in all_names)]
+        labels = []
+        for name in (innermost[0], innermost[-1]):
+            top = name.split(".")[0]
+            # "layer1" for "layer1.0" if all of layer1 is joined
+            is_whole = all(n in names for n in all_names if n.split(".")[0] == top)
+            labels.append(top if is_whole else name.removeprefix("features."))
         yield Stage(
             "backbone",
-            " … ".join(dict.fromkeys((innermost[0], innermost[-1]))),
+            " … ".join(dict.fromkeys(labels)),
             joined[-1][1],
             axes=_IMAGE,
             n_weights=sum(parameter.numel() for parameter in used),
         )
-
-
-def _shorten(name: str, joined: list[str], all_names: list[str]) -> str:
-    """Return "layer1" for "layer1.0" if all of layer1 is joined."""
-    top = name.split(".")[0]
-    if all(other in joined for other in all_names if other.split(".")[0] == top):
-        return top
-    return name.removeprefix("features.")
