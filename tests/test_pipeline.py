@@ -25,7 +25,7 @@ for name in ("small_gru", "small_attention_normed"):
         experiments.EXPERIMENTS[name],
         train={"epochs": 1, "data": {"clips_per_epoch": 8, "batch_size": 4}},
     )
-from birdcall.cli import main
+from birdcall.__main__ import main
 main()
 """
 

@@ -1,6 +1,51 @@
-"""``python -m birdcall``: the command line."""
+"""``birdcall`` and ``python -m birdcall``: one command for each step of the pipeline."""
 
-from birdcall.cli import main
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+from birdcall.cli import evaluation, kaggle, training
+
+# A command imports what it needs when it runs, so that `--help` answers at once.
+
+app = typer.Typer(
+    help="Identify the birds in every 5 seconds of a soundscape. Commands in pipeline order.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(training.commands)
+app.add_typer(evaluation.commands)
+app.add_typer(kaggle.commands)
+app.add_typer(evaluation.benchmarks, name="benchmark")
+
+
+@app.callback()
+def _configure(
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show the Python traceback of an error.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show only warnings and results.")] = False,
+) -> None:
+    level = logging.WARNING if quiet else logging.INFO
+    logging.basicConfig(level=level, format="%(levelname)s %(message)s", stream=sys.stderr)
+
+
+def main() -> None:
+    """Run a command. An error that the user can correct is one line on stderr and exit code 2."""
+    try:
+        app(prog_name="birdcall")
+    except (ValueError, OSError) as error:
+        if "--traceback" in sys.argv:
+            raise
+        typer.echo(f"birdcall: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)
+
 
 if __name__ == "__main__":
     main()

@@ -13,7 +13,7 @@ import pytest
 import typer.main
 
 import birdcall
-from birdcall.cli import app
+from birdcall.__main__ import app
 from birdcall.kaggle import training_kernel
 from birdcall.kaggle.manifest import MANIFEST_FILE, make_manifest
 from birdcall.kaggle.training_kernel import (

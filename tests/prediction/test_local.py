@@ -383,7 +383,7 @@ def spy(path, *rest):
         file.write(f"{path.name} {is_finished}\\n")
     return real(path, *rest)
 inference.iterate_rates = spy
-from birdcall.cli import main
+from birdcall.__main__ import main
 main()
 """
 

@@ -130,7 +130,7 @@ def test_the_command_trains_under_torchrun(demo_folder, training_data, tmp_path)
         "import birdcall.experiments as e; from birdcall.config import replace_nested; "
         "e.EXPERIMENTS['small_gru'] = replace_nested(e.EXPERIMENTS['small_gru'], "
         "train={'epochs': 1, 'data': {'clips_per_epoch': 8, 'batch_size': 4}}); "
-        "from birdcall.cli import main; main()"
+        "from birdcall.__main__ import main; main()"
     )
     script = tmp_path / "few_steps.py"
     script.write_text(few)

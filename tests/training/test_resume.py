@@ -249,7 +249,7 @@ experiments.EXPERIMENTS["small_gru"] = replace_nested(
         "optimizer": {"accumulate": 2, "ema_decay": 0.95, "average_best": 2},
     },
 )
-from birdcall.cli import main
+from birdcall.__main__ import main
 main()
 """
 
