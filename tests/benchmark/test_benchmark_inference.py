@@ -31,7 +31,9 @@ def test_both_predict_the_same_and_are_timed(tiny_experiment, demo_folder, tmp_p
 def test_the_naive_kernel_gives_the_same_probabilities(tiny_experiment, demo_folder, tmp_path):
     paths = write_soundscapes(demo_folder, tmp_path / "soundscapes", 0.6)
     ensemble = load_ensemble(make_members(tmp_path / "members", paths, 1, tiny_experiment))
-    frontends = [torchlibrosa_frontend(member.frontend) for member in ensemble.members]
+    frontends = [
+        torchlibrosa_frontend(member.checkpoint.experiment.frontend) for member in ensemble.members
+    ]
     naive = predict_naively(ensemble.members, frontends, paths)
     for clipwise, (_, ours) in zip(naive, predict_files(ensemble, paths), strict=True):
         np.testing.assert_allclose(clipwise, ours.clipwise, atol=1e-3)

@@ -1,4 +1,4 @@
-"""What is heard in a segment depends on its sound alone: not on batch, threads or neighbours."""
+"""The predictions of a segment depend on its audio alone: not on batch, threads or neighbours."""
 
 import threading
 import time
@@ -29,54 +29,54 @@ CLASSES = ("amecro", "bkcchi", "norcar")
 
 @pytest.fixture(scope="module")
 def members(tiny_experiment):
-    made = []
+    members = []
     for seed, hop_length in enumerate((1000, 1000, 800)):
         torch.manual_seed(seed)
         frontend = replace(tiny_experiment.frontend, hop_length=hop_length)
         experiment = replace(tiny_experiment, frontend=frontend)
         model = build_model(experiment, len(CLASSES))
-        # Statistics of real spectrograms, or every score is about one half.
+        # Statistics of real spectrograms, or every probability is about one half.
         model.train()(0.1 * torch.randn(8, 2 * RATE))
-        made.append(Member(f"m{seed}", model.eval(), Checkpoint(experiment, CLASSES, seed)))
-    return made
+        members.append(Member(f"m{seed}", model.eval(), Checkpoint(experiment, CLASSES, seed)))
+    return members
 
 
 def noise(seconds, seed=0):
     return 0.1 * np.random.default_rng(seed).standard_normal(round(seconds * RATE)).astype("f4")
 
 
-def sound(seconds, seed=0):
+def source(seconds, seed=0):
     return lambda rates: {rate: noise(seconds, seed) for rate in rates}
 
 
-def assert_same(one, other):
+def assert_same(actual, expected):
     for name in ("clipwise", "framewise", "frames"):
-        assert np.array_equal(getattr(one, name), getattr(other, name)), name
-    assert one.seconds == other.seconds
+        assert np.array_equal(getattr(actual, name), getattr(expected, name)), name
+    assert actual.seconds == expected.seconds
 
 
-def test_scores_have_a_place_for_every_member_segment_and_class(members):
-    scores = predict_waveforms(Ensemble(members), {RATE: noise(12.3)})
-    assert scores.clipwise.shape == scores.framewise.shape == (3, 3, 3)
-    assert scores.frames.shape == (3, 3 * FRAMES_PER_SEGMENT)
-    assert scores.seconds == pytest.approx(12.3)
+def test_predictions_have_an_entry_for_every_member_segment_and_class(members):
+    predictions = predict_waveforms(Ensemble(members), {RATE: noise(12.3)})
+    assert predictions.clipwise.shape == predictions.framewise.shape == (3, 3, 3)
+    assert predictions.frames.shape == (3, 3 * FRAMES_PER_SEGMENT)
+    assert predictions.seconds == pytest.approx(12.3)
 
 
-def test_a_segment_is_what_its_model_says_of_it(members):
+def test_a_segment_has_the_probabilities_that_its_model_returns(members):
     """The reference is the model itself, on the five seconds cut by hand."""
-    scores = predict_waveforms(Ensemble(members[2:]), {RATE: noise(12.3)})
+    predictions = predict_waveforms(Ensemble(members[2:]), {RATE: noise(12.3)})
     for number in range(3):
         segment = np.zeros(5 * RATE, np.float32)
-        own = noise(12.3)[number * 5 * RATE : (number + 1) * 5 * RATE]
-        segment[: len(own)] = own
+        samples = noise(12.3)[number * 5 * RATE : (number + 1) * 5 * RATE]
+        segment[: len(samples)] = samples
         with torch.inference_mode():
-            said = members[2].model(torch.from_numpy(segment)[None])
-        np.testing.assert_allclose(scores.clipwise[0, number], said.clipwise[0], atol=1e-6)
-        peaks = said.framewise[0].amax(dim=1)
-        np.testing.assert_allclose(scores.framewise[0, number], peaks, atol=1e-6)
+            expected = members[2].model(torch.from_numpy(segment)[None])
+        np.testing.assert_allclose(predictions.clipwise[0, number], expected.clipwise[0], atol=1e-6)
+        peaks = expected.framewise[0].amax(dim=1)
+        np.testing.assert_allclose(predictions.framewise[0, number], peaks, atol=1e-6)
 
 
-def test_a_member_says_the_same_alone_and_in_company(members):
+def test_a_member_predicts_the_same_alone_and_in_an_ensemble(members):
     together = predict_waveforms(Ensemble(members), {RATE: noise(12.3)})
     for position, member in enumerate(members):
         alone = predict_waveforms(Ensemble([member]), {RATE: noise(12.3)})
@@ -95,14 +95,14 @@ def test_members_that_share_a_front_end_share_its_log_mel(members, monkeypatch):
     assert calls.count(1000) == calls.count(800)
 
 
-def test_a_sound_says_the_same_to_the_bit_whatever_is_heard_beside_it(members):
+def test_a_recording_has_the_same_predictions_to_the_bit_whatever_is_predicted_beside_it(members):
     ensemble = Ensemble(members)
     lengths = {"a": 7.0, "b": 0.2, "c": 31.0, "d": 5.0, "e": 12.3}
-    sounds = {name: sound(seconds, seed) for seed, (name, seconds) in enumerate(lengths.items())}
-    together = dict(predict_audio(ensemble, sounds))
-    backwards = dict(predict_audio(ensemble, dict(reversed(sounds.items()))))
-    for name, one in sounds.items():
-        ((_, alone),) = predict_audio(ensemble, {name: one})
+    sources = {name: source(seconds, seed) for seed, (name, seconds) in enumerate(lengths.items())}
+    together = dict(predict_audio(ensemble, sources))
+    backwards = dict(predict_audio(ensemble, dict(reversed(sources.items()))))
+    for name, audio in sources.items():
+        ((_, alone),) = predict_audio(ensemble, {name: audio})
         assert_same(together[name], alone)
         assert_same(backwards[name], alone)
 
@@ -111,42 +111,41 @@ def test_the_batch_does_not_change_a_prediction(members):
     expected = predict_waveforms(Ensemble(members), {RATE: noise(40)})
     ensemble = Ensemble(members)
     ensemble.batch_windows = 3
-    found = predict_waveforms(ensemble, {RATE: noise(40)})
-    np.testing.assert_allclose(found.clipwise, expected.clipwise, atol=1e-6)
-    np.testing.assert_allclose(found.framewise, expected.framewise, atol=1e-6)
+    predictions = predict_waveforms(ensemble, {RATE: noise(40)})
+    np.testing.assert_allclose(predictions.clipwise, expected.clipwise, atol=1e-6)
+    np.testing.assert_allclose(predictions.framewise, expected.framewise, atol=1e-6)
 
 
 def test_the_number_of_threads_does_not_change_a_bit(members):
-    one = predict_waveforms(Ensemble(members), {RATE: noise(42)})
+    expected = predict_waveforms(Ensemble(members), {RATE: noise(42)})
     torch.set_num_threads(3)
-    three = predict_waveforms(Ensemble(members), {RATE: noise(42)})
-    assert_same(one, three)
+    assert_same(predict_waveforms(Ensemble(members), {RATE: noise(42)}), expected)
 
 
-def test_a_long_window_answers_by_segments(members):
+def test_a_long_window_is_predicted_by_segments(members):
     ensemble = Ensemble(members[:1], window_config=WindowConfig(3))
-    scores = predict_waveforms(ensemble, {RATE: noise(23)})
-    assert scores.clipwise.shape == scores.framewise.shape == (1, 5, 3)
-    assert scores.frames.shape == (3, 5 * FRAMES_PER_SEGMENT)
-    peaks = scores.frames.reshape(3, 5, FRAMES_PER_SEGMENT).max(axis=2).T
-    np.testing.assert_allclose(scores.framewise[0], peaks, atol=1e-6)
-    assert len(np.unique(scores.clipwise[0, :, 0])) == 5
+    predictions = predict_waveforms(ensemble, {RATE: noise(23)})
+    assert predictions.clipwise.shape == predictions.framewise.shape == (1, 5, 3)
+    assert predictions.frames.shape == (3, 5 * FRAMES_PER_SEGMENT)
+    peaks = predictions.frames.reshape(3, 5, FRAMES_PER_SEGMENT).max(axis=2).T
+    np.testing.assert_allclose(predictions.framewise[0], peaks, atol=1e-6)
+    assert len(np.unique(predictions.clipwise[0, :, 0])) == 5
 
 
-def test_what_is_beside_a_segment_is_heard_and_not_scored(members):
-    """A shout after the segment changes its score only where there is context."""
+def test_context_changes_a_segment_and_is_not_predicted_itself(members):
+    """A shout after the segment changes its probability only where there is context."""
     quiet, shout = 1e-3 * noise(20), 1e-3 * noise(20)
     shout[23 * RATE // 2 : 27 * RATE // 2] += noise(2, seed=7) * 5
     plain, wide = Ensemble(members[:1]), Ensemble(members[:1], window_config=WindowConfig(1, 2.5))
     for ensemble, is_changed in ((plain, False), (wide, True)):
-        before, after = (predict_waveforms(ensemble, {RATE: one}) for one in (quiet, shout))
+        before, after = (predict_waveforms(ensemble, {RATE: audio}) for audio in (quiet, shout))
         assert np.array_equal(before.clipwise[:, 0], after.clipwise[:, 0])
         assert np.array_equal(before.clipwise[:, 1], after.clipwise[:, 1]) != is_changed
         assert np.array_equal(before.clipwise[:, 3], after.clipwise[:, 3]) != is_changed
         assert after.frames.shape == (3, 4 * FRAMES_PER_SEGMENT)
 
 
-def test_however_much_is_heard_frames_are_where_the_sound_is(members):
+def test_frames_are_where_the_shout_is_in_windows_of_any_length(members):
     """A shout changes most where it is."""
     waveform = 1e-3 * noise(20)
     waveform[11 * RATE : 12 * RATE] += noise(1, seed=7) * 5
@@ -156,11 +155,11 @@ def test_however_much_is_heard_frames_are_where_the_sound_is(members):
         quiet = predict_waveforms(ensemble, {RATE: 1e-3 * noise(20)}).frames
         moved = np.abs(shout - quiet).sum(axis=0)
         changed = np.flatnonzero(moved > moved.max() / 2) * 5 / FRAMES_PER_SEGMENT
-        assert changed[0] > 9.5  # the network's own frames are a second long
+        assert changed[0] > 9.5  # the frames of the network are a second long
         assert changed[-1] < 12.6
 
 
-def test_an_export_for_other_windows_is_not_heard_with(members, tmp_path):
+def test_an_export_for_other_windows_is_not_used(members, tmp_path):
     exported = replace(members[0], export=tmp_path / "model.onnx")
     ensemble = Ensemble(members[:1])
     ensemble.members = [exported]
@@ -176,7 +175,7 @@ def test_members_of_other_classes_do_not_make_an_ensemble(members):
         Ensemble([members[0], other])
 
 
-def test_members_of_two_sample_rates_hear_one_decode(members, tiny_experiment, tmp_path):
+def test_members_of_two_sample_rates_share_one_decode(members, tiny_experiment, tmp_path):
     torch.manual_seed(5)
     frontend = replace(tiny_experiment.frontend, sample_rate=22_050, fmax=10_000.0)
     experiment = replace(tiny_experiment, frontend=frontend)
@@ -201,17 +200,17 @@ def test_a_recording_that_does_not_decode_does_not_stop_the_others(members, tmp_
     assert results["good"].clipwise.shape == (1, 2, 3)
 
 
-def test_a_sound_that_breaks_off_ends_with_its_error(members):
+def test_a_recording_that_breaks_off_ends_with_its_error(members):
     def broken(rates):
         yield {RATE: noise(22)}
         raise AudioError("x.mp3", "broke off")
 
     items = [
-        item for _, item in predict_stream(Ensemble(members[:1]), {"a": broken, "b": sound(5)})
+        item for _, item in predict_stream(Ensemble(members[:1]), {"a": broken, "b": source(5)})
     ]
     assert isinstance(items[-3], AudioError)
     assert sum(item.clipwise.shape[1] for item in items[:-3]) == 4
-    results = dict(predict_audio(Ensemble(members[:1]), {"a": broken, "b": sound(5)}))
+    results = dict(predict_audio(Ensemble(members[:1]), {"a": broken, "b": source(5)}))
     assert isinstance(results["a"], AudioError)
     assert_same(results["b"], predict_waveforms(Ensemble(members[:1]), {RATE: noise(5)}))
 
@@ -221,18 +220,18 @@ def test_an_unexpected_error_of_a_reader_reaches_the_caller(members):
         raise KeyError("a bug")
 
     with pytest.raises(KeyError, match="a bug"):
-        dict(predict_audio(Ensemble(members[:1]), {"a": sound(5), "b": crash}))
+        dict(predict_audio(Ensemble(members[:1]), {"a": source(5), "b": crash}))
 
 
-def test_who_stops_listening_leaves_no_reader_behind(members):
+def test_a_stream_that_is_closed_leaves_no_reader_behind(members):
     def endless(rates):
         while True:
             yield {RATE: noise(5)}
 
     before = threading.active_count()
-    heard = predict_stream(Ensemble(members[:1]), {"a": endless})
-    next(heard)
-    heard.close()
+    stream = predict_stream(Ensemble(members[:1]), {"a": endless})
+    next(stream)
+    stream.close()
     deadline = time.monotonic() + 5
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -248,23 +247,23 @@ def test_reading_ahead_is_bounded(members):
             n_read += 1
             yield {RATE: np.zeros(5 * RATE, np.float32)}
 
-    heard = predict_stream(Ensemble(members[:1]), {"a": long})
-    next(heard)
+    stream = predict_stream(Ensemble(members[:1]), {"a": long})
+    next(stream)
     time.sleep(0.3)
     assert n_read < 100
-    heard.close()
+    stream.close()
 
 
-def test_a_limit_hears_the_beginning_only(members, tmp_path):
+def test_a_limit_predicts_the_beginning_only(members, tmp_path):
     path = tmp_path / "long.wav"
     soundfile.write(path, noise(21), RATE)
     ensemble = Ensemble(members[:1])
-    ((_, scores),) = predict_files(ensemble, {"a": path}, limit_seconds=10.0)
-    assert scores.clipwise.shape[1] == 2
-    assert scores.seconds == 10
+    ((_, predictions),) = predict_files(ensemble, {"a": path}, limit_seconds=10.0)
+    assert predictions.clipwise.shape[1] == 2
+    assert predictions.seconds == 10
     ((_, whole),) = predict_files(ensemble, {"a": path}, limit_seconds=30.0)
     assert whole.clipwise.shape[1] == 5
-    np.testing.assert_allclose(whole.clipwise[:, :2], scores.clipwise, atol=1e-6)
+    np.testing.assert_allclose(whole.clipwise[:, :2], predictions.clipwise, atol=1e-6)
 
 
 def test_a_limited_recording_is_its_beginning_to_the_sample(tmp_path):
@@ -277,16 +276,18 @@ def test_a_limited_recording_is_its_beginning_to_the_sample(tmp_path):
         np.testing.assert_allclose(joined, expected, atol=1e-6)
 
 
-def test_some_members_hear_and_at_none_nothing_more_is_heard(members):
-    sounds = {name: sound(6, seed) for seed, name in enumerate("abcd")}
+def test_some_members_predict_and_at_none_nothing_more_is_predicted(members):
+    sources = {name: source(6, seed) for seed, name in enumerate("abcd")}
     n_members = iter((3, 1, 0))
-    heard = dict(predict_audio(Ensemble(members), sounds, limit_members=lambda _: next(n_members)))
-    assert {name: len(scores.clipwise) for name, scores in heard.items()} == {"a": 3, "b": 1}
-    alone = predict_waveforms(Ensemble(members[:1]), sounds["b"]([RATE]))
-    assert_same(heard["b"], alone)
+    results = dict(
+        predict_audio(Ensemble(members), sources, limit_members=lambda _: next(n_members))
+    )
+    assert {name: len(item.clipwise) for name, item in results.items()} == {"a": 3, "b": 1}
+    alone = predict_waveforms(Ensemble(members[:1]), sources["b"]([RATE]))
+    assert_same(results["b"], alone)
 
 
-def test_a_member_that_says_nan_is_named(members, tiny_experiment):
+def test_a_member_that_predicts_nan_is_named(members, tiny_experiment):
     model = build_model(tiny_experiment, 3)
     with torch.no_grad():
         model.head.detection.bias.fill_(float("nan"))
@@ -296,7 +297,7 @@ def test_a_member_that_says_nan_is_named(members, tiny_experiment):
     assert caught.value.member == "bad"
 
 
-def test_costs_tell_what_the_time_went_to(members):
+def test_costs_measure_reading_front_ends_and_members(members):
     ensemble = Ensemble(members)
     predict_waveforms(ensemble, {RATE: noise(40)})
     assert set(ensemble.costs.seconds) == {"reading", "front end", "m0", "m1", "m2"}

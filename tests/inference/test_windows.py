@@ -38,7 +38,7 @@ def test_a_window_begins_only_where_there_is_sound(seconds, n_windows):
     assert len(cut({RATE: ramp(seconds)})[0]) == n_windows
 
 
-def test_a_window_hears_what_is_before_and_after_its_segments():
+def test_a_window_contains_the_context_before_and_after_its_segments():
     windows, _ = cut({RATE: ramp(23)}, WindowConfig(2, 1.5))
     assert [window.n_segments for window in windows] == [2, 2, 1]
     padded = np.concatenate([np.zeros(150), ramp(23), np.zeros(2000)]).astype("f4")

@@ -85,7 +85,9 @@ def benchmark_inference(
 def _compare(
     ensemble: Ensemble, paths: Mapping[str, Path], seconds: float, repeats: int
 ) -> dict[str, object]:
-    frontends = [torchlibrosa_frontend(member.frontend) for member in ensemble.members]
+    frontends = [
+        torchlibrosa_frontend(member.checkpoint.experiment.frontend) for member in ensemble.members
+    ]
     predict_naive = partial(predict_naively, ensemble.members, frontends)
     pairs = zip(predict_naive(paths), predict_files(ensemble, paths), strict=True)
     # The warm-up, too.
@@ -153,7 +155,7 @@ def predict_naively(
     for path in paths.values():
         by_member = []
         for member, frontend in zip(members, frontends, strict=True):
-            rate = member.frontend.sample_rate
+            rate = member.checkpoint.experiment.frontend.sample_rate
             waveform, _ = librosa.load(path, sr=rate, mono=True)
             batches = cut_segments(waveform, rate).split(_NAIVE_BATCH)
             parts = [member.model.detect(frontend(batch)).clipwise.numpy() for batch in batches]

@@ -24,7 +24,7 @@ from birdcall.evaluation.predictions import LabelledPredictions, PredictionCache
 from birdcall.experiments import find_experiment
 from birdcall.inference.decision import Decision
 from birdcall.inference.ensemble import Member, load_ensemble
-from birdcall.inference.predictions import SegmentPredictions, concatenate
+from birdcall.inference.predictions import SegmentPredictions
 from birdcall.inference.windows import SINGLE_SEGMENT
 from birdcall.models.checkpoint import Checkpoint, find_checkpoints, save_checkpoint
 from birdcall.models.sed import build_model
@@ -314,7 +314,7 @@ def _evaluate_stored(folder: str) -> None:
     labelled = LabelledPredictions(
         segments=pd.concat(segments, ignore_index=True),
         truth=random_truth(size.n_soundscapes * size.n_segments, size.n_classes),
-        predictions=concatenate(list(predictions.values())),
+        predictions=SegmentPredictions.concatenate(list(predictions.values())),
         member_names=tuple(member.name for member in ensemble.members),
         classes=ensemble.classes,
     )

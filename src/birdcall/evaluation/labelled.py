@@ -23,7 +23,7 @@ from birdcall.evaluation.predictions import LabelledPredictions, PredictionCache
 from birdcall.inference.engine import open_recording
 from birdcall.inference.ensemble import Ensemble
 from birdcall.inference.events import Event
-from birdcall.inference.predictions import SegmentPredictions, concatenate
+from birdcall.inference.predictions import SegmentPredictions
 from birdcall.inference.tables import read_raven_table
 from birdcall.inference.windows import count_segments
 from birdcall.kaggle.test_set import (
@@ -132,7 +132,7 @@ def predict_labelled(
         predictions=LabelledPredictions(
             segments=pd.concat(tables, ignore_index=True),
             truth=np.concatenate(labels),
-            predictions=concatenate(list(predictions.values())),
+            predictions=SegmentPredictions.concatenate(list(predictions.values())),
             member_names=tuple(member.name for member in ensemble.members),
             classes=ensemble.classes,
         ),

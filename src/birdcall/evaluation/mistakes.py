@@ -23,8 +23,8 @@ from birdcall.inference.decision import average_members
 from birdcall.inference.engine import predict_stream
 from birdcall.inference.ensemble import Ensemble
 from birdcall.inference.events import Event
-from birdcall.inference.predictions import OutputOptions, SegmentPredictions, concatenate
-from birdcall.inference.windows import FRAMES_PER_SEGMENT
+from birdcall.inference.predictions import OutputOptions, SegmentPredictions
+from birdcall.inference.windows import FRAMES_PER_SEGMENT, SINGLE_SEGMENT
 from birdcall.kaggle.submission import LoadedPackage
 from birdcall.prediction.local import PageObserver, PageWriter
 from birdcall.prediction.package import Recording, detect_recordings
@@ -212,7 +212,7 @@ def _render_row(
         rate: waveform[round(mistake.start * rate) : round(end * rate)]
         for rate, waveform in waveforms.items()
     }
-    is_alone = ensemble.window_config.is_single_segment
+    is_alone = ensemble.window_config == SINGLE_SEGMENT
     return rows[_SAMPLE_RATE], rows if is_alone else waveforms
 
 
@@ -228,7 +228,7 @@ def _read_row(
             return read_audio(path, rate, mistake.start)
 
     shown = read_row(_SAMPLE_RATE)
-    if ensemble.window_config.is_single_segment:
+    if ensemble.window_config == SINGLE_SEGMENT:
         return shown, {rate: read_row(rate) for rate in ensemble.sample_rates}
     return shown, {rate: read_audio(path, rate) for rate in ensemble.sample_rates}
 
@@ -239,9 +239,11 @@ def _predict_frames(
     """Return ``(1 + members, species, FRAMES_PER_SEGMENT)`` of the mistake's row."""
     source = {"": lambda rates: {rate: waveforms[rate] for rate in rates}}
     stream = predict_stream(ensemble, source, _OUTPUTS)
-    predictions = concatenate([item for _, item in stream if isinstance(item, SegmentPredictions)])
+    predictions = SegmentPredictions.concatenate(
+        [item for _, item in stream if isinstance(item, SegmentPredictions)]
+    )
     frames = np.concatenate([predictions.frames[None], predictions.member_frames])
-    is_alone = ensemble.window_config.is_single_segment
+    is_alone = ensemble.window_config == SINGLE_SEGMENT
     first = 0 if is_alone else round(mistake.start / SEGMENT_SECONDS)
     frames = frames[:, :, first * FRAMES_PER_SEGMENT : (first + 1) * FRAMES_PER_SEGMENT]
     column = {code: index for index, code in enumerate(ensemble.classes)}

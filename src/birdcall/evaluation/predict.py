@@ -35,7 +35,7 @@ from birdcall.evaluation.simulation import (
 )
 from birdcall.inference.engine import open_recording
 from birdcall.inference.ensemble import Ensemble, load_ensemble
-from birdcall.inference.predictions import SegmentPredictions, concatenate
+from birdcall.inference.predictions import SegmentPredictions
 from birdcall.inference.windows import SINGLE_SEGMENT, AudioSource, WindowConfig
 from birdcall.kaggle.test_set import EXAMPLE_LABELS
 from birdcall.models.checkpoint import read_checkpoint, require_same_classes
@@ -236,13 +236,13 @@ def predict_out_of_fold(
         )
         for position, member in enumerate(subset.members):
             name = member.checkpoint.experiment.name
-            part = OutOfFoldPredictions(name, segments, predictions.for_member(position))
+            part = OutOfFoldPredictions(name, segments, predictions.for_members([position]))
             parts[name].append(part)
     return {
         name: OutOfFoldPredictions(
             experiment=name,
             segments=pd.concat([part.segments for part in folds], ignore_index=True),
-            predictions=concatenate([part.predictions for part in folds]),
+            predictions=SegmentPredictions.concatenate([part.predictions for part in folds]),
         )
         for name, folds in parts.items()
     }
@@ -260,7 +260,7 @@ def _predict_all(
     for item in predictions.values():
         if isinstance(item, AudioError):
             raise item
-    return concatenate(list(predictions.values()))
+    return SegmentPredictions.concatenate(list(predictions.values()))
 
 
 def write_oof_parquet(

@@ -23,12 +23,7 @@ from birdcall.inference.decision import (
 )
 from birdcall.inference.engine import predict_audio
 from birdcall.inference.ensemble import Ensemble, Member
-from birdcall.inference.predictions import (
-    SEGMENTS_ONLY,
-    SegmentPredictions,
-    concatenate,
-    stack_members,
-)
+from birdcall.inference.predictions import SEGMENTS_ONLY, SegmentPredictions
 from birdcall.inference.windows import AudioSource, WindowConfig
 from birdcall.storage.files import digest
 from birdcall.storage.store import Store, read_arrays, write_arrays
@@ -108,7 +103,7 @@ class LabelledPredictions:
             first,
             segments=pd.concat([part.segments for part in parts], ignore_index=True),
             truth=np.concatenate([part.truth for part in parts]),
-            predictions=concatenate([part.predictions for part in parts]),
+            predictions=SegmentPredictions.concatenate([part.predictions for part in parts]),
         )
 
     def select(self, segments: np.ndarray) -> LabelledPredictions:
@@ -226,7 +221,7 @@ class PredictionCache:
         identity, predicted = self._identify(member, window), _without_errors(predictions)
         if identity is None or not predicted:
             return
-        together = concatenate(list(predicted.values()))
+        together = SegmentPredictions.concatenate(list(predicted.values()))
         errors = {name: item for name, item in predictions.items() if name not in predicted}
         values = {
             "names": list(predicted),
@@ -262,7 +257,8 @@ class PredictionCache:
         result: _Predictions = {}
         for name in sources:
             items = [predictions[name] for predictions in by_member]
-            result[name] = items[0] if isinstance(items[0], AudioError) else stack_members(items)
+            is_error = isinstance(items[0], AudioError)
+            result[name] = items[0] if is_error else SegmentPredictions.stack_members(items)
         return result
 
     def _predict_missing(
@@ -284,7 +280,7 @@ class PredictionCache:
         computed = dict(bar)
         for position, index in enumerate(missing):
             by_member[index] = {
-                name: item if isinstance(item, AudioError) else item.for_member(position)
+                name: item if isinstance(item, AudioError) else item.for_members([position])
                 for name, item in computed.items()
             }
             self.write(members[position], ensemble.window_config, by_member[index])

@@ -27,15 +27,8 @@ import torch
 from birdcall.audio.reading import AudioError, iterate_rates
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.inference.ensemble import READING, Ensemble
-from birdcall.inference.predictions import (
-    SEGMENTS_ONLY,
-    WITH_FRAMES,
-    OutputOptions,
-    SegmentPredictions,
-    concatenate,
-)
+from birdcall.inference.predictions import SEGMENTS_ONLY, OutputOptions, SegmentPredictions
 from birdcall.inference.windows import (
-    BLOCK_SECONDS,
     AudioSource,
     End,
     Waveforms,
@@ -43,6 +36,8 @@ from birdcall.inference.windows import (
     cut_windows,
 )
 
+_WITH_FRAMES = OutputOptions(frames=True)
+_BLOCK_SECONDS = 30.0  # of a recording, decoded at once
 _MAX_READERS = 8
 _READ_AHEAD_SEGMENTS = 32  # of each reader
 
@@ -64,15 +59,20 @@ def predict_stream(
     A source that does not decode ends with its `AudioError`, perhaps after some parts.
     """
     running: deque[tuple[_Batch, Future[SegmentPredictions] | None]] = deque()
-    with closing(_read_ahead(ensemble, sources)) as windows:
-        for number, batch in enumerate(_make_batches(ensemble, windows, limit_members)):
+    with closing(_read_ahead(ensemble, sources)) as items:
+        for number, batch in enumerate(_make_batches(ensemble, items, limit_members)):
             replica = ensemble.replicas[number % len(ensemble.replicas)]
             future = None
             if batch.n_windows:
+                windows = [item for _, item in batch.items if isinstance(item, Window)]
+                waveforms = {
+                    rate: np.stack([window.waveforms[rate] for window in windows])
+                    for rate in ensemble.sample_rates
+                }
                 future = replica.threads.submit(
                     ensemble.predict_batch,
                     replica=replica,
-                    waveforms=batch.stack(ensemble.sample_rates),
+                    waveforms=waveforms,
                     n_members=batch.n_members,
                     outputs=outputs,
                 )
@@ -90,13 +90,6 @@ class _Batch:
     n_members: int
     n_windows: int = 0
     items: list[tuple[str, Window | End | AudioError]] = field(default_factory=list)
-
-    def stack(self, sample_rates: Sequence[int]) -> dict[int, np.ndarray]:
-        """Return all windows ``(windows, samples)`` at each rate."""
-        windows = [item for _, item in self.items if isinstance(item, Window)]
-        return {
-            rate: np.stack([window.waveforms[rate] for window in windows]) for rate in sample_rates
-        }
 
 
 def _make_batches(
@@ -161,18 +154,26 @@ def _read_ahead(
     n_readers = min(len(sources), max(1, torch.get_num_threads() // 2), _MAX_READERS)
     n_ahead = max(2, _READ_AHEAD_SEGMENTS // ensemble.window_config.window_segments)
     names = list(sources)
-    readers = [_Reader(ensemble, n_ahead) for _ in range(n_readers)]
+    readers: list[_Reader] = []
     try:
-        for number, reader in enumerate(readers):
-            reader.start([sources[name] for name in names[number::n_readers]])
+        for number in range(n_readers):
+            to_read = [sources[name] for name in names[number::n_readers]]
+            readers.append(_Reader(ensemble, to_read, n_ahead))
         for index, name in enumerate(names):
-            item: Window | End | AudioError | None = None
+            item: Window | End | AudioError | _Crash | None = None
             while not isinstance(item, End | AudioError):
-                item = readers[index % n_readers].get()
+                item = readers[index % n_readers].queue.get()
+                if isinstance(item, _Crash):
+                    raise item.error
                 yield name, item
     finally:
         for reader in readers:
-            reader.stop()
+            reader.is_stopped.set()
+            while reader.thread.is_alive():
+                try:  # the thread may be waiting for room in the queue
+                    reader.queue.get(timeout=0.01)
+                except queue.Empty:
+                    continue
 
 
 class _Crash(NamedTuple):
@@ -180,35 +181,18 @@ class _Crash(NamedTuple):
 
 
 class _Reader:
-    """A thread that reads sources into a queue until it is full, and stops when told to."""
+    """A thread that reads sources into a queue until it is full, and ends when it is stopped."""
 
-    def __init__(self, ensemble: Ensemble, n_ahead: int) -> None:
-        self.ensemble = ensemble
+    def __init__(self, ensemble: Ensemble, sources: Sequence[AudioSource], n_ahead: int) -> None:
+        self.ensemble, self.sources = ensemble, sources
         self.queue: queue.Queue[Window | End | AudioError | _Crash] = queue.Queue(n_ahead)
         self.is_stopped = threading.Event()
-        self.thread: threading.Thread | None = None
-
-    def start(self, sources: Sequence[AudioSource]) -> None:
-        self.thread = threading.Thread(target=self._read, args=(sources,), daemon=True)
+        self.thread = threading.Thread(target=self._read, daemon=True)
         self.thread.start()
 
-    def get(self) -> Window | End | AudioError:
-        item = self.queue.get()
-        if isinstance(item, _Crash):
-            raise item.error
-        return item
-
-    def stop(self) -> None:
-        self.is_stopped.set()
-        while self.thread is not None and self.thread.is_alive():
-            try:  # the thread may be waiting for room in the queue
-                self.queue.get(timeout=0.01)
-            except queue.Empty:
-                continue
-
-    def _read(self, sources: Sequence[AudioSource]) -> None:
+    def _read(self) -> None:
         window_seconds = self.ensemble.window_config.window_segments * SEGMENT_SECONDS
-        for source in sources:
+        for source in self.sources:
             windows = self._cut(source)
             while True:
                 with self.ensemble.costs.measure(READING, window_seconds):
@@ -225,7 +209,7 @@ class _Reader:
             yield from cut_windows(audio, self.ensemble.window_config)
         except AudioError as error:
             yield error
-        except Exception as error:  # raised by `get`, in the thread that waits for the window
+        except Exception as error:  # raised again in the thread that waits for the window
             yield _Crash(error)
 
 
@@ -239,7 +223,7 @@ def _read_blocks(
 ) -> Iterator[Waveforms]:
     n_read = dict.fromkeys(sample_rates, 0)
     try:
-        with closing(iterate_rates(path, sample_rates, BLOCK_SECONDS)) as blocks:
+        with closing(iterate_rates(path, sample_rates, _BLOCK_SECONDS)) as blocks:
             for block in blocks:
                 if limit_seconds is not None:
                     n_left = {rate: round(limit_seconds * rate) - n_read[rate] for rate in block}
@@ -261,7 +245,7 @@ def _read_blocks(
 def predict_audio(
     ensemble: Ensemble,
     sources: Mapping[str, AudioSource],
-    outputs: OutputOptions = WITH_FRAMES,
+    outputs: OutputOptions = _WITH_FRAMES,
     limit_members: _MemberLimit | None = None,
 ) -> Iterator[tuple[str, SegmentPredictions | AudioError]]:
     """Yield the predictions of each source, in order; see `predict_stream`.
@@ -277,7 +261,7 @@ def predict_audio(
             if isinstance(item, AudioError):
                 yield name, item
             else:
-                whole = concatenate(parts)
+                whole = SegmentPredictions.concatenate(parts)
                 yield name, replace(whole, starts=(0,), recording_seconds=(item.seconds,))
             parts = []
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import logging
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +30,7 @@ from birdcall.inference.windows import (
 from birdcall.models.checkpoint import Checkpoint, load_model, require_same_classes
 from birdcall.models.onnx import OnnxModel
 from birdcall.models.sed import SEDModel
-
-logger = logging.getLogger(__name__)
+from birdcall.storage.files import UserError
 
 # Segments in one call of a network. More of them leave a CPU's cache; a GPU needs many.
 _CPU_BATCH, _CUDA_BATCH = 4, 64
@@ -51,12 +49,8 @@ class Member:
     checkpoint: Checkpoint
     export: Path | None = None
 
-    @property
-    def frontend(self) -> FrontendConfig:
-        return self.checkpoint.experiment.frontend
 
-
-class MemberError(ValueError):
+class MemberError(UserError):
     """A member that does not run, or whose predictions are not finite numbers."""
 
     def __init__(self, member: str, reason: str) -> None:
@@ -64,6 +58,7 @@ class MemberError(ValueError):
         self.member = member
 
 
+@dataclass(eq=False)
 class CostMeter:
     """Measures the time spent on `READING`, on the `FRONT_END` and on each member, by name.
 
@@ -71,10 +66,9 @@ class CostMeter:
     processed in this time.
     """
 
-    def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
-        self.audio_seconds: Counter[str] = Counter()
-        self._lock = threading.Lock()
+    seconds: Counter[str] = field(default_factory=Counter)
+    audio_seconds: Counter[str] = field(default_factory=Counter)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     @contextmanager
     def measure(
@@ -105,7 +99,7 @@ class CostMeter:
 
 
 @dataclass(frozen=True)
-class DeviceReplica:
+class _Replica:
     """The members on one device, and the threads that run batches there."""
 
     device: torch.device
@@ -135,28 +129,28 @@ class Ensemble:
             )
         self.device = torch.device(device)
         self.members = list(members)
+        self.classes = members[0].checkpoint.classes
+        configs = {member.checkpoint.experiment.frontend for member in members}
+        self.sample_rates = tuple(sorted({config.sample_rate for config in configs}))
         self.window_config = window_config
         self.costs = CostMeter()
         batch = _CPU_BATCH if self.device.type == "cpu" else _CUDA_BATCH
         self.batch_windows = max(1, batch // window_config.window_segments)
         self.mixes_recordings = self.device.type != "cpu"  # within a batch, see `engine`
-        self.replicas = [
-            self._open_replica(device, is_first=index == 0)
-            for index, device in enumerate(list_devices(self.device))
-        ]
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.members[0].checkpoint.classes
-
-    @property
-    def sample_rates(self) -> tuple[int, ...]:
-        return tuple(sorted({member.frontend.sample_rate for member in self.members}))
-
-    @property
-    def n_threads(self) -> int:
-        """Return how many batches run at once."""
-        return sum(replica.n_threads for replica in self.replicas)
+        n_threads = torch.get_num_threads() if self.device.type == "cpu" else 1
+        self.replicas = []
+        for index, device in enumerate(list_devices(self.device)):
+            replica = _Replica(
+                device=device,
+                frontends={config: LogMel(config).to(device) for config in configs},
+                networks=tuple(
+                    self._open_network(member, device, is_first=index == 0) for member in members
+                ),
+                threads=worker_pool(n_threads) if device.type == "cpu" else ThreadPoolExecutor(1),
+                n_threads=n_threads,
+            )
+            self.replicas.append(replica)
+        self.n_threads = sum(replica.n_threads for replica in self.replicas)  # batches at once
 
     def for_members(self, members: Sequence[Member]) -> Ensemble:
         """Return an ensemble of some of the members."""
@@ -168,17 +162,6 @@ class Ensemble:
             return self
         members = [replace(member, export=None) for member in self.members]
         return Ensemble(members, self.device, window_config)
-
-    def _open_replica(self, device: torch.device, is_first: bool) -> DeviceReplica:
-        configs = {member.frontend for member in self.members}
-        n_threads = torch.get_num_threads() if device.type == "cpu" else 1
-        return DeviceReplica(
-            device=device,
-            frontends={config: LogMel(config).to(device) for config in configs},
-            networks=tuple(self._open_network(member, device, is_first) for member in self.members),
-            threads=worker_pool(n_threads) if device.type == "cpu" else ThreadPoolExecutor(1),
-            n_threads=n_threads,
-        )
 
     def _open_network(
         self, member: Member, device: torch.device, is_first: bool
@@ -198,7 +181,7 @@ class Ensemble:
 
     def predict_batch(
         self,
-        replica: DeviceReplica,
+        replica: _Replica,
         waveforms: Mapping[int, np.ndarray],
         n_members: int,
         outputs: OutputOptions = SEGMENTS_ONLY,
@@ -212,19 +195,29 @@ class Ensemble:
         n_windows = len(next(iter(waveforms.values())))
         audio_seconds = n_windows * self.window_config.window_segments * SEGMENT_SECONDS
         log_mels: dict[FrontendConfig, Tensor] = {}
-        by_output: dict[str, list[np.ndarray]] = {name: [] for name in outputs.network_outputs}
+        names = ["clipwise", "framewise"]
+        if outputs.frames or outputs.member_frames:
+            names.append("frames")
+        if outputs.embedding:
+            names.append("embedding")
+        by_output: dict[str, list[np.ndarray]] = {name: [] for name in names}
         members = self.members[:n_members]
         for member, network in zip(members, replica.networks, strict=False):
-            if member.frontend not in log_mels:
+            config = member.checkpoint.experiment.frontend
+            if config not in log_mels:
+                frontend = replica.frontends[config]
+                windows = torch.from_numpy(waveforms[config.sample_rate])
                 with self.costs.measure(FRONT_END, audio_seconds, clock), torch.inference_mode():
-                    log_mels[member.frontend] = _compute_log_mel(
-                        replica.frontends[member.frontend],
-                        replica.device,
-                        waveforms[member.frontend.sample_rate],
-                    )
+                    if replica.device.type == "cpu":
+                        # Window by window: the rounding of a product depends on its shape, and
+                        # the repair in double precision on how many values need it.
+                        log_mel = torch.cat([frontend(window) for window in windows.split(1)])
+                    else:
+                        log_mel = frontend(windows.to(replica.device))
+                log_mels[config] = log_mel
             with self.costs.measure(member.name, audio_seconds, clock), torch.inference_mode():
-                arrays = _run(member, network, log_mels[member.frontend], tuple(by_output))
-            for name, array in zip(by_output, arrays, strict=True):
+                arrays = _run(member, network, log_mels[config], names)
+            for name, array in zip(names, arrays, strict=True):
                 by_output[name].append(array)
         return _join_windows(by_output, outputs)
 
@@ -238,11 +231,15 @@ def _join_windows(
         for name in ("clipwise", "framewise")
     )
     mean_frames = member_frames = embedding = None
-    frames = by_output.get("frames", [])
+    # (windows, classes, frames) → (classes, all frames)
+    frames = [
+        array.transpose(1, 0, 2).reshape(array.shape[1], -1)
+        for array in by_output.get("frames", [])
+    ]
     if outputs.frames:
-        mean_frames = _join_frames(sum(frames[1:], frames[0]) / np.float32(len(frames)))
+        mean_frames = sum(frames[1:], frames[0]) / np.float32(len(frames))
     if outputs.member_frames:
-        member_frames = np.stack([_join_frames(array) for array in frames])
+        member_frames = np.stack(frames)
     if outputs.embedding:
         embedding = np.concatenate(by_output["embedding"], axis=2)
         embedding = embedding.reshape(-1, embedding.shape[2])
@@ -254,20 +251,6 @@ def _join_windows(
         embedding=embedding,
         starts=(),
     )
-
-
-def _join_frames(frames: np.ndarray) -> np.ndarray:
-    """Lay windows one after another: ``(windows, classes, frames)`` → ``(classes, all frames)``."""
-    return frames.transpose(1, 0, 2).reshape(frames.shape[1], -1)
-
-
-def _compute_log_mel(frontend: LogMel, device: torch.device, waveforms: np.ndarray) -> Tensor:
-    tensor = torch.from_numpy(waveforms)
-    if device.type != "cpu":
-        return frontend(tensor.to(device))
-    # Window by window: the rounding of a product depends on its shape, and the repair in double
-    # precision on how many values need it.
-    return torch.cat([frontend(window) for window in tensor.split(1)])
 
 
 def _run(

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.inference.decision import Decision, combine_members, limit_species
-from birdcall.inference.predictions import SegmentPredictions, calibrate, concatenate
+from birdcall.inference.predictions import SegmentPredictions, calibrate
 from birdcall.inference.windows import FRAME_SECONDS, FRAMES_PER_SEGMENT
 
 _TIME_TOLERANCE = 1e-6  # seconds; times are rounded to it, or 3 x 0.1 s would not be 0.3 s
@@ -156,7 +156,9 @@ class EventDetector:
 
     def add(self, part: SegmentPredictions) -> None:
         """Take the next segments of the recording, with their frames."""
-        rows = part if self.pending is None else concatenate([self.pending, part])
+        rows = (
+            part if self.pending is None else SegmentPredictions.concatenate([self.pending, part])
+        )
         self._decide(rows, end=rows.n_segments - 1)  # the last row waits for its neighbour
 
     def finish(self, seconds: float) -> list[Event]:
@@ -205,39 +207,36 @@ class EventDetector:
         """Decide the pending rows before ``end``; keep the last one of them and those after it."""
         first = 1 if self.n_decided else 0  # the row before is a neighbour only
         if end > first:
-            self._collect(rows, slice(first, end))
+            voters = combine_members(rows.clipwise, rows.framewise, self.decision)
+            decided = slice(first, end)
+            highest = voters.clipwise[:, decided].max(axis=1)
+            self.highest = highest if self.highest is None else np.maximum(self.highest, highest)
+            passed = voters.clipwise[:, decided] >= self.decision.clip_threshold
+            passed &= voters.framewise[:, decided] >= self.decision.frame_threshold
+            strength = voters.strength[decided]
+            row, column = np.nonzero(self._can_be_chosen(passed, strength))
+            by_row = rows.frames.reshape(len(self.classes), -1, FRAMES_PER_SEGMENT)
+            frames = by_row[column, row + first]
+            calibration = self.decision.calibration
+            if calibration is not None:
+                scale = np.asarray(calibration.frame_scale)[column]
+                offset = np.asarray(calibration.frame_offset)[column]
+                frames = calibrate(frames.T, scale, offset).T
+            self.candidates.append(
+                _Candidates(
+                    row=row + self.n_decided,
+                    column=column,
+                    passed=passed[:, row, column],
+                    strength=strength[row, column],
+                    frames=frames,
+                )
+            )
             self.n_decided += end - first
         n_dropped = max(0, end - 1) if self.n_decided else 0
         rest = rows.select(slice(n_dropped, None))
         # Copied, so that the rest of the arrays is freed.
         self.pending = SegmentPredictions(
             rest.clipwise.copy(), rest.framewise.copy(), rest.frames.copy()
-        )
-
-    def _collect(self, rows: SegmentPredictions, decided: slice) -> None:
-        """Store the candidates among the decided rows."""
-        voters = combine_members(rows.clipwise, rows.framewise, self.decision)
-        highest = voters.clipwise[:, decided].max(axis=1)
-        self.highest = highest if self.highest is None else np.maximum(self.highest, highest)
-        passed = voters.clipwise[:, decided] >= self.decision.clip_threshold
-        passed &= voters.framewise[:, decided] >= self.decision.frame_threshold
-        strength = voters.strength[decided]
-        row, column = np.nonzero(self._can_be_chosen(passed, strength))
-        by_row = rows.frames.reshape(len(self.classes), -1, FRAMES_PER_SEGMENT)
-        frames = by_row[column, row + decided.start]
-        calibration = self.decision.calibration
-        if calibration is not None:
-            scale = np.asarray(calibration.frame_scale)[column]
-            offset = np.asarray(calibration.frame_offset)[column]
-            frames = calibrate(frames.T, scale, offset).T
-        self.candidates.append(
-            _Candidates(
-                row=row + self.n_decided,
-                column=column,
-                passed=passed[:, row, column],
-                strength=strength[row, column],
-                frames=frames,
-            )
         )
 
     def _can_be_chosen(self, passed: np.ndarray, strength: np.ndarray) -> np.ndarray:

@@ -26,19 +26,8 @@ class OutputOptions:
     member_frames: bool = False
     embedding: bool = False
 
-    @property
-    def network_outputs(self) -> tuple[str, ...]:
-        """Return the names of the outputs that each network must give."""
-        names = ["clipwise", "framewise"]
-        if self.frames or self.member_frames:
-            names.append("frames")
-        if self.embedding:
-            names.append("embedding")
-        return tuple(names)
-
 
 SEGMENTS_ONLY = OutputOptions()
-WITH_FRAMES = OutputOptions(frames=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,43 +114,41 @@ class SegmentPredictions:
             embedding=None,
         )
 
-    def for_member(self, position: int) -> SegmentPredictions:
-        """Return the predictions of one member, by position; see `for_members`."""
-        return self.for_members([position])
+    @staticmethod
+    def concatenate(parts: Sequence[SegmentPredictions]) -> SegmentPredictions:
+        """Join parts of a recording, or recordings, of the same members in the order given.
 
+        An optional output is there if all parts have it.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        lengths = [part.n_segments for part in parts]
+        offsets = np.cumsum([0, *lengths[:-1]]).tolist()
+        starts = [offset + start for offset, part in zip(offsets, parts, strict=True)
+                  for start in part.starts]  # fmt: skip
+        return SegmentPredictions(
+            clipwise=np.concatenate([part.clipwise for part in parts], axis=1),
+            framewise=np.concatenate([part.framewise for part in parts], axis=1),
+            frames=_concatenate_optional([part.frames for part in parts], axis=1),
+            member_frames=_concatenate_optional([part.member_frames for part in parts], axis=2),
+            embedding=_concatenate_optional([part.embedding for part in parts], axis=0),
+            starts=tuple(starts),
+            recording_seconds=tuple(
+                seconds for part in parts for seconds in part.recording_seconds
+            ),
+        )
 
-def concatenate(parts: Sequence[SegmentPredictions]) -> SegmentPredictions:
-    """Join parts of a recording, or recordings, of the same members in the order given.
-
-    An optional output is there if all parts have it.
-    """
-    if len(parts) == 1:
-        return parts[0]
-    lengths = [part.n_segments for part in parts]
-    offsets = np.cumsum([0, *lengths[:-1]]).tolist()
-    starts = [offset + start for offset, part in zip(offsets, parts, strict=True)
-              for start in part.starts]  # fmt: skip
-    return SegmentPredictions(
-        clipwise=np.concatenate([part.clipwise for part in parts], axis=1),
-        framewise=np.concatenate([part.framewise for part in parts], axis=1),
-        frames=_concatenate_optional([part.frames for part in parts], axis=1),
-        member_frames=_concatenate_optional([part.member_frames for part in parts], axis=2),
-        embedding=_concatenate_optional([part.embedding for part in parts], axis=0),
-        starts=tuple(starts),
-        recording_seconds=tuple(seconds for part in parts for seconds in part.recording_seconds),
-    )
-
-
-def stack_members(parts: Sequence[SegmentPredictions]) -> SegmentPredictions:
-    """Join what different members predict for the same segments, in the order given."""
-    return replace(
-        parts[0],
-        clipwise=np.concatenate([part.clipwise for part in parts]),
-        framewise=np.concatenate([part.framewise for part in parts]),
-        frames=None,
-        member_frames=_concatenate_optional([part.member_frames for part in parts], axis=0),
-        embedding=None,
-    )
+    @staticmethod
+    def stack_members(parts: Sequence[SegmentPredictions]) -> SegmentPredictions:
+        """Join what different members predict for the same segments, in the order given."""
+        return replace(
+            parts[0],
+            clipwise=np.concatenate([part.clipwise for part in parts]),
+            framewise=np.concatenate([part.framewise for part in parts]),
+            frames=None,
+            member_frames=_concatenate_optional([part.member_frames for part in parts], axis=0),
+            embedding=None,
+        )
 
 
 def _select_frames(frames: np.ndarray | None, segments: slice | np.ndarray) -> np.ndarray | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 FRAMES_PER_SEGMENT = 50  # of predictions over time: finer than the frames of any member
 FRAME_SECONDS = SEGMENT_SECONDS / FRAMES_PER_SEGMENT
-BLOCK_SECONDS = 30.0  # of a recording, decoded at once
 
 ONNX_FILE = "model.onnx"  # beside a checkpoint's weights
 _SOURCES = ("log_mel", "waveform")  # inputs of an exported model
@@ -61,21 +61,8 @@ class WindowConfig:
         )
 
     @property
-    def is_single_segment(self) -> bool:
-        """Return whether a window is one segment without context."""
-        return self.window_segments == 1 and self.context_seconds == 0
-
-    @property
     def window_seconds(self) -> float:
         return self.window_segments * SEGMENT_SECONDS + 2 * self.context_seconds
-
-    @property
-    def context_frames(self) -> int:
-        """Return the context on either side in frames of `FRAME_SECONDS`."""
-        return round(self.context_seconds / FRAME_SECONDS)
-
-    def window_samples(self, sample_rate: int) -> int:
-        return round(self.window_seconds * sample_rate)
 
 
 SINGLE_SEGMENT = WindowConfig()
@@ -112,8 +99,10 @@ def cut_windows(
         for rate, waveform in waveforms.items():
             if rate not in buffers:
                 buffers[rate] = _Buffer(rate, window_config)
-            buffers[rate].add(waveform)
-        while all(buffer.has_window() for buffer in buffers.values()):
+            buffers[rate].held.append(waveform)
+            buffers[rate].n_held += len(waveform)
+            buffers[rate].n_added += len(waveform)
+        while all(buffer.n_held >= buffer.n_window for buffer in buffers.values()):
             windows = {rate: buffer.take() for rate, buffer in buffers.items()}
             yield Window(windows, window_config.window_segments)
     rate, leader = next(iter(buffers.items()))  # lengths at other rates differ by rounding
@@ -130,19 +119,11 @@ class _Buffer:
     """What has been read at one sample rate and is not in a window yet."""
 
     def __init__(self, sample_rate: int, window_config: WindowConfig) -> None:
-        self.n_window = window_config.window_samples(sample_rate)
+        self.n_window = round(window_config.window_seconds * sample_rate)
         self.n_hop = window_config.window_segments * SEGMENT_SECONDS * sample_rate
         self.n_added = self.n_taken = 0  # samples, windows
         self.n_held = round(window_config.context_seconds * sample_rate)
         self.held = [np.zeros(self.n_held, np.float32)]
-
-    def add(self, waveform: np.ndarray) -> None:
-        self.held.append(waveform)
-        self.n_held += len(waveform)
-        self.n_added += len(waveform)
-
-    def has_window(self) -> bool:
-        return self.n_held >= self.n_window
 
     def take(self) -> np.ndarray:
         """Return the next window, zeros where nothing is left."""
@@ -185,17 +166,18 @@ class SegmentModel(nn.Module):
         self.model, self.window_config = model, window_config
 
     def forward(self, log_mel: Tensor) -> SegmentOutput:
-        n_segments, context = self.window_config.window_segments, self.window_config.context_frames
+        n_segments = self.window_config.window_segments
+        context = round(self.window_config.context_seconds / FRAME_SECONDS)
         features = self.model.features(log_mel)
-        if not self.window_config.is_single_segment:
+        if self.window_config != SINGLE_SEGMENT:
             n_frames = n_segments * FRAMES_PER_SEGMENT
-            fine = resample_frames(features, n_frames + 2 * context)[
+            fine = _resample_frames(features, n_frames + 2 * context)[
                 ..., context : context + n_frames
             ]
             parts = fine.unflatten(2, (n_segments, FRAMES_PER_SEGMENT))
             features = parts.transpose(1, 2).flatten(0, 1)
         clipwise, framewise = self.model.head(features)
-        frames = resample_frames(framewise, FRAMES_PER_SEGMENT).unflatten(0, (-1, n_segments))
+        frames = _resample_frames(framewise, FRAMES_PER_SEGMENT).unflatten(0, (-1, n_segments))
         return SegmentOutput(
             clipwise.unflatten(0, (-1, n_segments)),
             framewise.amax(dim=2).unflatten(0, (-1, n_segments)),
@@ -204,7 +186,7 @@ class SegmentModel(nn.Module):
         )
 
 
-def resample_frames(frames: Tensor, n_frames: int) -> Tensor:
+def _resample_frames(frames: Tensor, n_frames: int) -> Tensor:
     """Repeat or leave out frames ``(…, frames)``, evenly, so that there are ``n_frames``."""
     n_given = frames.shape[-1]
     if n_given == n_frames:
@@ -239,10 +221,16 @@ def export_checkpoint(
         log_mel = model.frontend(waveforms)
         outputs = SegmentModel(model, window_config)(log_mel)
     expected = {name: value.numpy() for name, value in outputs._asdict().items()}
-    inputs = log_mel if source == "log_mel" else waveforms
+    if source == "log_mel":
+        inputs, frontend = log_mel, nn.Identity()
+    else:  # the exported front end computes its spectra by convolution
+        inputs = waveforms
+        frontend = LogMel(replace(checkpoint.experiment.frontend, implementation="conv"))
+    detector = SegmentModel(model, window_config)
+    network = nn.Sequential(OrderedDict(frontend=frontend, detector=detector))
     with atomic_path(path) as temporary:
         export_onnx(
-            _Exported(model, checkpoint, window_config, source).eval(),
+            network.eval(),
             inputs,
             temporary,
             metadata=_describe_export(checkpoint, window_config, source),
@@ -256,21 +244,6 @@ def export_checkpoint(
                 f"more than {_TOLERANCE:g}; nothing is written"
             )
     return difference
-
-
-class _Exported(nn.Module):
-    """A segment model, after a front end by convolution where the input is waveforms."""
-
-    def __init__(
-        self, model: SEDModel, checkpoint: Checkpoint, window_config: WindowConfig, source: str
-    ) -> None:
-        super().__init__()
-        by_convolution = replace(checkpoint.experiment.frontend, implementation="conv")
-        self.frontend = LogMel(by_convolution) if source == "waveform" else nn.Identity()
-        self.detector = SegmentModel(model, window_config)
-
-    def forward(self, windows: Tensor) -> SegmentOutput:
-        return self.detector(self.frontend(windows))
 
 
 def _describe_export(
@@ -306,7 +279,7 @@ def find_export(folder: Path, checkpoint: Checkpoint, window_config: WindowConfi
 def probe_windows(rate: int, window_config: WindowConfig = SINGLE_SEGMENT) -> Tensor:
     """Return ``(probes, samples)`` of noise, tones, clicks and silence, loud and quiet."""
     generator = torch.Generator().manual_seed(0)
-    n_samples = window_config.window_samples(rate)
+    n_samples = round(window_config.window_seconds * rate)
     noise = torch.randn(_N_PROBES, n_samples, generator=generator)
     seconds = torch.arange(n_samples) / rate
     chirp = torch.sin(2 * torch.pi * (1000 + 300 * seconds) * seconds)
