@@ -11,8 +11,8 @@ import pytest
 import typer.main
 
 import birdcall
-from birdcall.benchmark.inference import plot_inference_speed
 from birdcall.__main__ import app
+from birdcall.benchmark.inference import plot_inference_speed
 from birdcall.report.architecture import LAYERS, plot_layers, read_layers
 from birdcall.report.plots import (
     BLUE,
@@ -82,8 +82,8 @@ def small_package(tmp_path):
     """A package in which training imports evaluation, and one kaggle module packages."""
     files = {
         "config.py": "X = 1\n",
-        "__main__.py": "from birdcall.__main__ import app\n",
-        "cli/__init__.py": "def run():\n    from birdcall.training.trainer import train\n",
+        "__main__.py": "from birdcall.cli.training import run\n",
+        "cli/training.py": "def run():\n    from birdcall.training.trainer import train\n",
         "training/trainer.py": "from birdcall.evaluation.scoring import score\n",
         "evaluation/scoring.py": "from birdcall import config\nfrom birdcall.config import X\n",
         "kaggle/kernel.py": "import birdcall.config\n",
