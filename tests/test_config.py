@@ -1,7 +1,7 @@
 """Experiments are checked when they are built, and survive JSON."""
 
 import json
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, asdict, replace
 
 import pytest
 
@@ -14,6 +14,7 @@ from birdcall.config import (
     OptimizerConfig,
     SamplingConfig,
     TrainConfig,
+    config_from_dict,
     replace_nested,
 )
 from birdcall.experiments import EXPERIMENTS, find_experiment
@@ -22,7 +23,7 @@ from birdcall.experiments import EXPERIMENTS, find_experiment
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_survives_json(name):
     experiment = find_experiment(name)
-    assert Experiment.from_dict(json.loads(json.dumps(experiment.to_dict()))) == experiment
+    assert config_from_dict(Experiment, json.loads(json.dumps(asdict(experiment)))) == experiment
 
 
 def test_an_unknown_experiment_lists_the_known_ones():
@@ -83,10 +84,10 @@ def test_an_invalid_value_is_refused_with_what_is_allowed(build, complaint):
 
 
 def test_a_field_of_another_version_is_named():
-    values = replace(find_experiment("small_gru")).to_dict()
+    values = asdict(find_experiment("small_gru"))
     values["train"]["momentum"] = 0.9
     with pytest.raises(ValueError, match="TrainConfig has no field momentum"):
-        Experiment.from_dict(values)
+        config_from_dict(Experiment, values)
 
 
 def test_nested_changes_leave_everything_else_and_are_checked():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
 SEGMENT_SECONDS = 5  # the competition scores one row per five seconds
@@ -307,18 +307,12 @@ class Experiment:
         """Length of a training clip."""
         return round(self.train.data.clip_seconds * self.frontend.sample_rate)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return nested dictionaries of plain values; `from_dict` reads them."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Experiment:
-        """Build an experiment from `to_dict`'s result, also after JSON made lists of tuples."""
-        return config_from_dict(cls, values)
-
 
 def config_from_dict(config_class: type[Config], values: dict[str, Any]) -> Config:
-    """Build a config dataclass from nested plain values; ValueError names an unknown field."""
+    """Build a config dataclass from the result of `dataclasses.asdict`.
+
+    Also after JSON made lists of tuples. ValueError names an unknown field.
+    """
     hints = typing.get_type_hints(config_class)
     unknown = sorted(set(values) - {item.name for item in fields(config_class)})
     require(

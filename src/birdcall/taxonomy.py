@@ -31,9 +31,10 @@ def all_species() -> tuple[Species, ...]:
     )
 
 
+@cache
 def species_of(ebird_code: str) -> Species | None:
-    """Return the species of a code, None for one outside the 264."""
-    return _by_code().get(ebird_code)
+    """Return the species of a code; None for a code outside the 264."""
+    return next((species for species in all_species() if species.ebird_code == ebird_code), None)
 
 
 def find_species(name: str) -> Species | None:
@@ -49,14 +50,9 @@ def find_species(name: str) -> Species | None:
 
 
 def display_name(ebird_code: str) -> str:
-    """Return the common name, or the code itself for one outside the 264."""
+    """Return the common name, or the code itself where it is outside the 264."""
     species = species_of(ebird_code)
     return species.common_name if species else ebird_code
-
-
-@cache
-def _by_code() -> dict[str, Species]:
-    return {species.ebird_code: species for species in all_species()}
 
 
 @cache

@@ -25,8 +25,9 @@ from birdcall.models.checkpoint import SETTINGS_FILE, read_checkpoint
 from birdcall.report.ablation import describe_ablation, difference_table, plot_ablation
 from birdcall.report.plots import save_figure
 from birdcall.storage.store import Journal
-from birdcall.training.log import LOG_FILE, write_log
-from birdcall.training.trainer import EpochLog, RunOptions
+from birdcall.training.log import write_log
+from birdcall.training.step import EpochLog
+from birdcall.training.trainer import RunOptions
 
 BLOCK_SECONDS = 100.0
 SIMULATION = SimulationConfig(n_soundscapes=4, soundscape_seconds=30.0)
@@ -68,7 +69,7 @@ class FakeTraining:
         for run in new:
             run.folder.mkdir(parents=True)
             (run.folder / SETTINGS_FILE).touch()
-            write_log(run.folder / LOG_FILE, log_of([1.0] * 10))
+            write_log(run.folder, log_of([1.0] * 10))
 
     def score_seed(self, runs, data, simulation):
         self.now += 5.0

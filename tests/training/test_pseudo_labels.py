@@ -21,7 +21,6 @@ from birdcall.training.pseudo_labels import (
     PseudoLabelConfig,
     PseudoLabelSummary,
     find_label_intervals,
-    make_pseudo_labels,
     write_pseudo_labels,
 )
 from birdcall.training.runs import plan_runs, train_many
@@ -186,12 +185,14 @@ def test_a_recording_that_cannot_be_read_keeps_its_labels(runs, training_data, t
     assert "its labels stay unchanged" in caplog.text
 
 
-def test_runs_of_other_data_are_refused(runs, training_data):
+def test_runs_of_other_data_are_refused(runs, training_data, tmp_path):
+    path = tmp_path / "pseudo_labels.csv"
     with pytest.raises(ValueError, match="checkpoint of other classes"):
-        make_pseudo_labels(runs, replace(training_data, classes=("amecro", "zzz")))
+        write_pseudo_labels(runs, replace(training_data, classes=("amecro", "zzz")), path)
     recordings = training_data.recordings[training_data.recordings["fold"] == 0]
     with pytest.raises(ValueError, match="fold1: of fold 1; the data's folds are 0"):
-        make_pseudo_labels(runs, replace(training_data, recordings=recordings))
+        write_pseudo_labels(runs, replace(training_data, recordings=recordings), path)
+    assert not path.exists()
 
 
 def test_the_summary_counts_each_label_once():

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 import birdcall
 from birdcall.config import replace_nested
 from birdcall.models.checkpoint import STATE_FILE
-from birdcall.training.distributed import SINGLE_PROCESS
+from birdcall.training.distributed import DistributedContext
 from birdcall.training.log import read_log
 from birdcall.training.resume import identity_of, read_state, write_state
 from birdcall.training.runs import TrainingInterrupted, train_run
@@ -67,7 +67,7 @@ def test_interrupted_after_every_step_it_ends_with_the_same_bits(
     assert train_step_by_step(parts, training_data) == 9  # three epochs of three steps
     for name in ("model.safetensors", "model.json"):
         assert (parts.folder / name).read_bytes() == (whole.folder / name).read_bytes()
-    first, second = (read_log(run.folder / "log.csv") for run in (whole, parts))
+    first, second = (read_log(run.folder) for run in (whole, parts))
     for one, other in zip(first, second, strict=True):
         assert (one.epoch, one.loss, one.validation) == (other.epoch, other.loss, other.validation)
 
@@ -177,7 +177,7 @@ def code_after(tmp_path):
 def test_the_code_of_the_loss_is_in_the_identity_of_a_training(
     training_data, tiny_experiment, code_after
 ):
-    identity = identity_of(tiny_experiment.to_dict(), 0, training_data, SINGLE_PROCESS)
+    identity = identity_of(asdict(tiny_experiment), 0, training_data, DistributedContext())
     assert code_after() == identity["code"]
     changed = code_after("training/step.py", "config.framewise_weight *", "2 *")
     assert changed.keys() == identity["code"].keys()

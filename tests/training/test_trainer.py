@@ -85,7 +85,7 @@ def test_tensorboard_holds_what_the_log_holds(tiny_runs):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tiny_runs[0] / "tensorboard")).Reload()
-    log = read_log(tiny_runs[0] / "log.csv")
+    log = read_log(tiny_runs[0])
     for name in ("loss", "learning_rate", "clips_per_second", "waiting_share"):
         written = [(one.step, one.value) for one in events.Scalars(name)]
         expected = [(entry.epoch, getattr(entry, name)) for entry in log]
@@ -206,7 +206,7 @@ def test_a_batch_whose_loss_is_not_finite_can_be_skipped(
     with caplog.at_level(logging.WARNING):
         train_run(Run(experiment, 0, tmp_path), training_data, OPTIONS)
     assert "the loss is not finite in a batch of" in caplog.text
-    log = read_log(tmp_path / "log.csv")
+    log = read_log(tmp_path)
     assert [entry.skipped for entry in log] == [1, 1]
     assert all(math.isfinite(entry.loss) for entry in log)
     model, _ = load_model(tmp_path)
@@ -236,9 +236,7 @@ def test_training_ends_early_when_it_no_longer_gets_better(
     monkeypatch.setattr("birdcall.training.trainer.validate", lambda *_: {"macro_ap": next(scores)})
     experiment = with_train(tiny_experiment, epochs=6, validate_every=1, patience=2)
     train_run(Run(experiment, 0, tmp_path), training_data, OPTIONS)
-    assert [entry.validation["macro_ap"] for entry in read_log(tmp_path / "log.csv")] == [
-        *(0.3, 0.5, 0.4, 0.5)
-    ]
+    assert [entry.validation["macro_ap"] for entry in read_log(tmp_path)] == [*(0.3, 0.5, 0.4, 0.5)]
 
 
 def test_the_moving_average_is_saved(training_data, tiny_experiment, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -20,9 +20,6 @@ from birdcall.cli.options import (
     WindowSegments,
     parse_fold,
 )
-
-if TYPE_CHECKING:
-    from birdcall.evaluation.scoring import Evaluation
 
 commands = typer.Typer()
 benchmarks = typer.Typer(help="Measure birdcall and its peers.", no_args_is_help=True)
@@ -166,15 +163,15 @@ def _figures(
     from birdcall.training.runs import find_runs
 
     folders = Folders(data, output, folds)
-
-    def evaluate_all_runs() -> Evaluation:
-        options = HeldOutOptions(
-            device=default_device(), cache_folder=folders.prediction_cache, progress=True
-        )
-        data = folders.load_training_data(noise)
-        return evaluate(predict_held_out(find_runs(folders.runs), data, options))
-
-    figures = project_figures(find_experiment(experiment), evaluate_all_runs)
+    options = HeldOutOptions(
+        device=default_device(), cache_folder=folders.prediction_cache, progress=True
+    )
+    figures = project_figures(
+        find_experiment(experiment),
+        lambda: evaluate(
+            predict_held_out(find_runs(folders.runs), folders.load_training_data(noise), options)
+        ),
+    )
     for name, plot in (
         ("frontend", plot_frontend_speed),
         ("loader", plot_loader_speed),

@@ -50,13 +50,16 @@ def _package(
     """Write the submission kernel and its dataset, with the members of the decision."""
     from birdcall.inference.decision import read_decision
     from birdcall.kaggle.packaging import StagingOptions, dry_run_submission, stage_package
-    from birdcall.training.runs import run_folder
 
     folders = Folders(data, output)
     decision = read_decision(folders.decision)
-    members = [run_folder(folders.runs, name) for name in decision.members]
+    members = []
+    for name in decision.members:  # <experiment>-fold<k>
+        experiment, _, fold = name.rpartition("-fold")
+        members.append(folders.runs / experiment / f"fold{fold}")
     dataset = stage_package(members, decision, StagingOptions(script, build, owner, wheels))
-    typer.echo(f"{dataset}: {len(members)} members, {_megabytes(dataset):.1f} MB")
+    size = sum(path.stat().st_size for path in dataset.rglob("*") if path.is_file())
+    typer.echo(f"{dataset}: {len(members)} members, {size / 1e6:.1f} MB")
     if dry_run:
         typer.echo(dry_run_submission(build, data, folders.submission).rstrip())
         typer.echo(f"{folders.submission}: written by the kernel, valid")
@@ -112,15 +115,12 @@ def _package_training(
         init=init,
     )
     dataset = stage_training(settings, files, StagingOptions(script, build, owner, wheels))
-    typer.echo(f"{dataset}: {settings.name}, {_megabytes(dataset):.1f} MB")
+    size = sum(path.stat().st_size for path in dataset.rglob("*") if path.is_file())
+    typer.echo(f"{dataset}: {settings.name}, {size / 1e6:.1f} MB")
     if dry_run:
         sessions = folders.output / "dry_run" / settings.name
         typer.echo(dry_run_training(build, data, sessions).rstrip())
         typer.echo(f"{sessions}: two sessions; the second resumed the training of the first")
-
-
-def _megabytes(folder: Path) -> float:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
 
 
 @commands.command("export")

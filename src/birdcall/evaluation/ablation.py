@@ -32,9 +32,10 @@ from birdcall.kaggle.test_set import SOLUTION, find_test_audio_folder
 from birdcall.models.checkpoint import SETTINGS_FILE
 from birdcall.storage.files import write_atomically
 from birdcall.storage.store import Journal
-from birdcall.training.log import LOG_FILE, read_log, summarize_log
+from birdcall.training.log import read_log, summarize_log
 from birdcall.training.runs import train_many
-from birdcall.training.trainer import EpochLog, Run, RunOptions
+from birdcall.training.step import EpochLog
+from birdcall.training.trainer import Run, RunOptions
 
 logger = logging.getLogger(__name__)
 
@@ -296,7 +297,7 @@ def score_seed(
 
 def _table_row(runs: Sequence[Run], measured: Mapping[str, MeasuredValues]) -> dict[str, float]:
     """Return the scores of one experiment and seed, and how its training went."""
-    logs = [read_log(run.folder / LOG_FILE) for run in runs]
+    logs = [read_log(run.folder) for run in runs]
     summary = summarize_log([entry for log in logs for entry in log])
     scores = {key: measure.score(values) for key, (measure, values) in measured.items()}
     return {"train_seed": runs[0].experiment.train.seed} | scores | {

@@ -255,7 +255,7 @@ def _describe_export(
     """
     about = {
         "weights_sha256": checkpoint.weights_sha256,
-        "experiment": checkpoint.experiment.to_dict(),
+        "experiment": asdict(checkpoint.experiment),
         "fold": checkpoint.fold,
         "classes": checkpoint.classes,
         "window_config": asdict(window_config),

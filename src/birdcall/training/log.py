@@ -12,21 +12,19 @@ import pandas as pd
 
 from birdcall.data.targets import IGNORE_TARGET
 from birdcall.storage.files import write_atomically
-from birdcall.training.step import BatchPreview
-from birdcall.training.trainer import EpochLog
+from birdcall.training.step import BatchPreview, EpochLog
 
-LOG_FILE = "log.csv"
-
+_LOG_FILE = "log.csv"
 _N_COLUMNS = 4
 _N_PREDICTIONS = 3  # named of each clip
 _DPI = 80
 _MAX_LETTERS = 44  # of a recording's path in a title
 
 
-def write_log(path: Path, log: Sequence[EpochLog]) -> None:
-    """Write a row per epoch; scores of epochs that were not validated are empty."""
+def write_log(folder: Path, log: Sequence[EpochLog]) -> None:
+    """Write a row per epoch to the run's folder; scores of epochs without validation are empty."""
     table = pd.DataFrame([_numbers(entry) for entry in log])
-    write_atomically(path, table.to_csv(index=False, lineterminator="\n"))
+    write_atomically(folder / _LOG_FILE, table.to_csv(index=False, lineterminator="\n"))
 
 
 def _numbers(entry: EpochLog) -> dict[str, float]:
@@ -35,9 +33,9 @@ def _numbers(entry: EpochLog) -> dict[str, float]:
     return {name: round(value, 6) for name, value in (values | entry.validation).items()}
 
 
-def read_log(path: Path) -> list[EpochLog]:
-    """Read what `write_log` wrote."""
-    table = pd.read_csv(path, float_precision="round_trip")
+def read_log(folder: Path) -> list[EpochLog]:
+    """Read the log that `write_log` wrote to a run's folder."""
+    table = pd.read_csv(folder / _LOG_FILE, float_precision="round_trip")
     names = [item.name for item in fields(EpochLog) if item.name != "validation"]
     scores = table.drop(columns=names).to_dict("records")
     return [
@@ -66,23 +64,19 @@ class TensorBoard:
         """Continue after ``n_epochs`` epochs; later entries of an interrupted run are removed."""
         from torch.utils.tensorboard import SummaryWriter  # its import takes a second
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=n_epochs + 1)
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=n_epochs + 1)
 
     def write(self, entry: EpochLog) -> None:
         """Add the numbers of an epoch."""
         for name, value in _numbers(entry).items():
             if name != "epoch":
-                self._writer.add_scalar(name, value, entry.epoch)
-        self._writer.flush()
+                self.writer.add_scalar(name, value, entry.epoch)
+        self.writer.flush()
 
     def write_preview(self, epoch: int, picture: np.ndarray) -> None:
         """Add a picture ``(height, width, 3)`` of training clips."""
-        self._writer.add_image("training clips", picture, epoch, dataformats="HWC")
-        self._writer.flush()
-
-    def close(self) -> None:
-        """Write everything to disk."""
-        self._writer.close()
+        self.writer.add_image("training clips", picture, epoch, dataformats="HWC")
+        self.writer.flush()
 
 
 # --- pictures ---

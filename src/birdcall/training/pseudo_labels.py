@@ -94,10 +94,11 @@ class PseudoLabelSummary:
         secondary = recordings_with[["filename", "secondary_codes"]].explode("secondary_codes")
         secondary = set(secondary.dropna().itertuples(index=False, name=None))
 
-        def count(given: set[tuple[str, str]]) -> dict[str, int]:
+        counts = []
+        for given in (primary, secondary):
             results = [states.get(label, "dropped") for label in given]
-            return {name: results.count(name) for name in ("confirmed", "uncertain", "dropped")}
-
+            names = ("confirmed", "uncertain", "dropped")
+            counts.append({name: results.count(name) for name in names})
         added = [state for label, state in states.items() if label not in primary | secondary]
         present = labels.merge(recordings_with[["filename", "ebird_code"]])
         present = present[present["state"] == PRESENT]
@@ -105,8 +106,8 @@ class PseudoLabelSummary:
         return cls(
             n_recordings=len(recordings_with),
             n_unchanged=len(recordings) - len(recordings_with),
-            primary=count(primary),
-            secondary=count(secondary),
+            primary=counts[0],
+            secondary=counts[1],
             added={PRESENT: added.count("confirmed"), UNCERTAIN: added.count("uncertain")},
             primary_share=float(present_seconds / max(recordings_with["seconds"].sum(), 1e-9)),
         )
@@ -132,27 +133,20 @@ def write_pseudo_labels(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> PseudoLabelSummary:
-    """Write the result of `make_pseudo_labels` to ``path``, a CSV file of strong labels."""
-    labels = make_pseudo_labels(runs, data, config=config, device=device, progress=progress)
-    write_strong_labels(path, labels)
-    return PseudoLabelSummary.of(labels, data.recordings, config)
-
-
-def make_pseudo_labels(
-    runs: Sequence[Path],
-    data: TrainingData,
-    *,
-    config: PseudoLabelConfig = PseudoLabelConfig(),
-    device: torch.device | str = "cpu",
-    progress: bool = False,
-) -> pd.DataFrame:
-    """Return strong labels (see `targets.STRONG_LABEL_COLUMNS`) of the recordings of ``data``.
+    """Write strong labels (see `targets.STRONG_LABEL_COLUMNS`) of ``data`` to a CSV file.
 
     ``runs`` are folders with checkpoints. Each recording is predicted as a whole, and only by runs
     that did not train on its fold. A recording in the fold of no run, or that cannot be read, is
     not in the table and keeps its labels. Raises ValueError for runs of other classes or folds.
     """
-    by_fold = _group_by_fold(runs, data)
+    by_fold: dict[int, list[Path]] = {}
+    for run in runs:
+        checkpoint = read_checkpoint(run)
+        require_same_classes(run, checkpoint, data.classes)
+        if checkpoint.fold not in data.folds:
+            folds = ", ".join(map(str, data.folds))
+            raise ValueError(f"{run}: of fold {checkpoint.fold}; the data's folds are {folds}")
+        by_fold.setdefault(checkpoint.fold, []).append(run)
     recordings = data.recordings.set_index("filename")
     is_held_out = recordings["fold"].isin(by_fold)
     if not is_held_out.all():
@@ -172,19 +166,9 @@ def make_pseudo_labels(
         for event, state in find_label_intervals(result, given, data.classes, config):
             offset = min(event.offset, round(result.seconds, 3))
             rows.append((name, event.ebird_code, event.onset, offset, state, event.confidence))
-    return pd.DataFrame(rows, columns=list(STRONG_LABEL_COLUMNS))
-
-
-def _group_by_fold(runs: Sequence[Path], data: TrainingData) -> dict[int, list[Path]]:
-    by_fold: dict[int, list[Path]] = {}
-    for run in runs:
-        checkpoint = read_checkpoint(run)
-        require_same_classes(run, checkpoint, data.classes)
-        if checkpoint.fold not in data.folds:
-            folds = ", ".join(map(str, data.folds))
-            raise ValueError(f"{run}: of fold {checkpoint.fold}; the data's folds are {folds}")
-        by_fold.setdefault(checkpoint.fold, []).append(run)
-    return by_fold
+    labels = pd.DataFrame(rows, columns=list(STRONG_LABEL_COLUMNS))
+    write_strong_labels(path, labels)
+    return PseudoLabelSummary.of(labels, data.recordings, config)
 
 
 def _predict_held_out(

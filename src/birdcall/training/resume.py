@@ -43,8 +43,18 @@ def read_state(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a readable state of a training: {error}") from error
-    if identity is not None:
-        _require_same_identity(path, values["identity"], identity)
+    if identity is None:
+        return tensors, values
+    identity = json.loads(json.dumps(identity))  # JSON has lists for tuples, as in the file
+    differences = _differences(values["identity"], identity)
+    if differences:
+        shown = "; ".join(differences[:_N_SHOWN])
+        n_more = len(differences) - _N_SHOWN
+        more = f" and {n_more} more" if n_more > 0 else ""
+        raise ValueError(
+            f"{path} is the state of another training and cannot be resumed: {shown}{more}. "
+            "--overwrite starts again"
+        )
     return tensors, values
 
 
@@ -119,20 +129,6 @@ def identity_of(
         "classes": list(data.classes),
         "experiment": experiment,
     }
-
-
-def _require_same_identity(path: Path, stored: Mapping[str, Any], current: Any) -> None:
-    """Raise a ValueError with the differences, unless the state at ``path`` is of this training."""
-    current = json.loads(json.dumps(current))  # JSON has lists for tuples, as `stored` has
-    differences = _differences(stored, current)
-    if differences:
-        shown = "; ".join(differences[:_N_SHOWN])
-        n_more = len(differences) - _N_SHOWN
-        more = f" and {n_more} more" if n_more > 0 else ""
-        raise ValueError(
-            f"{path} is the state of another training and cannot be resumed: {shown}{more}. "
-            "--overwrite starts again"
-        )
 
 
 def _differences(stored: Any, current: Any, name: str = "") -> list[str]:

@@ -31,7 +31,6 @@ from birdcall.models.checkpoint import (
     read_checkpoint,
 )
 from birdcall.training.log import (
-    LOG_FILE,
     TensorBoard,
     plot_preview,
     read_log,
@@ -100,11 +99,11 @@ def train_run(
                     training.save()
             entry = training.end_epoch(held_out)
             if board is not None:
-                write_log(run.folder / LOG_FILE, training.log)
+                write_log(run.folder, training.log)
                 board.write(entry)
             training.save()
     if board is not None:
-        board.close()
+        board.writer.close()
     return training.finish(held_out)
 
 
@@ -152,12 +151,6 @@ def plan_runs(
         for experiment in experiments
         for k in folds
     ]
-
-
-def run_folder(folder: Path, name: str) -> Path:
-    """Return the folder of the run ``<experiment>-fold<k>`` below ``folder``."""
-    experiment, _, fold = name.rpartition("-fold")
-    return folder / experiment / f"fold{fold}"
 
 
 def find_runs(
@@ -285,7 +278,7 @@ def runs_table(runs: Sequence[Run]) -> pd.DataFrame:
     """Return a row per finished run: its scores, and the time it took."""
     rows = []
     for run in runs:
-        summary = summarize_log(read_log(run.folder / LOG_FILE))
+        summary = summarize_log(read_log(run.folder))
         score = read_checkpoint(run.folder).score
         rows.append({"experiment": run.experiment.name, "fold": run.fold} | score | summary)
     return pd.DataFrame(rows)

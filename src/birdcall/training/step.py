@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from birdcall.data.targets import IGNORE_TARGET, make_targets
 from birdcall.inference.engine import predict_files
 from birdcall.inference.ensemble import Ensemble
 from birdcall.models.sed import SEDModel, SEDOutput
-from birdcall.training.distributed import SINGLE_PROCESS, DistributedContext
+from birdcall.training.distributed import DistributedContext
 
 VALIDATION_SECONDS = 30.0  # of each recording: most birds sing early, some recordings last an hour
 
@@ -110,7 +111,7 @@ class BatchLoss:
         model: SEDModel,
         experiment: Experiment,
         device: torch.device,
-        distributed: DistributedContext = SINGLE_PROCESS,
+        distributed: DistributedContext = DistributedContext(),
     ) -> None:
         self.model = model
         self.experiment = experiment
@@ -179,14 +180,28 @@ def warmup_cosine(config: OptimizerConfig, step: int, n_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - n_warmup) / max(1, n_steps - n_warmup)))
 
 
-# --- validation ---
+# --- epochs ---
+
+
+@dataclass
+class EpochLog:
+    """The loss, speed and scores of an epoch; a row of ``log.csv``."""
+
+    epoch: int  # from 1
+    loss: float
+    learning_rate: float
+    seconds: float
+    clips_per_second: float
+    waiting_share: float  # of the time, waiting for the loader
+    skipped: int = 0  # batches whose loss was not finite
+    validation: dict[str, float] = field(default_factory=dict)
 
 
 def validate(
     ensemble: Ensemble,
     recordings: pd.DataFrame,
     data: TrainingData,
-    distributed: DistributedContext = SINGLE_PROCESS,
+    distributed: DistributedContext = DistributedContext(),
 ) -> dict[str, float]:
     """Return the scores of ``ensemble`` on recordings that it was not trained on.
 

@@ -17,14 +17,14 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from birdcall.config import Experiment, OptimizerConfig, TrainConfig
+from birdcall.config import Experiment, TrainConfig
 from birdcall.data.dataset import ClipDataset, TrainingData
 from birdcall.data.loader import ClipBatch, FailureCounter, iterate_clips, make_loader
 from birdcall.data.targets import ClipSampler, ProcessShare
 from birdcall.inference.ensemble import Ensemble, Member, default_device
 from birdcall.models.checkpoint import STATE_FILE, Checkpoint, save_checkpoint
 from birdcall.models.sed import SEDModel
-from birdcall.training.distributed import SINGLE_PROCESS, DistributedContext
+from birdcall.training.distributed import DistributedContext
 from birdcall.training.initialisation import initialise
 from birdcall.training.resume import (
     BestWeights,
@@ -34,7 +34,7 @@ from birdcall.training.resume import (
     read_state,
     write_state,
 )
-from birdcall.training.step import BatchLoss, BatchPreview, validate, warmup_cosine
+from birdcall.training.step import BatchLoss, BatchPreview, EpochLog, validate, warmup_cosine
 
 logger = logging.getLogger(__name__)
 
@@ -59,27 +59,13 @@ class RunOptions:
     workers: int = 1  # loader processes; 0: clips are made in the training process
     jobs: int = 1  # runs trained at the same time
     device: torch.device | None = None  # None: a GPU if there is one
-    distributed: DistributedContext = SINGLE_PROCESS
+    distributed: DistributedContext = DistributedContext()
     init: Path | None = None  # weights to start from: see `initialisation.initialise`
     resume: bool = False  # continue unfinished runs, keep finished ones
     overwrite: bool = False  # replace finished and unfinished runs
     save_every: int = 200  # steps between two states
     deadline: float | None = None  # a value of `time.monotonic`; then the state is saved
     progress: bool = False  # show a progress bar
-
-
-@dataclass
-class EpochLog:
-    """The loss, speed and scores of an epoch; a row of ``log.csv``."""
-
-    epoch: int  # from 1
-    loss: float
-    learning_rate: float
-    seconds: float
-    clips_per_second: float
-    waiting_share: float  # of the time, waiting for the loader
-    skipped: int = 0  # batches whose loss was not finite
-    validation: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -104,6 +90,7 @@ class Training:
     """A run in training: the model, and everything that changes with it from step to step."""
 
     run: Run
+    config: TrainConfig  # of the run's experiment
     data: TrainingData
     identity: dict[str, Any]  # everything that decides about the weights
     checkpoint: Checkpoint  # without score
@@ -117,6 +104,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: AveragedModel | None
+    validated_model: SEDModel  # it is saved, too: the moving average, if there is one
     best: BestWeights
     tensors: TensorState
     device: torch.device
@@ -128,21 +116,11 @@ class Training:
     has_shown_preview: bool = False
 
     @property
-    def config(self) -> TrainConfig:
-        """The settings of the training."""
-        return self.run.experiment.train
-
-    @property
     def is_finished(self) -> bool:
         """Whether all epochs are trained, or the patience is used up."""
         progress, patience = self.progress, self.config.patience
         is_trained = progress.epoch >= self.config.epochs
         return is_trained or (patience is not None and progress.validations_since_best >= patience)
-
-    @property
-    def validated_model(self) -> SEDModel:
-        """The model that is validated and saved: the moving average, if there is one."""
-        return self.model if self.average is None else self.average.module
 
     # --- steps
 
@@ -204,10 +182,17 @@ class Training:
 
         Processes exchange gradients after every batch, also of accumulated batches: any of them
         can be skipped, so none of them is certain to be the last.
+
+        Previews show the first batch of a training, also of a resumed one, and then the first
+        batches of the epochs 1, 2, 4, 8, …
         """
-        loss = self.batch_loss(
-            batch, self.progress.epoch, position, preview=self._preview_at(position)
-        )
+        epoch, preview = self.progress.epoch, None
+        is_power_of_two = (epoch + 1) & epoch == 0
+        is_shown = not self.has_shown_preview or (position == 0 and is_power_of_two)
+        if self.show_preview is not None and is_shown:
+            self.has_shown_preview = True
+            preview = partial(self.show_preview, epoch + 1)
+        loss = self.batch_loss(batch, epoch, position, preview=preview)
         total = self.distributed.sum(loss.detach()) / self.distributed.world_size
         if total.isfinite():
             self.scaler.scale(loss * weight).backward()
@@ -219,21 +204,6 @@ class Training:
             raise ValueError(f"{message}: lower the learning_rate")
         logger.warning("%s: skipped", message)
         return None
-
-    def _preview_at(self, position: int) -> Callable[[BatchPreview], None] | None:
-        """Return what receives the preview of a batch; None for most batches.
-
-        Shown are the first batch of a training, also of a resumed one, and then the first batches
-        of the epochs 1, 2, 4, 8, …
-        """
-        if self.show_preview is None:
-            return None
-        epoch = self.progress.epoch + 1
-        is_power_of_two = epoch & (epoch - 1) == 0
-        if self.has_shown_preview and not (position == 0 and is_power_of_two):
-            return None
-        self.has_shown_preview = True
-        return partial(self.show_preview, epoch)
 
     # --- epochs
 
@@ -342,7 +312,14 @@ def start_training(
     batches_per_epoch = max(1, sampler.n_clips // config.data.batch_size)
     steps_per_epoch = math.ceil(batches_per_epoch / config.optimizer.accumulate)
     batch_loss = BatchLoss(model, experiment, device, distributed)
-    optimizer = _make_optimizer(model, config.optimizer)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+    vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
+    # Biases, normalisations and GeM's power do not decay.
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(
+        groups, config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay
+    )
     modules: dict[str, nn.Module] = {"model": model}
     average = None
     if config.optimizer.ema_decay is not None:
@@ -350,8 +327,9 @@ def start_training(
         modules["average"] = average
     return Training(
         run=run,
+        config=config,
         data=data,
-        identity=identity_of(experiment.to_dict(), run.fold, data, distributed),
+        identity=identity_of(asdict(experiment), run.fold, data, distributed),
         checkpoint=Checkpoint(experiment, data.classes, run.fold),
         model=model,
         batch_loss=batch_loss,
@@ -363,17 +341,9 @@ def start_training(
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
         average=average,
+        validated_model=model if average is None else average.module,
         best=BestWeights(run.folder / "best", config.optimizer.average_best, distributed.is_first),
         tensors=TensorState(modules, optimizer, device, distributed),
         device=device,
         distributed=distributed,
     )
-
-
-def _make_optimizer(model: SEDModel, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Return AdamW; biases, normalisations and GeM's power do not decay."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
-    vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, config.learning_rate, weight_decay=config.weight_decay)
