@@ -1,17 +1,21 @@
 """The benchmark of inference compares implementations that predict the same."""
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
+import soundfile
 import torch
 
 from birdcall.benchmark.frontend import torchlibrosa_frontend
 from birdcall.benchmark.inference import (
     benchmark_inference,
-    cut_segments,
+    benchmark_memory,
     make_members,
     predict_naively,
-    write_long,
     write_soundscapes,
 )
 from birdcall.inference.engine import predict_files
@@ -40,19 +44,28 @@ def test_the_naive_kernel_gives_the_same_probabilities(tiny_experiment, demo_fol
         assert clipwise.std(axis=1).mean() > 0.02  # segments differ
 
 
-def test_segments_hold_the_whole_waveform():
-    waveform = np.arange(23, dtype="f4")
-    windows = cut_segments(waveform, 2)
-    assert windows.shape == (3, 10)
-    assert torch.equal(windows.flatten()[:23], torch.from_numpy(waveform))
+def test_the_segments_of_the_naive_kernel_hold_the_whole_waveform(tmp_path):
+    waveform = np.random.default_rng(0).uniform(-1, 1, 93_000).astype("f4")
+    soundfile.write(tmp_path / "a.wav", waveform, 2000, subtype="FLOAT")
+    echo = SimpleNamespace(detect=lambda windows: SimpleNamespace(clipwise=windows))
+    member = SimpleNamespace(frontend=SimpleNamespace(sample_rate=2000), model=echo)
+    (segments,) = predict_naively([member], [torch.nn.Identity()], {"a": tmp_path / "a.wav"})
+    assert segments.shape == (1, 10, 10_000)
+    assert np.array_equal(segments.flatten()[:93_000], waveform)
+    assert not segments.flatten()[93_000:].any()
 
 
-def test_a_long_recording_is_as_long_as_it_was_asked_for(demo_folder, tmp_path):
-    import soundfile
+def test_memory_is_measured_on_recordings_of_the_given_lengths(demo_folder, tmp_path, monkeypatch):
+    def run(command, check):
+        *_, path, _, scratch = command
+        result = {"peak_megabytes": soundfile.info(path).duration}
+        (Path(scratch) / "result.json").write_text(json.dumps(result))
 
-    paths = write_soundscapes(demo_folder, tmp_path / "soundscapes", 0.2)
-    write_long(tmp_path / "long.wav", list(paths.values()), 100.0)
-    assert soundfile.info(tmp_path / "long.wav").duration == 100
+    monkeypatch.setattr("birdcall.benchmark.inference.make_members", lambda *_: [tmp_path])
+    monkeypatch.setattr("subprocess.run", run)
+    table = benchmark_memory(demo_folder, tmp_path, short_seconds=12, long_seconds=100)
+    assert table["peak_megabytes"].tolist() == [12, 100]
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "memory.csv"), table, check_dtype=False)
 
 
 def test_data_without_soundscapes_is_refused(tmp_path):

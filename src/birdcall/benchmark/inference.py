@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 _NAIVE_BATCH = 8  # windows
 _MP3_RATE = 22_050  # hertz, mono: as the competition's soundscapes
+_WAV_RATE = 8_000  # hertz: a day is 0.7 GB
 _N_CLASSES = 264
 _DAY_SECONDS = 24 * 3600
 _RESULT_FILE = "result.json"
@@ -127,7 +128,7 @@ def _time_networks_alone(ensemble: Ensemble, paths: Mapping[str, Path], repeats:
     (config,) = replica.frontends
     batches = []
     for path in paths.values():
-        windows = cut_segments(read_audio(path, config.sample_rate), config.sample_rate)
+        windows = _cut_segments(read_audio(path, config.sample_rate), config.sample_rate)
         with torch.inference_mode():
             log_mels = torch.cat([replica.frontends[config](window[None]) for window in windows])
         batches += log_mels.split(ensemble.batch_windows)
@@ -157,14 +158,14 @@ def predict_naively(
         for member, frontend in zip(members, frontends, strict=True):
             rate = member.checkpoint.experiment.frontend.sample_rate
             waveform, _ = librosa.load(path, sr=rate, mono=True)
-            batches = cut_segments(waveform, rate).split(_NAIVE_BATCH)
+            batches = _cut_segments(waveform, rate).split(_NAIVE_BATCH)
             parts = [member.model.detect(frontend(batch)).clipwise.numpy() for batch in batches]
             by_member.append(np.concatenate(parts))
         results.append(np.stack(by_member))
     return results
 
 
-def cut_segments(waveform: np.ndarray, sample_rate: int) -> Tensor:
+def _cut_segments(waveform: np.ndarray, sample_rate: int) -> Tensor:
     """Return the segments ``(segments, samples)`` of a waveform, the last one padded."""
     n_samples = SEGMENT_SECONDS * sample_rate
     return torch.from_numpy(np.pad(waveform, (0, -len(waveform) % n_samples))).view(-1, n_samples)
@@ -210,7 +211,9 @@ def make_members(
             experiment, name="benchmark_b0", frontend=FrontendConfig(), model=model_config
         )
     rate = experiment.frontend.sample_rate
-    segments = [cut_segments(read_audio(path, rate), rate)[:2] for path in list(paths.values())[:6]]
+    segments = [
+        _cut_segments(read_audio(path, rate), rate)[:2] for path in list(paths.values())[:6]
+    ]
     windows = torch.cat([*segments, probe_windows(rate)])  # the check of the export uses these, too
     folders = []
     for number in range(n_members):
@@ -260,10 +263,15 @@ def benchmark_memory(
     with tempfile.TemporaryDirectory() as scratch:
         paths = write_soundscapes(data, Path(scratch) / "soundscapes", short_seconds / 60)
         (member,) = make_members(Path(scratch) / "members", paths, 1)
+        waveform = np.concatenate([read_audio(path, _WAV_RATE) for path in paths.values()])
         rows = []
         for seconds in (short_seconds, long_seconds):
             path = Path(scratch) / "long.wav"
-            write_long(path, list(paths.values()), seconds)
+            left = round(seconds * _WAV_RATE)
+            with soundfile.SoundFile(path, "w", _WAV_RATE, 1, subtype="PCM_U8") as file:
+                while left > 0:  # the soundscapes again and again
+                    file.write(waveform[:left])
+                    left -= len(waveform)
             code = f"import sys; from {__name__} import _predict_long; _predict_long(*sys.argv[1:])"
             subprocess.run(
                 [sys.executable, "-c", code, str(path), str(member), scratch], check=True
@@ -273,16 +281,6 @@ def benchmark_memory(
     table = pd.DataFrame(rows)
     write_atomically(folder / "memory.csv", table.to_csv(index=False))
     return table
-
-
-def write_long(path: Path, sources: Sequence[Path], seconds: float, rate: int = 8000) -> None:
-    """Write a recording of ``seconds``, block by block: the sources one after another."""
-    waveform = np.concatenate([read_audio(source, rate) for source in sources])
-    left = round(seconds * rate)
-    with soundfile.SoundFile(path, "w", rate, 1, subtype="PCM_U8") as file:
-        while left > 0:
-            file.write(waveform[:left])
-            left -= len(waveform)
 
 
 def _predict_long(path: str, member: str, folder: str) -> None:

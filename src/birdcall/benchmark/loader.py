@@ -179,35 +179,31 @@ def _read_crop(reader: RecordingCache, position: _ClipPosition) -> np.ndarray:
 def time_readers(
     recordings: LoaderRecordings, readers: Mapping[str, _ReadClip], repeats: int, seed: int
 ) -> pd.DataFrame:
-    """Time every reader on a clip of each recording, after comparing it with the full decode."""
+    """Time every reader on a clip of each recording, after comparing it with the full decode.
+
+    ``max_difference`` is the largest difference of a reader's clip from the same part of the whole
+    recording.
+    """
     generator = np.random.default_rng(seed)
     spare = recordings.table["seconds"].to_numpy() - SEGMENT_SECONDS
     offsets = generator.random(len(spare)) * spare
     positions = list(zip(recordings.table["path"], offsets, strict=True))
-    differences = compare_readers(recordings.folder, readers, positions)  # the warm-up, too
-    seconds = time_in_turns(list(readers.values()), positions, repeats)
-    return pd.DataFrame(
-        {
-            "side": list(readers),
-            "clips_per_second": len(positions) / np.median(seconds, axis=1),
-            "max_difference": differences,
-        }
-    )
-
-
-def compare_readers(
-    folder: Path, readers: Mapping[str, _ReadClip], positions: Sequence[_ClipPosition]
-) -> list[float]:
-    """Return each reader's largest difference from the full decode at the same position."""
     differences = dict.fromkeys(readers, 0.0)
-    for path, offset in positions:
-        whole, start = read_audio(folder / path, _RATE), round(offset * _RATE)
+    for path, offset in positions:  # the warm-up, too
+        whole, start = read_audio(recordings.folder / path, _RATE), round(offset * _RATE)
         for name, read in readers.items():
             clip = read((path, offset))
             n_samples = min(len(clip), SEGMENT_SECONDS * _RATE)  # librosa's can be a sample off
             difference = np.abs(clip[:n_samples] - whole[start : start + n_samples]).max()
             differences[name] = max(differences[name], float(difference))
-    return list(differences.values())
+    seconds = time_in_turns(list(readers.values()), positions, repeats)
+    return pd.DataFrame(
+        {
+            "side": list(readers),
+            "clips_per_second": len(positions) / np.median(seconds, axis=1),
+            "max_difference": list(differences.values()),
+        }
+    )
 
 
 # --- the loader -----------------------------------------------------------------------------------

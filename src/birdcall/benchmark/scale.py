@@ -157,7 +157,7 @@ class Archive:
             "lost_workers": n_lost,
             "work_done_again": round(wasted / (n_tasks * task_seconds), 5),
             "longer_than_without_failures": round(end / ideal - 1, 4),
-            "sound_terabytes": round(self.hours * _MP3_MEGABYTES_PER_HOUR / 1e6, 1),
+            "audio_terabytes": round(self.hours * _MP3_MEGABYTES_PER_HOUR / 1e6, 1),
             "shards_gigabytes": round(shard_bytes / 1e9, 1),
         }
 
