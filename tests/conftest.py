@@ -152,7 +152,7 @@ def write_report_of():
     def write(path, title, held_out, evaluation, n_pages=20) -> dict[str, Path]:
         page_writer = SoundscapePageWriter(
             folder=path.parent / PAGES_FOLDER,
-            decision=evaluation.decision,
+            decision=evaluation.ensemble.decision,
             classes=evaluation.classes,
             members=tuple(member.name for member in held_out.ensemble.members),
             home="../report.html",

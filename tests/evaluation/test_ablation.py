@@ -12,22 +12,26 @@ import pytest
 from birdcall.evaluation import ablation as ablation_module
 from birdcall.evaluation.ablation import (
     AblationOptions,
-    BlockTimes,
     ablate,
-    loss_change_last_fifth,
+    loss_of_last_fifth,
     score_seed,
 )
-from birdcall.evaluation.comparison import Measure, MeasuredValues
+from birdcall.evaluation.comparison import Measure, score_submission
 from birdcall.evaluation.predict import HeldOutOptions, predict_held_out
-from birdcall.evaluation.scoring import evaluate, score_submission
+from birdcall.evaluation.scoring import evaluate
 from birdcall.evaluation.simulation import SimulationConfig
 from birdcall.models.checkpoint import SETTINGS_FILE, read_checkpoint
 from birdcall.report.ablation import describe_ablation, difference_table, plot_ablation
 from birdcall.report.plots import save_figure
 from birdcall.storage.store import Journal
+<<<<<<< HEAD
 from birdcall.training.log import write_log
 from birdcall.training.step import EpochLog
 from birdcall.training.trainer import RunOptions
+=======
+from birdcall.training.log import LOG_FILE, write_log
+from birdcall.training.trainer import EpochLog, Run, RunOptions
+>>>>>>> 306b3b6 (Scores: fewer helpers; a submission is scored beside the comparisons, recall charts and soundscape plots get finished tables)
 
 BLOCK_SECONDS = 100.0
 SIMULATION = SimulationConfig(n_soundscapes=4, soundscape_seconds=30.0)
@@ -76,7 +80,7 @@ class FakeTraining:
         experiment = runs[0].experiment
         score = 0.5 + 0.1 * len(experiment.name) + 0.01 * experiment.train.seed
         measure = Measure("soundscapes: F1", ("a", "a", "b", "b"), "soundscapes")
-        return {"soundscape_f1": MeasuredValues(measure, np.full(4, score))}
+        return {"soundscape_f1": (measure, np.full(4, score))}
 
 
 @pytest.fixture
@@ -103,7 +107,7 @@ def seconds_of(folder):
 
 
 def test_a_block_is_every_experiment_and_fold_of_one_seed(fake, pair, training_data, tmp_path):
-    found = ablate(pair, training_data, tmp_path, AblationOptions(n_seeds=2, budget_seconds=1e6))
+    ablation = ablate(pair, training_data, tmp_path, AblationOptions(n_seeds=2, budget_seconds=1e6))
     assert len(fake.blocks) == 2
     for seed, block in enumerate(fake.blocks):
         assert [(run.experiment.name, run.fold) for run in block] == [
@@ -111,8 +115,8 @@ def test_a_block_is_every_experiment_and_fold_of_one_seed(fake, pair, training_d
         ]  # fmt: skip
         assert {run.experiment.train.seed for run in block} == {7 + seed}
         assert block[1].folder == tmp_path / "a" / f"seed{seed}" / "fold1"
-    assert list(found.table["seed"]) == [0, 0, 1, 1]
-    assert list(found.table["train_seed"]) == [7, 7, 8, 8]
+    assert list(ablation.table["seed"]) == [0, 0, 1, 1]
+    assert list(ablation.table["train_seed"]) == [7, 7, 8, 8]
 
 
 def test_one_fold_is_trained_where_one_is_asked_for(fake, pair, training_data, tmp_path):
@@ -121,15 +125,15 @@ def test_one_fold_is_trained_where_one_is_asked_for(fake, pair, training_data, t
     assert [run.fold for run in fake.blocks[0]] == [1, 1]
 
 
-def test_a_block_that_does_not_fit_is_left_out_and_said(
+def test_a_block_that_does_not_fit_is_left_out_and_named(
     fake, pair, training_data, tmp_path, caplog
 ):
     # A block takes 100 s of training and 2 x 5 s of scoring: two fit into 300 s, three do not.
-    found = ablate(pair, training_data, tmp_path, AblationOptions(n_seeds=4, budget_seconds=300))
-    assert found.left_out == (2, 3)
-    assert dict(found.block_seconds) == {0: 110.0, 1: 110.0}
+    ablation = ablate(pair, training_data, tmp_path, AblationOptions(n_seeds=4, budget_seconds=300))
+    assert ablation.left_out == (2, 3)
+    assert dict(ablation.block_seconds) == {0: 110.0, 1: 110.0}
     assert "seed 2 is left out: it would take 1.8 minutes, and 3.7 of 5.0 are spent" in caplog.text
-    page = describe_ablation(found)
+    page = describe_ablation(ablation)
     assert "no room for them: seed 2, 3." in page
     assert "3.7 of 5 minutes" in page
 
@@ -137,11 +141,11 @@ def test_a_block_that_does_not_fit_is_left_out_and_said(
 def test_the_first_block_is_trained_even_if_it_takes_longer_than_the_budget(
     fake, pair, training_data, tmp_path
 ):
-    found = ablate(pair, training_data, tmp_path, AblationOptions(n_seeds=2, budget_seconds=60))
-    assert (len(fake.blocks), found.left_out) == (1, (1,))
+    ablation = ablate(pair, training_data, tmp_path, AblationOptions(n_seeds=2, budget_seconds=60))
+    assert (len(fake.blocks), ablation.left_out) == (1, (1,))
 
 
-def test_an_interrupted_ablation_goes_on_and_counts_the_time_already_spent(
+def test_an_interrupted_ablation_is_resumed_and_counts_the_time_already_spent(
     fake, pair, training_data, tmp_path
 ):
     ablate(pair, training_data, tmp_path, AblationOptions(n_seeds=1, budget_seconds=1000))
@@ -151,10 +155,10 @@ def test_an_interrupted_ablation_goes_on_and_counts_the_time_already_spent(
     assert seconds_of(tmp_path) == {0: 110.0, 1: 40.0}
     fake.dies_after = None
     # 70 s are expected to be missing: 219 s do not have room for them behind 150, 220 do.
-    found = ablate(pair, training_data, tmp_path, AblationOptions(n_seeds=2, budget_seconds=219))
-    assert found.left_out == (1,)
-    found = ablate(pair, training_data, tmp_path, AblationOptions(n_seeds=2, budget_seconds=220))
-    assert found.left_out == ()
+    ablation = ablate(pair, training_data, tmp_path, AblationOptions(n_seeds=2, budget_seconds=219))
+    assert ablation.left_out == (1,)
+    ablation = ablate(pair, training_data, tmp_path, AblationOptions(n_seeds=2, budget_seconds=220))
+    assert ablation.left_out == ()
     assert seconds_of(tmp_path) == {0: 110.0, 1: 150.0}
     assert [len(block) for block in fake.blocks] == [4, 0, 0, 0, 4]
 
@@ -184,10 +188,11 @@ def test_another_ablation_in_the_same_folder_is_refused(fake, pair, training_dat
         ['{"fingerprint": "ablation"}', '{"key": {"item": "conditions"}, "value": {}}'],
     ],
 )
-def test_a_journal_that_is_none_is_refused(lines, tmp_path):
+def test_a_damaged_journal_is_refused(lines, fake, pair, training_data, tmp_path):
     (tmp_path / "ablation.jsonl").write_text("".join(f"{line}\n" for line in lines))
     with pytest.raises(ValueError, match=r"ablation\.jsonl.*(not a line|not a readable ablation)"):
-        BlockTimes(tmp_path, ["a"], [0])
+        ablate(pair, training_data, tmp_path, AblationOptions(60.0))
+    assert fake.blocks == []
 
 
 def _ablate(experiments, data, folder, options):
@@ -207,7 +212,9 @@ def _ablate(experiments, data, folder, options):
         ({"folds": []}, "an ablation needs at least one fold"),
     ],
 )
-def test_what_cannot_be_run_is_one_line(change, message, fake, pair, training_data, tmp_path):
+def test_invalid_options_are_refused_in_one_line(
+    change, message, fake, pair, training_data, tmp_path
+):
     with pytest.raises(ValueError, match=message) as error:
         _ablate(pair, training_data, tmp_path, {"n_seeds": 1, "budget_seconds": 60.0} | change)
     assert "\n" not in str(error.value)
@@ -230,15 +237,15 @@ def test_experiments_are_given_once_and_there_is_one(
 def test_differences_are_from_the_first_experiment_or_from_the_reference(
     fake, pair, training_data, tmp_path
 ):
-    found = ablate(pair, training_data, tmp_path, AblationOptions(n_seeds=3, budget_seconds=1e6))
-    (row,) = found.differences.to_dict("records")
+    ablation = ablate(pair, training_data, tmp_path, AblationOptions(n_seeds=3, budget_seconds=1e6))
+    (row,) = ablation.differences.to_dict("records")
     assert (row["experiment"], row["reference"]) == ("bbb", "a")
     assert row["difference"] == pytest.approx(0.2)
     assert (row["low"], row["high"]) == pytest.approx((0.2, 0.2))
     options = AblationOptions(n_seeds=3, budget_seconds=1e6, reference="bbb")
-    turned = ablate(pair, training_data, tmp_path, options)
-    assert turned.differences["difference"].iloc[0] == pytest.approx(-0.2)
-    assert difference_table(turned).iloc[0, 1] == "-0.200 [-0.200, -0.200] 0/3"
+    from_other = ablate(pair, training_data, tmp_path, options)
+    assert from_other.differences["difference"].iloc[0] == pytest.approx(-0.2)
+    assert difference_table(from_other).iloc[0, 1] == "-0.200 [-0.200, -0.200] 0/3"
 
 
 def test_the_page_has_each_table_with_its_numbers(fake, pair, training_data, tmp_path):
@@ -263,9 +270,11 @@ def test_the_page_of_one_seed_claims_no_spread(fake, pair, training_data, tmp_pa
 
 
 def test_the_page_of_a_single_experiment_has_no_differences(fake, pair, training_data, tmp_path):
-    found = ablate(pair[:1], training_data, tmp_path, AblationOptions(n_seeds=2, budget_seconds=60))
-    assert "None: there is a single experiment." in describe_ablation(found)
-    save_figure(plot_ablation(found), tmp_path / "ablation.png")
+    ablation = ablate(
+        pair[:1], training_data, tmp_path, AblationOptions(n_seeds=2, budget_seconds=60)
+    )
+    assert "None: there is a single experiment." in describe_ablation(ablation)
+    save_figure(plot_ablation(ablation), tmp_path / "ablation.png")
 
 
 @pytest.mark.parametrize(
@@ -277,11 +286,13 @@ def test_the_page_of_a_single_experiment_has_no_differences(fake, pair, training
     ],
 )
 def test_the_loss_change_is_from_the_last_but_one_fifth_to_the_last(losses, expected):
-    assert loss_change_last_fifth(log_of(losses)) == pytest.approx(expected)
+    assert loss_of_last_fifth(log_of(losses))[1] == pytest.approx(expected)
 
 
 def test_a_run_of_one_epoch_has_no_loss_change():
-    assert math.isnan(loss_change_last_fifth(log_of([1.0])))
+    last, change = loss_of_last_fifth(log_of([1.0]))
+    assert last == 1.0
+    assert math.isnan(change)
 
 
 # --- the whole, on a tiny demo ------------------------------------------------------------------
@@ -296,36 +307,38 @@ def real(training_data, tiny_experiment, tmp_path_factory):
     options = AblationOptions(
         n_seeds=2, budget_seconds=600, training=RunOptions(workers=0), simulation=SIMULATION
     )
-    found = ablate([short, other], training_data, folder, options)
-    found.write_tables(folder)
-    save_figure(plot_ablation(found), folder / "ablation.png")
-    return folder, found
+    ablation = ablate([short, other], training_data, folder, options)
+    ablation.write_tables(folder)
+    save_figure(plot_ablation(ablation), folder / "ablation.png")
+    return folder, ablation
 
 
 def test_every_measure_is_there_for_each_experiment_and_seed(real, training_data):
-    _, found = real
-    assert list(found.measures) == [
+    _, ablation = real
+    assert list(ablation.measures) == [
         "simulated_f1", "simulated_ap", "soundscape_f1", "soundscape_ap", "hidden_f1", "oof_ap",
         "oof_top1",
     ]  # fmt: skip
-    assert found.table[["experiment", "seed"]].to_numpy().tolist() == [
+    assert ablation.table[["experiment", "seed"]].to_numpy().tolist() == [
         ["tiny", 0], ["plain", 0], ["tiny", 1], ["plain", 1]
     ]  # fmt: skip
-    assert found.table[list(found.measures)].apply(lambda column: column.between(0, 1)).all(None)
-    assert len(found.measures["oof_ap"].clusters) == len(training_data.recordings)
-    assert (found.differences["low"] <= found.differences["high"]).all()
+    assert (
+        ablation.table[list(ablation.measures)].apply(lambda column: column.between(0, 1)).all(None)
+    )
+    assert len(ablation.measures["oof_ap"].clusters) == len(training_data.recordings)
+    assert (ablation.differences["low"] <= ablation.differences["high"]).all()
 
 
 def test_scores_are_those_of_evaluate_and_of_the_submission(real, training_data, demo_folder):
-    folder, found = real
-    for (_, row), name in zip(found.table.iloc[:2].iterrows(), ("tiny", "plain"), strict=True):
+    folder, ablation = real
+    for (_, row), name in zip(ablation.table.iloc[:2].iterrows(), ("tiny", "plain"), strict=True):
         seed_folder = folder / name / "seed0"
         runs = [seed_folder / "fold0", seed_folder / "fold1"]
         options = HeldOutOptions(simulation=SIMULATION, cache_folder=seed_folder / "predictions")
-        found_here = evaluate(predict_held_out(runs, training_data, options)).scores
+        scores = evaluate(predict_held_out(runs, training_data, options)).scores
         expected = {
-            (one.audio, one.metric): one.value
-            for one in found_here[found_here["name"] == name].itertuples()
+            (item.audio, item.metric): item.value
+            for item in scores[scores["name"] == name].itertuples()
         }
         assert row["simulated_f1"] == pytest.approx(expected["simulated", "row_wise_f1"])
         assert row["simulated_ap"] == pytest.approx(expected["simulated", "macro_ap"])
@@ -335,11 +348,11 @@ def test_scores_are_those_of_evaluate_and_of_the_submission(real, training_data,
         assert row["soundscape_ap"] == pytest.approx(expected["labelled", "macro_ap"])
         submission = score_submission(demo_folder, seed_folder / "submission.csv")
         assert row["hidden_f1"] == pytest.approx(submission.row_wise_f1)
-        assert found.measures["hidden_f1"].all_nocall == pytest.approx(submission.all_nocall)
-    nocall = found_here[found_here["name"] == "all nocall"].set_index(["audio", "metric"])["value"]
-    for key, sound in (("simulated_f1", "simulated"), ("soundscape_f1", "labelled")):
-        expected = nocall[sound, "row_wise_f1"]
-        assert found.measures[key].all_nocall == pytest.approx(expected)
+        assert ablation.measures["hidden_f1"].all_nocall == pytest.approx(submission.all_nocall)
+    nocall = scores[scores["name"] == "all nocall"].set_index(["audio", "metric"])["value"]
+    for key, audio in (("simulated_f1", "simulated"), ("soundscape_f1", "labelled")):
+        expected = nocall[audio, "row_wise_f1"]
+        assert ablation.measures[key].all_nocall == pytest.approx(expected)
 
 
 def test_seeds_are_other_networks(real):
@@ -348,31 +361,30 @@ def test_seeds_are_other_networks(real):
     assert len(hashes) == 2 * 2 * 2
 
 
-def test_a_second_call_trains_nothing_and_finds_the_same(real, training_data, tiny_experiment):
-    folder, found = real
+def test_a_second_call_trains_nothing_and_returns_the_same(real, training_data, tiny_experiment):
+    folder, ablation = real
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
-    again = ablate(found.experiments, training_data, folder, found.options)
+    again = ablate(ablation.experiments, training_data, folder, ablation.options)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")} == before
-    pd.testing.assert_frame_equal(again.table, found.table)
-    pd.testing.assert_frame_equal(again.differences, found.differences)
+    pd.testing.assert_frame_equal(again.table, ablation.table)
+    pd.testing.assert_frame_equal(again.differences, ablation.differences)
 
 
 def test_one_fold_scores_only_the_recordings_it_held_out(real, training_data):
-    folder, found = real
-    seed_folder = folder / "tiny" / "seed0"
-    runs = ablation_module.plan_seed(found.experiments[0], 0, [1], folder)
-    assert runs[0].folder == seed_folder / "fold1"
-    sample = score_seed(runs, training_data, SIMULATION)["oof_top1"]
-    assert len(sample.values) == (training_data.recordings["fold"] == 1).sum()
+    folder, ablation = real
+    run = Run(ablation.experiments[0], 1, folder / "tiny" / "seed0" / "fold1")
+    assert (run.folder / SETTINGS_FILE).is_file()
+    _, values = score_seed([run], training_data, SIMULATION)["oof_top1"]
+    assert len(values) == (training_data.recordings["fold"] == 1).sum()
 
 
 def test_tables_and_picture_are_written(real):
-    folder, found = real
+    folder, ablation = real
     table = pd.read_csv(folder / "ablation.csv")
     assert len(table) == 4
     assert {"soundscape_f1", "clips_per_second", "loss_change_last_fifth"} <= set(table)
-    assert len(pd.read_csv(folder / "ablation_differences.csv")) == len(found.measures)
-    assert len(pd.read_csv(folder / "ablation_means.csv")) == 2 * len(found.measures)
+    assert len(pd.read_csv(folder / "ablation_differences.csv")) == len(ablation.measures)
+    assert len(pd.read_csv(folder / "ablation_means.csv")) == 2 * len(ablation.measures)
     height, width = matplotlib.image.imread(folder / "ablation.png").shape[:2]
     assert width == 1320
     assert height > 500

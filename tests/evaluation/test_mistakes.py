@@ -9,7 +9,7 @@ def test_mistakes_are_mistakes_and_the_worst(held_out, evaluation):
     mistakes = find_mistakes(held_out, evaluation.ensemble)
     assert {one.audio for one in mistakes} == {"simulated", "labelled"}
     predictions = evaluation.labelled.predictions
-    predicted = predictions.decide(evaluation.decision)
+    predicted = predictions.decide(evaluation.ensemble.decision)
     ends = predictions.segments["seconds"].to_numpy()
     names = predictions.segments["recording"].to_numpy()
     for one in [one for one in mistakes if one.audio == "labelled"]:

@@ -13,6 +13,7 @@ from sklearn.metrics import (
 )
 
 from birdcall.data.targets import IGNORE_TARGET
+from birdcall.evaluation.decision_search import share_weights, votes_table
 from birdcall.evaluation.labelled import LabelledSoundscapes, segment_table
 from birdcall.evaluation.metrics import row_f1_scores
 from birdcall.evaluation.predictions import LabelledPredictions
@@ -26,10 +27,7 @@ from birdcall.evaluation.tables import (
     per_class_table,
     ranked_rows,
     reliability_table,
-    share_weights,
     snr_table,
-    tidy_table,
-    votes_table,
     wide_table,
 )
 from birdcall.inference.decision import Decision
@@ -204,7 +202,7 @@ def test_the_short_table_has_a_line_per_name_and_fits_a_terminal(scores):
         for audio in ("simulated", "simulated 50%", "simulated 60%", "simulated 80%", "labelled"):
             rows += decided_rows(ScoreSubject(name, 2, audio), scores, named)
         rows += ranked_rows(ScoreSubject(name, 2, "labelled"), scores)
-    table = tidy_table(rows)
+    table = pd.DataFrame(rows)
     wide = wide_table(table)
     assert list(wide["name"]) == ["small_gru", "small_attention_normed", "ensemble", "all nocall"]
     assert "recordings: AP" not in wide  # nothing is known of it
@@ -302,5 +300,5 @@ def test_recall_is_counted_by_level():
     table = snr_table(events, predictions, predicted)
     assert table.to_dict("list") == {
         "snr_db": [9.0, 24.0], "events": [2, 1], "recall": [0.5, 1.0],
-        "standard_error": [pytest.approx((0.5 * 0.5 / 2) ** 0.5), 0.0],
+        "standard_error": [pytest.approx((0.5 * 0.5 / 2) ** 0.5), 0.0], "centre_db": [10.5, 25.5],
     }  # fmt: skip

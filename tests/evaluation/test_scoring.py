@@ -1,4 +1,4 @@
-"""Runs are scored on three kinds of audio; the decision is searched on one, tried on another."""
+"""Runs are scored on three kinds of audio; the decision is searched on simulated soundscapes."""
 
 import json
 from dataclasses import replace
@@ -8,20 +8,17 @@ import pandas as pd
 import pytest
 
 import birdcall.evaluation.scoring as scoring
+from birdcall.evaluation.comparison import score_submission
 from birdcall.evaluation.metrics import row_f1_scores, row_wise_f1
 from birdcall.evaluation.predict import predict_held_out
-from birdcall.evaluation.scoring import (
-    NOCALL_SHARE,
-    add_labelled_score,
-    decide_ensemble,
-    evaluate,
-    score_submission,
-)
+from birdcall.evaluation.scoring import decide_ensemble, evaluate
 from birdcall.inference.decision import Decision, read_decision, write_decision
 from birdcall.inference.ensemble import load_ensemble
 from birdcall.inference.tables import read_submission, write_submission
 from birdcall.kaggle.submission import LoadedPackage, predict_test_set
 from birdcall.kaggle.test_set import read_labelled_soundscapes, read_test_rows
+
+NOCALL_SHARE = 0.54  # of the competition's public rows
 
 
 def value(evaluation, name, audio, metric):
@@ -36,9 +33,9 @@ def test_every_name_has_all_three_kinds_of_audio_together(evaluation):
     assert list(dict.fromkeys(table["name"])) == names
     kinds = {"simulated", "simulated 50%", "simulated 60%", "simulated 80%", "labelled"}
     for name in names:
-        own = table[table["name"] == name]
+        subset = table[table["name"] == name]
         expected = kinds if name == "all nocall" else kinds | {"recordings"}
-        assert set(own["audio"]) == expected
+        assert set(subset["audio"]) == expected
     assert not table.duplicated(["name", "audio", "metric"]).any()
     members = table.drop_duplicates("name").set_index("name")["members"]
     assert members.to_dict() == dict(zip(names, (2, 2, 4, 4, 0, 0), strict=True))
@@ -49,14 +46,14 @@ def test_all_nocall_gets_the_share_of_rows_without_a_bird(evaluation, demo_folde
     truth = [" ".join(birds) or "nocall" for birds in rows["birds"]]
     nocall = row_wise_f1(truth, ["nocall"] * len(truth))
     assert value(evaluation, "all nocall", "labelled", "row_wise_f1") == pytest.approx(nocall)
-    found = value(evaluation, "all nocall", "simulated", "row_wise_f1")
-    assert found == pytest.approx(NOCALL_SHARE)
+    simulated = value(evaluation, "all nocall", "simulated", "row_wise_f1")
+    assert simulated == pytest.approx(NOCALL_SHARE)
     for share in (0.5, 0.6, 0.8):
-        found = value(evaluation, "all nocall", f"simulated {share:.0%}", "row_wise_f1")
-        assert found == pytest.approx(share, abs=1 / 6)
+        simulated = value(evaluation, "all nocall", f"simulated {share:.0%}", "row_wise_f1")
+        assert simulated == pytest.approx(share, abs=1 / 6)
 
 
-def test_the_prior_is_worth_no_more_than_all_nocall(evaluation):
+def test_the_prior_scores_no_more_than_all_nocall(evaluation):
     for audio in ("simulated", "labelled"):
         nocall = value(evaluation, "all nocall", audio, "row_wise_f1")
         assert value(evaluation, "prior", audio, "row_wise_f1") <= nocall + 1e-9
@@ -67,78 +64,81 @@ def test_an_experiment_is_simulated_only_by_runs_that_held_the_recordings_out(he
     simulated = held_out.simulated_for(["tiny"])
     folds = held_out.data.recordings.set_index("path")["fold"]
     groups = held_out.groups
-    for fold, scores in held_out.simulated.items():
-        names = set(scores.recordings)
+    for fold, predictions in held_out.simulated.items():
+        names = set(predictions.recordings)
         paths = held_out.events["path"][held_out.events["recording"].isin(names)]
         assert set(folds[paths]) == {fold}
-        assert scores.member_names == ("other", "tiny")
-    assert len(simulated.segments) == sum(len(s.segments) for s in held_out.simulated.values())
+        assert predictions.member_names == ("other", "tiny")
+    n_segments = sum(len(part.segments) for part in held_out.simulated.values())
+    assert len(simulated.segments) == n_segments
     assert set(simulated.segments["group"]) <= set(groups)
 
 
 def test_the_decision_is_not_chosen_on_the_labelled_soundscapes(held_out, evaluation):
     labelled = held_out.labelled
-    turned = replace(labelled.predictions, truth=labelled.predictions.truth[::-1])
-    other = replace(held_out, labelled=replace(labelled, predictions=turned))
-    found = evaluate(other).decision
-    assert replace(found, score={}) == replace(evaluation.decision, score={})
+    reversed_truth = replace(labelled.predictions, truth=labelled.predictions.truth[::-1])
+    changed = replace(held_out, labelled=replace(labelled, predictions=reversed_truth))
+    decision = evaluate(changed).ensemble.decision
+    assert replace(decision, score={}) == replace(evaluation.ensemble.decision, score={})
 
 
-@pytest.mark.parametrize("threshold, warns", [(0.5, True), (1.0, False)])
-def test_a_decision_worth_less_than_silence_on_labelled_soundscapes_is_told(
-    held_out, caplog, threshold, warns
+@pytest.mark.parametrize("nocall_share, warns", [(0.0, True), (1.0, False)])
+def test_a_score_below_all_nocall_on_labelled_soundscapes_is_warned_of(
+    held_out, caplog, nocall_share, warns
 ):
-    scores = held_out.labelled.predictions
-    loud = np.full_like(scores.clipwise, 0.99)  # every bird everywhere
-    deaf = scores.with_probabilities(loud, loud)
-    decision = add_labelled_score(Decision(threshold, threshold), deaf, "tiny")
-    nocall = 1 - deaf.labelled_truth.any(axis=1).mean()
+    predictions = held_out.labelled.predictions
+    high = np.full_like(predictions.clipwise, 0.99)  # all species in all segments
+    predictions = predictions.with_probabilities(high, high)
+    changed = replace(held_out, labelled=replace(held_out.labelled, predictions=predictions))
+    decision = decide_ensemble(changed, changed.experiments, nocall_share).decision
+    nocall = 1 - predictions.labelled_truth.any(axis=1).mean()
     assert decision.score["labelled_all_nocall"] == pytest.approx(nocall, abs=1e-4)
-    f1 = deaf.row_f1(decision).mean()
+    f1 = predictions.row_f1(decision).mean()
     assert decision.score["labelled_row_wise_f1"] == pytest.approx(f1, abs=1e-4)
     assert ("less than naming no bird" in caplog.text) == warns
 
 
 def test_the_labelled_score_is_that_of_the_stored_decision(held_out, evaluation, tmp_path):
-    write_decision(tmp_path / "decision.json", evaluation.decision)
+    write_decision(tmp_path / "decision.json", evaluation.ensemble.decision)
     decision = read_decision(tmp_path / "decision.json")
-    assert decision == evaluation.decision
-    scores = held_out.labelled.predictions
-    expected = row_f1_scores(scores.labelled_truth, scores.decide(decision)).mean()
+    assert decision == evaluation.ensemble.decision
+    predictions = held_out.labelled.predictions
+    expected = row_f1_scores(predictions.labelled_truth, predictions.decide(decision)).mean()
     assert value(evaluation, "ensemble", "labelled", "row_wise_f1") == pytest.approx(expected)
 
 
-def test_the_decision_says_where_it_comes_from_and_what_it_is_worth(evaluation, training_data):
-    decision, choice = evaluation.decision, evaluation.search
+def test_the_decision_states_its_origin_and_its_score(evaluation, training_data):
+    decision, search = evaluation.ensemble.decision, evaluation.ensemble.search
     assert sorted(decision.members) == ["other-fold0", "other-fold1", "tiny-fold0", "tiny-fold1"]
     assert decision.classes == training_data.classes
     assert decision.chosen_on.startswith("144 rows of 24 soundscapes simulated from held-out")
     weights = evaluation.ensemble.weights
-    nested = np.average(choice.cross_validated_f1, weights=weights)
+    nested = np.average(search.cross_validated_f1, weights=weights)
     assert decision.score["cross_validated_row_wise_f1"] == pytest.approx(nested, abs=1e-4)
-    assert decision.score["in_sample_row_wise_f1"] == pytest.approx(choice.in_sample_f1, abs=1e-4)
+    assert decision.score["in_sample_row_wise_f1"] == pytest.approx(search.in_sample_f1, abs=1e-4)
     assert (
         decision.score["low"]
         <= decision.score["cross_validated_row_wise_f1"]
         <= decision.score["high"]
     )
     assert decision.score["nocall_share_expected"] == NOCALL_SHARE
-    found = value(evaluation, "ensemble", "simulated", "row_wise_f1")
-    assert decision.score["cross_validated_row_wise_f1"] == pytest.approx(found, abs=1e-4)
+    in_table = value(evaluation, "ensemble", "simulated", "row_wise_f1")
+    assert decision.score["cross_validated_row_wise_f1"] == pytest.approx(in_table, abs=1e-4)
 
 
 @pytest.mark.parametrize("best", ["tiny", "other"])
 def test_members_of_the_best_experiment_come_first(held_out, best, monkeypatch):
-    """A kernel that is short of time takes the first ones."""
+    """A kernel that is short of time uses the first ones."""
     real = scoring.decide_ensemble
 
     def decide_ensemble(held_out, experiments, nocall_share, name):
-        one = real(held_out, experiments, nocall_share, name)
+        result = real(held_out, experiments, nocall_share, name)
         score = {"cross_validated_row_wise_f1": 0.6 + 0.1 * (name == best)}
-        return replace(one, decision=replace(one.decision, score=one.decision.score | score))
+        decision = replace(result.decision, score=result.decision.score | score)
+        return replace(result, decision=decision)
 
     monkeypatch.setattr(scoring, "decide_ensemble", decide_ensemble)
-    members = evaluate(held_out).decision.members
+    members = evaluate(held_out).ensemble.decision.members
     worse = {"tiny": "other", "other": "tiny"}[best]
     assert members == tuple(f"{name}-fold{fold}" for name in (best, worse) for fold in (0, 1))
 
@@ -154,12 +154,12 @@ def test_calibration_is_fitted_without_the_recordings_it_is_scored_on(held_out, 
     n_recordings = len(held_out.data.recordings)
     groups = set(held_out.simulated_for(held_out.experiments).segments["group"])
     assert fitted[-1] == fitted[-2] == n_recordings  # for the decision, and for the report
-    left_out = [n_recordings - one for one in fitted[:-2]]
+    left_out = [n_recordings - n_fitted for n_fitted in fitted[:-2]]
     sizes = pd.Series(held_out.groups).value_counts()
     assert sorted(left_out) == sorted(sizes[list(groups)])
 
 
-def test_another_share_of_nocall_chooses_for_it(held_out):
+def test_the_decision_is_searched_for_the_expected_share_of_nocall(held_out):
     few, many = (decide_ensemble(held_out, held_out.experiments, share) for share in (0.0, 1.0))
     assert many.decision.score["nocall_share_named"] == pytest.approx(1.0)
     assert many.decision.score["cross_validated_row_wise_f1"] == pytest.approx(1.0)
@@ -167,7 +167,7 @@ def test_another_share_of_nocall_chooses_for_it(held_out):
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1])
-def test_a_share_that_is_none_is_refused(held_out, share):
+def test_a_share_outside_0_to_1_is_refused(held_out, share):
     with pytest.raises(ValueError, match="nocall share is"):
         evaluate(held_out, nocall_share=share)
 
@@ -181,55 +181,56 @@ def test_experiments_that_share_no_fold_are_scored_alone(
     trained_runs, training_data, held_out_options
 ):
     runs = [
-        one for one in trained_runs if one.parts[-2:] in (("tiny", "fold0"), ("other", "fold1"))
+        run for run in trained_runs if run.parts[-2:] in (("tiny", "fold0"), ("other", "fold1"))
     ]
-    found = evaluate(predict_held_out(runs, training_data, held_out_options))
-    assert found.search is None
-    assert found.decision.chosen_on == "nothing"
-    table = found.scores
+    evaluation = evaluate(predict_held_out(runs, training_data, held_out_options))
+    assert evaluation.ensemble.search is None
+    assert evaluation.ensemble.decision.chosen_on == "nothing"
+    table = evaluation.scores
     assert set(table[table["audio"] == "simulated"]["name"]) == {"other", "tiny"}
     labelled = set(table[table["audio"] == "labelled"]["name"])
     assert labelled == {"other", "tiny", "ensemble", "all nocall", "prior"}
 
 
-def test_a_run_of_a_fold_that_the_data_has_not_is_named(trained_runs, training_data):
+def test_a_run_of_a_fold_that_the_data_lacks_is_named(trained_runs, training_data):
     one_fold = replace(training_data, recordings=training_data.recordings.assign(fold=0))
     with pytest.raises(ValueError, match="other/fold1: of fold 1; the folds are 0"):
         predict_held_out(trained_runs, one_fold)
 
 
 def test_one_fold_is_enough_for_a_search(trained_runs, training_data, held_out_options):
-    runs = [one for one in trained_runs if one.name == "fold0"]
-    found = evaluate(predict_held_out(runs, training_data, held_out_options))
-    assert found.search is not None
-    assert set(found.decision.members) == {"other-fold0", "tiny-fold0"}
-    recordings = found.scores[found.scores["audio"] == "recordings"]["recordings"]
+    runs = [run for run in trained_runs if run.name == "fold0"]
+    evaluation = evaluate(predict_held_out(runs, training_data, held_out_options))
+    assert evaluation.ensemble.search is not None
+    assert set(evaluation.ensemble.decision.members) == {"other-fold0", "tiny-fold0"}
+    scores = evaluation.scores
+    recordings = scores[scores["audio"] == "recordings"]["recordings"]
     assert set(recordings) == {int((training_data.recordings["fold"] == 0).sum())}
 
 
-def test_a_model_of_chance_is_worth_no_more_than_silence(held_out):
-    """The whole procedure on outputs that know nothing: choosing, calibrating, applying."""
+def test_random_predictions_score_no_more_than_all_nocall(held_out):
+    """The whole procedure on random probabilities: search, calibration, scores."""
     generator = np.random.default_rng(0)
 
-    def chance(part):
+    def randomize(part):
         shape = part.predictions.clipwise.shape
         clipwise = generator.random(shape, dtype=np.float32)
         framewise = generator.random(shape, dtype=np.float32)
         predictions = replace(part.predictions, clipwise=clipwise, framewise=framewise)
         return replace(part, predictions=predictions)
 
-    out_of_fold = {name: chance(part) for name, part in held_out.out_of_fold.items()}
+    out_of_fold = {name: randomize(part) for name, part in held_out.out_of_fold.items()}
     labelled = replace(
-        held_out.labelled, predictions=chance(held_out.labelled.predictions), frames={}
+        held_out.labelled, predictions=randomize(held_out.labelled.predictions), frames={}
     )
-    simulated = {fold: chance(part) for fold, part in held_out.simulated.items()}
-    found = evaluate(
+    simulated = {fold: randomize(part) for fold, part in held_out.simulated.items()}
+    evaluation = evaluate(
         replace(held_out, simulated=simulated, labelled=labelled, out_of_fold=out_of_fold)
     )
     for name in ("tiny", "other", "ensemble"):
         for audio in ("simulated", "labelled"):
-            nocall = value(found, "all nocall", audio, "row_wise_f1")
-            assert value(found, name, audio, "row_wise_f1") <= nocall + 0.01
+            nocall = value(evaluation, "all nocall", audio, "row_wise_f1")
+            assert value(evaluation, name, audio, "row_wise_f1") <= nocall + 0.01
 
 
 def test_a_second_evaluation_predicts_nothing_again(
@@ -244,12 +245,12 @@ def test_a_second_evaluation_predicts_nothing_again(
     pd.testing.assert_frame_equal(scores, evaluation.scores, atol=1e-6)
 
 
-def test_the_kernel_s_inference_does_what_the_decision_says(
+def test_the_kernel_s_inference_applies_the_decision(
     trained_runs, demo_folder, evaluation, tmp_path
 ):
     ensemble = load_ensemble(trained_runs)
     decision = replace(
-        evaluation.decision, combination="votes", vote_share=0.5, clip_threshold=0.3,
+        evaluation.ensemble.decision, combination="votes", vote_share=0.5, clip_threshold=0.3,
         frame_threshold=0.4, neighbour_weight=0.25, recording_threshold=0.35, file_threshold=0.36,
     )  # fmt: skip
     path = tmp_path / "submission.csv"
@@ -285,4 +286,7 @@ def test_a_submission_is_scored_by_the_solution_with_all_nocall_beside_it(demo_f
 
 
 def test_scores_can_be_read_back_from_json(evaluation):
-    assert json.loads(json.dumps(evaluation.decision.score)) == evaluation.decision.score
+    assert (
+        json.loads(json.dumps(evaluation.ensemble.decision.score))
+        == evaluation.ensemble.decision.score
+    )

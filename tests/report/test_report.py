@@ -43,7 +43,7 @@ def test_the_page_needs_nothing_but_itself(evaluation, page):
         ) or link.startswith("soundscapes/")
     for name in ("tiny", "other", "ensemble", "all nocall", "prior", "American Crow"):
         assert name in body
-    assert describe_decision(evaluation.decision).replace(">", "&gt;") in body
+    assert describe_decision(evaluation.ensemble.decision).replace(">", "&gt;") in body
     assert body.count("class='chart'") == 8
     assert "default-src 'none'" in page
 
@@ -89,7 +89,7 @@ def test_the_report_does_not_grow_with_the_soundscapes(
         folder = tmp_path / str(n_times)
         labelled = repeat(evaluation.labelled, n_times)
         table = soundscape_table(
-            labelled.predictions, labelled.predictions.decide(evaluation.decision)
+            labelled.predictions, labelled.predictions.decide(evaluation.ensemble.decision)
         )
         changed = replace(evaluation, labelled=labelled, soundscapes=table)
         write_report_of(folder / "r.html", "demo", replace(held_out, labelled=labelled), changed, 1)
@@ -113,15 +113,15 @@ def repeat(labelled, n_times):
 
 
 def test_the_decision_is_described_with_its_score_and_that_of_all_nocall(evaluation):
-    text = describe_decision(evaluation.decision)
-    score = evaluation.decision.score
+    text = describe_decision(evaluation.ensemble.decision)
+    score = evaluation.ensemble.decision.score
     assert f"{score['cross_validated_row_wise_f1']:.3f} [{score['low']:.3f}, " in text
     assert f"{score['high']:.3f}]" in text
     assert f"all nocall {score['all_nocall']:.3f}" in text
 
 
 def test_the_chosen_thresholds_are_marked_where_they_are(evaluation):
-    search = evaluation.search
+    search = evaluation.ensemble.search
     figure = chart_thresholds(search).figure
     clip, frame = search.grid_index
     assert (figure.data[1].x, figure.data[1].y) == ((THRESHOLDS[frame],), (THRESHOLDS[clip],))
@@ -132,7 +132,7 @@ def test_the_chosen_thresholds_are_marked_where_they_are(evaluation):
 
 
 def test_every_step_is_drawn_at_its_gain(evaluation):
-    search = evaluation.search
+    search = evaluation.ensemble.search
     figure = chart_steps(search).figure
     drawn = {name: gain for part in figure.data for name, gain in zip(part.y, part.x, strict=True)}
     steps = search.steps.iloc[1:]
@@ -167,11 +167,16 @@ def test_a_soundscape_is_drawn_with_truth_and_predictions(evaluation):
     recordings = predictions.segments["recording"]
     first = predictions.select((recordings == recordings.iloc[0]).to_numpy())
     waveform = 0.1 * np.random.default_rng(0).standard_normal(30 * 32_000).astype("f4")
+    n_classes = len(predictions.classes)
     figure = plot_soundscape(
-        waveform, 32_000, predictions=first, decision=Decision(clip_threshold=0, frame_threshold=0)
+        waveform,
+        32_000,
+        codes=first.classes,
+        truth=first.truth[:, :n_classes],
+        predicted=first.decide(Decision(clip_threshold=0, frame_threshold=0))[:, :n_classes],
+        probability=first.framewise[0].T,
     )
     bottom = figure.axes[1]
-    n_classes = len(predictions.classes)
     assert len(bottom.patches) == first.truth[:, :n_classes].sum()
     dots = sum(line.get_marker() == "o" for line in bottom.lines)
     assert dots == len(first.truth) * min(3, n_classes)

@@ -18,7 +18,7 @@ import torch
 from birdcall.benchmark.frontend import peak_megabytes
 from birdcall.config import SEGMENT_SECONDS, require
 from birdcall.evaluation import tables
-from birdcall.evaluation.decision_search import search_decision
+from birdcall.evaluation.decision_search import search_decision, share_weights
 from birdcall.evaluation.labelled import segment_table
 from birdcall.evaluation.predictions import LabelledPredictions, PredictionCache
 from birdcall.experiments import find_experiment
@@ -318,8 +318,8 @@ def _evaluate_stored(folder: str) -> None:
         member_names=tuple(member.name for member in ensemble.members),
         classes=ensemble.classes,
     )
-    weights = tables.share_weights(labelled.labelled_truth, _NOCALL_SHARE)
-    rows: tables.Rows = []
+    weights = share_weights(labelled.labelled_truth, _NOCALL_SHARE)
+    rows = []
     scores = {}
     subsets = {f"member {number}": [number] for number in range(size.n_members)}
     for name, positions in {**subsets, tables.ENSEMBLE: range(size.n_members)}.items():
@@ -333,6 +333,6 @@ def _evaluate_stored(folder: str) -> None:
         "peak_gigabytes": peak_megabytes() / 1000,
         "scores": {"all_nocall": _NOCALL_SHARE, "member_0": scores["member 0"]}
         | {tables.ENSEMBLE: scores[tables.ENSEMBLE]},
-        "table": tables.wide_table(tables.tidy_table(rows)).to_string(index=False),
+        "table": tables.wide_table(pd.DataFrame(rows)).to_string(index=False),
     }
     write_atomically(stored / _RESULT_FILE, json.dumps(result))

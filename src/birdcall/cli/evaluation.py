@@ -92,14 +92,14 @@ def _evaluate(
     ensembles = [tuple(names.split("+")) for names in ensemble or []]
     evaluation = evaluate(predictions, ensembles, nocall_share)
     output, report = folders.output, folders.output / "report.html"
-    write_decision(folders.decision, evaluation.decision)
+    write_decision(folders.decision, evaluation.ensemble.decision)
     write_atomically(output / "scores.csv", evaluation.scores.to_csv(index=False))
     write_oof_parquet(
         output / "oof.parquet", list(predictions.out_of_fold.values()), evaluation.classes
     )
     page_writer = SoundscapePageWriter(
         folder=output / PAGES_FOLDER,
-        decision=evaluation.decision,
+        decision=evaluation.ensemble.decision,
         classes=evaluation.classes,
         members=tuple(member.name for member in predictions.ensemble.members),
         home="../report.html",
@@ -114,7 +114,7 @@ def _evaluate(
         pages=soundscape_pages,
     )
     typer.echo(wide_table(evaluation.scores).to_string(index=False))
-    typer.echo(f"decision: {describe_decision(evaluation.decision)}")
+    typer.echo(f"decision: {describe_decision(evaluation.ensemble.decision)}")
     typer.echo(f"report: {report}")
     if screenshots is not None:
         from birdcall.report.html import open_browser, take_screenshots
@@ -134,7 +134,7 @@ def _score(
     data: Data,
 ) -> None:
     """Score a submission against solution.csv in the data folder."""
-    from birdcall.evaluation.scoring import score_submission
+    from birdcall.evaluation.comparison import score_submission
 
     typer.echo(score_submission(data, submission))
 

@@ -6,7 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,15 +16,14 @@ import pandas as pd
 from birdcall.config import Experiment, require
 from birdcall.data.dataset import TrainingData
 from birdcall.evaluation.comparison import (
-    HIDDEN,
     Measure,
-    MeasuredValues,
     compare_all,
     measure_held_out,
     rank_agreement,
+    score_submission,
 )
 from birdcall.evaluation.predict import HeldOutOptions, predict_held_out
-from birdcall.evaluation.scoring import decide_ensemble, score_submission
+from birdcall.evaluation.scoring import decide_ensemble
 from birdcall.evaluation.simulation import SimulationConfig
 from birdcall.inference.ensemble import default_device
 from birdcall.kaggle.submission import LoadedPackage, predict_test_set
@@ -72,8 +71,9 @@ class Ablation:
     """The results of an ablation and its conditions.
 
     options: with folds and reference filled in. measures: by column of the table. table: a row per
-    experiment and seed. means, differences: see `comparison.compare_all`. block_seconds: training
-    and scoring, by seed. left_out: seeds that did not fit into the budget.
+    experiment and seed. means, differences: see `comparison.compare_all`. agreement: see
+    `comparison.rank_agreement`. block_seconds: training and scoring, by seed. left_out: seeds that
+    did not fit into the budget.
     """
 
     data: TrainingData
@@ -83,16 +83,9 @@ class Ablation:
     table: pd.DataFrame
     means: pd.DataFrame
     differences: pd.DataFrame
+    agreement: pd.DataFrame | None
     block_seconds: Mapping[int, float]
     left_out: tuple[int, ...]
-
-    @property
-    def agreement(self) -> pd.DataFrame | None:
-        """Return how similarly each measure and hidden rows rank the experiments, if there are."""
-        if HIDDEN not in self.measures:
-            return None
-        others = [key for key in self.measures if key != HIDDEN]
-        return rank_agreement(self.table, others, HIDDEN)
 
     def write_tables(self, folder: Path) -> None:
         """Write ``ablation.csv``, ``ablation_means.csv`` and ``ablation_differences.csv``."""
@@ -111,7 +104,7 @@ def ablate(
     """Train and score experiments with several seeds on the same folds.
 
     A block is all runs of one seed: ``folder/<experiment>/seed<s>/fold<k>``, trained with the
-    experiment's own seed + s. A comparison needs complete blocks: a block that would not fit into
+    seed of its experiment + s. A comparison needs complete blocks: a block that would not fit into
     the rest of the budget, if it takes as long as the last one, is left out. A second call with the
     same folder resumes; the time already spent counts. Raises ValueError for experiments or folds
     that cannot be compared, or where the folder holds another ablation.
@@ -121,15 +114,20 @@ def ablate(
     rows, left_out = [], []
     measures: dict[str, Measure] = {}
     values: dict[str, dict[str, list[np.ndarray]]] = {}
-    with closing(BlockTimes(folder, names, options.folds)) as times:
+    with Journal(folder / _JOURNAL_FILE, "ablation") as journal:
+        times = _BlockTimes(journal, {"experiments": names, "folds": list(options.folds)})
         for seed in range(options.n_seeds):
             if not times.has_room(seed, options.budget_seconds):
                 left_out.append(seed)
                 continue
-            runs_of = {
-                experiment.name: plan_seed(experiment, seed, options.folds, folder)
-                for experiment in experiments
-            }
+            runs_of = {}
+            for experiment in experiments:
+                train = replace(experiment.train, seed=experiment.train.seed + seed)
+                target = folder / experiment.name / f"seed{seed}"
+                runs_of[experiment.name] = [
+                    Run(replace(experiment, train=train), fold, target / f"fold{fold}")
+                    for fold in options.folds
+                ]
             runs = [run for group in runs_of.values() for run in group]
             logger.info("seed %d of %d: %d runs", seed, options.n_seeds, len(runs))
             with times.measure(seed, runs):
@@ -137,19 +135,21 @@ def ablate(
                 for name, group in runs_of.items():
                     scored = score_seed(group, data, options.simulation)
                     rows.append({"experiment": name, "seed": seed} | _table_row(group, scored))
-                    for key, measured in scored.items():
-                        measures.setdefault(key, measured.measure)
-                        values.setdefault(key, {}).setdefault(name, []).append(measured.values)
+                    for key, (measure, of_seed) in scored.items():
+                        measures.setdefault(key, measure)
+                        values.setdefault(key, {}).setdefault(name, []).append(of_seed)
         block_seconds = dict(times.seconds)
+    table = pd.DataFrame(rows)
     means, differences = compare_all(measures, values, options.reference)
     return Ablation(
         data=data,
         experiments=tuple(experiments),
         options=options,
         measures=measures,
-        table=pd.DataFrame(rows),
+        table=table,
         means=means,
         differences=differences,
+        agreement=rank_agreement(table, list(measures)),
         block_seconds=block_seconds,
         left_out=tuple(left_out),
     )
@@ -175,38 +175,24 @@ def _complete(
     return replace(options, folds=tuple(folds), reference=reference)
 
 
-def plan_seed(experiment: Experiment, seed: int, folds: Sequence[int], folder: Path) -> list[Run]:
-    """Return the runs of one experiment and seed, a run per fold."""
-    seeded = replace(experiment, train=replace(experiment.train, seed=experiment.train.seed + seed))
-    target = folder / experiment.name / f"seed{seed}"
-    return [Run(seeded, fold, target / f"fold{fold}") for fold in folds]
-
-
 # --- time ---------------------------------------------------------------------------------------
 
 
-class BlockTimes:
+class _BlockTimes:
     """The time that each block took so far, in a journal: an ablation resumes with it.
 
-    seconds: by seed. complete: seeds whose block is trained and scored. Raises ValueError where
-    the journal in ``folder`` is damaged or of other experiments or folds.
+    seconds: by seed. complete: seeds whose block is trained and scored. conditions: experiments and
+    folds. Raises ValueError where the journal is damaged or of other experiments or folds.
     """
 
-    def __init__(self, folder: Path, experiments: Sequence[str], folds: Sequence[int]) -> None:
+    def __init__(self, journal: Journal, conditions: dict[str, list]) -> None:
         self.seconds: dict[int, float] = {}
         self.complete: set[int] = set()
-        self._journal = Journal(folder / _JOURNAL_FILE, "ablation")
-        try:
-            self._read({"experiments": list(experiments), "folds": list(folds)})
-        except ValueError:
-            self._journal.close()
-            raise
-
-    def _read(self, conditions: dict[str, list]) -> None:
-        path = self._journal.path
-        if self._journal.find({"item": "conditions"}) is None:
-            self._journal.add({"item": "conditions"}, conditions)
-        for key, value in self._journal.items():
+        self._journal = journal
+        path = journal.path
+        if journal.find({"item": "conditions"}) is None:
+            journal.add({"item": "conditions"}, conditions)
+        for key, value in journal.items():
             try:
                 if "seed" in key:
                     self.seconds[key["seed"]] = float(value["seconds"])
@@ -222,9 +208,6 @@ class BlockTimes:
                         f"{path} is of {name} {', '.join(map(str, stored[name]))}, not "
                         f"{', '.join(map(str, values))}; give another folder to another ablation"
                     )
-
-    def close(self) -> None:
-        self._journal.close()
 
     def has_room(self, seed: int, budget_seconds: float) -> bool:
         """Return whether a block fits the budget, if it takes as long as the last complete one.
@@ -273,7 +256,7 @@ class BlockTimes:
 
 def score_seed(
     runs: Sequence[Run], data: TrainingData, simulation: SimulationConfig
-) -> dict[str, MeasuredValues]:
+) -> dict[str, tuple[Measure, np.ndarray]]:
     """Score one experiment and seed on all audio that its runs did not train on, by measure.
 
     The decision is searched on simulated soundscapes; labelled and hidden ones are predicted by all
@@ -295,32 +278,30 @@ def score_seed(
     return measure_held_out(held_out, ensemble, score)
 
 
-def _table_row(runs: Sequence[Run], measured: Mapping[str, MeasuredValues]) -> dict[str, float]:
+def _table_row(
+    runs: Sequence[Run], measured: Mapping[str, tuple[Measure, np.ndarray]]
+) -> dict[str, float]:
     """Return the scores of one experiment and seed, and how its training went."""
     logs = [read_log(run.folder) for run in runs]
     summary = summarize_log([entry for log in logs for entry in log])
     scores = {key: measure.score(values) for key, (measure, values) in measured.items()}
+    losses, changes = zip(*map(loss_of_last_fifth, logs), strict=True)
     return {"train_seed": runs[0].experiment.train.seed} | scores | {
         "epochs": len(logs[0]),
         "clips_per_second": summary["clips_per_second"],
         "train_minutes": summary["minutes"],
-        "loss_last_fifth": float(np.mean([_losses_of_last_fifths(log)[1] for log in logs])),
-        "loss_change_last_fifth": float(np.mean([loss_change_last_fifth(log) for log in logs])),
+        "loss_last_fifth": float(np.mean(losses)),
+        "loss_change_last_fifth": float(np.mean(changes)),
     }  # fmt: skip
 
 
-def loss_change_last_fifth(log: Sequence[EpochLog]) -> float:
-    """Return the relative change of the training loss from the last but one fifth to the last.
+def loss_of_last_fifth(log: Sequence[EpochLog]) -> tuple[float, float]:
+    """Return the training loss of the last fifth, and its change relative to the fifth before.
 
-    Near 0 a run has converged, as far as its schedule lets it; clearly below 0 more epochs could
-    lower the loss. NaN where a run has a single epoch.
+    With a change near 0 a run has converged, as far as its schedule allows; clearly below 0 more
+    epochs could lower the loss. The change of a run of a single epoch is NaN.
     """
-    before, last = _losses_of_last_fifths(log)
-    return last / before - 1
-
-
-def _losses_of_last_fifths(log: Sequence[EpochLog]) -> tuple[float, float]:
     losses = [entry.loss for entry in log]
     n_epochs = max(1, round(len(losses) / 5))
-    before = losses[-2 * n_epochs : -n_epochs]
-    return float(np.mean(before)) if before else float("nan"), float(np.mean(losses[-n_epochs:]))
+    last, before = float(np.mean(losses[-n_epochs:])), losses[-2 * n_epochs : -n_epochs]
+    return last, last / float(np.mean(before)) - 1 if before else float("nan")

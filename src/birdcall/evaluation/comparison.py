@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 
+from birdcall.config import NOCALL
 from birdcall.data.folds import recordist_clusters
 from birdcall.data.targets import IGNORE_TARGET, make_targets
-from birdcall.evaluation.metrics import Interval, average_precision, bootstrap_rows, macro_average
+from birdcall.evaluation.metrics import (
+    Interval,
+    average_precision,
+    bootstrap_interval,
+    bootstrap_rows,
+    macro_average,
+    row_wise_f1,
+)
 from birdcall.evaluation.predict import HeldOutPredictions
 from birdcall.evaluation.predictions import LabelledPredictions
-from birdcall.evaluation.scoring import EnsembleDecision, SubmissionScore
+from birdcall.evaluation.scoring import EnsembleDecision
 from birdcall.inference.decision import average_members
+from birdcall.inference.tables import read_submission
+from birdcall.kaggle.test_set import read_solution, read_test_rows
 
 _FloatArray = NDArray[np.float64]
 
 N_RESAMPLES = 1000
 LEVEL = 0.95
-HIDDEN = "hidden_f1"  # the measure of hidden rows
+_HIDDEN = "hidden_f1"  # the measure of hidden rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +54,7 @@ class Measure:
 
     @property
     def n_clusters(self) -> int:
+        """Return the number of independent clusters."""
         return len(set(self.clusters))
 
     def score(self, values: NDArray, rows: NDArray[np.intp] | slice = slice(None)) -> float:
@@ -57,16 +67,9 @@ class Measure:
         return macro_average(average_precision(truth[:, occurs], values[rows][:, occurs], known))
 
 
-class MeasuredValues(NamedTuple):
-    """The values of a measure for one experiment and seed, one per row; see `Measure`."""
-
-    measure: Measure
-    values: np.ndarray
-
-
 @dataclass(frozen=True, eq=False)
 class Resampled:
-    """A measure's scores of one experiment.
+    """A measure's scores of an experiment, or the differences of two experiments.
 
     scores: ``(seeds,)``, on all rows. resampled: ``(resamples, seeds)``; resample k has the same
     clusters for all seeds and experiments, which is what makes differences paired.
@@ -74,6 +77,53 @@ class Resampled:
 
     scores: _FloatArray
     resampled: _FloatArray
+    n_clusters: int
+
+    def means(self, seed: int = 0) -> _FloatArray:
+        """Return the mean over drawn training seeds of each resample, ``(resamples,)``.
+
+        One seed fewer is drawn than there are: drawing all of n would give (n - 1) / n of the
+        variance of their mean, which for three seeds is a third too little (Rao & Wu 1988). A
+        single seed is always drawn: its interval does not include the spread of seeds. Resamples
+        without a score (none of their rows has a class in the truth) are left out.
+        """
+        n_resamples, n_seeds = self.resampled.shape
+        # Not the stream of the clusters, which is seeded with `seed` itself.
+        generator = np.random.default_rng((seed, 1))
+        drawn = generator.integers(n_seeds, size=(n_resamples, max(1, n_seeds - 1)))
+        weights = (drawn[:, :, None] == np.arange(n_seeds)).mean(axis=1)
+        means = (self.resampled * weights).sum(axis=1)
+        return means[~np.isnan(means)]
+
+    def interval(self) -> Interval:
+        """Return the percentile interval of the mean over seeds; NaN for a single cluster.
+
+        Simulated (10 rows a cluster, 400 trials), it holds the truth in 84 to 93 % of cases with 3
+        seeds and 88 to 95 % with 6, for 4 to 30 clusters and spreads of 0.2 and 1 between seeds,
+        where clusters spread by 1. With a single seed it is blind to seeds: 28 to 85 %.
+        """
+        means = self.means()
+        if self.n_clusters < 2 or len(means) == 0:
+            return Interval(float("nan"), float("nan"))
+        low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        return Interval(float(low), float(high))
+
+    def compare(self, reference: Resampled) -> dict[str, float]:
+        """Return the mean over seeds of the difference, its interval, how often it is positive.
+
+        Seeds are compared in order, the first of both, the second of both.
+        """
+        by_seed = self.scores - reference.scores
+        differences = Resampled(by_seed, self.resampled - reference.resampled, self.n_clusters)
+        interval = differences.interval()
+        return {
+            "difference": float(by_seed.mean()),
+            "low": interval.low,
+            "high": interval.high,
+            "seeds": len(by_seed),
+            "positive_seeds": int((by_seed > 0).sum()),
+            "positive_share": float((by_seed > 0).mean()),
+        }
 
 
 def resample_scores(
@@ -91,62 +141,7 @@ def resample_scores(
         for rows in bootstrap_rows(measure.clusters, n_resamples, seed)
     ]
     scores = [measure.score(of_seed) for of_seed in values]
-    return Resampled(np.array(scores), np.array(resampled))
-
-
-def seed_weights(n_seeds: int, n_resamples: int, seed: int = 0) -> _FloatArray:
-    """Return the weight of each training seed in each resample, ``(resamples, seeds)``.
-
-    One seed fewer is drawn than there are: drawing all of n would give (n - 1) / n of the variance
-    of their mean, which for three seeds is a third too little (Rao & Wu 1988). A single seed is
-    always drawn: its interval does not include the spread of seeds.
-    """
-    n_drawn = max(1, n_seeds - 1)
-    # Not the stream of the clusters, which is seeded with `seed` itself.
-    generator = np.random.default_rng((seed, 1))
-    drawn = generator.integers(n_seeds, size=(n_resamples, n_drawn))
-    return (drawn[:, :, None] == np.arange(n_seeds)).mean(axis=1)
-
-
-def resampled_means(resampled: _FloatArray, seed: int = 0) -> _FloatArray:
-    """Return the mean over drawn seeds of each resample: ``(resamples, seeds)`` → ``(n,)``.
-
-    Resamples without a score (none of their rows has a class in the truth) are left out.
-    """
-    weights = seed_weights(resampled.shape[1], len(resampled), seed)
-    means = (resampled * weights).sum(axis=1)
-    return means[~np.isnan(means)]
-
-
-def interval_of(resampled: _FloatArray, n_clusters: int) -> Interval:
-    """Return the percentile interval of the mean over seeds; NaN for a single cluster.
-
-    Simulated (10 rows a cluster, 400 trials), it holds the truth in 84 to 93 % of cases with 3
-    seeds and 88 to 95 % with 6, for 4 to 30 clusters and spreads of 0.2 and 1 between seeds, where
-    clusters spread by 1. With a single seed it is blind to seeds: 28 to 85 %.
-    """
-    means = resampled_means(resampled)
-    if n_clusters < 2 or len(means) == 0:
-        return Interval(float("nan"), float("nan"))
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(low), float(high))
-
-
-def compare(scored: Resampled, reference: Resampled, n_clusters: int) -> dict[str, float]:
-    """Return the mean over seeds of ``scored - reference``, its interval, how often it is positive.
-
-    Seeds are compared in order, the first of both, the second of both.
-    """
-    by_seed = scored.scores - reference.scores
-    interval = interval_of(scored.resampled - reference.resampled, n_clusters)
-    return {
-        "difference": float(by_seed.mean()),
-        "low": interval.low,
-        "high": interval.high,
-        "seeds": len(by_seed),
-        "positive_seeds": int((by_seed > 0).sum()),
-        "positive_share": float((by_seed > 0).mean()),
-    }
+    return Resampled(np.array(scores), np.array(resampled), measure.n_clusters)
 
 
 def compare_all(
@@ -172,7 +167,7 @@ def compare_all(
         }
         for name, resampled in scored.items():
             n_seeds = len(resampled.scores)
-            interval = interval_of(resampled.resampled, measure.n_clusters)
+            interval = resampled.interval()
             mean = {
                 "mean": float(resampled.scores.mean()),
                 "sd": float(resampled.scores.std(ddof=1)) if n_seeds > 1 else float("nan"),
@@ -182,28 +177,78 @@ def compare_all(
             }
             means.append({"experiment": name} | mean | rows)
             if name != reference:
-                difference = compare(resampled, scored[reference], measure.n_clusters)
+                difference = resampled.compare(scored[reference])
                 names = {"experiment": name, "reference": reference}
                 differences.append(names | difference | rows)
     return pd.DataFrame(means), pd.DataFrame(differences)
 
 
-def rank_agreement(table: pd.DataFrame, measures: Sequence[str], target: str) -> pd.DataFrame:
-    """Return how well each measure ranks as ``target`` does, by Spearman's correlation.
+def rank_agreement(table: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame | None:
+    """Return how well each measure ranks as hidden rows do, by Spearman's correlation.
 
     table: a row per ``experiment`` and ``seed`` with a column per measure. Columns: measure;
     experiments, the correlation of the means over seeds; networks, that of all rows (each seed of
     an experiment is another network); NaN where there are fewer than three, or all are equal.
+    None where hidden rows are not among the measures.
     """
-    means = table.groupby("experiment", sort=False)[[*measures, target]].mean()
+    if _HIDDEN not in measures:
+        return None
+    names = [measure for measure in measures if measure != _HIDDEN]
+    means = table.groupby("experiment", sort=False)[list(measures)].mean()
+    correlations = {
+        title: scores[list(measures)].corr("spearman", min_periods=3).loc[names, _HIDDEN].to_numpy()
+        for title, scores in (("experiments", means), ("networks", table))
+    }
+    return pd.DataFrame({"measure": names} | correlations)
 
-    def correlate(scores: pd.DataFrame, measure: str) -> float:
-        if len(scores) < 3 or scores[measure].nunique() == 1 or scores[target].nunique() == 1:
-            return float("nan")
-        return float(spearmanr(scores[measure], scores[target]).statistic)
 
-    rows = [(measure, correlate(means, measure), correlate(table, measure)) for measure in measures]
-    return pd.DataFrame(rows, columns=["measure", "experiments", "networks"])
+# --- submission -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class SubmissionScore:
+    """The score of a submission on hidden rows, beside that of predicting no bird.
+
+    f1: ``(rows,)``, in the order of test.csv. recordings: the ``audio_id`` of each row, which the
+    interval resamples. row_wise_f1, all_nocall: means over rows.
+    """
+
+    f1: np.ndarray
+    recordings: tuple[str, ...]
+    row_wise_f1: float
+    interval: Interval
+    all_nocall: float
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return (
+            f"submission: row-wise F1 {self.row_wise_f1:.3f} [{low:.3f}, {high:.3f}] on "
+            f"{len(self.f1)} hidden rows; all nocall: {self.all_nocall:.3f}; "
+            f"difference {self.row_wise_f1 - self.all_nocall:+.3f}"
+        )
+
+
+def score_submission(data: Path, submission: Path) -> SubmissionScore:
+    """Score each row of a submission by ``solution.csv`` in the data folder.
+
+    Raises ValueError for an invalid submission, or a row of test.csv that solution.csv lacks.
+    """
+    rows = read_test_rows(data)
+    predicted = read_submission(submission, list(rows["row_id"]))["birds"]
+    solution = read_solution(data).set_index("row_id")["birds"]
+    missing = [row_id for row_id in rows["row_id"] if row_id not in solution.index]
+    if missing:
+        raise ValueError(f"{data / 'solution.csv'}: no row {missing[0]}, which test.csv has")
+    truth = list(solution.loc[rows["row_id"]])
+    f1 = [row_wise_f1([true], [birds]) for true, birds in zip(truth, predicted, strict=True)]
+    recordings = tuple(rows["audio_id"])
+    return SubmissionScore(
+        f1=np.array(f1),
+        recordings=recordings,
+        row_wise_f1=float(np.mean(f1)),
+        interval=bootstrap_interval(f1, recordings),
+        all_nocall=float(np.mean([row_wise_f1([true], [NOCALL]) for true in truth])),
+    )
 
 
 # --- what is compared -----------------------------------------------------------------------------
@@ -211,58 +256,51 @@ def rank_agreement(table: pd.DataFrame, measures: Sequence[str], target: str) ->
 
 def measure_held_out(
     held_out: HeldOutPredictions, ensemble: EnsembleDecision, hidden: SubmissionScore | None
-) -> dict[str, MeasuredValues]:
+) -> dict[str, tuple[Measure, np.ndarray]]:
     """Measure all experiments together on the audio that their runs did not train on.
 
-    The measures depend on the data: F1 and macro AP of simulated and of labelled soundscapes; F1 of
-    ``hidden`` rows; macro AP and top-1 accuracy of the recordings of the held-out folds.
+    Returns each measure with its values, one per row; see `Measure`. The measures depend on the
+    data: F1 and macro AP of simulated and of labelled soundscapes; F1 of ``hidden`` rows; macro AP
+    and top-1 accuracy of the recordings of the held-out folds.
     """
-    measured = _measure_simulated(ensemble)
+    measured: dict[str, tuple[Measure, np.ndarray]] = {}
+    simulated, weights = ensemble.simulated, ensemble.weights
+    if simulated is not None:
+        nocall = ~simulated.labelled_truth.any(axis=1)
+        all_nocall = float(weights[nocall].sum() / weights.sum())
+        clusters = tuple(simulated.groups)
+        f1 = Measure("simulated: F1", clusters, "groups of recordists", all_nocall=all_nocall)
+        # Weighted so that their plain mean is the score.
+        values = ensemble.search.cross_validated_f1 * weights / weights.mean()
+        measured["simulated_f1"] = f1, values
+        measured["simulated_ap"] = _measure_average_precision(f1, simulated)
     labelled = held_out.labelled_for(held_out.experiments)
     if labelled is not None:
-        measured |= _measure_labelled(labelled, ensemble)
+        all_nocall = float((~labelled.labelled_truth.any(axis=1)).mean())
+        clusters = tuple(labelled.recordings)
+        f1 = Measure("soundscapes: F1", clusters, "soundscapes", all_nocall=all_nocall)
+        measured["soundscape_f1"] = f1, labelled.row_f1(ensemble.decision)
+        if labelled.labelled_truth[:, : len(labelled.classes)].any():
+            measured["soundscape_ap"] = _measure_average_precision(f1, labelled)
     if hidden is not None:
         f1 = Measure(
             "hidden rows: F1", hidden.recordings, "soundscapes", all_nocall=hidden.all_nocall
         )
-        measured[HIDDEN] = MeasuredValues(f1, hidden.f1)
+        measured[_HIDDEN] = f1, hidden.f1
     return measured | _measure_recordings(held_out)
 
 
-def _measure_simulated(ensemble: EnsembleDecision) -> dict[str, MeasuredValues]:
-    simulated, weights = ensemble.simulated, ensemble.weights
-    if simulated is None:
-        return {}
-    clusters, kind = tuple(simulated.groups), "groups of recordists"
-    truth = simulated.labelled_truth
-    all_nocall = float(weights[~truth.any(axis=1)].sum() / weights.sum())
-    f1 = Measure("simulated: F1", clusters, kind, all_nocall=all_nocall)
-    # Weighted so that their plain mean is the score.
-    values = ensemble.search.cross_validated_f1 * weights / weights.mean()
-    ap = Measure("simulated: macro AP", clusters, kind, truth[:, : len(simulated.classes)])
-    probabilities = average_members(simulated.framewise)[simulated.labelled]
-    return {
-        "simulated_f1": MeasuredValues(f1, values),
-        "simulated_ap": MeasuredValues(ap, probabilities),
-    }
+def _measure_average_precision(
+    f1: Measure, predictions: LabelledPredictions
+) -> tuple[Measure, np.ndarray]:
+    """Measure the macro AP of the soundscapes whose F1 is measured."""
+    truth = predictions.labelled_truth[:, : len(predictions.classes)]
+    title = f1.title.replace("F1", "macro AP")
+    measure = replace(f1, title=title, truth=truth, all_nocall=None)
+    return measure, average_members(predictions.framewise)[predictions.labelled]
 
 
-def _measure_labelled(
-    labelled: LabelledPredictions, ensemble: EnsembleDecision
-) -> dict[str, MeasuredValues]:
-    clusters, kind = tuple(labelled.recordings), "soundscapes"
-    all_nocall = float((~labelled.labelled_truth.any(axis=1)).mean())
-    f1 = Measure("soundscapes: F1", clusters, kind, all_nocall=all_nocall)
-    measured = {"soundscape_f1": MeasuredValues(f1, labelled.row_f1(ensemble.decision))}
-    truth = labelled.labelled_truth[:, : len(labelled.classes)]
-    if truth.any():
-        ap = Measure("soundscapes: macro AP", clusters, kind, truth)
-        probabilities = average_members(labelled.framewise)[labelled.labelled]
-        measured["soundscape_ap"] = MeasuredValues(ap, probabilities)
-    return measured
-
-
-def _measure_recordings(held_out: HeldOutPredictions) -> dict[str, MeasuredValues]:
+def _measure_recordings(held_out: HeldOutPredictions) -> dict[str, tuple[Measure, np.ndarray]]:
     """Measure the recordings of the folds that were held out, each by the run of its fold."""
     probabilities, _ = held_out.out_of_fold_for(held_out.experiments)
     known = ~np.isnan(probabilities).any(axis=1)
@@ -280,4 +318,4 @@ def _measure_recordings(held_out: HeldOutPredictions) -> dict[str, MeasuredValue
         known=targets != IGNORE_TARGET,
     )
     top1 = Measure("recordings: top-1", clusters, "recordists")
-    return {"oof_ap": MeasuredValues(ap, probabilities), "oof_top1": MeasuredValues(top1, is_right)}
+    return {"oof_ap": (ap, probabilities), "oof_top1": (top1, is_right)}

@@ -32,7 +32,7 @@ _MAX_BIRDS = (2, 5)  # beside the 3 of the simplest rule
 _FILE_MAX_BIRDS = (3, 5, 10)
 _STEP_COLUMNS = ["step", "alternative", "score", "gain", "standard_error", "adopted"]
 
-FitCalibration = Callable[[frozenset[str]], Calibration | None]  # of all groups but these
+_FitCalibration = Callable[[frozenset[str]], Calibration | None]  # of all groups but these
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,12 +60,25 @@ class DecisionSearchResult:
     by_group: Mapping[str, Decision]
 
 
+def share_weights(truth: np.ndarray, nocall_share: float) -> np.ndarray:
+    """Return weights of rows ``(rows,)``, mean 1, that give nocall rows a share of the total.
+
+    Row-wise F1 is a mean over rows: at any share of nocall it is a mixture of the mean over nocall
+    rows and the mean over rows with birds. Where all rows are of one kind, each weight is 1.
+    """
+    nocall = ~truth.any(axis=1)
+    share = nocall.mean()
+    if share in (0.0, 1.0):
+        return np.ones(len(truth))
+    return np.where(nocall, nocall_share / share, (1 - nocall_share) / (1 - share))
+
+
 def search_decision(
     predictions: LabelledPredictions,
     weights: NDArray[np.floating],
     *,
     start: Decision | None = None,
-    fit_calibration: FitCalibration | None = None,
+    fit_calibration: _FitCalibration | None = None,
     max_groups: int = 8,
 ) -> DecisionSearchResult:
     """Search for the rule with the best flat optimum of weighted row-wise F1, and cross-validate.
@@ -131,6 +144,22 @@ def calibrate_by_group(
     return predictions.with_probabilities(clipwise, framewise)
 
 
+def votes_table(
+    predictions: LabelledPredictions, weights: np.ndarray, decision: Decision
+) -> pd.DataFrame:
+    """Return weighted row-wise F1 by the number of members that must agree: votes, row_wise_f1.
+
+    All else is as in ``decision``. weights: ``(labelled rows,)``.
+    """
+    n_members = len(predictions.member_names)
+    rows = []
+    for votes in range(1, n_members + 1):
+        share = votes / n_members
+        rule = replace(decision, combination="votes", vote_share=share, members=())
+        rows.append((votes, float(np.average(predictions.row_f1(rule), weights=weights))))
+    return pd.DataFrame(rows, columns=["votes", "row_wise_f1"])
+
+
 # --- forward selection ----------------------------------------------------------------------------
 
 
@@ -179,7 +208,10 @@ class _ForwardSelection:
         self.weights, self.start = weights, start
         lengths = np.diff([*predictions.starts, len(predictions.segments)])
         self.recording_of_segment = np.repeat(np.arange(len(lengths)), lengths)
-        self.recording_weights = self._sum_by_recording(weights)
+        self.recording_of_row = self.recording_of_segment[predictions.labelled]
+        self.recording_weights = np.bincount(
+            self.recording_of_row, weights, minlength=len(predictions.starts)
+        )
         self._sums: dict[tuple[object, ...], NDArray[np.floating]] = {}
         self._combined: dict[tuple[str, bool], LabelledPredictions] = {}
 
@@ -189,6 +221,8 @@ class _ForwardSelection:
             self.start, combination="mean", recording_threshold=0.0, neighbour_weight=0.0,
             max_birds=3, calibration=None,
         )  # fmt: skip
+        weights = self.recording_weights[recordings]
+        total = weights.sum()
         best = self._score_rule(simplest, recordings)
         steps = [("begin", "mean of the members", best.score, 0.0, 0.0, True)]
         for step, alternatives in self._alternatives(calibration).items():
@@ -197,11 +231,17 @@ class _ForwardSelection:
                 text: self._score_rule(replace(base.rule, **changes), recordings)
                 for text, changes in alternatives.items()
             }
-            highest = max(scored.values(), key=lambda one: one.score, default=base)
+            highest = max(scored.values(), key=lambda item: item.score, default=base)
             for text, candidate in scored.items():
-                gain, error = self._compare(candidate, base, recordings)
+                difference = (candidate.by_recording - base.by_recording)[recordings]
+                gain = difference.sum() / total
+                residual = difference - gain * weights
+                spread = np.square(residual).sum() * len(weights) / max(len(weights) - 1, 1)
+                error = np.sqrt(spread) / total  # standard error of the gain over recordings
                 is_adopted = candidate is highest and gain > error
-                steps.append((step, text, candidate.score, gain, error, is_adopted))
+                steps.append(
+                    (step, text, candidate.score, float(gain), float(error), bool(is_adopted))
+                )
                 if is_adopted:
                     best = candidate
         clip, frame = best.grid_index
@@ -240,39 +280,24 @@ class _ForwardSelection:
         }
 
     def _score_rule(self, rule: Decision, recordings: NDArray[np.bool_]) -> _RuleScore:
-        sums = self._sums_of(rule)
-        grid = sums[:, :, recordings].sum(axis=2) / self.recording_weights[recordings].sum()
-        index, score = find_flat_optimum(grid)
-        near = [np.clip([at - 1, at, at + 1], 0, len(THRESHOLDS) - 1) for at in index]
-        by_recording = sums[np.ix_(*near)].mean(axis=(0, 1))
-        return _RuleScore(rule, grid, index, score=score, by_recording=by_recording)
-
-    def _compare(
-        self, candidate: _RuleScore, base: _RuleScore, recordings: NDArray[np.bool_]
-    ) -> tuple[float, float]:
-        """Return the gain of a candidate over the base, and its standard error over recordings."""
-        weights = self.recording_weights[recordings]
-        difference = (candidate.by_recording - base.by_recording)[recordings]
-        gain = difference.sum() / weights.sum()
-        residual = difference - gain * weights
-        n_recordings = len(weights)
-        spread = np.square(residual).sum() * n_recordings / max(n_recordings - 1, 1)
-        return float(gain), float(np.sqrt(spread) / weights.sum())
-
-    def _sums_of(self, rule: Decision) -> NDArray[np.floating]:
-        """Return weighted F1 summed by recording, ``(clip, frame, recordings)``, of all pairs."""
+        """Score a rule; weighted F1 ``(clip, frame, recordings)`` of all pairs is stored by key."""
         key = (
             rule.combination, rule.vote_share if rule.combination == "votes" else None,
             rule.neighbour_weight, rule.recording_threshold, rule.max_birds,
             rule.calibration is not None,
         )  # fmt: skip
         if key not in self._sums:
-            sums = [
-                self._sum_by_recording(self.weights * f1)
+            by_pair = [
+                np.bincount(self.recording_of_row, self.weights * f1, minlength=len(recordings))
                 for f1 in score_threshold_pairs(*self._combine(rule))
             ]
-            self._sums[key] = np.array(sums).reshape(len(THRESHOLDS), len(THRESHOLDS), -1)
-        return self._sums[key]
+            self._sums[key] = np.array(by_pair).reshape(len(THRESHOLDS), len(THRESHOLDS), -1)
+        sums = self._sums[key]
+        grid = sums[:, :, recordings].sum(axis=2) / self.recording_weights[recordings].sum()
+        index, score = find_flat_optimum(grid)
+        near = [np.clip([i - 1, i, i + 1], 0, len(THRESHOLDS) - 1) for i in index]
+        by_recording = sums[np.ix_(*near)].mean(axis=(0, 1))
+        return _RuleScore(rule, grid, index, score=score, by_recording=by_recording)
 
     def _combine(self, rule: Decision) -> tuple[LabelledPredictions, Decision]:
         """Return equivalent predictions and rule, already calibrated and averaged."""
@@ -290,10 +315,6 @@ class _ForwardSelection:
             )
         return self._combined[key], replace(rule, combination="mean")
 
-    def _sum_by_recording(self, values: NDArray[np.floating]) -> NDArray[np.floating]:
-        recording_of_row = self.recording_of_segment[self.predictions.labelled]
-        return np.bincount(recording_of_row, values, minlength=len(self.predictions.starts))
-
     def _search_file_thresholds(self, rule: Decision, recordings: NDArray[np.bool_]) -> Decision:
         """Choose the thresholds of whole recordings, which site 3 scores as one row each."""
         predictions, combined_rule = self._combine(rule)
@@ -307,7 +328,7 @@ class _ForwardSelection:
         flat = uniform_filter1d(grid, size=3, axis=1, mode="nearest").round(9)
         # Of equal scores the fewest birds and the highest threshold.
         birds, threshold = max(
-            map(tuple, np.argwhere(flat == flat.max())), key=lambda at: (-at[0], at[1])
+            map(tuple, np.argwhere(flat == flat.max())), key=lambda pair: (-pair[0], pair[1])
         )
         return replace(
             rule, file_threshold=THRESHOLDS[threshold], file_max_birds=_FILE_MAX_BIRDS[birds]
@@ -338,83 +359,42 @@ def score_threshold_pairs(
     All else is as in ``rule``. Equals `LabelledPredictions.row_f1` of each pair, and is faster:
     only cells (a row and a class) that reach the thresholds so far are compared again.
     """
+    labelled, starts = predictions.labelled, predictions.starts
+    voters = combine_members(predictions.clipwise, predictions.framewise, rule, starts)
+    reached = (voters.clipwise >= THRESHOLDS[0]) & (voters.framewise >= THRESHOLDS[0])
+    if rule.recording_threshold > 0:
+        reached &= voters.passes_gate(rule.recording_threshold)
+    n_votes = rule.n_votes(len(reached))
+    agreed = (reached.sum(axis=0) >= n_votes) & labelled[:, None]
+    segment, column = np.nonzero(agreed)
+    # Sorted by row, and within a row from the strongest down.
+    order = np.lexsort((column, -voters.strength[segment, column], segment))
+    segment, column = segment[order], column[order]
+    row = (np.cumsum(labelled) - 1)[segment]
+    is_true = predictions.truth[segment, column]
+    # ``(voters, cells)``, -1 where a voter is below a threshold.
+    is_counted = reached[:, segment, column]
+    clipwise = np.where(is_counted, voters.clipwise[:, segment, column], -1)
+    framewise = np.where(is_counted, voters.framewise[:, segment, column], -1)
     n_true = predictions.labelled_truth.sum(axis=1)
-    n_rows = len(n_true)
-    cells = _Cells.find(predictions, rule)
     for clip_threshold in THRESHOLDS:
-        cells = cells.pass_clipwise(clip_threshold)
+        reached = clipwise >= clip_threshold
+        agreed = reached.sum(axis=0) >= n_votes
+        row, is_true, clipwise = row[agreed], is_true[agreed], clipwise[:, agreed]
+        framewise = np.where(reached, framewise, -1)[:, agreed]
         for frame_threshold in THRESHOLDS:
-            row, is_true = cells.pass_framewise(frame_threshold, rule.max_birds)
-            n_predicted = np.bincount(row, minlength=n_rows)
-            hits = np.bincount(row[is_true], minlength=n_rows)
+            agreed = (framewise >= frame_threshold).sum(axis=0) >= n_votes
+            predicted_row, is_hit = row[agreed], is_true[agreed]
+            # A cell is one too many where the cell max_birds before it is of the same row.
+            is_within = np.ones(len(predicted_row), dtype=bool)
+            is_within[rule.max_birds :] = (
+                predicted_row[rule.max_birds :] != predicted_row[: -rule.max_birds]
+            )
+            n_predicted = np.bincount(predicted_row[is_within], minlength=len(n_true))
+            hits = np.bincount(predicted_row[is_within & is_hit], minlength=len(n_true))
             both_nocall = (n_true == 0) & (n_predicted == 0)
             total = np.maximum(n_true, 1) + np.maximum(n_predicted, 1)
             yield 2 * (hits + both_nocall) / total
-
-
-@dataclass(frozen=True, eq=False)
-class _Cells:
-    """Cells, each a labelled row and a class, that reach the thresholds so far.
-
-    row, is_true: ``(cells,)``, sorted by row, and within a row from the strongest down. clipwise,
-    framewise: ``(voters, cells)``, -1 where a voter is below a threshold. n_votes: voters that must
-    agree.
-    """
-
-    row: NDArray[np.intp]
-    is_true: NDArray[np.bool_]
-    clipwise: NDArray[np.floating]
-    framewise: NDArray[np.floating]
-    n_votes: int
-
-    @classmethod
-    def find(cls, predictions: LabelledPredictions, rule: Decision) -> _Cells:
-        """Return the cells that reach the lowest thresholds and the gate."""
-        labelled, starts = predictions.labelled, predictions.starts
-        voters = combine_members(predictions.clipwise, predictions.framewise, rule, starts)
-        lowest = THRESHOLDS[0]
-        reached = (voters.clipwise >= lowest) & (voters.framewise >= lowest)
-        if rule.recording_threshold > 0:
-            reached &= voters.passes_gate(rule.recording_threshold)
-        n_votes = rule.n_votes(len(reached))
-        agreed = (reached.sum(axis=0) >= n_votes) & labelled[:, None]
-        segment, column = np.nonzero(agreed)
-        order = np.lexsort((column, -voters.strength[segment, column], segment))
-        segment, column = segment[order], column[order]
-        row_of_segment = np.cumsum(labelled) - 1
-        is_counted = reached[:, segment, column]
-        return cls(
-            row=row_of_segment[segment],
-            is_true=predictions.truth[segment, column],
-            clipwise=np.where(is_counted, voters.clipwise[:, segment, column], -1),
-            framewise=np.where(is_counted, voters.framewise[:, segment, column], -1),
-            n_votes=n_votes,
-        )
-
-    def pass_clipwise(self, threshold: float) -> _Cells:
-        """Return the cells of which enough voters reach the threshold, without the other voters."""
-        reached = self.clipwise >= threshold
-        agreed = reached.sum(axis=0) >= self.n_votes
-        return replace(
-            self,
-            row=self.row[agreed],
-            is_true=self.is_true[agreed],
-            clipwise=self.clipwise[:, agreed],
-            framewise=np.where(reached, self.framewise, -1)[:, agreed],
-        )
-
-    def pass_framewise(
-        self, threshold: float, max_birds: int
-    ) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
-        """Return row and is_true of the cells that reach it, the strongest of each row."""
-        agreed = (self.framewise >= threshold).sum(axis=0) >= self.n_votes
-        row, is_true = self.row[agreed], self.is_true[agreed]
-        if len(row) <= max_birds:
-            return row, is_true
-        # A cell is one too many where the cell max_birds before it is of the same row.
-        is_beyond = np.zeros(len(row), dtype=bool)
-        is_beyond[max_birds:] = row[max_birds:] == row[:-max_birds]
-        return row[~is_beyond], is_true[~is_beyond]
 
 
 # --- calibration ----------------------------------------------------------------------------------
@@ -463,16 +443,13 @@ def fit_scale_and_offset(
     filled = np.where(known, probabilities, 0.5).astype(float)
     z = logit(np.clip(filled, MIN_PROBABILITY, 1 - MIN_PROBABILITY))
     y = np.where(known, targets > 0, 0).astype(float)
-
-    def unpack(values: NDArray[np.float64]) -> tuple[NDArray, NDArray, NDArray]:
-        """Return scale, offset and the deviations of the classes from what they share."""
-        deviations = values[2:].reshape(2, n_classes)
-        scale = np.exp(values[0] + log_scale_spread * deviations[0])
-        return scale, values[1] + offset_spread * deviations[1], deviations
+    spreads = np.array([[log_scale_spread], [offset_spread]])
 
     def loss(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         """Return the negative log posterior and its gradient."""
-        scale, offset, deviations = unpack(values)
+        deviations = values[2:].reshape(2, n_classes)
+        log_scale, offset = values[:2, None] + spreads * deviations
+        scale = np.exp(log_scale)
         x = scale * z + offset
         likelihood = (np.logaddexp(0, x) - y * x)[known].sum()
         residual = np.where(known, expit(x) - y, 0)
@@ -487,5 +464,5 @@ def fit_scale_and_offset(
     options = {"maxiter": 500}
     start = np.zeros(2 + 2 * n_classes)
     fitted = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
-    scale, offset, _ = unpack(fitted.x)
-    return scale, offset
+    log_scale, offset = fitted.x[:2, None] + spreads * fitted.x[2:].reshape(2, n_classes)
+    return np.exp(log_scale), offset

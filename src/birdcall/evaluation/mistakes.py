@@ -44,7 +44,8 @@ class Mistake:
 
     kind: `FALSE` or `MISSED`. audio: `SIMULATED` or `LABELLED`. start: of the row, seconds. score:
     of a false species its framewise probability; of a missed one its SNR (dB) where that is known,
-    else its framewise probability, negated. predicted, true: all species of the row.
+    else its framewise probability, negated. predicted, true: all species of the row; species: all
+    of both, `ebird_code` first.
     """
 
     kind: str
@@ -55,11 +56,7 @@ class Mistake:
     score: float
     predicted: tuple[str, ...]
     true: tuple[str, ...]
-
-    @property
-    def species(self) -> tuple[str, ...]:
-        """Return all species that are predicted or true, the mistaken one first."""
-        return tuple(dict.fromkeys((self.ebird_code, *self.predicted, *self.true)))
+    species: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,35 +87,29 @@ def find_mistakes(
 
     Of a species in a recording only the worst row, so that the rows differ.
     """
-    mistakes = []
-    if ensemble.search is not None:
-        for kind in (FALSE, MISSED):
-            mistakes += _rank(
-                kind,
-                SIMULATED,
-                ensemble.simulated,
-                predicted=ensemble.search.cross_validated,
-                snr_db=_snr_by_row(held_out),
-            )[:n_of_a_kind]
-    if held_out.labelled is not None:
-        predictions = held_out.labelled.predictions
-        predicted = predictions.decide(ensemble.decision)
-        for kind in (FALSE, MISSED):
-            mistakes += _rank(kind, LABELLED, predictions, predicted=predicted, snr_db={})[
-                :n_of_a_kind
-            ]
-    return mistakes
-
-
-def _snr_by_row(held_out: HeldOutPredictions) -> dict[tuple[str, int, str], float]:
-    """Return the SNR of each simulated species in each row that contains a part of its event."""
+    # The SNR of each simulated species in each row that contains a part of its event.
     snr_db: dict[tuple[str, int, str], float] = {}
     for event in held_out.events.itertuples():
         first, last = (int(time // SEGMENT_SECONDS) for time in (event.onset, event.offset))
         for row in range(first, last + 1):
             key = (event.recording, row, event.ebird_code)
             snr_db[key] = max(event.snr_db, snr_db.get(key, -np.inf))
-    return snr_db
+    sources = []
+    if ensemble.search is not None:
+        predicted = ensemble.search.cross_validated
+        sources.append((SIMULATED, ensemble.simulated, predicted, snr_db))
+    if held_out.labelled is not None:
+        predictions = held_out.labelled.predictions
+        predicted = predictions.decide(ensemble.decision)
+        sources.append((LABELLED, predictions, predicted, {}))
+    return [
+        mistake
+        for audio, predictions, predicted, snr_of_row in sources
+        for kind in (FALSE, MISSED)
+        for mistake in _rank(kind, audio, predictions, predicted=predicted, snr_db=snr_of_row)[
+            :n_of_a_kind
+        ]
+    ]
 
 
 def _rank(
@@ -144,6 +135,9 @@ def _rank(
         if kind == MISSED:
             score = snr_db.get((recording, int(starts[row] // SEGMENT_SECONDS), code), -score)
         if (recording, code) not in worst or score > worst[recording, code].score:
+            predicted_codes, true_codes = (
+                codes[cells[row, : len(classes)]].tolist() for cells in (predicted, truth)
+            )
             worst[recording, code] = Mistake(
                 kind=kind,
                 audio=audio,
@@ -151,8 +145,9 @@ def _rank(
                 start=float(starts[row]),
                 ebird_code=code,
                 score=score,
-                predicted=tuple(codes[predicted[row, : len(classes)]].tolist()),
-                true=tuple(codes[truth[row, : len(classes)]].tolist()),
+                predicted=tuple(predicted_codes),
+                true=tuple(true_codes),
+                species=tuple(dict.fromkeys([code, *predicted_codes, *true_codes])),
             )
     return sorted(
         worst.values(), key=lambda mistake: (-mistake.score, mistake.recording, mistake.ebird_code)
@@ -174,6 +169,7 @@ def predict_mistakes(
     soundscapes = {soundscape.name: soundscape for soundscape in held_out.soundscapes}
     for mistake in mistakes:
         ensemble = held_out.ensemble
+        start, end = mistake.start, mistake.start + SEGMENT_SECONDS
         try:
             if mistake.audio == SIMULATED:
                 soundscape = soundscapes[mistake.recording]
@@ -193,7 +189,13 @@ def predict_mistakes(
             waveform=waveform,
             frames=_predict_frames(ensemble, waveforms, mistake),
             members=tuple(member.name for member in ensemble.members),
-            events=tuple(_cut_events(events, mistake)),
+            events=tuple(
+                replace(event, onset=max(event.onset, start), offset=min(event.offset, end))
+                for event in events
+                if event.ebird_code in mistake.species
+                and event.onset < end
+                and event.offset > start
+            ),
         )
 
 
@@ -220,17 +222,25 @@ def _read_row(
     path: Path, ensemble: Ensemble, mistake: Mistake
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """Return the same as `_render_row` of a labelled soundscape; its last row may be shorter."""
-
-    def read_row(rate: int) -> np.ndarray:
+    is_alone = ensemble.window_config.is_single_segment
+    rows = {}
+    for rate in {_SAMPLE_RATE, *(ensemble.sample_rates if is_alone else ())}:
         try:
-            return read_audio(path, rate, mistake.start, float(SEGMENT_SECONDS))
+            rows[rate] = read_audio(path, rate, mistake.start, float(SEGMENT_SECONDS))
         except AudioError:
+<<<<<<< HEAD
             return read_audio(path, rate, mistake.start)
 
     shown = read_row(_SAMPLE_RATE)
     if ensemble.window_config == SINGLE_SEGMENT:
         return shown, {rate: read_row(rate) for rate in ensemble.sample_rates}
     return shown, {rate: read_audio(path, rate) for rate in ensemble.sample_rates}
+=======
+            rows[rate] = read_audio(path, rate, mistake.start)
+    if is_alone:
+        return rows[_SAMPLE_RATE], rows
+    return rows[_SAMPLE_RATE], {rate: read_audio(path, rate) for rate in ensemble.sample_rates}
+>>>>>>> 306b3b6 (Scores: fewer helpers; a submission is scored beside the comparisons, recall charts and soundscape plots get finished tables)
 
 
 def _predict_frames(
@@ -259,14 +269,6 @@ def _annotated_events(labelled: LabelledSoundscapes, recording: str) -> list[Eve
     return [Event(row.ebird_code, row.onset, row.offset) for row in annotations.itertuples()]
 
 
-def _cut_events(events: Sequence[Event], mistake: Mistake) -> Iterator[Event]:
-    """Yield the parts of the events that lie in the mistake's row, of its species."""
-    start, end = mistake.start, mistake.start + SEGMENT_SECONDS
-    for event in events:
-        if event.ebird_code in mistake.species and event.onset < end and event.offset > start:
-            yield replace(event, onset=max(event.onset, start), offset=min(event.offset, end))
-
-
 # --- labelled soundscapes -------------------------------------------------------------------------
 
 
@@ -276,7 +278,7 @@ def write_labelled_pages(
     pages: PageWriter,
     n_pages: int = _N_PAGES,
 ) -> dict[str, Path]:
-    """Let ``pages`` write the worst labelled soundscapes; return the first page of each.
+    """Write the worst labelled soundscapes by ``pages``; return the first page of each.
 
     All members predict them again: frames of each member would be too many to store.
     """
@@ -288,7 +290,7 @@ def write_labelled_pages(
     names = {f"{name}{path.suffix}": name for name, path in list(paths.items())[:n_pages]}
     observer = PageObserver(pages, lambda recording: _true_events(labelled, names[recording.name]))
     recordings = [Recording(paths[name], page) for page, name in names.items()]
-    package = LoadedPackage(held_out.ensemble, evaluation.decision)
+    package = LoadedPackage(held_out.ensemble, evaluation.ensemble.decision)
     for recording, result in detect_recordings(recordings, package, [observer], _OUTPUTS):
         if result.reason:
             logger.warning("%s: %s; it has no page", recording.path, result.reason)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,9 +15,11 @@ from birdcall.evaluation.decision_search import (
     DecisionSearchResult,
     fit_calibration,
     search_decision,
+    share_weights,
+    votes_table,
 )
 from birdcall.evaluation.labelled import LabelledSoundscapes
-from birdcall.evaluation.metrics import Interval, bootstrap_interval, row_wise_f1
+from birdcall.evaluation.metrics import bootstrap_interval
 from birdcall.evaluation.predict import HeldOutPredictions
 from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.evaluation.tables import (
@@ -27,7 +28,6 @@ from birdcall.evaluation.tables import (
     PRIOR,
     RECORDINGS,
     SIMULATED,
-    Rows,
     ScoreSubject,
     confusion_table,
     decided_rows,
@@ -36,24 +36,17 @@ from birdcall.evaluation.tables import (
     per_class_table,
     ranked_rows,
     reliability_table,
-    share_weights,
-    simulated_at,
     snr_table,
     soundscape_table,
-    tidy_table,
-    votes_table,
 )
 from birdcall.inference.decision import Decision
 from birdcall.inference.predictions import Calibration
-from birdcall.inference.tables import read_submission
-from birdcall.kaggle.test_set import read_solution, read_test_rows
 
 logger = logging.getLogger(__name__)
 
 # Share of the competition's public rows without a bird, as measured with an all-nocall submission;
 # the private rows had about as many (5th place).
-NOCALL_SHARE = 0.54
-_ALL_NOCALL = f"all {NOCALL}"
+_NOCALL_SHARE = 0.54
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,10 +73,10 @@ class Evaluation:
     """The results of an evaluation as arrays and tables; nothing in it predicts.
 
     ensemble: the decision of all experiments together. scores: a row per name (experiments,
-    ensembles, all nocall, prior), kind of audio and metric, with `tables.COLUMNS`. The other tables
-    are of the ensemble and are described where they are made, in `tables`: per_class; confusions;
-    votes and snr (None where nothing was simulated); reliability (None without a calibration);
-    soundscapes (None without labelled soundscapes).
+    ensembles, all nocall, prior), kind of audio and metric, with their interval and
+    the number of rows. The other tables are of the ensemble and are described in `tables`:
+    per_class; confusions; votes and snr (None where nothing was simulated); reliability (None
+    without a calibration); soundscapes (None without labelled soundscapes).
     """
 
     classes: tuple[str, ...]
@@ -97,21 +90,11 @@ class Evaluation:
     soundscapes: pd.DataFrame | None
     labelled: LabelledSoundscapes | None
 
-    @property
-    def decision(self) -> Decision:
-        """Return the decision of the ensemble."""
-        return self.ensemble.decision
-
-    @property
-    def search(self) -> DecisionSearchResult | None:
-        """Return the search for the ensemble's decision."""
-        return self.ensemble.search
-
 
 def evaluate(
     held_out: HeldOutPredictions,
     ensembles: Sequence[Sequence[str]] = (),
-    nocall_share: float = NOCALL_SHARE,
+    nocall_share: float = _NOCALL_SHARE,
 ) -> Evaluation:
     """Score each experiment, each of ``ensembles`` and all experiments together.
 
@@ -137,19 +120,19 @@ def evaluate(
         ensemble = decide_ensemble(held_out, held_out.experiments, nocall_share, ENSEMBLE)
     # The best experiment's members first: a kernel that is short of time uses the first ones.
     score = {
-        one.name: one.decision.score.get("cross_validated_row_wise_f1", 0.0) for one in decisions
+        item.name: item.decision.score.get("cross_validated_row_wise_f1", 0.0) for item in decisions
     }
     best_first = sorted(held_out.experiments, key=lambda name: -score[name])
     members = tuple(member for name in best_first for member in held_out.member_names([name]))
     ensemble = replace(ensemble, decision=replace(ensemble.decision, members=members))
     targets = make_targets(held_out.data.recordings, held_out.data.classes, None)
-    rows: Rows = []
+    rows = []
     for ensemble_decision in [*decisions, ensemble]:
         rows += _score(ensemble_decision, held_out, targets)
     if held_out.labelled is not None and len(held_out.labelled.frames):
         rows += event_rows(ENSEMBLE, held_out.labelled, ensemble.decision)
     rows += _score_baselines(held_out, ensemble, targets)
-    return _gather(held_out, ensemble, targets, scores=tidy_table(rows))
+    return _gather(held_out, ensemble, targets, scores=pd.DataFrame(rows))
 
 
 def _gather(
@@ -163,19 +146,17 @@ def _gather(
     clipwise, framewise = held_out.out_of_fold_for(held_out.experiments)
     search, simulated, calibration = ensemble.search, ensemble.simulated, ensemble.calibration
     truth = predicted = np.zeros((0, len(classes)), dtype=bool)
-    if search is not None:
-        truth, predicted = simulated.labelled_truth, search.cross_validated
     votes = snr = reliability = soundscapes = None
     if search is not None:
+        truth, predicted = simulated.labelled_truth, search.cross_validated
         votes = votes_table(simulated, ensemble.weights, search.decision)
         snr = snr_table(held_out.events, simulated, predicted)
     if calibration is not None:
         calibrated, _ = calibration.apply(clipwise, framewise)
         reliability = reliability_table(clipwise, calibrated, targets)
     if labelled is not None:
-        soundscapes = soundscape_table(
-            labelled.predictions, labelled.predictions.decide(ensemble.decision)
-        )
+        decided = labelled.predictions.decide(ensemble.decision)
+        soundscapes = soundscape_table(labelled.predictions, decided)
     return Evaluation(
         classes=classes,
         ensemble=ensemble,
@@ -205,7 +186,7 @@ def _gather(
 def decide_ensemble(
     held_out: HeldOutPredictions,
     experiments: Sequence[str],
-    nocall_share: float = NOCALL_SHARE,
+    nocall_share: float = _NOCALL_SHARE,
     name: str = ENSEMBLE,
 ) -> EnsembleDecision:
     """Search for the decision of some experiments on the soundscapes simulated for them."""
@@ -238,15 +219,28 @@ def decide_ensemble(
         chosen_on=f"{len(simulated.recordings)} rows of {len(set(simulated.recordings))} "
         "soundscapes simulated from held-out recordings, scored nested over "
         f"{len(set(simulated.groups))} groups of recordists",
-        score=_search_score(search, simulated, weights, nocall_share),
     )
+    f1, positive = search.cross_validated_f1, np.maximum(weights, 1e-12)
+    interval = bootstrap_interval(f1, simulated.groups, weights=positive)
+    score = {
+        "cross_validated_row_wise_f1": np.average(f1, weights=weights),
+        "low": interval.low,
+        "high": interval.high,
+        "all_nocall": np.average(~simulated.labelled_truth.any(axis=1), weights=weights),
+        "in_sample_row_wise_f1": search.in_sample_f1,
+        "nocall_share_expected": nocall_share,
+        "nocall_share_named": np.average(~search.cross_validated.any(axis=1), weights=weights),
+        "cross_validated_recording_f1": search.cross_validated_recording_f1.mean(),
+    }
     labelled = held_out.labelled_for(names)
     if labelled is not None:
-        decision = add_labelled_score(decision, labelled, name)
+        score |= _score_on_labelled(decision, labelled, name)
+    # The interval of a single soundscape is NaN, which JSON does not have.
+    score = {key: round(float(value), 4) for key, value in score.items() if not np.isnan(value)}
     return EnsembleDecision(
         name=name,
         experiments=names,
-        decision=decision,
+        decision=replace(decision, score=score),
         search=search,
         simulated=simulated,
         weights=weights,
@@ -254,33 +248,10 @@ def decide_ensemble(
     )
 
 
-def _search_score(
-    search: DecisionSearchResult,
-    simulated: LabelledPredictions,
-    weights: np.ndarray,
-    nocall_share: float,
+def _score_on_labelled(
+    decision: Decision, labelled: LabelledPredictions, name: str
 ) -> dict[str, float]:
-    f1, predicted = search.cross_validated_f1, search.cross_validated
-    interval = bootstrap_interval(f1, simulated.groups, weights=np.maximum(weights, 1e-12))
-    nocall = ~simulated.labelled_truth.any(axis=1)
-    score = {
-        "cross_validated_row_wise_f1": np.average(f1, weights=weights),
-        "low": interval.low,
-        "high": interval.high,
-        "all_nocall": np.average(nocall, weights=weights),
-        "in_sample_row_wise_f1": search.in_sample_f1,
-        "nocall_share_expected": nocall_share,
-        "nocall_share_named": np.average(~predicted.any(axis=1), weights=weights),
-        "cross_validated_recording_f1": search.cross_validated_recording_f1.mean(),
-    }
-    return {name: round(float(value), 4) for name, value in score.items()}
-
-
-def add_labelled_score(decision: Decision, labelled: LabelledPredictions, name: str) -> Decision:
-    """Return a decision with its score on labelled soundscapes, on which it was not searched.
-
-    Logs a warning where predicting no bird scores higher.
-    """
+    """Score a decision on labelled soundscapes; warn where predicting no bird scores higher."""
     f1 = labelled.row_f1(decision)
     interval = bootstrap_interval(f1, labelled.groups)
     nocall = float((~labelled.labelled_truth.any(axis=1)).mean())
@@ -290,35 +261,34 @@ def add_labelled_score(decision: Decision, labelled: LabelledPredictions, name: 
             "do their species or their noise differ from the training data?",
             *(name, f1.mean(), nocall),
         )
-    score = {
+    return {
         "labelled_row_wise_f1": float(f1.mean()),
         "labelled_low": interval.low,
         "labelled_high": interval.high,
         "labelled_all_nocall": nocall,
     }
-    # The interval of a single soundscape is NaN, which JSON does not have.
-    known = {key: round(value, 4) for key, value in score.items() if not np.isnan(value)}
-    return replace(decision, score=decision.score | known)
 
 
 # --- rows of the table of scores ------------------------------------------------------------------
 
 
-def _score(ensemble: EnsembleDecision, held_out: HeldOutPredictions, targets: np.ndarray) -> Rows:
+def _score(
+    ensemble: EnsembleDecision, held_out: HeldOutPredictions, targets: np.ndarray
+) -> list[dict[str, object]]:
     """Score some experiments on recordings, simulated and labelled soundscapes."""
     subject = ScoreSubject(
         ensemble.name, len(held_out.member_names(ensemble.experiments)), RECORDINGS
     )
     clipwise, framewise = held_out.out_of_fold_for(ensemble.experiments)
-    calibrated = None
+    rows, calibrated = [], None
     if ensemble.calibration is not None:
         calibrated, _ = ensemble.calibration.apply(clipwise, framewise)
-    rows: Rows = []
     if (~np.isnan(clipwise)).any():
         rows += out_of_fold_rows(subject, clipwise, targets, calibrated)
     if ensemble.search is not None:
-        rows += _simulated_rows(subject, ensemble, ensemble.search.cross_validated)
-        rows += ranked_rows(subject._replace(audio=SIMULATED), ensemble.simulated)
+        simulated, predicted = ensemble.simulated, ensemble.search.cross_validated
+        rows += _simulated_rows(subject, simulated, predicted, ensemble.weights)
+        rows += ranked_rows(subject._replace(audio=SIMULATED), simulated)
     labelled = held_out.labelled_for(ensemble.experiments)
     if labelled is not None:
         subject = subject._replace(audio=LABELLED)
@@ -328,18 +298,18 @@ def _score(ensemble: EnsembleDecision, held_out: HeldOutPredictions, targets: np
 
 
 def _simulated_rows(
-    subject: ScoreSubject, ensemble: EnsembleDecision, predicted: np.ndarray
-) -> Rows:
+    subject: ScoreSubject,
+    simulated: LabelledPredictions,
+    predicted: np.ndarray,
+    weights: np.ndarray,
+) -> list[dict[str, object]]:
     """Score simulated soundscapes at the expected share of nocall, and each simulated share."""
-    simulated = ensemble.simulated
-    rows = decided_rows(
-        subject._replace(audio=SIMULATED), simulated, predicted, weights=ensemble.weights
-    )
+    rows = decided_rows(subject._replace(audio=SIMULATED), simulated, predicted, weights)
     shares = simulated.segments["nocall_share"].to_numpy()
     for share in sorted(set(shares)):
         is_share = shares == share
         rows += decided_rows(
-            subject._replace(audio=simulated_at(share)),
+            subject._replace(audio=f"{SIMULATED} {share:.0%}"),
             simulated.select(is_share),
             predicted[is_share[simulated.labelled]],
         )
@@ -348,92 +318,35 @@ def _simulated_rows(
 
 def _score_baselines(
     held_out: HeldOutPredictions, ensemble: EnsembleDecision, targets: np.ndarray
-) -> Rows:
+) -> list[dict[str, object]]:
     """Score predicting no bird, and a model that knows the frequency of each species only."""
-    rows: Rows = []
+    rows = []
     frequency = (targets == 1).mean(axis=0)
-    all_nocall, prior = (ScoreSubject(name, 0, RECORDINGS) for name in (_ALL_NOCALL, PRIOR))
-    decision = None
+    all_nocall, prior = (ScoreSubject(name, 0, RECORDINGS) for name in (f"all {NOCALL}", PRIOR))
+    labelled = None if held_out.labelled is None else held_out.labelled.predictions
+    constant: dict[str, LabelledPredictions] = {}  # each segment has the frequencies
+    for audio, predictions in ((SIMULATED, ensemble.simulated), (LABELLED, labelled)):
+        if predictions is not None:
+            shape = (1, len(predictions.segments), len(frequency))
+            probabilities = np.broadcast_to(frequency.astype(np.float32), shape)
+            constant[audio] = predictions.with_probabilities(probabilities, probabilities, [PRIOR])
+    search = None
     if ensemble.search is not None:
-        nothing = np.zeros_like(ensemble.simulated.labelled_truth)
-        rows += _simulated_rows(all_nocall, ensemble, nothing)
-        simulated = _predict_constant(ensemble.simulated, frequency)
+        simulated = constant[SIMULATED]
+        nothing = np.zeros_like(simulated.labelled_truth)
+        rows += _simulated_rows(all_nocall, simulated, nothing, ensemble.weights)
         search = search_decision(simulated, ensemble.weights)
-        decision = search.decision
-        rows += _simulated_rows(
-            prior, replace(ensemble, simulated=simulated), search.cross_validated
-        )
+        rows += _simulated_rows(prior, simulated, search.cross_validated, ensemble.weights)
         rows += ranked_rows(prior._replace(audio=SIMULATED), simulated)
-    if held_out.labelled is not None:
-        nothing = np.zeros_like(held_out.labelled.predictions.labelled_truth)
-        rows += decided_rows(
-            all_nocall._replace(audio=LABELLED), held_out.labelled.predictions, nothing
-        )
-        labelled = _predict_constant(held_out.labelled.predictions, frequency)
-        subject = prior._replace(audio=LABELLED)
-        if decision is not None:
-            rows += decided_rows(subject, labelled, labelled.decide(decision))
+    if labelled is not None:
+        nothing = np.zeros_like(labelled.labelled_truth)
+        rows += decided_rows(all_nocall._replace(audio=LABELLED), labelled, nothing)
+        subject, labelled = prior._replace(audio=LABELLED), constant[LABELLED]
+        if search is not None:
+            rows += decided_rows(subject, labelled, labelled.decide(search.decision))
         rows += ranked_rows(subject, labelled)
     known = ~np.isnan(held_out.out_of_fold_for(held_out.experiments)[0]).any(axis=1)
     if known.any():
-        constant = np.where(known[:, None], frequency, np.nan)
-        rows += out_of_fold_rows(prior, constant, targets, calibrated=None)
+        out_of_fold = np.where(known[:, None], frequency, np.nan)
+        rows += out_of_fold_rows(prior, out_of_fold, targets, calibrated=None)
     return rows
-
-
-def _predict_constant(
-    predictions: LabelledPredictions, probabilities: np.ndarray
-) -> LabelledPredictions:
-    """Return predictions of one member that gives each segment the same ``(classes,)``."""
-    shape = (1, len(predictions.segments), len(probabilities))
-    constant = np.broadcast_to(probabilities.astype(np.float32), shape)
-    return predictions.with_probabilities(constant, constant, [PRIOR])
-
-
-# --- submission -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class SubmissionScore:
-    """The score of a submission on hidden rows, beside that of predicting no bird.
-
-    f1: ``(rows,)``, in the order of test.csv. recordings: the ``audio_id`` of each row, which the
-    interval resamples. row_wise_f1, all_nocall: means over rows.
-    """
-
-    f1: np.ndarray
-    recordings: tuple[str, ...]
-    row_wise_f1: float
-    interval: Interval
-    all_nocall: float
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return (
-            f"submission: row-wise F1 {self.row_wise_f1:.3f} [{low:.3f}, {high:.3f}] on "
-            f"{len(self.f1)} hidden rows; all nocall: {self.all_nocall:.3f}; "
-            f"difference {self.row_wise_f1 - self.all_nocall:+.3f}"
-        )
-
-
-def score_submission(data: Path, submission: Path) -> SubmissionScore:
-    """Score each row of a submission by ``solution.csv`` in the data folder.
-
-    Raises ValueError for an invalid submission, or a row of test.csv that solution.csv lacks.
-    """
-    rows = read_test_rows(data)
-    predicted = read_submission(submission, list(rows["row_id"]))["birds"]
-    solution = read_solution(data).set_index("row_id")["birds"]
-    missing = [row_id for row_id in rows["row_id"] if row_id not in solution.index]
-    if missing:
-        raise ValueError(f"{data / 'solution.csv'}: no row {missing[0]}, which test.csv has")
-    truth = list(solution.loc[rows["row_id"]])
-    f1 = [row_wise_f1([true], [birds]) for true, birds in zip(truth, predicted, strict=True)]
-    recordings = tuple(rows["audio_id"])
-    return SubmissionScore(
-        f1=np.array(f1),
-        recordings=recordings,
-        row_wise_f1=float(np.mean(f1)),
-        interval=bootstrap_interval(f1, recordings),
-        all_nocall=float(np.mean([row_wise_f1([true], [NOCALL]) for true in truth])),
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -31,16 +30,13 @@ from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.inference.decision import Decision, average_members
 from birdcall.inference.events import detect_events
 
-COLUMNS = ("name", "members", "audio", "metric", "value", "low", "high", "rows", "recordings")
 RECORDINGS, SIMULATED, LABELLED = "recordings", "simulated", "labelled"  # kinds of audio
 ENSEMBLE, PRIOR = "ensemble", "prior"  # names that are no experiment's
-SNR_STEP_DB = 3.0
+_SNR_STEP_DB = 3.0
 _SEGMENT_SECONDS_OF_EVENTS = 1.0
 # People mark a song by eye on a spectrogram of seconds: half a second is as good as it gets.
 _ONSET_COLLAR_SECONDS = 0.5
 _RELIABILITY_BINS = 10
-
-Rows = list[dict[str, object]]
 
 
 class ScoreSubject(NamedTuple):
@@ -51,19 +47,6 @@ class ScoreSubject(NamedTuple):
     audio: str
 
 
-def share_weights(truth: np.ndarray, nocall_share: float) -> np.ndarray:
-    """Return weights of rows ``(rows,)``, mean 1, that give nocall rows a share of the total.
-
-    Row-wise F1 is a mean over rows: at any share of nocall it is a mixture of the mean over nocall
-    rows and the mean over rows with birds. Where all rows are of one kind, each weight is 1.
-    """
-    nocall = ~truth.any(axis=1)
-    share = nocall.mean()
-    if share in (0.0, 1.0):
-        return np.ones(len(truth))
-    return np.where(nocall, nocall_share / share, (1 - nocall_share) / (1 - share))
-
-
 # --- the table of scores --------------------------------------------------------------------------
 
 
@@ -72,7 +55,7 @@ def decided_rows(
     predictions: LabelledPredictions,
     predicted: np.ndarray,
     weights: np.ndarray | None = None,
-) -> Rows:
+) -> list[dict[str, object]]:
     """Score the species predicted in each labelled row, boolean ``(rows, known species)``."""
     truth = predictions.labelled_truth
     f1 = row_f1_scores(truth, predicted)
@@ -87,15 +70,13 @@ def decided_rows(
         "false_birds_per_nocall_row": false_birds_per_nocall_row(truth, predicted),
         "nocall_share_named": float(np.average(~predicted.any(axis=1), weights=weights)),
     }
-    rows = _rows(subject, values, len(truth), len(set(predictions.recordings)))
-    rows[0] |= {"low": interval.low, "high": interval.high}
-    return rows
+    f1_row, *rows = _rows(subject, values, len(truth), len(set(predictions.recordings)))
+    return [f1_row | interval._asdict(), *rows]
 
 
-def ranked_rows(subject: ScoreSubject, predictions: LabelledPredictions) -> Rows:
+def ranked_rows(subject: ScoreSubject, predictions: LabelledPredictions) -> list[dict[str, object]]:
     """Score the ranking by the members' mean probabilities, before any decision."""
-    n_classes = len(predictions.classes)
-    truth = predictions.labelled_truth[:, :n_classes]
+    truth = predictions.labelled_truth[:, : len(predictions.classes)]
     probability = average_members(predictions.framewise)[predictions.labelled]
     values = {
         "macro_ap": macro_average(average_precision(truth, probability)),
@@ -114,7 +95,7 @@ def out_of_fold_rows(
     probabilities: np.ndarray,
     targets: np.ndarray,
     calibrated: np.ndarray | None,
-) -> Rows:
+) -> list[dict[str, object]]:
     """Score held-out recordings ``(recordings, classes)``; rows of NaN were held out by no run.
 
     targets: 1 for the primary label, `IGNORE_TARGET` for secondary labels, which are left out of
@@ -128,25 +109,23 @@ def out_of_fold_rows(
         "macro_auc": macro_average(roc_auc(target > 0, probability, is_scored)),
         "lwlrap": lwlrap(target != 0, probability),
         "top1": float((probability.argmax(axis=1) == target.argmax(axis=1)).mean()),
-        "ece": _calibration_error(target, probability),
     }
-    if calibrated is not None:
-        values["ece_calibrated"] = _calibration_error(target, calibrated[known])
+    cells = target[is_scored][:, None] > 0
+    for metric, predicted in (("ece", probabilities), ("ece_calibrated", calibrated)):
+        if predicted is not None:
+            of_cells = predicted[known][is_scored][:, None]
+            values[metric] = expected_calibration_error(cells, of_cells)
     return _rows(subject, values, len(probability), len(probability))
 
 
-def _calibration_error(targets: np.ndarray, probabilities: np.ndarray) -> float:
-    cells = targets != IGNORE_TARGET
-    return expected_calibration_error(targets[cells][:, None] > 0, probabilities[cells][:, None])
-
-
-def event_rows(name: str, labelled: LabelledSoundscapes, decision: Decision) -> Rows:
+def event_rows(
+    name: str, labelled: LabelledSoundscapes, decision: Decision
+) -> list[dict[str, object]]:
     """Score detected events against annotations: in segments of 1 s, and by onset and offset."""
     segments, events = DetectionCounts(), DetectionCounts()
     classes = labelled.predictions.classes
     for recording, scores in labelled.frames.items():
-        is_here = labelled.annotations["recording"] == recording
-        annotations = labelled.annotations[is_here]
+        annotations = labelled.annotations[labelled.annotations["recording"] == recording]
         detected = detect_events(scores, decision, classes)
         arguments = (
             annotations[["onset", "offset"]].to_numpy(float),
@@ -163,7 +142,8 @@ def event_rows(name: str, labelled: LabelledSoundscapes, decision: Decision) -> 
 
 def _rows(
     subject: ScoreSubject, values: Mapping[str, float], n_rows: int, n_recordings: int
-) -> Rows:
+) -> list[dict[str, object]]:
+    """Return a row of the table of scores per metric; its keys are the columns, in order."""
     return [
         subject._asdict()
         | {"metric": metric, "value": value, "low": np.nan, "high": np.nan}
@@ -172,19 +152,12 @@ def _rows(
     ]
 
 
-def tidy_table(rows: Rows) -> pd.DataFrame:
-    """Return the table of scores: a row per subject and metric, with `COLUMNS`."""
-    return pd.DataFrame(rows, columns=list(COLUMNS))
-
-
-def simulated_at(share: float) -> str:
-    """Return the name of the simulated soundscapes of one share of nocall."""
-    return f"{SIMULATED} {share:.0%}"
-
-
 def wide_table(scores: pd.DataFrame) -> pd.DataFrame:
     """Return a row per name with the scores that people compare, as text."""
-    rows = {(row["name"], row["audio"], row["metric"]): row for _, row in scores.iterrows()}
+    texts: dict[tuple[str, str, str], str] = {}
+    for row in scores.dropna(subset="value").itertuples():
+        interval = "" if np.isnan(row.low) else f" [{row.low:.3f}, {row.high:.3f}]"
+        texts[row.name, row.audio, row.metric] = f"{row.value:.3f}{interval}"
     shares = [audio for audio in scores["audio"].unique() if audio.startswith(f"{SIMULATED} ")]
     columns = {
         "recordings: AP": (RECORDINGS, "macro_ap"),
@@ -197,18 +170,11 @@ def wide_table(scores: pd.DataFrame) -> pd.DataFrame:
     }
     names = list(dict.fromkeys(scores["name"]))
     cells = {
-        title: [_format_score(rows.get((name, *source))) for name in names]
+        title: [texts.get((name, *source), "-") for name in names]
         for title, source in columns.items()
     }
-    used = {title: texts for title, texts in cells.items() if set(texts) != {"-"}}
+    used = {title: column for title, column in cells.items() if set(column) != {"-"}}
     return pd.DataFrame({"name": names} | used)
-
-
-def _format_score(row: pd.Series | None) -> str:
-    if row is None or np.isnan(row["value"]):
-        return "-"
-    interval = "" if np.isnan(row["low"]) else f" [{row['low']:.3f}, {row['high']:.3f}]"
-    return f"{row['value']:.3f}{interval}"
 
 
 def nocall_share_table(scores: pd.DataFrame) -> pd.DataFrame:
@@ -250,10 +216,11 @@ def per_class_table(
             probability = average_members(predictions.framewise)[predictions.labelled]
             columns[f"{title}_ap"] = average_precision(truth, probability)
     if simulated is not None and predicted is not None:
-        truth, guess = simulated.labelled_truth[:, : len(classes)], predicted[:, : len(classes)]
-        hits = (truth & guess).sum(axis=0)
+        truth = simulated.labelled_truth[:, : len(classes)]
+        predicted = predicted[:, : len(classes)]
+        hits = (truth & predicted).sum(axis=0)
         with np.errstate(invalid="ignore"):
-            columns["simulated_precision"] = hits / guess.sum(axis=0)
+            columns["simulated_precision"] = hits / predicted.sum(axis=0)
             columns["simulated_recall"] = hits / truth.sum(axis=0)
     return pd.DataFrame(columns)
 
@@ -262,31 +229,32 @@ def soundscape_table(predictions: LabelledPredictions, predicted: np.ndarray) ->
     """Return a row per labelled soundscape, the worst first.
 
     predicted: ``(labelled rows, known species)``. Columns: recording, rows, f1 (mean over rows),
-    and summed over rows birds (true species), found (of these) and false (predicted, not true).
+    and summed over rows birds (true species), hits (of these) and false (predicted, not true).
     """
     truth = predictions.labelled_truth
     rows = pd.DataFrame(
         {
-            "recording": predictions.recordings,
-            "rows": 1,
             "f1": row_f1_scores(truth, predicted),
             "birds": truth.sum(axis=1),
-            "found": (truth & predicted).sum(axis=1),
+            "hits": (truth & predicted).sum(axis=1),
             "false": (predicted & ~truth).sum(axis=1),
         }
     )
-    how = {"rows": "sum", "f1": "mean", "birds": "sum", "found": "sum", "false": "sum"}
-    table = rows.groupby("recording", sort=True).agg(how).reset_index()
+    by_recording = rows.groupby(predictions.recordings)
+    table = by_recording.sum().assign(f1=by_recording["f1"].mean())
+    table.insert(0, "rows", by_recording.size())
+    table = table.rename_axis("recording").reset_index()
     return table.sort_values("f1", kind="stable").reset_index(drop=True)
 
 
 def snr_table(
     events: pd.DataFrame, simulated: LabelledPredictions, predicted: np.ndarray
 ) -> pd.DataFrame:
-    """Return the recall of simulated events by SNR: snr_db (from), events, recall, standard_error.
+    """Return the recall of simulated events by intervals of 3 dB of their SNR.
 
     An event is recalled where its species is predicted in a segment that contains a part of it.
-    predicted: ``(labelled rows, known species)``. An interval of SNR is `SNR_STEP_DB` wide.
+    predicted: ``(labelled rows, known species)``. Columns: snr_db (the low end of the interval),
+    events, recall, standard_error, centre_db.
     """
     events = events[events["recording"].isin(set(simulated.recordings))]
     column = {code: index for index, code in enumerate(simulated.classes)}
@@ -298,27 +266,11 @@ def snr_table(
         start = first_row[event.recording] + int(event.onset // SEGMENT_SECONDS)
         stop = first_row[event.recording] + int(event.offset // SEGMENT_SECONDS) + 1
         is_recalled.append(hits[start:stop, column[event.ebird_code]].any())
-    step = (events["snr_db"] // SNR_STEP_DB * SNR_STEP_DB).to_numpy()
+    step = (events["snr_db"] // _SNR_STEP_DB * _SNR_STEP_DB).to_numpy()
     by_step = pd.DataFrame({"snr_db": step, "is_recalled": is_recalled}).groupby("snr_db")
     table = by_step["is_recalled"].agg(events="size", recall="mean").reset_index()
     error = np.sqrt(table["recall"] * (1 - table["recall"]) / table["events"])
-    return table.assign(standard_error=error)
-
-
-def votes_table(
-    predictions: LabelledPredictions, weights: np.ndarray, decision: Decision
-) -> pd.DataFrame:
-    """Return weighted row-wise F1 by the number of members that must agree: votes, row_wise_f1.
-
-    All else is as in ``decision``. weights: ``(labelled rows,)``.
-    """
-    n_members = len(predictions.member_names)
-    rows = []
-    for votes in range(1, n_members + 1):
-        share = votes / n_members
-        rule = replace(decision, combination="votes", vote_share=share, members=())
-        rows.append((votes, float(np.average(predictions.row_f1(rule), weights=weights))))
-    return pd.DataFrame(rows, columns=["votes", "row_wise_f1"])
+    return table.assign(standard_error=error, centre_db=table["snr_db"] + _SNR_STEP_DB / 2)
 
 
 def reliability_table(
@@ -334,16 +286,9 @@ def reliability_table(
     tables = []
     for name, values in (("predicted", probabilities), ("calibrated", calibrated)):
         if values is not None:
-            mean_probability, share_true, n_cells = reliability(
-                truth, values[cells][:, None], _RELIABILITY_BINS
-            )
-            columns = {
-                "probabilities": name,
-                "mean_probability": mean_probability,
-                "share_true": share_true,
-                "cells": n_cells,
-            }
-            tables.append(pd.DataFrame(columns))
+            curve = reliability(truth, values[cells][:, None], _RELIABILITY_BINS)
+            columns = zip(("mean_probability", "share_true", "cells"), curve, strict=True)
+            tables.append(pd.DataFrame({"probabilities": name} | dict(columns)))
     return pd.concat(tables, ignore_index=True)
 
 

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from birdcall.config import NOCALL
 from birdcall.evaluation.decision_search import THRESHOLDS, DecisionSearchResult
-from birdcall.evaluation.tables import PRIOR, SNR_STEP_DB
+from birdcall.evaluation.tables import PRIOR
 from birdcall.report.html import HtmlTable
 from birdcall.report.plots import BLUE, COLORS, GREY, ORANGE
 from birdcall.taxonomy import display_name
@@ -143,7 +143,7 @@ def chart_threshold_curves(search: DecisionSearchResult) -> Chart:
 
 
 def chart_votes(votes: pd.DataFrame, search: DecisionSearchResult) -> Chart | None:
-    """Draw `tables.votes_table` beside the rule that was chosen; None for a single member."""
+    """Draw `decision_search.votes_table` beside the chosen rule; None for a single member."""
     n_members, decision = len(votes), search.decision
     if n_members < 2:
         return None
@@ -239,7 +239,7 @@ def chart_recall_over_snr(table: pd.DataFrame) -> Chart:
     """Draw `tables.snr_table`: the recall of simulated events over their SNR."""
     figure = _new_figure("SNR, dB", "recall of events")
     figure.add_scatter(
-        x=(table["snr_db"] + SNR_STEP_DB / 2).tolist(),
+        x=table["centre_db"].tolist(),
         y=table["recall"].tolist(),
         error_y={"type": "data", "array": table["standard_error"].tolist()},
         customdata=table["events"].tolist(),
@@ -253,7 +253,7 @@ def chart_recall_over_snr(table: pd.DataFrame) -> Chart:
         figure,
         "Share of simulated events that are predicted, by SNR: the level of the bird above the "
         "noise in its frequency band.",
-        table,
+        table.drop(columns="centre_db"),
     )
 
 

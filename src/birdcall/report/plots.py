@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +16,6 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from birdcall.audio.spectrogram import Spectrogram
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.evaluation.predictions import LabelledPredictions
-from birdcall.evaluation.tables import SNR_STEP_DB
-from birdcall.inference.decision import Decision, average_members
-from birdcall.inference.windows import FRAMES_PER_SEGMENT
 from birdcall.storage.files import UserError, atomic_path
 from birdcall.taxonomy import display_name
 
@@ -130,8 +126,7 @@ def plot_recall_over_snr(table: pd.DataFrame) -> Figure:
     """Draw the recall of simulated events over the SNR in the frequency band of the bird."""
     figure = new_figure(6.5, 4)
     axes = figure.add_subplot()
-    centre = table["snr_db"] + SNR_STEP_DB / 2
-    error = table["standard_error"]
+    centre, error = table["centre_db"], table["standard_error"]
     axes.errorbar(centre, table["recall"], yerr=error, marker="o", color=BLUE, capsize=3)
     for x, y, n_events in zip(centre, table["recall"], table["events"], strict=True):
         axes.annotate(f"{n_events}", (x, y), (6, -12), textcoords="offset points", fontsize=9)
@@ -144,44 +139,32 @@ def plot_soundscape(
     waveform: np.ndarray,
     sample_rate: int,
     *,
-    predictions: LabelledPredictions,
-    decision: Decision,
-    frames: np.ndarray | None = None,
+    codes: Sequence[str],
+    truth: np.ndarray,
+    predicted: np.ndarray,
+    probability: np.ndarray,
 ) -> Figure:
     """Draw a minute of a soundscape: spectrogram, framewise probability, truth and predictions.
 
-    waveform: ``(samples,)``. predictions: of this recording only. frames: ``(classes, frames)`` of
-    the recording; without them each row has its highest probability.
+    waveform: ``(samples,)``. codes: the species that are shown. truth, predicted: ``(segments,
+    species)``. probability: ``(species, steps)`` of the same time, steps of a frame or a segment.
     """
-    n_rows = min(len(predictions.segments), SHOWN_SECONDS // SEGMENT_SECONDS)
-    n_classes = len(predictions.classes)
-    predicted = np.zeros(predictions.truth.shape, dtype=bool)
-    predicted[predictions.labelled] = predictions.decide(decision)
-    predicted = predicted[:n_rows, :n_classes]
-    truth = predictions.truth[:n_rows, :n_classes]
-    probability = average_members(predictions.framewise)[:n_rows]
-    columns = np.flatnonzero(truth.any(axis=0) | predicted.any(axis=0))
-    if not len(columns):
-        columns = np.argsort(-probability.max(axis=0))[:3]
-    figure = new_figure(12, 4 + 0.3 * len(columns))
+    n_rows = len(truth)
+    figure = new_figure(12, 4 + 0.3 * len(codes))
     top, bottom = figure.subplots(2, 1, sharex=True)
     _draw_spectrogram(top, waveform[: SHOWN_SECONDS * sample_rate], sample_rate)
-    heat = probability[:, columns].T
-    if frames is not None and frames.shape[1]:
-        heat = frames[columns, : n_rows * FRAMES_PER_SEGMENT]
     image = bottom.imshow(
-        heat, aspect="auto", cmap="cividis", vmin=0, vmax=1,
-        extent=(0, SEGMENT_SECONDS * n_rows, len(columns), 0), interpolation="nearest",
+        probability, aspect="auto", cmap="cividis", vmin=0, vmax=1,
+        extent=(0, SEGMENT_SECONDS * n_rows, len(codes), 0), interpolation="nearest",
     )  # fmt: skip
     left = SEGMENT_SECONDS * np.arange(n_rows)
-    for row, line in zip(*np.nonzero(truth[:, columns]), strict=True):
+    for row, line in zip(*np.nonzero(truth), strict=True):
         corner = (left[row], line)
         bottom.add_patch(Rectangle(corner, SEGMENT_SECONDS, 1, fill=False, ec="white", lw=2))
-    for row, line in zip(*np.nonzero(predicted[:, columns]), strict=True):
+    for row, line in zip(*np.nonzero(predicted), strict=True):
         centre = left[row] + SEGMENT_SECONDS / 2
         bottom.plot(centre, line + 0.5, "o", ms=6, mfc="w", mec="k")
-    names = [display_name(predictions.classes[column]) for column in columns]
-    bottom.set_yticks(np.arange(len(columns)) + 0.5, names)
+    bottom.set_yticks(np.arange(len(codes)) + 0.5, [display_name(code) for code in codes])
     bottom.set(xlabel="seconds", title="Probability. White frame: true. Dot: predicted.")
     figure.colorbar(image, ax=bottom, pad=0.01)
     return figure

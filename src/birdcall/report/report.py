@@ -19,7 +19,8 @@ from birdcall.config import SEGMENT_SECONDS, Experiment
 from birdcall.evaluation.mistakes import FALSE, Mistake, PredictedMistake
 from birdcall.evaluation.scoring import Evaluation
 from birdcall.evaluation.tables import LABELLED, confusion_matrix, nocall_share_table, wide_table
-from birdcall.inference.decision import Decision
+from birdcall.inference.decision import Decision, average_members
+from birdcall.inference.windows import FRAMES_PER_SEGMENT
 from birdcall.report.architecture import plot_architecture, plot_layers, read_layers
 from birdcall.report.charts import (
     Chart,
@@ -99,7 +100,7 @@ def write_report(
             "Intervals (95 %) resample groups of recordists, or labelled soundscapes. The prior "
             "predicts from the frequency of each species alone.",
         ),
-        decision=describe_decision(evaluation.decision),
+        decision=describe_decision(evaluation.ensemble.decision),
         charts=charts,
         confusions=_confusions(evaluation.confusions),
         mistakes=_group_mistakes(mistakes),
@@ -162,13 +163,25 @@ def _plot_fullest_soundscape(evaluation: Evaluation) -> Figure:
     recording = (
         n_birds.groupby(predictions.segments["recording"][is_shown].to_numpy()).sum().idxmax()
     )
+    predictions = predictions.select((predictions.segments["recording"] == recording).to_numpy())
+    n_rows, n_classes = SHOWN_SECONDS // SEGMENT_SECONDS, len(predictions.classes)
+    predicted = np.zeros(predictions.truth.shape, dtype=bool)
+    predicted[predictions.labelled] = predictions.decide(evaluation.ensemble.decision)
+    predicted, truth = predicted[:n_rows, :n_classes], predictions.truth[:n_rows, :n_classes]
+    probability = average_members(predictions.framewise)[:n_rows].T
+    columns = np.flatnonzero(truth.any(axis=0) | predicted.any(axis=0))
+    if not len(columns):
+        columns = np.argsort(-probability.max(axis=1))[:3]
     frames = labelled.frames.get(recording)
+    if frames is not None and frames.frames.shape[1]:
+        probability = frames.frames[:, : len(truth) * FRAMES_PER_SEGMENT]
     return plot_soundscape(
         read_audio(labelled.paths[recording], SAMPLE_RATE),
         SAMPLE_RATE,
-        predictions=predictions.select((predictions.segments["recording"] == recording).to_numpy()),
-        decision=evaluation.decision,
-        frames=None if frames is None else frames.frames,
+        codes=[predictions.classes[column] for column in columns],
+        truth=truth[:, columns],
+        predicted=predicted[:, columns],
+        probability=probability[columns],
     )
 
 
@@ -178,12 +191,12 @@ def _plot_fullest_soundscape(evaluation: Evaluation) -> Figure:
 def _charts(evaluation: Evaluation) -> dict[str, Chart]:
     """Return the charts by name: those for which the evaluation has data."""
     charts: dict[str, Chart | None] = {}
-    if evaluation.search is not None:
+    if evaluation.ensemble.search is not None:
         charts |= {
-            "steps": chart_steps(evaluation.search),
-            "threshold_curves": chart_threshold_curves(evaluation.search),
-            "thresholds": chart_thresholds(evaluation.search),
-            "votes": chart_votes(evaluation.votes, evaluation.search),
+            "steps": chart_steps(evaluation.ensemble.search),
+            "threshold_curves": chart_threshold_curves(evaluation.ensemble.search),
+            "thresholds": chart_thresholds(evaluation.ensemble.search),
+            "votes": chart_votes(evaluation.votes, evaluation.ensemble.search),
             "shares": chart_shares(nocall_share_table(evaluation.scores)),
             "recall": chart_recall_over_snr(evaluation.snr),
         }
