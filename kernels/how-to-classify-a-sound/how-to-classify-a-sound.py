@@ -68,7 +68,7 @@ from birdcall.inference.ensemble import default_device, load_ensemble
 from birdcall.inference.events import detect_events
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
 from birdcall.kaggle.manifest import MANIFEST_FILE
-from birdcall.kaggle.submission import MEMBERS_FOLDER, open_package, require_all_members
+from birdcall.kaggle.submission import MEMBERS_FOLDER, open_package
 from birdcall.kaggle.test_set import example_audio_folder, find_audio, read_annotations
 from birdcall.models.checkpoint import find_checkpoints, read_checkpoint
 from birdcall.models.summary import trace_stages
@@ -304,8 +304,7 @@ package = find_folder(
 )
 members = find_checkpoints(package / MEMBERS_FOLDER) if package else []
 if members and read_checkpoint(members[0]).classes == classes:
-    ensemble, decision, refused = open_package(package, DEVICE)
-    require_all_members(refused)
+    ensemble, decision, _ = open_package(package, DEVICE, all_members=True)
 else:
     data, trained = train_small_model()
     ensemble = load_ensemble([trained], DEVICE)

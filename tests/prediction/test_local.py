@@ -1,4 +1,4 @@
-"""Anyone's recordings: nothing stops at a bad file, nothing is lost, nothing is heard twice."""
+"""Your own recordings: a bad file stops nothing, no result is lost, none is predicted twice."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 import soundfile
 from helpers import RATE
 
+from birdcall.audio.reading import AudioError
 from birdcall.evaluation.labelled import read_truth
 from birdcall.inference.ensemble import load_ensemble
 from birdcall.inference.events import Event
@@ -26,6 +28,7 @@ from birdcall.inference.tables import (
     read_raven_table,
 )
 from birdcall.kaggle.submission import LoadedPackage, open_package
+from birdcall.prediction import package as package_module
 from birdcall.prediction.local import (
     ResultOptions,
     fingerprint_of,
@@ -50,7 +53,7 @@ def opened(package):
     return open_package(package, "cpu")
 
 
-def write_sound(path, seconds, seed=0):
+def write_recording(path, seconds, seed=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(seed)
     envelope = np.repeat(generator.random(round(seconds * 4) + 1), RATE // 4)
@@ -62,19 +65,19 @@ def write_sound(path, seconds, seed=0):
 # --- which recordings ----------------------------------------------------------------------------
 
 
-def test_files_folders_and_globs_are_found_once_each(tmp_path, monkeypatch):
+def test_recordings_of_files_folders_and_globs_are_listed_once_each(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a/x.wav", "a/deep/y.mp3", "b/x.wav", "b/notes.txt", "z.flac"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    found = find_recordings(["a", "*/x.wav", "z.flac", tmp_path / "b"])
-    assert [(str(one.path), one.name) for one in found[:4]] == [
+    recordings = find_recordings(["a", "*/x.wav", "z.flac", tmp_path / "b"])
+    assert [(str(recording.path), recording.name) for recording in recordings[:4]] == [
         ("a/deep/y.mp3", "deep/y.mp3"),
         ("a/x.wav", "x.wav"),
         ("b/x.wav", "2/x.wav"),  # another recording of the same name
         ("z.flac", "z.flac"),
     ]
-    assert len({one.name for one in found}) == len(found)
+    assert len({recording.name for recording in recordings}) == len(recordings)
 
 
 @pytest.mark.parametrize("path", ["nowhere", "no*.wav"])
@@ -85,34 +88,37 @@ def test_a_path_without_recordings_is_named(tmp_path, path):
         find_recordings([tmp_path])
 
 
-# --- what is found -------------------------------------------------------------------------------
+# --- results -------------------------------------------------------------------------------------
 
 
-def test_a_bad_file_is_told_of_and_the_others_are_heard(opened, tmp_path):
-    write_sound(tmp_path / "a.wav", 12)
+def test_a_bad_file_is_reported_and_the_others_are_predicted(opened, tmp_path):
+    write_recording(tmp_path / "a.wav", 12)
     (tmp_path / "b.mp3").write_text("<html>")
     (tmp_path / "c.wav").touch()
-    write_sound(tmp_path / "d.wav", 0.3)
-    found = {
-        one.name: detected
-        for one, detected in detect_recordings(find_recordings([tmp_path]), opened)
+    write_recording(tmp_path / "d.wav", 0.3)
+    results = {
+        recording.name: result
+        for recording, result in detect_recordings(find_recordings([tmp_path]), opened)
     }
-    assert "cannot be decoded" in found["b.mp3"].reason
-    assert found["c.wav"].reason
-    assert found["a.wav"].seconds == 12
-    assert found["d.wav"].seconds == pytest.approx(0.3)
-    assert found["a.wav"].events
+    assert "cannot be decoded" in results["b.mp3"].reason
+    assert results["c.wav"].reason
+    assert results["a.wav"].seconds == 12
+    assert results["d.wav"].seconds == pytest.approx(0.3)
+    assert results["a.wav"].events
 
 
 def test_events_stay_where_they_are_in_a_longer_recording(opened, tmp_path):
-    """The same sound, 20 minutes later: the same events, 20 minutes later."""
-    write_sound(tmp_path / "short.wav", 60, seed=3)
+    """The same audio, 20 minutes later: the same events, 20 minutes later."""
+    write_recording(tmp_path / "short.wav", 60, seed=3)
     short, _ = soundfile.read(tmp_path / "short.wav")
     quiet = np.zeros(20 * 60 * RATE)
     soundfile.write(tmp_path / "long.wav", np.concatenate([quiet, short]), RATE)
-    found = {one.name: got for one, got in detect_recordings(find_recordings([tmp_path]), opened)}
-    late = [event for event in found["long.wav"].events if event.onset >= 1210]
-    early = [event for event in found["short.wav"].events if event.onset >= 10]
+    results = {
+        recording.name: result
+        for recording, result in detect_recordings(find_recordings([tmp_path]), opened)
+    }
+    late = [event for event in results["long.wav"].events if event.onset >= 1210]
+    early = [event for event in results["short.wav"].events if event.onset >= 10]
     assert len(early) > 3
     assert [(e.ebird_code, e.onset + 1200, e.offset + 1200) for e in early] == [
         (e.ebird_code, pytest.approx(e.onset), pytest.approx(e.offset)) for e in late
@@ -125,23 +131,23 @@ EVENTS = (Event("amecro", 0.5, 2.0, 0.9), Event("norcar", 3.0, 4.5, 0.4))
 
 
 @pytest.fixture
-def found():
+def results():
     """Two recordings, one without a bird, and one that failed."""
     return {
         Recording(Path("in/dawn <1>.mp3"), "dawn <1>.mp3"): RecordingResult(5.0, EVENTS),
         Recording(Path("in/quiet.wav"), "deep/quiet.wav"): RecordingResult(5.0),
         Recording(Path('in/"bad".wav'), "bad.wav"): RecordingResult(
-            0.0, reason='is "no" sound,\nat all'
+            0.0, reason='is "no" audio,\nat all'
         ),
     }
 
 
-def test_every_format_says_the_same(found, tmp_path):
-    said = write_results(
-        found, tmp_path, ResultOptions(("csv", "parquet", "jsonl", "raven", "audacity"))
+def test_every_format_has_the_same_events(results, tmp_path):
+    summary = write_results(
+        results, tmp_path, ResultOptions(("csv", "parquet", "jsonl", "raven", "audacity"))
     )
-    assert "2 detections in 2 recordings" in said
-    assert "1 failed" in said
+    assert "2 detections in 2 recordings" in summary
+    assert "1 failed" in summary
     expected = {"in/dawn <1>.mp3": list(EVENTS)}
     assert read_detections(tmp_path / "detections.csv") == expected
     assert read_detections(tmp_path / "detections.jsonl") == expected
@@ -152,12 +158,12 @@ def test_every_format_says_the_same(found, tmp_path):
     assert read_audacity_labels(tmp_path / "audacity" / "dawn <1>.mp3.labels.txt") == list(EVENTS)
     assert read_raven_table(tmp_path / "raven" / "deep" / "quiet.wav.selections.txt") == []
     failed = pd.read_csv(tmp_path / "failed.csv")
-    assert failed.to_numpy().tolist() == [['in/"bad".wav', 'is "no" sound,\nat all']]
+    assert failed.to_numpy().tolist() == [['in/"bad".wav', 'is "no" audio,\nat all']]
 
 
-def test_raven_tables_are_truth_that_evaluate_reads(found, tmp_path):
+def test_raven_tables_are_truth_that_evaluate_reads(tmp_path):
     """They lie beside the recordings, corrected by hand, when they are read again."""
-    write_sound(tmp_path / "mine" / "dawn.wav", 5)
+    write_recording(tmp_path / "mine" / "dawn.wav", 5)
     (recording,) = find_recordings([tmp_path / "mine"])
     write_results({recording: RecordingResult(5.0, EVENTS)}, tmp_path / "out", ResultOptions())
     table = tmp_path / "out" / "raven" / "dawn.wav.selections.txt"
@@ -166,23 +172,23 @@ def test_raven_tables_are_truth_that_evaluate_reads(found, tmp_path):
     assert list(truth.annotations["ebird_code"]) == ["amecro", "norcar"]
 
 
-def test_what_is_not_wanted_is_left_out(found, tmp_path):
-    write_results(found, tmp_path, ResultOptions(("csv",), min_confidence=0.5))
+def test_events_that_the_options_exclude_are_left_out(results, tmp_path):
+    write_results(results, tmp_path, ResultOptions(("csv",), min_confidence=0.5))
     assert read_detections(tmp_path / "detections.csv") == {"in/dawn <1>.mp3": [EVENTS[0]]}
-    write_results(found, tmp_path, ResultOptions(("csv",), species=("norcar",)))
+    write_results(results, tmp_path, ResultOptions(("csv",), species=("norcar",)))
     assert read_detections(tmp_path / "detections.csv") == {"in/dawn <1>.mp3": [EVENTS[1]]}
     assert {path.name for path in tmp_path.iterdir()} == {"detections.csv", "failed.csv"}
 
 
 @pytest.mark.parametrize(
-    "options, complaint",
+    "options, message",
     [
         ({"formats": ("excel",)}, "format is 'excel'"),
         ({"min_confidence": 1.5}, "min_confidence is 1.5"),
     ],
 )
-def test_what_cannot_be_wanted_is_refused(options, complaint):
-    with pytest.raises(ValueError, match=complaint):
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
         ResultOptions(**options)
 
 
@@ -191,22 +197,22 @@ def test_a_species_that_the_model_does_not_know_is_refused():
         ResultOptions(species=("aldfly",)).require_known(("amecro", "norcar"))
 
 
-def test_names_do_not_lead_out_of_the_output(found, tmp_path):
+def test_names_do_not_lead_out_of_the_output(tmp_path):
     outside = {Recording(Path("x.wav"), "../../x.wav"): RecordingResult(5.0, EVENTS)}
     with pytest.raises(ValueError, match="give a relative path"):
         write_results(outside, tmp_path / "out", ResultOptions())
     assert not list(tmp_path.rglob("*x.wav*"))
 
 
-def test_embeddings_are_what_the_heads_see_of_each_segment(opened, tmp_path):
-    write_sound(tmp_path / "in" / "a.wav", 32)
+def test_embeddings_are_the_input_of_the_heads_for_each_segment(opened, tmp_path):
+    write_recording(tmp_path / "in" / "a.wav", 32)
     (tmp_path / "in" / "bad.wav").touch()
     ensemble = opened.ensemble
     recordings = find_recordings([tmp_path / "in"])
     outputs = OutputOptions(frames=True, embedding=True)
-    list(detect_recordings(recordings, opened, [EmbeddingWriter(tmp_path / "out")], outputs))
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.wav.parquet"]
-    table = pd.read_parquet(tmp_path / "out" / "a.wav.parquet")
+    list(detect_recordings(recordings, opened, [EmbeddingWriter(tmp_path)], outputs))
+    assert [path.name for path in (tmp_path / "embeddings").iterdir()] == ["a.wav.parquet"]
+    table = pd.read_parquet(tmp_path / "embeddings" / "a.wav.parquet")
     assert list(table["onset"]) == [5.0 * number for number in range(7)]
     vectors = np.stack(table["embedding"])
     sizes = [m.checkpoint.experiment.model.temporal_size for m in ensemble.members]
@@ -221,11 +227,41 @@ def test_embeddings_are_what_the_heads_see_of_each_segment(opened, tmp_path):
     np.testing.assert_allclose(vectors[1, sizes[0] :], expected, atol=1e-4)
 
 
-# --- going on ------------------------------------------------------------------------------------
+def test_a_recording_that_breaks_off_leaves_no_embeddings_and_the_others_do(
+    opened, tmp_path, monkeypatch
+):
+    """It breaks off after some thousand segments: the first of them are in a file already."""
+    for name in "abc":
+        write_recording(tmp_path / "in" / f"{name}.wav", 7, ord(name))
+    recordings = find_recordings([tmp_path / "in"])
+    real = package_module.predict_stream
+
+    def break_off(ensemble, sources, outputs):
+        for name, item in real(ensemble, sources, outputs):
+            if name != "b.wav":
+                yield name, item
+            elif isinstance(item, SegmentPredictions):
+                long = replace(item, embedding=np.repeat(item.embedding, 600, axis=0))
+                yield name, long
+                assert list((tmp_path / "embeddings").glob(".*"))  # the file that it leaves
+            else:
+                yield name, AudioError(tmp_path / "in" / name, "breaks off")
+
+    monkeypatch.setattr(package_module, "predict_stream", break_off)
+    outputs = OutputOptions(embedding=True)
+    results = dict(detect_recordings(recordings, opened, [EmbeddingWriter(tmp_path)], outputs))
+    assert [result.reason for result in results.values()] == ["", "breaks off", ""]
+    written = sorted((tmp_path / "embeddings").iterdir())
+    assert [path.name for path in written] == ["a.wav.parquet", "c.wav.parquet"]
+    for path in written:
+        assert list(pd.read_parquet(path)["onset"]) == [0.0, 5.0]
 
 
-def predict(paths, output, package, opened, options=ResultOptions(("csv",)), heard=None):  # noqa: B008
-    """Predict as the command does; ``heard`` collects what is heard now."""
+# --- resuming ------------------------------------------------------------------------------------
+
+
+def predict(paths, output, package, opened, options=ResultOptions(("csv",)), predicted=None):  # noqa: B008
+    """Predict as the command does; ``predicted`` collects the names of what is predicted now."""
     recordings = find_recordings(paths)
     pages = None
     if options.view:
@@ -237,10 +273,10 @@ def predict(paths, output, package, opened, options=ResultOptions(("csv",)), hea
         )
     predictor = predict_locally(opened, output, options, pages=pages)
 
-    def counted(left):
-        if heard is not None:
-            heard.extend(one.name for one in left)
-        return predictor(left)
+    def counted(remaining):
+        if predicted is not None:
+            predicted.extend(recording.name for recording in remaining)
+        return predictor(remaining)
 
     with Journal(output / "journal.jsonl", fingerprint_of(package, options, "cpu")) as journal:
         return predict_recordings(
@@ -252,22 +288,22 @@ def page_data(path):
     return json.loads(path.read_text().split("id='data'>")[1].split("</script>")[0])
 
 
-def test_a_page_of_each_recording_shows_what_the_tables_say(opened, package, tmp_path):
-    write_sound(tmp_path / "in" / "<b>&.wav", 12)
-    write_sound(tmp_path / "in" / "deep" / "a.wav", 0.5)
+def test_a_page_of_each_recording_shows_the_events_of_the_tables(opened, package, tmp_path):
+    write_recording(tmp_path / "in" / "<b>&.wav", 12)
+    write_recording(tmp_path / "in" / "deep" / "a.wav", 0.5)
     (tmp_path / "in" / "bad.mp3").write_text("<html>")
     options = ResultOptions(("csv",), view=True)
-    said = predict(
+    summary = predict(
         [tmp_path / "in"], tmp_path / "out", package=package, opened=opened, options=options
     )
     view = tmp_path / "out" / "view"
-    assert f"look at {view / 'index.html'}" in said
+    assert f"look at {view / 'index.html'}" in summary
     tables = read_detections(tmp_path / "out" / "detections.csv")
     for name in ("<b>&.wav", "deep/a.wav"):
         data = page_data(view / f"{name}.html")
         events = tables.get(str(tmp_path / "in" / name), [])
-        assert [tuple(one) for one in data["detections"]] == [
-            (one.ebird_code, one.onset, one.offset, one.confidence) for one in events
+        assert [tuple(event) for event in data["detections"]] == [
+            (event.ebird_code, event.onset, event.offset, event.confidence) for event in events
         ]
         assert data["outputs"] == ["ensemble", *(member.name for member in opened.ensemble.members)]
         assert data["nFrames"] == 50 * max(1, -(-int(data["seconds"]) // 5))
@@ -278,9 +314,9 @@ def test_a_page_of_each_recording_shows_what_the_tables_say(opened, package, tmp
 
 
 def test_labels_beside_a_recording_are_shown_once_they_are_there(opened, package, tmp_path):
-    write_sound(tmp_path / "in" / "a.wav", 7)
-    write_sound(tmp_path / "in" / "b.wav", 7)
-    options, heard = ResultOptions(("csv",), view=True), []
+    write_recording(tmp_path / "in" / "a.wav", 7)
+    write_recording(tmp_path / "in" / "b.wav", 7)
+    options, predicted = ResultOptions(("csv",), view=True), []
 
     def run():
         predict(
@@ -289,7 +325,7 @@ def test_labels_beside_a_recording_are_shown_once_they_are_there(opened, package
             package=package,
             opened=opened,
             options=options,
-            heard=heard,
+            predicted=predicted,
         )
 
     run()
@@ -298,52 +334,52 @@ def test_labels_beside_a_recording_are_shown_once_they_are_there(opened, package
     )
     (tmp_path / "in" / "b.readme.txt").write_text("no table\n")
     run()
-    assert heard == ["a.wav", "b.wav", "a.wav", "b.wav"]
+    assert predicted == ["a.wav", "b.wav", "a.wav", "b.wav"]
     page = tmp_path / "out" / "view" / "a.wav.html"
     assert page_data(page)["labels"] == [["amecro", 1.5, 2.0, "far"]]
     assert page_data(page)["truth"] == [["amecro", 1.5, 2.0]]
     page.unlink()
     run()
     run()
-    assert heard[4:] == ["a.wav"]
+    assert predicted[4:] == ["a.wav"]
     assert page.is_file()
 
 
 def test_frames_of_members_average_to_those_of_the_ensemble(opened, tmp_path):
     from birdcall.inference.engine import open_recording, predict_stream
 
-    write_sound(tmp_path / "a.wav", 23)
-    sounds = {"a": open_recording(tmp_path / "a.wav")}
+    write_recording(tmp_path / "a.wav", 23)
+    sources = {"a": open_recording(tmp_path / "a.wav")}
     outputs = OutputOptions(frames=True, member_frames=True)
-    for _, piece in predict_stream(opened.ensemble, sounds, outputs):
-        if isinstance(piece, SegmentPredictions):
-            np.testing.assert_allclose(piece.member_frames.mean(axis=0), piece.frames, atol=1e-6)
-            by_segment = piece.member_frames.reshape(*piece.member_frames.shape[:2], -1, 50)
+    for _, item in predict_stream(opened.ensemble, sources, outputs):
+        if isinstance(item, SegmentPredictions):
+            np.testing.assert_allclose(item.member_frames.mean(axis=0), item.frames, atol=1e-6)
+            by_segment = item.member_frames.reshape(*item.member_frames.shape[:2], -1, 50)
             highest = by_segment.max(axis=3).swapaxes(1, 2)
-            assert (highest <= piece.framewise + 1e-6).all()
-            assert np.abs(highest - piece.framewise).max() < 0.05
+            assert (highest <= item.framewise + 1e-6).all()
+            assert np.abs(highest - item.framewise).max() < 0.05
 
 
-def test_finished_recordings_are_not_heard_again_unless_they_change(opened, package, tmp_path):
+def test_finished_recordings_are_not_predicted_again_unless_they_change(opened, package, tmp_path):
     for number in range(3):
-        write_sound(tmp_path / "in" / f"{number}.wav", 7, number)
+        write_recording(tmp_path / "in" / f"{number}.wav", 7, number)
     first, again, changed = [], [], []
-    predict([tmp_path / "in"], tmp_path / "out", package, opened, heard=first)
+    predict([tmp_path / "in"], tmp_path / "out", package, opened, predicted=first)
     table = (tmp_path / "out" / "detections.csv").read_bytes()
-    predict([tmp_path / "in"], tmp_path / "out", package, opened, heard=again)
+    predict([tmp_path / "in"], tmp_path / "out", package, opened, predicted=again)
     assert first == ["0.wav", "1.wav", "2.wav"]
     assert again == []
     assert (tmp_path / "out" / "detections.csv").read_bytes() == table
-    write_sound(tmp_path / "in" / "1.wav", 9, 1)
-    write_sound(tmp_path / "in" / "3.wav", 5, 1)
-    predict([tmp_path / "in"], tmp_path / "out", package, opened, heard=changed)
+    write_recording(tmp_path / "in" / "1.wav", 9, 1)
+    write_recording(tmp_path / "in" / "3.wav", 5, 1)
+    predict([tmp_path / "in"], tmp_path / "out", package, opened, predicted=changed)
     assert changed == ["1.wav", "3.wav"]
 
 
-def test_other_formats_and_filters_need_no_hearing(opened, package, tmp_path):
-    write_sound(tmp_path / "in" / "a.wav", 20)
+def test_other_formats_and_filters_need_no_prediction(opened, package, tmp_path):
+    write_recording(tmp_path / "in" / "a.wav", 20)
     predict([tmp_path / "in"], tmp_path / "out", package, opened)
-    heard = []
+    predicted = []
     options = ResultOptions(("jsonl", "audacity"), min_confidence=0.99)
     predict(
         [tmp_path / "in"],
@@ -351,14 +387,14 @@ def test_other_formats_and_filters_need_no_hearing(opened, package, tmp_path):
         package=package,
         opened=opened,
         options=options,
-        heard=heard,
+        predicted=predicted,
     )
-    assert heard == []
+    assert predicted == []
     assert (tmp_path / "out" / "detections.jsonl").exists()
 
 
 def test_results_of_another_package_are_not_mixed_with_these(opened, package, tmp_path):
-    write_sound(tmp_path / "in" / "a.wav", 5)
+    write_recording(tmp_path / "in" / "a.wav", 5)
     predict([tmp_path / "in"], tmp_path / "out", package, opened)
     other = tmp_path / "other"
     shutil.copytree(package, other)
@@ -373,16 +409,16 @@ def test_results_of_another_package_are_not_mixed_with_these(opened, package, tm
 SPY = """
 import sys
 from pathlib import Path
-import birdcall.inference.engine as inference
+import birdcall.inference.engine as engine
 log, journal = Path(sys.argv.pop(1)), Path(sys.argv.pop(1))
 finished = journal.read_text(errors="replace").split("\\n")[1:-1] if journal.exists() else []
-real = inference.iterate_rates
+real = engine.iterate_rates
 def spy(path, *rest):
     with log.open("a") as file:
         is_finished = any(f'"{path}"' in line for line in finished)
         file.write(f"{path.name} {is_finished}\\n")
     return real(path, *rest)
-inference.iterate_rates = spy
+engine.iterate_rates = spy
 from birdcall.__main__ import main
 main()
 """
@@ -397,11 +433,11 @@ def start(folder, package, output, log):
     )  # fmt: skip
 
 
-def kill_and_go_on(package, tmp_path, n_recordings, n_kills, seconds):
-    """Kill predict so often at random moments of its work; return what the last run leaves."""
+def kill_and_resume(package, tmp_path, n_recordings, n_kills, seconds):
+    """Kill predict at ``n_kills`` random moments; return the kills and the opened files."""
     folder, output, log = tmp_path / "in", tmp_path / "out", tmp_path / "opened.txt"
     for number in range(n_recordings):
-        write_sound(folder / f"{number:02}.wav", seconds, number)
+        write_recording(folder / f"{number:02}.wav", seconds, number)
     (folder / "bad.mp3").write_text("<html>")
     random.seed(0)
     journal = output / "journal.jsonl"
@@ -434,23 +470,25 @@ def kill_and_go_on(package, tmp_path, n_recordings, n_kills, seconds):
     return n_killed, len(opened)
 
 
-def test_killed_once_it_goes_on_and_ends_the_same(package, tmp_path):
-    n_killed, n_opened = kill_and_go_on(package, tmp_path, n_recordings=12, n_kills=1, seconds=20.0)
+def test_killed_once_it_resumes_to_the_same_results(package, tmp_path):
+    n_killed, n_opened = kill_and_resume(
+        package, tmp_path, n_recordings=12, n_kills=1, seconds=20.0
+    )
     assert n_killed == 1
     assert n_opened >= 13
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_moments_it_goes_on_and_ends_the_same(package, tmp_path):
+def test_killed_at_twenty_moments_it_resumes_to_the_same_results(package, tmp_path):
     """Fifty recordings; each run finishes some of them before it is killed."""
-    n_killed, _ = kill_and_go_on(package, tmp_path, n_recordings=50, n_kills=20, seconds=120.0)
+    n_killed, _ = kill_and_resume(package, tmp_path, n_recordings=50, n_kills=20, seconds=120.0)
     assert n_killed == 20
 
 
-def test_progress_says_how_far_it_is_and_how_fast(opened, tmp_path, capsys):
-    """Most segments of these are padding: more is heard than there is."""
+def test_progress_shows_the_share_and_the_speed(opened, tmp_path, capsys):
+    """Most segments of these are padding: more is predicted than there is."""
     for number, seconds in enumerate((0.3, 0.4, 12.0, 5.1)):
-        write_sound(tmp_path / f"{number}.wav", seconds)
+        write_recording(tmp_path / f"{number}.wav", seconds)
     (tmp_path / "bad.mp3").touch()
     recordings = find_recordings([tmp_path])
     predictor = predict_locally(opened, tmp_path / "out", ResultOptions(), progress=True)
@@ -458,12 +496,12 @@ def test_progress_says_how_far_it_is_and_how_fast(opened, tmp_path, capsys):
     last = capsys.readouterr().err.split("\r")[-1]
     assert "100 % of 18 s, 5 of 5 recordings, " in last
     assert " x real time, 00:00 left" in last
-    bad = [one for one in recordings if one.name == "bad.mp3"]
+    bad = [recording for recording in recordings if recording.name == "bad.mp3"]
     assert len(list(predictor(bad))) == 1  # nothing that has a length
 
 
 def test_an_ensemble_of_a_package_is_that_of_its_runs(opened, trained_runs, tmp_path):
-    write_sound(tmp_path / "a.wav", 12)
+    write_recording(tmp_path / "a.wav", 12)
     recordings = find_recordings([tmp_path])
     ((_, packaged),) = detect_recordings(recordings, opened)
     ((_, by_torch),) = detect_recordings(

@@ -1,4 +1,4 @@
-"""A cluster of two workers finds what one machine finds, and goes on when it loses one of them."""
+"""A cluster of two workers gives the results of one machine, even when it loses a worker."""
 
 import os
 import threading
@@ -33,7 +33,7 @@ def recordings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(package, recordings, tmp_path_factory):
-    """What this machine finds."""
+    """The results of this machine."""
     output = tmp_path_factory.mktemp("here")
     options = ResultOptions(FORMATS)
     predictor = predict_locally(open_package(package, "cpu"), output, options)
@@ -47,19 +47,19 @@ def assert_same_tables(output, expected):
     assert (output / "failed.csv").read_text() == (expected / "failed.csv").read_text()
 
 
-def test_a_task_leaves_a_shard_and_says_what_it_found(package, recordings, expected, tmp_path):
+def test_a_task_leaves_a_shard_and_returns_its_results(package, recordings, expected, tmp_path):
     """What a worker does, without a cluster."""
     worker = Worker(str(package), str(tmp_path), embeddings=True, n_threads=1)
     task = {
-        "path": np.array([str(one.path) for one in recordings[:4]], dtype=object),
-        "name": np.array([one.name for one in recordings[:4]], dtype=object),
+        "path": np.array([str(recording.path) for recording in recordings[:4]], dtype=object),
+        "name": np.array([recording.name for recording in recordings[:4]], dtype=object),
     }
-    said = worker(task)
-    assert list(said["name"]) == list(task["name"])
+    results = worker(task)
+    assert list(results["name"]) == list(task["name"])
     (shard,) = (tmp_path / "shards").iterdir()
     whole = pd.read_parquet(expected / "detections.parquet")
-    own = whole[whole["recording"].isin(list(task["path"]))].reset_index(drop=True)
-    pd.testing.assert_frame_equal(pd.read_parquet(shard), own)
+    subset = whole[whole["recording"].isin(list(task["path"]))].reset_index(drop=True)
+    pd.testing.assert_frame_equal(pd.read_parquet(shard), subset)
     worker(task)
     assert list((tmp_path / "shards").iterdir()) == [shard]  # done again, the same file
     assert len(list((tmp_path / "embeddings").iterdir())) == 4
@@ -71,29 +71,29 @@ def cluster():
     from ray.cluster_utils import Cluster
 
     os.environ["PYTHONWARNINGS"] = "ignore"
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    made.workers = [made.add_node(num_cpus=1) for _ in range(2)]
-    made.wait_for_nodes()
-    yield made
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    cluster.workers = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    cluster.wait_for_nodes()
+    yield cluster
     ray.shutdown()
-    made.shutdown()
+    cluster.shutdown()
 
 
-def predict_there(cluster, package, recordings, output, on_found=lambda n_found: None):
+def predict_there(cluster, package, recordings, output, on_result=lambda n_results: None):
     options = ResultOptions(FORMATS)
     predictor = predict_on_ray(cluster.address, package, output, embeddings=False, progress=False)
 
-    def preview(left):
-        for number, found in enumerate(predictor(left), start=1):
-            on_found(number)
-            yield found
+    def predict(remaining):
+        for n_results, result in enumerate(predictor(remaining), start=1):
+            on_result(n_results)
+            yield result
 
     with Journal(output / "journal.jsonl", "x") as journal:
-        predict_recordings(recordings, preview, journal, output, options=options)
+        predict_recordings(recordings, predict, journal, output, options=options)
 
 
 @pytest.mark.slow
-def test_a_cluster_finds_the_same(cluster, package, recordings, expected, tmp_path):
+def test_a_cluster_gives_the_same_results(cluster, package, recordings, expected, tmp_path):
     predict_there(cluster, package, recordings, tmp_path)
     assert_same_tables(tmp_path, expected)
     shards = [pd.read_parquet(path) for path in (tmp_path / "shards").iterdir()]
@@ -109,17 +109,17 @@ def test_a_worker_that_is_lost_is_replaced(cluster, package, recordings, expecte
     """The node goes away while it has tasks in hand; another takes its place."""
     lost = threading.Event()
 
-    def lose(n_found):
-        if n_found == 1:
+    def lose(n_results):
+        if n_results == 1:
             cluster.remove_node(cluster.workers[0], allow_graceful=False)
             lost.set()
 
-    predict_there(cluster, package, recordings=recordings, output=tmp_path, on_found=lose)
+    predict_there(cluster, package, recordings=recordings, output=tmp_path, on_result=lose)
     assert lost.is_set()
     assert_same_tables(tmp_path, expected)
 
 
-def test_without_a_cluster_it_says_so(package, recordings, tmp_path):
+def test_without_a_cluster_the_error_names_the_address(package, recordings, tmp_path):
     pytest.importorskip("ray")
     predictor = predict_on_ray("127.0.0.1:1", package, tmp_path, embeddings=False, progress=False)
     with pytest.raises(ConnectionError, match=r"--ray 127\.0\.0\.1:1: no cluster answers there"):

@@ -218,11 +218,8 @@ def _predict(
     A journal stores finished recordings: after a stop, the same command resumes.
     """
     from birdcall.inference.ensemble import default_device
-    from birdcall.kaggle.submission import open_package, predict_test_set, require_all_members
+    from birdcall.kaggle.submission import open_package, predict_test_set
     from birdcall.prediction.local import (
-        DEFAULT_FORMATS,
-        JOURNAL_FILE,
-        VIEW_FOLDER,
         ResultOptions,
         fingerprint_of,
         predict_locally,
@@ -239,14 +236,13 @@ def _predict(
             "--view needs PATHS, predicted on this machine: leave out --ray and --data"
         )
     device = default_device()
-    opened = open_package(package, device)
-    require_all_members(opened.refused)
+    opened = open_package(package, device, all_members=True)
     if data is not None:
         submission = Folders(data, output).submission
         typer.echo(f"{submission}: {predict_test_set(data, submission, lambda: opened)}")
         return
     options = ResultOptions(
-        formats=tuple(format or DEFAULT_FORMATS),
+        formats=tuple(format or ResultOptions.formats),
         min_confidence=min_confidence,
         species=tuple(species or ()),
         embeddings=embeddings,
@@ -255,12 +251,13 @@ def _predict(
     options.require_known(opened.ensemble.classes)
     recordings = find_recordings(paths)
     output = output or Path("output/predictions")
+    journal_file = output / "journal.jsonl"
     if overwrite:
-        (output / JOURNAL_FILE).unlink(missing_ok=True)
+        journal_file.unlink(missing_ok=True)
     pages = None
     if view:
         pages = SoundscapePageWriter(
-            folder=output / VIEW_FOLDER,
+            folder=output / "view",
             decision=opened.decision,
             classes=opened.ensemble.classes,
             members=tuple(member.name for member in opened.ensemble.members),
@@ -271,7 +268,7 @@ def _predict(
         from birdcall.prediction.ray_cluster import predict_on_ray
 
         predictor = predict_on_ray(ray, package, output, embeddings=embeddings, progress=True)
-    with Journal(output / JOURNAL_FILE, fingerprint_of(package, options, device.type)) as journal:
+    with Journal(journal_file, fingerprint_of(package, options, device.type)) as journal:
         typer.echo(
             predict_recordings(recordings, predictor, journal, output, options=options, pages=pages)
         )

@@ -68,11 +68,14 @@ class LoadedPackage(NamedTuple):
     refused: Mapping[str, str] = {}
 
 
-def open_package(package: Path, device: torch.device | str) -> LoadedPackage:
+def open_package(
+    package: Path, device: torch.device | str, *, all_members: bool = False
+) -> LoadedPackage:
     """Load the members of a package in the decision's order: the best experiment's first.
 
     Members are refused whose files are missing, or not as in the manifest, or cannot be loaded.
-    Raises an error if none is left, or if code or decision are not as packaged.
+    Raises an error if none is left, or, with ``all_members``, if one is refused; also if code or
+    decision are not as packaged.
     """
     changes = find_changes(package)
     for name, reason in changes.items():
@@ -95,13 +98,9 @@ def open_package(package: Path, device: torch.device | str) -> LoadedPackage:
             refused[name] = str(error)
     if not members:
         raise ValueError(f"{package}: no member can be used: {'; '.join(refused.values())}")
+    if all_members and refused:
+        raise ValueError(next(iter(refused.values())))
     return LoadedPackage(Ensemble(members, device, decision.window_config), decision, refused)
-
-
-def require_all_members(refused: Mapping[str, str]) -> None:
-    """Raise ValueError with the reason if a member of a package cannot be used."""
-    for reason in refused.values():
-        raise ValueError(reason)
 
 
 # --- the submission -------------------------------------------------------------------------------

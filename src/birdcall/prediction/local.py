@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from birdcall.audio.reading import AudioError
 from birdcall.config import SEGMENT_SECONDS, require_choice, require_share
 from birdcall.inference.events import Event
 from birdcall.inference.predictions import OutputOptions, SegmentPredictions
@@ -36,7 +35,6 @@ from birdcall.models.onnx import is_onnx_installed
 from birdcall.prediction.package import (
     EmbeddingWriter,
     Recording,
-    RecordingObserver,
     RecordingResult,
     detect_recordings,
 )
@@ -46,10 +44,6 @@ from birdcall.taxonomy import display_name
 
 logger = logging.getLogger(__name__)
 
-JOURNAL_FILE = "journal.jsonl"
-EMBEDDINGS_FOLDER = "embeddings"
-VIEW_FOLDER = "view"
-DEFAULT_FORMATS = ("csv", "raven")
 _TABLES = ("csv", "parquet", "jsonl")  # of all recordings
 _SUFFIXES = {"raven": ".selections.txt", "audacity": ".labels.txt"}  # a file of each recording
 _PROGRESS = "{percentage:3.0f} % of {total:.0f} s{postfix}, {remaining} left"
@@ -94,7 +88,7 @@ class ResultOptions:
     a page for each recording.
     """
 
-    formats: tuple[str, ...] = DEFAULT_FORMATS
+    formats: tuple[str, ...] = ("csv", "raven")
     min_confidence: float = 0.0
     species: tuple[str, ...] = ()
     embeddings: bool = False
@@ -112,14 +106,6 @@ class ResultOptions:
             raise ValueError(
                 f"the model knows no species {', '.join(unknown)}; it knows {', '.join(classes)}"
             )
-
-    def select(self, events: Sequence[Event]) -> list[Event]:
-        return [
-            event
-            for event in events
-            if event.confidence >= self.min_confidence
-            and (not self.species or event.ebird_code in self.species)
-        ]
 
 
 def _journal_key(recording: Recording, with_labels: bool) -> dict[str, Any]:
@@ -142,10 +128,10 @@ def _journal_key(recording: Recording, with_labels: bool) -> dict[str, Any]:
 # --- what observes the predictions ----------------------------------------------------------------
 
 
-def _labels_beside(recording: Path) -> list[Event]:
+def _labels_beside(recording: Recording) -> list[Event]:
     """Return the labels of a person: the Raven selection tables beside a recording."""
     labels: list[Event] = []
-    for table in raven_tables_of(recording):
+    for table in raven_tables_of(recording.path):
         try:
             labels += read_raven_table(table)
         except ValueError as error:  # other text may be beside it
@@ -153,60 +139,52 @@ def _labels_beside(recording: Path) -> list[Event]:
     return labels
 
 
+@dataclass
 class PageObserver:
     """Writes the pages of each recording, with its labels; first_pages: by name of the recording.
 
     labels_of: returns the labels of a recording; by default those in tables beside its file.
     """
 
-    def __init__(
-        self, pages: PageWriter, labels_of: Callable[[Recording], list[Event]] | None = None
-    ) -> None:
-        self.pages = pages
-        self.labels_of = labels_of or (lambda recording: _labels_beside(recording.path))
-        self.first_pages: dict[str, Path] = {}
+    pages: PageWriter
+    labels_of: Callable[[Recording], list[Event]] = _labels_beside
+    first_pages: dict[str, Path] = field(default_factory=dict)
 
-    def add(self, recording: Recording, part: SegmentPredictions) -> None:
-        self.pages.add(part)
-
-    def finish(self, recording: Recording, result: RecordingResult) -> None:
-        labels = self.labels_of(recording)
-        self.first_pages[recording.name] = self.pages.finish(
-            recording.name,
-            recording.path,
-            seconds=result.seconds,
-            decided=result.events,
-            labels=labels,
-            truth=labels,
-        )
-
-    def discard(self, recording: Recording, error: AudioError) -> None:
-        self.pages.discard()
+    def __call__(self, recording: Recording, item: SegmentPredictions | RecordingResult) -> None:
+        """Take the next segments of a recording; at its end, write or drop its pages."""
+        if isinstance(item, SegmentPredictions):
+            self.pages.add(item)
+        elif item.reason:
+            self.pages.discard()
+        else:
+            labels = self.labels_of(recording)
+            self.first_pages[recording.name] = self.pages.finish(
+                recording.name,
+                recording.path,
+                seconds=item.seconds,
+                decided=item.events,
+                labels=labels,
+                truth=labels,
+            )
 
 
+@dataclass
 class _Progress:
     """Shows a bar: x real time and the time left."""
 
-    def __init__(self, bar: tqdm, n_recordings: int) -> None:
-        self.bar, self.n_recordings = bar, n_recordings
-        self.n_finished, self.started = 0, time.monotonic()
+    bar: tqdm
+    n_recordings: int
+    n_finished: int = 0
+    started: float = field(default_factory=time.monotonic)
 
-    def add(self, recording: Recording, part: SegmentPredictions) -> None:
-        # No more than the total: a last segment is padded, and a header may name less than the
-        # recording has.
-        seconds = part.n_segments * float(SEGMENT_SECONDS)
-        self.bar.update(min(seconds, self.bar.total - self.bar.n))
-        self._show()
-
-    def finish(self, recording: Recording, result: RecordingResult) -> None:
-        self.n_finished += 1
-        self._show()
-
-    def discard(self, recording: Recording, error: AudioError) -> None:
-        self.n_finished += 1
-        self._show()
-
-    def _show(self) -> None:
+    def __call__(self, _: Recording, item: SegmentPredictions | RecordingResult) -> None:
+        if isinstance(item, SegmentPredictions):
+            # No more than the total: a last segment is padded, and a header may name less than the
+            # recording has.
+            seconds = item.n_segments * float(SEGMENT_SECONDS)
+            self.bar.update(min(seconds, self.bar.total - self.bar.n))
+        else:
+            self.n_finished += 1
         speed = self.bar.n / max(time.monotonic() - self.started, 1e-3)
         self.bar.set_postfix_str(
             f"{self.n_finished} of {self.n_recordings} recordings, {speed:.0f} x real time"
@@ -236,14 +214,14 @@ def predict_recordings(
     """Predict the recordings that are not in the journal, write all results; return a summary."""
     # Before they are read: a file that changes meanwhile is predicted again.
     keys = {recording: _journal_key(recording, options.view) for recording in recordings}
-
-    def is_finished(recording: Recording) -> bool:
+    remaining = []
+    for recording in recordings:
         values = journal.find(keys[recording])
-        if values is None or pages is None or values["reason"]:
-            return values is not None
-        return pages.has_pages(recording.name, values["seconds"])
-
-    remaining = [recording for recording in recordings if not is_finished(recording)]
+        is_finished = values is not None
+        if is_finished and pages is not None and not values["reason"]:
+            is_finished = pages.has_pages(recording.name, values["seconds"])
+        if not is_finished:
+            remaining.append(recording)
     if len(remaining) < len(recordings):
         logger.info("%d recordings were finished before", len(recordings) - len(remaining))
     if remaining:
@@ -278,9 +256,11 @@ def predict_locally(
         lengths = [probed_seconds(recording.path) for recording in recordings] if progress else []
         total = sum(lengths)
         with tqdm(total=total, disable=not total, bar_format=_PROGRESS) as bar:
-            observers: list[RecordingObserver] = [_Progress(bar, len(recordings))] if total else []
+            observers: list[Callable[..., None]] = []
+            if total:
+                observers.append(_Progress(bar, len(recordings)))
             if options.embeddings:
-                observers.append(EmbeddingWriter(output / EMBEDDINGS_FOLDER))
+                observers.append(EmbeddingWriter(output))
             if pages is not None:
                 observers.append(PageObserver(pages))
             yield from detect_recordings(recordings, package, observers, outputs)
@@ -298,7 +278,15 @@ def write_results(
     predicted = {item: result for item, result in results.items() if not result.reason}
     codes = {event.ebird_code for result in results.values() for event in result.events}
     names = {code: display_name(code) for code in codes}
-    selected = {item: options.select(result.events) for item, result in predicted.items()}
+    selected = {
+        recording: [
+            event
+            for event in result.events
+            if event.confidence >= options.min_confidence
+            and (not options.species or event.ebird_code in options.species)
+        ]
+        for recording, result in predicted.items()
+    }
     detections = {str(recording.path): events for recording, events in selected.items()}
     tables = [name for name in _TABLES if name in options.formats]
     for name in tables:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ from birdcall.inference.ensemble import default_device
 from birdcall.inference.events import Event, EventDetector
 from birdcall.inference.predictions import OutputOptions, SegmentPredictions
 from birdcall.inference.tables import DETECTION_COLUMNS, detection_rows
-from birdcall.kaggle.submission import LoadedPackage, open_package, require_all_members
+from birdcall.kaggle.submission import LoadedPackage, open_package
 from birdcall.kaggle.test_set import AUDIO_SUFFIXES
 from birdcall.storage.files import atomic_path, fitting_name, inside
 from birdcall.taxonomy import display_name
@@ -65,17 +65,9 @@ class RecordingResult:
         return cls(float(values["seconds"]), events, str(values["reason"]))
 
 
-class RecordingObserver(Protocol):
-    """Receives the predictions of recordings, one recording after another."""
-
-    def add(self, recording: Recording, part: SegmentPredictions) -> None:
-        """Take the next segments of the recording."""
-
-    def finish(self, recording: Recording, result: RecordingResult) -> None:
-        """The recording is at its end."""
-
-    def discard(self, recording: Recording, error: AudioError) -> None:
-        """The recording does not decode, perhaps after some parts."""
+# Receives the predictions of recordings, one recording after another: its segments part by part,
+# then its result.
+_Observer = Callable[[Recording, SegmentPredictions | RecordingResult], None]
 
 
 def find_recordings(paths: Sequence[str | Path]) -> list[Recording]:
@@ -113,12 +105,13 @@ def find_recordings(paths: Sequence[str | Path]) -> list[Recording]:
 def detect_recordings(
     recordings: Sequence[Recording],
     package: LoadedPackage,
-    observers: Sequence[RecordingObserver] = (),
+    observers: Sequence[_Observer] = (),
     outputs: OutputOptions = OutputOptions(frames=True),  # noqa: B008 - it is frozen
 ) -> Iterator[tuple[Recording, RecordingResult]]:
     """Yield the events of each recording, in order; one that does not decode has a reason.
 
-    ``observers`` receive the predictions, with the ``outputs``; without frames there are no events.
+    ``observers`` are called with each recording and its next segments, which have the ``outputs``,
+    and at the end with its result. Without frames there are no events.
     """
     by_name = {recording.name: recording for recording in recordings}
     sources = {recording.name: open_recording(recording.path) for recording in recordings}
@@ -129,17 +122,15 @@ def detect_recordings(
             if isinstance(item, SegmentPredictions):
                 if outputs.frames:
                     detector.add(item)
-                for observer in observers:
-                    observer.add(recording, item)
+                for observe in observers:
+                    observe(recording, item)
                 continue
             if isinstance(item, AudioError):
                 result = RecordingResult(0.0, reason=item.reason)
-                for observer in observers:
-                    observer.discard(recording, item)
             else:
                 result = RecordingResult(item.seconds, tuple(detector.finish(item.seconds)))
-                for observer in observers:
-                    observer.finish(recording, result)
+            for observe in observers:
+                observe(recording, result)
             detector = EventDetector(package.decision, package.ensemble.classes)
             yield recording, result
 
@@ -147,36 +138,35 @@ def detect_recordings(
 class EmbeddingWriter:
     """Writes ``onset``, ``offset`` and ``embedding`` of the segments of each recording.
 
-    A Parquet file of each recording, below ``folder``, and none of a recording that breaks off.
+    A Parquet file of each recording, below ``output/embeddings``, and none of a recording that
+    breaks off.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, output: Path) -> None:
+        self.folder = output / "embeddings"
         self.stack = ExitStack()  # of the open file
         self.temporary: Path | None = None
         self.writer: pq.ParquetWriter | None = None
         self.n_segments = 0
         self.pending: list[np.ndarray] = []
 
-    def add(self, recording: Recording, part: SegmentPredictions) -> None:
-        if self.temporary is None:
-            path = inside(self.folder, fitting_name(recording.name, ".parquet"))
-            self.temporary = self.stack.enter_context(atomic_path(path))
-        self.pending.append(part.embedding)
-        if sum(map(len, self.pending)) >= _EMBEDDING_ROWS:
-            self._write_pending()
-
-    def finish(self, recording: Recording, result: RecordingResult) -> None:
-        if self.pending:
-            self._write_pending()
-        self.stack.close()
-        self._reset()
-
-    def discard(self, recording: Recording, error: AudioError) -> None:
-        self.stack.__exit__(AudioError, error, None)  # an error leaves no file
-        self._reset()
-
-    def _reset(self) -> None:
+    def __call__(self, recording: Recording, item: SegmentPredictions | RecordingResult) -> None:
+        """Take the next segments of a recording; at its end, complete or drop its file."""
+        if isinstance(item, SegmentPredictions):
+            if self.temporary is None:
+                path = inside(self.folder, fitting_name(recording.name, ".parquet"))
+                self.temporary = self.stack.enter_context(atomic_path(path))
+            self.pending.append(item.embedding)
+            if sum(map(len, self.pending)) >= _EMBEDDING_ROWS:
+                self._write_pending()
+            return
+        if item.reason:
+            error = AudioError(recording.path, item.reason)
+            self.stack.__exit__(AudioError, error, None)  # an error leaves no file
+        else:
+            if self.pending:
+                self._write_pending()
+            self.stack.close()
         self.temporary = self.writer = None
         self.n_segments, self.pending = 0, []
 
@@ -215,19 +205,18 @@ class PackagePredictions:
 
 
 class Package:
-    """Trained members and their decision, as ``birdcall package`` has staged them."""
+    """Trained members and their decision, as ``birdcall package`` has staged them.
+
+    classes: the ebird codes of the species, in the order of the columns of predictions.
+    """
 
     def __init__(self, loaded: LoadedPackage) -> None:
         self.loaded = loaded
+        self.classes: tuple[str, ...] = loaded.ensemble.classes
 
     def __repr__(self) -> str:
         names = ", ".join(member.name for member in self.loaded.ensemble.members)
         return f"Package({len(self.classes)} classes, members: {names})"
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Return the ebird codes of the species, in the order of the columns of predictions."""
-        return self.loaded.ensemble.classes
 
     def predict(self, paths: _Paths) -> PackagePredictions:
         """Predict recordings, folders of recordings and globs; as ``birdcall predict`` does.
@@ -236,15 +225,7 @@ class Package:
         recording that cannot be decoded is logged and listed in ``failed``; the others are
         predicted. Raises FileNotFoundError where a path matches no recording.
         """
-        calibration = self.loaded.decision.calibration
-
-        def probabilities(predictions: SegmentPredictions) -> np.ndarray:
-            clipwise, framewise = predictions.clipwise, predictions.framewise
-            if calibration is not None:
-                clipwise, _ = calibration.apply(clipwise, framewise)
-            return average_members(clipwise)
-
-        segments, events, failed = self._run(paths, OutputOptions(frames=True), probabilities)
+        segments, events, failed = self._run(paths, OutputOptions(frames=True))
         codes = {event.ebird_code for of_recording in events.values() for event in of_recording}
         rows = detection_rows(events, {code: display_name(code) for code in codes})
         return PackagePredictions(
@@ -259,53 +240,48 @@ class Package:
         Rows are indexed as in `PackagePredictions.segments`, columns are numbered. The reasons of
         recordings that cannot be decoded are in ``attrs["failed"]``, by path.
         """
-        outputs = OutputOptions(embedding=True)
-        segments, _, failed = self._run(paths, outputs, lambda predictions: predictions.embedding)
+        segments, _, failed = self._run(paths, OutputOptions(embedding=True))
         n_features = next(iter(segments.values())).shape[1] if segments else 0
         table = _segment_table(segments, range(n_features))
         table.attrs["failed"] = failed
         return table
 
     def _run(
-        self,
-        paths: _Paths,
-        outputs: OutputOptions,
-        values_of: Callable[[SegmentPredictions], np.ndarray],
+        self, paths: _Paths, outputs: OutputOptions
     ) -> tuple[dict[str, np.ndarray], dict[str, Sequence[Event]], dict[str, str]]:
         """Return values ``(segments, columns)``, events (if frames are asked for) and failures.
 
-        Frames are not stored: memory grows only with the number of segments.
+        The values are embeddings, if ``outputs`` asks for them, else probabilities. Frames are not
+        stored: memory grows only with the number of segments.
         """
+        calibration = self.loaded.decision.calibration
+        parts: list[np.ndarray] = []  # of the recording that is being predicted
+
+        def collect(_: Recording, item: SegmentPredictions | RecordingResult) -> None:
+            if isinstance(item, RecordingResult):
+                return
+            if outputs.embedding:
+                parts.append(item.embedding)
+                return
+            clipwise = item.clipwise
+            if calibration is not None:
+                clipwise = calibration.apply(clipwise, item.framewise)[0]
+            parts.append(average_members(clipwise))
+
         recordings = find_recordings([paths] if isinstance(paths, str | Path) else list(paths))
-        collector = _Collector(values_of)
+        segments: dict[str, np.ndarray] = {}
         events: dict[str, Sequence[Event]] = {}
         failed: dict[str, str] = {}
-        for recording, result in detect_recordings(recordings, self.loaded, [collector], outputs):
+        for recording, result in detect_recordings(recordings, self.loaded, [collect], outputs):
+            path = str(recording.path)
             if result.reason:
-                logger.warning("%s: %s", recording.path, result.reason)
-                failed[str(recording.path)] = result.reason
+                logger.warning("%s: %s", path, result.reason)
+                failed[path] = result.reason
             else:
-                events[str(recording.path)] = result.events
-        return collector.segments, events, failed
-
-
-class _Collector:
-    """Collects the values of all segments by the path of their recording."""
-
-    def __init__(self, values_of: Callable[[SegmentPredictions], np.ndarray]) -> None:
-        self.values_of = values_of
-        self.parts: list[np.ndarray] = []
-        self.segments: dict[str, np.ndarray] = {}
-
-    def add(self, recording: Recording, part: SegmentPredictions) -> None:
-        self.parts.append(self.values_of(part))
-
-    def finish(self, recording: Recording, result: RecordingResult) -> None:
-        self.segments[str(recording.path)] = np.concatenate(self.parts)
-        self.parts = []
-
-    def discard(self, recording: Recording, error: AudioError) -> None:
-        self.parts = []
+                segments[path] = np.concatenate(parts)
+                events[path] = result.events
+            parts.clear()
+        return segments, events, failed
 
 
 def load_package(path: str | Path, device: torch.device | str | None = None) -> Package:
@@ -314,9 +290,7 @@ def load_package(path: str | Path, device: torch.device | str | None = None) -> 
     ``device``: the default is the GPU if there is one. Raises ValueError or FileNotFoundError where
     a file is missing or is not as packaged.
     """
-    loaded = open_package(Path(path), device or default_device())
-    require_all_members(loaded.refused)
-    return Package(loaded)
+    return Package(open_package(Path(path), device or default_device(), all_members=True))
 
 
 def _segment_table(

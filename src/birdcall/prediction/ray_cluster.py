@@ -16,8 +16,8 @@ from tqdm import tqdm
 from birdcall.inference.ensemble import default_device
 from birdcall.inference.predictions import OutputOptions
 from birdcall.inference.tables import write_detections
-from birdcall.kaggle.submission import open_package, require_all_members
-from birdcall.prediction.local import EMBEDDINGS_FOLDER, Predictor
+from birdcall.kaggle.submission import open_package
+from birdcall.prediction.local import Predictor
 from birdcall.prediction.package import (
     EmbeddingWriter,
     Recording,
@@ -26,8 +26,6 @@ from birdcall.prediction.package import (
 )
 from birdcall.storage.files import digest
 from birdcall.taxonomy import display_name
-
-logger = logging.getLogger(__name__)
 
 _SHARDS_FOLDER = "shards"
 _RECORDINGS_PER_TASK = 16
@@ -45,8 +43,7 @@ class Worker:
         import torch
 
         torch.set_num_threads(n_threads)
-        self.package = open_package(Path(package), default_device())
-        require_all_members(self.package.refused)
+        self.package = open_package(Path(package), default_device(), all_members=True)
         self.output = Path(output)
         self.embeddings = embeddings
         self.names = {code: display_name(code) for code in self.package.ensemble.classes}
@@ -55,7 +52,7 @@ class Worker:
         """Predict the recordings of a task, columns path and name; add their results as JSON."""
         paths, names = (list(map(str, task[key])) for key in ("path", "name"))
         recordings = [Recording(Path(path), name) for path, name in zip(paths, names, strict=True)]
-        observers = [EmbeddingWriter(self.output / EMBEDDINGS_FOLDER)] if self.embeddings else []
+        observers = [EmbeddingWriter(self.output)] if self.embeddings else []
         outputs = OutputOptions(frames=True, embedding=self.embeddings)
         results = dict(detect_recordings(recordings, self.package, observers, outputs))
         shard = self.output / _SHARDS_FOLDER / f"{digest(chr(10).join(paths))}.parquet"
@@ -84,7 +81,14 @@ def predict_on_ray(
 
     def predict(recordings: Sequence[Recording]) -> Iterator[tuple[Recording, RecordingResult]]:
         if not ray.is_initialized():
-            _require_answer(address)
+            host, _, port = address.rpartition(":")
+            if host and port.isdigit():  # else auto, or a kind of address that Ray knows
+                try:  # Ray itself would try for minutes
+                    socket.create_connection((host, int(port)), timeout=10).close()
+                except OSError as error:
+                    raise ConnectionError(
+                        f"--ray {address}: no cluster answers there: {error}"
+                    ) from error
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         rows = [{"path": str(item.path.resolve()), "name": item.name} for item in recordings]
         by_name = {recording.name: recording for recording in recordings}
@@ -95,17 +99,6 @@ def predict_on_ray(
             yield by_name[row["name"]], RecordingResult.from_json(json.loads(row["result"]))
 
     return predict
-
-
-def _require_answer(address: str) -> None:
-    """Raise ConnectionError where no cluster answers: Ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        return  # auto, or a kind of address that Ray knows
-    try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except OSError as error:
-        raise ConnectionError(f"--ray {address}: no cluster answers there: {error}") from error
 
 
 def _run_tasks(
