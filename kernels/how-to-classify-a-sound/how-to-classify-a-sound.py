@@ -69,7 +69,7 @@ from birdcall.inference.events import detect_events
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
 from birdcall.kaggle.manifest import MANIFEST_FILE
 from birdcall.kaggle.submission import MEMBERS_FOLDER, open_package
-from birdcall.kaggle.test_set import example_audio_folder, find_audio, read_annotations
+from birdcall.kaggle.test_set import CompetitionFile, find_audio, read_annotations
 from birdcall.models.checkpoint import find_checkpoints, read_checkpoint
 from birdcall.models.summary import trace_stages
 from birdcall.report.architecture import plot_architecture
@@ -341,7 +341,7 @@ is_class = annotations["ebird_code"].isin(ensemble.classes)
 filename = annotations.loc[is_class, "filename"].value_counts().idxmax()  # the most annotations
 here = annotations["filename"] == filename
 truth, others = annotations[here & is_class], annotations[here & ~is_class]
-path = find_audio(example_audio_folder(data), filename)
+path = find_audio(data / CompetitionFile.EXAMPLE_AUDIO, filename)
 _, predictions = next(predict_files(ensemble, {filename: path}, limit_seconds=SHOWN_SECONDS))
 events = detect_events(predictions, decision, ensemble.classes)
 print(f"{filename}: {len(events)} detections in {predictions.seconds:g} s")

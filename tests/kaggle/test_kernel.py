@@ -28,7 +28,7 @@ from helpers import (
 from birdcall.inference.decision import Decision, write_decision
 from birdcall.kaggle.manifest import MANIFEST_FILE, find_changes, make_manifest
 from birdcall.kaggle.packaging import dry_run_submission, run_as_kaggle
-from birdcall.kaggle.submission import DECISION_FILE, EXAMPLE_SUBMISSION, run_kernel
+from birdcall.kaggle.submission import DECISION_FILE, run_kernel
 from birdcall.models.checkpoint import load_model, read_checkpoint, save_checkpoint
 
 
@@ -163,7 +163,7 @@ def test_without_test_audio_the_examples_are_heard(built, data, demo_folder, tmp
         (data / name).symlink_to(demo_folder / name)
     run(built, data, tmp_path / "working")
     assert set(read_labels(tmp_path / "working", data).values()) == {"nocall"}
-    examples = pd.read_csv(tmp_path / "working" / EXAMPLE_SUBMISSION)
+    examples = pd.read_csv(tmp_path / "working" / "example_submission.csv")
     truth = pd.read_csv(demo_folder / "example_test_audio_summary.csv")
     assert list(examples["row_id"]) == list(truth["filename_seconds"])
     assert (examples["birds"] != "nocall").all()

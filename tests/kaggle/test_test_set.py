@@ -9,11 +9,8 @@ import numpy as np
 import pytest
 
 from birdcall.kaggle.test_set import (
-    example_audio_folder,
     find_audio,
-    find_test_audio_folder,
-    format_labels,
-    parse_labels,
+    find_recordings_of,
     read_annotations,
     read_example_rows,
     read_labelled_soundscapes,
@@ -119,7 +116,7 @@ def test_the_real_test_rows_are_read() -> None:
     assert len(rows) == 76
     assert rows["site"].value_counts().to_dict() == {"site_1": 32, "site_2": 39, "site_3": 5}
     assert rows["seconds"].isna().sum() == 5
-    folder = find_test_audio_folder(CORNELL)
+    folder = CORNELL / "test_audio"
     lost = {name for name in rows["audio_id"] if find_audio(folder, name) is None}
     assert lost == {"9cc5d9646f344f1bbb52640a988fe902"}
 
@@ -171,10 +168,17 @@ def test_a_recording_that_is_a_link_out_of_its_folder_is_refused(tmp_path: Path,
         find_audio(tmp_path / "data", "a")
 
 
-def test_hidden_audio_that_is_not_mounted_is_none(tmp_path: Path) -> None:
-    assert find_test_audio_folder(tmp_path) is None
+def test_without_its_folder_no_recording_is_there_and_the_log_names_the_folder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = read_test_rows(write(tmp_path, "test.csv", TEST_ROWS))
+    names = ["0a99", "f770", "41e6"]
+    assert find_recordings_of(rows, tmp_path / "test_audio") == ({}, names)
+    assert "test_audio is not there: every row is nocall" in caplog.text
     (tmp_path / "test_audio").mkdir()
-    assert find_test_audio_folder(tmp_path) == tmp_path / "test_audio"
+    (tmp_path / "test_audio" / "f770.mp3").touch()
+    paths = {"f770": tmp_path / "test_audio" / "f770.mp3"}
+    assert find_recordings_of(rows, tmp_path / "test_audio") == (paths, ["0a99", "41e6"])
 
 
 # --- labels -------------------------------------------------------------------------------------
@@ -241,7 +245,7 @@ def test_the_real_labels_have_the_published_share_of_nocall_and_their_audio() ->
     assert len(rows) == 180
     assert sum(birds == () for birds in rows["birds"]) == 106
     for name in rows["filename"].unique():
-        assert find_audio(example_audio_folder(CORNELL), name) is not None
+        assert find_audio(CORNELL / "example_test_audio", name) is not None
 
 
 @needs_cornell
@@ -251,8 +255,8 @@ def test_the_real_labels_follow_from_the_real_annotations() -> None:
     events = read_annotations(CORNELL, codes)
     orange = rows[rows["filename"] == events["filename"].iloc[0]]
     for seconds, birds in zip(orange["seconds"], orange["birds"], strict=True):
-        heard = events[(events["onset"] < seconds) & (events["offset"] > seconds - 5)]
-        assert set(heard["ebird_code"]) == set(birds)
+        in_segment = events[(events["onset"] < seconds) & (events["offset"] > seconds - 5)]
+        assert set(in_segment["ebird_code"]) == set(birds)
 
 
 def test_annotations_are_read_and_foreign_ones_dropped_and_counted(
@@ -300,8 +304,15 @@ def test_the_solution_has_label_strings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("birds", [(), ("aldfly",), ("norcar", "aldfly")])
-def test_label_strings_and_birds_are_two_forms_of_the_same(birds: tuple[str, ...]) -> None:
-    assert parse_labels(format_labels(birds)) == birds
+def test_label_strings_and_birds_are_two_forms_of_the_same(
+    tmp_path: Path, birds: tuple[str, ...]
+) -> None:
+    text = " ".join(birds) or "nocall"
+    write(tmp_path, "solution.csv", f"row_id,birds\na_5,{text}\n")
+    labels = f"filename_seconds,birds,filename,seconds\na_5,{text},a,5\n"
+    write(tmp_path, "example_test_audio_summary.csv", labels)
+    assert read_solution(tmp_path)["birds"].tolist() == [text]
+    assert read_labelled_soundscapes(tmp_path)["birds"].tolist() == [birds]
 
 
 def test_the_kernel_can_read_soundscapes_without_torch() -> None:

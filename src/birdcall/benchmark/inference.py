@@ -30,7 +30,7 @@ from birdcall.inference.engine import predict_files
 from birdcall.inference.ensemble import FRONT_END, READING, Ensemble, Member, load_ensemble
 from birdcall.inference.windows import ONNX_FILE, export_checkpoint, probe_windows
 from birdcall.kaggle.submission import LoadedPackage
-from birdcall.kaggle.test_set import AUDIO_SUFFIXES, EXAMPLE_AUDIO, TEST_AUDIO
+from birdcall.kaggle.test_set import AUDIO_SUFFIXES, CompetitionFile
 from birdcall.models.checkpoint import Checkpoint, save_checkpoint
 from birdcall.models.onnx import is_onnx_installed
 from birdcall.models.sed import SEDModel, build_model
@@ -178,12 +178,15 @@ def write_soundscapes(data: Path, folder: Path, minutes: float) -> dict[str, Pat
     """Write the data's soundscapes as mono mp3, repeated until they last ``minutes``."""
     sources = [
         path
-        for name in (TEST_AUDIO, EXAMPLE_AUDIO)
+        for name in (CompetitionFile.TEST_AUDIO, CompetitionFile.EXAMPLE_AUDIO)
         for path in sorted((data / name).glob("*"))
         if path.suffix.lower() in AUDIO_SUFFIXES
     ]
     if not sources:
-        raise FileNotFoundError(f"{data}: no soundscapes in {TEST_AUDIO} or {EXAMPLE_AUDIO}")
+        raise FileNotFoundError(
+            f"{data}: no soundscapes in {CompetitionFile.TEST_AUDIO} or "
+            f"{CompetitionFile.EXAMPLE_AUDIO}"
+        )
     folder.mkdir(parents=True)
     left, written = round(60 * minutes * _MP3_RATE), {}
     while left > 0:

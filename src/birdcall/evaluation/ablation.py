@@ -27,7 +27,7 @@ from birdcall.evaluation.scoring import decide_ensemble
 from birdcall.evaluation.simulation import SimulationConfig
 from birdcall.inference.ensemble import default_device
 from birdcall.kaggle.submission import LoadedPackage, predict_test_set
-from birdcall.kaggle.test_set import SOLUTION, find_test_audio_folder
+from birdcall.kaggle.test_set import CompetitionFile
 from birdcall.models.checkpoint import SETTINGS_FILE
 from birdcall.storage.files import write_atomically
 from birdcall.storage.store import Journal
@@ -270,7 +270,8 @@ def score_seed(
     held_out = predict_held_out([run.folder for run in runs], data, options)
     ensemble = decide_ensemble(held_out, held_out.experiments)
     score = None
-    if (data.folder / SOLUTION).is_file() and find_test_audio_folder(data.folder) is not None:
+    solution, audio = CompetitionFile.SOLUTION, CompetitionFile.TEST_AUDIO
+    if (data.folder / solution).is_file() and (data.folder / audio).is_dir():
         submission = folder / "submission.csv"
         package = LoadedPackage(held_out.ensemble, ensemble.decision)
         predict_test_set(data.folder, submission, lambda: package)

@@ -28,9 +28,7 @@ from birdcall.inference.tables import read_raven_table
 from birdcall.inference.windows import count_segments
 from birdcall.kaggle.test_set import (
     AUDIO_SUFFIXES,
-    EXAMPLE_ANNOTATIONS,
-    EXAMPLE_LABELS,
-    example_audio_folder,
+    CompetitionFile,
     find_audio,
     raven_tables_of,
     read_annotations,
@@ -187,7 +185,7 @@ def read_truth(folders: Sequence[Path], species: Sequence[str]) -> Truth:
     rows, annotations = [], []
     for folder in folders:
         read_folder = _read_raven_folder
-        if (folder / EXAMPLE_LABELS).is_file():
+        if (folder / CompetitionFile.EXAMPLE_LABELS).is_file():
             read_folder = _read_examples
         truth = read_folder(folder, species)
         for name in truth.paths:
@@ -235,7 +233,7 @@ def _label_recording(
 
 def _read_examples(folder: Path, species: Sequence[str]) -> Truth:
     rows = read_labelled_soundscapes(folder, species)
-    audio = example_audio_folder(folder)
+    audio = folder / CompetitionFile.EXAMPLE_AUDIO
     paths = {}
     for name in dict.fromkeys(rows["filename"]):
         path = find_audio(audio, name)
@@ -244,11 +242,11 @@ def _read_examples(folder: Path, species: Sequence[str]) -> Truth:
         else:
             paths[name] = path
     annotations = pd.DataFrame(columns=_ANNOTATION_COLUMNS)
-    if (folder / EXAMPLE_ANNOTATIONS).is_file():
+    if (folder / CompetitionFile.EXAMPLE_ANNOTATIONS).is_file():
         annotations = read_annotations(folder).rename(columns={"filename": "recording"})
     is_known = annotations["ebird_code"].isin(list(species))
     in_annotations = Counter(annotations.loc[~is_known, "ebird_code"])
-    _log_foreign(folder / EXAMPLE_ANNOTATIONS, in_annotations)
+    _log_foreign(folder / CompetitionFile.EXAMPLE_ANNOTATIONS, in_annotations)
     in_rows = Counter(label for labels in rows["foreign_labels"] for label in labels)
     return Truth(
         paths=paths,
@@ -288,7 +286,8 @@ def _read_raven_folder(folder: Path, species: Sequence[str]) -> Truth:
         annotations += [(name, event.onset, event.offset, event.ebird_code) for event in events]
     if not truth.paths:
         raise FileNotFoundError(
-            f"{folder}: neither {EXAMPLE_LABELS} nor a recording with a Raven selection table"
+            f"{folder}: neither {CompetitionFile.EXAMPLE_LABELS} nor a recording with a Raven "
+            "selection table"
         )
     truth.rows = pd.DataFrame(rows, columns=_ROW_COLUMNS)
     truth.annotations = pd.DataFrame(annotations, columns=_ANNOTATION_COLUMNS)

@@ -37,7 +37,7 @@ from birdcall.inference.engine import open_recording
 from birdcall.inference.ensemble import Ensemble, load_ensemble
 from birdcall.inference.predictions import SegmentPredictions
 from birdcall.inference.windows import SINGLE_SEGMENT, AudioSource, WindowConfig
-from birdcall.kaggle.test_set import EXAMPLE_LABELS
+from birdcall.kaggle.test_set import CompetitionFile
 from birdcall.models.checkpoint import read_checkpoint, require_same_classes
 from birdcall.storage.files import atomic_path, digest, digest_files
 from birdcall.training.step import VALIDATION_SECONDS
@@ -169,7 +169,7 @@ def predict_held_out(
         planned += soundscapes
         simulated[fold] = predict_simulated(subset, soundscapes, data, config, **storage)
     labelled_folders = options.labelled_folders
-    if not labelled_folders and (data.folder / EXAMPLE_LABELS).is_file():
+    if not labelled_folders and (data.folder / CompetitionFile.EXAMPLE_LABELS).is_file():
         labelled_folders = [data.folder]
     checkpoints = [member.checkpoint for member in ensemble.members]
     return HeldOutPredictions(

@@ -37,12 +37,8 @@ from birdcall.inference.predictions import SEGMENTS_ONLY, SegmentPredictions
 from birdcall.inference.tables import write_submission
 from birdcall.kaggle.manifest import find_changes
 from birdcall.kaggle.test_set import (
-    EXAMPLE_AUDIO,
-    EXAMPLE_LABELS,
-    TEST_AUDIO,
-    example_audio_folder,
+    CompetitionFile,
     find_recordings_of,
-    find_test_audio_folder,
     read_example_rows,
     read_test_rows,
 )
@@ -53,8 +49,8 @@ logger = logging.getLogger(__name__)
 DECISION_FILE = "decision.json"
 MEMBERS_FOLDER = "members"
 SUMMARY_FILE = "summary.json"  # beside the submission, as is the next one
-EXAMPLE_SUBMISSION = "example_submission.csv"  # predictions of the example soundscapes
-SAFE_SHARE = 0.9  # of the time left, planned for: speeds vary
+_EXAMPLE_SUBMISSION = "example_submission.csv"  # predictions of the example soundscapes
+_SAFE_SHARE = 0.9  # of the time left, planned for: speeds vary
 
 
 # --- the package ----------------------------------------------------------------------------------
@@ -160,7 +156,8 @@ def run_kernel(
     summary = predict_test_set(
         data, submission, load, budget_seconds=budget_seconds, use_examples=True
     )
-    write_atomically(submission.with_name(SUMMARY_FILE), summary_text(summary))
+    text = json.dumps(asdict(summary), indent=1) + "\n"
+    write_atomically(submission.with_name(SUMMARY_FILE), text)
     logger.info("%s: %s", submission, summary)
     if not summary.members:
         raise ValueError(
@@ -168,11 +165,6 @@ def run_kernel(
             f"{len(summary.late)} too late): {submission} is nocall in all rows"
         )
     return summary
-
-
-def summary_text(summary: SubmissionSummary) -> str:
-    """Return the content of ``summary.json``."""
-    return json.dumps(asdict(summary), indent=1) + "\n"
 
 
 def predict_test_set(
@@ -188,23 +180,27 @@ def predict_test_set(
     A valid all-nocall file is written before ``load`` opens the members, so that whatever happens
     later there is one. Recordings that are missing or do not decode keep nocall; the log names
     each. ``use_examples``: where there is no test audio, run on the example soundscapes instead,
-    and write `EXAMPLE_SUBMISSION`. See `predict_rows` for the budget.
+    and write ``example_submission.csv``. See `predict_rows` for the budget.
     """
     rows = read_test_rows(data)
     write_submission(submission, list(rows["row_id"]), [NOCALL] * len(rows))
     package = load()
-    folder = find_test_audio_folder(data)
-    if folder is None and use_examples:
-        folder = example_audio_folder(data)
-        if not folder.is_dir() or not (data / EXAMPLE_LABELS).is_file():
+    # On Kaggle the hidden recordings exist only on the rerun that is scored. When the kernel is
+    # saved, the visible test.csv has three rows and no audio.
+    folder = data / CompetitionFile.TEST_AUDIO
+    if use_examples and not folder.is_dir():
+        folder = data / CompetitionFile.EXAMPLE_AUDIO
+        if not folder.is_dir() or not (data / CompetitionFile.EXAMPLE_LABELS).is_file():
             raise FileNotFoundError(
-                f"{data}: neither {TEST_AUDIO} nor {EXAMPLE_AUDIO}: nothing to run the models on"
+                f"{data}: neither {CompetitionFile.TEST_AUDIO} nor {folder.name}: nothing to run "
+                "the models on"
             )
         logger.warning(
-            "%s is not there: every row is nocall; the members run on %s", TEST_AUDIO, folder
-        )
+            "%s is not there: every row is nocall; the members run on %s",
+            CompetitionFile.TEST_AUDIO, folder,
+        )  # fmt: skip
         rows = read_example_rows(data)
-        submission = submission.with_name(EXAMPLE_SUBMISSION)
+        submission = submission.with_name(_EXAMPLE_SUBMISSION)
     labels, summary = predict_rows(rows, folder, package, budget_seconds)
     write_submission(submission, list(rows["row_id"]), labels)
     return replace(summary, left_out={**package.refused, **summary.left_out})
@@ -212,7 +208,7 @@ def predict_test_set(
 
 def predict_rows(
     rows: pd.DataFrame,
-    folder: Path | None,
+    folder: Path,
     package: LoadedPackage,
     budget_seconds: float | None = None,
 ) -> tuple[list[str], SubmissionSummary]:
@@ -303,12 +299,14 @@ def _label_recordings(progress: _Progress, ensemble: Ensemble, decision: Decisio
         progress.labels.update(zip(rows["row_id"], labels, strict=True))
         progress.audio_seconds += predictions.seconds
         progress.recordings_by_member.update(member_names[: n_members[name]])
+        n_with_birds = sum(text != NOCALL for text in labels)
         now = time.perf_counter()
-        logger.info(
-            "%s: %.0f s, %d of %d rows with birds, %d members, %.0f x real time",
-            name, predictions.seconds, sum(text != NOCALL for text in labels), len(rows),
-            n_members[name], predictions.seconds / max(now - started, 1e-9),
-        )  # fmt: skip
+        text = (
+            f"{predictions.seconds:.0f} s, {n_with_birds} of {len(rows)} rows with birds, "
+            f"{n_members[name]} members, "
+            f"{predictions.seconds / max(now - started, 1e-9):.0f} x real time"
+        )
+        logger.info("%s: %s", name, text)
         started = now
 
 
@@ -342,7 +340,7 @@ class TimeBudget:
         if elapsed >= self.seconds:
             return 0
         audio_seconds = sum(self.lengths[name] for name in remaining)
-        allowed = SAFE_SHARE * (self.seconds - elapsed)
+        allowed = _SAFE_SHARE * (self.seconds - elapsed)
         n_members = len(members)
         while n_members > 1:
             if costs.estimate(members[:n_members], elapsed) * audio_seconds <= allowed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable
+from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +14,22 @@ import pandas as pd
 from birdcall.config import NOCALL, SEGMENT_SECONDS
 from birdcall.storage.files import inside, read_table
 
-TEST_ROWS = "test.csv"
-TEST_AUDIO = "test_audio"
-EXAMPLE_AUDIO = "example_test_audio"
-EXAMPLE_LABELS = "example_test_audio_summary.csv"
-EXAMPLE_ANNOTATIONS = "example_test_audio_metadata.csv"
-SOLUTION = "solution.csv"
-
 _FILE_SITE = "site_3"  # its recordings are labelled as a whole: rows without seconds
 _RAVEN_SUFFIX = ".txt"
 AUDIO_SUFFIXES = (".mp3", ".wav", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".mp2")
 
 logger = logging.getLogger(__name__)
+
+
+class CompetitionFile(StrEnum):
+    """The files and folders of soundscapes in the data folder of the competition."""
+
+    TEST_ROWS = "test.csv"
+    TEST_AUDIO = "test_audio"  # on Kaggle only on the rerun that is scored
+    EXAMPLE_AUDIO = "example_test_audio"
+    EXAMPLE_LABELS = "example_test_audio_summary.csv"
+    EXAMPLE_ANNOTATIONS = "example_test_audio_metadata.csv"
+    SOLUTION = "solution.csv"  # only synthetic data has it
 
 
 # --- which rows to predict, and from which files ------------------------------------------------
@@ -36,11 +41,9 @@ def read_test_rows(data: Path) -> pd.DataFrame:
     ``seconds`` is the end of the scored segment, or NaN for a row of site_3, scored by file. Other
     columns are dropped. Raises ``ValueError`` with the line of an invalid row.
     """
-    path = data / TEST_ROWS
+    path = data / CompetitionFile.TEST_ROWS
     frame = read_table(path, ["row_id", "site", "audio_id", "seconds"])
-    for column in ("row_id", "audio_id"):
-        _require_filled(path, frame, column)
-    _require_distinct(path, frame, "row_id")
+    _require_keys(path, frame, ["row_id", "audio_id"], distinct="row_id")
     by_file = frame["site"] == _FILE_SITE
     _refuse(
         frame["seconds"],
@@ -60,30 +63,15 @@ def read_test_rows(data: Path) -> pd.DataFrame:
     return frame.reset_index(drop=True)
 
 
-def find_test_audio_folder(data: Path) -> Path | None:
-    """Return the folder of the test recordings, or None where they are not mounted.
-
-    On Kaggle the hidden recordings exist only on the rerun that is scored. When the kernel is
-    saved, the visible ``test.csv`` has three rows and no audio.
-    """
-    folder = data / TEST_AUDIO
-    return folder if folder.is_dir() else None
-
-
 def read_example_rows(data: Path) -> pd.DataFrame:
     """Return the labelled example segments in the columns of ``read_test_rows``.
 
-    Their recordings lie in ``example_audio_folder``.
+    Their recordings lie in ``CompetitionFile.EXAMPLE_AUDIO``.
     """
     rows = read_labelled_soundscapes(data)
     return rows.assign(site="example", audio_id=rows["filename"])[
         ["row_id", "site", "audio_id", "seconds"]
     ]
-
-
-def example_audio_folder(data: Path) -> Path:
-    """Return the folder of the labelled example soundscapes; it need not exist."""
-    return data / EXAMPLE_AUDIO
 
 
 def find_audio(folder: Path, name: str) -> Path | None:
@@ -116,16 +104,14 @@ def find_audio(folder: Path, name: str) -> Path | None:
     return None
 
 
-def find_recordings_of(
-    rows: pd.DataFrame, folder: Path | None
-) -> tuple[dict[str, Path], list[str]]:
+def find_recordings_of(rows: pd.DataFrame, folder: Path) -> tuple[dict[str, Path], list[str]]:
     """Return the recording of each audio_id of ``rows``, and the audio_ids that have none.
 
-    The log names those, and why. ``folder``: None where there is no test audio.
+    The log names those, and why.
     """
     names = list(dict.fromkeys(rows["audio_id"]))
-    if folder is None:
-        logger.warning("%s is not there: every row is nocall", TEST_AUDIO)
+    if not folder.is_dir():
+        logger.warning("%s is not there: every row is nocall", folder.name)
         return {}, names
     paths: dict[str, Path] = {}
     missing = []
@@ -153,17 +139,15 @@ def read_labelled_soundscapes(data: Path, classes: Collection[str] | None = None
     files have squirrel, unk, ...) are moved to the tuple ``foreign_labels``, counted and logged:
     the competition scores a row with none but these as nocall.
     """
-    path = data / EXAMPLE_LABELS
+    path = data / CompetitionFile.EXAMPLE_LABELS
     frame = read_table(path, ["filename_seconds", "birds", "filename", "seconds"])
-    for column in ("filename_seconds", "filename"):
-        _require_filled(path, frame, column)
-    _require_distinct(path, frame, "filename_seconds")
+    _require_keys(path, frame, ["filename_seconds", "filename"], distinct="filename_seconds")
     seconds = _segment_ends(path, frame)
     again = pd.DataFrame({"filename": frame["filename"], "seconds": seconds}).duplicated()
     _refuse(
         frame["seconds"], path, where=again, why="an earlier row has this segment of the same file"
     )
-    labels = [_birds_of(path, line, text) for line, text in frame["birds"].items()]
+    labels = _parse_birds(path, frame)
     scored = {code for row in labels for code in row} if classes is None else set(classes)
     known = [tuple(code for code in row if code in scored) for row in labels]
     foreign = [tuple(code for code in row if code not in scored) for row in labels]
@@ -185,10 +169,9 @@ def read_annotations(data: Path, classes: Collection[str] | None = None) -> pd.D
     Those outside ``classes`` are dropped, counted and logged. Raises ``ValueError`` with the line
     for an annotation that ends before it begins.
     """
-    path = data / EXAMPLE_ANNOTATIONS
+    path = data / CompetitionFile.EXAMPLE_ANNOTATIONS
     frame = read_table(path, ["file_id", "ebird_code", "time_start", "time_end"])
-    for column in ("file_id", "ebird_code"):
-        _require_filled(path, frame, column)
+    _require_keys(path, frame, ["file_id", "ebird_code"])
     onset, offset = (_numbers(path, frame, column) for column in ("time_start", "time_end"))
     _refuse(
         frame["time_start"],
@@ -230,37 +213,26 @@ def read_solution(data: Path) -> pd.DataFrame:
 
     ``birds`` are label strings, ready for ``row_wise_f1``; an empty cell is read as nocall.
     """
-    path = data / SOLUTION
+    path = data / CompetitionFile.SOLUTION
     frame = read_table(path, ["row_id", "birds"])
-    _require_filled(path, frame, "row_id")
-    _require_distinct(path, frame, "row_id")
-    labels = [format_labels(_birds_of(path, line, text)) for line, text in frame["birds"].items()]
+    _require_keys(path, frame, ["row_id"], distinct="row_id")
+    labels = [" ".join(birds) or NOCALL for birds in _parse_birds(path, frame)]
     return pd.DataFrame({"row_id": frame["row_id"].to_numpy(), "birds": labels})
-
-
-def format_labels(birds: Iterable[str]) -> str:
-    """Return the label string of a row: its birds, or nocall where there is none."""
-    return " ".join(birds) or NOCALL
-
-
-def parse_labels(text: str) -> tuple[str, ...]:
-    """Return the distinct birds of a label string, none for nocall or nothing at all."""
-    birds = tuple(
-        dict.fromkeys(text.split())
-    )  # real labels name a bird twice: "cangoo purfin purfin"
-    if NOCALL in birds and len(birds) > 1:
-        raise ValueError(f"birds {text!r} is {NOCALL} and birds at once")
-    return () if birds == (NOCALL,) else birds
 
 
 # --- checks -------------------------------------------------------------------------------------
 
 
-def _birds_of(path: Path, line: int, text: str) -> tuple[str, ...]:
-    try:
-        return parse_labels(text)
-    except ValueError as error:
-        raise ValueError(f"{path}, line {line}: {error}") from None
+def _parse_birds(path: Path, frame: pd.DataFrame) -> list[tuple[str, ...]]:
+    """Return the distinct birds of each label string, none for nocall or nothing at all."""
+    rows = []
+    for line, text in frame["birds"].items():
+        # Real labels name a bird twice: "cangoo purfin purfin".
+        birds = tuple(dict.fromkeys(text.split()))
+        if NOCALL in birds and len(birds) > 1:
+            raise ValueError(f"{path}, line {line}: birds {text!r} is {NOCALL} and birds at once")
+        rows.append(() if birds == (NOCALL,) else birds)
+    return rows
 
 
 def _refuse(cells: pd.Series, path: Path, *, where: pd.Series, why: str) -> None:
@@ -270,13 +242,16 @@ def _refuse(cells: pd.Series, path: Path, *, where: pd.Series, why: str) -> None
         raise ValueError(f"{path}, line {line}: {cells.name} is {cells[line]!r}; {why}")
 
 
-def _require_filled(path: Path, frame: pd.DataFrame, column: str) -> None:
-    _refuse(frame[column], path, where=frame[column].str.strip() == "", why="it must not be empty")
-
-
-def _require_distinct(path: Path, frame: pd.DataFrame, column: str) -> None:
-    again = frame[column].duplicated()
-    _refuse(frame[column], path, where=again, why="an earlier row has it already")
+def _require_keys(
+    path: Path, frame: pd.DataFrame, columns: list[str], distinct: str | None = None
+) -> None:
+    """Raise for the first empty cell of ``columns``, then for the first repetition in a column."""
+    for name in columns:
+        is_empty = frame[name].str.strip() == ""
+        _refuse(frame[name], path, where=is_empty, why="it must not be empty")
+    if distinct is not None:
+        again = frame[distinct].duplicated()
+        _refuse(frame[distinct], path, where=again, why="an earlier row has it already")
 
 
 def _numbers(path: Path, frame: pd.DataFrame, column: str) -> pd.Series:
