@@ -24,14 +24,9 @@ from birdcall.models.checkpoint import SETTINGS_FILE, read_checkpoint
 from birdcall.report.ablation import describe_ablation, difference_table, plot_ablation
 from birdcall.report.plots import save_figure
 from birdcall.storage.store import Journal
-<<<<<<< HEAD
 from birdcall.training.log import write_log
 from birdcall.training.step import EpochLog
-from birdcall.training.trainer import RunOptions
-=======
-from birdcall.training.log import LOG_FILE, write_log
-from birdcall.training.trainer import EpochLog, Run, RunOptions
->>>>>>> 306b3b6 (Scores: fewer helpers; a submission is scored beside the comparisons, recall charts and soundscape plots get finished tables)
+from birdcall.training.trainer import Run, RunOptions
 
 BLOCK_SECONDS = 100.0
 SIMULATION = SimulationConfig(n_soundscapes=4, soundscape_seconds=30.0)

@@ -222,25 +222,16 @@ def _read_row(
     path: Path, ensemble: Ensemble, mistake: Mistake
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
     """Return the same as `_render_row` of a labelled soundscape; its last row may be shorter."""
-    is_alone = ensemble.window_config.is_single_segment
+    is_alone = ensemble.window_config == SINGLE_SEGMENT
     rows = {}
     for rate in {_SAMPLE_RATE, *(ensemble.sample_rates if is_alone else ())}:
         try:
             rows[rate] = read_audio(path, rate, mistake.start, float(SEGMENT_SECONDS))
         except AudioError:
-<<<<<<< HEAD
-            return read_audio(path, rate, mistake.start)
-
-    shown = read_row(_SAMPLE_RATE)
-    if ensemble.window_config == SINGLE_SEGMENT:
-        return shown, {rate: read_row(rate) for rate in ensemble.sample_rates}
-    return shown, {rate: read_audio(path, rate) for rate in ensemble.sample_rates}
-=======
             rows[rate] = read_audio(path, rate, mistake.start)
     if is_alone:
         return rows[_SAMPLE_RATE], rows
     return rows[_SAMPLE_RATE], {rate: read_audio(path, rate) for rate in ensemble.sample_rates}
->>>>>>> 306b3b6 (Scores: fewer helpers; a submission is scored beside the comparisons, recall charts and soundscape plots get finished tables)
 
 
 def _predict_frames(
