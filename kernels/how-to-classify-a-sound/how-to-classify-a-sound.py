@@ -56,8 +56,9 @@ import pandas as pd
 import torch
 from IPython.display import Audio, Image, display
 
+from birdcall.audio.filters import crop_or_pad
 from birdcall.audio.frontend import LogMel
-from birdcall.audio.reading import crop_or_pad, read_audio
+from birdcall.audio.reading import read_audio
 from birdcall.audio.spectrogram import Spectrogram
 from birdcall.config import SEGMENT_SECONDS, replace_nested
 from birdcall.data.recordings import classes_of, read_recordings

@@ -13,9 +13,9 @@ import pytest
 import soundfile
 import soxr
 
+from birdcall.audio.filters import crop_or_pad
 from birdcall.audio.reading import (
     AudioError,
-    crop_or_pad,
     iterate_audio,
     probe_audio,
     read_audio,

@@ -18,8 +18,7 @@ from birdcall.inference.windows import (
     export_checkpoint,
     probe_windows,
 )
-from birdcall.models.checkpoint import Checkpoint, load_model, save_checkpoint
-from birdcall.models.onnx import OnnxModel
+from birdcall.models.checkpoint import Checkpoint, OnnxModel, load_model, save_checkpoint
 from birdcall.models.sed import build_model
 
 pytest.importorskip("onnxruntime")

@@ -1,4 +1,4 @@
-"""Filter a waveform by any curve over frequency, without delay; synthesise noise of a spectrum."""
+"""Crop and filter waveforms (any curve over frequency, without delay); synthesise noise."""
 
 from __future__ import annotations
 
@@ -18,6 +18,17 @@ _HALF_KERNEL = _KERNEL_SAMPLES // 2
 _STEP_SAMPLES = _BLOCK_SAMPLES - _KERNEL_SAMPLES + 1
 
 Curve = Callable[[np.ndarray], np.ndarray]  # frequencies in Hz → gain (linear) at each
+
+
+def crop_or_pad(waveform: np.ndarray, n_samples: int, offset: int = 0) -> np.ndarray:
+    """Return exactly ``n_samples`` of ``waveform`` from ``offset`` on, zeros after its end."""
+    if n_samples < 0 or offset < 0:
+        raise ValueError(f"n_samples {n_samples} and offset {offset} must not be negative")
+    crop = waveform[..., offset : offset + n_samples]
+    missing = n_samples - crop.shape[-1]
+    if not missing:
+        return crop
+    return np.pad(crop, [(0, 0)] * (crop.ndim - 1) + [(0, missing)])
 
 
 def butterworth_curve(kind: Literal["low", "high"], cutoff_hz: float, order: int) -> Curve:

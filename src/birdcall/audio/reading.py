@@ -69,20 +69,6 @@ def is_cut(
     return promised_seconds - seconds > constant + share * promised_seconds
 
 
-def crop_or_pad(waveform: np.ndarray, n_samples: int, offset: int = 0) -> np.ndarray:
-    """Return exactly ``n_samples`` of ``waveform`` from ``offset`` on, zeros after its end."""
-    if n_samples < 0 or offset < 0:
-        raise ValueError(f"n_samples {n_samples} and offset {offset} must not be negative")
-    crop = waveform[..., offset : offset + n_samples]
-    missing = n_samples - crop.shape[-1]
-    if not missing:
-        return crop
-    return np.pad(crop, [(0, 0)] * (crop.ndim - 1) + [(0, missing)])
-
-
-# --- waveforms at one sample rate ---
-
-
 def read_audio(
     path: Path,
     sample_rate: int,
@@ -113,8 +99,7 @@ def read_crops(
     downmix: float | None = None,
 ) -> list[np.ndarray]:
     """Read as `read_audio` does at each of ``offsets`` (seconds), but open the file once."""
-    is_possible = downmix is None or 0 <= downmix <= 1
-    require(is_possible, f"downmix is {downmix}; it must be between 0 and 1, or None")
+    require(downmix is None or 0 <= downmix <= 1, f"downmix is {downmix}; give 0 to 1, or None")
     for offset in offsets:
         _require_interval(sample_rate, offset, duration_seconds)
     crops = []
@@ -217,9 +202,8 @@ def _read_crop(
             start = max(0, start - 1)
     if start + n_samples > total or n_samples <= 0:
         asked = "its end" if duration is None else f"{duration:g} s"
-        raise AudioError(
-            path, f"asked for {asked} from {offset:g} s, has {total / sample_rate:g} s"
-        )
+        has = f"{total / sample_rate:g} s"
+        raise AudioError(path, f"asked for {asked} from {offset:g} s, has {has}")
     divisor = gcd(rate, sample_rate)
     in_step, out_step = rate // divisor, sample_rate // divisor
     margin = _MARGIN_SAMPLES * max(1, -(-rate // sample_rate)) if rate != sample_rate else 0
@@ -245,8 +229,7 @@ def _read_crop(
 def _require_interval(sample_rate: int, offset: float, duration: float | None) -> None:
     require(sample_rate > 0, f"sample_rate is {sample_rate}; it must be above 0")
     require(0 <= offset < inf, f"offset_seconds is {offset}; it must be 0 or more")
-    is_possible = duration is None or 0 < duration < inf
-    require(is_possible, f"duration_seconds is {duration}; it must be above 0, or None")
+    require(duration is None or 0 < duration < inf, f"duration_seconds is {duration}; give above 0")
 
 
 # --- files ---

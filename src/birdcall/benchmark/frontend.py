@@ -22,9 +22,9 @@ import soundfile
 import torch
 from torch import Tensor, nn
 
-from birdcall.audio.filters import make_noise
+from birdcall.audio.filters import crop_or_pad, make_noise
 from birdcall.audio.frontend import LogMel, power_to_db
-from birdcall.audio.reading import AudioError, crop_or_pad, probe_audio, read_audio
+from birdcall.audio.reading import AudioError, probe_audio, read_audio
 from birdcall.config import SEGMENT_SECONDS, FrontendConfig, require
 from birdcall.data.recordings import read_recordings
 from birdcall.report.plots import AMBER, GREEN, GREY, SKY, new_figure, save_figure

@@ -31,8 +31,7 @@ from birdcall.inference.ensemble import FRONT_END, READING, Ensemble, Member, lo
 from birdcall.inference.windows import ONNX_FILE, export_checkpoint, probe_windows
 from birdcall.kaggle.submission import LoadedPackage
 from birdcall.kaggle.test_set import AUDIO_SUFFIXES, CompetitionFile
-from birdcall.models.checkpoint import Checkpoint, save_checkpoint
-from birdcall.models.onnx import is_onnx_installed
+from birdcall.models.checkpoint import Checkpoint, is_onnx_installed, save_checkpoint
 from birdcall.models.sed import SEDModel, build_model
 from birdcall.prediction.package import Recording, detect_recordings
 from birdcall.report.plots import BLUE, GREY, ORANGE, new_figure

@@ -14,7 +14,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from birdcall.audio.reading import AudioError, crop_or_pad, is_cut
+from birdcall.audio.filters import crop_or_pad
+from birdcall.audio.reading import AudioError, is_cut
 from birdcall.config import Experiment
 from birdcall.data.audit import read_audit, usable_recordings
 from birdcall.data.augment import ClipAugment

@@ -27,8 +27,7 @@ from birdcall.inference.windows import (
     WindowConfig,
     find_export,
 )
-from birdcall.models.checkpoint import Checkpoint, load_model, require_same_classes
-from birdcall.models.onnx import OnnxModel
+from birdcall.models.checkpoint import Checkpoint, OnnxModel, load_model, require_same_classes
 from birdcall.models.sed import SEDModel
 from birdcall.storage.files import UserError
 

@@ -16,8 +16,14 @@ from torch import Tensor, nn
 
 from birdcall.audio.frontend import LogMel
 from birdcall.config import SEGMENT_SECONDS, require, require_choice
-from birdcall.models.checkpoint import Checkpoint, load_model
-from birdcall.models.onnx import OnnxModel, export_onnx, is_onnx_installed, largest_difference
+from birdcall.models.checkpoint import (
+    Checkpoint,
+    OnnxModel,
+    export_onnx,
+    is_onnx_installed,
+    largest_difference,
+    load_model,
+)
 from birdcall.models.sed import SEDModel
 from birdcall.storage.files import UserError, atomic_path
 

@@ -35,8 +35,13 @@ from birdcall.kaggle.training_kernel import (
     read_settings,
     write_settings,
 )
-from birdcall.models.checkpoint import SETTINGS_FILE, STATE_FILE, WEIGHTS_FILE, load_model
-from birdcall.models.onnx import is_onnx_installed
+from birdcall.models.checkpoint import (
+    SETTINGS_FILE,
+    STATE_FILE,
+    WEIGHTS_FILE,
+    is_onnx_installed,
+    load_model,
+)
 from birdcall.models.sed import SEDModel
 from birdcall.storage.files import write_atomically
 from birdcall.training.initialisation import initialise

@@ -31,7 +31,7 @@ from birdcall.inference.tables import (
 from birdcall.kaggle.manifest import MANIFEST_FILE
 from birdcall.kaggle.submission import LoadedPackage, probed_seconds
 from birdcall.kaggle.test_set import raven_tables_of
-from birdcall.models.onnx import is_onnx_installed
+from birdcall.models.checkpoint import is_onnx_installed
 from birdcall.prediction.package import (
     EmbeddingWriter,
     Recording,
