@@ -81,9 +81,7 @@ def write_report(
         title=f"birdcall on {title}",
         scripts=(read_asset("report.js"),),
         styles=(read_asset("report.css"),),
-        data={
-            "charts": {name: json.loads(chart.figure.to_json()) for name, chart in charts.items()}
-        },
+        data={"charts": {name: json.loads(c.figure.to_json()) for name, c in charts.items()}},
         has_tables=True,
         has_charts=True,
     )
@@ -159,11 +157,10 @@ def _plot_fullest_soundscape(evaluation: Evaluation) -> Figure:
         raise UserError("there are no labelled soundscapes")
     predictions = labelled.predictions
     is_shown = predictions.segments["seconds"].to_numpy() <= SHOWN_SECONDS
+    recordings = predictions.segments["recording"].to_numpy()
     n_birds = pd.Series(predictions.truth[is_shown].sum(axis=1))
-    recording = (
-        n_birds.groupby(predictions.segments["recording"][is_shown].to_numpy()).sum().idxmax()
-    )
-    predictions = predictions.select((predictions.segments["recording"] == recording).to_numpy())
+    recording = n_birds.groupby(recordings[is_shown]).sum().idxmax()
+    predictions = predictions.select(recordings == recording)
     n_rows, n_classes = SHOWN_SECONDS // SEGMENT_SECONDS, len(predictions.classes)
     predicted = np.zeros(predictions.truth.shape, dtype=bool)
     predicted[predictions.labelled] = predictions.decide(evaluation.ensemble.decision)
@@ -248,9 +245,7 @@ def _species(per_class: pd.DataFrame) -> HtmlTable:
 def _readable_columns(frame: pd.DataFrame) -> pd.DataFrame:
     """Write the names of columns as people read them: out-of-fold AP."""
     words = {"oof": "out-of-fold", "ap": "AP", "f1": "F1", "ebird": "eBird"}
-    return frame.rename(
-        columns=lambda name: " ".join(words.get(word, word) for word in name.split("_"))
-    )
+    return frame.rename(columns=lambda name: " ".join(words.get(w, w) for w in name.split("_")))
 
 
 # --- mistakes -------------------------------------------------------------------------------------
@@ -304,11 +299,10 @@ def _card(predicted: PredictedMistake) -> _Card:
         missing = max(0, SEGMENT_SECONDS * SAMPLE_RATE - len(predicted.waveform))
         waveform = np.pad(predicted.waveform, (0, missing))
         picture, audio = draw_tiles(waveform)[0].picture, encode_audio(waveform)
-    end = mistake.start + SEGMENT_SECONDS
     return _Card(
         name=display_name(mistake.ebird_code),
         score=_describe_score(mistake),
-        row=f"{mistake.recording}, {mistake.start:g} to {end:g} s",
+        row=f"{mistake.recording}, {mistake.start:g} to {mistake.start + SEGMENT_SECONDS:g} s",
         true=", ".join(map(display_name, mistake.true)) or "no bird",
         predicted=", ".join(map(display_name, mistake.predicted)) or "no bird",
         curves=tuple(_curves(predicted)),
