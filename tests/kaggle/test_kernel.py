@@ -72,21 +72,21 @@ def run(build, data, working, budget_seconds=None):
     return run_kernel(build / "dataset", data, working / "submission.csv", budget_seconds)
 
 
-def fails(build, data, working, complaint):
-    """Run the kernel here, which must end with an error that says so."""
+def fails(build, data, working, message):
+    """Run the kernel here, which must end with an error of this message."""
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         run(build, data, working)
-    assert complaint in str(caught.value)
+    assert message in str(caught.value)
 
 
-def exits(build, data, working, complaint, **options):
-    """Run the script, which must exit with an error whose last line says so."""
+def exits(build, data, working, message, **options):
+    """Run the script, which must exit with an error whose last line has this message."""
     with pytest.raises(ValueError, match=r"kernel failed with exit code [1-9]") as caught:
         run_as_kaggle(build, data, working, **options)
-    assert complaint in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_a_sound_kernel_labels_every_row_and_says_how(built, data, tmp_path):
+def test_a_kernel_without_faults_labels_every_row_and_logs_each_recording(built, data, tmp_path):
     log = run_as_kaggle(built, data, tmp_path / "working")
     labels = read_labels(tmp_path / "working", data)
     assert all(len(text.split()) == 2 for text in labels.values())
@@ -110,7 +110,7 @@ FAULTY = {
     "html": "cannot be decoded",
     "outside": "leads out of",
 }
-SOUND = ("truncated", "tenth", "stereo", "good")
+READABLE = ("truncated", "tenth", "stereo", "good")
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def faulty(built, tmp_path_factory):
     audio = data / "test_audio"
     audio.mkdir(parents=True)
     (audio / "empty.mp3").touch()
-    (audio / "html.mp3").write_text("<html>not found</html>")
+    (audio / "html.mp3").write_text("<html>no such page</html>")
     write_noise_file(audio / "tenth.wav", 0.1)
     write_noise_file(audio / "stereo.wav", 10, 192_000, 2)
     write_noise_file(audio / "good.wav")
@@ -130,13 +130,13 @@ def faulty(built, tmp_path_factory):
     (audio / "truncated.mp3").write_bytes(content[: len(content) // 3])
     write_noise_file(folder / "secret.wav")
     (audio / "outside.wav").symlink_to(folder / "secret.wav")
-    write_rows(data, [row for name in (*FAULTY, *SOUND) for row in rows_of(name, 30)])
+    write_rows(data, [row for name in (*FAULTY, *READABLE) for row in rows_of(name, 30)])
     log = run_as_kaggle(built, data, working)
     return read_labels(working, data), read_summary(working), log
 
 
 @pytest.mark.parametrize("name", FAULTY)
-def test_a_recording_that_cannot_be_heard_says_nocall_and_is_named(faulty, name):
+def test_a_recording_that_cannot_be_decoded_is_nocall_and_is_named(faulty, name):
     labels, summary, log = faulty
     assert {labels[row[1]] for row in rows_of(name, 30)} == {"nocall"}
     assert name in summary["failed"]
@@ -155,7 +155,7 @@ def test_what_there_is_of_a_recording_is_labelled(faulty, name, n_rows):
     assert name not in summary["failed"]
 
 
-def test_without_test_audio_the_examples_are_heard(built, data, demo_folder, tmp_path, caplog):
+def test_without_test_audio_the_examples_are_predicted(built, data, demo_folder, tmp_path, caplog):
     """As when the kernel is saved on Kaggle, before it is scored."""
     caplog.set_level(logging.INFO)
     shutil.rmtree(data / "test_audio")
@@ -238,7 +238,7 @@ def test_a_member_that_is_not_as_packaged_is_left_out(build, data, tmp_path, fau
     assert reason in summary["left_out"][folder.name]
 
 
-def test_a_rehearsal_with_a_member_left_out_is_a_failure(build, data, tmp_path):
+def test_a_dry_run_with_a_member_left_out_is_a_failure(build, data, tmp_path):
     (member_folders(build)[0] / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"the kernel has left out .*missing from the package"):
         dry_run_submission(build, data, tmp_path / "submission.csv")

@@ -32,15 +32,15 @@ ANY_BIRD = Decision(0.0, 0.0, max_birds=2)
 
 @pytest.fixture(scope="module")
 def members(tiny_experiment):
-    made = []
+    members = []
     for seed in range(3):
         torch.manual_seed(seed)
         model = build_model(tiny_experiment, len(CLASSES)).eval()
-        made.append(Member(f"m{seed}", model, Checkpoint(tiny_experiment, CLASSES, seed)))
-    return made
+        members.append(Member(f"m{seed}", model, Checkpoint(tiny_experiment, CLASSES, seed)))
+    return members
 
 
-def scores_of(clipwise):
+def predictions_of(clipwise):
     clipwise = np.asarray(clipwise, dtype=np.float32)[None]
     frames = np.repeat(clipwise[0].T, FRAMES_PER_SEGMENT, axis=1)
     return SegmentPredictions(
@@ -49,9 +49,9 @@ def scores_of(clipwise):
 
 
 def test_rows_are_labelled_by_their_end_and_site_3_by_file():
-    scores = scores_of([[0.9, 0, 0], [0, 0, 0], [0, 0.8, 0]])
+    predictions = predictions_of([[0.9, 0, 0], [0, 0, 0], [0, 0.8, 0]])
     seconds = [15.0, 5.0, 10.0, float("nan"), 20.0]
-    labels = label_recording(scores, seconds, Decision(0.5, 0.5), CLASSES)
+    labels = label_recording(predictions, seconds, Decision(0.5, 0.5), CLASSES)
     assert labels == ["bkcchi", "amecro", "nocall", "amecro bkcchi", "nocall"]
 
 
@@ -65,7 +65,7 @@ def competition(tmp_path, cornell_mini):
     return tmp_path
 
 
-def test_every_row_is_answered_in_order_although_recordings_are_missing(
+def test_every_row_is_labelled_in_order_although_recordings_are_missing(
     competition, members, caplog
 ):
     submission = competition / "out" / "submission.csv"
@@ -87,7 +87,7 @@ def test_every_row_is_answered_in_order_although_recordings_are_missing(
         assert name in summary.failed
 
 
-def test_without_test_audio_every_row_says_nocall(competition, members):
+def test_without_test_audio_every_row_is_nocall(competition, members):
     shutil.rmtree(competition / "test_audio")
     submission = competition / "submission.csv"
     predict_test_set(competition, submission, lambda: LoadedPackage(Ensemble(members), ANY_BIRD))
@@ -95,7 +95,7 @@ def test_without_test_audio_every_row_says_nocall(competition, members):
 
 
 @pytest.fixture
-def sounds(tmp_path):
+def recordings(tmp_path):
     """Rows of three recordings of 40 s, and the folder where they are."""
     for number in range(3):
         generator = np.random.default_rng(number)
@@ -105,8 +105,8 @@ def sounds(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a\0b", ".."])
-def test_a_name_that_leads_out_of_the_folder_is_not_followed(sounds, members, name, caplog):
-    rows, folder = sounds
+def test_a_name_that_leads_out_of_the_folder_is_not_followed(recordings, members, name, caplog):
+    rows, folder = recordings
     soundfile.write(folder.parent / "secret.wav", np.zeros(5 * RATE), RATE)
     rows.loc[0, "audio_id"] = name
     labels, summary = predict_rows(rows, folder, LoadedPackage(Ensemble(members), ANY_BIRD))
@@ -115,26 +115,26 @@ def test_a_name_that_leads_out_of_the_folder_is_not_followed(sounds, members, na
     assert summary.failed == (name,)
 
 
-def test_a_member_that_says_nan_is_left_out_and_the_others_answer(sounds, members, caplog):
-    rows, folder = sounds
+def test_a_member_that_predicts_nan_is_left_out_and_the_others_predict(recordings, members, caplog):
+    rows, folder = recordings
     torch.manual_seed(1)
     broken = replace(members[1], name="broken", model=build_model(*_like(members[1])))
     with torch.no_grad():
         broken.model.head.detection.bias.fill_(float("nan"))
-    found, summary = predict_rows(
+    labels, summary = predict_rows(
         rows, folder, LoadedPackage(Ensemble([members[0], broken, members[2]]), ANY_BIRD)
     )
     expected, _ = predict_rows(
         rows, folder, LoadedPackage(Ensemble([members[0], members[2]]), ANY_BIRD)
     )
-    assert found == expected
+    assert labels == expected
     assert list(summary.left_out) == ["broken"]
     assert summary.members == {"m0": 3, "m2": 3}
     assert "holds NaN" in caplog.text
 
 
-def test_without_any_member_that_runs_it_fails(sounds, members):
-    rows, folder = sounds
+def test_without_any_member_that_runs_it_fails(recordings, members):
+    rows, folder = recordings
     broken = replace(members[1], model=build_model(*_like(members[1])))
     with torch.no_grad():
         broken.model.project.weight.fill_(float("nan"))
@@ -149,38 +149,38 @@ def _like(member):
 # --- the budget ----------------------------------------------------------------------------------
 
 
-def test_a_budget_that_is_over_hears_nothing(sounds, members):
-    rows, folder = sounds
+def test_a_budget_that_is_over_predicts_nothing(recordings, members):
+    rows, folder = recordings
     labels, summary = predict_rows(rows, folder, LoadedPackage(Ensemble(members), ANY_BIRD), 0.0)
     assert set(labels) == {"nocall"}
     assert summary.late == ("r0", "r1", "r2")
     assert summary.members == {}
 
 
-def test_a_large_budget_changes_nothing(sounds, members):
-    rows, folder = sounds
+def test_a_large_budget_changes_nothing(recordings, members):
+    rows, folder = recordings
     free, _ = predict_rows(rows, folder, LoadedPackage(Ensemble(members), ANY_BIRD))
     rich, summary = predict_rows(rows, folder, LoadedPackage(Ensemble(members), ANY_BIRD), 3600.0)
     assert rich == free
     assert summary.members == {"m0": 3, "m1": 3, "m2": 3}
 
 
-def spend(costs, name, seconds, sound):
-    """Let ``name`` have taken so many seconds for so much sound, by a clock that is told."""
+def spend(costs, name, seconds, audio_seconds):
+    """Let ``name`` have taken so many seconds for so many of audio, by a clock of the test."""
     times = iter((0.0, seconds))
-    with costs.measure(name, sound, lambda: next(times)):
+    with costs.measure(name, audio_seconds, lambda: next(times)):
         pass
 
 
 @pytest.fixture
 def costs():
-    """100 s of sound: each member took 20 s of a thread, all else 40 s; in 50 s, by two threads."""
-    made = CostMeter()
-    spend(made, "reading", 30.0, 100.0)
-    spend(made, "front end", 10.0, 100.0)
+    """100 s of audio: each member took 20 s of a thread, all else 40 s; in 50 s, by two threads."""
+    meter = CostMeter()
+    spend(meter, "reading", 30.0, 100.0)
+    spend(meter, "front end", 10.0, 100.0)
     for name in ("a", "b", "c"):
-        spend(made, name, 20.0, 100.0)
-    return made
+        spend(meter, name, 20.0, 100.0)
+    return meter
 
 
 def test_an_estimate_is_what_it_took_so_far(costs):
@@ -193,7 +193,7 @@ def test_an_estimate_is_what_it_took_so_far(costs):
     "left_seconds, n_members",
     [(0.5 / 0.9, 3), (0.499 / 0.9, 2), (0.35 / 0.9, 1), (0.01, 1), (0, 0)],
 )
-def test_as_many_members_hear_as_the_time_allows(costs, tmp_path, left_seconds, n_members):
+def test_as_many_members_predict_as_the_time_allows(costs, tmp_path, left_seconds, n_members):
     """A recording of one second is left; three members need 0.5 s for it, two 0.4, one 0.3."""
     path = tmp_path / "a.wav"
     soundfile.write(path, np.zeros(RATE), RATE)
@@ -203,7 +203,7 @@ def test_as_many_members_hear_as_the_time_allows(costs, tmp_path, left_seconds, 
     assert budget.limit_members(costs, ["a", "b", "c"], ["a"]) == n_members
 
 
-def test_while_the_costs_are_unknown_all_members_hear(tmp_path):
+def test_while_the_costs_are_unknown_all_members_predict(tmp_path):
     path = tmp_path / "a.wav"
     soundfile.write(path, np.zeros(RATE), RATE)
     assert (
@@ -212,14 +212,13 @@ def test_while_the_costs_are_unknown_all_members_hear(tmp_path):
     )
 
 
-def test_the_first_members_go_on_where_the_time_is_short(sounds, members, monkeypatch):
-    """The most valuable are the first; a recording is heard by all its members or none."""
-    rows, folder = sounds
-    heard = []
+def test_the_first_members_remain_where_the_time_is_short(recordings, members, monkeypatch):
+    """The most valuable are the first; a recording is predicted by all its members or none."""
+    rows, folder = recordings
+    limits = iter((3, 1, 0))
 
-    def choose(self, costs, names, left):
-        heard.append(1)
-        return (3, 1, 0)[len(heard) - 1]
+    def choose(self, costs, names, remaining):
+        return next(limits)
 
     monkeypatch.setattr(TimeBudget, "limit_members", choose)
     labels, summary = predict_rows(rows, folder, LoadedPackage(Ensemble(members), ANY_BIRD), 1e9)
@@ -231,8 +230,8 @@ def test_the_first_members_go_on_where_the_time_is_short(sounds, members, monkey
     assert set(labels[16:]) == {"nocall"}
 
 
-def test_a_summary_can_be_read_by_programs(sounds, members, tmp_path):
-    rows, folder = sounds
+def test_a_summary_can_be_read_by_programs(recordings, members, tmp_path):
+    rows, folder = recordings
     _, summary = predict_rows(rows, folder, LoadedPackage(Ensemble(members), ANY_BIRD))
     values = json.loads(json.dumps(asdict(summary)))
     assert values["n_rows"] == 24

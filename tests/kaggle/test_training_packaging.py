@@ -1,4 +1,4 @@
-"""Staging a training for Kaggle, and its rehearsal in two sessions."""
+"""Staging a training for Kaggle, and its dry run in two sessions."""
 
 import json
 from dataclasses import replace
@@ -12,7 +12,7 @@ import torch
 from birdcall.config import replace_nested
 from birdcall.data.noise import find_noise, split_noise
 from birdcall.experiments import EXPERIMENTS, find_experiment
-from birdcall.kaggle.manifest import MANIFEST_FILE, make_manifest, require_unchanged
+from birdcall.kaggle.manifest import MANIFEST_FILE, find_changes, make_manifest
 from birdcall.kaggle.packaging import (
     StagingOptions,
     TrainingFiles,
@@ -20,7 +20,6 @@ from birdcall.kaggle.packaging import (
     dry_run_training,
     run_as_kaggle,
     stage_training,
-    training_upload,
 )
 from birdcall.kaggle.training_kernel import TrainingSettings, read_settings
 from birdcall.models.checkpoint import STATE_FILE, load_model, read_checkpoint
@@ -54,7 +53,7 @@ import os, socket
 for family, address in ((socket.AF_INET, ("127.0.0.1", 0)), (socket.AF_UNIX, f"{os.getpid()}")):
     server = socket.socket(family)
     server.bind(address)
-    server.listen()
+    server.listen()  # the method of a socket
     socket.socket(family).connect(server.getsockname())
 for refused in (
     lambda: socket.getaddrinfo("pypi.org", 443),
@@ -102,29 +101,29 @@ def test_the_kernel_sees_its_own_output_and_has_a_gpu_and_no_network(stage):
     assert (metadata["enable_gpu"], metadata["enable_internet"]) == (True, False)
     assert metadata["docker_image_pinning_type"] == "original"
     assert metadata["competition_sources"] == ["birdsong-recognition"]
-    own = json.loads((dataset / "dataset-metadata.json").read_text())
-    assert metadata["dataset_sources"] == [own["id"]]
-    assert own["id"] != metadata["id"]  # the old mounts tell them apart by their slugs alone
+    of_dataset = json.loads((dataset / "dataset-metadata.json").read_text())
+    assert metadata["dataset_sources"] == [of_dataset["id"]]
+    assert of_dataset["id"] != metadata["id"]  # the old mounts tell them apart by their slugs alone
     assert (kernel / metadata["code_file"]).read_bytes() == SCRIPT.read_bytes()
 
 
 def test_the_dataset_holds_all_that_training_needs(stage, tables, demo_folder):
     dataset = stage()
-    require_unchanged(dataset)
+    assert find_changes(dataset) == {}
     assert read_settings(dataset) == SETTINGS
     assert (dataset / "folds.csv").read_bytes() == tables[0].read_bytes()
     assert (dataset / "audit.csv").read_bytes() == tables[1].read_bytes()
     assert not list(dataset.rglob("__pycache__"))
     staged = find_noise(dataset / "noise")
-    there = find_noise(demo_folder / "noise")
-    assert [path.read_bytes() for path in staged] == [path.read_bytes() for path in there]
+    original = find_noise(demo_folder / "noise")
+    assert [path.read_bytes() for path in staged] == [path.read_bytes() for path in original]
 
 
 def test_noise_of_a_collection_is_staged_without_birds_and_split_as_here(stage, tmp_path):
     clips = tmp_path / "noise" / "ff1010bird" / "wav"
     clips.mkdir(parents=True)
     for number in range(20):
-        (clips / f"{1000 + number}.wav").write_bytes(b"sound %d" % number)
+        (clips / f"{1000 + number}.wav").write_bytes(b"audio %d" % number)
     table = pd.DataFrame({"itemid": range(1000, 1020), "hasbird": [0, 1] * 10})
     table.to_csv(tmp_path / "noise" / "ff1010bird_metadata_2018.csv", index=False)
     staged = find_noise(stage(noise=tmp_path / "noise") / "noise")
@@ -204,7 +203,7 @@ def test_recordings_that_the_audit_does_not_know_are_refused(stage, tables, tmp_
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_has_a_name_and_a_batch_that_kaggle_takes(name):
-    upload = training_upload(TrainingSettings(name, 4), EXPERIMENTS[name], "someone")
+    upload = Upload.of_training(TrainingSettings(name, 4), EXPERIMENTS[name], "someone")
     assert "_" not in upload.kernel + upload.dataset
 
 
@@ -222,25 +221,25 @@ def test_staging_again_replaces_what_was_staged_and_nothing_else(stage, tmp_path
     assert (tmp_path / "build" / "other").is_dir()
 
 
-# --- rehearsal ----------------------------------------------------------------------------------
+# --- dry run ------------------------------------------------------------------------------------
 
 
 def test_two_sessions_the_second_of_which_gets_further(stage, demo_folder, tmp_path):
     dataset = stage()
     change_code(dataset, "__main__", STAND_IN + "save(10 * n_sessions)\n")
-    output = tmp_path / "rehearsal"
+    output = tmp_path / "dry_run"
     log = dry_run_training(dataset.parent, demo_folder, output)
     assert log.count("session 1") == log.count("session 2") == 1
     assert "session 1 of dataset" in log  # the staged code ran, not this checkout's
     assert (output / "runs" / "small_gru" / "fold1" / STATE_FILE).is_file()
 
 
-def test_a_session_that_fails_ends_the_rehearsal_with_its_last_line(stage, demo_folder, tmp_path):
+def test_a_session_that_fails_ends_the_dry_run_with_its_last_line(stage, demo_folder, tmp_path):
     dataset = stage()
     change_code(dataset, "__main__", f"{STAND_IN}print('no birds'); sys.exit(3)\n")
     with pytest.raises(ValueError, match=r"exit code 3: no birds$"):
-        dry_run_training(dataset.parent, demo_folder, tmp_path / "rehearsal")
-    assert not (tmp_path / "rehearsal").exists()
+        dry_run_training(dataset.parent, demo_folder, tmp_path / "dry_run")
+    assert not (tmp_path / "dry_run").exists()
 
 
 @pytest.mark.parametrize(
@@ -251,7 +250,7 @@ def test_a_session_that_fails_ends_the_rehearsal_with_its_last_line(stage, demo_
         ([1, 0], "1"),
     ],
 )
-def test_a_session_that_gets_nowhere_ends_the_rehearsal(
+def test_a_session_that_makes_no_step_ends_the_dry_run(
     stage, demo_folder, tmp_path, monkeypatch, steps, reason
 ):
     left = iter(steps)
@@ -264,11 +263,11 @@ def test_a_session_that_gets_nowhere_ends_the_rehearsal(
 
     monkeypatch.setattr("birdcall.kaggle.packaging.run_as_kaggle", run)
     with pytest.raises(ValueError, match=reason):
-        dry_run_training(stage().parent, demo_folder, tmp_path / "rehearsal")
-    assert not (tmp_path / "rehearsal").exists()
+        dry_run_training(stage().parent, demo_folder, tmp_path / "dry_run")
+    assert not (tmp_path / "dry_run").exists()
 
 
-def test_processes_of_a_rehearsal_talk_to_each_other_but_to_nobody_else(tmp_path):
+def test_processes_of_a_dry_run_connect_to_each_other_and_to_no_host(tmp_path):
     for name in ("kernel", "dataset"):
         (tmp_path / name).mkdir()
     (tmp_path / "kernel" / "script.py").write_text(
@@ -288,7 +287,7 @@ def test_a_real_training_stops_at_its_limit_and_is_finished_by_the_next_session(
     dataset = stage()
     code = (dataset / "birdcall" / "experiments.py").read_text()
     change_code(dataset, "experiments", code + SHORTENED)
-    output = tmp_path / "rehearsal"
+    output = tmp_path / "dry_run"
     log = dry_run_training(dataset.parent, demo_folder, output)
     assert "goes on after step 1" in log
     assert "small_gru-fold1 is finished" in log

@@ -26,11 +26,7 @@ from birdcall.kaggle.manifest import MANIFEST_FILE, WHEELS_FOLDER, make_manifest
 from birdcall.kaggle.submission import DECISION_FILE, MEMBERS_FOLDER, SUMMARY_FILE
 from birdcall.kaggle.test_set import read_test_rows
 from birdcall.kaggle.training_kernel import (
-    AUDIT_FILE,
-    FOLDS_FILE,
-    INIT_FOLDER,
-    LABELS_FILE,
-    NOISE_FOLDER,
+    PackagedFile,
     TrainingSettings,
     read_settings,
     write_settings,
@@ -52,6 +48,7 @@ logger = logging.getLogger(__name__)
 _COMPETITION = "birdsong-recognition"
 _MAX_TITLE = 50  # characters
 _MAX_DATASET_BYTES = 100 * 2**30  # Kaggle's limit on one dataset
+_N_GPUS = 2  # of Kaggle's sessions with T4s; the kernel shares each batch between them
 
 # Python runs a module of this name at its start. In a dry run it refuses the kernel, and the
 # processes that it starts, every connection but those between them.
@@ -96,9 +93,20 @@ class Upload:
             if len(slug) > _MAX_TITLE:
                 raise ValueError(f"{slug!r} is too long: Kaggle takes {_MAX_TITLE} characters")
 
-    @property
-    def kernel_id(self) -> str:
-        return f"{self.owner}/{self.kernel}"
+    @classmethod
+    def of_training(cls, settings: TrainingSettings, experiment: Experiment, owner: str) -> Upload:
+        """Return the names of a run's dataset and kernel: several runs train side by side.
+
+        ``ValueError`` if Kaggle takes neither the names nor the batches of the experiment.
+        """
+        size = experiment.train.data.batch_size
+        require(
+            size % _N_GPUS == 0,
+            f"{experiment.name} has a batch_size of {size}, which Kaggle's {_N_GPUS} GPUs cannot "
+            f"share; it must be a multiple of {_N_GPUS}",
+        )
+        kernel = f"birdcall-{settings.name.replace('_', '-')}"
+        return cls(owner, f"{kernel}-data", kernel, sees_own_output=True)
 
 
 @dataclass(frozen=True)
@@ -113,15 +121,6 @@ class StagingOptions:
     build: Path
     owner: str
     wheels: Path | None = None
-
-    def find_wheels(self) -> list[Path]:
-        """Return the wheels; FileNotFoundError if their folder has none."""
-        wheels = [] if self.wheels is None else sorted(self.wheels.glob("*.whl"))
-        if self.wheels is not None and not wheels:
-            raise FileNotFoundError(
-                f"{self.wheels}: no wheels; `pip download --no-deps -d` puts them there"
-            )
-        return wheels
 
 
 def stage_package(members: Sequence[Path], decision: Decision, staging: StagingOptions) -> Path:
@@ -150,8 +149,15 @@ def stage_package(members: Sequence[Path], decision: Decision, staging: StagingO
 
 
 def _start_dataset(staging: StagingOptions) -> Path:
-    """Empty ``build/dataset`` and ``build/kernel``; put code and wheels into the dataset."""
-    wheels = staging.find_wheels()
+    """Empty ``build/dataset`` and ``build/kernel``; put code and wheels into the dataset.
+
+    FileNotFoundError if the folder of wheels has none.
+    """
+    wheels = [] if staging.wheels is None else sorted(staging.wheels.glob("*.whl"))
+    if staging.wheels is not None and not wheels:
+        raise FileNotFoundError(
+            f"{staging.wheels}: no wheels; `pip download --no-deps -d` puts them there"
+        )
     dataset = staging.build / "dataset"
     for folder in (dataset, staging.build / "kernel"):
         shutil.rmtree(folder, ignore_errors=True)
@@ -167,42 +173,38 @@ def _start_dataset(staging: StagingOptions) -> Path:
 def _finish_build(staging: StagingOptions, upload: Upload) -> None:
     """Write the kernel, the metadata of both folders, and the dataset's manifest."""
     dataset, kernel = staging.build / "dataset", staging.build / "kernel"
-    metadata = {
+    dataset_id, kernel_id = (f"{upload.owner}/{name}" for name in (upload.dataset, upload.kernel))
+    metadata: dict[str, object] = {
         "title": upload.dataset.replace("-", " "),
-        "id": f"{upload.owner}/{upload.dataset}",
+        "id": dataset_id,
         "licenses": [{"name": "CC-BY-NC-SA-4.0"}],  # as most of the recordings
     }
     _write_json(dataset / "dataset-metadata.json", metadata)
     kernel.mkdir()
     shutil.copyfile(staging.script, kernel / staging.script.name)
-    _write_json(kernel / "kernel-metadata.json", _kernel_metadata(upload, staging.script.name))
-    _write_json(dataset / MANIFEST_FILE, make_manifest(dataset))
-    size = sum(path.stat().st_size for path in dataset.rglob("*") if path.is_file())
-    if size > _MAX_DATASET_BYTES:
-        raise ValueError(f"{dataset} has {size / 2**30:.1f} GiB; Kaggle takes at most 100")
-
-
-def _kernel_metadata(upload: Upload, code_file: str) -> dict[str, object]:
-    """Return kernel-metadata.json. Internet is off explicitly: the client's default is on."""
-    metadata: dict[str, object] = {
-        "id": upload.kernel_id,
+    metadata = {
+        "id": kernel_id,
         "title": upload.kernel.replace("-", " "),
-        "code_file": code_file,
+        "code_file": staging.script.name,
         "language": "python",
         "kernel_type": "script",
         "is_private": True,
         "enable_gpu": True,
-        "enable_internet": False,
+        "enable_internet": False,  # explicitly: the client's default is on
         "machine_shape": "NvidiaTeslaT4",
-        "dataset_sources": [f"{upload.owner}/{upload.dataset}"],
+        "dataset_sources": [dataset_id],
         "competition_sources": [_COMPETITION],
         "kernel_sources": [],
         "model_sources": [],
     }
     if upload.sees_own_output:
-        metadata["kernel_sources"] = [upload.kernel_id]
+        metadata["kernel_sources"] = [kernel_id]
         metadata["docker_image_pinning_type"] = "original"  # to resume under the same torch
-    return metadata
+    _write_json(kernel / "kernel-metadata.json", metadata)
+    _write_json(dataset / MANIFEST_FILE, make_manifest(dataset))
+    size = sum(path.stat().st_size for path in dataset.rglob("*") if path.is_file())
+    if size > _MAX_DATASET_BYTES:
+        raise ValueError(f"{dataset} has {size / 2**30:.1f} GiB; Kaggle takes at most 100")
 
 
 def _write_json(path: Path, values: Mapping[str, object]) -> None:
@@ -245,10 +247,15 @@ def run_as_kaggle(
     script = next((build / "kernel").glob("*.py"))
     with tempfile.TemporaryDirectory() as machine:
         root = Path(machine) / "input"
-        _link(data, root / "competitions" / _COMPETITION)
-        _link(build / "dataset", root / "datasets" / "owner" / "dataset")
+        mounts = {
+            f"competitions/{_COMPETITION}": data,
+            "datasets/owner/dataset": build / "dataset",
+        }
         if previous_output is not None:
-            _link(previous_output, root / "notebooks" / "owner" / "kernel")
+            mounts["notebooks/owner/kernel"] = previous_output
+        for mount, source in mounts.items():
+            (root / mount).parent.mkdir(parents=True)
+            (root / mount).symlink_to(source.resolve(), target_is_directory=True)
         (Path(machine) / "offline").mkdir()
         (Path(machine) / "offline" / _OFFLINE_FILE).write_text(_OFFLINE, encoding="utf-8")
         working.mkdir(parents=True, exist_ok=True)
@@ -276,14 +283,9 @@ def run_as_kaggle(
             check=False,
         )
     if finished.returncode:
-        last = finished.stdout.strip().splitlines()[-1:] or ["no output"]
-        raise ValueError(f"the kernel failed with exit code {finished.returncode}: {last[0]}")
+        last = _last_line(finished.stdout)
+        raise ValueError(f"the kernel failed with exit code {finished.returncode}: {last}")
     return finished.stdout
-
-
-def _link(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True)
-    target.symlink_to(source.resolve(), target_is_directory=True)
 
 
 # --- the training kernel --------------------------------------------------------------------------
@@ -292,7 +294,6 @@ def _link(source: Path, target: Path) -> None:
 # What Kaggle's image lacks; only augmentations with these probabilities use it.
 _MISSING_PACKAGES = "audiomentations numpy-minmax numpy-rms python-stretch fast-mp3-augment"
 _NEED_PACKAGES = ("mp3_probability", "pitch_probability", "tempo_probability")
-_N_GPUS = 2  # of Kaggle's sessions with T4s; the kernel shares each batch between them
 _SECOND_SESSION_SECONDS = 600.0
 
 
@@ -320,7 +321,7 @@ def stage_training(
     Returns the dataset's folder.
     """
     experiment = find_experiment(settings.experiment)
-    upload = training_upload(settings, experiment, staging.owner)
+    upload = Upload.of_training(settings, experiment, staging.owner)
     training = load_training_data(
         files.data,
         folds=files.folds,
@@ -340,64 +341,43 @@ def stage_training(
             _MISSING_PACKAGES,
         )
     dataset = _start_dataset(staging)
-    shutil.copyfile(files.folds, dataset / FOLDS_FILE)
-    shutil.copyfile(files.audit, dataset / AUDIT_FILE)
+    shutil.copyfile(files.folds, dataset / PackagedFile.FOLDS)
+    shutil.copyfile(files.audit, dataset / PackagedFile.AUDIT)
     if files.labels is not None:
-        shutil.copyfile(files.labels, dataset / LABELS_FILE)
-    _copy_noise(training.noise_files, dataset / NOISE_FOLDER)
-    if files.init is not None:
-        settings = replace(settings, init=_copy_init(files.init, dataset))
-    elif experiment.model.pretrained:
-        settings = replace(settings, init=_write_backbone(model, dataset))
+        shutil.copyfile(files.labels, dataset / PackagedFile.LABELS)
+    # A numbered folder for each folder that bird-free recordings come from: under its name, that of
+    # a collection would need its metadata, which list the bird-free recordings. All of these are.
+    numbers: dict[Path, int] = {}
+    for path in training.noise_files:
+        number = numbers.setdefault(path.parent, len(numbers))
+        folder = dataset / PackagedFile.NOISE / f"{number:03}"
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / path.name)
+    if files.init is not None or experiment.model.pretrained:
+        init = _stage_weights(files.init, model, dataset)
+        settings = replace(settings, init=init)
     write_settings(dataset, settings)
     _finish_build(staging, upload)
     return dataset
 
 
-def training_upload(settings: TrainingSettings, experiment: Experiment, owner: str) -> Upload:
-    """Return the names of a run's dataset and kernel: several runs train side by side.
+def _stage_weights(init: Path | None, model: SEDModel, dataset: Path) -> str:
+    """Write the weights to start from into ``dataset``; return their name there.
 
-    ``ValueError`` if Kaggle takes neither the names nor the batches of the experiment.
+    Those of ``init`` come with the settings of a run beside them, which name its classes. Without
+    ``init`` they are the pretrained backbone: the kernel has no network to fetch it.
     """
-    size = experiment.train.data.batch_size
-    require(
-        size % _N_GPUS == 0,
-        f"{experiment.name} has a batch_size of {size}, which Kaggle's {_N_GPUS} GPUs cannot "
-        f"share; it must be a multiple of {_N_GPUS}",
-    )
-    kernel = f"birdcall-{settings.name.replace('_', '-')}"
-    return Upload(owner, f"{kernel}-data", kernel, sees_own_output=True)
-
-
-def _copy_init(init: Path, dataset: Path) -> str:
-    """Copy the weights, and the settings of a run beside them: they name its classes."""
-    name = f"{INIT_FOLDER}/weights{init.suffix}"
-    (dataset / INIT_FOLDER).mkdir()
+    folder = dataset / PackagedFile.INIT
+    name = f"{PackagedFile.INIT}/weights{'.safetensors' if init is None else init.suffix}"
+    if init is None:
+        tensors = {key: value.contiguous() for key, value in model.backbone.state_dict().items()}
+        write_atomically(dataset / name, safetensors.torch.save(tensors))
+        return name
+    folder.mkdir()
     shutil.copyfile(init, dataset / name)
     if (init.parent / SETTINGS_FILE).is_file():
-        shutil.copyfile(init.parent / SETTINGS_FILE, dataset / INIT_FOLDER / SETTINGS_FILE)
+        shutil.copyfile(init.parent / SETTINGS_FILE, folder / SETTINGS_FILE)
     return name
-
-
-def _write_backbone(model: SEDModel, dataset: Path) -> str:
-    """Write the pretrained backbone, as the kernel has no network to fetch it."""
-    name = f"{INIT_FOLDER}/weights.safetensors"
-    tensors = {key: value.contiguous() for key, value in model.backbone.state_dict().items()}
-    write_atomically(dataset / name, safetensors.torch.save(tensors))
-    return name
-
-
-def _copy_noise(files: Sequence[Path], target: Path) -> None:
-    """Copy bird-free recordings: a numbered folder for each folder that they come from.
-
-    Under its name, the folder of a collection would need its metadata, which list the bird-free
-    recordings; all of these are.
-    """
-    numbers: dict[Path, int] = {}
-    for path in files:
-        folder = target / f"{numbers.setdefault(path.parent, len(numbers)):03}"
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, folder / path.name)
 
 
 def dry_run_training(
@@ -420,7 +400,7 @@ def dry_run_training(
         )
         is_finished = (second / run / SETTINGS_FILE).is_file()
         if not is_finished and _saved_step(second / run, log) <= step:
-            raise ValueError(f"the second session did not get past step {step}: {_last(log)}")
+            raise ValueError(f"the second session did not get past step {step}: {_last_line(log)}")
         shutil.rmtree(output, ignore_errors=True)
         shutil.copytree(second, output)
     return log
@@ -428,10 +408,10 @@ def dry_run_training(
 
 def _saved_step(run: Path, log: str) -> int:
     if not (run / STATE_FILE).is_file():
-        raise ValueError(f"the session has saved no state of its training: {_last(log)}")
+        raise ValueError(f"the session has saved no state of its training: {_last_line(log)}")
     _, values = read_state(run / STATE_FILE)
     return int(values["progress"]["step"])
 
 
-def _last(log: str) -> str:
+def _last_line(log: str) -> str:
     return (log.strip().splitlines() or ["no output"])[-1]

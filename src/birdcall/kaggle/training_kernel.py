@@ -11,12 +11,13 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 
 import torch
 
 from birdcall.config import config_from_dict, require
-from birdcall.kaggle.manifest import install_wheels, require_unchanged
+from birdcall.kaggle.manifest import find_changes, install_wheels
 from birdcall.models.checkpoint import SETTINGS_FILE, STATE_FILE, read_checkpoint
 from birdcall.storage.files import inside, write_atomically
 
@@ -25,22 +26,26 @@ from birdcall.storage.files import inside, write_atomically
 
 logger = logging.getLogger(__name__)
 
-_TRAINING_FILE = "training.json"
-FOLDS_FILE = "folds.csv"
-AUDIT_FILE = "audit.csv"
-LABELS_FILE = "labels.csv"  # only where a run is trained on labels with times
-NOISE_FOLDER = "noise"
-INIT_FOLDER = "init"
 _RUNS_FOLDER = "runs"
 
 _SESSION_SECONDS = 12 * 3600.0  # Kaggle's limit for a session with a GPU
 # After the time limit: for the validation that it may fall into, and for saving the output.
 GRACE_SECONDS = 900.0
-SHORTEST_SECONDS = (
-    0.1  # of training, where the start took all the time: one step, then it saves its state
-)
+# Of training, where the start took all the time: one step, then it saves its state.
+_SHORTEST_SECONDS = 0.1
 _MOUNT_DEPTHS = ("*", "*/*", "*/*/*")  # <slug>/, then notebooks/<owner>/<slug>/ since 2026
 _PROGRESS_SECONDS = 60  # between two lines of the progress bar: the log on Kaggle has them all
+
+
+class PackagedFile(StrEnum):
+    """The files and folders of a staged training, in its dataset."""
+
+    SETTINGS = "training.json"
+    FOLDS = "folds.csv"
+    AUDIT = "audit.csv"
+    LABELS = "labels.csv"  # only where a run is trained on labels with times
+    NOISE = "noise"
+    INIT = "init"  # weights to start from
 
 
 @dataclass(frozen=True)
@@ -78,12 +83,14 @@ class TrainingSettings:
 
 
 def write_settings(package: Path, settings: TrainingSettings) -> None:
-    write_atomically(package / _TRAINING_FILE, json.dumps(asdict(settings), indent=1) + "\n")
+    """Write ``training.json``."""
+    text = json.dumps(asdict(settings), indent=1) + "\n"
+    write_atomically(package / PackagedFile.SETTINGS, text)
 
 
 def read_settings(package: Path) -> TrainingSettings:
     """Read ``training.json``; ``FileNotFoundError`` or ``ValueError`` names what is wrong."""
-    path = package / _TRAINING_FILE
+    path = package / PackagedFile.SETTINGS
     if not path.is_file():
         raise FileNotFoundError(
             f"{path}: no such settings; `birdcall package-training` writes them"
@@ -119,14 +126,22 @@ def run_training_kernel(folders: SessionFolders, time_limit_seconds: float | Non
     """
     started = time.monotonic()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    require_unchanged(folders.package)
+    for reason in find_changes(folders.package).values():
+        raise ValueError(reason)
     settings = read_settings(folders.package)
     take_previous_run(folders.mounts, folders.working, settings.run)
     n_gpus = torch.cuda.device_count()
     output = _make_output(folders)
-    environment = _make_environment(folders)
+    # Python looks for the package's wheels first, then for its code.
+    paths = [str(folders.package), *filter(None, [os.environ.get("PYTHONPATH")])]
+    site = install_wheels(folders.package, folders.scratch)
+    if site is not None:
+        paths.insert(0, str(site))
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(paths), "TQDM_MININTERVAL": str(_PROGRESS_SECONDS)
+    }  # fmt: skip
     limit = time_limit_seconds or settings.time_limit_seconds
-    seconds = max(SHORTEST_SECONDS, limit - (time.monotonic() - started))
+    seconds = max(_SHORTEST_SECONDS, limit - (time.monotonic() - started))
     command = training_command(settings, folders, output=output, seconds=seconds, n_gpus=n_gpus)
     logger.info("%d GPUs, %.2f hours for: %s", n_gpus, seconds / 3600, " ".join(command))
     try:
@@ -160,15 +175,15 @@ def training_command(
         "--experiment": settings.experiment,
         "--fold": settings.fold,
         "--output": output,
-        "--folds": package / FOLDS_FILE,
-        "--noise": package / NOISE_FOLDER,
+        "--folds": package / PackagedFile.FOLDS,
+        "--noise": package / PackagedFile.NOISE,
         "--workers": -(-settings.workers // n_processes),
         "--time-limit": f"{seconds:.1f}",
     }
     if settings.init is not None:
         options["--init"] = inside(package, settings.init)
-    if (package / LABELS_FILE).is_file():
-        options["--labels"] = package / LABELS_FILE
+    if (package / PackagedFile.LABELS).is_file():
+        options["--labels"] = package / PackagedFile.LABELS
     pairs = [str(part) for option in options.items() for part in option]
     return [*launch, "birdcall", "train", *pairs, "--resume"]
 
@@ -215,21 +230,11 @@ def _make_output(folders: SessionFolders) -> Path:
     output, runs = folders.scratch / "output", (folders.working / _RUNS_FOLDER).absolute()
     output.mkdir(parents=True, exist_ok=True)
     runs.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(folders.package / AUDIT_FILE, output / AUDIT_FILE)
+    shutil.copyfile(folders.package / PackagedFile.AUDIT, output / PackagedFile.AUDIT)
     link = output / _RUNS_FOLDER
     link.unlink(missing_ok=True)
     link.symlink_to(runs, target_is_directory=True)
     return output
-
-
-def _make_environment(folders: SessionFolders) -> dict[str, str]:
-    """Return the environment in which Python finds the package's wheels, then its code."""
-    paths = [str(folders.package), *filter(None, [os.environ.get("PYTHONPATH")])]
-    site = install_wheels(folders.package, folders.scratch)
-    if site is not None:
-        paths.insert(0, str(site))
-    changes = {"PYTHONPATH": os.pathsep.join(paths), "TQDM_MININTERVAL": str(_PROGRESS_SECONDS)}
-    return os.environ | changes
 
 
 def _log_outcome(run: Path, settings: TrainingSettings) -> None:
