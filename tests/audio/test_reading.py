@@ -141,7 +141,7 @@ def test_of_more_channels_the_others_share_the_rest_and_mono_stays(tmp_path: Pat
     np.testing.assert_allclose(read_audio(path, RATE, downmix=0.4), expected, atol=1e-6)
     soundfile.write(path, channels[:, 0], RATE, subtype="FLOAT")
     np.testing.assert_array_equal(read_audio(path, RATE, downmix=0.4), channels[:, 0])
-    with pytest.raises(ValueError, match=r"downmix is 1\.5; it must be between 0 and 1"):
+    with pytest.raises(ValueError, match=r"downmix .*1\.5"):
         read_audio(path, RATE, downmix=1.5)
 
 

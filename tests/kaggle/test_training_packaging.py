@@ -289,7 +289,7 @@ def test_a_real_training_stops_at_its_limit_and_is_finished_by_the_next_session(
     change_code(dataset, "experiments", code + SHORTENED)
     output = tmp_path / "dry_run"
     log = dry_run_training(dataset.parent, demo_folder, output)
-    assert "goes on after step 1" in log
+    assert "resumed after step 1" in log
     assert "small_gru-fold1 is finished" in log
     run = output / "runs" / "small_gru" / "fold1"
     assert [path.name for path in output.iterdir()] == ["runs"]

@@ -254,7 +254,7 @@ def code_digest(*modules: str) -> dict[str, str]:
     return dict(sorted(digests.items()))
 
 
-@cache  # a running process goes on with the code that it has loaded
+@cache  # a running process keeps the code that it has loaded
 def _read_module(module: str) -> tuple[str, tuple[str, ...]] | None:
     """Return the digest of a module's code and what it imports from birdcall; None if no file."""
     path = _SOURCE.joinpath(*module.split(".")).with_suffix(".py")
