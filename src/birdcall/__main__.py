@@ -36,12 +36,16 @@ def _configure(
     logging.basicConfig(level=level, format="%(levelname)s %(message)s", stream=sys.stderr)
 
 
-def main() -> None:
-    """Run a command. An error that the user can correct is one line on stderr and exit code 2."""
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command. An error that the user can correct is one line on stderr and exit code 2.
+
+    Without ``arguments`` they are those of the process.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        app(prog_name="birdcall")
+        app(arguments, prog_name="birdcall")
     except (ValueError, OSError) as error:
-        if "--traceback" in sys.argv:
+        if "--traceback" in arguments:
             raise
         typer.echo(f"birdcall: {' '.join(str(error).split())}", err=True)
         sys.exit(2)

@@ -1,0 +1,28 @@
+"""Short forms of what commands do at length: few steps of training, little simulated sound."""
+
+from functools import partial
+
+import pytest
+
+from birdcall.config import replace_nested
+from birdcall.experiments import EXPERIMENTS
+
+
+def shorten_training(patch: pytest.MonkeyPatch) -> None:
+    """Let the small experiments train for two steps."""
+    for name in ("small_gru", "small_attention_normed"):
+        shortened = replace_nested(
+            EXPERIMENTS[name],
+            train={"epochs": 1, "data": {"clips_per_epoch": 8, "batch_size": 4}},
+        )
+        patch.setitem(EXPERIMENTS, name, shortened)
+
+
+def shorten_simulation(patch: pytest.MonkeyPatch) -> None:
+    """Let `birdcall evaluate` simulate two minutes of each fold and share."""
+    from birdcall.evaluation import predict
+    from birdcall.evaluation.simulation import SimulationConfig
+
+    simulation = SimulationConfig(n_soundscapes=4, soundscape_seconds=30.0)
+    options = partial(predict.HeldOutOptions, simulation=simulation)
+    patch.setattr(predict, "HeldOutOptions", options)
