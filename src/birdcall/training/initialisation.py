@@ -12,7 +12,6 @@ from typing import get_args
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from timm.models import adapt_input_conv, clean_state_dict
 from torch import Tensor, nn
 
 from birdcall.config import Experiment, Feature, require
@@ -230,6 +229,8 @@ def _adapt_channels(value: Tensor, current: Tensor | None) -> Tensor:
     is_image = n_theirs in (1, 3) and n_ours <= len(get_args(Feature))
     if not fits_otherwise or not is_image or n_theirs == n_ours:
         return value
+    from timm.models import adapt_input_conv
+
     return adapt_input_conv(n_ours, value, base_chans=n_theirs)
 
 
@@ -278,6 +279,8 @@ def read_state_dict(path: Path) -> _State:
     bad = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
     if bad:
         raise ValueError(f"{path}: {len(bad)} tensors are not finite, such as {bad[0]}")
+    from timm.models import clean_state_dict
+
     return clean_state_dict(state)  # without the prefixes of DDP and torch.compile
 
 
