@@ -17,6 +17,26 @@ from birdcall.training.runs import TrainingInterrupted, plan_runs, runs_table, t
 from birdcall.training.trainer import RunOptions
 
 OPTIONS = RunOptions(workers=0)
+pytestmark = pytest.mark.usefixtures("blank_previews")
+
+
+@pytest.fixture(scope="module")
+def ready_process():
+    """A process that has imported torch and timm, and forks; a spawned one takes seconds to."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["birdcall.training.runs", "torch.utils.tensorboard"])
+    return context
+
+
+@pytest.fixture
+def fresh_processes(ready_process, monkeypatch):
+    """Processes for runs at once are as those that are spawned, but soon there."""
+
+    def get_context(method):
+        assert method == "spawn"
+        return ready_process
+
+    monkeypatch.setattr(multiprocessing, "get_context", get_context)
 
 
 @pytest.fixture
@@ -67,7 +87,7 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(
 
 
 def test_runs_trained_at_once_have_the_weights_of_runs_trained_in_turn(
-    training_data, tiny_experiment, trained_runs, tmp_path
+    training_data, tiny_experiment, trained_runs, fresh_processes, tmp_path
 ):
     runs = plan_runs([tiny_experiment], training_data, None, tmp_path)
     checkpoints = train_many(runs, training_data, replace(OPTIONS, jobs=2))
@@ -107,7 +127,9 @@ def test_the_table_of_runs_has_their_scores_and_times(training_data, tiny_experi
     assert (table["clips_per_second"] > 0).all()
 
 
-def test_a_signal_stops_runs_that_are_trained_at_once(training_data, tiny_experiment, tmp_path):
+def test_a_signal_stops_runs_that_are_trained_at_once(
+    training_data, tiny_experiment, fresh_processes, tmp_path
+):
     long = replace(tiny_experiment, train=replace(tiny_experiment.train, epochs=10_000))
     runs = plan_runs([long], training_data, None, tmp_path)
 

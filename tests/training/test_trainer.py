@@ -20,6 +20,7 @@ from birdcall.training.trainer import Run, RunOptions, start_training
 
 PRECISIONS = ("float32", "bf16", "fp16")
 OPTIONS = RunOptions(workers=0)
+pytestmark = pytest.mark.usefixtures("blank_previews")
 
 
 @pytest.fixture(scope="module")
