@@ -1,6 +1,7 @@
 """Two processes with half a batch each train like one process with the whole batch."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -75,7 +76,8 @@ def one(experiment, training_data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Training, "step", recorded)
         shorten_previews(patch)
-        train_run(Run(experiment, 0, folder), training_data, RunOptions(workers=0))
+        options = RunOptions(workers=0, device=torch.device("cpu"))
+        train_run(Run(experiment, 0, folder), training_data, options)
     return SimpleNamespace(folder=folder, losses=losses)
 
 
@@ -93,7 +95,12 @@ def two(experiment, training_data, demo_folder, tmp_path_factory):
         *("--fold", "0", "--folds", output / "folds.csv", "--workers", "0"),
     )
     done = subprocess.run(
-        list(map(str, line)), cwd=home, capture_output=True, text=True, check=False
+        list(map(str, line)),
+        cwd=home,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return SimpleNamespace(

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("blank_previews")
 
 @pytest.fixture(scope="module")
 def ready_process():
-    """A process that has imported torch and timm, and forks; a spawned one takes seconds to."""
+    """A process that has imported torch and timm, and is forked: an import takes seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["birdcall.training.runs", "torch.utils.tensorboard"])
     return context
@@ -30,7 +30,7 @@ def ready_process():
 
 @pytest.fixture
 def fresh_processes(ready_process, monkeypatch):
-    """Processes for runs at once are as those that are spawned, but soon there."""
+    """Where processes are spawned they come from `ready_process`, as free of this one's state."""
 
     def get_context(method):
         assert method == "spawn"
