@@ -20,25 +20,6 @@ OPTIONS = RunOptions(workers=0)
 pytestmark = pytest.mark.usefixtures("blank_previews")
 
 
-@pytest.fixture(scope="module")
-def ready_process():
-    """A process that has imported torch and timm, and is forked: an import takes seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["birdcall.training.runs", "torch.utils.tensorboard"])
-    return context
-
-
-@pytest.fixture
-def fresh_processes(ready_process, monkeypatch):
-    """Where processes are spawned they come from `ready_process`, as free of this one's state."""
-
-    def get_context(method):
-        assert method == "spawn"
-        return ready_process
-
-    monkeypatch.setattr(multiprocessing, "get_context", get_context)
-
-
 @pytest.fixture
 def finished(trained_runs, tmp_path):
     """A folder with the finished run of the tiny experiment's fold 0."""
@@ -87,7 +68,7 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(
 
 
 def test_runs_trained_at_once_have_the_weights_of_runs_trained_in_turn(
-    training_data, tiny_experiment, trained_runs, fresh_processes, tmp_path
+    training_data, tiny_experiment, trained_runs, tmp_path
 ):
     runs = plan_runs([tiny_experiment], training_data, None, tmp_path)
     checkpoints = train_many(runs, training_data, replace(OPTIONS, jobs=2))
@@ -127,9 +108,7 @@ def test_the_table_of_runs_has_their_scores_and_times(training_data, tiny_experi
     assert (table["clips_per_second"] > 0).all()
 
 
-def test_a_signal_stops_runs_that_are_trained_at_once(
-    training_data, tiny_experiment, fresh_processes, tmp_path
-):
+def test_a_signal_stops_runs_that_are_trained_at_once(training_data, tiny_experiment, tmp_path):
     long = replace(tiny_experiment, train=replace(tiny_experiment.train, epochs=10_000))
     runs = plan_runs([long], training_data, None, tmp_path)
 
