@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import SCRIPT
+from shortened import shorten_previews
 
 from birdcall.config import Experiment, ModelConfig, replace_nested
 from birdcall.data.audit import audio_hashes, audit_recordings, usable_recordings
@@ -111,7 +112,9 @@ def trained_runs(training_data, tiny_experiment, tmp_path_factory) -> list[Path]
     runs = tmp_path_factory.mktemp("runs")
     other = replace(tiny_experiment, name="other", train=replace(tiny_experiment.train, seed=4))
     planned = plan_runs([tiny_experiment, other], training_data, None, runs)
-    train_many(planned, training_data, RunOptions(workers=0))
+    with pytest.MonkeyPatch.context() as patch:
+        shorten_previews(patch)
+        train_many(planned, training_data, RunOptions(workers=0))
     return sorted(path for path in runs.glob("*/*"))
 
 
@@ -163,3 +166,9 @@ def write_report_of():
         return pages
 
     return write
+
+
+@pytest.fixture
+def blank_previews(monkeypatch):
+    """Trainings of this test draw no pictures of their clips."""
+    shorten_previews(monkeypatch)

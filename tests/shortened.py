@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 
 from birdcall.config import replace_nested
@@ -16,6 +17,12 @@ def shorten_training(patch: pytest.MonkeyPatch) -> None:
             train={"epochs": 1, "data": {"clips_per_epoch": 8, "batch_size": 4}},
         )
         patch.setitem(EXPERIMENTS, name, shortened)
+
+
+def shorten_previews(patch: pytest.MonkeyPatch) -> None:
+    """Leave TensorBoard's pictures of clips blank: a tiny training is faster than their drawing."""
+    blank = np.zeros((8, 8, 3), np.uint8)
+    patch.setattr("birdcall.training.runs.plot_preview", lambda *_: blank)
 
 
 def shorten_simulation(patch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,13 @@ from birdcall.report.architecture import plot_architecture
 FOLDER = Path(__file__).resolve().parents[1] / "kernels" / "how-to-classify-a-sound"
 SOURCE = FOLDER / "how-to-classify-a-sound.py"
 METADATA = json.loads((FOLDER / "kernel-metadata.json").read_text(encoding="utf-8"))
-QUICK = {"EPOCHS": "2", "N_CLIPS": "4", "REPEATS": "1", "OMP_NUM_THREADS": "1"}
+QUICK = {
+    "EPOCHS": "1",
+    "N_CLIPS": "2",
+    "N_RECORDINGS": "5",
+    "REPEATS": "1",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 @pytest.fixture(scope="module")

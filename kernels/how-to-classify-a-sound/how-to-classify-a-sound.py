@@ -85,6 +85,7 @@ REPEATS = int(os.environ.get("REPEATS", "3"))  # of the benchmark; the median co
 EPOCHS = int(os.environ.get("EPOCHS", "30"))  # of the training, if there is no trained model
 MANY_RECORDINGS = 500  # too many to train on in a notebook
 SHOWN_SECONDS = 40  # of a soundscape
+N_RECORDINGS = int(os.environ.get("N_RECORDINGS", "14"))  # of each species, if there is no data
 DATA = os.environ.get("DATA", "")  # a folder in the layout of the competition; "": search
 PACKAGE = os.environ.get("PACKAGE", "")  # a folder written by `birdcall package`; "": search
 
@@ -118,8 +119,9 @@ def make_tiny_demo() -> Path:
     from birdcall.demo.plan import DemoConfig
     from birdcall.demo.writer import make_demo
 
+    per_species = (N_RECORDINGS - 2, N_RECORDINGS + 2)
     config = DemoConfig(
-        n_species=5, recordings_per_species=(12, 16), recording_seconds=(5.0, 8.0),
+        n_species=5, recordings_per_species=per_species, recording_seconds=(5.0, 8.0),
         n_recordists=8, n_examples=2, n_site_1=0, n_site_2=0, n_site_3=1,
         soundscape_seconds=60.0, site_3_seconds=20.0, n_noise=8, damaged=False,
     )  # fmt: skip

@@ -92,14 +92,23 @@ def test_a_masked_band_is_visible():
     assert (right.astype(int).sum(axis=1) < 30).mean() < 0.15
 
 
-def test_the_first_step_is_drawn_at_once(training_data, tiny_experiment, tmp_path):
-    """Stopped after its first step, a training has left a picture; resumed, one more."""
-    run = Run(tiny_experiment, 0, tmp_path)
+@pytest.fixture(scope="module")
+def drawn(training_data, tiny_experiment, tmp_path_factory):
+    """A run that was stopped after its first step and resumed, and its pictures at both times."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("drawn")
+    run = Run(tiny_experiment, 0, folder)
     with pytest.raises(TrainingInterrupted):
         train_run(run, training_data, RunOptions(workers=0, deadline=0.0))
-    assert list(images(tmp_path)) == [1]
+    before = images(folder)
     train_run(run, training_data, RunOptions(workers=0, resume=True))
-    found = images(tmp_path)
+    return folder, before, images(folder)
+
+
+def test_the_first_step_is_drawn_at_once(drawn):
+    """Stopped after its first step, a training has left a picture; resumed, one more."""
+    _, before, found = drawn
+    assert list(before) == [1]
     assert list(found) == [1, 2]
     assert all(one.shape[0] > 150 and one.shape[1] > 1000 for one in found.values())
 
@@ -134,11 +143,9 @@ def test_what_is_drawn_is_what_the_network_was_given(
     assert ((drawn[0].clipwise >= 0) & (drawn[0].clipwise <= 1)).all()
 
 
-def test_drawing_changes_no_weight(
-    training_data, tiny_experiment, trained_runs, tmp_path, monkeypatch
-):
-    drawn = next(folder for folder in trained_runs if folder.parts[-2:] == ("tiny", "fold0"))
-    assert images(drawn)
+def test_drawing_changes_no_weight(training_data, tiny_experiment, drawn, tmp_path):
+    folder, _, found = drawn
+    assert found
     train_part, held_out = training_data.split(0)
     run = Run(tiny_experiment, 0, tmp_path)
     training = start_training(run, training_data, train_part, OPTIONS)
@@ -148,4 +155,4 @@ def test_drawing_changes_no_weight(
         training.end_epoch(held_out)
     checkpoint = training.finish(held_out)
     assert not images(tmp_path)
-    assert checkpoint.weights_sha256 == read_checkpoint(drawn).weights_sha256
+    assert checkpoint.weights_sha256 == read_checkpoint(folder).weights_sha256

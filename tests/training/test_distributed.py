@@ -1,57 +1,55 @@
 """Two processes with half a batch each train like one process with the whole batch."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from shortened import shorten_previews
 
 from birdcall.config import replace_nested
+from birdcall.models.checkpoint import WEIGHTS_FILE, read_checkpoint
 from birdcall.training.distributed import DistributedContext
+from birdcall.training.runs import train_run
+from birdcall.training.trainer import Run, RunOptions, Training
 
-# Trains 20 steps and writes every loss; alone, or as one of those that torchrun starts.
-SCRIPT = """
-import json, sys
-from dataclasses import replace
+# `birdcall` for an experiment of its own; the first process writes the loss of every step.
+COMMAND = """
+import json, os, sys
 from pathlib import Path
-import torch
-torch.set_num_threads(1)
+import numpy as np
+import birdcall.experiments as experiments
+import birdcall.training.runs as runs
+from birdcall.__main__ import main
 from birdcall.config import Experiment, config_from_dict
-from birdcall.data.dataset import load_training_data
-from birdcall.training.distributed import distributed_context
-from birdcall.training.trainer import Run, RunOptions, start_training
-experiment = config_from_dict(Experiment, json.loads(sys.argv[1]))
-folder, folds, audit, cache, out = map(Path, sys.argv[2:7])
-data = load_training_data(folder, folds=folds, audit=audit, cache=cache)
-train_part, validation_part = data.split(0)
-with distributed_context(torch.device("cpu")) as (distributed, device):
-    options = RunOptions(workers=0, device=device, distributed=distributed)
-    training = start_training(Run(experiment, 0, out), data, train_part, options)
-    losses, last = [], 0.0
-    for _ in range(experiment.train.epochs):
-        for _ in training.steps():
-            losses.append(training.progress.loss_sum - last)
-            last = training.progress.loss_sum
-        last = 0.0
-        training.end_epoch(validation_part)
-        training.save()
-    checkpoint = training.finish(validation_part)
-    if distributed.is_first:
-        (out / "losses.json").write_text(json.dumps(losses))
+from birdcall.training.trainer import Training
+experiment = config_from_dict(Experiment, json.loads(Path("experiment.json").read_text()))
+experiments.EXPERIMENTS[experiment.name] = experiment
+step, losses = Training.step, []
+def recorded(training, batches):
+    before = training.progress.loss_sum
+    step(training, batches)
+    losses.append(training.progress.loss_sum - before)
+Training.step = recorded
+runs.plot_preview = lambda *_: np.zeros((8, 8, 3), np.uint8)
+try:
+    main()
+finally:
+    if os.environ["RANK"] == "0":
+        Path("losses.json").write_text(json.dumps(losses))
 """
 
 
 @pytest.fixture(scope="module")
-def results(tiny_experiment, training_data, demo_folder, tmp_path_factory):
-    """Losses, score and weights of 20 steps in one process and in two."""
-    out = tmp_path_factory.mktemp("distributed")
-    audited = training_data.read_crops.folder.parent
-    # Only the draws of dropout differ between two processes and one.
-    experiment = replace_nested(
-        tiny_experiment,
+def experiment(tiny_experiment):
+    """Twenty steps. Only the draws of dropout differ between two processes and one: none here."""
+    return replace_nested(
+        replace(tiny_experiment, name="small_gru"),
         model={"dropout": 0.0, "temporal": "gru"},
         train={
             "epochs": 4,
@@ -61,49 +59,81 @@ def results(tiny_experiment, training_data, demo_folder, tmp_path_factory):
             "optimizer": {"ema_decay": 0.9, "average_best": 2, "learning_rate": 1e-3},
         },
     )
-    made = {}
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    script = out / "script.py"
-    script.write_text(SCRIPT)
-    for name, start in (("one", ()), ("two", torchrun)):
-        folder = out / name
-        folder.mkdir()
-        paths = (demo_folder, audited / "folds.csv", audited / "audit.csv", audited / "cache")
-        line = [sys.executable, *start, script, json.dumps(asdict(experiment)), *paths, folder]
-        done = subprocess.run(line, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        made[name] = folder
-    return made
 
 
-def read(folder, name):
-    return json.loads((folder / name).read_text())
+@pytest.fixture(scope="module")
+def one(experiment, training_data, tmp_path_factory):
+    """The run's folder and the losses of the training in this process."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("one")
+    step, losses = Training.step, []
+
+    def recorded(training, batches):
+        before = training.progress.loss_sum
+        step(training, batches)
+        losses.append(training.progress.loss_sum - before)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "step", recorded)
+        shorten_previews(patch)
+        options = RunOptions(workers=0, device=torch.device("cpu"))
+        train_run(Run(experiment, 0, folder), training_data, options)
+    return SimpleNamespace(folder=folder, losses=losses)
 
 
-def test_losses_are_those_of_one_process(results):
-    one, two = (read(results[name], "losses.json") for name in ("one", "two"))
-    assert len(one) == len(two) == 20
-    assert two == pytest.approx(one, abs=1e-4)
-    assert len(set(one)) == 20
+@pytest.fixture(scope="module")
+def two(experiment, training_data, demo_folder, tmp_path_factory):
+    """The same of `torchrun -m birdcall train`, as in the README, and what it printed."""
+    home = tmp_path_factory.mktemp("two")
+    output = home / "output" / demo_folder.name
+    shutil.copytree(training_data.read_crops.folder.parent, output)
+    (home / "experiment.json").write_text(json.dumps(asdict(experiment)))
+    (home / "command.py").write_text(COMMAND)
+    line = (
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        *("command.py", "train", "--data", demo_folder, "--experiment", experiment.name),
+        *("--fold", "0", "--folds", output / "folds.csv", "--workers", "0"),
+    )
+    done = subprocess.run(
+        list(map(str, line)),
+        cwd=home,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(
+        folder=output / "runs" / experiment.name / "fold0",
+        losses=json.loads((home / "losses.json").read_text()),
+        printed=done.stdout,
+    )
 
 
-def test_scores_are_those_of_one_process(results):
-    one, two = (read(results[name], "model.json")["score"] for name in ("one", "two"))
-    assert two == one
+def test_losses_are_those_of_one_process(one, two):
+    assert len(one.losses) == len(two.losses) == 20
+    assert two.losses == pytest.approx(one.losses, abs=1e-4)
+    assert len(set(one.losses)) == 20
 
 
-def test_weights_and_running_statistics_are_those_of_one_process(results):
+def test_scores_are_those_of_one_process(one, two):
+    assert read_checkpoint(two.folder).score == read_checkpoint(one.folder).score
+
+
+def test_weights_and_running_statistics_are_those_of_one_process(one, two):
     from safetensors.torch import load_file
 
-    one, two = (load_file(results[name] / "model.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-3)
+    expected, weights = (load_file(run.folder / WEIGHTS_FILE) for run in (one, two))
+    assert expected.keys() == weights.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-3)
 
 
-def test_one_process_writes(results):
-    names = {path.name for path in results["two"].iterdir()}
-    assert names == {"losses.json", "model.json", "model.safetensors"}
+def test_one_process_shows_and_writes(one, two):
+    names = {path.name for path in two.folder.iterdir()}
+    assert names == {"log.csv", "model.json", "model.safetensors", "tensorboard"}
+    assert len(list((two.folder / "tensorboard").iterdir())) == 1
+    assert two.printed.count("small_gru") == 1
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():
@@ -126,34 +156,3 @@ def test_a_process_alone_has_the_whole_batch():
     )
     network = torch.nn.BatchNorm1d(2)
     assert DistributedContext().wrap(network, cpu) is network
-
-
-def test_the_command_trains_under_torchrun(demo_folder, training_data, tmp_path):
-    """`torchrun -m birdcall train`, as in the README; one process shows and writes."""
-    few = (
-        "import birdcall.experiments as e; from birdcall.config import replace_nested; "
-        "e.EXPERIMENTS['small_gru'] = replace_nested(e.EXPERIMENTS['small_gru'], "
-        "train={'epochs': 1, 'data': {'clips_per_epoch': 8, 'batch_size': 4}}); "
-        "from birdcall.__main__ import main; main()"
-    )
-    script = tmp_path / "few_steps.py"
-    script.write_text(few)
-
-    def run(*line):
-        done = subprocess.run(
-            [sys.executable, *map(str, line)],
-            cwd=tmp_path, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    output = tmp_path / "output" / demo_folder.name
-    shutil.copytree(training_data.read_crops.folder.parent, output)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    table = run(
-        *torchrun, script, "train", "--data", demo_folder, "--experiment", "small_gru",
-        "--fold", "0", "--folds", output / "folds.csv", "--workers", "0",
-    )  # fmt: skip
-    assert table.count("small_gru") == 1
-    folder = output / "runs" / "small_gru" / "fold0"
-    assert (folder / "model.safetensors").is_file()

@@ -27,6 +27,7 @@ from birdcall.training.trainer import Run, RunOptions
 
 OPTIONS = RunOptions(workers=0)
 RESUME = RunOptions(workers=0, resume=True)
+pytestmark = pytest.mark.usefixtures("blank_previews")
 
 
 @pytest.fixture(scope="module")

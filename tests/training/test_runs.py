@@ -17,6 +17,7 @@ from birdcall.training.runs import TrainingInterrupted, plan_runs, runs_table, t
 from birdcall.training.trainer import RunOptions
 
 OPTIONS = RunOptions(workers=0)
+pytestmark = pytest.mark.usefixtures("blank_previews")
 
 
 @pytest.fixture
