@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -31,6 +30,8 @@ def build_backbone(config: ModelConfig, in_chans: int, *, pretrained: bool) -> n
     try:
         if name in PANNS:
             return PANNS[name](in_chans, **options)
+        import timm  # here: it takes seconds, and not every process that imports this builds one
+
         if not timm.is_model(name):
             close = difflib.get_close_matches(name, [*PANNS, *timm.list_models()], n=3)
             raise ValueError(
