@@ -48,7 +48,7 @@ def changed(experiment, **options):
 
 def test_every_experiment_gives_probabilities_and_trains_every_parameter(experiment_model):
     experiment_model.train()
-    output = experiment_model(noise(2))
+    output = experiment_model(noise(2, 1.0))
     assert output.clipwise.shape == (2, N_CLASSES)
     assert output.framewise.shape[:2] == (2, N_CLASSES)
     for values in output:
