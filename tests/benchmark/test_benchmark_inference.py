@@ -22,17 +22,29 @@ from birdcall.inference.engine import predict_files
 from birdcall.inference.ensemble import load_ensemble
 
 
-def test_both_predict_the_same_and_are_timed(tiny_experiment, demo_folder, tmp_path):
+def export_members(monkeypatch, *is_exported):
+    """Export only some of the members in their order: each export takes seconds."""
+    answers = iter(is_exported)
+    monkeypatch.setattr("birdcall.benchmark.inference.is_onnx_installed", lambda: next(answers))
+
+
+def test_both_predict_the_same_and_are_timed(tiny_experiment, demo_folder, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    export_members(monkeypatch, True, False)
     table = benchmark_inference(
         demo_folder, tmp_path, n_members=2, minutes=0.5, repeats=1, experiment=tiny_experiment
     )
     assert list(table["members"]) == [1, 2]
+    assert list(table["runtime"]) == ["onnx", "onnx"]  # of the first member
     assert (table["largest_difference"] < 1e-3).all()
     assert (table[["ratio", "x_real_time", "model_alone_x_real_time"]] > 0).all(axis=None)
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "inference.csv"), table)
 
 
-def test_the_naive_kernel_gives_the_same_probabilities(tiny_experiment, demo_folder, tmp_path):
+def test_the_naive_kernel_gives_the_same_probabilities(
+    tiny_experiment, demo_folder, tmp_path, monkeypatch
+):
+    export_members(monkeypatch, False)
     paths = write_soundscapes(demo_folder, tmp_path / "soundscapes", 0.6)
     ensemble = load_ensemble(make_members(tmp_path / "members", paths, 1, tiny_experiment))
     frontends = [

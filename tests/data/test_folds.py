@@ -85,8 +85,9 @@ def test_all_real_recordings_are_divided_in_seconds(tmp_path: Path) -> None:
     check_folds(folds, recordings)
     assert_even(folds, recordings, 5)
     assert folds["fold"].value_counts(normalize=True).between(0.199, 0.201).all()
-    write_folds(folds, tmp_path / "a.csv")
-    write_folds(make_folds(recordings.sample(frac=1, random_state=0)), tmp_path / "b.csv")
+    few = recordings[::20]
+    write_folds(make_folds(few), tmp_path / "a.csv")
+    write_folds(make_folds(few.sample(frac=1, random_state=0)), tmp_path / "b.csv")
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
 
 

@@ -1,16 +1,23 @@
-"""The kernel on data and packages with faults, some of it as the real script in a fresh process.
+"""The kernel on data and packages with faults, twice as the real script in a fresh process.
 
 Each fault ends in a valid submission, or in a non-zero exit code with a line that says why; where a
 file can be written at all, a valid all-nocall one lies there even then.
 """
 
 import hashlib
+import io
 import json
 import logging
 import os
 import pickle
+import resource
+import runpy
 import shutil
+import subprocess
 import sys
+import traceback
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -79,6 +86,43 @@ def fails(build, data, working, message):
     assert message in str(caught.value)
 
 
+@contextmanager
+def script_here(max_bytes=None):
+    """Let `run_as_kaggle` run the script in this process: a fresh one takes seconds to start.
+
+    ``max_bytes`` of each file that the script writes: as on a full disk.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        run_script = partial(_run_script_here, max_bytes=max_bytes)
+        patch.setattr("birdcall.kaggle.packaging.subprocess.run", run_script)
+        yield
+
+
+def _run_script_here(command, env, max_bytes, **_):
+    log, root, code = io.StringIO(), logging.getLogger(), 0
+    handler, level = logging.StreamHandler(log), root.level
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(log), redirect_stderr(log):
+        for name, value in env.items():
+            if name.startswith("KAGGLE"):
+                patch.setenv(name, value)
+        patch.setattr(sys, "path", [*sys.path])
+        try:
+            if max_bytes is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, hard))
+            runpy.run_path(command[1], run_name="__main__")
+        except Exception:
+            traceback.print_exc()
+            code = 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            root.setLevel(level)
+            root.removeHandler(handler)
+    return subprocess.CompletedProcess(command, code, log.getvalue())
+
+
 def exits(build, data, working, message, **options):
     """Run the script, which must exit with an error whose last line has this message."""
     with pytest.raises(ValueError, match=r"kernel failed with exit code [1-9]") as caught:
@@ -131,7 +175,8 @@ def faulty(built, tmp_path_factory):
     write_noise_file(folder / "secret.wav")
     (audio / "outside.wav").symlink_to(folder / "secret.wav")
     write_rows(data, [row for name in (*FAULTY, *READABLE) for row in rows_of(name, 30)])
-    log = run_as_kaggle(built, data, working)
+    with script_here():
+        log = run_as_kaggle(built, data, working)
     return read_labels(working, data), read_summary(working), log
 
 
@@ -240,7 +285,8 @@ def test_a_member_that_is_not_as_packaged_is_left_out(build, data, tmp_path, fau
 
 def test_a_dry_run_with_a_member_left_out_is_a_failure(build, data, tmp_path):
     (member_folders(build)[0] / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"the kernel has left out .*missing from the package"):
+    left_out = pytest.raises(ValueError, match=r"left out .*missing from the package")
+    with script_here(), left_out:
         dry_run_submission(build, data, tmp_path / "submission.csv")
     assert not (tmp_path / "submission.csv").exists()
 
@@ -320,48 +366,39 @@ def test_a_decision_of_other_classes_fails(build, data, tmp_path):
 
 
 def test_a_budget_of_zero_fails_and_leaves_nocall(built, data, tmp_path):
-    exits(
-        built, data, tmp_path / "working", "no member has predicted anything", time_limit_seconds=0
-    )
+    message = "no member has predicted anything"
+    with script_here():
+        exits(built, data, tmp_path / "working", message, time_limit_seconds=0)
     assert set(read_labels(tmp_path / "working", data).values()) == {"nocall"}
     assert read_summary(tmp_path / "working")["late"] == ["aa", "bb", "cc"]
 
 
-@pytest.fixture
-def limited(tmp_path, monkeypatch):
-    """Let the kernel's files have no more than so many blocks of 512 bytes: as a full disk."""
-
-    def limit(n_blocks):
-        python = tmp_path / "python"
-        python.write_text(f'#!/bin/sh\nulimit -f {n_blocks}\nexec "{sys.executable}" "$@"\n')
-        python.chmod(0o755)
-        monkeypatch.setattr(sys, "executable", str(python))
-
-    return limit
-
-
-def test_a_disk_that_is_full_when_all_is_labelled_leaves_nocall(built, data, tmp_path, limited):
+def test_a_disk_that_is_full_when_all_is_labelled_leaves_nocall(built, data, tmp_path, monkeypatch):
     write_rows(data, [row for name in ("aa", "bb") for row in rows_of(name, 300)])
     run(built, data, tmp_path / "first")  # the recordings last ten seconds
     for name in ("aa", "bb"):
         write_noise_file(data / "test_audio" / f"{name}.wav", 300)
     size = (tmp_path / "first" / "submission.csv").stat().st_size
-    limited(-(-size // 512))
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nulimit -f {-(-size // 512)}\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
     exits(built, data, tmp_path / "working", "File too large")
     assert set(read_labels(tmp_path / "working", data).values()) == {"nocall"}
     assert [path.name for path in (tmp_path / "working").iterdir()] == ["submission.csv"]
 
 
-def test_a_disk_that_is_full_from_the_beginning_fails(built, data, tmp_path, limited):
+def test_a_disk_that_is_full_from_the_beginning_fails(built, data, tmp_path):
     write_rows(data, [row for name in ("aa", "bb") for row in rows_of(name, 300)])
-    limited(1)
-    exits(built, data, tmp_path / "working", "File too large")
+    with script_here(max_bytes=512):
+        exits(built, data, tmp_path / "working", "File too large")
     assert list((tmp_path / "working").iterdir()) == []
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that even root cannot write")
 def test_a_working_folder_that_cannot_be_written_fails(built, data):
-    exits(built, data, Path("/proc"), "submission")
+    with script_here():
+        exits(built, data, Path("/proc"), "submission")
 
 
 def test_members_are_safetensors_and_onnx_alone(built):

@@ -19,6 +19,7 @@ from helpers import RATE
 
 from birdcall.audio.reading import AudioError
 from birdcall.evaluation.labelled import read_truth
+from birdcall.inference import engine
 from birdcall.inference.ensemble import load_ensemble
 from birdcall.inference.events import Event
 from birdcall.inference.predictions import OutputOptions, SegmentPredictions
@@ -405,7 +406,7 @@ def test_results_of_another_package_are_not_mixed_with_these(opened, package, tm
 
 
 # Runs the real command; each recording that is opened to be decoded is written down, with the
-# recordings that the journal had when the process began.
+# recordings that the journal had when the command began.
 SPY = """
 import sys
 from pathlib import Path
@@ -424,13 +425,30 @@ main()
 """
 
 
-def start(folder, package, output, log):
-    command = [sys.executable, "-c", SPY, log, output / "journal.jsonl", "--quiet", "predict"]
-    command += [folder, "--package", package, "--output", output, "--format", "csv"]
+def spied_command(folder, package, output, log):
+    command = ["-c", log, output / "journal.jsonl", "--quiet", "predict", folder]
+    command += ["--package", package, "--output", output, "--format", "csv"]
+    return list(map(str, command))
+
+
+def start(*arguments):
+    """Start the command in a process that can be killed."""
+    command = spied_command(*arguments)
     return subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [sys.executable, "-c", SPY, *command[1:]],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+
+
+def finish(*arguments):
+    """Run the command to its end, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("birdcall.inference.engine.iterate_rates", engine.iterate_rates)  # undone
+        patch.setattr(sys, "argv", spied_command(*arguments))
+        with pytest.raises(SystemExit) as end:
+            exec(SPY, {})
+    assert end.value.code == 0
 
 
 def kill_and_resume(package, tmp_path, n_recordings, n_kills, seconds):
@@ -455,10 +473,9 @@ def kill_and_resume(package, tmp_path, n_recordings, n_kills, seconds):
         assert process.returncode in (0, -signal.SIGKILL)
         if process.returncode == 0:
             break
-    process = start(folder, package, output, log)
-    assert process.wait() == 0
+    finish(folder, package, output, log)
     whole = tmp_path / "whole"
-    assert start(folder, package, whole, tmp_path / "whole.txt").wait() == 0
+    finish(folder, package, whole, tmp_path / "whole.txt")
     assert (output / "detections.csv").read_bytes() == (whole / "detections.csv").read_bytes()
     assert (output / "failed.csv").read_bytes() == (whole / "failed.csv").read_bytes()
     assert len((output / "detections.csv").read_text().splitlines()) > n_recordings
