@@ -19,7 +19,6 @@ from birdcall.experiments import EXPERIMENTS, find_experiment
 from birdcall.models.checkpoint import Checkpoint, save_checkpoint
 from birdcall.models.sed import build_model
 
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # tests run side by side
 SHORTENED = """
 import sys
 sys.path.insert(0, {tests!r})
@@ -39,7 +38,6 @@ def run_in_fresh_process(folder: Path, *arguments) -> str:
         [sys.executable, "-c", SHORTENED.format(tests=str(Path(__file__).parent))]
         + [str(argument) for argument in arguments],
         cwd=folder,
-        env=os.environ | ONE_THREAD,
         capture_output=True,
         text=True,
         check=False,
@@ -166,7 +164,11 @@ def test_the_kernel_also_finds_its_data_in_the_old_layout_of_mounts(pipeline, tm
     (root / "birdcall-package").symlink_to(build / "dataset")
     done = subprocess.run(
         [sys.executable, "-I", SCRIPT],
-        env=ONE_THREAD | {"KAGGLE_INPUT": str(root), "KAGGLE_WORKING": str(working)},
+        env={
+            "KAGGLE_INPUT": str(root),
+            "KAGGLE_WORKING": str(working),
+            "OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"],
+        },
         capture_output=True,
         text=True,
         check=False,
