@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
+# Tests run side by side; more threads than cores make each of them many times slower. Libraries
+# read this when they are imported, here and in the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +42,7 @@ CORNELL_MINI = Path(__file__).resolve().parents[2] / "shared" / "data" / "cornel
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Tests run side by side; more threads than cores make each of them many times slower."""
+    """A test may set another number of threads; the next test has one again."""
     torch.set_num_threads(1)
 
 

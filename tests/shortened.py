@@ -1,4 +1,4 @@
-"""Short forms of what commands do at length: few steps of training, little simulated sound."""
+"""Short forms of what commands do at length: small networks, few steps, little simulated sound."""
 
 from functools import partial
 
@@ -10,10 +10,14 @@ from birdcall.experiments import EXPERIMENTS
 
 
 def shorten_training(patch: pytest.MonkeyPatch) -> None:
-    """Let the small experiments train for two steps."""
+    """Let the small experiments train a few thousand weights for two steps.
+
+    Their front ends and temporal layers stay two different ones.
+    """
     for name in ("small_gru", "small_attention_normed"):
         shortened = replace_nested(
             EXPERIMENTS[name],
+            model={"backbone": "test_byobnet", "backbone_options": (), "temporal_size": 16},
             train={"epochs": 1, "data": {"clips_per_epoch": 8, "batch_size": 4}},
         )
         patch.setitem(EXPERIMENTS, name, shortened)
@@ -26,10 +30,10 @@ def shorten_previews(patch: pytest.MonkeyPatch) -> None:
 
 
 def shorten_simulation(patch: pytest.MonkeyPatch) -> None:
-    """Let `birdcall evaluate` simulate two minutes of each fold and share."""
+    """Let `birdcall evaluate` simulate one minute of each fold and share."""
     from birdcall.evaluation import predict
     from birdcall.evaluation.simulation import SimulationConfig
 
-    simulation = SimulationConfig(n_soundscapes=4, soundscape_seconds=30.0)
+    simulation = SimulationConfig(n_soundscapes=2, soundscape_seconds=30.0)
     options = partial(predict.HeldOutOptions, simulation=simulation)
     patch.setattr(predict, "HeldOutOptions", options)

@@ -1,6 +1,7 @@
 """The commands and the submission kernel, each in a fresh process, on a tiny demo."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def pipeline(tmp_path_factory, demo_folder):
     run_in_fresh_process(folder, "folds", *data, "--n-folds", 2)
     experiments = ("--experiment", "small_gru", "--experiment", "small_attention_normed")
     run_in_fresh_process(folder, "train", *data, *experiments, "--workers", 0)
-    run_in_fresh_process(folder, "evaluate", *data)
+    run_in_fresh_process(folder, "evaluate", *data, "--context-seconds", 2.5)
     run_in_fresh_process(folder, "package", *data, "--script", SCRIPT, "--dry-run")
     return folder, demo_folder
 
@@ -163,7 +164,11 @@ def test_the_kernel_also_finds_its_data_in_the_old_layout_of_mounts(pipeline, tm
     (root / "birdcall-package").symlink_to(build / "dataset")
     done = subprocess.run(
         [sys.executable, "-I", SCRIPT],
-        env={"KAGGLE_INPUT": str(root), "KAGGLE_WORKING": str(working)},
+        env={
+            "KAGGLE_INPUT": str(root),
+            "KAGGLE_WORKING": str(working),
+            "OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"],
+        },
         capture_output=True,
         text=True,
         check=False,
@@ -241,19 +246,15 @@ def test_export_writes_a_model_that_other_programs_run(pipeline, run, tmp_path):
     assert "no such checkpoint" in run(folder, "export", tmp_path, fails=True)
 
 
-def test_the_package_uses_the_window_of_evaluate(pipeline, run, tmp_path):
+def test_the_package_uses_the_window_of_evaluate(pipeline, run):
     folder, demo = pipeline
-    output = folder / "output" / "tiny"
-    shutil.copytree(output, tmp_path / "tiny")
-    options = ("--output", tmp_path / "tiny")
-    evaluate = ("evaluate", "--data", demo, *options, "--experiment", "small_gru")
-    run(folder, *evaluate, "--context-seconds", 2.5)
-    decision = json.loads((tmp_path / "tiny" / "decision.json").read_text())
+    written = folder / "output" / "tiny" / "decision.json"
+    decision = json.loads(written.read_text())
     assert (decision["window_segments"], decision["context_seconds"]) == (1, 2.5)
-    build = ("--build", tmp_path / "build", "--script", SCRIPT)
-    run(folder, "package", "--data", demo, *options, *build, "--dry-run")
-    assert (tmp_path / "tiny" / "submission.csv").is_file()
-    assert "context_seconds" in run(folder, *evaluate, "--context-seconds", 0.33, fails=True)
+    packaged = folder / "kernels" / "build" / "dataset" / written.name
+    assert packaged.read_bytes() == written.read_bytes()
+    error = run(folder, "evaluate", "--data", demo, "--context-seconds", 0.33, fails=True)
+    assert "context_seconds" in error
 
 
 # --- bad input: one line, exit code 2 -----------------------------------------------------------

@@ -1,14 +1,24 @@
 """The benchmark of evaluation scores stored predictions in a new process."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from birdcall.benchmark import scale
 from birdcall.benchmark.scale import benchmark_evaluation, random_truth
 
 
-def test_a_small_evaluation_gives_time_memory_and_scores(tmp_path):
+def run_in_this_process(command, check):
+    """In place of `subprocess.run` for a command ``python -c code ...``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command[1:2] + command[3:])
+        exec(command[2], {})
+
+
+def test_a_small_evaluation_gives_time_memory_and_scores(tmp_path, monkeypatch):
     table = benchmark_evaluation(tmp_path, n_soundscapes=12, seconds=60, n_classes=10, n_members=2)
     row = table.iloc[0]
     assert (row["rows"], row["members"], row["classes"]) == (144, 2, 10)
@@ -18,6 +28,7 @@ def test_a_small_evaluation_gives_time_memory_and_scores(tmp_path):
     result = json.loads((tmp_path / "stored" / "evaluation.json").read_text())
     assert "member 1" in result["table"]
     # A second, smaller evaluation does not use the files of the first.
+    monkeypatch.setattr(scale, "subprocess", SimpleNamespace(run=run_in_this_process))
     table = benchmark_evaluation(tmp_path, n_soundscapes=6, seconds=30, n_classes=4, n_members=1)
     assert table["members"].item() == 1
 

@@ -735,23 +735,38 @@ def test_the_tab_key_goes_through_the_page_from_top_to_bottom(opened):
 
 
 def test_twenty_recordings_are_there_within_two_seconds(browser, written_soundscape, tmp_path):
-    (tmp_path / "view").mkdir()
+    """Seconds of work, since a busy machine takes longer; and nearly as soon as one recording."""
     rows = []
     for number in range(20):
-        shutil.copy(written_soundscape[1], tmp_path / "view" / f"recording {number}.wav.html")
-        rows.append((f"recording {number}.wav", 30.0, 2, "American Crow, Blue Jay", ""))
+        (tmp_path / f"{number}.wav.html").write_bytes(written_soundscape[1].read_bytes())
+        rows.append((f"{number}.wav", 30.0, 2, "American Crow, Blue Jay", ""))
     table = pd.DataFrame(rows, columns=["recording", "seconds", "detections", "species", "failed"])
-    index = write_index(tmp_path / "view", table)
-    page = OpenPage(browser, index).page
-    assert ready_after(page) < 2
-    page.click("text=recording 7.wav")
+    seconds = {}
+    for n_recordings in (1, 20):
+        page = OpenPage(browser, write_index(tmp_path, table[:n_recordings])).page
+        seconds[n_recordings] = ready_after(page)
+    assert seconds[20] < 3 * seconds[1]
+    assert work_of(page) < 2
+    page.click("text=7.wav >> nth=0")
+    page.wait_for_selector("#viewer")
     page.wait_for_selector("body[data-ready=yes]")
-    assert ready_after(page) < 2
+    from_index = ready_after(page)
+    assert from_index < 3 * ready_after(OpenPage(browser, written_soundscape[1]).page)
+    assert work_of(page) < 2
 
 
 def ready_after(page) -> float:
     """Seconds from the beginning of a navigation to now."""
     return page.evaluate("performance.now()") / 1000
+
+
+def work_of(page) -> float:
+    """Seconds for which the page has kept a processor busy since it was opened."""
+    session = page.context.new_cdp_session(page)
+    session.send("Performance.enable")
+    metrics = session.send("Performance.getMetrics")["metrics"]
+    (seconds,) = [item["value"] for item in metrics if item["name"] == "ProcessTime"]
+    return seconds
 
 
 def test_only_named_scripts_run(browser, tmp_path):
