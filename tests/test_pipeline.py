@@ -257,6 +257,23 @@ def test_the_package_uses_the_window_of_evaluate(pipeline, run):
     assert "context_seconds" in error
 
 
+def test_without_options_a_window_is_a_segment_and_only_the_named_experiment_is_scored(
+    pipeline, run, tmp_path
+):
+    folder, demo = pipeline
+    runs = Path("runs") / "small_gru"
+    shutil.copytree(folder / "output" / "tiny" / runs, tmp_path / runs)
+    shutil.copy(folder / "output" / "tiny" / "audit.csv", tmp_path)
+    options = ("--output", tmp_path, "--experiment", "small_gru", "--pages", 0)
+    run(folder, "evaluate", "--data", demo, *options)
+    decision = json.loads((tmp_path / "decision.json").read_text())
+    assert (decision["window_segments"], decision["context_seconds"]) == (1, 0.0)
+    assert decision["members"] == ["small_gru-fold0", "small_gru-fold1"]
+    names = set(pd.read_csv(tmp_path / "scores.csv")["name"])
+    assert "small_gru" in names
+    assert "small_attention_normed" not in names
+
+
 # --- bad input: one line, exit code 2 -----------------------------------------------------------
 
 
