@@ -442,7 +442,9 @@ def test_code_that_is_not_as_packaged_is_not_run_on_any_member(build, data, tmp_
 
 def test_a_manifest_cannot_name_files_elsewhere(build):
     dataset = build / "dataset"
-    (dataset / MANIFEST_FILE).write_text(json.dumps({"../../etc/passwd": "0"}))
+    manifest = make_manifest(dataset)
+    manifest["files"]["../../etc/passwd"] = "0"
+    (dataset / MANIFEST_FILE).write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="give a relative path"):
         find_changes(dataset)
 
