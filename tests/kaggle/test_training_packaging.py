@@ -12,6 +12,7 @@ import torch
 from birdcall.config import replace_nested
 from birdcall.data.noise import find_noise, split_noise
 from birdcall.experiments import EXPERIMENTS, find_experiment
+from birdcall.inference.decision import Decision
 from birdcall.kaggle.manifest import MANIFEST_FILE, find_changes, make_manifest
 from birdcall.kaggle.packaging import (
     StagingOptions,
@@ -19,6 +20,7 @@ from birdcall.kaggle.packaging import (
     Upload,
     dry_run_training,
     run_as_kaggle,
+    stage_package,
     stage_training,
 )
 from birdcall.kaggle.training_kernel import TrainingSettings, read_settings
@@ -71,11 +73,11 @@ for refused in (
 def stage(demo_folder, tables, tmp_path):
     """Stage ``small_gru`` on the tiny demo, or what the test says."""
 
-    def stage(settings=SETTINGS, wheels=None, **options) -> Path:
+    def stage(settings=SETTINGS, wheels=None, owner="someone", **options) -> Path:
         files = TrainingFiles(
             **{"data": demo_folder, "folds": tables[0], "audit": tables[1]} | options
         )
-        staging = StagingOptions(SCRIPT, tmp_path / "build", "someone", wheels)
+        staging = StagingOptions(SCRIPT, tmp_path / "build", owner, wheels)
         return stage_training(settings, files, staging)
 
     return stage
@@ -207,18 +209,102 @@ def test_every_experiment_has_a_name_and_a_batch_that_kaggle_takes(name):
     assert "_" not in upload.kernel + upload.dataset
 
 
-def test_a_name_that_kaggle_would_refuse_is_refused_here():
-    with pytest.raises(ValueError, match="50 characters"):
-        Upload("someone", "a" * 51, "birdcall")
+@pytest.mark.parametrize("slug", ["a" * 51, "small_gru", "Birdcall", "my data", "-a", "a--b", ""])
+def test_a_name_that_kaggle_would_refuse_is_refused_here(slug):
+    for names in ((slug, "birdcall"), ("birdcall", slug)):
+        with pytest.raises(ValueError, match="50 characters") as caught:
+            Upload("someone", *names)
+        assert repr(slug) in str(caught.value)
+
+
+@pytest.mark.parametrize("owner", ["", "a/b", "My Name", "Jane_Doe", "..", "jané", "a\n", "-a"])
+def test_an_owner_that_kaggle_would_refuse_is_refused_before_anything_is_staged(
+    stage, tmp_path, owner
+):
+    staging = StagingOptions(SCRIPT, tmp_path / "build", owner)
+    with pytest.raises(ValueError, match="--owner") as caught:
+        stage_package([tmp_path / "run"], Decision(), staging)
+    assert repr(owner) in str(caught.value)
+    with pytest.raises(ValueError, match="--owner"):
+        stage(owner=owner)
+    assert not (tmp_path / "build").exists()
+
+
+def test_a_script_that_is_missing_is_named_before_anything_is_staged(tmp_path):
+    staging = StagingOptions(tmp_path / "kernel.py", tmp_path / "build", "someone")
+    with pytest.raises(FileNotFoundError, match=r"kernel\.py"):
+        stage_package([tmp_path / "run"], Decision(), staging)
+    assert not (tmp_path / "build").exists()
 
 
 def test_staging_again_replaces_what_was_staged_and_nothing_else(stage, tmp_path):
     dataset = stage()
-    (dataset / "old.txt").touch()
+    (dataset / "birdcall" / "__pycache__").mkdir()
+    (dataset / "birdcall" / "__pycache__" / "config.pyc").touch()
     (tmp_path / "build" / "other").mkdir()
+    stage(replace(SETTINGS, fold=0))
+    assert read_settings(dataset).fold == 0
+    assert not (dataset / "birdcall" / "__pycache__").exists()
+    folders = sorted(path.name for path in (tmp_path / "build").iterdir())
+    assert folders == ["dataset", "kernel", "other"]
+
+
+@pytest.mark.parametrize(
+    "name", ["dataset/old.txt", "dataset/birdcall/old.txt", "kernel/other.py", "dataset/.hidden"]
+)
+def test_a_file_that_was_not_staged_is_named_and_nothing_is_replaced(stage, tmp_path, name):
+    dataset = stage()
+    path = tmp_path / "build" / name
+    path.write_text("mine")
+    with pytest.raises(ValueError, match=r"--build") as caught:
+        stage(replace(SETTINGS, fold=0))
+    assert str(path) in str(caught.value)
+    assert path.read_text() == "mine"
+    assert read_settings(dataset).fold == SETTINGS.fold
+    assert sorted(path.name for path in (tmp_path / "build").iterdir()) == ["dataset", "kernel"]
+
+
+@pytest.mark.parametrize("name", ["dataset", "kernel"])
+@pytest.mark.parametrize("kind", ["files", "of another program", "link", "file"])
+def test_folders_of_others_stay_as_they_are(stage, tmp_path, name, kind):
+    target = tmp_path / "build" / name
+    target.parent.mkdir()
+    folder = tmp_path / "precious" if kind == "link" else target
+    if kind == "file":
+        target.write_text("mine")
+    else:
+        folder.mkdir()
+        (folder / "train.csv").write_text("mine")
+    if kind == "of another program":
+        (folder / "manifest.json").write_text(json.dumps({"name": "x", "files": {"train.csv": 0}}))
+        metadata = {"id": "me/my-kernel", "code_file": "train.csv"}
+        (folder / "kernel-metadata.json").write_text(json.dumps(metadata))
+    elif kind == "link":
+        target.symlink_to(folder)
+    with pytest.raises(ValueError, match=r"--build") as caught:
+        stage()
+    assert str(target) in str(caught.value)
+    assert (target if kind == "file" else folder / "train.csv").read_text() == "mine"
+    assert [path.name for path in target.parent.iterdir()] == [name]
+
+
+def test_a_package_of_an_earlier_version_is_replaced(stage):
+    dataset = stage()
+    manifest = json.loads((dataset / MANIFEST_FILE).read_text())
+    (dataset / MANIFEST_FILE).write_text(json.dumps(manifest["files"]))  # the digests alone
+    assert find_changes(dataset) == {}
     stage()
-    assert not (dataset / "old.txt").exists()
-    assert (tmp_path / "build" / "other").is_dir()
+    assert json.loads((dataset / MANIFEST_FILE).read_text()) == manifest
+
+
+def test_a_staging_that_fails_leaves_the_one_before(stage, tmp_path, monkeypatch):
+    dataset = stage()
+    monkeypatch.setattr("birdcall.kaggle.packaging._MAX_DATASET_BYTES", 1000)
+    with pytest.raises(ValueError, match="GiB"):
+        stage(replace(SETTINGS, fold=0))
+    assert read_settings(dataset) == SETTINGS
+    assert find_changes(dataset) == {}
+    assert sorted(path.name for path in (tmp_path / "build").iterdir()) == ["dataset", "kernel"]
 
 
 # --- dry run ------------------------------------------------------------------------------------
@@ -228,7 +314,10 @@ def test_two_sessions_the_second_of_which_gets_further(stage, demo_folder, tmp_p
     dataset = stage()
     change_code(dataset, "__main__", STAND_IN + "save(10 * n_sessions)\n")
     output = tmp_path / "dry_run"
+    output.mkdir()
+    (output / "notes.txt").write_text("mine")
     log = dry_run_training(dataset.parent, demo_folder, output)
+    assert (output / "notes.txt").read_text() == "mine"
     assert log.count("session 1") == log.count("session 2") == 1
     assert "session 1 of dataset" in log  # the staged code ran, not this checkout's
     assert (output / "runs" / "small_gru" / "fold1" / STATE_FILE).is_file()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -22,7 +24,7 @@ from birdcall.experiments import find_experiment
 from birdcall.inference.decision import Decision, write_decision
 from birdcall.inference.tables import read_submission
 from birdcall.inference.windows import ONNX_FILE, export_checkpoint
-from birdcall.kaggle.manifest import MANIFEST_FILE, WHEELS_FOLDER, make_manifest
+from birdcall.kaggle.manifest import MANIFEST_FILE, WHEELS_FOLDER, make_manifest, read_manifest
 from birdcall.kaggle.submission import DECISION_FILE, MEMBERS_FOLDER, SUMMARY_FILE
 from birdcall.kaggle.test_set import read_test_rows
 from birdcall.kaggle.training_kernel import (
@@ -46,7 +48,12 @@ from birdcall.training.resume import read_state
 logger = logging.getLogger(__name__)
 
 _COMPETITION = "birdsong-recognition"
+_OWNER = re.compile(r"[A-Za-z0-9]+(-[A-Za-z0-9]+)*")
+_SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+_SLUG_PREFIX = "birdcall-"  # of all that is staged
 _MAX_TITLE = 50  # characters
+_DATASET_METADATA, _KERNEL_METADATA = "dataset-metadata.json", "kernel-metadata.json"
+_OF_SYSTEMS = (".DS_Store", "Thumbs.db")  # macOS and Windows leave them in folders
 _MAX_DATASET_BYTES = 100 * 2**30  # Kaggle's limit on one dataset
 _N_GPUS = 2  # of Kaggle's sessions with T4s; the kernel shares each batch between them
 
@@ -81,7 +88,10 @@ socket.socket.connect_ex = connecting(socket.socket.connect_ex)
 
 @dataclass(frozen=True)
 class Upload:
-    """The names of a dataset and of the kernel that reads it on Kaggle."""
+    """The names of a dataset and of the kernel that reads it on Kaggle.
+
+    ``ValueError`` if Kaggle does not take one of them.
+    """
 
     owner: str
     dataset: str  # slugs
@@ -89,9 +99,17 @@ class Upload:
     sees_own_output: bool = False  # a version of the kernel finds the output of the one before
 
     def __post_init__(self) -> None:
+        require(
+            _OWNER.fullmatch(self.owner) is not None,
+            f"--owner is {self.owner!r}; give your user name on Kaggle as in the address of your "
+            "page there: letters and digits, with single hyphens between them",
+        )
         for slug in (self.dataset, self.kernel):
-            if len(slug) > _MAX_TITLE:
-                raise ValueError(f"{slug!r} is too long: Kaggle takes {_MAX_TITLE} characters")
+            require(
+                _SLUG.fullmatch(slug) is not None and len(slug) <= _MAX_TITLE,
+                f"Kaggle does not take the name {slug!r}; it must have small letters and digits, "
+                f"with single hyphens between them, and at most {_MAX_TITLE} characters",
+            )
 
     @classmethod
     def of_training(cls, settings: TrainingSettings, experiment: Experiment, owner: str) -> Upload:
@@ -105,7 +123,7 @@ class Upload:
             f"{experiment.name} has a batch_size of {size}, which Kaggle's {_N_GPUS} GPUs cannot "
             f"share; it must be a multiple of {_N_GPUS}",
         )
-        kernel = f"birdcall-{settings.name.replace('_', '-')}"
+        kernel = f"{_SLUG_PREFIX}{settings.name.replace('_', '-')}"
         return cls(owner, f"{kernel}-data", kernel, sees_own_output=True)
 
 
@@ -126,66 +144,100 @@ class StagingOptions:
 def stage_package(members: Sequence[Path], decision: Decision, staging: StagingOptions) -> Path:
     """Write ``build/dataset`` (code, members, decision) and ``build/kernel`` (script, metadata).
 
-    Whatever an earlier call left there is replaced. Every member is loaded once, so that what
-    cannot run is not uploaded, and exported for ONNX Runtime, where that is installed. Returns the
-    dataset's folder.
+    What an earlier call wrote there is replaced when all is staged. Every member is loaded once, so
+    that what cannot run is not uploaded, and exported for ONNX Runtime, where that is installed.
+    Returns the dataset's folder.
     """
-    dataset = _start_dataset(staging)
-    can_export = is_onnx_installed()
-    if not can_export:
-        logger.warning("onnxruntime is not installed: a kernel without GPU will run torch, slowly")
-    for folder in members:
-        _, checkpoint = load_model(folder)
-        target = dataset / MEMBERS_FOLDER / checkpoint.name
-        target.mkdir(parents=True)
-        for name in (WEIGHTS_FILE, SETTINGS_FILE):
-            shutil.copyfile(folder / name, target / name)
-        if can_export:
-            difference = export_checkpoint(target, target / ONNX_FILE, decision.window_config)
-            logger.info("%s: exported, within %.1g of torch", checkpoint.name, difference)
-    write_decision(dataset / DECISION_FILE, decision)
-    _finish_build(staging, Upload(staging.owner, "birdcall-package", "birdcall-submission"))
-    return dataset
+    upload = Upload(staging.owner, f"{_SLUG_PREFIX}package", f"{_SLUG_PREFIX}submission")
+    with _staging(staging, upload) as dataset:
+        can_export = is_onnx_installed()
+        if not can_export:
+            logger.warning("no onnxruntime to use: a kernel without GPU will run torch, slowly")
+        for folder in members:
+            _, checkpoint = load_model(folder)
+            target = dataset / MEMBERS_FOLDER / checkpoint.name
+            target.mkdir(parents=True)
+            for name in (WEIGHTS_FILE, SETTINGS_FILE):
+                shutil.copyfile(folder / name, target / name)
+            if can_export:
+                difference = export_checkpoint(target, target / ONNX_FILE, decision.window_config)
+                logger.info("%s: exported, within %.1g of torch", checkpoint.name, difference)
+        write_decision(dataset / DECISION_FILE, decision)
+    return staging.build / "dataset"
 
 
-def _start_dataset(staging: StagingOptions) -> Path:
-    """Empty ``build/dataset`` and ``build/kernel``; put code and wheels into the dataset.
+@contextmanager
+def _staging(staging: StagingOptions, upload: Upload) -> Iterator[Path]:
+    """Yield a dataset's folder with code and wheels; then write what else Kaggle needs.
 
-    FileNotFoundError if the folder of wheels has none.
+    If all succeeds, dataset and kernel replace those in ``build``: until then, and after an error,
+    these stay. FileNotFoundError without the script, or if the folder of wheels has none.
+    ValueError for a file in their place that no earlier staging has written.
     """
+    if not staging.script.is_file():
+        raise FileNotFoundError(f"{staging.script}: no such script of the kernel; give --script")
     wheels = [] if staging.wheels is None else sorted(staging.wheels.glob("*.whl"))
     if staging.wheels is not None and not wheels:
         raise FileNotFoundError(
             f"{staging.wheels}: no wheels; `pip download --no-deps -d` puts them there"
         )
-    dataset = staging.build / "dataset"
-    for folder in (dataset, staging.build / "kernel"):
-        shutil.rmtree(folder, ignore_errors=True)
-    with resources.as_file(resources.files("birdcall")) as source:
-        ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
-        shutil.copytree(source, dataset / "birdcall", ignore=ignore)
-    for path in wheels:
-        (dataset / WHEELS_FOLDER).mkdir(exist_ok=True)
-        shutil.copyfile(path, dataset / WHEELS_FOLDER / path.name)
-    return dataset
+    _require_staged_files(staging.build)
+    staging.build.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=staging.build, prefix=".staging-") as temporary:
+        dataset, kernel = Path(temporary) / "dataset", Path(temporary) / "kernel"
+        with resources.as_file(resources.files("birdcall")) as source:
+            ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+            shutil.copytree(source, dataset / "birdcall", ignore=ignore)
+        for path in wheels:
+            (dataset / WHEELS_FOLDER).mkdir(exist_ok=True)
+            shutil.copyfile(path, dataset / WHEELS_FOLDER / path.name)
+        yield dataset
+        _write_metadata(dataset, kernel, staging.script, upload)
+        _require_staged_files(staging.build)  # again: exports take minutes
+        for folder in (dataset, kernel):
+            target = staging.build / folder.name
+            if target.is_dir():
+                target.rename(Path(temporary) / f"old_{folder.name}")
+            folder.rename(target)
 
 
-def _finish_build(staging: StagingOptions, upload: Upload) -> None:
+def _require_staged_files(build: Path) -> None:
+    """Raise ``ValueError`` for a file in dataset or kernel that no earlier staging has written."""
+    dataset, kernel = build / "dataset", build / "kernel"
+    expected: set[Path] = set()
+    with suppress(ValueError, OSError):
+        names = [*read_manifest(dataset), MANIFEST_FILE, _DATASET_METADATA]
+        expected |= {dataset / name for name in names}
+    with suppress(ValueError, OSError, KeyError, TypeError, AttributeError):
+        metadata = json.loads((kernel / _KERNEL_METADATA).read_text(encoding="utf-8"))
+        if metadata["id"].rpartition("/")[2].startswith(_SLUG_PREFIX):
+            expected |= {kernel / _KERNEL_METADATA, kernel / metadata["code_file"]}
+    present = [path for path in (dataset, kernel) if path.exists() or path.is_symlink()]
+    for path in [*present, *sorted(dataset.rglob("*")), *sorted(kernel.rglob("*"))]:
+        is_folder = path.is_dir() and not path.is_symlink()
+        is_worthless = path.suffix == ".pyc" or path.name in _OF_SYSTEMS
+        require(
+            is_folder or is_worthless or path in expected,
+            f"{path}: no earlier `birdcall package` has written it, and it would be lost; move it "
+            "elsewhere, or give another --build",
+        )
+
+
+def _write_metadata(dataset: Path, kernel: Path, script: Path, upload: Upload) -> None:
     """Write the kernel, the metadata of both folders, and the dataset's manifest."""
-    dataset, kernel = staging.build / "dataset", staging.build / "kernel"
     dataset_id, kernel_id = (f"{upload.owner}/{name}" for name in (upload.dataset, upload.kernel))
     metadata: dict[str, object] = {
         "title": upload.dataset.replace("-", " "),
         "id": dataset_id,
         "licenses": [{"name": "CC-BY-NC-SA-4.0"}],  # as most of the recordings
     }
-    _write_json(dataset / "dataset-metadata.json", metadata)
+    _write_json(dataset / _DATASET_METADATA, metadata)
     kernel.mkdir()
-    shutil.copyfile(staging.script, kernel / staging.script.name)
+    shutil.copyfile(script, kernel / script.name)
     metadata = {
         "id": kernel_id,
         "title": upload.kernel.replace("-", " "),
-        "code_file": staging.script.name,
+        "code_file": script.name,
         "language": "python",
         "kernel_type": "script",
         "is_private": True,
@@ -200,7 +252,7 @@ def _finish_build(staging: StagingOptions, upload: Upload) -> None:
     if upload.sees_own_output:
         metadata["kernel_sources"] = [kernel_id]
         metadata["docker_image_pinning_type"] = "original"  # to resume under the same torch
-    _write_json(kernel / "kernel-metadata.json", metadata)
+    _write_json(kernel / _KERNEL_METADATA, metadata)
     _write_json(dataset / MANIFEST_FILE, make_manifest(dataset))
     size = sum(path.stat().st_size for path in dataset.rglob("*") if path.is_file())
     if size > _MAX_DATASET_BYTES:
@@ -316,7 +368,7 @@ def stage_training(
 
     The dataset holds code, settings, folds, audit, labels with times, the bird-free recordings that
     a training here would use, the weights to start from (``init``, or the pretrained ones of the
-    experiment, fetched here), and wheels. Whatever an earlier call left is replaced. The network is
+    experiment, fetched here), and wheels. What an earlier call wrote is replaced. The network is
     built once, and the tables are matched with the data, so that what cannot run is not uploaded.
     Returns the dataset's folder.
     """
@@ -340,25 +392,25 @@ def stage_training(
             experiment.name,
             _MISSING_PACKAGES,
         )
-    dataset = _start_dataset(staging)
-    shutil.copyfile(files.folds, dataset / PackagedFile.FOLDS)
-    shutil.copyfile(files.audit, dataset / PackagedFile.AUDIT)
-    if files.labels is not None:
-        shutil.copyfile(files.labels, dataset / PackagedFile.LABELS)
-    # A numbered folder for each folder that bird-free recordings come from: under its name, that of
-    # a collection would need its metadata, which list the bird-free recordings. All of these are.
-    numbers: dict[Path, int] = {}
-    for path in training.noise_files:
-        number = numbers.setdefault(path.parent, len(numbers))
-        folder = dataset / PackagedFile.NOISE / f"{number:03}"
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, folder / path.name)
-    if files.init is not None or experiment.model.pretrained:
-        init = _stage_weights(files.init, model, dataset)
-        settings = replace(settings, init=init)
-    write_settings(dataset, settings)
-    _finish_build(staging, upload)
-    return dataset
+    with _staging(staging, upload) as dataset:
+        shutil.copyfile(files.folds, dataset / PackagedFile.FOLDS)
+        shutil.copyfile(files.audit, dataset / PackagedFile.AUDIT)
+        if files.labels is not None:
+            shutil.copyfile(files.labels, dataset / PackagedFile.LABELS)
+        # A numbered folder for each folder that bird-free recordings come from: under its name,
+        # that of a collection would need its metadata, which list the bird-free recordings. All of
+        # these are.
+        numbers: dict[Path, int] = {}
+        for path in training.noise_files:
+            number = numbers.setdefault(path.parent, len(numbers))
+            folder = dataset / PackagedFile.NOISE / f"{number:03}"
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / path.name)
+        if files.init is not None or experiment.model.pretrained:
+            init = _stage_weights(files.init, model, dataset)
+            settings = replace(settings, init=init)
+        write_settings(dataset, settings)
+    return staging.build / "dataset"
 
 
 def _stage_weights(init: Path | None, model: SEDModel, dataset: Path) -> str:
@@ -387,8 +439,8 @@ def dry_run_training(
 
     The time of the first session is over at once, so it saves its state after a step. The second
     gets the output of the first and ``second_seconds``, and must resume from it: to the end where
-    there is time enough (`small_gru` on the demo), else further than the first. Its output replaces
-    ``output``. ``ValueError`` holds the end of the log if a session fails.
+    there is time enough (`small_gru` on the demo), else further than the first. Its run replaces
+    that in ``output``. ``ValueError`` holds the end of the log if a session fails.
     """
     run = read_settings(build / "dataset").run
     with tempfile.TemporaryDirectory() as scratch:
@@ -401,8 +453,8 @@ def dry_run_training(
         is_finished = (second / run / SETTINGS_FILE).is_file()
         if not is_finished and _saved_step(second / run, log) <= step:
             raise ValueError(f"the second session did not get past step {step}: {_last_line(log)}")
-        shutil.rmtree(output, ignore_errors=True)
-        shutil.copytree(second, output)
+        shutil.rmtree(output / run, ignore_errors=True)
+        shutil.copytree(second, output, dirs_exist_ok=True)
     return log
 
 
