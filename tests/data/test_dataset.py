@@ -313,8 +313,10 @@ def test_epochs_differ_and_can_be_asked_for_again():
     assert list(sampler) == first
 
 
-def test_classes_that_a_fold_lacks_are_named_once(recordings, caplog):
-    check_classes(recordings.iloc[:1], recordings.iloc[1:], CLASSES, 3)
+def test_classes_that_a_fold_lacks_are_named_once(recordings, caplog, tmp_path):
+    table = tmp_path / "run" / "missing.csv"
+    training, validation = recordings.iloc[:1], recordings.iloc[1:]
+    check_classes(training, validation, classes=CLASSES, fold=3, table=table)
     training, validation = (record.message for record in caplog.records)
     assert training.startswith(
         "fold 3 has no training recording of 2 of 3 classes (bkcchi, norcar)"
@@ -322,9 +324,29 @@ def test_classes_that_a_fold_lacks_are_named_once(recordings, caplog):
     assert validation.startswith("fold 3 has no validation recording of 1 of 3 classes (amecro)")
 
 
-def test_a_fold_with_all_classes_warns_of_nothing(recordings, caplog):
-    check_classes(recordings, recordings, CLASSES, 0)
+def test_of_many_classes_that_a_fold_lacks_five_are_named_and_a_table_lists_all(
+    recordings, caplog, tmp_path
+):
+    classes = sorted({*CLASSES, *(f"bird{number:03}" for number in range(199))})
+    table = tmp_path / "run" / "missing.csv"
+    check_classes(recordings, recordings, classes=classes, fold=3, table=table)
+    for record in caplog.records:
+        named = [code for code in classes if code in record.message.split("/")[0]]
+        assert named == classes[classes.index("bird000") :][:5]
+        assert "199 of 202" in record.message
+        assert str(table) in record.message
+    listed = pd.read_csv(table)
+    for part in ("training", "validation"):
+        missing = list(listed.loc[listed["part"] == part, "ebird_code"])
+        assert missing == [code for code in classes if code.startswith("bird")]
+
+
+def test_a_fold_with_all_classes_warns_of_nothing(recordings, caplog, tmp_path):
+    table = tmp_path / "missing.csv"
+    table.write_text("part,ebird_code\ntraining,of an earlier training\n")
+    check_classes(recordings, recordings, classes=CLASSES, fold=0, table=table)
     assert not caplog.records
+    assert not table.exists()
 
 
 # --- several processes ---------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from birdcall.data.targets import (
     rating_weights,
     read_strong_labels,
 )
+from birdcall.storage.files import shorten_list, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -115,9 +116,18 @@ def load_training_data(
 
 
 def check_classes(
-    training: pd.DataFrame, validation: pd.DataFrame, classes: Sequence[str], fold: int
+    training: pd.DataFrame,
+    validation: pd.DataFrame,
+    *,
+    classes: Sequence[str],
+    fold: int,
+    table: Path,
 ) -> None:
-    """Warn of classes without a recording in the training or in the validation part."""
+    """Warn of classes without a recording in the training or in the validation part.
+
+    ``table`` lists them all, a row each: part, ebird_code. It is not there if none is missing.
+    """
+    rows = []
     for part, recordings, consequence in (
         ("training", training, "they are learnt from secondary labels, if at all"),
         ("validation", validation, "its scores do not cover them"),
@@ -125,9 +135,15 @@ def check_classes(
         missing = sorted(set(classes) - set(recordings["ebird_code"]))
         if missing:
             logger.warning(
-                "fold %d has no %s recording of %d of %d classes (%s): %s",
-                *(fold, part, len(missing), len(classes), ", ".join(missing), consequence),
+                "fold %d has no %s recording of %d of %d classes (%s): %s; %s lists them",
+                *(fold, part, len(missing), len(classes), shorten_list(missing), consequence),
+                table,
             )
+        rows += [(part, code) for code in missing]
+    table.unlink(missing_ok=True)  # of an earlier training
+    if rows:
+        text = pd.DataFrame(rows, columns=["part", "ebird_code"]).to_csv(index=False)
+        write_atomically(table, text)
 
 
 class Clip(NamedTuple):

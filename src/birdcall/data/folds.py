@@ -12,7 +12,7 @@ import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from birdcall.storage.files import read_table, write_atomically
+from birdcall.storage.files import read_table, shorten_list, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -328,9 +328,8 @@ def _warn_of_undivided(recordings: pd.DataFrame, folds: pd.DataFrame) -> None:
         return
     n_groups = recordings.groupby("ebird_code")["group"].nunique()
     n_single = sum(n_groups[code] == 1 for code in undivided)
-    names = ", ".join(undivided[:5]) + (", ..." if len(undivided) > 5 else "")
     logger.warning(
         "%d of %d species are in one fold only, %d of them because all their recordings are by one "
         "recordist: the model that is validated on that fold is not trained on them (%s)",
-        *(len(undivided), len(shares), n_single, names),
+        *(len(undivided), len(shares), n_single, shorten_list(undivided)),
     )

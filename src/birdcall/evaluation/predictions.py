@@ -25,7 +25,7 @@ from birdcall.inference.engine import predict_audio
 from birdcall.inference.ensemble import Ensemble, Member
 from birdcall.inference.predictions import SEGMENTS_ONLY, SegmentPredictions
 from birdcall.inference.windows import AudioSource, WindowConfig
-from birdcall.storage.files import digest
+from birdcall.storage.files import digest, shorten_list
 from birdcall.storage.store import Store, read_arrays, write_arrays
 
 logger = logging.getLogger(__name__)
@@ -250,7 +250,8 @@ class PredictionCache:
         if any(other != lengths[0] for other in lengths):
             # A disk that failed for some members only: their segments are not those of the others.
             logger.warning(
-                "members could read different recordings of %s; all predict again", names
+                "members could read different recordings of %s; all predict again",
+                shorten_list(names),
             )
             stored = [None] * len(lengths)
             by_member = self._predict_missing(ensemble, sources, stored, progress=progress)

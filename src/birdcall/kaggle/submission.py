@@ -45,7 +45,7 @@ from birdcall.kaggle.test_set import (
     read_test_rows,
 )
 from birdcall.models.checkpoint import require_same_classes
-from birdcall.storage.files import inside, write_atomically
+from birdcall.storage.files import inside, shorten_list, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -267,7 +267,8 @@ def predict_rows(
                 continue
             if not progress.recordings_by_member:
                 raise
-            logger.error("no member is left: rows are nocall of %s", ", ".join(progress.remaining))
+            names = list(progress.remaining)
+            logger.error("no member is left: rows are nocall of %s", shorten_list(names))
             progress.failed += progress.remaining
             progress.remaining.clear()
             is_finished = True
@@ -275,7 +276,7 @@ def predict_rows(
         logger.warning(
             "the time is over: %d recordings are not predicted, their rows are nocall: %s",
             len(progress.remaining),
-            ", ".join(progress.remaining),
+            shorten_list(list(progress.remaining)),
         )
     labels = [progress.labels.get(row_id, NOCALL) for row_id in rows["row_id"]]
     n_birds = Counter(0 if text == NOCALL else len(text.split()) for text in labels)

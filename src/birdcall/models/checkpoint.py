@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from birdcall import __version__
 from birdcall.config import Experiment, config_from_dict
 from birdcall.models.sed import SEDModel, build_model
-from birdcall.storage.files import write_atomically
+from birdcall.storage.files import shorten_list, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +118,8 @@ def require_same_classes(folder: Path, checkpoint: Checkpoint, classes: tuple[st
         raise ValueError(f"{folder}: checkpoint of other classes: the same in another order")
     raise ValueError(
         f"{folder}: checkpoint of other classes: {len(checkpoint.classes)} instead of "
-        f"{len(classes)}; only in the checkpoint: {', '.join(only_here[:5]) or 'none'}; "
-        f"only in the data: {', '.join(only_there[:5]) or 'none'}"
+        f"{len(classes)}; only in the checkpoint: {shorten_list(only_here) or 'none'}; "
+        f"only in the data: {shorten_list(only_there) or 'none'}"
     )
 
 

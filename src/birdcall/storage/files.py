@@ -46,6 +46,13 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         temporary.write_bytes(data)
 
 
+def shorten_list(items: Sequence[object], n_named: int = 5) -> str:
+    """Return the first items as text, and how many more there are."""
+    named = ", ".join(str(item) for item in items[:n_named])
+    n_more = len(items) - n_named
+    return f"{named} and {n_more} more" if n_more > 0 else named
+
+
 def inside(folder: Path, name: str) -> Path:
     """Return ``folder / name`` for a name that came from a file; it need not exist.
 

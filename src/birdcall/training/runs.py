@@ -41,6 +41,8 @@ from birdcall.training.trainer import Run, RunOptions, Training, start_training
 
 logger = logging.getLogger(__name__)
 
+_MISSING_CLASSES_FILE = "missing_classes.csv"  # in a run's folder, see `check_classes`
+
 
 class TrainingInterrupted(RuntimeError):  # noqa: N818 - as KeyboardInterrupt
     """A signal or the deadline has stopped a training; its state is in the run's folder."""
@@ -59,7 +61,9 @@ def train_run(
     TrainingInterrupted at a signal (SIGTERM, Ctrl-C) and at the deadline, after saving the state.
     """
     train_part, held_out = data.split(run.fold)
-    check_classes(train_part, held_out, data.classes, run.fold)
+    if options.distributed.is_first:
+        table = run.folder / _MISSING_CLASSES_FILE
+        check_classes(train_part, held_out, classes=data.classes, fold=run.fold, table=table)
     training = start_training(run, data, train_part, options)
     progress, is_first = training.progress, options.distributed.is_first
     if options.resume and (run.folder / STATE_FILE).is_file():
