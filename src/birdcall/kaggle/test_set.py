@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from birdcall.config import NOCALL, SEGMENT_SECONDS
-from birdcall.storage.files import inside, read_table
+from birdcall.storage.files import inside, read_table, shorten_list
 
 _FILE_SITE = "site_3"  # its recordings are labelled as a whole: rows without seconds
 _RAVEN_SUFFIX = ".txt"
@@ -272,7 +272,7 @@ def _segment_ends(path: Path, frame: pd.DataFrame) -> pd.Series:
 def _log_foreign(path: Path, labels: Iterable[str]) -> None:
     counts = Counter(labels)
     if counts:
-        named = ", ".join(f"{code} {count}" for code, count in counts.most_common())
+        named = shorten_list([f"{code} {count}" for code, count in counts.most_common()])
         logger.warning(
             "%s: %d labels are no class and count as no bird: %s", path.name, counts.total(), named
         )

@@ -38,7 +38,7 @@ from birdcall.prediction.package import (
     RecordingResult,
     detect_recordings,
 )
-from birdcall.storage.files import digest, fitting_name, inside, write_atomically
+from birdcall.storage.files import digest, fitting_name, inside, shorten_list, write_atomically
 from birdcall.storage.store import Journal
 from birdcall.taxonomy import display_name
 
@@ -104,7 +104,7 @@ class ResultOptions:
         unknown = sorted(set(self.species) - set(classes))
         if unknown:
             raise ValueError(
-                f"the model knows no species {', '.join(unknown)}; it knows {', '.join(classes)}"
+                f"the model knows no species {', '.join(unknown)}; it knows {shorten_list(classes)}"
             )
 
 
