@@ -149,8 +149,9 @@ def test_the_package_has_the_layout_that_kaggle_needs(pipeline):
     assert 6 <= len(dataset["title"]) <= 50
     assert metadata["id"].split("/")[1] == metadata["title"].replace(" ", "-")
     manifest = json.loads((build / "dataset" / "manifest.json").read_text())
-    assert "dataset-metadata.json" not in manifest  # Kaggle does not mount it
-    assert sum(name.endswith("model.safetensors") for name in manifest) == 4
+    assert manifest["name"] == "birdcall"
+    assert "dataset-metadata.json" not in manifest["files"]  # Kaggle does not mount it
+    assert sum(name.endswith("model.safetensors") for name in manifest["files"]) == 4
 
 
 def test_the_kernel_also_finds_its_data_in_the_old_layout_of_mounts(pipeline, tmp_path):

@@ -80,7 +80,7 @@ def test_an_ensemble_takes_the_export_and_scores_as_torch_does(
     else:
         assert export_checkpoint(run, run / ONNX_FILE, window_config) < 1e-5
     ensemble = load_ensemble([run], window_config=window_config)
-    assert ensemble.members[0].export == run / ONNX_FILE
+    assert ensemble.members[0].export is not None
     scores = predict_waveforms(ensemble, {RATE: noise(33)})
     for name in ("clipwise", "framewise", "frames"):
         np.testing.assert_allclose(
@@ -117,10 +117,20 @@ def test_an_export_of_another_state_is_not_taken(exported, change, caplog):
     assert "torch runs in its place" in caplog.text
 
 
-def test_an_export_that_is_no_model_is_named(run):
+def test_torch_takes_over_where_the_export_is_no_model(run, caplog):
+    expected = predict_waveforms(load_ensemble([run]), {RATE: noise(12)})
     (run / ONNX_FILE).write_bytes(b"<html>")
-    with pytest.raises(ValueError, match=r"model.onnx: not a model that ONNX Runtime reads"):
-        load_ensemble([run])
+    ensemble = load_ensemble([run])
+    (record,) = caplog.records
+    assert str(run / ONNX_FILE) in record.message
+    predictions = predict_waveforms(ensemble, {RATE: noise(12)})
+    assert np.array_equal(predictions.clipwise, expected.clipwise)
+
+
+def test_an_export_is_not_opened_for_a_device_that_runs_torch(run, caplog):
+    (run / ONNX_FILE).write_bytes(b"<html>")
+    assert load_ensemble([run], "meta").members[0].export is None  # as a GPU, without its memory
+    assert not caplog.records
 
 
 def test_a_waveform_goes_in_where_that_is_asked_for(run, tmp_path):

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import traceback
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -33,10 +34,19 @@ from helpers import (
 )
 
 from birdcall.inference.decision import Decision, write_decision
+from birdcall.inference.ensemble import load_member
+from birdcall.kaggle import submission
 from birdcall.kaggle.manifest import MANIFEST_FILE, find_changes, make_manifest
 from birdcall.kaggle.packaging import dry_run_submission, run_as_kaggle
 from birdcall.kaggle.submission import DECISION_FILE, run_kernel
-from birdcall.models.checkpoint import load_model, read_checkpoint, save_checkpoint
+from birdcall.models.checkpoint import (
+    OnnxModel,
+    is_onnx_installed,
+    load_model,
+    read_checkpoint,
+    save_checkpoint,
+)
+from birdcall.models.sed import SEDModel
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +270,7 @@ def sign(build):
     (dataset / MANIFEST_FILE).write_text(json.dumps(make_manifest(dataset)))
 
 
-@pytest.mark.parametrize("fault", ["missing", "corrupt", "onnx"])
+@pytest.mark.parametrize("fault", ["missing", "corrupt"])
 def test_a_member_that_is_not_as_packaged_is_left_out(build, data, tmp_path, fault, caplog):
     caplog.set_level(logging.INFO)
     folder = member_folders(build)[0]
@@ -268,10 +278,9 @@ def test_a_member_that_is_not_as_packaged_is_left_out(build, data, tmp_path, fau
     if fault == "missing":
         weights.unlink()
     else:
-        file = folder / "model.onnx" if fault == "onnx" else weights
-        content = bytearray(file.read_bytes())
+        content = bytearray(weights.read_bytes())
         content[-9] ^= 255
-        file.write_bytes(content)
+        weights.write_bytes(content)
     run(build, data, tmp_path / "working")
     labels = read_labels(tmp_path / "working", data)
     assert all(len(text.split()) == 2 for text in labels.values())
@@ -281,6 +290,89 @@ def test_a_member_that_is_not_as_packaged_is_left_out(build, data, tmp_path, fau
     assert f"{folder.name}: left out" in caplog.text
     reason = "missing from the package" if fault == "missing" else "its sha256 is not"
     assert reason in summary["left_out"][folder.name]
+
+
+def require_all_members(build, data, working):
+    """Every row must be labelled, by both members."""
+    assert all(len(text.split()) == 2 for text in read_labels(working, data).values())
+    summary = read_summary(working)
+    assert summary["left_out"] == {}
+    assert sorted(summary["members"]) == [folder.name for folder in member_folders(build)]
+
+
+def warnings_of(caplog):
+    return [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("fault", ["as packaged", "changed", "missing"])
+def test_an_export_that_cannot_be_used_costs_no_member(build, data, tmp_path, fault, caplog):
+    export = member_folders(build)[0] / "model.onnx"
+    export.write_bytes(b"<html>")
+    if fault == "as packaged":
+        sign(build)
+    elif fault == "missing":
+        export.unlink()
+    run(build, data, tmp_path / "working")
+    require_all_members(build, data, tmp_path / "working")
+    (warning,) = warnings_of(caplog)
+    assert str(export) in warning
+
+
+def test_a_runtime_that_cannot_be_imported_costs_no_member(
+    built, data, tmp_path, caplog, monkeypatch
+):
+    (tmp_path / "fake" / "onnxruntime").mkdir(parents=True)
+    (tmp_path / "fake" / "onnxruntime" / "__init__.py").write_text("raise ImportError('libfoo.so')")
+    monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
+    monkeypatch.syspath_prepend(tmp_path / "fake")
+    is_onnx_installed.cache_clear()
+    run(built, data, tmp_path / "working")
+    is_onnx_installed.cache_clear()
+    require_all_members(built, data, tmp_path / "working")
+    (warning,) = warnings_of(caplog)
+    assert "libfoo.so" in warning
+
+
+def test_a_runtime_that_fails_at_work_costs_no_member(built, data, tmp_path, caplog, monkeypatch):
+    def fail(self, inputs, outputs):
+        raise RuntimeError("illegal instruction")
+
+    monkeypatch.setattr(OnnxModel, "__call__", fail)
+    run(built, data, tmp_path / "working")
+    require_all_members(built, data, tmp_path / "working")
+    names = [text.split(":")[0] for text in warnings_of(caplog)]
+    assert names == list(read_summary(tmp_path / "working")["members"])
+
+
+@pytest.mark.parametrize("fault", ["memory", "classes", "device"])
+def test_whatever_a_member_raises_the_others_run(build, data, tmp_path, fault, monkeypatch):
+    folder, other = member_folders(build)
+    if fault == "classes":
+        model, checkpoint = load_model(folder)
+        save_checkpoint(folder, model, replace(checkpoint, classes=checkpoint.classes[::-1]))
+        sign(build)
+    elif fault == "memory":
+        real = load_member
+
+        def load(path, *rest, **named):
+            if path == folder:
+                raise MemoryError
+            return real(path, *rest, **named)
+
+        monkeypatch.setattr(submission, "load_member", load)
+    else:
+        real_to = SEDModel.to
+
+        def to(model, device):
+            if torch.equal(model.head.detection.bias, load_model(folder)[0].head.detection.bias):
+                raise RuntimeError("out of memory")
+            return real_to(model, device)
+
+        monkeypatch.setattr(SEDModel, "to", to)
+    run(build, data, tmp_path / "working")
+    assert "nocall" not in read_labels(tmp_path / "working", data).values()
+    summary = read_summary(tmp_path / "working")
+    assert (list(summary["left_out"]), list(summary["members"])) == ([folder.name], [other.name])
 
 
 def test_a_dry_run_with_a_member_left_out_is_a_failure(build, data, tmp_path):
@@ -350,7 +442,9 @@ def test_code_that_is_not_as_packaged_is_not_run_on_any_member(build, data, tmp_
 
 def test_a_manifest_cannot_name_files_elsewhere(build):
     dataset = build / "dataset"
-    (dataset / MANIFEST_FILE).write_text(json.dumps({"../../etc/passwd": "0"}))
+    manifest = make_manifest(dataset)
+    manifest["files"]["../../etc/passwd"] = "0"
+    (dataset / MANIFEST_FILE).write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="give a relative path"):
         find_changes(dataset)
 
@@ -358,7 +452,7 @@ def test_a_manifest_cannot_name_files_elsewhere(build):
 def test_a_decision_of_other_classes_fails(build, data, tmp_path):
     write_decision(build / "dataset" / DECISION_FILE, Decision(classes=("aldfly", "ameavo")))
     sign(build)
-    fails(build, data, tmp_path / "working", "the decision is for other classes")
+    fails(build, data, tmp_path / "working", "checkpoint of other classes")
     assert set(read_labels(tmp_path / "working", data).values()) == {"nocall"}
 
 

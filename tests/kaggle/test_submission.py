@@ -15,6 +15,7 @@ from birdcall.inference.decision import Decision
 from birdcall.inference.ensemble import CostMeter, Ensemble, Member, MemberError
 from birdcall.inference.predictions import SegmentPredictions
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
+from birdcall.kaggle import submission
 from birdcall.kaggle.submission import (
     LoadedPackage,
     TimeBudget,
@@ -140,6 +141,43 @@ def test_without_any_member_that_runs_it_fails(recordings, members):
         broken.model.project.weight.fill_(float("nan"))
     with pytest.raises(MemberError, match="holds NaN"):
         predict_rows(rows, folder, LoadedPackage(Ensemble([broken]), ANY_BIRD))
+
+
+def test_a_member_that_fails_half_way_leaves_what_it_has_labelled(recordings, members, monkeypatch):
+    rows, folder = recordings
+    expected, _ = predict_rows(rows, folder, LoadedPackage(Ensemble(members[:1]), ANY_BIRD))
+    soundfile.write(folder / "r1.wav", np.full(40 * RATE, 0.5), RATE)
+    member, real = members[0], members[0].model.features
+
+    def fail(log_mel):
+        if float(log_mel.std()) < 1:  # of the constant recording
+            raise RuntimeError("the device is gone")
+        return real(log_mel)
+
+    monkeypatch.setattr(member.model, "features", fail)
+    labels, summary = predict_rows(rows, folder, LoadedPackage(Ensemble([member]), ANY_BIRD))
+    assert labels == [*expected[:8], *["nocall"] * 16]
+    assert summary.failed == ("r1", "r2")
+    assert summary.members == {"m0": 1}
+    assert "the device is gone" in summary.left_out["m0"]
+
+
+def test_whatever_reading_a_recording_raises_the_others_are_labelled(
+    recordings, members, monkeypatch
+):
+    rows, folder = recordings
+    real = submission.open_recording
+
+    def fail(path):
+        if path.name == "r1.wav":
+            raise MemoryError("9 PiB")
+        return real(path)
+
+    monkeypatch.setattr(submission, "open_recording", fail)
+    labels, summary = predict_rows(rows, folder, LoadedPackage(Ensemble(members), ANY_BIRD))
+    assert summary.failed == ("r1",)
+    assert [label == "nocall" for label in labels] == [8 <= index < 16 for index in range(24)]
+    assert summary.left_out == {}
 
 
 def _like(member):

@@ -400,7 +400,8 @@ def test_results_of_another_package_are_not_mixed_with_these(opened, package, tm
     other = tmp_path / "other"
     shutil.copytree(package, other)
     manifest = json.loads((other / "manifest.json").read_text())
-    write_atomically(other / "manifest.json", json.dumps({**manifest, "decision.json": "0"}))
+    manifest["files"]["decision.json"] = "0"
+    write_atomically(other / "manifest.json", json.dumps(manifest))
     with pytest.raises(ValueError, match=r"another model or of other parameters.*--overwrite"):
         predict([tmp_path / "in"], tmp_path / "out", other, opened)
 

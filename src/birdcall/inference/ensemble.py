@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import threading
 import time
 from collections import Counter
@@ -31,6 +32,8 @@ from birdcall.models.checkpoint import Checkpoint, OnnxModel, load_model, requir
 from birdcall.models.sed import SEDModel
 from birdcall.storage.files import UserError
 
+logger = logging.getLogger(__name__)
+
 # Segments in one call of a network. More of them leave a CPU's cache; a GPU needs many.
 _CPU_BATCH, _CUDA_BATCH = 4, 64
 READING, FRONT_END = "reading", "front end"  # entries of a `CostMeter` beside the members
@@ -41,16 +44,16 @@ _SegmentNetwork = Callable[[Tensor, Sequence[str]], list[np.ndarray]]
 
 @dataclass(frozen=True)
 class Member:
-    """One trained model of an ensemble; export: its file for ONNX Runtime, where there is one."""
+    """One trained model of an ensemble; export: the same for ONNX Runtime, where there is one."""
 
     name: str
     model: SEDModel
     checkpoint: Checkpoint
-    export: Path | None = None
+    export: OnnxModel | None = None
 
 
 class MemberError(UserError):
-    """A member that does not run, or whose predictions are not finite numbers."""
+    """A member that fits no device, does not run, or predicts what are no finite numbers."""
 
     def __init__(self, member: str, reason: str) -> None:
         super().__init__(f"{member}: {reason}")
@@ -112,7 +115,8 @@ class Ensemble:
     """Members of the same classes, ready on their devices, for windows as ``window_config`` says.
 
     On a CPU each of torch's threads runs batches of its own: by ONNX Runtime where a member has an
-    export, else by torch. ``cuda`` without a number is all GPUs; each has all members.
+    export, else by torch. ``cuda`` without a number is all GPUs; each has all members. Raises
+    MemberError for a member that a device does not take.
     """
 
     def __init__(
@@ -165,13 +169,23 @@ class Ensemble:
     def _open_network(
         self, member: Member, device: torch.device, is_first: bool
     ) -> _SegmentNetwork:
-        if member.export is not None and device.type == "cpu":
-            run = OnnxModel(member.export)
-            return lambda log_mel, outputs: run(log_mel.numpy(), outputs)
-        model = member.model if is_first else copy.deepcopy(member.model)
-        network = SegmentModel(model.to(device).eval(), self.window_config)
+        try:
+            model = member.model if is_first else copy.deepcopy(member.model)
+            network = SegmentModel(model.to(device).eval(), self.window_config)
+        except Exception as error:  # such as no memory left on a GPU
+            raise MemberError(member.name, f"cannot be put on {device}: {error}") from error
+        is_export_used = member.export is not None and device.type == "cpu"
 
         def predict(log_mel: Tensor, outputs: Sequence[str]) -> list[np.ndarray]:
+            nonlocal is_export_used
+            if is_export_used:
+                try:
+                    return member.export(log_mel.numpy(), outputs)
+                except Exception as error:  # whatever the runtime raises: the weights are the same
+                    is_export_used = False
+                    logger.warning(
+                        "%s: ONNX Runtime fails, torch runs in its place: %s", member.name, error
+                    )
             with exact_float32(device):  # TF32 is off by 3e-3 in probability
                 result: SegmentOutput = network(log_mel)
             return [getattr(result, name).cpu().numpy() for name in outputs]
@@ -203,19 +217,16 @@ class Ensemble:
         members = self.members[:n_members]
         for member, network in zip(members, replica.networks, strict=False):
             config = member.checkpoint.experiment.frontend
-            if config not in log_mels:
-                frontend = replica.frontends[config]
-                windows = torch.from_numpy(waveforms[config.sample_rate])
-                with self.costs.measure(FRONT_END, audio_seconds, clock), torch.inference_mode():
-                    if replica.device.type == "cpu":
-                        # Window by window: the rounding of a product depends on its shape, and
-                        # the repair in double precision on how many values need it.
-                        log_mel = torch.cat([frontend(window) for window in windows.split(1)])
-                    else:
-                        log_mel = frontend(windows.to(replica.device))
-                log_mels[config] = log_mel
-            with self.costs.measure(member.name, audio_seconds, clock), torch.inference_mode():
-                arrays = _run(member, network, log_mels[config], names)
+            try:
+                if config not in log_mels:
+                    windows = torch.from_numpy(waveforms[config.sample_rate])
+                    with self.costs.measure(FRONT_END, audio_seconds, clock):
+                        log_mels[config] = _compute_log_mel(replica, config, windows)
+                with self.costs.measure(member.name, audio_seconds, clock), torch.inference_mode():
+                    arrays = network(log_mels[config], names)
+            except Exception as error:  # whatever a runtime raises: the other members can still run
+                raise MemberError(member.name, f"does not run: {error}") from error
+            _require_finite(member, names, arrays)
             for name, array in zip(names, arrays, strict=True):
                 by_output[name].append(array)
         return _join_windows(by_output, outputs)
@@ -252,19 +263,22 @@ def _join_windows(
     )
 
 
-def _run(
-    member: Member, network: _SegmentNetwork, log_mel: Tensor, names: Sequence[str]
-) -> list[np.ndarray]:
-    try:
-        arrays = network(log_mel, names)
-    except Exception as error:  # whatever a runtime raises: the other members can still run
-        raise MemberError(member.name, f"does not run: {error}") from error
+@torch.inference_mode()
+def _compute_log_mel(replica: _Replica, config: FrontendConfig, windows: Tensor) -> Tensor:
+    frontend = replica.frontends[config]
+    if replica.device.type != "cpu":
+        return frontend(windows.to(replica.device))
+    # Window by window: the rounding of a product depends on its shape, and the repair in double
+    # precision on how many values need it.
+    return torch.cat([frontend(window) for window in windows.split(1)])
+
+
+def _require_finite(member: Member, names: Sequence[str], arrays: Sequence[np.ndarray]) -> None:
     for name, array in zip(names, arrays, strict=True):
         if not np.isfinite(array).all():
             raise MemberError(
                 member.name, f"its {name} output holds NaN or infinity: did its training diverge?"
             )
-    return arrays
 
 
 def list_devices(device: torch.device) -> list[torch.device]:
@@ -278,12 +292,13 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_member(folder: Path, window_config: WindowConfig = SINGLE_SEGMENT) -> Member:
-    """Load the checkpoint in ``folder``, with its export where it can be used."""
+def load_member(
+    folder: Path, window_config: WindowConfig = SINGLE_SEGMENT, *, with_export: bool = True
+) -> Member:
+    """Load the checkpoint in ``folder``; also its export, where it can be used."""
     model, checkpoint = load_model(folder)
-    return Member(
-        checkpoint.name, model, checkpoint, find_export(folder, checkpoint, window_config)
-    )
+    export = find_export(folder, checkpoint, window_config) if with_export else None
+    return Member(checkpoint.name, model, checkpoint, export)
 
 
 def load_ensemble(
@@ -292,5 +307,6 @@ def load_ensemble(
     window_config: WindowConfig = SINGLE_SEGMENT,
 ) -> Ensemble:
     """Load the checkpoints in ``folders`` as one ensemble; their classes must agree."""
-    members = [load_member(folder, window_config) for folder in folders]
+    on_cpu = torch.device(device).type == "cpu"  # exports do not run elsewhere
+    members = [load_member(folder, window_config, with_export=on_cpu) for folder in folders]
     return Ensemble(members, device, window_config)

@@ -270,16 +270,26 @@ def _describe_export(
     return {_METADATA_KEY: json.dumps(about)}
 
 
-def find_export(folder: Path, checkpoint: Checkpoint, window_config: WindowConfig) -> Path | None:
-    """Return the checkpoint's exported model, if it is of these weights and these windows."""
+def find_export(
+    folder: Path, checkpoint: Checkpoint, window_config: WindowConfig
+) -> OnnxModel | None:
+    """Load the checkpoint's exported model, if it is of these weights and these windows.
+
+    None, with a warning, where the file cannot be used: torch runs the weights themselves.
+    """
     path = folder / ONNX_FILE
     if not path.is_file() or not is_onnx_installed():
         return None
+    try:
+        export = OnnxModel(path)
+    except ValueError as error:
+        logger.warning("%s; torch runs in its place", error)
+        return None
     expected = _describe_export(checkpoint, window_config, "log_mel")
-    if OnnxModel(path).metadata.get(_METADATA_KEY) != expected[_METADATA_KEY]:
+    if export.metadata.get(_METADATA_KEY) != expected[_METADATA_KEY]:
         logger.warning("%s: of other weights or other windows; torch runs in its place", path)
         return None
-    return path
+    return export
 
 
 def probe_windows(rate: int, window_config: WindowConfig = SINGLE_SEGMENT) -> Tensor:

@@ -6,8 +6,9 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ from birdcall.inference.ensemble import (
 )
 from birdcall.inference.predictions import SEGMENTS_ONLY, SegmentPredictions
 from birdcall.inference.tables import write_submission
+from birdcall.inference.windows import ONNX_FILE, Waveforms
 from birdcall.kaggle.manifest import find_changes
 from birdcall.kaggle.test_set import (
     CompetitionFile,
@@ -42,6 +44,7 @@ from birdcall.kaggle.test_set import (
     read_example_rows,
     read_test_rows,
 )
+from birdcall.models.checkpoint import require_same_classes
 from birdcall.storage.files import inside, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -69,9 +72,11 @@ def open_package(
 ) -> LoadedPackage:
     """Load the members of a package in the decision's order: the best experiment's first.
 
-    Members are refused whose files are missing, or not as in the manifest, or cannot be loaded.
-    Raises an error if none is left, or, with ``all_members``, if one is refused; also if code or
-    decision are not as packaged.
+    Members are refused whose files are missing, or not as in the manifest, whose classes are not
+    those of the others, or that cannot be loaded or put on the device, whatever the reason. An
+    export that is not as packaged costs its speed only: torch runs the weights. Raises an error if
+    no member is left, or, with ``all_members``, if one is refused; also if code or decision are not
+    as packaged.
     """
     changes = find_changes(package)
     for name, reason in changes.items():
@@ -84,19 +89,36 @@ def open_package(
     members: list[Member] = []
     refused: dict[str, str] = {}
     for name in names:
-        reasons = [why for file, why in changes.items() if Path(file).parts[1:2] == (name,)]
+        reasons = {file: why for file, why in changes.items() if Path(file).parts[1:2] == (name,)}
+        export_reason = reasons.pop(f"{MEMBERS_FOLDER}/{name}/{ONNX_FILE}", None)
+        with_export = torch.device(device).type == "cpu"  # exports do not run elsewhere
+        if with_export and export_reason:
+            logger.warning("%s; torch runs in its place", export_reason)
         try:
-            if reasons:
-                raise ValueError(reasons[0])
+            require(not reasons, next(iter(reasons.values()), ""))
             folder = inside(package / MEMBERS_FOLDER, name)
-            members.append(load_member(folder, decision.window_config))
-        except (ValueError, OSError) as error:
-            refused[name] = str(error)
-    if not members:
+            member = load_member(
+                folder, decision.window_config, with_export=with_export and not export_reason
+            )
+            first = members[0] if members else member
+            require_same_classes(
+                folder, member.checkpoint, decision.classes or first.checkpoint.classes
+            )
+            members.append(member)
+        except Exception as error:  # whatever it is, the other members can still run
+            refused[name] = str(error) or repr(error)
+    ensemble = None
+    while members and ensemble is None:
+        try:
+            ensemble = Ensemble(members, device, decision.window_config)
+        except MemberError as error:
+            refused[error.member] = str(error)
+            members = [member for member in members if member.name != error.member]
+    if ensemble is None:
         raise ValueError(f"{package}: no member can be used: {'; '.join(refused.values())}")
     if all_members and refused:
         raise ValueError(next(iter(refused.values())))
-    return LoadedPackage(Ensemble(members, device, decision.window_config), decision, refused)
+    return LoadedPackage(ensemble, decision, refused)
 
 
 # --- the submission -------------------------------------------------------------------------------
@@ -216,8 +238,8 @@ def predict_rows(
 
     With a budget, a recording is predicted by as many members, the first ones, as the time left
     allows for it and all after it; when the time is over, the remaining rows are nocall. A member
-    that does not run, or predicts what is not finite, is left out; the others continue. Raises
-    MemberError if none is left.
+    that does not run, or predicts what is not finite, is left out; the others continue. Without
+    any the remaining recordings have failed; raises MemberError if those are all.
     """
     ensemble, decision = package.ensemble, package.decision
     require(
@@ -228,19 +250,27 @@ def predict_rows(
     start = time.perf_counter()
     paths, missing = find_recordings_of(rows, folder)
     progress = _Progress(rows, dict(paths), TimeBudget(paths, budget_seconds), failed=list(missing))
+    members = list(ensemble.members)
     left_out: dict[str, str] = {}
     is_finished = False
     while not is_finished:
         try:
+            if left_out:
+                ensemble = ensemble.for_members(members)
             _label_recordings(progress, ensemble, decision)
             is_finished = True
         except MemberError as error:
             logger.error("%s; left out", error)
             left_out[error.member] = str(error)
-            others = [member for member in ensemble.members if member.name != error.member]
-            if not others:
+            members = [member for member in members if member.name != error.member]
+            if members:
+                continue
+            if not progress.recordings_by_member:
                 raise
-            ensemble = ensemble.for_members(others)
+            logger.error("no member is left: rows are nocall of %s", ", ".join(progress.remaining))
+            progress.failed += progress.remaining
+            progress.remaining.clear()
+            is_finished = True
     if progress.remaining:
         logger.warning(
             "the time is over: %d recordings are not predicted, their rows are nocall: %s",
@@ -278,7 +308,7 @@ class _Progress:
 def _label_recordings(progress: _Progress, ensemble: Ensemble, decision: Decision) -> None:
     """Label the remaining recordings; after a MemberError call it again with other members."""
     rows_of = dict(tuple(progress.rows.groupby("audio_id", sort=False)))
-    sources = {name: open_recording(path) for name, path in progress.remaining.items()}
+    sources = {name: partial(_read_recording, path) for name, path in progress.remaining.items()}
     member_names = [member.name for member in ensemble.members]
     n_members: dict[str, int] = {}
 
@@ -308,6 +338,16 @@ def _label_recordings(progress: _Progress, ensemble: Ensemble, decision: Decisio
         )
         logger.info("%s: %s", name, text)
         started = now
+
+
+def _read_recording(path: Path, sample_rates: Sequence[int]) -> Iterator[Waveforms]:
+    """Yield blocks of a recording; AudioError, whatever goes wrong: the others can be read."""
+    try:
+        yield from open_recording(path)(sample_rates)
+    except AudioError:
+        raise
+    except Exception as error:
+        raise AudioError(path, f"cannot be read: {error!r}") from error
 
 
 class TimeBudget:
@@ -353,7 +393,7 @@ def probed_seconds(path: Path) -> float:
     """Return the length of a recording by its header; 0 where it cannot be read."""
     try:
         return probe_audio(path).seconds
-    except (AudioError, OSError):  # reported when the recording is decoded
+    except Exception:  # reported when the recording is decoded
         return 0.0
 
 

@@ -6,10 +6,12 @@ import hashlib
 import importlib.util
 import io
 import json
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from birdcall import __version__
 from birdcall.config import Experiment, config_from_dict
 from birdcall.models.sed import SEDModel, build_model
 from birdcall.storage.files import write_atomically
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.safetensors"
 SETTINGS_FILE = "model.json"
@@ -110,6 +114,8 @@ def require_same_classes(folder: Path, checkpoint: Checkpoint, classes: tuple[st
         return
     only_here = sorted(set(checkpoint.classes) - set(classes))
     only_there = sorted(set(classes) - set(checkpoint.classes))
+    if not only_here and not only_there:
+        raise ValueError(f"{folder}: checkpoint of other classes: the same in another order")
     raise ValueError(
         f"{folder}: checkpoint of other classes: {len(checkpoint.classes)} instead of "
         f"{len(classes)}; only in the checkpoint: {', '.join(only_here[:5]) or 'none'}; "
@@ -120,8 +126,17 @@ def require_same_classes(folder: Path, checkpoint: Checkpoint, classes: tuple[st
 # --- ONNX: on a CPU, ONNX Runtime is twice as fast as torch ---
 
 
+@cache  # one warning, however many models ask
 def is_onnx_installed() -> bool:
-    return importlib.util.find_spec("onnxruntime") is not None
+    """Return whether ONNX Runtime is installed and can be imported."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        return False
+    try:
+        importlib.import_module("onnxruntime")
+    except Exception as error:  # a library of its own that is missing or of another version
+        logger.warning("onnxruntime cannot be imported; torch runs in its place: %s", error)
+        return False
+    return True
 
 
 class OnnxModel:
@@ -131,19 +146,19 @@ class OnnxModel:
     """
 
     def __init__(self, path: Path) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 3
         try:
+            import onnxruntime
+
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = options.inter_op_num_threads = 1
+            options.log_severity_level = 3
             self._session = onnxruntime.InferenceSession(
                 path.read_bytes(), options, providers=["CPUExecutionProvider"]
             )
+            self._input = self._session.get_inputs()[0].name
+            self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
         except Exception as error:  # the runtime's errors have no common base class
             raise ValueError(f"{path}: not a model that ONNX Runtime reads: {error}") from error
-        self._input = self._session.get_inputs()[0].name
-        self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
 
     def __call__(self, inputs: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
         """Return the named outputs for a batch of inputs."""
