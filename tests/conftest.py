@@ -143,8 +143,15 @@ def held_out(trained_runs, training_data, held_out_options) -> HeldOutPrediction
 def package(trained_runs, tmp_path_factory) -> Path:
     """The dataset folder of a package of two members; tests leave it as it is."""
     runs = trained_runs[:2]
-    names = tuple(read_checkpoint(run).name for run in runs)
-    decision = Decision(0.3, 0.3, max_birds=2, neighbour_weight=0.25, members=names)
+    checkpoints = [read_checkpoint(run) for run in runs]
+    decision = Decision(
+        0.3,
+        0.3,
+        max_birds=2,
+        neighbour_weight=0.25,
+        members=tuple(one.name for one in checkpoints),
+        weights={one.name: one.weights_sha256 for one in checkpoints},
+    )
     build = tmp_path_factory.mktemp("build")
     return stage_package(runs, decision, StagingOptions(SCRIPT, build, "somebody"))
 
