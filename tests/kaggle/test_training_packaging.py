@@ -231,9 +231,8 @@ def test_an_owner_that_kaggle_would_refuse_is_refused_before_anything_is_staged(
 
 
 def test_a_script_that_is_missing_is_named_before_anything_is_staged(tmp_path):
-    staging = StagingOptions(tmp_path / "kernel.py", tmp_path / "build", "someone")
     with pytest.raises(FileNotFoundError, match=r"kernel\.py"):
-        stage_package([tmp_path / "run"], Decision(), staging)
+        StagingOptions(tmp_path / "kernel.py", tmp_path / "build", "someone")
     assert not (tmp_path / "build").exists()
 
 

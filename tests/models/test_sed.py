@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -159,6 +160,23 @@ def test_an_option_that_the_backbone_does_not_take_is_named():
         settings = ModelConfig(backbone=name, backbone_options=(("stem_widht", 16),))
         with pytest.raises(ValueError, match=f"{name}'.*stem_widht"):
             build_backbone(settings, 1, pretrained=False)
+
+
+def test_every_channel_of_the_image_is_normalised_by_itself(tiny_experiment):
+    features = ("log_mel", "delta")
+    frontend = replace(tiny_experiment.frontend, features=features)
+    model = build_model(replace(tiny_experiment, frontend=frontend), 3).train()
+    with mock.patch.object(
+        model.backbone, "forward_features", wraps=model.backbone.forward_features
+    ) as forward:
+        log_mel = model.frontend(noise(4))
+        model.embed(log_mel)
+    (image,) = forward.call_args.args
+    for channel in range(len(features)):
+        values = log_mel[:, channel].numpy()  # (batch, frames, n_mels)
+        mean, deviation = values.mean(axis=(0, 1)), values.std(axis=(0, 1))
+        expected = (values - mean) / np.sqrt(deviation**2 + model.mel_norm.eps)
+        np.testing.assert_allclose(image[:, channel].detach().numpy(), expected, atol=1e-3)
 
 
 def test_the_state_dict_holds_nothing_that_the_config_says(tiny_experiment):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from birdcall.data.noise import (
     NoiseFiles,
     NothingReadableError,
     ReadFailure,
+    digest_noise,
     find_noise,
     generate_noise,
     split_noise,
@@ -38,7 +40,7 @@ from birdcall.data.targets import (
     rating_weights,
     read_strong_labels,
 )
-from birdcall.storage.files import shorten_list, write_atomically
+from birdcall.storage.files import digest, shorten_list, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ class TrainingData:
     """What runs share: recordings with their fold, and a way to read them."""
 
     folder: Path  # the data folder
-    # With the columns of `read_recordings`, ``fold`` and the true length in ``seconds``.
+    # With the columns of `read_recordings` and `usable_recordings`, and ``fold``.
     recordings: pd.DataFrame
     classes: tuple[str, ...]
     read_crops: ReadCrops
@@ -62,6 +64,25 @@ class TrainingData:
     @property
     def folds(self) -> list[int]:
         return sorted(int(fold) for fold in self.recordings["fold"].unique())
+
+    @cached_property
+    def digests(self) -> dict[str, str | None]:
+        """Digests of all that a training learns from, by name; the folder has no part in them.
+
+        recordings: what the tables say about them. audio: their files, as audited. lengths: as
+        decoded. labels: the strong labels, None without them. No audio is read for them.
+        """
+        of_audit = ("sha256", "seconds", "fold", "path")
+        table, labels = self.recordings, self.strong_labels
+        described = table.drop(columns=[name for name in of_audit if name in table])
+        return {
+            "recordings": digest(described.to_csv(index=False)),
+            "audio": digest("\n".join(table["sha256"])) if "sha256" in table else None,
+            "lengths": digest(table["seconds"].to_csv(index=False)),
+            "folds": digest(table[["filename", "fold"]].to_csv(index=False)),
+            "noise": digest_noise(self.noise_files),
+            "labels": None if labels is None else digest(labels.to_csv(index=False)),
+        }
 
     def split(self, fold: int) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Return the training and the validation recordings of ``fold``."""
@@ -87,16 +108,27 @@ def load_training_data(
 ) -> TrainingData:
     """Join the recordings of ``folder`` with their audit and folds; open cache and noise.
 
-    Recordings that the audit leaves out are not included. Bird-free noise is taken from ``noise``,
+    Recordings that the audit leaves out are not included; those of another size than in the audit
+    are counted in a warning. Bird-free noise is taken from ``noise``,
     else from ``noise/`` in the data folder or beside it; without any it is generated, beside the
     cache. ``labels``: a file of strong labels, from which targets are then made.
     """
     recordings = read_recordings(folder)
     classes = classes_of(recordings)
-    recordings = usable_recordings(recordings, read_audit(audit))
+    audited = read_audit(audit)
+    recordings = usable_recordings(recordings, audited)
     fold_of = read_folds(folds, recordings)[["filename", "fold"]]
     recordings = recordings.merge(fold_of, on="filename", validate="one_to_one")
     check_recordings_exist(recordings, folder)
+    sizes = dict(zip(audited["path"], audited["size"], strict=True))
+    paths = recordings["path"]
+    changed = [path for path in paths if (folder / path).stat().st_size != sizes[path]]
+    if changed:
+        logger.warning(
+            "%d of %d recordings have another size than in %s, such as %s: run `birdcall audit` "
+            "again, which decodes those only",
+            *(len(changed), len(paths), audit, changed[0]),
+        )
     folders = [noise] if noise is not None else [folder / "noise", folder.parent / "noise"]
     noise_files = next((files for path in folders if (files := find_noise(path))), [])
     if not noise_files:

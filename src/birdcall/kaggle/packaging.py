@@ -39,6 +39,7 @@ from birdcall.models.checkpoint import (
     WEIGHTS_FILE,
     is_onnx_installed,
     load_model,
+    read_checkpoint,
 )
 from birdcall.models.sed import SEDModel
 from birdcall.storage.files import write_atomically
@@ -140,15 +141,28 @@ class StagingOptions:
     owner: str
     wheels: Path | None = None
 
+    def __post_init__(self) -> None:
+        if not self.script.is_file():
+            raise FileNotFoundError(f"{self.script}: no such script of the kernel; give --script")
+
 
 def stage_package(members: Sequence[Path], decision: Decision, staging: StagingOptions) -> Path:
     """Write ``build/dataset`` (code, members, decision) and ``build/kernel`` (script, metadata).
 
     What an earlier call wrote there is replaced when all is staged. Every member is loaded once, so
     that what cannot run is not uploaded, and exported for ONNX Runtime, where that is installed.
-    Returns the dataset's folder.
+    Returns the dataset's folder. ValueError if the decision was chosen on other weights of a
+    member.
     """
     upload = Upload(staging.owner, f"{_SLUG_PREFIX}package", f"{_SLUG_PREFIX}submission")
+    for folder in members:
+        checkpoint = read_checkpoint(folder)
+        weights = decision.weights.get(checkpoint.name)
+        require(
+            not decision.members or weights == checkpoint.weights_sha256,
+            f"{folder}: the decision was chosen on other weights of {checkpoint.name}, or does not "
+            "name them; `birdcall evaluate` chooses one on these",
+        )
     with _staging(staging, upload) as dataset:
         can_export = is_onnx_installed()
         if not can_export:
@@ -171,11 +185,9 @@ def _staging(staging: StagingOptions, upload: Upload) -> Iterator[Path]:
     """Yield a dataset's folder with code and wheels; then write what else Kaggle needs.
 
     If all succeeds, dataset and kernel replace those in ``build``: until then, and after an error,
-    these stay. FileNotFoundError without the script, or if the folder of wheels has none.
-    ValueError for a file in their place that no earlier staging has written.
+    these stay. FileNotFoundError if the folder of wheels has none. ValueError for a file in their
+    place that no earlier staging has written.
     """
-    if not staging.script.is_file():
-        raise FileNotFoundError(f"{staging.script}: no such script of the kernel; give --script")
     wheels = [] if staging.wheels is None else sorted(staging.wheels.glob("*.whl"))
     if staging.wheels is not None and not wheels:
         raise FileNotFoundError(

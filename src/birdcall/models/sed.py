@@ -206,8 +206,10 @@ class SEDModel(nn.Module):
     ) -> None:
         super().__init__()
         self.frontend = frontend
-        # PANNs' bn0: every mel bin has a scale of its own.
-        self.mel_norm = nn.BatchNorm2d(frontend.config.n_mels)
+        # PANNs' bn0: every mel bin of every channel has a scale of its own. Pooled over the
+        # channels, decibels of -50 would leave the deltas, which are near 0, no contrast.
+        n_channels = len(frontend.config.features)
+        self.mel_norm = nn.BatchNorm2d(n_channels * frontend.config.n_mels)
         self.memory_format = memory_format
         self.backbone = backbone.to(memory_format=memory_format)
         self.pooling = pooling
@@ -233,7 +235,11 @@ class SEDModel(nn.Module):
 
         Of an image with fewer than ``MIN_FRAMES`` frames the last frame is repeated.
         """
-        image = self.mel_norm(log_mel.transpose(1, 3)).transpose(1, 3)
+        by_bin = log_mel.transpose(1, 2).flatten(2)[
+            :, None
+        ]  # (batch, 1, frames, channels * n_mels)
+        normalised = self.mel_norm(by_bin.transpose(1, 3)).transpose(1, 3)
+        image = normalised[:, 0].unflatten(2, (log_mel.shape[1], -1)).transpose(1, 2)
         missing = MIN_FRAMES - image.shape[2]
         if missing > 0:  # shorter images vanish in backbones that round down, such as DenseNet
             image = torch.cat((image, image[:, :, -1:].expand(-1, -1, missing, -1)), dim=2)
