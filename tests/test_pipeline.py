@@ -274,6 +274,27 @@ def test_without_options_a_window_is_a_segment_and_only_the_named_experiment_is_
     assert "small_attention_normed" not in names
 
 
+@pytest.fixture
+def refolded(pipeline, tmp_path):
+    """The results of the pipeline, with the numbers of the two folds swapped after the training."""
+    folder, _ = pipeline
+    for name in ("output", "folds"):
+        shutil.copytree(folder / name, tmp_path / name)
+    table = pd.read_csv(tmp_path / "folds" / "tiny.csv")
+    table.assign(fold=1 - table["fold"]).to_csv(tmp_path / "folds" / "tiny.csv", index=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("train", "--experiment", "small_gru", "--resume"), ("evaluate",), ("pseudo-label",)],
+)
+def test_runs_of_other_folds_are_refused(pipeline, refolded, run, command):
+    error = run(refolded, *command, "--data", pipeline[1], fails=True)
+    assert "fold0" in error
+    assert "the folds are different" in error
+
+
 # --- bad input: one line, exit code 2 -----------------------------------------------------------
 
 

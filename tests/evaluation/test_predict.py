@@ -1,5 +1,9 @@
 """Runs predict the recordings that they were not trained on, and all of it can be read back."""
 
+import json
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -8,10 +12,11 @@ import pytest
 from birdcall.audio.reading import AudioError, read_audio
 from birdcall.data.targets import IGNORE_TARGET, make_targets
 from birdcall.evaluation.metrics import average_precision, macro_average
-from birdcall.evaluation.predict import predict_out_of_fold, write_oof_parquet
+from birdcall.evaluation.predict import predict_held_out, predict_out_of_fold, write_oof_parquet
 from birdcall.inference.engine import predict_files, predict_waveforms
 from birdcall.inference.ensemble import load_ensemble
-from birdcall.models.checkpoint import read_checkpoint
+from birdcall.models.checkpoint import SETTINGS_FILE, read_checkpoint
+from birdcall.training.resume import read_runs
 from birdcall.training.step import VALIDATION_SECONDS, validate
 
 
@@ -66,6 +71,57 @@ def test_the_maximum_by_recording_is_the_highest_segment_as_in_training(
     score = validate(ensemble, held_out, training_data)
     assert score["macro_ap"] == pytest.approx(macro_average(known), abs=1e-4)
     assert read_checkpoint(folder).score == score
+
+
+@pytest.mark.parametrize(
+    ("column", "change", "name"),
+    [
+        ("fold", lambda fold: 1 - fold, "folds"),
+        ("ebird_code", lambda code: code.to_numpy()[::-1], "tables of recordings"),
+        ("sha256", lambda sha256: "1" + sha256.str[1:], "audio files"),
+    ],
+)
+def test_runs_that_were_trained_on_other_data_are_refused(
+    training_data, trained_runs, held_out_options, column, change, name
+):
+    recordings = training_data.recordings
+    other = recordings.assign(**{column: change(recordings[column])})
+    with pytest.raises(ValueError, match=rf"other.fold0 .*{name}"):
+        predict_held_out(trained_runs, replace(training_data, recordings=other), held_out_options)
+
+
+def test_runs_that_were_trained_on_other_noise_are_refused(
+    training_data, trained_runs, held_out_options
+):
+    other = replace(training_data, noise_files=training_data.noise_files[1:])
+    with pytest.raises(ValueError, match=r"other.fold0 .*noise"):
+        predict_held_out(trained_runs, other, held_out_options)
+
+
+def test_a_run_that_does_not_know_its_data_is_refused(
+    training_data, trained_runs, held_out_options, tmp_path
+):
+    run = tmp_path / "fold0"
+    shutil.copytree(trained_runs[0], run)
+    settings = json.loads((run / SETTINGS_FILE).read_text())
+    del settings["trained_on"]
+    (run / SETTINGS_FILE).write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"fold0 .*--overwrite"):
+        predict_held_out([run], training_data, held_out_options)
+
+
+def test_a_run_of_another_network_is_named_in_a_warning(
+    training_data, trained_runs, tmp_path, caplog
+):
+    run = tmp_path / "fold0"
+    shutil.copytree(trained_runs[0], run)
+    settings = json.loads((run / SETTINGS_FILE).read_text())
+    settings["trained_on"]["code"]["models.sed"] = "0" * 16
+    (run / SETTINGS_FILE).write_text(json.dumps(settings))
+    assert [checkpoint.fold for checkpoint in read_runs([run], training_data)] == [0]
+    (record,) = caplog.records
+    assert str(run) in record.getMessage()
+    assert "models/sed.py" in record.getMessage()
 
 
 def test_recordings_that_no_run_held_out_are_nan(training_data, trained_runs):

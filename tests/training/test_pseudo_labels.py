@@ -139,7 +139,8 @@ def runs(training_data, tiny_experiment, tmp_path):
             model.head.detection.bias[:] = torch.tensor([-9.0, -9.0, -9.0])
             model.head.detection.bias[fold] = 9.0
         folders.append(tmp_path / "runs" / f"fold{fold}")
-        checkpoint = Checkpoint(tiny_experiment, training_data.classes, fold)
+        known = {**training_data.digests, "code": {}}
+        checkpoint = Checkpoint(tiny_experiment, training_data.classes, fold, trained_on=known)
         save_checkpoint(folders[-1], model, checkpoint)
     return folders
 
@@ -190,7 +191,7 @@ def test_runs_of_other_data_are_refused(runs, training_data, tmp_path):
     with pytest.raises(ValueError, match="checkpoint of other classes"):
         write_pseudo_labels(runs, replace(training_data, classes=("amecro", "zzz")), path)
     recordings = training_data.recordings[training_data.recordings["fold"] == 0]
-    with pytest.raises(ValueError, match="fold1: of fold 1; the data's folds are 0"):
+    with pytest.raises(ValueError, match=r"fold0 .*the folds are different"):
         write_pseudo_labels(runs, replace(training_data, recordings=recordings), path)
     assert not path.exists()
 

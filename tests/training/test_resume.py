@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,10 @@ import torch
 import birdcall
 from birdcall.config import replace_nested
 from birdcall.models.checkpoint import STATE_FILE
-from birdcall.training.distributed import DistributedContext
 from birdcall.training.log import read_log
 from birdcall.training.resume import identity_of, read_state, write_state
 from birdcall.training.runs import TrainingInterrupted, train_run
-from birdcall.training.trainer import Run, RunOptions
+from birdcall.training.trainer import Run, RunOptions, start_training
 
 OPTIONS = RunOptions(workers=0)
 RESUME = RunOptions(workers=0, resume=True)
@@ -150,6 +149,16 @@ def test_a_state_of_other_code_is_refused_and_names_the_module(
         )
 
 
+def test_a_state_of_another_kind_of_device_is_refused(
+    training_data, tiny_experiment, state, tmp_path
+):
+    tensors, values = read_state(state)
+    values["identity"]["device"] = "cuda"
+    write_state(state, tensors, values)
+    with pytest.raises(ValueError, match=r"device was 'cuda', is 'cpu'"):
+        train_run(Run(tiny_experiment, 0, tmp_path), training_data, RESUME)
+
+
 PACKAGE = Path(birdcall.__file__).parent
 
 
@@ -177,9 +186,11 @@ def code_after(tmp_path, monkeypatch):
 
 
 def test_the_code_of_the_loss_is_in_the_identity_of_a_training(
-    training_data, tiny_experiment, code_after
+    training_data, tiny_experiment, code_after, tmp_path
 ):
-    identity = identity_of(asdict(tiny_experiment), 0, training_data, DistributedContext())
+    run = Run(tiny_experiment, 0, tmp_path / "run")
+    training = start_training(run, training_data, training_data.recordings, OPTIONS)
+    identity = identity_of(training.checkpoint)
     assert code_after() == identity["code"]
     changed = code_after("training/step.py", "config.framewise_weight *", "2 *")
     assert changed.keys() == identity["code"].keys()
@@ -200,7 +211,7 @@ def test_plots_comments_and_docstrings_are_not_in_the_identity_of_a_training(cod
 
 def test_a_state_of_other_recordings_is_refused(training_data, tiny_experiment, state, tmp_path):
     fewer = replace(training_data, recordings=training_data.recordings.iloc[1:])
-    with pytest.raises(ValueError, match="the recordings are different"):
+    with pytest.raises(ValueError, match="the tables of recordings are different"):
         train_run(Run(tiny_experiment, 0, tmp_path), fewer, RESUME)
 
 

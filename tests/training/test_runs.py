@@ -8,9 +8,11 @@ import threading
 import time
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 
 from birdcall.config import replace_nested
+from birdcall.data.targets import PRESENT, STRONG_LABEL_COLUMNS
 from birdcall.models.checkpoint import STATE_FILE, read_checkpoint
 from birdcall.training.distributed import DistributedContext
 from birdcall.training.runs import TrainingInterrupted, plan_runs, runs_table, train_many
@@ -63,8 +65,86 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_this_one(
 ):
     other = replace_nested(tiny_experiment, train={"optimizer": {"learning_rate": 1e-4}})
     runs = plan_runs([other], training_data, 0, finished)
-    with pytest.raises(ValueError, match=r"tiny.fold0 was trained with other settings of tiny"):
+    with pytest.raises(ValueError, match=r"tiny.fold0 .*learning_rate was 0\.003, is 0\.0001"):
         train_many(runs, training_data, replace(OPTIONS, resume=True))
+
+
+def with_column(data, name, change):
+    recordings = data.recordings
+    return replace(data, recordings=recordings.assign(**{name: change(recordings[name])}))
+
+
+def with_labels(data):
+    first = data.recordings.iloc[0]
+    row = (first["filename"], first["ebird_code"], 0.0, 1.0, PRESENT, 1.0)
+    return replace(data, strong_labels=pd.DataFrame([row], columns=list(STRONG_LABEL_COLUMNS)))
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda data: with_column(data, "fold", lambda fold: 1 - fold), "folds"),
+        (lambda data: with_column(data, "rating", lambda rating: rating + 1), "tables"),
+        (lambda data: with_column(data, "sha256", lambda sha256: "1" + sha256.str[1:]), "audio"),
+        (lambda data: with_column(data, "seconds", lambda seconds: seconds + 1), "lengths"),
+        (lambda data: replace(data, noise_files=data.noise_files[1:]), "noise"),
+        (with_labels, "labels"),
+    ],
+)
+def test_a_finished_run_of_other_data_is_not_taken_for_this_one(
+    training_data, tiny_experiment, finished, change, name
+):
+    runs = plan_runs([tiny_experiment], training_data, 0, finished)
+    with pytest.raises(ValueError, match=rf"tiny.fold0 .*{name}.*--overwrite"):
+        train_many(runs, change(training_data), replace(OPTIONS, resume=True))
+
+
+def test_a_finished_run_that_started_from_other_weights_is_not_taken_for_this_one(
+    training_data, tiny_experiment, finished
+):
+    runs = plan_runs([tiny_experiment], training_data, 0, finished)
+    init = runs[0].folder / "model.safetensors"
+    with pytest.raises(ValueError, match=r"tiny.fold0 .*--init"):
+        train_many(runs, training_data, replace(OPTIONS, resume=True, init=init))
+
+
+def test_a_finished_run_whose_weights_are_damaged_is_not_kept(
+    training_data, tiny_experiment, finished
+):
+    runs = plan_runs([tiny_experiment], training_data, 0, finished)
+    (runs[0].folder / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=r"tiny.fold0.model\.safetensors"):
+        train_many(runs, training_data, replace(OPTIONS, resume=True))
+
+
+def test_a_finished_run_is_kept_wherever_its_data_and_noise_lie(
+    training_data, tiny_experiment, finished, tmp_path
+):
+    noise = tmp_path / "elsewhere" / "noise"
+    shutil.copytree(training_data.noise_files[0].parent, noise)
+    files = [noise / path.name for path in training_data.noise_files]
+    moved = replace(training_data, folder=tmp_path / "elsewhere", noise_files=files)
+    runs = plan_runs([tiny_experiment], training_data, 0, finished)
+    (kept,) = train_many(runs, moved, replace(OPTIONS, resume=True))
+    assert kept == read_checkpoint(runs[0].folder)
+
+
+def test_a_run_killed_before_its_first_state_does_not_leave_the_weights_that_it_overwrites(
+    training_data, tiny_experiment, finished
+):
+    class Killed(BaseException):
+        pass
+
+    def kill(request):
+        raise Killed
+
+    runs = plan_runs([tiny_experiment], training_data, 0, finished)
+    with pytest.raises(Killed):
+        train_many(runs, replace(training_data, read_crops=kill), replace(OPTIONS, overwrite=True))
+    assert not (runs[0].folder / STATE_FILE).exists()
+    resumed = replace(OPTIONS, resume=True, deadline=time.monotonic())
+    with pytest.raises(TrainingInterrupted):
+        train_many(runs, training_data, resumed)
 
 
 def test_runs_trained_at_once_have_the_weights_of_runs_trained_in_turn(

@@ -144,18 +144,18 @@ def read_audit(path: Path) -> pd.DataFrame:
 
 
 def usable_recordings(recordings: pd.DataFrame, audit: pd.DataFrame) -> pd.DataFrame:
-    """Leave out the recordings that are not usable, and add ``seconds``, the true length.
+    """Leave out the recordings that are not usable; add ``seconds``, the true length, and sha256.
 
     Raises ValueError for a recording that the audit does not contain.
     """
-    verdicts = audit.set_index("path")[["usable", "seconds"]].reindex(recordings["path"])
+    verdicts = audit.set_index("path").reindex(recordings["path"])
     unknown = recordings.loc[verdicts["seconds"].isna().to_numpy(), "path"]
     if len(unknown):
         raise ValueError(
             f"the audit does not know {unknown.iloc[0]} and {len(unknown) - 1} other recordings; "
             "run `birdcall audit` again"
         )
-    recordings = recordings.assign(seconds=verdicts["seconds"].to_numpy())
+    recordings = recordings.assign(**verdicts[["seconds", "sha256"]].to_dict("list"))
     return recordings[verdicts["usable"].to_numpy(dtype=bool)].reset_index(drop=True)
 
 

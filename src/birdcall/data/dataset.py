@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from birdcall.data.noise import (
     NoiseFiles,
     NothingReadableError,
     ReadFailure,
+    digest_noise,
     find_noise,
     generate_noise,
     split_noise,
@@ -38,6 +40,7 @@ from birdcall.data.targets import (
     rating_weights,
     read_strong_labels,
 )
+from birdcall.storage.files import digest
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ class TrainingData:
     """What runs share: recordings with their fold, and a way to read them."""
 
     folder: Path  # the data folder
-    # With the columns of `read_recordings`, ``fold`` and the true length in ``seconds``.
+    # With the columns of `read_recordings` and `usable_recordings`, and ``fold``.
     recordings: pd.DataFrame
     classes: tuple[str, ...]
     read_crops: ReadCrops
@@ -61,6 +64,25 @@ class TrainingData:
     @property
     def folds(self) -> list[int]:
         return sorted(int(fold) for fold in self.recordings["fold"].unique())
+
+    @cached_property
+    def digests(self) -> dict[str, str | None]:
+        """Digests of all that a training learns from, by name; the folder has no part in them.
+
+        recordings: what the tables say about them. audio: their files, as audited. lengths: as
+        decoded. labels: the strong labels, None without them. No audio is read for them.
+        """
+        of_audit = ("sha256", "seconds", "fold", "path")
+        table, labels = self.recordings, self.strong_labels
+        described = table.drop(columns=[name for name in of_audit if name in table])
+        return {
+            "recordings": digest(described.to_csv(index=False)),
+            "audio": digest("\n".join(table["sha256"])) if "sha256" in table else None,
+            "lengths": digest(table["seconds"].to_csv(index=False)),
+            "folds": digest(table[["filename", "fold"]].to_csv(index=False)),
+            "noise": digest_noise(self.noise_files),
+            "labels": None if labels is None else digest(labels.to_csv(index=False)),
+        }
 
     def split(self, fold: int) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Return the training and the validation recordings of ``fold``."""

@@ -18,7 +18,7 @@ import soundfile
 from birdcall.audio.filters import NOISE_KINDS, make_noise
 from birdcall.audio.reading import AudioError, probe_audio, read_audio
 from birdcall.data.cache import as_cached, cached_samples, file_state, read_cached, write_waveform
-from birdcall.storage.files import atomic_path, read_table
+from birdcall.storage.files import atomic_path, digest, read_table
 from birdcall.storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -165,6 +165,12 @@ def split_noise(files: Sequence[Path], fold: int, n_folds: int) -> tuple[list[Pa
         logger.warning("all noise is of one source: it is for training, none is for validation")
     training = [path for path in files if origins[path][0] not in held_out]
     return training, [path for path in files if origins[path][0] in held_out]
+
+
+def digest_noise(files: Sequence[Path]) -> str:
+    """Return a digest of noise files, wherever they lie: of their names, sizes and sources."""
+    states = (f"{path.name} {path.stat().st_size} {_origin_of(path)[0]}" for path in files)
+    return digest("\n".join(sorted(states)))
 
 
 def generate_noise(

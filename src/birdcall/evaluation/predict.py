@@ -38,8 +38,8 @@ from birdcall.inference.ensemble import Ensemble, load_ensemble
 from birdcall.inference.predictions import SegmentPredictions
 from birdcall.inference.windows import SINGLE_SEGMENT, AudioSource, WindowConfig
 from birdcall.kaggle.test_set import CompetitionFile
-from birdcall.models.checkpoint import read_checkpoint, require_same_classes
 from birdcall.storage.files import atomic_path, digest, digest_files
+from birdcall.training.resume import read_runs
 from birdcall.training.step import VALIDATION_SECONDS
 
 logger = logging.getLogger(__name__)
@@ -150,13 +150,11 @@ class HeldOutPredictions:
 def predict_held_out(
     folders: Sequence[Path], data: TrainingData, options: HeldOutOptions = _DEFAULTS
 ) -> HeldOutPredictions:
-    """Predict recordings, simulated and labelled soundscapes with the runs in ``folders``."""
-    for folder in folders:
-        checkpoint = read_checkpoint(folder)
-        require_same_classes(folder, checkpoint, data.classes)
-        if checkpoint.fold not in data.folds:
-            known_folds = ", ".join(map(str, data.folds))
-            raise ValueError(f"{folder}: of fold {checkpoint.fold}; the folds are {known_folds}")
+    """Predict recordings, simulated and labelled soundscapes with the runs in ``folders``.
+
+    ValueError names a run that was trained on other data, folds or noise: see `read_runs`.
+    """
+    read_runs(folders, data, with_noise=True)
     ensemble = load_ensemble(folders, options.device, options.window_config)
     config = options.simulation
     storage = {"cache_folder": options.cache_folder, "progress": options.progress}

@@ -31,12 +31,17 @@ STATE_FILE = "state.safetensors"  # of an unfinished run: see `training.resume`
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A trained model without its weights: what ``model.json`` holds."""
+    """A trained model without its weights: what ``model.json`` holds.
+
+    trained_on: digests of data, code and initial weights, and where it was trained, by name; empty
+    where that is not known. See `training.resume.conditions_of`.
+    """
 
     experiment: Experiment
     classes: tuple[str, ...]  # ebird_codes, in the order of the model's outputs
     fold: int
     score: dict[str, float] = field(default_factory=dict)
+    trained_on: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
     weights_sha256: str = ""
 
@@ -76,12 +81,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise ValueError(f"{path}: not a readable checkpoint: {error}") from error
 
 
-def load_model(folder: Path) -> tuple[SEDModel, Checkpoint]:
-    """Rebuild the model of a checkpoint on the CPU, in evaluation mode.
-
-    Weights are read as safetensors (nothing is unpickled) and refused if their hash differs.
-    """
-    checkpoint = read_checkpoint(folder)
+def read_weights(folder: Path, checkpoint: Checkpoint) -> bytes:
+    """Read ``model.safetensors``; an error names it if it is missing or not the checkpoint's."""
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path}: the checkpoint's weights are missing")
@@ -91,6 +92,16 @@ def load_model(folder: Path) -> tuple[SEDModel, Checkpoint]:
             f"{path}: its sha256 differs from the one in {SETTINGS_FILE}; the file is damaged, or "
             "of another checkpoint"
         )
+    return weights
+
+
+def load_model(folder: Path) -> tuple[SEDModel, Checkpoint]:
+    """Rebuild the model of a checkpoint on the CPU, in evaluation mode.
+
+    Weights are read as safetensors (nothing is unpickled) and refused if their hash differs.
+    """
+    checkpoint = read_checkpoint(folder)
+    weights, path = read_weights(folder, checkpoint), folder / WEIGHTS_FILE
     model = build_model(checkpoint.experiment, len(checkpoint.classes))
     try:
         model.load_state_dict(safetensors.torch.load(weights))

@@ -22,7 +22,7 @@ from birdcall.inference.ensemble import load_ensemble
 from birdcall.inference.events import Event, frames_to_events
 from birdcall.inference.predictions import SegmentPredictions
 from birdcall.inference.windows import FRAME_SECONDS, FRAMES_PER_SEGMENT, WindowConfig
-from birdcall.models.checkpoint import read_checkpoint, require_same_classes
+from birdcall.training.resume import read_runs
 
 logger = logging.getLogger(__name__)
 
@@ -137,15 +137,10 @@ def write_pseudo_labels(
 
     ``runs`` are folders with checkpoints. Each recording is predicted as a whole, and only by runs
     that did not train on its fold. A recording in the fold of no run, or that cannot be read, is
-    not in the table and keeps its labels. Raises ValueError for runs of other classes or folds.
+    not in the table and keeps its labels. Raises ValueError as `read_runs`.
     """
     by_fold: dict[int, list[Path]] = {}
-    for run in runs:
-        checkpoint = read_checkpoint(run)
-        require_same_classes(run, checkpoint, data.classes)
-        if checkpoint.fold not in data.folds:
-            folds = ", ".join(map(str, data.folds))
-            raise ValueError(f"{run}: of fold {checkpoint.fold}; the data's folds are {folds}")
+    for run, checkpoint in zip(runs, read_runs(runs, data), strict=True):
         by_fold.setdefault(checkpoint.fold, []).append(run)
     recordings = data.recordings.set_index("filename")
     is_held_out = recordings["fold"].isin(by_fold)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from birdcall import __version__
 from birdcall.data.dataset import TrainingData
+from birdcall.models.checkpoint import (
+    Checkpoint,
+    read_checkpoint,
+    read_weights,
+    require_same_classes,
+)
 from birdcall.storage.files import digest, write_atomically
 from birdcall.storage.store import code_digest
 from birdcall.training.distributed import DistributedContext
+
+logger = logging.getLogger(__name__)
 
 _N_SHOWN = 5  # differences in a message
 
@@ -45,14 +53,10 @@ def read_state(
         raise ValueError(f"{path}: not a readable state of a training: {error}") from error
     if identity is None:
         return tensors, values
-    identity = json.loads(json.dumps(identity))  # JSON has lists for tuples, as in the file
-    differences = _differences(values["identity"], identity)
+    differences = describe_differences(values["identity"], identity)
     if differences:
-        shown = "; ".join(differences[:_N_SHOWN])
-        n_more = len(differences) - _N_SHOWN
-        more = f" and {n_more} more" if n_more > 0 else ""
         raise ValueError(
-            f"{path} is the state of another training and cannot be resumed: {shown}{more}. "
+            f"{path} is the state of another training and cannot be resumed: {differences}. "
             "--overwrite starts again"
         )
     return tensors, values
@@ -111,41 +115,137 @@ class TensorState:
 
 # --- identity of a training ---
 
+# How messages name what a run was trained on.
+_NAMES = {
+    "classes": "the classes",
+    "recordings": "the tables of recordings",
+    "audio": "the audio files",
+    "lengths": "the lengths of recordings",
+    "folds": "the folds",
+    "noise": "the noise (--noise)",
+    "labels": "the strong labels (--labels)",
+    "init": "the initial weights (--init)",
+}
+# These change the rounding of the weights: a state cannot be resumed, a finished run can be kept.
+_ROUNDING = ("version", "torch", "device", "processes")
+# Of recordings that a run has held out. Lengths depend on the decoder, too.
+_HELD_OUT = ("recordings", "audio", "folds")
 
-def identity_of(
-    experiment: Mapping[str, Any], fold: int, data: TrainingData, distributed: DistributedContext
+
+def conditions_of(
+    data: TrainingData, init: Path | None, device: torch.device, distributed: DistributedContext
 ) -> dict[str, Any]:
-    """Return everything that decides about the weights: experiment, data, code, processes."""
-    labels = data.strong_labels
+    """Return what decides about the weights of a run, beside experiment and fold, by name."""
     return {
-        "version": __version__,
-        "torch": torch.__version__,
+        **data.digests,
+        "init": None if init is None else digest(init.read_bytes()),
         "code": code_digest("training.trainer"),
+        "torch": torch.__version__,
+        "device": device.type,
         "processes": distributed.world_size,
-        "fold": fold,
-        "recordings": digest(data.recordings.to_csv(index=False)),
-        "labels": None if labels is None else digest(labels.to_csv(index=False)),
-        "noise": digest("\n".join(sorted(path.name for path in data.noise_files))),
-        "classes": list(data.classes),
-        "experiment": experiment,
     }
 
 
-def _differences(stored: Any, current: Any, name: str = "") -> list[str]:
+def identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return everything that decides about the weights of a run: all but its score and weights."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(checkpoint)))  # with lists for tuples
+    for result in ("score", "weights_sha256"):
+        del values[result]
+    return values | values.pop("trained_on")
+
+
+def describe_differences(
+    stored: Mapping[str, Any], current: Mapping[str, Any], ignored: Collection[str] = ()
+) -> str:
+    """Return in what two identities differ, five of the differences; empty if in nothing."""
+    differences = _find_differences(stored, current, ignored=ignored)
+    n_more = len(differences) - _N_SHOWN
+    more = f" and {n_more} more" if n_more > 0 else ""
+    return "; ".join(differences[:_N_SHOWN]) + more
+
+
+def _find_differences(
+    stored: Any, current: Any, name: str = "", ignored: Collection[str] = ()
+) -> list[str]:
     if isinstance(stored, dict) and isinstance(current, dict):
         differences = []
         for key in dict.fromkeys((*stored, *current)):
             nested = f"{name}.{key}" if name else key
-            differences += _differences(stored.get(key), current.get(key), nested)
+            if nested not in ignored:
+                differences += _find_differences(stored.get(key), current.get(key), nested)
         return differences
     if stored == current:
         return []
     kind, _, module = name.partition(".")
     if kind == "code":
         return [f"{module.replace('.', '/')}.py has changed"]
-    if name in ("recordings", "labels", "noise", "classes"):
-        return [f"the {name} are different"]
+    if name in _NAMES:
+        return [f"{_NAMES[name]} are different"]
     return [f"{name} was {stored!r}, is {current!r}"]
+
+
+def require_finished(folder: Path, current: Checkpoint) -> Checkpoint:
+    """Return the checkpoint in ``folder``, if a training of ``current`` would end with it.
+
+    ValueError names what differs, or weights that are not those of the checkpoint.
+    """
+    stored = read_checkpoint(folder)
+    _require_known(folder, stored)
+    differences = describe_differences(identity_of(stored), identity_of(current), _ROUNDING)
+    if differences:
+        raise ValueError(
+            f"{folder} was trained in another way: {differences}. --overwrite trains it again; in "
+            "another output folder this run stays as it is"
+        )
+    read_weights(folder, stored)
+    return stored
+
+
+def read_runs(
+    folders: Sequence[Path], data: TrainingData, *, with_noise: bool = False
+) -> list[Checkpoint]:
+    """Read the checkpoints of runs that predict what each of them held out of ``data``.
+
+    ValueError names a run of other classes, recordings or folds, or, ``with_noise``, of other
+    noise. A warning names runs that were trained with another network.
+    """
+    checkpoints = [read_checkpoint(folder) for folder in folders]
+    code, changed = code_digest("models.sed"), {}
+    network = [module for module in code if module.startswith(("models.", "audio."))]
+    for folder, checkpoint in zip(folders, checkpoints, strict=True):
+        require_same_classes(folder, checkpoint, data.classes)
+        _require_known(folder, checkpoint)
+        names = (*_HELD_OUT, "noise") if with_noise else _HELD_OUT
+        stored, current = (
+            {name: digests.get(name) for name in names}
+            for digests in (checkpoint.trained_on, data.digests)
+        )
+        differences = describe_differences(stored, current)
+        if differences:
+            raise ValueError(
+                f"{folder} was trained on other data: {differences}. What it held out is not known "
+                "here: train it again with --overwrite, or give the data, --folds and --noise that "
+                "it was trained on"
+            )
+        for module in network:
+            if checkpoint.trained_on["code"].get(module) != code[module]:
+                changed.setdefault(folder, module)
+    if changed:
+        folder, module = next(iter(changed.items()))
+        logger.warning(
+            "the network of %d of %d runs has changed since they were trained, such as %s.py for "
+            "%s: they may predict otherwise than at the end of their training",
+            *(len(changed), len(folders), module.replace(".", "/"), folder),
+        )
+    return checkpoints
+
+
+def _require_known(folder: Path, checkpoint: Checkpoint) -> None:
+    if not checkpoint.trained_on:
+        raise ValueError(
+            f"{folder} is of an earlier version, which did not note the data and folds that it was "
+            "trained on: train it again with --overwrite"
+        )
 
 
 # --- averages of weights ---

@@ -23,6 +23,7 @@ from birdcall.config import Experiment, require
 from birdcall.data.dataset import TrainingData, check_classes
 from birdcall.data.loader import check_worker_memory
 from birdcall.experiments import find_experiment
+from birdcall.inference.ensemble import default_device
 from birdcall.models.checkpoint import (
     SETTINGS_FILE,
     STATE_FILE,
@@ -37,6 +38,7 @@ from birdcall.training.log import (
     summarize_log,
     write_log,
 )
+from birdcall.training.resume import conditions_of, require_finished
 from birdcall.training.trainer import Run, RunOptions, Training, start_training
 
 logger = logging.getLogger(__name__)
@@ -67,6 +69,8 @@ def train_run(
         progress = training.progress
     elif is_first:
         training.discard()
+        # Else a run that is killed before its first state would be taken for the finished old one.
+        (run.folder / SETTINGS_FILE).unlink(missing_ok=True)
     board = TensorBoard(run.folder, len(training.log)) if is_first else None
     if board is not None:
         training.show_preview = lambda epoch, preview: board.write_preview(
@@ -198,7 +202,7 @@ def train_many(
     for run in runs:
         data.split(run.fold)  # raises for a fold out of range
         check_worker_memory(options.workers * jobs, run.experiment, world_size)
-        finished = None if options.overwrite else _find_finished(run, options.resume)
+        finished = None if options.overwrite else _find_finished(run, data, options)
         if finished is not None:
             checkpoints[run] = finished
     pending = [run for run in runs if run not in checkpoints]
@@ -210,27 +214,25 @@ def train_many(
     return [checkpoints[run] for run in runs]
 
 
-def _find_finished(run: Run, resume: bool) -> Checkpoint | None:
+def _find_finished(run: Run, data: TrainingData, options: RunOptions) -> Checkpoint | None:
     """Return the checkpoint of a finished run; None if the run is still to be trained.
 
-    ValueError if it would be overwritten, and if it was trained with other settings.
+    ValueError if it would be overwritten, and if it was trained in another way.
     """
     has_state = (run.folder / STATE_FILE).exists()
     has_checkpoint = (run.folder / SETTINGS_FILE).exists()
-    if has_state and not resume:
+    if has_state and not options.resume:
         raise ValueError(
             f"{run.folder} holds an unfinished run; --resume continues it, --overwrite starts again"
         )
-    if has_checkpoint and not resume:
+    if has_checkpoint and not options.resume:
         raise ValueError(f"{run.folder} holds a trained run already; --overwrite trains it again")
     if has_state or not has_checkpoint:
         return None
-    checkpoint = read_checkpoint(run.folder)
-    if checkpoint.experiment != run.experiment:
-        raise ValueError(
-            f"{run.folder} was trained with other settings of {run.experiment.name}; "
-            "--overwrite trains it again"
-        )
+    device = options.device or default_device()
+    trained_on = conditions_of(data, options.init, device, options.distributed)
+    expected = Checkpoint(run.experiment, data.classes, run.fold, trained_on=trained_on)
+    checkpoint = require_finished(run.folder, expected)
     logger.info("%s: finished already, kept", run.name)
     return checkpoint
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -29,6 +29,7 @@ from birdcall.training.initialisation import initialise
 from birdcall.training.resume import (
     BestWeights,
     TensorState,
+    conditions_of,
     identity_of,
     make_moving_average,
     read_state,
@@ -92,7 +93,6 @@ class Training:
     run: Run
     config: TrainConfig  # of the run's experiment
     data: TrainingData
-    identity: dict[str, Any]  # everything that decides about the weights
     checkpoint: Checkpoint  # without score
     model: SEDModel
     batch_loss: BatchLoss
@@ -269,7 +269,7 @@ class Training:
         if not self.distributed.is_first:
             return
         values = {
-            "identity": self.identity,
+            "identity": identity_of(self.checkpoint),
             "progress": asdict(self.progress),
             "log": [asdict(entry) for entry in self.log],
             "best": list(self.best.scores.items()),
@@ -281,7 +281,7 @@ class Training:
     def restore(self) -> None:
         """Continue from the state in the run's folder; ValueError if it is of another training."""
         path = self.run.folder / STATE_FILE
-        tensors, values = read_state(path, self.identity)
+        tensors, values = read_state(path, identity_of(self.checkpoint))
         self.tensors.restore(tensors)
         self.scaler.load_state_dict(values["scaler"])
         self.progress = _Progress(**values["progress"])
@@ -296,6 +296,7 @@ def start_training(
     """Prepare a training on ``recordings`` before its first step. Seeds torch's generator."""
     device = options.device or default_device()
     distributed = options.distributed
+    trained_on = conditions_of(data, options.init, device, distributed)
     experiment, config = run.experiment, run.experiment.train
     seed = config.seed * 1000 + run.fold
     torch.manual_seed(seed)
@@ -329,8 +330,7 @@ def start_training(
         run=run,
         config=config,
         data=data,
-        identity=identity_of(asdict(experiment), run.fold, data, distributed),
-        checkpoint=Checkpoint(experiment, data.classes, run.fold),
+        checkpoint=Checkpoint(experiment, data.classes, run.fold, trained_on=trained_on),
         model=model,
         batch_loss=batch_loss,
         loader=loader,
