@@ -147,8 +147,15 @@ def package(trained_runs, tmp_path_factory) -> Path:
     Staged once for all test processes: exporting the members takes seconds.
     """
     runs = trained_runs[:2]
-    names = tuple(read_checkpoint(run).name for run in runs)
-    decision = Decision(0.3, 0.3, max_birds=2, neighbour_weight=0.25, members=names)
+    checkpoints = [read_checkpoint(run) for run in runs]
+    decision = Decision(
+        0.3,
+        0.3,
+        max_birds=2,
+        neighbour_weight=0.25,
+        members=tuple(item.name for item in checkpoints),
+        weights={item.name: item.weights_sha256 for item in checkpoints},
+    )
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     with FileLock(folder / "package.lock"):

@@ -64,8 +64,14 @@ def test_batches_go_to_all_gpus_in_turn(trained_runs, monkeypatch):
 def test_the_kernel_runs_on_the_gpu(trained_runs, tmp_path):
     runs = trained_runs[:2]
     checkpoints = [read_checkpoint(run) for run in runs]
-    names = tuple(one.name for one in checkpoints)
-    decision = Decision(0.0, 0.0, max_birds=2, classes=checkpoints[0].classes, members=names)
+    decision = Decision(
+        0.0,
+        0.0,
+        max_birds=2,
+        classes=checkpoints[0].classes,
+        members=tuple(one.name for one in checkpoints),
+        weights={one.name: one.weights_sha256 for one in checkpoints},
+    )
     stage_package(runs, decision, StagingOptions(SCRIPT, tmp_path / "build", "somebody"))
     (tmp_path / "data").mkdir()
     write_noise_file(tmp_path / "data" / "test_audio" / "aa.wav", 60)

@@ -107,8 +107,11 @@ def test_the_labelled_score_is_that_of_the_stored_decision(held_out, evaluation,
     assert value(evaluation, "ensemble", "labelled", "row_wise_f1") == pytest.approx(expected)
 
 
-def test_the_decision_states_its_origin_and_its_score(evaluation, training_data):
+def test_the_decision_states_its_origin_and_its_score(evaluation, training_data, held_out):
     decision, search = evaluation.ensemble.decision, evaluation.ensemble.search
+    assert decision.weights == {
+        member.name: member.checkpoint.weights_sha256 for member in held_out.ensemble.members
+    }
     assert sorted(decision.members) == ["other-fold0", "other-fold1", "tiny-fold0", "tiny-fold1"]
     assert decision.classes == training_data.classes
     assert decision.chosen_on.startswith("144 rows of 24 soundscapes simulated from held-out")

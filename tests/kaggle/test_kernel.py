@@ -25,6 +25,7 @@ import pytest
 import safetensors.torch
 import torch
 from helpers import (
+    SCRIPT,
     read_labels,
     read_summary,
     rows_of,
@@ -34,7 +35,12 @@ from helpers import (
 
 from birdcall.inference.decision import Decision, write_decision
 from birdcall.kaggle.manifest import MANIFEST_FILE, find_changes, make_manifest
-from birdcall.kaggle.packaging import dry_run_submission, run_as_kaggle
+from birdcall.kaggle.packaging import (
+    StagingOptions,
+    dry_run_submission,
+    run_as_kaggle,
+    stage_package,
+)
 from birdcall.kaggle.submission import DECISION_FILE, run_kernel
 from birdcall.models.checkpoint import load_model, read_checkpoint, save_checkpoint
 
@@ -144,6 +150,18 @@ def test_a_kernel_without_faults_labels_every_row_and_logs_each_recording(built,
         (line,) = (line for line in log.splitlines() if f" {name}: " in line)
         assert "x real time" in line
     assert "5 rows: 5 with 2 birds; 2 members; 3 recordings, 0 failed" in log
+
+
+def test_members_are_not_packaged_with_a_decision_on_other_weights(trained_runs, tmp_path):
+    first, other = (read_checkpoint(run) for run in trained_runs[:2])
+    staging = StagingOptions(SCRIPT, tmp_path, "somebody")
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "old").touch()
+    for weights in ({first.name: other.weights_sha256}, {}):
+        decision = Decision(members=(first.name,), weights=weights)
+        with pytest.raises(ValueError, match=rf"other weights of {first.name}"):
+            stage_package(trained_runs[:1], decision, staging)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["old"]
 
 
 # --- the data ------------------------------------------------------------------------------------

@@ -196,6 +196,7 @@ def decide_ensemble(
         context_seconds=held_out.ensemble.window_config.context_seconds,
         classes=held_out.data.classes,
         members=held_out.member_names(names),
+        weights=held_out.weights_of(names),
     )
     simulated = held_out.simulated_for(names)
     if simulated is None or simulated.segments["group"].nunique() < 2:

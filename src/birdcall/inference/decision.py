@@ -38,8 +38,9 @@ class Decision:
     A row of site 3 is a whole recording: its species are those of any segment whose highest
     clipwise probability reaches ``file_threshold``.
 
-    classes: those of the members, in order; empty where the decision suits any. chosen_on: the
-    rows that the rule was chosen on; score: its scores there.
+    classes: those of the members, in order; empty where the decision suits any. weights: the sha256
+    of each member's weights. chosen_on: the rows that the rule was chosen on; score: its scores
+    there.
     """
 
     clip_threshold: float = 0.5
@@ -56,6 +57,7 @@ class Decision:
     calibration: Calibration | None = None
     classes: tuple[str, ...] = ()
     members: tuple[str, ...] = ()
+    weights: dict[str, str] = field(default_factory=dict)  # by member
     chosen_on: str = ""
     score: dict[str, float] = field(default_factory=dict)
 

@@ -37,6 +37,7 @@ from birdcall.models.checkpoint import (
     WEIGHTS_FILE,
     is_onnx_installed,
     load_model,
+    read_checkpoint,
 )
 from birdcall.models.sed import SEDModel
 from birdcall.storage.files import write_atomically
@@ -128,8 +129,16 @@ def stage_package(members: Sequence[Path], decision: Decision, staging: StagingO
 
     Whatever an earlier call left there is replaced. Every member is loaded once, so that what
     cannot run is not uploaded, and exported for ONNX Runtime, where that is installed. Returns the
-    dataset's folder.
+    dataset's folder. ValueError if the decision was chosen on other weights of a member.
     """
+    for folder in members:
+        checkpoint = read_checkpoint(folder)
+        weights = decision.weights.get(checkpoint.name)
+        require(
+            not decision.members or weights == checkpoint.weights_sha256,
+            f"{folder}: the decision was chosen on other weights of {checkpoint.name}; "
+            "`birdcall evaluate` chooses one on these",
+        )
     dataset = _start_dataset(staging)
     can_export = is_onnx_installed()
     if not can_export:
