@@ -295,6 +295,46 @@ def test_runs_of_other_folds_are_refused(pipeline, refolded, run, command):
     assert "the folds are different" in error
 
 
+@pytest.fixture
+def audited(demo_folder, tmp_path):
+    """A folder in which the audit of a data folder was begun, and another one of the same name."""
+    first, second = tmp_path / "a" / "tiny", tmp_path / "b" / "tiny"
+    for data in (first, second):
+        data.parent.mkdir()
+        shutil.copytree(demo_folder / "train_audio", data / "train_audio")
+        shutil.copyfile(demo_folder / "train.csv", data / "train.csv")
+    return tmp_path, first, second
+
+
+def test_two_data_folders_of_one_name_do_not_share_results(audited, run):
+    folder, first, second = audited
+    run(folder, "audit", "--data", first, "--workers", 0)
+    run(folder, "folds", "--data", first, "--n-folds", 2)
+    before = {path: path.read_bytes() for path in folder.rglob("*.csv")}
+    train = ("train", "--experiment", "small_gru", "--fold", 0)
+    for command in (("audit",), ("folds",), train, ("evaluate",), ("pseudo-label",), ("package",)):
+        error = run(folder, *command, "--data", second, fails=True)
+        assert str(first) in error
+        assert "--output" in error
+    other = ("--data", second, "--output", folder / "other")
+    run(folder, "audit", *other, "--workers", 0)
+    assert str(first) in run(folder, "folds", *other, fails=True)  # the default file of folds
+    run(folder, "folds", *other, "--folds", folder / "other.csv", "--n-folds", 2)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_data_folder_may_be_moved_or_named_through_a_link(audited, run, caplog):
+    folder, first, second = audited
+    (folder / "link").symlink_to(first)
+    for data in (first, folder / "link", Path("a") / "tiny"):
+        run(folder, "audit", "--data", data, "--workers", 0)
+    assert str(first) not in "".join(r.message for r in caplog.records if r.levelname == "WARNING")
+    shutil.rmtree(second)
+    first.rename(second)
+    run(folder, "audit", "--data", second, "--workers", 0)
+    assert any(str(first) in r.message for r in caplog.records if r.levelname == "WARNING")
+
+
 # --- bad input: one line, exit code 2 -----------------------------------------------------------
 
 

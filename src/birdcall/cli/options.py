@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +11,10 @@ import typer
 
 if TYPE_CHECKING:
     from birdcall.data.dataset import TrainingData
+
+logger = logging.getLogger(__name__)
+
+_DATA_NOTE = "data_folder.txt"
 
 Data = Annotated[
     Path, typer.Option(help="Data folder in the layout of the competition.", show_default=False)
@@ -55,13 +61,17 @@ ContextSeconds = Annotated[
 
 
 class Folders:
-    """The files and folders of a data set: those that were given, else their default names."""
+    """The files and folders of a data set: those that were given, else their default names.
+
+    Default names are those of the data folder without its parents. ValueError where they would be
+    those of another data folder: the audit has noted which one the output folder belongs to.
+    """
 
     def __init__(self, data: Path, output: Path | None, folds: Path | None = None) -> None:
         self.data = data
         self.name = data.resolve().name
-        self.output = output or Path("output") / self.name
-        self.folds = folds or Path("folds") / f"{self.name}.csv"
+        self.output = output or self._default_output()
+        self._folds = folds
         self.runs = self.output / "runs"
         self.audit = self.output / "audit.csv"
         self.cache = self.output / "cache"
@@ -69,6 +79,32 @@ class Folders:
         self.benchmark = self.output / "benchmark"
         self.decision = self.output / "decision.json"
         self.submission = self.output / "submission.csv"
+
+    @property
+    def folds(self) -> Path:
+        if self._folds is None:
+            self._default_output()  # the default files of folds belong to the same data folders
+        return self._folds or Path("folds") / f"{self.name}.csv"
+
+    def _default_output(self) -> Path:
+        output = Path("output") / self.name
+        note = output / _DATA_NOTE
+        noted = Path(os.fsdecode(note.read_bytes())) if note.is_file() else self.data.resolve()
+        if noted == self.data.resolve():
+            return output
+        if noted.is_dir():
+            raise ValueError(
+                f"{output} holds the results of {noted}, another folder of this name; give "
+                f"--output and --folds to {self.data}"
+            )
+        logger.warning("%s was moved to %s, or is another folder of this name", noted, self.data)
+        return output
+
+    def note_data(self) -> None:
+        """Note in the output folder which data folder it belongs to."""
+        from birdcall.storage.files import write_atomically
+
+        write_atomically(self.output / _DATA_NOTE, os.fsencode(self.data.resolve()))
 
     def load_training_data(
         self, noise: Path | None = None, labels: Path | None = None

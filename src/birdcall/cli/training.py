@@ -67,6 +67,7 @@ def _audit(
     folders = Folders(data, output)
     recordings = read_recordings(data)
     check_recordings_exist(recordings, data)
+    folders.note_data()
     table = audit_recordings(
         data,
         recordings,
