@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -507,6 +508,23 @@ def test_training_data_reads_labels_with_times(training_data, demo_folder, tmp_p
     data = load_training_data(demo_folder, folds=folds, audit=audit, cache=cache, labels=labels)
     assert data.strong_labels["filename"].tolist() == [first["filename"]]
     assert training_data.strong_labels is None
+
+
+def test_recordings_that_changed_since_the_audit_are_counted_in_one_warning(
+    demo_folder, tables, tmp_path, caplog
+):
+    folds, audit = tables
+    load = partial(load_training_data, demo_folder, folds=folds, cache=tmp_path)
+    load(audit=audit)
+    assert not caplog.records
+    table = pd.read_csv(audit, keep_default_na=False)
+    names = list(table.loc[table["usable"], "path"].iloc[:2])
+    table.loc[table["path"].isin(names), "size"] += 1
+    table.to_csv(tmp_path / "audit.csv", index=False)
+    load(audit=tmp_path / "audit.csv")
+    (record,) = caplog.records
+    assert record.getMessage().startswith("2 of ")
+    assert any(name in record.getMessage() for name in names)
 
 
 def test_a_fold_out_of_range_lists_the_folds(recordings):

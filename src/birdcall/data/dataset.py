@@ -108,16 +108,27 @@ def load_training_data(
 ) -> TrainingData:
     """Join the recordings of ``folder`` with their audit and folds; open cache and noise.
 
-    Recordings that the audit leaves out are not included. Bird-free noise is taken from ``noise``,
+    Recordings that the audit leaves out are not included; those of another size than in the audit
+    are counted in a warning. Bird-free noise is taken from ``noise``,
     else from ``noise/`` in the data folder or beside it; without any it is generated, beside the
     cache. ``labels``: a file of strong labels, from which targets are then made.
     """
     recordings = read_recordings(folder)
     classes = classes_of(recordings)
-    recordings = usable_recordings(recordings, read_audit(audit))
+    audited = read_audit(audit)
+    recordings = usable_recordings(recordings, audited)
     fold_of = read_folds(folds, recordings)[["filename", "fold"]]
     recordings = recordings.merge(fold_of, on="filename", validate="one_to_one")
     check_recordings_exist(recordings, folder)
+    sizes = dict(zip(audited["path"], audited["size"], strict=True))
+    paths = recordings["path"]
+    changed = [path for path in paths if (folder / path).stat().st_size != sizes[path]]
+    if changed:
+        logger.warning(
+            "%d of %d recordings have another size than in %s, such as %s: run `birdcall audit` "
+            "again, which decodes those only",
+            *(len(changed), len(paths), audit, changed[0]),
+        )
     folders = [noise] if noise is not None else [folder / "noise", folder.parent / "noise"]
     noise_files = next((files for path in folders if (files := find_noise(path))), [])
     if not noise_files:

@@ -136,8 +136,8 @@ def stage_package(members: Sequence[Path], decision: Decision, staging: StagingO
         weights = decision.weights.get(checkpoint.name)
         require(
             not decision.members or weights == checkpoint.weights_sha256,
-            f"{folder}: the decision was chosen on other weights of {checkpoint.name}; "
-            "`birdcall evaluate` chooses one on these",
+            f"{folder}: the decision was chosen on other weights of {checkpoint.name}, or does not "
+            "name them; `birdcall evaluate` chooses one on these",
         )
     dataset = _start_dataset(staging)
     can_export = is_onnx_installed()
