@@ -129,8 +129,9 @@ def test_a_finished_run_is_kept_wherever_its_data_and_noise_lie(
     assert kept == read_checkpoint(runs[0].folder)
 
 
-def test_a_run_killed_before_its_first_state_does_not_leave_the_weights_that_it_overwrites(
-    training_data, tiny_experiment, finished
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["first", "queued"])
+def test_killed_before_the_first_state_no_run_keeps_the_weights_that_it_was_to_overwrite(
+    training_data, tiny_experiment, finished, order
 ):
     class Killed(BaseException):
         pass
@@ -138,13 +139,25 @@ def test_a_run_killed_before_its_first_state_does_not_leave_the_weights_that_it_
     def kill(request):
         raise Killed
 
-    runs = plan_runs([tiny_experiment], training_data, 0, finished)
+    planned = plan_runs([tiny_experiment], training_data, None, finished)
+    runs = [planned[fold] for fold in order]
     with pytest.raises(Killed):
         train_many(runs, replace(training_data, read_crops=kill), replace(OPTIONS, overwrite=True))
-    assert not (runs[0].folder / STATE_FILE).exists()
+    assert not list(finished.rglob(STATE_FILE))
     resumed = replace(OPTIONS, resume=True, deadline=time.monotonic())
     with pytest.raises(TrainingInterrupted):
-        train_many(runs, training_data, resumed)
+        train_many(planned[:1], training_data, resumed)
+
+
+def test_without_the_initial_weights_nothing_is_overwritten(
+    training_data, tiny_experiment, finished, tmp_path
+):
+    runs = plan_runs([tiny_experiment], training_data, 0, finished)
+    before = read_checkpoint(runs[0].folder)
+    options = replace(OPTIONS, overwrite=True, init=tmp_path / "missing.safetensors")
+    with pytest.raises(FileNotFoundError):
+        train_many(runs, training_data, options)
+    assert read_checkpoint(runs[0].folder) == before
 
 
 def test_runs_trained_at_once_have_the_weights_of_runs_trained_in_turn(
