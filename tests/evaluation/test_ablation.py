@@ -369,6 +369,14 @@ def test_a_second_call_trains_nothing_and_returns_the_same(real, training_data, 
     pd.testing.assert_frame_equal(again.differences, ablation.differences)
 
 
+def test_an_ablation_on_other_folds_needs_another_folder(real, training_data):
+    folder, ablation = real
+    recordings = training_data.recordings
+    other = replace(training_data, recordings=recordings.assign(fold=1 - recordings["fold"]))
+    with pytest.raises(ValueError, match=r"fold0 .*folds.*another output folder"):
+        ablate(ablation.experiments, other, folder, ablation.options)
+
+
 def test_one_fold_scores_only_the_recordings_it_held_out(real, training_data):
     folder, ablation = real
     run = Run(ablation.experiments[0], 1, folder / "tiny" / "seed0" / "fold1")

@@ -44,6 +44,7 @@ from birdcall.storage.files import digest, shorten_list, write_atomically
 
 logger = logging.getLogger(__name__)
 
+_LEARNT = ["filename", "ebird_code", "secondary_codes", "rating"]  # columns of recordings
 _NOISE = "noise"  # in place of a recording's path
 _NOISE_INDEX = -1  # in place of a recording's index
 
@@ -72,11 +73,9 @@ class TrainingData:
         recordings: what the tables say about them. audio: their files, as audited. lengths: as
         decoded. labels: the strong labels, None without them. No audio is read for them.
         """
-        of_audit = ("sha256", "seconds", "fold", "path")
         table, labels = self.recordings, self.strong_labels
-        described = table.drop(columns=[name for name in of_audit if name in table])
         return {
-            "recordings": digest(described.to_csv(index=False)),
+            "recordings": digest(table[_LEARNT].to_csv(index=False)),
             "audio": digest("\n".join(table["sha256"])) if "sha256" in table else None,
             "lengths": digest(table["seconds"].to_csv(index=False)),
             "folds": digest(table[["filename", "fold"]].to_csv(index=False)),

@@ -122,7 +122,7 @@ _NAMES = {
     "audio": "the audio files",
     "lengths": "the lengths of recordings",
     "folds": "the folds",
-    "noise": "the noise (--noise)",
+    "noise": "the noise files (--noise)",
     "labels": "the strong labels (--labels)",
     "init": "the initial weights (--init)",
 }
@@ -228,7 +228,7 @@ def read_runs(
                 "it was trained on"
             )
         for module in network:
-            if checkpoint.trained_on["code"].get(module) != code[module]:
+            if checkpoint.trained_on.get("code", {}).get(module) != code[module]:
                 changed.setdefault(folder, module)
     if changed:
         folder, module = next(iter(changed.items()))
