@@ -10,6 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -300,6 +303,47 @@ def test_what_is_known_is_not_decoded_again_and_what_changed_is(
     assert count_decodes[4:] == []
 
 
+def test_no_second_audit_begins_before_the_table_of_the_first_is_written(
+    three: tuple[Path, pd.DataFrame, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fcntl")
+    data, table, path = three
+    write = audit_module.write_atomically
+
+    def write_late(target: Path, content: str) -> None:
+        with pytest.raises(OSError, match=f"process {os.getpid()}"):
+            audit_recordings(data, table, path, workers=0)
+        write(target, content)
+
+    monkeypatch.setattr(audit_module, "write_atomically", write_late)
+    audit_recordings(data, table, path, workers=0)
+    assert list(read_audit(path)["status"]) == ["ok", "ok", "ok"]
+    assert [file.name for file in path.parent.iterdir()] == ["audit.csv"]
+
+
+def test_a_recording_that_could_not_be_read_is_tried_again(
+    three: tuple[Path, pd.DataFrame, Path],
+    count_decodes: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The permission is given, or the disk answers again: the file itself has not changed."""
+    data, table, path = three
+    opened = audit_module.open_audio
+
+    def refuse(file: Path) -> object:
+        if file.name == "XC1.mp3":
+            raise PermissionError(13, "Permission denied", str(file))
+        return opened(file)
+
+    monkeypatch.setattr(audit_module, "open_audio", refuse)
+    audit = audit_recordings(data, table, path, workers=0)
+    assert list(audit["status"]) == ["ok", "unreadable", "ok"]
+    monkeypatch.setattr(audit_module, "open_audio", opened)
+    audit = audit_recordings(data, table, path, workers=0)
+    assert list(audit["status"]) == ["ok", "ok", "ok"]
+    assert count_decodes[3:] == ["XC1.mp3"]
+
+
 def test_an_interrupted_audit_goes_on_where_it_was(
     three: tuple[Path, pd.DataFrame, Path],
     count_decodes: list[str],
@@ -413,6 +457,39 @@ def test_a_recording_that_crashes_the_decoder_is_named_and_the_others_are_measur
     audit = read_audit(path)
     assert list(audit["status"]) == ["ok", "unreadable", "ok"]
     assert audit["reason"][1] == "crashes the decoder"
+
+
+def test_a_pool_that_breaks_before_it_takes_a_recording_loses_none(
+    three: tuple[Path, pd.DataFrame, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools = []
+
+    class Pool:
+        """The first breaks after one recording, unnoticed until the next is submitted."""
+
+        def __init__(self, *_args: object, **_options: object) -> None:
+            pools.append(self)
+            self.n_submitted = 0
+
+        def __enter__(self) -> "Pool":
+            return self
+
+        def __exit__(self, *_error: object) -> None:
+            pass
+
+        def submit(self, function: Callable[..., object], *arguments: object) -> Future[object]:
+            self.n_submitted += 1
+            if self is pools[0] and self.n_submitted > 1:
+                raise BrokenProcessPool
+            future: Future[object] = Future()
+            future.set_result(function(*arguments))
+            return future
+
+    monkeypatch.setattr(audit_module, "ProcessPoolExecutor", Pool)
+    data, table, path = three
+    audit = audit_recordings(data, table, path, workers=1)
+    assert list(audit["status"]) == ["ok", "ok", "ok"]
+    assert len(pools) > 1
 
 
 COLUMNS = "filename,ebird_code,duration,secondary_labels,recordist,rating,primary_label"

@@ -1,10 +1,20 @@
 """Files appear whole or not at all, and names from a CSV cannot leave their folder."""
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from birdcall.storage.files import atomic_path, inside, read_table, write_atomically
+from birdcall.storage.files import (
+    atomic_path,
+    inside,
+    locked,
+    read_table,
+    write_atomically,
+)
 
 
 def files_below(folder: Path) -> list[str]:
@@ -60,6 +70,38 @@ def test_the_file_has_the_permissions_of_an_ordinary_file(tmp_path: Path) -> Non
     (tmp_path / "ordinary").write_text("")
     write_atomically(tmp_path / "atomic", "")
     assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from birdcall.storage.files import locked
+with locked(Path(sys.argv[1])):
+    if not os.fork():
+        print(os.getppid(), os.getpid(), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_names_its_process_and_ends_with_it_though_a_forked_child_lives(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("fcntl")
+    path = tmp_path / "new" / "run"
+    command = [sys.executable, "-c", HOLDER, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        pid, child = map(int, process.stdout.readline().split())
+        try:
+            with pytest.raises(OSError, match=rf"run: process {pid} on .* writes to it"):
+                locked(path).__enter__()
+            process.kill()
+            process.wait()
+            with locked(path), pytest.raises(OSError, match=f"process {os.getpid()} on"):
+                locked(path.parent / ".." / "new" / "run").__enter__()
+            os.kill(child, 0)  # it lives
+        finally:
+            os.kill(child, signal.SIGKILL)
+    assert files_below(tmp_path) == ["new"]
 
 
 @pytest.mark.parametrize("name", ["a.mp3", "sub/a.mp3", "a..b.mp3", "..mp3", "./a.mp3"])

@@ -95,8 +95,33 @@ def test_a_journal_that_may_restart_drops_what_it_cannot_use(tmp_path, caplog, c
 
 def test_a_second_process_is_refused(tmp_path):
     pytest.importorskip("fcntl")
-    with Journal(tmp_path / "j", "x"), pytest.raises(OSError, match="another process"):
-        Journal(tmp_path / "j", "x")
+    (tmp_path / "link").symlink_to(tmp_path)
+    with Journal(tmp_path / "j", "x") as journal:
+        journal.add(A, {"n": 1})
+        content = journal.path.read_bytes()
+        with pytest.raises(OSError, match=rf"j: process {os.getpid()} on .*writes to it"):
+            Journal(tmp_path / "link" / "j", "y", overwrite=True)
+        assert journal.path.read_bytes() == content
+        journal.add(B, {"n": 2})
+    with Journal(tmp_path / "j", "x") as journal:
+        assert [value["n"] for _, value in journal.items()] == [1, 2]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["j", "link"]  # and no lock
+
+
+def test_a_journal_that_is_overwritten_begins_empty(tmp_path, caplog):
+    with Journal(tmp_path / "j", "x") as journal:
+        journal.add(A, {"n": 1})
+    for fingerprint in ("x", "y"):
+        with Journal(tmp_path / "j", fingerprint, overwrite=True) as journal:
+            assert list(journal.items()) == []
+            journal.add(B, {"n": 2})
+    assert not caplog.records
+
+
+def test_what_differs_from_the_journal_of_another_run_is_named(tmp_path):
+    Journal(tmp_path / "j", {"code": {"a": "1"}, "device": "cpu", "package": "p"}).close()
+    with pytest.raises(ValueError, match=r"\(code, device\)"):
+        Journal(tmp_path / "j", {"code": {"a": "2"}, "device": "cuda", "package": "p"})
 
 
 # --- store ---

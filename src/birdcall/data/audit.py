@@ -123,9 +123,9 @@ def audit_recordings(
         for measurement in results:
             journal.add({"path": measurement.path}, asdict(measurement))
             measured[measurement.path] = measurement
-    audit = _judge([measured[name] for name in names], durations)
-    write_atomically(audit_csv, audit.to_csv(index=False, lineterminator="\n"))
-    journal_path.unlink(missing_ok=True)
+        audit = _judge([measured[name] for name in names], durations)
+        write_atomically(audit_csv, audit.to_csv(index=False, lineterminator="\n"))
+        journal_path.unlink(missing_ok=True)  # while no other process can have it open
     return audit
 
 
@@ -274,20 +274,20 @@ def _measure_all(
             with make_pool(workers) as pool:
                 while queue or running:
                     while queue and len(running) < 2 * workers:
-                        name = queue.popleft()
+                        name = queue[0]  # it stays there if the pool is broken already
                         running[pool.submit(measure_recording, data, name, cache)] = name
+                        queue.popleft()
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         measurement = future.result()
                         del running[future]
                         yield measurement
         except BrokenProcessPool:
-            for name in running.values():
+            for name in list(running.values()) or [queue.popleft()]:
                 try:
                     with make_pool(1) as pool:
                         yield pool.submit(measure_recording, data, name, cache).result()
                 except BrokenProcessPool:
-                    state = file_state(data / name)
-                    yield Measurement(name, **state, error="crashes the decoder")
+                    yield Measurement(name, error="crashes the decoder")
 
 
 def _start_worker() -> None:
@@ -304,14 +304,14 @@ def _start_worker() -> None:
 
 
 def _is_current(data: Path, measurement: Measurement, cache: RecordingCache | None) -> bool:
-    """Return whether the file is still the measured one, and cached if it has to be."""
+    """Return whether the file is as measured, and cached if need be; an error may have passed."""
     try:
         state = file_state(data / measurement.path)
         is_cached = cache is None or cache.path(measurement.path).is_file()
     except OSError:
         return False
     is_same = state == {"size": measurement.size, "mtime_ns": measurement.mtime_ns}
-    return is_same and (is_cached or not measurement.seconds)
+    return is_same and not measurement.error and (is_cached or not measurement.seconds)
 
 
 def _judge(measured: list[Measurement], durations: dict[str, float]) -> pd.DataFrame:

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -19,12 +19,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
-from birdcall.storage.files import atomic_path, digest
-
-try:
-    import fcntl
-except ImportError:  # Windows: there a second process is not detected
-    fcntl = None
+from birdcall.storage.files import atomic_path, digest, locked
 
 logger = logging.getLogger(__name__)
 
@@ -42,35 +37,34 @@ class Journal(AbstractContextManager):
 
     A line is on disk when `add` returns. An incomplete last line is removed when the journal is
     opened, and its work is done again. Only one process at a time can have a journal open.
+    ``fingerprint``: what JSON can hold. With ``overwrite`` the journal begins empty.
 
     Raises ``OSError`` where another process has it open; ``ValueError`` where it has another
     fingerprint or a damaged line, or, with ``restart``, logs that and begins an empty journal.
     """
 
-    def __init__(self, path: Path, fingerprint: str, *, restart: bool = False) -> None:
+    def __init__(
+        self, path: Path, fingerprint: Any, *, restart: bool = False, overwrite: bool = False
+    ) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab+")
-        self.close = self._file.close
-        if fcntl is not None:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                self.close()
-                raise OSError(f"{path}: another process writes to it") from error
         self._done: dict[str, _Values] = {}
-        try:
-            is_new = not self._read(fingerprint)
-        except ValueError as error:
-            if not restart:
-                self.close()
-                raise
-            logger.warning("%s; starting again", error)
-            self._done.clear()
-            self._file.truncate(0)
-            is_new = True
-        if is_new:
-            self._write({"fingerprint": fingerprint})
+        with ExitStack() as stack:
+            stack.enter_context(locked(path))
+            self._file = stack.enter_context(path.open("ab+"))
+            if overwrite:
+                self._file.truncate(0)
+            try:
+                is_new = not self._read(fingerprint)
+            except ValueError as error:
+                if not restart:
+                    raise
+                logger.warning("%s; starting again", error)
+                self._done.clear()
+                self._file.truncate(0)
+                is_new = True
+            if is_new:
+                self._write({"fingerprint": fingerprint})
+            self.close = stack.pop_all().close
 
     def find(self, key: Mapping[str, Any]) -> _Values | None:
         """Return the value of the finished item ``key``, or None."""
@@ -83,6 +77,8 @@ class Journal(AbstractContextManager):
 
     def add(self, key: Mapping[str, Any], value: _Values) -> None:
         """Write that ``key`` is finished; a second ``value`` of one key replaces the first."""
+        if self.find(key) == value:
+            return
         self._write({"key": dict(key), "value": value})
         self._done[_canonical(key)] = value
 
@@ -94,7 +90,7 @@ class Journal(AbstractContextManager):
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def _read(self, fingerprint: str) -> int:
+    def _read(self, fingerprint: Any) -> int:
         """Read the complete lines, remove an incomplete last one, return the number of lines."""
         self._file.seek(0)
         content = self._file.read()
@@ -115,9 +111,14 @@ class Journal(AbstractContextManager):
                 message = f"{self.path}, line {number}: not a line of a journal: {error!r}"
                 raise ValueError(message) from error
         if stored != fingerprint:
+            what = ""
+            if isinstance(stored, dict) and isinstance(fingerprint, dict):
+                names = sorted(stored.keys() | fingerprint.keys())
+                differing = (name for name in names if stored.get(name) != fingerprint.get(name))
+                what = f" ({', '.join(differing)})"
             raise ValueError(
-                f"{self.path}: these results are of another model or of other parameters; give "
-                "another --output folder, or --overwrite to start again"
+                f"{self.path}: these results are of another model or of other parameters{what}; "
+                "give another --output folder, or --overwrite to start again"
             )
         return len(lines)
 
