@@ -17,9 +17,11 @@ import pytest
 import soundfile
 from helpers import RATE
 
+from birdcall.__main__ import main
 from birdcall.audio.reading import AudioError
 from birdcall.evaluation.labelled import read_truth
 from birdcall.inference import engine
+from birdcall.inference import engine as engine_module
 from birdcall.inference.ensemble import load_ensemble
 from birdcall.inference.events import Event
 from birdcall.inference.predictions import OutputOptions, SegmentPredictions
@@ -29,6 +31,7 @@ from birdcall.inference.tables import (
     read_raven_table,
 )
 from birdcall.kaggle.submission import LoadedPackage, open_package
+from birdcall.prediction import local as local_module
 from birdcall.prediction import package as package_module
 from birdcall.prediction.local import (
     ResultOptions,
@@ -228,10 +231,11 @@ def test_embeddings_are_the_input_of_the_heads_for_each_segment(opened, tmp_path
     np.testing.assert_allclose(vectors[1, sizes[0] :], expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("n_times", [1, 600])
 def test_a_recording_that_breaks_off_leaves_no_embeddings_and_the_others_do(
-    opened, tmp_path, monkeypatch
+    opened, tmp_path, monkeypatch, n_times
 ):
-    """It breaks off after some thousand segments: the first of them are in a file already."""
+    """It breaks off early, or after a thousand segments: the first are in a file already."""
     for name in "abc":
         write_recording(tmp_path / "in" / f"{name}.wav", 7, ord(name))
     recordings = find_recordings([tmp_path / "in"])
@@ -242,9 +246,9 @@ def test_a_recording_that_breaks_off_leaves_no_embeddings_and_the_others_do(
             if name != "b.wav":
                 yield name, item
             elif isinstance(item, SegmentPredictions):
-                long = replace(item, embedding=np.repeat(item.embedding, 600, axis=0))
-                yield name, long
-                assert list((tmp_path / "embeddings").glob(".*"))  # the file that it leaves
+                yield name, replace(item, embedding=np.repeat(item.embedding, n_times, axis=0))
+                has_file = bool(list((tmp_path / "embeddings").glob(".*")))
+                assert has_file == (n_times > 1)
             else:
                 yield name, AudioError(tmp_path / "in" / name, "breaks off")
 
@@ -377,6 +381,107 @@ def test_finished_recordings_are_not_predicted_again_unless_they_change(opened, 
     assert changed == ["1.wav", "3.wav"]
 
 
+def test_a_recording_that_failed_is_predicted_once_it_can_be_read(
+    opened, package, tmp_path, monkeypatch
+):
+    """A permission is given, a disk answers again: size and time of the file are the same."""
+    for name in "ab":
+        write_recording(tmp_path / "in" / f"{name}.wav", 7)
+    real, predicted = engine_module.iterate_rates, []
+
+    def refuse(path, *rest):
+        if path.name == "a.wav":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *rest)
+
+    def run():
+        predict([tmp_path / "in"], tmp_path / "out", package, opened, predicted=predicted)
+        return pd.read_csv(tmp_path / "out" / "failed.csv")["recording"].tolist()
+
+    monkeypatch.setattr(engine_module, "iterate_rates", refuse)
+    assert run() == [str(tmp_path / "in" / "a.wav")]
+    n_lines = len((tmp_path / "out" / "journal.jsonl").read_text().splitlines())
+    assert run() == [str(tmp_path / "in" / "a.wav")]
+    assert len((tmp_path / "out" / "journal.jsonl").read_text().splitlines()) == n_lines
+    monkeypatch.setattr(engine_module, "iterate_rates", real)
+    assert run() == []
+    assert predicted == ["a.wav", "b.wav", "a.wav", "a.wav"]
+    tables = read_detections(tmp_path / "out" / "detections.csv")
+    assert tables[str(tmp_path / "in" / "a.wav")] == tables[str(tmp_path / "in" / "b.wav")]
+
+
+def test_embeddings_that_were_deleted_are_written_again(opened, package, tmp_path):
+    for name in "ab":
+        write_recording(tmp_path / "in" / f"{name}.wav", 7)
+    options, predicted = ResultOptions(("csv",), embeddings=True), []
+
+    def run():
+        predict(
+            [tmp_path / "in"], tmp_path / "out", package=package, opened=opened, options=options,
+            predicted=predicted,
+        )  # fmt: skip
+
+    run()
+    part = tmp_path / "out" / "embeddings" / "a.wav.parquet"
+    before = pd.read_parquet(part)
+    part.unlink()
+    run()
+    run()
+    assert predicted == ["a.wav", "b.wav", "a.wav"]
+    pd.testing.assert_frame_equal(pd.read_parquet(part), before)
+
+
+def test_a_shard_that_was_deleted_is_written_again(tmp_path):
+    """A cluster writes shards of several recordings."""
+    recordings = [Recording(Path(f"{name}.wav"), f"{name}.wav") for name in "abc"]
+    predicted = []
+
+    def predictor(remaining):
+        for recording in remaining:
+            predicted.append(recording.name)
+            part = "1.parquet" if recording.name == "c.wav" else "0.parquet"
+            (tmp_path / part).touch()
+            yield recording, RecordingResult(5.0, EVENTS, parts=(part,))
+
+    def run():
+        with Journal(tmp_path / "journal.jsonl", "x") as journal:
+            predict_recordings(
+                recordings, predictor, journal, tmp_path, options=ResultOptions(("csv",))
+            )
+
+    run()
+    run()
+    (tmp_path / "0.parquet").unlink()
+    run()
+    assert predicted == ["a.wav", "b.wav", "c.wav", "a.wav", "b.wav"]
+    assert (tmp_path / "0.parquet").exists()
+
+
+def test_results_of_other_code_are_refused(opened, package, tmp_path, monkeypatch):
+    write_recording(tmp_path / "in" / "a.wav", 5)
+    predict([tmp_path / "in"], tmp_path / "out", package, opened)
+    monkeypatch.setattr(local_module, "code_digest", lambda *modules: {"audio.reading": "0"})
+    with pytest.raises(ValueError, match=r"\(code\).*--overwrite"):
+        predict([tmp_path / "in"], tmp_path / "out", package, opened)
+
+
+def test_to_overwrite_leaves_the_journal_that_another_process_has(package, tmp_path, capsys):
+    pytest.importorskip("fcntl")
+    write_recording(tmp_path / "in" / "a.wav", 5)
+    output = tmp_path / "out"
+    command = ["predict", tmp_path / "in", "--package", package, "--output", output, "--overwrite"]
+    with Journal(output / "journal.jsonl", "x") as journal:
+        journal.add({"recording": "a"}, {"seconds": 1.0})
+        before = journal.path.read_bytes()
+        with pytest.raises(SystemExit, match="2"):
+            main(list(map(str, command)))
+        assert journal.path.read_bytes() == before
+    assert f"process {os.getpid()}" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        main(list(map(str, command)))
+    assert "in 1 recordings" in capsys.readouterr().out
+
+
 def test_other_formats_and_filters_need_no_prediction(opened, package, tmp_path):
     write_recording(tmp_path / "in" / "a.wav", 20)
     predict([tmp_path / "in"], tmp_path / "out", package, opened)
@@ -480,7 +585,7 @@ def kill_and_resume(package, tmp_path, n_recordings, n_kills, seconds):
     assert (output / "failed.csv").read_bytes() == (whole / "failed.csv").read_bytes()
     assert len((output / "detections.csv").read_text().splitlines()) > n_recordings
     opened = [line.split() for line in log.read_text().splitlines()]
-    assert not [name for name, is_finished in opened if is_finished == "True"]
+    assert {name for name, is_finished in opened if is_finished == "True"} <= {"bad.mp3"}
     lines = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
     finished = [Path(line["key"]["recording"]).name for line in lines]
     assert len(finished) == len(set(finished)) == n_recordings + 1

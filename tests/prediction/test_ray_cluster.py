@@ -1,5 +1,6 @@
 """A cluster of two workers gives the results of one machine, even when it loses a worker."""
 
+import json
 import os
 import threading
 
@@ -57,6 +58,10 @@ def test_a_task_leaves_a_shard_and_returns_its_results(package, recordings, expe
     results = worker(task)
     assert list(results["name"]) == list(task["name"])
     (shard,) = (tmp_path / "shards").iterdir()
+    for name, text in zip(results["name"], results["result"], strict=True):
+        parts = [f"shards/{shard.name}", f"embeddings/{name}.parquet"]
+        assert json.loads(text)["parts"] == parts
+        assert all((tmp_path / part).is_file() for part in parts)
     whole = pd.read_parquet(expected / "detections.parquet")
     subset = whole[whole["recording"].isin(list(task["path"]))].reset_index(drop=True)
     pd.testing.assert_frame_equal(pd.read_parquet(shard), subset)

@@ -252,8 +252,6 @@ def _predict(
     recordings = find_recordings(paths)
     output = output or Path("output/predictions")
     journal_file = output / "journal.jsonl"
-    if overwrite:
-        journal_file.unlink(missing_ok=True)
     pages = None
     if view:
         pages = SoundscapePageWriter(
@@ -268,7 +266,8 @@ def _predict(
         from birdcall.prediction.ray_cluster import predict_on_ray
 
         predictor = predict_on_ray(ray, package, output, embeddings=embeddings, progress=True)
-    with Journal(journal_file, fingerprint_of(package, options, device.type)) as journal:
+    fingerprint = fingerprint_of(package, options, device.type)
+    with Journal(journal_file, fingerprint, overwrite=overwrite) as journal:
         typer.echo(
             predict_recordings(recordings, predictor, journal, output, options=options, pages=pages)
         )

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,9 +37,10 @@ from birdcall.prediction.package import (
     Recording,
     RecordingResult,
     detect_recordings,
+    embedding_part,
 )
 from birdcall.storage.files import digest, fitting_name, inside, write_atomically
-from birdcall.storage.store import Journal
+from birdcall.storage.store import Journal, code_digest
 from birdcall.taxonomy import display_name
 
 logger = logging.getLogger(__name__)
@@ -194,12 +195,17 @@ class _Progress:
 # --- predicting what is not in the journal --------------------------------------------------------
 
 
-def fingerprint_of(package: Path, options: ResultOptions, device: str) -> str:
+def fingerprint_of(package: Path, options: ResultOptions, device: str) -> dict[str, Any]:
     """Return what results depend on beside the recordings: code, weights, decision, runtime."""
-    manifest = (package / MANIFEST_FILE).read_text(encoding="utf-8")
-    onnx_version = version("onnxruntime") if is_onnx_installed() else None
-    outputs = [options.embeddings, options.view]
-    return digest(json.dumps([manifest, *outputs, device, version("torch"), onnx_version]))
+    libraries = ["torch", "soundfile", "soxr", *(["onnxruntime"] if is_onnx_installed() else [])]
+    return {
+        "package": digest((package / MANIFEST_FILE).read_text(encoding="utf-8")),
+        "code": digest(json.dumps(code_digest("prediction.package"))),
+        "device": device,
+        "embeddings": options.embeddings,
+        "view": options.view,
+        **{library: version(library) for library in libraries},
+    }
 
 
 def predict_recordings(
@@ -211,14 +217,20 @@ def predict_recordings(
     options: ResultOptions,
     pages: PageWriter | None = None,
 ) -> str:
-    """Predict the recordings that are not in the journal, write all results; return a summary."""
+    """Predict the recordings that are not in the journal, write all results; return a summary.
+
+    Those that failed, or whose parts or pages have been deleted, are predicted again: a permission
+    may have been given since, or a disk answer again.
+    """
     # Before they are read: a file that changes meanwhile is predicted again.
     keys = {recording: _journal_key(recording, options.view) for recording in recordings}
     remaining = []
     for recording in recordings:
         values = journal.find(keys[recording])
-        is_finished = values is not None
-        if is_finished and pages is not None and not values["reason"]:
+        is_finished = values is not None and not values["reason"]
+        if is_finished:
+            is_finished = all((output / part).is_file() for part in values["parts"])
+        if is_finished and pages is not None:
             is_finished = pages.has_pages(recording.name, values["seconds"])
         if not is_finished:
             remaining.append(recording)
@@ -263,7 +275,10 @@ def predict_locally(
                 observers.append(EmbeddingWriter(output))
             if pages is not None:
                 observers.append(PageObserver(pages))
-            yield from detect_recordings(recordings, package, observers, outputs)
+            for recording, result in detect_recordings(recordings, package, observers, outputs):
+                if options.embeddings and not result.reason:
+                    result = replace(result, parts=(embedding_part(recording),))
+                yield recording, result
 
     return predict
 

@@ -47,22 +47,31 @@ class Recording:
 
 @dataclass(frozen=True)
 class RecordingResult:
-    """The events of a recording, or the ``reason`` why it was not predicted."""
+    """The events of a recording, or the ``reason`` why it was not predicted.
+
+    parts: files with more of its results, relative to the output folder.
+    """
 
     seconds: float
     events: tuple[Event, ...] = ()
     reason: str = ""
+    parts: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         events = [
             [event.ebird_code, event.onset, event.offset, event.confidence] for event in self.events
         ]
-        return {"seconds": self.seconds, "events": events, "reason": self.reason}
+        return {
+            "seconds": self.seconds,
+            "events": events,
+            "reason": self.reason,
+            "parts": list(self.parts),
+        }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RecordingResult:
         events = tuple(Event(*event) for event in values["events"])
-        return cls(float(values["seconds"]), events, str(values["reason"]))
+        return cls(float(values["seconds"]), events, values["reason"], tuple(values["parts"]))
 
 
 # Receives the predictions of recordings, one recording after another: its segments part by part,
@@ -135,6 +144,11 @@ def detect_recordings(
             yield recording, result
 
 
+def embedding_part(recording: Recording) -> str:
+    """Return the file in the output folder that `EmbeddingWriter` writes for a recording."""
+    return Path("embeddings", fitting_name(recording.name, ".parquet")).as_posix()
+
+
 class EmbeddingWriter:
     """Writes ``onset``, ``offset`` and ``embedding`` of the segments of each recording.
 
@@ -143,7 +157,7 @@ class EmbeddingWriter:
     """
 
     def __init__(self, output: Path) -> None:
-        self.folder = output / "embeddings"
+        self.output = output
         self.stack = ExitStack()  # of the open file
         self.temporary: Path | None = None
         self.writer: pq.ParquetWriter | None = None
@@ -154,7 +168,7 @@ class EmbeddingWriter:
         """Take the next segments of a recording; at its end, complete or drop its file."""
         if isinstance(item, SegmentPredictions):
             if self.temporary is None:
-                path = inside(self.folder, fitting_name(recording.name, ".parquet"))
+                path = inside(self.output, embedding_part(recording))
                 self.temporary = self.stack.enter_context(atomic_path(path))
             self.pending.append(item.embedding)
             if sum(map(len, self.pending)) >= _EMBEDDING_ROWS:

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from birdcall.prediction.package import (
     Recording,
     RecordingResult,
     detect_recordings,
+    embedding_part,
 )
 from birdcall.storage.files import digest
 from birdcall.taxonomy import display_name
@@ -55,10 +57,14 @@ class Worker:
         observers = [EmbeddingWriter(self.output)] if self.embeddings else []
         outputs = OutputOptions(frames=True, embedding=self.embeddings)
         results = dict(detect_recordings(recordings, self.package, observers, outputs))
-        shard = self.output / _SHARDS_FOLDER / f"{digest(chr(10).join(paths))}.parquet"
+        shard = f"{_SHARDS_FOLDER}/{digest(chr(10).join(paths))}.parquet"
         events = {str(recording.path): result.events for recording, result in results.items()}
-        write_detections(shard, events, self.names)
-        texts = [json.dumps(results[recording].to_json()) for recording in recordings]
+        write_detections(self.output / shard, events, self.names)
+        texts = []
+        for recording in recordings:
+            parts = [shard, embedding_part(recording)] if self.embeddings else [shard]
+            result = replace(results[recording], parts=tuple(parts))
+            texts.append(json.dumps(result.to_json()))
         return {"path": task["path"], "name": task["name"], "result": np.array(texts, dtype=object)}
 
 
