@@ -18,6 +18,7 @@ from birdcall.__main__ import main
 from birdcall.experiments import EXPERIMENTS, find_experiment
 from birdcall.models.checkpoint import Checkpoint, save_checkpoint
 from birdcall.models.sed import build_model
+from birdcall.storage.files import locked
 
 SHORTENED = """
 import sys
@@ -401,6 +402,29 @@ def test_a_checkpoint_of_other_classes(copy, run, pipeline):
     error = run(copy.parent, "evaluate", "--data", copy, fails=True)
     assert "checkpoint of other classes" in error
     assert "aldfly" in error
+
+
+@pytest.mark.parametrize(
+    "command, path",
+    [
+        ("demo", "data"),
+        ("audit", "out/audit.journal"),
+        ("pseudo-label", "out/pseudo_labels.csv"),
+        ("evaluate", "out/predictions"),
+        ("figures", "out/predictions"),
+    ],
+)
+def test_a_second_command_on_one_output_says_which_process_has_it(
+    tmp_path, run, demo_folder, command, path
+):
+    pytest.importorskip("fcntl")
+    (tmp_path / "data").symlink_to(demo_folder)
+    (tmp_path / "out").mkdir()
+    options = [] if command == "demo" else ["--output", "out"]
+    with locked(tmp_path / path):
+        error = run(tmp_path, command, "--data", "data", *options, fails=True)
+    assert f"{Path(path).name}: process {os.getpid()} on " in error
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_missing_earlier_step_is_named(tmp_path, run, demo_folder):

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ import torch
 
 from birdcall.audio.reading import AudioError, read_audio
 from birdcall.config import NO_AUGMENT, AugmentConfig, SamplingConfig, replace_nested
+from birdcall.data import loader as loader_module
 from birdcall.data.cache import CropRequest, RecordingCache
 from birdcall.data.dataset import (
     ClipDataset,
@@ -156,6 +158,31 @@ def test_the_number_of_workers_changes_no_clip(recordings, tiny_experiment, nois
     assert [len(batch.waveform) for batch in alone] == [4, 4, 4, 4]
     for workers in (1, 2, 4):
         assert_same(alone, epoch_of(clips, sampler, workers)[0])
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_without_room_in_shared_memory_workers_send_the_same_batches(
+    recordings, tiny_experiment, monkeypatch, caplog
+):
+    clips = dataset(recordings, tiny_experiment)
+    sampler = make_sampler(recordings, 16)
+    alone, _ = epoch_of(clips, sampler)
+    batch_bytes = 4 * tiny_experiment.clip_samples * 4
+    free = {"bytes": (2 * 2 + 2) * batch_bytes}
+    monkeypatch.setattr(
+        loader_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=free["bytes"])
+    )
+    shared, _ = epoch_of(clips, sampler, 2)
+    assert not caplog.records
+    assert all(batch.waveform.is_shared() for batch in shared)
+    free["bytes"] -= 1
+    sent, _ = epoch_of(clips, sampler, 2)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "--shm-size=1g" in caplog.text
+    assert not any(tensor.is_shared() for batch in sent for tensor in batch[:3])
+    assert_same(alone, sent)
+    epoch_of(clips, sampler, 0)
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])

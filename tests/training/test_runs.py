@@ -14,6 +14,8 @@ import pytest
 from birdcall.config import replace_nested
 from birdcall.data.targets import PRESENT, STRONG_LABEL_COLUMNS
 from birdcall.models.checkpoint import STATE_FILE, read_checkpoint
+from birdcall.storage.files import locked
+from birdcall.training import runs as runs_module
 from birdcall.training.distributed import DistributedContext
 from birdcall.training.runs import TrainingInterrupted, plan_runs, runs_table, train_many
 from birdcall.training.trainer import RunOptions
@@ -48,6 +50,39 @@ def test_a_trained_run_is_not_overwritten_unasked(training_data, tiny_experiment
     written = (first[0].folder / "model.safetensors").stat().st_mtime_ns
     train_many(first, training_data, replace(OPTIONS, overwrite=True))
     assert (first[0].folder / "model.safetensors").stat().st_mtime_ns > written
+
+
+@pytest.mark.parametrize("option", ["resume", "overwrite"])
+def test_a_run_that_another_process_trains_is_left_to_it(
+    training_data, tiny_experiment, finished, option
+):
+    """It is refused before the first run starts."""
+    pytest.importorskip("fcntl")
+    runs = plan_runs([tiny_experiment], training_data, None, finished)
+    half_written = runs[1].folder / ".state.0123456789abcdef.safetensors"
+    half_written.parent.mkdir()
+    half_written.touch()
+    written = (runs[0].folder / "model.safetensors").stat().st_mtime_ns
+    with locked(runs[1].folder), pytest.raises(OSError, match=rf"fold1: process {os.getpid()} on"):
+        train_many(runs, training_data, replace(OPTIONS, **{option: True}))
+    assert (runs[0].folder / "model.safetensors").stat().st_mtime_ns == written
+    assert half_written.exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_another_process_has_finished_meanwhile_is_not_trained_over(
+    training_data, tiny_experiment, finished, monkeypatch, resume
+):
+    runs = plan_runs([tiny_experiment], training_data, None, finished)
+    shutil.move(runs[0].folder, finished / "finished")
+
+    def finish_next(run, *_):
+        assert run is runs[0]
+        shutil.copytree(finished / "finished", runs[1].folder)
+
+    monkeypatch.setattr(runs_module, "train_run", finish_next)
+    with pytest.raises(ValueError, match="fold1: another command has trained this run"):
+        train_many(runs, training_data, replace(OPTIONS, resume=resume))
 
 
 def test_a_finished_run_is_kept_when_others_are_resumed(training_data, tiny_experiment, finished):

@@ -27,6 +27,7 @@ benchmarks = typer.Typer(help="Measure birdcall and its peers.", no_args_is_help
 
 @commands.command("evaluate")
 def _evaluate(
+    context: typer.Context,
     data: Data,
     experiment: Trained = None,
     fold: Fold = "all",
@@ -75,10 +76,11 @@ def _evaluate(
     from birdcall.inference.windows import WindowConfig
     from birdcall.report.report import PAGES_FOLDER, describe_decision, write_report
     from birdcall.report.soundscape import SoundscapePageWriter
-    from birdcall.storage.files import write_atomically
+    from birdcall.storage.files import locked, write_atomically
     from birdcall.training.runs import find_runs
 
     folders = Folders(data, output, folds)
+    context.with_resource(locked(folders.prediction_cache))
     training_data = folders.load_training_data(noise)
     runs = find_runs(folders.runs, experiment, parse_fold(fold))
     options = HeldOutOptions(
@@ -141,6 +143,7 @@ def _score(
 
 @commands.command("figures")
 def _figures(
+    context: typer.Context,
     data: Data,
     experiment: Annotated[
         str, typer.Option(help="Experiment whose architecture is drawn.")
@@ -160,9 +163,11 @@ def _figures(
     from birdcall.inference.ensemble import default_device
     from birdcall.report.plots import plot_table, write_figures
     from birdcall.report.report import project_figures
+    from birdcall.storage.files import locked
     from birdcall.training.runs import find_runs
 
     folders = Folders(data, output, folds)
+    context.with_resource(locked(folders.prediction_cache))
     options = HeldOutOptions(
         device=default_device(), cache_folder=folders.prediction_cache, progress=True
     )

@@ -38,6 +38,7 @@ _WORKERS = max(1, min(8, (os.cpu_count() or 2) - 1))
 
 @commands.command("demo")
 def _demo(
+    context: typer.Context,
     data: Data,
     seed: Annotated[int, typer.Option(help="Another seed gives other songs and recordings.")] = 0,
     workers: _Workers = _WORKERS + 1,
@@ -45,7 +46,9 @@ def _demo(
     """Write a small data set of synthetic birdsong with all files of the competition."""
     from birdcall.demo.plan import DemoConfig
     from birdcall.demo.writer import make_demo
+    from birdcall.storage.files import locked
 
+    context.with_resource(locked(data))
     make_demo(data, DemoConfig(seed=seed), workers=workers, progress=True)
     typer.echo(f"{data}: written")
 
@@ -195,6 +198,7 @@ def _report_interruption(deadline: float | None = None) -> Iterator[None]:
 
 @commands.command("pseudo-label")
 def _pseudo_label(
+    context: typer.Context,
     data: Data,
     experiment: Trained = None,
     output: Output = None,
@@ -202,12 +206,14 @@ def _pseudo_label(
 ) -> None:
     """Predict when each species sings in the recordings, by runs that did not train on them."""
     from birdcall.inference.ensemble import default_device
+    from birdcall.storage.files import locked
     from birdcall.training.pseudo_labels import write_pseudo_labels
     from birdcall.training.runs import find_runs
 
     folders = Folders(data, output, folds)
-    training_data = folders.load_training_data()
     labels = folders.output / "pseudo_labels.csv"
+    context.with_resource(locked(labels))
+    training_data = folders.load_training_data()
     runs = find_runs(folders.runs, experiment)
     summary = write_pseudo_labels(
         runs, training_data, labels, device=default_device(), progress=True

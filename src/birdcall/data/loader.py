@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import shutil
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -27,6 +29,7 @@ _WORKER_BYTES = {"fork": 100_000_000, "forkserver": 350_000_000, "spawn": 350_00
 # Batches that a worker holds: two ready (torch's prefetch_factor), one handed over, and of the next
 # one its single clips and their stack.
 _BATCHES_PER_WORKER = 5
+_SHARED_MEMORY = Path("/dev/shm")  # Linux; 64 MB in a container of Docker, if not told otherwise
 # In addition where a clip may be encoded, or its pitch or tempo changed: audiomentations imports
 # librosa and numba.
 _AUDIOMENTATIONS_BYTES = 150_000_000
@@ -45,14 +48,25 @@ class ClipBatch(NamedTuple):
 
 
 def make_loader(
-    dataset: ClipDataset, sampler: ClipSampler, workers: int, start_method: str | None = None
+    dataset: ClipDataset,
+    sampler: ClipSampler,
+    workers: int,
+    start_method: str | None = None,
+    *,
+    n_loaders: int = 1,
 ) -> DataLoader[ClipBatch]:
     """Load batches of clips with so many worker processes, 0: in this process.
 
     Where several processes share each batch, this one loads its part. ``loader.sampler`` and
     ``loader.dataset`` are the arguments. The last batch is left out where it would be
-    smaller, unless it is the only one.
+    smaller, unless it is the only one. Where the shared memory cannot hold the batches of
+    ``n_loaders`` such loaders, workers send them through pipes: the same batches, more slowly.
     """
+    experiment = dataset.experiment
+    # Of each worker two are ready or in the making (prefetch_factor), the others are in use.
+    n_batches = n_loaders * (2 * workers + 1 + experiment.train.optimizer.accumulate)
+    needed = n_batches * sampler.batch_size * experiment.clip_samples * torch.float32.itemsize
+    is_shared = workers == 0 or _has_shared_memory(needed)
     return DataLoader(
         dataset,
         batch_size=sampler.batch_size // sampler.share.world_size,
@@ -60,7 +74,7 @@ def make_loader(
         drop_last=sampler.n_clips >= sampler.batch_size,
         num_workers=workers,
         persistent_workers=workers > 0,
-        collate_fn=_collate_clips,
+        collate_fn=partial(_collate_clips, is_shared=is_shared),
         worker_init_fn=_prepare_worker,
         multiprocessing_context=start_method if workers else None,
         pin_memory=torch.cuda.is_available(),
@@ -70,13 +84,40 @@ def make_loader(
     )
 
 
-def _collate_clips(clips: Sequence[Clip]) -> ClipBatch:
-    """Stack clips; in a worker this is the only copy, into memory that the parent shares."""
+def _has_shared_memory(needed: int) -> bool:
+    """Return whether shared memory has room for so many bytes; warn where it has not."""
+    try:
+        free = shutil.disk_usage(_SHARED_MEMORY).free
+    except OSError:  # another system
+        return True
+    if free < needed:
+        logger.warning(
+            "%s has %.2f GB free, the loader may need %.2f GB: its workers send batches through "
+            "pipes, which is slower; in Docker give --shm-size=%dg, or fewer --workers",
+            *(_SHARED_MEMORY, free / 1e9, needed / 1e9, needed // 1_000_000_000 + 1),
+        )
+    return free >= needed
+
+
+class _Unshared:
+    """A tensor of a worker that its parent receives as a copy: pickled, it becomes the tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __reduce__(self) -> tuple[Callable[..., Tensor], tuple[Any]]:
+        return torch.from_numpy, (self.tensor.numpy(),)
+
+
+def _collate_clips(clips: Sequence[Clip], is_shared: bool) -> ClipBatch:
+    """Stack clips; in a worker this is the only copy if the parent shares the memory."""
     readable = all(clip.waveform is not None for clip in clips)
+    stack = default_collate if is_shared else (lambda tensors: _Unshared(torch.stack(tensors)))
+    weight = torch.tensor([clip.weight for clip in clips], dtype=torch.float32)
     return ClipBatch(
-        waveform=default_collate([clip.waveform for clip in clips]) if readable else None,
-        target=default_collate([clip.target for clip in clips]),
-        weight=torch.tensor([clip.weight for clip in clips], dtype=torch.float32),
+        waveform=stack([clip.waveform for clip in clips]) if readable else None,
+        target=stack([clip.target for clip in clips]),
+        weight=weight if is_shared else _Unshared(weight),
         recordings=tuple(clip.recording for clip in clips),
         failures=tuple(failure for clip in clips for failure in clip.failures),
     )

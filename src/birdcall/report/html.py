@@ -266,8 +266,10 @@ def open_browser() -> Iterator[Browser]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        # A user who is root has no sandbox; we open only pages that we wrote.
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        # A user who is root has no sandbox; we open only pages that we wrote. In a container the
+        # shared memory may be too small.
+        options = ["--no-sandbox", "--disable-dev-shm-usage"]
+        browser = playwright.chromium.launch(executable_path=path, args=options)
         try:
             yield browser
         finally:

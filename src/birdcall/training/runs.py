@@ -31,6 +31,7 @@ from birdcall.models.checkpoint import (
     find_checkpoints,
     read_checkpoint,
 )
+from birdcall.storage.files import locked
 from birdcall.training.initialisation import initialise
 from birdcall.training.log import (
     TensorBoard,
@@ -194,8 +195,8 @@ def train_many(
     ``jobs`` runs are trained at the same time, each in a process with its share of the cores: on a
     CPU, two networks on one core each are faster than one network on two cores. With ``resume``,
     finished runs are kept and unfinished runs are continued. Raises ValueError before the first run
-    starts if a run would be overwritten without ``overwrite``, and TrainingInterrupted as
-    `train_run`.
+    starts if a run would be overwritten without ``overwrite``, OSError where another command trains
+    one of them, and TrainingInterrupted as `train_run`.
     """
     jobs, world_size = options.jobs, options.distributed.world_size
     require(
@@ -206,6 +207,9 @@ def train_many(
     checkpoints = {}
     for run in runs:
         data.split(run.fold)  # raises for a fold out of range
+        if options.distributed.is_first:
+            with locked(run.folder):
+                pass  # raises where another command trains it
         check_worker_memory(options.workers * jobs, run.experiment, world_size)
         finished = None if options.overwrite else _find_finished(run, data, options)
         if finished is not None:
@@ -215,7 +219,7 @@ def train_many(
         _discard_checkpoints(pending, data, options)
     if jobs == 1 or len(pending) <= 1:
         for run in pending:
-            checkpoints[run] = train_run(run, data, options)
+            checkpoints[run] = _train_alone(run, data, options)
     else:
         checkpoints |= _train_at_once(pending, data, options)
     return [checkpoints[run] for run in runs]
@@ -257,11 +261,28 @@ def _find_finished(run: Run, data: TrainingData, options: RunOptions) -> Checkpo
     return checkpoint
 
 
+def _train_alone(
+    run: Run, data: TrainingData, options: RunOptions, bar_position: int | None = None
+) -> Checkpoint:
+    """Train a run that no other command trains, or has trained since this one has begun."""
+    if not options.distributed.is_first:
+        return train_run(run, data, options, bar_position)
+    with locked(run.folder):
+        has_state = (run.folder / STATE_FILE).exists()
+        is_new = not has_state and not (run.folder / SETTINGS_FILE).exists()
+        if not (is_new or options.overwrite or (options.resume and has_state)):
+            raise ValueError(
+                f"{run.folder}: another command has trained this run meanwhile; the same command "
+                "with --resume goes on"
+            )
+        return train_run(run, data, options, bar_position)
+
+
 def _train_at_once(
     runs: Sequence[Run], data: TrainingData, options: RunOptions
 ) -> dict[Run, Checkpoint]:
     jobs = options.jobs
-    options = replace(options, jobs=1, device=None)
+    options = replace(options, device=None)
     spawn = multiprocessing.get_context("spawn")  # a fork inherits torch's threads and hangs
     level = logger.getEffectiveLevel()
     with (
@@ -269,7 +290,7 @@ def _train_at_once(
         ProcessPoolExecutor(jobs, spawn, _prepare_process, (jobs, level)) as pool,
     ):
         futures = [
-            pool.submit(train_run, run, data, options, bar_position=number % jobs)
+            pool.submit(_train_alone, run, data, options, bar_position=number % jobs)
             for number, run in enumerate(runs)
         ]
         try:

@@ -308,7 +308,8 @@ def start_training(
     subset = replace(data, recordings=recordings, noise_files=noise_files)
     share = ProcessShare(distributed.rank, distributed.world_size)
     sampler = ClipSampler(recordings, config.data, config.seed, share)
-    loader = make_loader(ClipDataset(subset, experiment), sampler, options.workers)
+    clips = ClipDataset(subset, experiment)
+    loader = make_loader(clips, sampler, options.workers, n_loaders=options.jobs)
     # The loader leaves out a last, smaller batch, unless it is the only one.
     batches_per_epoch = max(1, sampler.n_clips // config.data.batch_size)
     steps_per_epoch = math.ceil(batches_per_epoch / config.optimizer.accumulate)
