@@ -72,6 +72,7 @@ class Folders:
         self.name = data.resolve().name
         self.output = output or self._default_output()
         self._folds = folds
+        self.data_note = self.output / _DATA_NOTE  # the path of the data folder
         self.runs = self.output / "runs"
         self.audit = self.output / "audit.csv"
         self.cache = self.output / "cache"
@@ -99,12 +100,6 @@ class Folders:
             )
         logger.warning("%s was moved to %s, or is another folder of this name", noted, self.data)
         return output
-
-    def note_data(self) -> None:
-        """Note in the output folder which data folder it belongs to."""
-        from birdcall.storage.files import write_atomically
-
-        write_atomically(self.output / _DATA_NOTE, os.fsencode(self.data.resolve()))
 
     def load_training_data(
         self, noise: Path | None = None, labels: Path | None = None

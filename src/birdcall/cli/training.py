@@ -66,11 +66,12 @@ def _audit(
     from birdcall.data.audit import audit_recordings, describe_audit
     from birdcall.data.cache import RecordingCache
     from birdcall.data.recordings import check_recordings_exist, read_recordings
+    from birdcall.storage.files import write_atomically
 
     folders = Folders(data, output)
     recordings = read_recordings(data)
     check_recordings_exist(recordings, data)
-    folders.note_data()
+    write_atomically(folders.data_note, os.fsencode(data.resolve()))
     table = audit_recordings(
         data,
         recordings,

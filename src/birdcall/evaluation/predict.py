@@ -119,12 +119,6 @@ class HeldOutPredictions:
         """Return the names of the runs of ``experiments``, as in their checkpoints."""
         return tuple(f"{name}-fold{fold}" for name, fold in self.runs if name in experiments)
 
-    def weights_of(self, experiments: Sequence[str]) -> dict[str, str]:
-        """Return the sha256 of the weights of these runs, by `member_names`."""
-        names = self.member_names(experiments)
-        checkpoints = {member.name: member.checkpoint for member in self.ensemble.members}
-        return {name: checkpoints[name].weights_sha256 for name in names}
-
     def simulated_for(self, experiments: Sequence[str]) -> LabelledPredictions | None:
         """Return the soundscapes of the folds that all of ``experiments`` held out."""
         parts = []

@@ -191,12 +191,17 @@ def decide_ensemble(
 ) -> EnsembleDecision:
     """Search for the decision of some experiments on the soundscapes simulated for them."""
     names = tuple(experiments)
+    members = held_out.member_names(names)
     start = Decision(
         window_segments=held_out.ensemble.window_config.window_segments,
         context_seconds=held_out.ensemble.window_config.context_seconds,
         classes=held_out.data.classes,
-        members=held_out.member_names(names),
-        weights=held_out.weights_of(names),
+        members=members,
+        weights={
+            member.name: member.checkpoint.weights_sha256
+            for member in held_out.ensemble.members
+            if member.name in members
+        },
     )
     simulated = held_out.simulated_for(names)
     if simulated is None or simulated.segments["group"].nunique() < 2:

@@ -216,26 +216,18 @@ def train_many(
             checkpoints[run] = finished
     pending = [run for run in runs if run not in checkpoints]
     if options.overwrite:
-        _discard_checkpoints(pending, data, options)
+        # An error of initial weights that cannot be had comes before anything is deleted.
+        for experiment in {run.experiment.name: run.experiment for run in pending}.values():
+            initialise(experiment, len(data.classes), options.init, classes=data.classes)
+        # Else `resume` after an interruption would keep the runs whose turn had not come.
+        for run in pending if options.distributed.is_first else []:
+            (run.folder / SETTINGS_FILE).unlink(missing_ok=True)
     if jobs == 1 or len(pending) <= 1:
         for run in pending:
             checkpoints[run] = _train_alone(run, data, options)
     else:
         checkpoints |= _train_at_once(pending, data, options)
     return [checkpoints[run] for run in runs]
-
-
-def _discard_checkpoints(runs: Sequence[Run], data: TrainingData, options: RunOptions) -> None:
-    """Make finished runs unfinished, before the first of them is trained again.
-
-    Else a call that resumes an interrupted one would keep those whose turn had not come. Raises the
-    error of initial weights that cannot be had before anything is deleted.
-    """
-    for experiment in {run.experiment.name: run.experiment for run in runs}.values():
-        initialise(experiment, len(data.classes), options.init, classes=data.classes)
-    if options.distributed.is_first:
-        for run in runs:
-            (run.folder / SETTINGS_FILE).unlink(missing_ok=True)
 
 
 def _find_finished(run: Run, data: TrainingData, options: RunOptions) -> Checkpoint | None:
