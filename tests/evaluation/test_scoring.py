@@ -197,7 +197,7 @@ def test_experiments_that_share_no_fold_are_scored_alone(
 
 def test_a_run_of_a_fold_that_the_data_lacks_is_named(trained_runs, training_data):
     one_fold = replace(training_data, recordings=training_data.recordings.assign(fold=0))
-    with pytest.raises(ValueError, match="other/fold1: of fold 1; the folds are 0"):
+    with pytest.raises(ValueError, match=r"other/fold0 .*folds"):
         predict_held_out(trained_runs, one_fold)
 
 

@@ -71,7 +71,6 @@ def _audit(
     folders = Folders(data, output)
     recordings = read_recordings(data)
     check_recordings_exist(recordings, data)
-    write_atomically(folders.data_note, os.fsencode(data.resolve()))
     table = audit_recordings(
         data,
         recordings,
@@ -80,6 +79,7 @@ def _audit(
         cache=RecordingCache(data, folders.cache) if cache else None,
         progress=True,
     )
+    write_atomically(folders.data_note, os.fsencode(data.resolve()))
     typer.echo(describe_audit(table))
 
 

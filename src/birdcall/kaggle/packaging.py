@@ -54,6 +54,7 @@ _SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _SLUG_PREFIX = "birdcall-"  # of all that is staged
 _MAX_TITLE = 50  # characters
 _DATASET_METADATA, _KERNEL_METADATA = "dataset-metadata.json", "kernel-metadata.json"
+_UNREADABLE_METADATA = (ValueError, OSError, KeyError, TypeError, AttributeError)
 _OF_SYSTEMS = (".DS_Store", "Thumbs.db")  # macOS and Windows leave them in folders
 _MAX_DATASET_BYTES = 100 * 2**30  # Kaggle's limit on one dataset
 _N_GPUS = 2  # of Kaggle's sessions with T4s; the kernel shares each batch between them
@@ -220,7 +221,7 @@ def _require_staged_files(build: Path) -> None:
     with suppress(ValueError, OSError):
         names = [*read_manifest(dataset), MANIFEST_FILE, _DATASET_METADATA]
         expected |= {dataset / name for name in names}
-    with suppress(ValueError, OSError, KeyError, TypeError, AttributeError):
+    with suppress(*_UNREADABLE_METADATA):
         metadata = json.loads((kernel / _KERNEL_METADATA).read_text(encoding="utf-8"))
         if metadata["id"].rpartition("/")[2].startswith(_SLUG_PREFIX):
             expected |= {kernel / _KERNEL_METADATA, kernel / metadata["code_file"]}
