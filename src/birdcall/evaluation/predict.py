@@ -154,7 +154,7 @@ def predict_held_out(
 
     ValueError names a run that was trained on other data, folds or noise: see `read_runs`.
     """
-    read_runs(folders, data, with_noise=True)
+    read_runs(folders, data, is_scored=True)
     ensemble = load_ensemble(folders, options.device, options.window_config)
     config = options.simulation
     storage = {"cache_folder": options.cache_folder, "progress": options.progress}

@@ -128,8 +128,9 @@ _NAMES = {
 }
 # These change the rounding of the weights: a state cannot be resumed, a finished run can be kept.
 _ROUNDING = ("version", "torch", "device", "processes")
-# Of recordings that a run has held out. Lengths depend on the decoder, too.
-_HELD_OUT = ("recordings", "audio", "folds")
+# Which recordings a run has held out. Lengths depend on the decoder, too.
+_HELD_OUT = ("audio", "folds")
+_SCORED = ("recordings", *_HELD_OUT, "noise")  # what scores are about: labels and noise, too
 
 
 def conditions_of(
@@ -202,12 +203,12 @@ def require_finished(folder: Path, current: Checkpoint) -> Checkpoint:
 
 
 def read_runs(
-    folders: Sequence[Path], data: TrainingData, *, with_noise: bool = False
+    folders: Sequence[Path], data: TrainingData, *, is_scored: bool = False
 ) -> list[Checkpoint]:
     """Read the checkpoints of runs that predict what each of them held out of ``data``.
 
-    ValueError names a run of other classes, recordings or folds, or, ``with_noise``, of other
-    noise. A warning names runs that were trained with another network.
+    ValueError names a run of other classes, audio or folds, or, with ``is_scored``, of other tables
+    of recordings or other noise. A warning names runs that were trained with another network.
     """
     checkpoints = [read_checkpoint(folder) for folder in folders]
     code, changed = code_digest("models.sed"), {}
@@ -215,7 +216,7 @@ def read_runs(
     for folder, checkpoint in zip(folders, checkpoints, strict=True):
         require_same_classes(folder, checkpoint, data.classes)
         _require_known(folder, checkpoint)
-        names = (*_HELD_OUT, "noise") if with_noise else _HELD_OUT
+        names = _SCORED if is_scored else _HELD_OUT
         stored, current = (
             {name: digests.get(name) for name in names}
             for digests in (checkpoint.trained_on, data.digests)
