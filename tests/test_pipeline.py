@@ -1,4 +1,4 @@
-"""The commands and the submission kernel, each in a fresh process, on a tiny demo."""
+"""The pipeline in fresh processes on a tiny demo, the kernel, and what commands refuse."""
 
 import json
 import os

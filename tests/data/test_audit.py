@@ -344,7 +344,7 @@ def test_a_recording_that_could_not_be_read_is_tried_again(
     assert count_decodes[3:] == ["XC1.mp3"]
 
 
-def test_an_interrupted_audit_goes_on_where_it_was(
+def test_an_interrupted_audit_resumes_where_it_was(
     three: tuple[Path, pd.DataFrame, Path],
     count_decodes: list[str],
     monkeypatch: pytest.MonkeyPatch,

@@ -23,13 +23,11 @@ from birdcall.models.checkpoint import (
     read_weights,
     require_same_classes,
 )
-from birdcall.storage.files import digest, write_atomically
+from birdcall.storage.files import digest, shorten_list, write_atomically
 from birdcall.storage.store import code_digest
 from birdcall.training.distributed import DistributedContext
 
 logger = logging.getLogger(__name__)
-
-_N_SHOWN = 5  # differences in a message
 
 
 def write_state(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -158,11 +156,8 @@ def identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
 def describe_differences(
     stored: Mapping[str, Any], current: Mapping[str, Any], ignored: Collection[str] = ()
 ) -> str:
-    """Return in what two identities differ, five of the differences; empty if in nothing."""
-    differences = _find_differences(stored, current, ignored=ignored)
-    n_more = len(differences) - _N_SHOWN
-    more = f" and {n_more} more" if n_more > 0 else ""
-    return "; ".join(differences[:_N_SHOWN]) + more
+    """Return the differences between two identities as text; empty if there are none."""
+    return shorten_list(_find_differences(stored, current, ignored=ignored))
 
 
 def _find_differences(

@@ -264,8 +264,8 @@ def _train_alone(
         is_new = not has_state and not (run.folder / SETTINGS_FILE).exists()
         if not (is_new or options.overwrite or (options.resume and has_state)):
             raise ValueError(
-                f"{run.folder}: another command has trained this run meanwhile; the same command "
-                "with --resume goes on"
+                f"{run.folder}: another command has trained this run since this one has started; "
+                "--resume keeps what is finished and continues the rest"
             )
         return train_run(run, data, options, bar_position)
 
