@@ -68,12 +68,12 @@ from birdcall.inference.engine import predict_files
 from birdcall.inference.ensemble import default_device, load_ensemble
 from birdcall.inference.events import detect_events
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
-from birdcall.kaggle.manifest import MANIFEST_FILE
 from birdcall.kaggle.submission import MEMBERS_FOLDER, open_package
 from birdcall.kaggle.test_set import CompetitionFile, find_audio, read_annotations
 from birdcall.models.checkpoint import find_checkpoints, read_checkpoint
 from birdcall.models.summary import trace_stages
 from birdcall.report.architecture import plot_architecture
+from birdcall.storage.files import MANIFEST_FILE
 from birdcall.taxonomy import display_name
 
 # %% [markdown]

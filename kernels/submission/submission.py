@@ -24,7 +24,7 @@ def find(marker: str) -> Path:
 package = find("manifest.json")
 sys.path.insert(0, str(package))
 
-from birdcall.kaggle.manifest import install_wheels  # noqa: E402 - in the package
+from birdcall.storage.files import install_wheels  # noqa: E402 - in the package
 
 site = install_wheels(package, TEMP)
 if site is not None:

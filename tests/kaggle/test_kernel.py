@@ -33,10 +33,10 @@ from helpers import (
 )
 
 from birdcall.inference.decision import Decision, write_decision
-from birdcall.kaggle.manifest import MANIFEST_FILE, find_changes, make_manifest
 from birdcall.kaggle.packaging import dry_run_submission, run_as_kaggle
 from birdcall.kaggle.submission import DECISION_FILE, run_kernel
 from birdcall.models.checkpoint import load_model, read_checkpoint, save_checkpoint
+from birdcall.storage.files import MANIFEST_FILE, find_changes, make_manifest
 
 
 @pytest.fixture(scope="module")

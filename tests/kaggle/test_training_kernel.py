@@ -15,7 +15,6 @@ import typer.main
 import birdcall
 from birdcall.__main__ import app
 from birdcall.kaggle import training_kernel
-from birdcall.kaggle.manifest import MANIFEST_FILE, make_manifest
 from birdcall.kaggle.training_kernel import (
     SessionFolders,
     TrainingSettings,
@@ -27,6 +26,7 @@ from birdcall.kaggle.training_kernel import (
 )
 from birdcall.models.checkpoint import STATE_FILE, Checkpoint, save_checkpoint
 from birdcall.models.sed import build_model
+from birdcall.storage.files import MANIFEST_FILE, make_manifest
 
 SETTINGS = TrainingSettings("tiny", 1)
 # Stands for `birdcall train`: notes how it was called, then does what the test says.

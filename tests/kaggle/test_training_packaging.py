@@ -12,7 +12,6 @@ import torch
 from birdcall.config import replace_nested
 from birdcall.data.noise import find_noise, split_noise
 from birdcall.experiments import EXPERIMENTS, find_experiment
-from birdcall.kaggle.manifest import MANIFEST_FILE, find_changes, make_manifest
 from birdcall.kaggle.packaging import (
     StagingOptions,
     TrainingFiles,
@@ -23,6 +22,7 @@ from birdcall.kaggle.packaging import (
 )
 from birdcall.kaggle.training_kernel import TrainingSettings, read_settings
 from birdcall.models.checkpoint import STATE_FILE, load_model, read_checkpoint
+from birdcall.storage.files import MANIFEST_FILE, find_changes, make_manifest
 from birdcall.training.initialisation import initialise
 from birdcall.training.resume import write_state
 

@@ -22,7 +22,6 @@ from birdcall.experiments import find_experiment
 from birdcall.inference.decision import Decision, write_decision
 from birdcall.inference.tables import read_submission
 from birdcall.inference.windows import ONNX_FILE, export_checkpoint
-from birdcall.kaggle.manifest import MANIFEST_FILE, WHEELS_FOLDER, make_manifest
 from birdcall.kaggle.submission import DECISION_FILE, MEMBERS_FOLDER, SUMMARY_FILE
 from birdcall.kaggle.test_set import read_test_rows
 from birdcall.kaggle.training_kernel import (
@@ -39,7 +38,7 @@ from birdcall.models.checkpoint import (
     load_model,
 )
 from birdcall.models.sed import SEDModel
-from birdcall.storage.files import write_atomically
+from birdcall.storage.files import MANIFEST_FILE, WHEELS_FOLDER, make_manifest, write_atomically
 from birdcall.training.initialisation import initialise
 from birdcall.training.resume import read_state
 

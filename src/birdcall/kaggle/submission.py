@@ -35,14 +35,13 @@ from birdcall.inference.ensemble import (
 )
 from birdcall.inference.predictions import SEGMENTS_ONLY, SegmentPredictions
 from birdcall.inference.tables import write_submission
-from birdcall.kaggle.manifest import find_changes
 from birdcall.kaggle.test_set import (
     CompetitionFile,
     find_recordings_of,
     read_example_rows,
     read_test_rows,
 )
-from birdcall.storage.files import inside, write_atomically
+from birdcall.storage.files import find_changes, inside, write_atomically
 
 logger = logging.getLogger(__name__)
 

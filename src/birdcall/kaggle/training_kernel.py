@@ -17,9 +17,8 @@ from pathlib import Path
 import torch
 
 from birdcall.config import config_from_dict, require
-from birdcall.kaggle.manifest import find_changes, install_wheels
 from birdcall.models.checkpoint import SETTINGS_FILE, STATE_FILE, read_checkpoint
-from birdcall.storage.files import inside, write_atomically
+from birdcall.storage.files import find_changes, inside, install_wheels, write_atomically
 
 # The process of the kernel imports nothing that only training needs: some of it may come from the
 # package's wheels, which are not installed yet.

@@ -28,7 +28,6 @@ from birdcall.inference.tables import (
     write_detections,
     write_raven_table,
 )
-from birdcall.kaggle.manifest import MANIFEST_FILE
 from birdcall.kaggle.submission import LoadedPackage, probed_seconds
 from birdcall.kaggle.test_set import raven_tables_of
 from birdcall.models.checkpoint import is_onnx_installed
@@ -38,7 +37,7 @@ from birdcall.prediction.package import (
     RecordingResult,
     detect_recordings,
 )
-from birdcall.storage.files import digest, fitting_name, inside, write_atomically
+from birdcall.storage.files import MANIFEST_FILE, digest, fitting_name, inside, write_atomically
 from birdcall.storage.store import Journal
 from birdcall.taxonomy import display_name
 
