@@ -423,7 +423,7 @@ class AudioFile:
         if self.highest - self.lowest <= _MIN_RANGE:
             problems.append(f"holds no sound: all samples are {self.highest:.3g}")
         if problems:
-            _warn_once(f"{self.path}: {'; '.join(problems)}")
+            warn_once(f"{self.path}: {'; '.join(problems)}")
 
     def mono_blocks(
         self, n_frames: int | None = None, downmix: float | None = None
@@ -440,7 +440,7 @@ class AudioFile:
 
 
 @lru_cache(maxsize=1 << 14)
-def _warn_once(text: str) -> None:
+def warn_once(text: str) -> None:
     """Log a warning: a file that is read in every epoch is named once."""
     logger.warning("%s", text)
 
