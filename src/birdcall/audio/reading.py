@@ -6,7 +6,7 @@ import io
 import logging
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from itertools import tee, zip_longest
 from math import gcd, inf
@@ -252,10 +252,11 @@ class AudioFile:
     def __init__(self, path: Path, stream: io.FileIO) -> None:
         self.path, self._stream = path, stream
         layout = find_layout(path)
-        try:
-            self._open(layout.parts[-1])
-        except soundfile.SoundFileError:  # what looks like several parts is not
-            layout = Layout()
+        if layout.parts[0].pieces:
+            try:
+                self._open(layout.parts[0])
+            except soundfile.SoundFileError:  # it only looked like that
+                layout = Layout()
         self.problems = [layout.damage] if layout.damage else []
         self._is_noted = bool(layout.damage)
         self.n_read = self.n_beyond = 0  # samples of all channels, so far
@@ -263,7 +264,13 @@ class AudioFile:
         self._parts: list[tuple[Part, float]] = []  # with their number of frames
         seconds = promised_seconds = 0.0
         for part in layout.parts:
-            file = self._open(part)
+            try:
+                file = self._open(part)
+            except soundfile.SoundFileError as error:
+                if not self._parts:
+                    raise
+                self.problems.append(f"the part from {seconds:.2f} s on {_decode_reason(error)}")
+                continue
             if not self._parts:
                 self.samplerate, self.channels = file.samplerate, file.channels
             n_frames = file.frames if file.frames < _UNKNOWN_FRAMES else inf
@@ -279,7 +286,10 @@ class AudioFile:
         self.promised_frames = None
         if promised_seconds < inf:
             self.promised_frames = round(promised_seconds * self.samplerate)
-        self.seek(0)
+        self._index, self._start = len(layout.parts) - 1, 0  # of the present part; start in frames
+        self._failed_at: int | None = None  # frame of the part, where decoding stopped
+        if len(layout.parts) > 1:
+            self.seek(0)
 
     def _open(self, part: Part) -> _PartFile:
         """Open a part in place of the present one.
@@ -302,16 +312,16 @@ class AudioFile:
 
     def seek(self, frame: int) -> None:
         """Continue at a frame, counted from the beginning of the first part."""
-        self._index = self._start = 0  # of the present part; its start in frames
+        before, self._index, self._start = self._index, 0, 0
         while self._index + 1 < len(self._parts) and frame >= self._end_of_part:
             self._start = self._end_of_part
             self._index += 1
-        self._open(self._parts[self._index][0])
-        self._failed_at: int | None = None  # frame of the part, where decoding stopped
-        if frame > self._start:
-            self._is_noted = True
-            with _DECODER_LINES.taken():
-                self._file.seek(frame - self._start)
+        if self._index != before or self.problems:  # a decoder that has failed does not seek
+            self._open(self._parts[self._index][0])
+            self._failed_at = None
+        self._is_noted |= frame > self._start
+        with _DECODER_LINES.taken():
+            self._file.seek(frame - self._start)
 
     @property
     def _end_of_part(self) -> int:
@@ -449,19 +459,21 @@ def warn_once(text: str) -> None:
 def open_audio(path: Path) -> Iterator[AudioFile]:
     """Open a sound file; every error of libsndfile becomes an AudioError."""
     require_regular_file(path)
-    file = None
-    try:
-        with path.open("rb", buffering=0) as stream:
-            try:
-                file = AudioFile(path, stream)
-                if file.frames == 0:
-                    raise AudioError(path, _NO_SAMPLES)
-                yield file
-            finally:
-                if file is not None:
-                    file.close()
-    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: .raw needs a description
-        raise AudioError(path, _decode_reason(error)) from error
+    with ExitStack() as stack:
+        try:
+            stream = stack.enter_context(path.open("rb", buffering=0))
+            file = AudioFile(path, stream)
+        except OSError as error:  # no permission, a disk that fails
+            raise AudioError(path, f"cannot be read: {error.strerror or error}") from error
+        except (soundfile.SoundFileError, TypeError) as error:  # TypeError: .raw needs more
+            raise AudioError(path, _decode_reason(error)) from error
+        stack.callback(file.close)
+        if file.frames == 0:
+            raise AudioError(path, _NO_SAMPLES)
+        try:
+            yield file
+        except soundfile.SoundFileError as error:
+            raise AudioError(path, _decode_reason(error)) from error
 
 
 def require_regular_file(path: Path) -> None:

@@ -139,13 +139,15 @@ def read_audit(path: Path) -> pd.DataFrame:
     """Read what `audit_recordings` wrote; FileNotFoundError says to run it first."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no audit yet; make it with `birdcall audit`")
-    audit = read_table(path, _AUDIT_COLUMNS)[_AUDIT_COLUMNS].reset_index(drop=True)
+    column = "columns"
     try:
+        audit = read_table(path, _AUDIT_COLUMNS)[_AUDIT_COLUMNS].reset_index(drop=True)
         for item in fields(Measurement):
+            column = f"column {item.name}"
             kind = {"int": "int64", "float": "float64"}.get(str(item.type), "str")
             audit[item.name] = audit[item.name].astype(kind)
     except ValueError as error:
-        raise ValueError(f"{path}, column {item.name}: {error}; delete it to start over") from error
+        raise ValueError(f"{path}, {column}: {error}; run `birdcall audit` again") from error
     return audit.assign(usable=audit["usable"] == "True")
 
 
@@ -213,10 +215,9 @@ def _measure_blocks(result: Measurement, file: AudioFile) -> Iterator[np.ndarray
             sum_of_squares += float(squares.sum())
             starts = np.arange(0, len(mono), n_window)
             lengths = np.diff(np.append(starts, len(mono)))
-            means = np.add.reduceat(samples, starts) / lengths
-            variances = np.add.reduceat(squares, starts) / lengths - means**2
-            quiet = variances < 10 ** (_SILENT_DB / 10)
-            n_silent += int(lengths[quiet].sum())
+            variances = np.add.reduceat(squares, starts) / lengths
+            variances -= (np.add.reduceat(samples, starts) / lengths) ** 2
+            n_silent += int(lengths[variances < 10 ** (_SILENT_DB / 10)].sum())
             padded = np.pad(mono, (0, max(0, _N_FFT - len(mono))))
             windows = np.lib.stride_tricks.sliding_window_view(padded, _N_FFT)[::_FFT_HOP]
             spectrum += (np.abs(np.fft.rfft(windows * hann)) ** 2).sum(axis=0)
