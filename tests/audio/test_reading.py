@@ -315,13 +315,17 @@ def promising_too_little(kind: str, chirps: dict[str, Path]) -> tuple[bytes, int
             return put_sizes(content["wav"], 100_036, 100_000), 1
         case "never closed.wav":
             return put_sizes(content["wav"], 0, 0), 1
+        case "never closed.rf64.wav":
+            sizes = b"ds64" + (28).to_bytes(4, "little") + bytes(28)
+            wav = put_sizes(content["wav"], 0xFFFFFFFF, 0xFFFFFFFF)
+            return b"RF64" + wav[4:12] + sizes + wav[12:], 1
 
 
 @pytest.mark.parametrize(
     "kind",
     [
         *("joined.mp3", "joined.flac", "joined.ogg", "joined.wav"),
-        *("no length.mp3", "wrapped.wav", "never closed.wav"),
+        *("no length.mp3", "wrapped.wav", "never closed.wav", "never closed.rf64.wav"),
     ],
 )
 def test_a_file_longer_than_its_header_says_is_read_to_its_end(

@@ -91,7 +91,7 @@ def _scan_riff(file: BinaryIO, size: int) -> Layout:
 
 def _read_riff(file: BinaryIO, start: int, size: int) -> tuple[Part, int]:
     """Return the WAV file that begins at ``start``, and its end."""
-    position, rate, long_size = start + 12, 0, 0  # rate: bytes per second
+    position, rate, long_size = start + 12, 0, None  # rate: bytes per second
     while position + 8 <= size:
         name, length = struct.unpack("<4sI", _read(file, position, 8))
         if name == b"data":
@@ -105,7 +105,7 @@ def _read_riff(file: BinaryIO, start: int, size: int) -> tuple[Part, int]:
         position += 8 + length + length % 2
     else:
         return Part(), size
-    if length == 0xFFFFFFFF and long_size:
+    if length == 0xFFFFFFFF and long_size is not None:
         length = long_size
     promised = length / rate if rate and length < _MAX_PLACEHOLDER else 0.0
     first, end = position + 8, position + 8 + length
@@ -253,7 +253,7 @@ def _scan_mpeg(file: BinaryIO, size: int) -> Layout:
         if len(content) > 2 * runs[0].frame.n_bytes and not any(name in content for name in _TAGS):
             damage.append(f"{len(content)} bytes from byte {begin} on are no audio")
     parts = tuple(_mpeg_part(file, run) for run in runs)
-    is_plain = len(runs) == 1 and len(runs[0].pieces) == 1 and not _is_misleading(runs[0])
+    is_plain = len(runs) == 1 and not damage and not _is_misleading(runs[0])
     if is_plain and (first > 0 or start == 0):  # libsndfile recognises it by the first bytes
         parts = (Part((), 0.0 if runs[0].stated else runs[0].seconds),)
     return Layout(parts, "; ".join(damage))
