@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -42,18 +43,13 @@ class Layout(NamedTuple):
     damage: str = ""
 
 
-def find_layout(path: Path) -> Layout:
-    """Return where the audio of a file is; raises OSError. A file that stays is scanned once."""
-    state = path.stat()
-    return _find_layout(path, state.st_size, state.st_mtime_ns)
-
-
 @lru_cache(maxsize=1 << 14)
-def _find_layout(path: Path, size: int, _mtime_ns: int) -> Layout:
+def find_layout(path: Path, size: int, _mtime_ns: int) -> Layout:
+    """Return where the audio of a file is; raises OSError. A file that stays is scanned once."""
     with path.open("rb", buffering=_READ_BYTES) as file:
         head = file.read(8)
         if head[:4] in _WAV:
-            return _scan_riff(file, size)
+            return Layout(_scan_riff(file, size))
         for marker in _FIRST_BYTES:
             if head.startswith(marker):
                 return _split(file, size, marker)
@@ -79,43 +75,40 @@ def _split(file: BinaryIO, size: int, marker: bytes) -> Layout:
 # --- WAV ------------------------------------------------------------------------------------------
 
 
-def _scan_riff(file: BinaryIO, size: int) -> Layout:
-    """Return the parts of a WAV file; the data go to the end of the file where its sizes lie."""
-    part, end = _read_riff(file, 0, size)
-    parts = [part]
-    while _read(file, end, 4) in _WAV:
-        part, end = _read_riff(file, end, size)
-        parts.append(part)
-    return Layout(tuple(parts))
-
-
-def _read_riff(file: BinaryIO, start: int, size: int) -> tuple[Part, int]:
-    """Return the WAV file that begins at ``start``, and its end."""
-    position, rate, long_size = start + 12, 0, None  # rate: bytes per second
-    while position + 8 <= size:
-        name, length = struct.unpack("<4sI", _read(file, position, 8))
-        if name == b"data":
+def _scan_riff(file: BinaryIO, size: int) -> tuple[Part, ...]:
+    """Return the parts of a WAV; data go to the end of the file where their size is wrong."""
+    parts: list[Part] = []
+    start = 0
+    while _read(file, start, 4) in _WAV:
+        position, rate, long_size = start + 12, 0, None  # rate: bytes per second
+        name, length = b"", 0
+        while name != b"data" and position + 8 <= size:
+            position += length + length % 2
+            name, length = struct.unpack("<4sI", _read(file, position, 8).ljust(8, b"\0"))
+            position += 8
+            if name == b"fmt ":
+                fields = _read(file, position, 14).ljust(14, b"\0")
+                coding, rate, frame_bytes = struct.unpack("<H2xI4xH", fields)
+                rate *= frame_bytes * (coding in _PCM)
+            if name == b"ds64":
+                long_size = int.from_bytes(_read(file, position + 8, 8), "little")
+        if name != b"data":
             break
-        if name == b"fmt ":
-            fields = _read(file, position + 8, 14).ljust(14, b"\0")
-            coding, rate, frame_bytes = struct.unpack("<H2xI4xH", fields)
-            rate *= frame_bytes * (coding in _PCM)
-        if name == b"ds64":
-            long_size = int.from_bytes(_read(file, position + 16, 8), "little")
-        position += 8 + length + length % 2
-    else:
-        return Part(), size
-    if length == 0xFFFFFFFF and long_size is not None:
-        length = long_size
-    promised = length / rate if rate and length < _MAX_PLACEHOLDER else 0.0
-    first, end = position + 8, position + 8 + length
-    follows, unread = _walk_chunks(file, end + end % 2, size), size - end
-    if unread > 0 and not follows and (rate == 0 or unread > rate / 4 + length / 100):
-        wav = b"RIFF" + _NO_SIZE + _read(file, start + 8, position - start - 4) + _NO_SIZE
-        return Part((wav, range(first, size)), (size - first) / rate if rate else 0.0), size
-    end = min(max(follows, end), size)
-    pieces = () if start == 0 and end == size else (range(start, end),)
-    return Part(pieces, promised), end
+        if length == 0xFFFFFFFF and long_size is not None:
+            length = long_size
+        promised = length / rate if rate and length < _MAX_PLACEHOLDER else 0.0
+        end = position + length
+        follows, unread = _walk_chunks(file, end + end % 2, size), size - end
+        if unread > 0 and not follows and (rate == 0 or unread > rate / 4 + length / 100):
+            header = _read(file, start + 8, position - start - 12)
+            wav = b"RIFF" + _NO_SIZE + header + _NO_SIZE
+            promised = (size - position) / rate if rate else 0.0
+            parts.append(Part((wav, range(position, size)), promised))
+            break
+        end = min(max(follows, end), size)
+        parts.append(Part(() if start == 0 and end == size else (range(start, end),), promised))
+        start = end
+    return tuple(parts) or (Part(),)
 
 
 def _walk_chunks(file: BinaryIO, position: int, size: int) -> int:
@@ -163,17 +156,18 @@ def _parse_frame(header: bytes) -> _Frame | None:
     return _Frame(n_bytes, n_samples, (divisor, layer, rate, is_mono), name_at)
 
 
+@dataclass
 class _Run:
     """Consecutive frames of one kind, from a first frame that may state how many there are."""
 
-    def __init__(self, frame: _Frame, stated: int | None) -> None:
-        self.frame, self.stated = frame, stated
-        self.n_frames = 0 if stated is None else -1  # the first frame that states it is no audio
-        self.pieces: list[Piece] = []
-        self.bit_rates: set[int] = set()
-        self.last_bytes = 0  # of the last frame
-        self.gaps: dict[int, int] = {}  # index of the piece → number of frames that are lost there
-        self.silent = b""  # a frame
+    frame: _Frame
+    stated: int | None
+    n_frames: int  # with sound: the first frame is none, if it states their number
+    pieces: list[Piece] = field(default_factory=list)
+    bit_rates: set[int] = field(default_factory=set)
+    last_bytes: int = 0  # of the last frame
+    gaps: dict[int, int] = field(default_factory=dict)  # index of the piece → frames lost there
+    silent: bytes = b""  # a frame
 
     @property
     def seconds(self) -> float:
@@ -240,7 +234,7 @@ def _scan_mpeg(file: BinaryIO, size: int) -> Layout:
             break
         stated = _stated_frames(file, end, frame)
         if not is_next or stated is not None:
-            run = _Run(frame, stated)
+            run = _Run(frame, stated, n_frames=0 if stated is None else -1)
             runs.append(run)
         run.add(end, frame, header[2] >> 4)
         end += frame.n_bytes

@@ -74,19 +74,13 @@ class AudioInfo(NamedTuple):
 def probe_audio(path: Path) -> AudioInfo:
     """Return sample rate, channels and length, which a cut file promises but does not have.
 
-    A file that states no length (a FLAC that was piped) is decoded to measure it, once.
+    A file that states no length (a FLAC that was piped) is decoded to measure it.
     """
     with open_audio(path) as file:
         frames = file.promised_frames
         if frames is None:
-            frames = _count_frames(path, path.stat().st_mtime_ns)
+            frames = sum(map(len, file.frame_blocks()))
         return AudioInfo(file.samplerate, file.channels, frames, frames / file.samplerate)
-
-
-@lru_cache(maxsize=1 << 14)
-def _count_frames(path: Path, _mtime_ns: int) -> int:
-    with open_audio(path) as file:
-        return sum(map(len, file.frame_blocks()))
 
 
 def is_cut(
@@ -251,7 +245,8 @@ class AudioFile:
 
     def __init__(self, path: Path, stream: io.FileIO) -> None:
         self.path, self._stream = path, stream
-        layout = find_layout(path)
+        state = path.stat()
+        layout = find_layout(path, state.st_size, state.st_mtime_ns)
         if layout.parts[0].pieces:
             try:
                 self._open(layout.parts[0])
@@ -297,7 +292,6 @@ class AudioFile:
         By descriptor: given a path, libsndfile takes a macOS file ``._name`` beside it for a part
         of the recording, and refuses names that are not UTF-8.
         """
-        self.close()
         with _DECODER_LINES.taken():
             if part.pieces:
                 self._file = _PartFile(PieceFile(self._stream, part.pieces))
@@ -305,10 +299,6 @@ class AudioFile:
                 self._stream.seek(0)
                 self._file = _PartFile(self._stream.fileno(), closefd=False)
         return self._file
-
-    def close(self) -> None:
-        if "_file" in vars(self):
-            self._file.close()
 
     def seek(self, frame: int) -> None:
         """Continue at a frame, counted from the beginning of the first part."""
@@ -362,7 +352,12 @@ class AudioFile:
                     except soundfile.SoundFileError as error:
                         block = block[: self._file.tell() - start]
                         self._failed_at, self._reason = start + len(block), _decode_reason(error)
-                self._note_lines(lines, start)
+                errors = [line for line in lines if b"error:" in line]
+                if errors and not self._is_noted:  # after a seek it misses bytes of other frames
+                    self._is_noted = True
+                    reason = errors[0].split(b"error:")[1].strip(b" !\n").decode(errors="replace")
+                    seconds = (self._start + start) / self.samplerate
+                    self.problems.append(f"frames after {seconds:.2f} s do not decode ({reason})")
             if len(block):
                 return block
             if self._failed_at is None:
@@ -371,15 +366,6 @@ class AudioFile:
                 self._start = self._end_of_part
                 self._index += 1
                 self._open(self._parts[self._index][0])
-
-    def _note_lines(self, lines: Sequence[bytes], frame: int) -> None:
-        """Note the first of libmpg123's errors; after a seek it misses bytes of other frames."""
-        errors = [line for line in lines if b"error:" in line]
-        if errors and not self._is_noted:
-            self._is_noted = True
-            reason = errors[0].split(b"error:")[1].strip(b" !\n").decode(errors="replace")
-            seconds = (self._start + frame) / self.samplerate
-            self.problems.append(f"frames after {seconds:.2f} s do not decode ({reason})")
 
     def _read_behind_damage(self, n_frames: int) -> np.ndarray:
         """Return silence in place of what does not decode, and what follows; empty: nothing does.
@@ -467,7 +453,6 @@ def open_audio(path: Path) -> Iterator[AudioFile]:
             raise AudioError(path, f"cannot be read: {error.strerror or error}") from error
         except (soundfile.SoundFileError, TypeError) as error:  # TypeError: .raw needs more
             raise AudioError(path, _decode_reason(error)) from error
-        stack.callback(file.close)
         if file.frames == 0:
             raise AudioError(path, _NO_SAMPLES)
         try:

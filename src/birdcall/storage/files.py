@@ -155,9 +155,6 @@ class PieceFile(io.RawIOBase):
         self.position = offset + start.get(whence, sum(map(len, self.pieces)))
         return self.position
 
-    def tell(self) -> int:
-        return self.position
-
     def readinto(self, buffer: memoryview) -> int:
         start = n_filled = 0
         for piece in self.pieces:
@@ -214,19 +211,15 @@ class PrintedLines:
                 if self.original >= 0:
                     end = os.lseek(self.spool, 0, os.SEEK_CUR)
                     lines += self.pattern.findall(os.pread(self.spool, end - start, start))
-                    if not self.n_active:
-                        self._pass_on(end)
-
-    def _pass_on(self, n_bytes: int) -> None:
-        os.dup2(self.original, 2)
-        os.close(self.original)
-        self.original = -1
-        if n_bytes:
-            rest = self.pattern.sub(b"", os.pread(self.spool, n_bytes, 0))
-            os.ftruncate(self.spool, 0)
-            os.lseek(self.spool, 0, os.SEEK_SET)
-            if rest.strip():
-                os.write(2, rest)
+                if self.original >= 0 and not self.n_active:
+                    os.dup2(self.original, 2)
+                    os.close(self.original)
+                    self.original = -1
+                    rest = self.pattern.sub(b"", os.pread(self.spool, end, 0)) if end else b""
+                    os.ftruncate(self.spool, 0)
+                    os.lseek(self.spool, 0, os.SEEK_SET)
+                    if rest.strip():
+                        os.write(2, rest)
 
     def _reset(self) -> None:
         if self.original >= 0:  # a thread of the parent was in a block
