@@ -19,10 +19,10 @@ from helpers import SCRIPT
 from shortened import shorten_previews
 
 from birdcall.config import Experiment, ModelConfig, replace_nested
-from birdcall.data.audit import audio_hashes, audit_recordings, usable_recordings
+from birdcall.data.audit import audit_recordings
 from birdcall.data.dataset import TrainingData, load_training_data
 from birdcall.data.folds import make_folds, write_folds
-from birdcall.data.recordings import read_recordings
+from birdcall.data.recordings import audio_hashes, read_recordings, usable_recordings
 from birdcall.demo.plan import DemoConfig
 from birdcall.demo.writer import make_demo
 from birdcall.evaluation.mistakes import find_mistakes, predict_mistakes, write_labelled_pages

@@ -23,14 +23,13 @@ import soundfile
 from birdcall.__main__ import main
 from birdcall.data import audit as audit_module
 from birdcall.data.audit import (
-    audio_hashes,
     audit_recordings,
     describe_audit,
     measure_recording,
     read_audit,
-    usable_recordings,
 )
 from birdcall.data.cache import CropRequest, RecordingCache
+from birdcall.data.recordings import audio_hashes, usable_recordings
 
 RATE = 44_100
 FOLDER = "train_audio/aldfly"
@@ -120,9 +119,13 @@ EXPECTED = {
     "a good one.mp3": ("ok", True, "^$"),
     "truncated.mp3": ("truncated", True, "its header says 12 s, 3.9 s decode"),
     "stump.mp3": ("truncated", False, "its header says 12 s, 0.2 s decode"),
-    "truncated.wav": ("truncated", True, "the table of recordings says 12 s, 5.7 s decode"),
-    "truncated.flac": ("truncated", True, r"its header .*\(cannot be decoded: .*lost sync\)"),
-    "garbage.mp3": ("truncated", True, "its header says 12 s, 5.9 s decode"),
+    "truncated.wav": ("truncated", True, "its header says 12 s, 5.7 s decode"),
+    "truncated.flac": (
+        "truncated",
+        True,
+        r"its header .*\(cannot be decoded: .*lost sync at 6\.50 s\)",
+    ),
+    "garbage.mp3": ("damaged", True, r"2\.30 s, from 5\.98 s on, are damaged"),
     "noise.mp3": ("unreadable", False, "cannot be decoded"),
     "empty.mp3": ("unreadable", False, "cannot be decoded"),
     "html.mp3": ("unreadable", False, "cannot be decoded"),
@@ -196,6 +199,40 @@ def test_only_usable_recordings_are_kept_with_their_true_length(
     assert sounds["empty.mp3"] == ""
     with pytest.raises(ValueError, match=r"does not know .*new\.mp3 .* run `birdcall audit`"):
         usable_recordings(make_table(["new.mp3"]), verdicts)
+
+
+def test_absurd_levels_constants_and_offsets_have_verdicts_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / FOLDER).mkdir(parents=True)
+    sound = make_noise(3)
+    bursts = sound.copy()
+    bursts[RATE : RATE + 3] = 1e29
+    waveforms = {
+        "bursts.wav": bursts,
+        "constant.wav": np.full((3 * RATE, 1), 0.2),
+        "integers.wav": 32768 * sound,
+        "offset.wav": sound + 0.5,
+        "slight offset.wav": make_noise(3, seed=1) + 0.04,
+        "sound then constant.wav": np.concatenate([make_noise(1, seed=2), np.full((RATE, 1), 0.2)]),
+    }
+    for name, waveform in waveforms.items():
+        soundfile.write(tmp_path / FOLDER / name, waveform, RATE, subtype="FLOAT")
+    table = make_table(list(waveforms))
+    audit = audit_recordings(tmp_path, table, tmp_path / "audit.csv", workers=0)
+    verdicts = {Path(row.path).name: (row.status, row.usable) for row in audit.itertuples()}
+    assert verdicts == {
+        "bursts.wav": ("damaged", True),
+        "constant.wav": ("constant", False),
+        "integers.wav": ("absurd_level", False),
+        "offset.wav": ("dc_offset", True),
+        "slight offset.wav": ("ok", True),
+        "sound then constant.wav": ("ok", True),
+    }
+    rows = audit.set_index("path")
+    assert rows.loc[f"{FOLDER}/sound then constant.wav", "silent_share"] == pytest.approx(0.5, 0.1)
+    assert "1.00 s" in rows.loc[f"{FOLDER}/bursts.wav", "reason"]
+    assert "0.2" in rows.loc[f"{FOLDER}/constant.wav", "reason"]
+    text = describe_audit(audit)
+    assert all(name in text for name, (status, _) in verdicts.items() if status != "ok")
 
 
 def tag(size: int) -> bytes:

@@ -269,6 +269,15 @@ def test_the_report_counts_recordings_and_recordists() -> None:
     assert list(report["unknown_to_training"]) == [0, 1]
 
 
+def test_hours_are_those_that_were_decoded(recordings: pd.DataFrame) -> None:
+    stated = recordings.assign(duration=3600.0)
+    folds = make_folds(stated)
+    report = fold_report(folds, stated)
+    assert list(report["hours"]) == list(report["recordings"])
+    report = fold_report(folds, stated.assign(seconds=1800.0))  # as the audit measured
+    assert list(report["hours"]) == list(report["recordings"] / 2)
+
+
 def test_the_picture_shows_every_species_in_every_fold(recordings: pd.DataFrame) -> None:
     folds = make_folds(recordings)
     shares, report = class_shares(folds), fold_report(folds, recordings)

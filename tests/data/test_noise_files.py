@@ -166,3 +166,11 @@ def test_a_look_at_the_store_comes_after_so_many_writes(files, tmp_path, caplog)
         draw(open_noise(files, tmp_path / "store", limits))
     assert len(list((tmp_path / "store").rglob("*.npy"))) == 2
     assert "has 0.0 GB" in caplog.text
+
+
+def test_noise_that_states_no_length_is_drawn_as_if_it_did(files, tmp_path):
+    content = bytearray(files[1].read_bytes())
+    content[21:26] = bytes([content[21] & 0xF0, 0, 0, 0, 0])  # a FLAC that was piped
+    piped = tmp_path / "piped.flac"
+    piped.write_bytes(content)
+    assert np.array_equal(draw(open_noise([piped])), draw(open_noise([files[1]])))

@@ -148,7 +148,9 @@ def test_a_second_time_no_audio_is_read(
         pd.testing.assert_frame_equal(again[name].segments, part.segments)
 
 
-def test_a_recording_that_does_not_decode_is_named(training_data, trained_runs, monkeypatch):
+def test_a_recording_that_does_not_decode_is_named_and_costs_its_own_rows(
+    training_data, trained_runs, monkeypatch, caplog, tmp_path
+):
     broken = training_data.recordings["path"].iloc[0]
 
     def open_recording(path, limit_seconds):
@@ -160,8 +162,17 @@ def test_a_recording_that_does_not_decode_is_named(training_data, trained_runs, 
         return read
 
     monkeypatch.setattr("birdcall.evaluation.predict.open_recording", open_recording)
-    with pytest.raises(AudioError, match=broken):
-        predict_out_of_fold(load_ensemble(trained_runs), training_data)
+    ensemble = load_ensemble(trained_runs)
+    predicted = predict_out_of_fold(ensemble, training_data, cache_folder=tmp_path)
+    others = set(training_data.recordings["path"]) - {broken}
+    for part in predicted.values():
+        assert set(part.segments["path"]) == others
+        assert np.isnan(part.max_by_recording(len(training_data.recordings))[0][0]).all()
+    assert any(broken in message for message in caplog.messages)
+    is_broken, broken = broken, "none"  # what failed is tried again, though it is stored
+    again = predict_out_of_fold(ensemble, training_data, cache_folder=tmp_path)
+    for part in again.values():
+        assert set(part.segments["path"]) == others | {is_broken}
 
 
 def test_the_parquet_has_every_segment_and_every_class(predicted, training_data, tmp_path):

@@ -11,11 +11,11 @@ import soundfile
 
 from birdcall.audio.reading import AudioError
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.data.audit import audit_recordings, usable_recordings
+from birdcall.data.audit import audit_recordings
 from birdcall.data.cache import CropRequest
 from birdcall.data.dataset import load_training_data
 from birdcall.data.folds import make_folds, write_folds
-from birdcall.data.recordings import read_recordings
+from birdcall.data.recordings import read_recordings, usable_recordings
 from birdcall.evaluation.labelled import label_segments
 from birdcall.evaluation.predict import predict_simulated
 from birdcall.evaluation.simulated_audio import (

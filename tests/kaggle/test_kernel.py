@@ -21,11 +21,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import safetensors.torch
+import soundfile
 import torch
 from helpers import (
+    RATE,
     SCRIPT,
     read_labels,
     read_summary,
@@ -181,8 +184,9 @@ FAULTY = {
     "empty": "cannot be decoded",
     "html": "cannot be decoded",
     "outside": "leads out of",
+    "integers": "of its samples",
 }
-READABLE = ("truncated", "tenth", "stereo", "good")
+READABLE = ("truncated", "tenth", "stereo", "good", "damaged", "bursts", "piped")
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +204,18 @@ def faulty(built, tmp_path_factory):
     write_noise_file(audio / "whole.mp3", 30)
     content = (audio / "whole.mp3").read_bytes()
     (audio / "truncated.mp3").write_bytes(content[: len(content) // 3])
+    three_quarters = 3 * len(content) // 4
+    random = np.random.default_rng(0).bytes(4_000)
+    damaged = content[:three_quarters] + random + content[three_quarters + len(random) :]
+    (audio / "damaged.mp3").write_bytes(damaged)
+    waveform = np.random.default_rng(0).normal(0, 0.1, 10 * RATE)
+    soundfile.write(audio / "integers.wav", 32768 * waveform, RATE, subtype="FLOAT")
+    soundfile.write(audio / "piped.flac", waveform, RATE)
+    piped = bytearray((audio / "piped.flac").read_bytes())
+    piped[21:26] = bytes([piped[21] & 0xF0, 0, 0, 0, 0])  # the header states no length
+    (audio / "piped.flac").write_bytes(piped)
+    waveform[5 * RATE : 5 * RATE + 3] = (3e29, -2e30, 1e25)
+    soundfile.write(audio / "bursts.wav", waveform, RATE, subtype="FLOAT")
     write_noise_file(folder / "secret.wav")
     (audio / "outside.wav").symlink_to(folder / "secret.wav")
     write_rows(data, [row for name in (*FAULTY, *READABLE) for row in rows_of(name, 30)])
@@ -218,14 +234,22 @@ def test_a_recording_that_cannot_be_decoded_is_nocall_and_is_named(faulty, name)
 
 
 @pytest.mark.parametrize(
-    "name, n_rows", [("truncated", 2), ("tenth", 1), ("stereo", 2), ("good", 2)]
+    "name, n_rows",
+    [
+        *(("truncated", 2), ("tenth", 1), ("stereo", 2), ("good", 2)),
+        *(("damaged", 6), ("bursts", 2), ("piped", 2)),
+    ],
 )
 def test_what_there_is_of_a_recording_is_labelled(faulty, name, n_rows):
-    labels, summary, _ = faulty
+    labels, summary, log = faulty
     texts = [labels[row[1]] for row in rows_of(name, 30)]
     assert all(len(text.split()) == 2 for text in texts[:n_rows])
-    assert set(texts[n_rows:]) == {"nocall"}
+    assert set(texts[n_rows:]) <= {"nocall"}
     assert name not in summary["failed"]
+    warnings = [line for line in log.splitlines() if f"{name}." in line]
+    assert len(warnings) == (name in ("truncated", "damaged", "bursts"))
+    assert not summary["left_out"]  # no member is blamed
+    assert "mpg123" not in log
 
 
 def test_without_test_audio_the_examples_are_predicted(built, data, demo_folder, tmp_path, caplog):

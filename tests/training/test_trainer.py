@@ -3,6 +3,7 @@
 import csv
 import logging
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -11,11 +12,12 @@ import torch
 
 from birdcall.config import NO_AUGMENT, OptimizerConfig, replace_nested
 from birdcall.data.loader import ClipBatch
+from birdcall.inference.ensemble import load_ensemble
 from birdcall.models.checkpoint import load_model, read_checkpoint
 from birdcall.models.sed import build_model
 from birdcall.training.log import read_log
 from birdcall.training.runs import train_run
-from birdcall.training.step import BatchLoss, warmup_cosine
+from birdcall.training.step import BatchLoss, validate, warmup_cosine
 from birdcall.training.trainer import Run, RunOptions, start_training
 
 PRECISIONS = ("float32", "bf16", "fp16")
@@ -212,6 +214,21 @@ def test_a_batch_whose_loss_is_not_finite_can_be_skipped(
     assert all(math.isfinite(entry.loss) for entry in log)
     model, _ = load_model(tmp_path)
     assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def test_a_recording_that_cannot_be_read_is_named_and_not_part_of_the_validation(
+    training_data, trained_runs, tmp_path, caplog
+):
+    ensemble, (_, held_out) = load_ensemble(trained_runs[:1]), training_data.split(0)
+    shutil.copytree(training_data.folder / "train_audio", tmp_path / "train_audio")
+    data = replace(training_data, folder=tmp_path)
+    broken = held_out["path"].iloc[0]
+    (tmp_path / broken).write_bytes(b"<html>no audio</html>")
+    others = held_out[held_out["path"] != broken]
+    assert validate(ensemble, held_out, data) == validate(ensemble, others, data)
+    assert [broken in message for message in caplog.messages] == [True]
+    with pytest.raises(ValueError, match="none of 1 "):
+        validate(ensemble, held_out[held_out["path"] == broken], data)
 
 
 def test_an_output_that_is_not_finite_has_no_finite_loss(tiny_experiment):

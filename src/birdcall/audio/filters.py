@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 import numpy as np
+import soxr
 from scipy import fft
 
 # A filter is a symmetric kernel of so many samples (32 ms at 32 kHz) and is applied block by block
@@ -210,3 +211,40 @@ def _make_hum(n_samples: int, sample_rate: int, generator: np.random.Generator) 
     )
     level = np.sqrt(np.mean(np.square(lines)) / max(np.mean(np.square(floor)), 1e-12))
     return lines + floor * level * 10 ** (_HUM_FLOOR_DB / 20)
+
+
+# --- resampling ---
+
+
+def resampled_length(n_samples: int, from_rate: int, to_rate: int) -> int:
+    """Return how many samples soxr makes of ``n_samples``."""
+    return (2 * n_samples * to_rate + from_rate) // (2 * from_rate)
+
+
+def resample_blocks(
+    blocks: Iterable[np.ndarray], from_rate: int, to_rate: int
+) -> Iterator[np.ndarray]:
+    """Resample consecutive blocks as if they were one waveform (soxr HQ)."""
+    if from_rate == to_rate:
+        yield from blocks
+        return
+    stream = soxr.ResampleStream(from_rate, to_rate, 1, dtype="float32", quality="HQ")
+    for block in blocks:
+        yield stream.resample_chunk(block)
+    yield stream.resample_chunk(np.zeros(0, np.float32), last=True)
+
+
+def rearrange_blocks(blocks: Iterable[np.ndarray], n_block: int) -> Iterator[np.ndarray]:
+    """Yield the same samples in blocks of ``n_block``, the last one shorter."""
+    waiting: list[np.ndarray] = []
+    n_waiting = 0
+    for block in blocks:
+        waiting.append(block)
+        n_waiting += len(block)
+        while n_waiting >= n_block:
+            joined = np.concatenate(waiting)
+            yield joined[:n_block]
+            waiting = [joined[n_block:]]
+            n_waiting -= n_block
+    if n_waiting:
+        yield np.concatenate(waiting)

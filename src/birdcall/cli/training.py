@@ -92,9 +92,9 @@ def _folds(
     seed: Annotated[int, typer.Option(help="Decides between splits of equal quality.")] = 0,
 ) -> None:
     """Split the recordings into folds by species, each recordist in one fold only."""
-    from birdcall.data.audit import audio_hashes, read_audit, usable_recordings
+    from birdcall.data.audit import read_audit
     from birdcall.data.folds import check_folds, class_shares, fold_report, make_folds, write_folds
-    from birdcall.data.recordings import read_recordings
+    from birdcall.data.recordings import audio_hashes, read_recordings, usable_recordings
     from birdcall.report.plots import plot_folds, save_figure
 
     folders = Folders(data, output, folds)

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, fields
@@ -21,13 +21,15 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from birdcall.audio.filters import resample_blocks
 from birdcall.audio.reading import (
     LENGTH_TOLERANCE,
+    MAX_BEYOND_SHARE,
     AudioError,
+    AudioFile,
     is_cut,
     open_audio,
     require_regular_file,
-    resample_blocks,
 )
 from birdcall.data.cache import RecordingCache, file_state
 from birdcall.storage.files import digest, read_table, write_atomically
@@ -35,12 +37,14 @@ from birdcall.storage.store import Journal, code_digest
 
 logger = logging.getLogger(__name__)
 
-_STATUSES = ("ok", "truncated", "too_short", "silent", "unreadable", "duplicate")
+_STATUSES = ("ok", "dc_offset", "damaged", "truncated", "too_short", "silent", "constant")
+_STATUSES += ("absurd_level", "unreadable", "duplicate")
 _MIN_SECONDS = 0.5  # less is a click, or the rest of a broken upload
 _MIN_TRUNCATED_SECONDS = 1.0
 # How much shorter than in the table (whole seconds) a recording may be: seconds plus share.
 _TABLE_TOLERANCE = (2.0, 0.1)
 _CLIPPED = 0.999  # of full scale
+_MIN_OFFSET = 0.05  # of full scale; less is common
 _SILENT_DB = -80.0  # full scale is 0 dB; the quietest real recordings stay above -70
 _FLOOR_DB = -200.0
 _WINDOW_SECONDS = 0.1
@@ -53,7 +57,7 @@ _BYTES_PER_SECOND = 16_000  # of most mp3
 
 @dataclass
 class Measurement:
-    """What decoding one recording showed; of a file that breaks off, of the part before that.
+    """What decoding one recording showed; of a file that breaks off, of what decodes.
 
     Levels are of the mono waveform. For identical audio under two file names, or with other tags,
     ``audio_hash`` is the same and ``sha256`` is not.
@@ -62,15 +66,17 @@ class Measurement:
     path: str
     size: int = 0  # bytes
     mtime_ns: int = 0
-    error: str = ""  # empty where all decoded
+    error: str = ""  # what could not be read as it should; empty: nothing
     seconds: float = 0.0
-    header_seconds: float = 0.0
+    header_seconds: float = 0.0  # that file and header promise; 0: not stated
     sample_rate: int = 0  # Hz
     channels: int = 0
     peak_db: float = _FLOOR_DB
     rms_db: float = _FLOOR_DB
     clipped_share: float = 0.0  # of the samples of all channels
-    silent_share: float = 0.0
+    silent_share: float = 0.0  # without the constant offset
+    beyond_share: float = 0.0  # of the samples; not finite, or far above full scale
+    offset: float = 0.0  # the mean of the waveform
     bandwidth_hz: float = 0.0  # where the spectrum last comes within 70 dB of its strongest bin
     sha256: str = ""  # of the file
     audio_hash: str = ""  # of the decoded waveform and its sample rate
@@ -133,35 +139,16 @@ def read_audit(path: Path) -> pd.DataFrame:
     """Read what `audit_recordings` wrote; FileNotFoundError says to run it first."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no audit yet; make it with `birdcall audit`")
-    audit = read_table(path, _AUDIT_COLUMNS)[_AUDIT_COLUMNS].reset_index(drop=True)
+    column = "columns"
     try:
+        audit = read_table(path, _AUDIT_COLUMNS)[_AUDIT_COLUMNS].reset_index(drop=True)
         for item in fields(Measurement):
+            column = f"column {item.name}"
             kind = {"int": "int64", "float": "float64"}.get(str(item.type), "str")
             audit[item.name] = audit[item.name].astype(kind)
     except ValueError as error:
-        raise ValueError(f"{path}, column {item.name}: {error}; delete it to start over") from error
+        raise ValueError(f"{path}, {column}: {error}; run `birdcall audit` again") from error
     return audit.assign(usable=audit["usable"] == "True")
-
-
-def usable_recordings(recordings: pd.DataFrame, audit: pd.DataFrame) -> pd.DataFrame:
-    """Leave out the recordings that are not usable; add ``seconds``, the true length, and sha256.
-
-    Raises ValueError for a recording that the audit does not contain.
-    """
-    verdicts = audit.set_index("path").reindex(recordings["path"])
-    unknown = recordings.loc[verdicts["seconds"].isna().to_numpy(), "path"]
-    if len(unknown):
-        raise ValueError(
-            f"the audit does not know {unknown.iloc[0]} and {len(unknown) - 1} other recordings; "
-            "run `birdcall audit` again"
-        )
-    recordings = recordings.assign(**verdicts[["seconds", "sha256"]].to_dict("list"))
-    return recordings[verdicts["usable"].to_numpy(dtype=bool)].reset_index(drop=True)
-
-
-def audio_hashes(recordings: pd.DataFrame, audit: pd.DataFrame) -> list[str]:
-    """Return the hash of the decoded audio of each recording, for `make_folds`."""
-    return list(recordings["path"].map(audit.set_index("path")["audio_hash"]).fillna(""))
 
 
 def describe_audit(audit: pd.DataFrame) -> str:
@@ -193,8 +180,8 @@ def measure_recording(data: Path, name: str, cache: RecordingCache | None = None
             result.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         with open_audio(path) as file:
             result.sample_rate, result.channels = file.samplerate, file.channels
-            result.header_seconds = round(file.promised_frames / file.samplerate, 6)
-            blocks = _measure_blocks(result, file.frame_blocks())
+            result.header_seconds = round((file.promised_frames or 0) / file.samplerate, 6)
+            blocks = _measure_blocks(result, file)
             if cache is None:
                 deque(blocks, maxlen=0)
             else:
@@ -208,31 +195,35 @@ def measure_recording(data: Path, name: str, cache: RecordingCache | None = None
     return result
 
 
-def _measure_blocks(result: Measurement, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yield the mono waveform of each block; end, and note the error, where decoding fails."""
+def _measure_blocks(result: Measurement, file: AudioFile) -> Iterator[np.ndarray]:
+    """Yield the mono waveform of each block; note what is wrong."""
     n_frames = n_clipped = n_silent = 0
-    peak = sum_of_squares = 0.0
+    peak = total = sum_of_squares = 0.0
     spectrum = np.zeros(_N_FFT // 2 + 1)
     hann = np.hanning(_N_FFT).astype(np.float32)
     audio_hash = hashlib.blake2b(str(result.sample_rate).encode(), digest_size=16)
     n_window = max(1, round(_WINDOW_SECONDS * result.sample_rate))
     try:
-        for block in blocks:
+        for block in file.frame_blocks():
             mono = block.mean(axis=1, dtype=np.float32)
             n_frames += len(mono)
             n_clipped += int(np.count_nonzero(np.abs(block) >= _CLIPPED))
             peak = max(peak, float(np.abs(mono).max()))
-            squares = mono.astype(np.float64) ** 2
+            samples = mono.astype(np.float64)
+            squares = samples**2
+            total += float(samples.sum())
             sum_of_squares += float(squares.sum())
             starts = np.arange(0, len(mono), n_window)
             lengths = np.diff(np.append(starts, len(mono)))
-            quiet = np.add.reduceat(squares, starts) / lengths < 10 ** (_SILENT_DB / 10)
-            n_silent += int(lengths[quiet].sum())
+            variances = np.add.reduceat(squares, starts) / lengths
+            variances -= (np.add.reduceat(samples, starts) / lengths) ** 2
+            n_silent += int(lengths[variances < 10 ** (_SILENT_DB / 10)].sum())
             padded = np.pad(mono, (0, max(0, _N_FFT - len(mono))))
             windows = np.lib.stride_tricks.sliding_window_view(padded, _N_FFT)[::_FFT_HOP]
             spectrum += (np.abs(np.fft.rfft(windows * hann)) ** 2).sum(axis=0)
             audio_hash.update(np.rint(mono.clip(-1, 1) * 32767).astype("<i2").tobytes())
             yield mono
+        result.error = "; ".join(file.problems)
     except AudioError as error:
         result.error = error.reason
     if not n_frames:
@@ -242,6 +233,8 @@ def _measure_blocks(result: Measurement, blocks: Iterable[np.ndarray]) -> Iterat
     result.rms_db = _decibels(sum_of_squares / n_frames)
     result.clipped_share = round(n_clipped / n_frames / result.channels, 6)
     result.silent_share = round(n_silent / n_frames, 6)
+    result.beyond_share = round(file.n_beyond / file.n_read, 6)
+    result.offset = round(total / n_frames, 6)
     bin_hz = result.sample_rate / _N_FFT
     spectrum[: max(1, round(50 / bin_hz))] = 0  # a constant offset is no signal
     loud = np.flatnonzero(spectrum > spectrum.max() * 10 ** (-_BANDWIDTH_DB / 10))
@@ -321,7 +314,8 @@ def _judge(measured: list[Measurement], durations: dict[str, float]) -> pd.DataF
     for item in measured:
         status, reason = _verdict(item, durations[item.path])
         is_long_enough = item.seconds >= _MIN_TRUNCATED_SECONDS
-        usable = status == "ok" or (status == "truncated" and is_long_enough)
+        is_part = status in ("truncated", "damaged")
+        usable = status in ("ok", "dc_offset") or (is_part and is_long_enough)
         if usable and first_of.setdefault(item.audio_hash, item.path) != item.path:
             status, usable = "duplicate", False
             reason = f"the same audio as {first_of[item.audio_hash]}"
@@ -333,7 +327,11 @@ def _verdict(item: Measurement, duration: float) -> tuple[str, str]:
     """Return status and reason of one recording; ``duration`` is the table's, 0 if unknown."""
     if not item.seconds:
         return "unreadable", item.error or "has no samples"
+    if item.beyond_share > MAX_BEYOND_SHARE:
+        return "absurd_level", item.error
     if item.silent_share == 1:
+        if abs(item.offset) >= _MIN_OFFSET:
+            return "constant", f"all samples are near {item.offset:g}, without any sound"
         return "silent", f"never louder than {_SILENT_DB:g} dB"
     promises = (
         ("its header", item.header_seconds, LENGTH_TOLERANCE),
@@ -344,7 +342,9 @@ def _verdict(item: Measurement, duration: float) -> tuple[str, str]:
             reason = f"{source} says {promised:g} s, {item.seconds:.1f} s decode"
             return "truncated", reason + (f" ({item.error})" if item.error else "")
     if item.error:
-        return "truncated", item.error
+        return "damaged", item.error
     if item.seconds < _MIN_SECONDS:
         return "too_short", f"{item.seconds:.2f} s, less than {_MIN_SECONDS:g} s"
+    if abs(item.offset) >= _MIN_OFFSET and 10 ** (item.rms_db / 10) < 2 * item.offset**2:
+        return "dc_offset", f"a constant {item.offset:g}, louder than the sound, is added to it"
     return "ok", ""

@@ -18,7 +18,7 @@ from torch import Tensor
 from birdcall.audio.filters import crop_or_pad
 from birdcall.audio.reading import AudioError, is_cut
 from birdcall.config import Experiment
-from birdcall.data.audit import read_audit, usable_recordings
+from birdcall.data.audit import read_audit
 from birdcall.data.augment import ClipAugment
 from birdcall.data.cache import CropRequest, ReadCrops, RecordingCache
 from birdcall.data.folds import read_folds
@@ -32,7 +32,12 @@ from birdcall.data.noise import (
     generate_noise,
     split_noise,
 )
-from birdcall.data.recordings import check_recordings_exist, classes_of, read_recordings
+from birdcall.data.recordings import (
+    check_recordings_exist,
+    classes_of,
+    read_recordings,
+    usable_recordings,
+)
 from birdcall.data.targets import (
     ClipRequest,
     StrongTargets,

@@ -255,7 +255,8 @@ def fold_report(folds: pd.DataFrame, recordings: pd.DataFrame) -> pd.DataFrame:
     ``lowest_share`` and ``highest_share`` are the smallest and largest share of any species that is
     in the fold; ``unknown_to_training`` counts species that no other fold has.
     """
-    joined = folds.merge(recordings[["filename", "recordist", "duration"]], on="filename")
+    lengths = "seconds" if "seconds" in recordings else "duration"  # of the audit, or of the table
+    joined = folds.merge(recordings[["filename", "recordist", lengths]], on="filename")
     joined["recordist"] = _recordist_keys(joined)
     shares = class_shares(folds)
     rows = []
@@ -266,7 +267,7 @@ def fold_report(folds: pd.DataFrame, recordings: pd.DataFrame) -> pd.DataFrame:
                 "fold": fold,
                 "recordings": len(part),
                 "share": len(part) / len(joined),
-                "hours": part["duration"].sum() / 3600,
+                "hours": part[lengths].sum() / 3600,
                 "recordists": len(recordists) + int(part["recordist"].isna().sum()),
                 "largest_recordist": recordists.max() / len(part) if len(recordists) else 0.0,
                 "species": int((shares[fold] > 0).sum()),

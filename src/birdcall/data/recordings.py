@@ -316,3 +316,27 @@ def _entries(folder: Path) -> dict[str, bool]:
             return {entry.name: entry.is_symlink() for entry in entries}
     except (OSError, ValueError):
         return {}
+
+
+# --- what the audit says of them ---
+
+
+def usable_recordings(recordings: pd.DataFrame, audit: pd.DataFrame) -> pd.DataFrame:
+    """Leave out the recordings that are not usable; add ``seconds``, the true length, and sha256.
+
+    Raises ValueError for a recording that the audit does not contain.
+    """
+    verdicts = audit.set_index("path").reindex(recordings["path"])
+    unknown = recordings.loc[verdicts["seconds"].isna().to_numpy(), "path"]
+    if len(unknown):
+        raise ValueError(
+            f"the audit does not know {unknown.iloc[0]} and {len(unknown) - 1} other recordings; "
+            "run `birdcall audit` again"
+        )
+    recordings = recordings.assign(**verdicts[["seconds", "sha256"]].to_dict("list"))
+    return recordings[verdicts["usable"].to_numpy(dtype=bool)].reset_index(drop=True)
+
+
+def audio_hashes(recordings: pd.DataFrame, audit: pd.DataFrame) -> list[str]:
+    """Return the hash of the decoded audio of each recording, for `make_folds`."""
+    return list(recordings["path"].map(audit.set_index("path")["audio_hash"]).fillna(""))

@@ -159,11 +159,14 @@ def predict_held_out(
     config = options.simulation
     storage = {"cache_folder": options.cache_folder, "progress": options.progress}
     out_of_fold = predict_out_of_fold(ensemble, data, **storage)
+    readable = set().union(*(part.segments["path"] for part in out_of_fold.values()))
     planned, simulated = [], {}
     for fold, subset in _by_fold(ensemble).items():
         logger.info("fold %d: simulating soundscapes for %d members", fold, len(subset.members))
         find_segment = salient_segment_finder(data, config.sample_rate)
-        soundscapes = plan_soundscapes(data.recordings, fold, config, find_segment)
+        soundscapes = plan_soundscapes(
+            data.recordings, fold, config, find_segment=find_segment, readable=readable
+        )
         planned += soundscapes
         simulated[fold] = predict_simulated(subset, soundscapes, data, config, **storage)
     labelled_folders = options.labelled_folders
@@ -208,8 +211,8 @@ def predict_out_of_fold(
 ) -> dict[str, OutOfFoldPredictions]:
     """Predict the first ``VALIDATION_SECONDS`` of each recording with the runs that held it out.
 
-    Returns the predictions by experiment, in the order of the members. Raises AudioError for a
-    recording that does not decode: the audit has decoded all of them.
+    Returns the predictions by experiment, in the order of the members. A recording that cannot be
+    read any more (the audit has decoded it) is named and left out.
     """
     experiments = [member.checkpoint.experiment.name for member in ensemble.members]
     parts: dict[str, list[OutOfFoldPredictions]] = {name: [] for name in experiments}
@@ -220,7 +223,10 @@ def predict_out_of_fold(
         sources = {name: open_recording(path, VALIDATION_SECONDS) for name, path in paths.items()}
         made_from = digest(f"{VALIDATION_SECONDS} {digest_files(paths.values())}")
         cache = PredictionCache(cache_folder, f"recordings-fold{fold}", made_from)
-        predictions = _predict_all(subset, sources, cache, progress=progress)
+        readable = _predict_readable(subset, sources, cache, progress=progress)
+        is_readable = recordings["path"].isin(readable.keys()).to_numpy()
+        rows, recordings = rows[is_readable], recordings[is_readable]
+        predictions = SegmentPredictions.concatenate(list(readable.values()))
         lengths = np.diff([*predictions.starts, predictions.n_segments])
         segments = pd.DataFrame(
             {
@@ -246,19 +252,24 @@ def predict_out_of_fold(
     }
 
 
-def _predict_all(
+def _predict_readable(
     ensemble: Ensemble,
     sources: Mapping[str, AudioSource],
     cache: PredictionCache,
     *,
     progress: bool,
-) -> SegmentPredictions:
-    """Return the predictions for all recordings together; raise AudioError if one is damaged."""
-    predictions = cache.predict(ensemble, sources, progress=progress)
-    for item in predictions.values():
+) -> dict[str, SegmentPredictions]:
+    """Return the predictions for the recordings that can be read; raise AudioError if none can."""
+    readable = {}
+    for name, item in cache.predict(ensemble, sources, progress=progress).items():
         if isinstance(item, AudioError):
-            raise item
-    return SegmentPredictions.concatenate(list(predictions.values()))
+            logger.warning("%s; %s is not scored", item, name)
+            error = item
+        else:
+            readable[name] = item
+    if not readable:
+        raise error
+    return readable
 
 
 def write_oof_parquet(
@@ -319,9 +330,10 @@ def predict_simulated(
     name, modules = f"simulated-fold{fold}", ("evaluation.simulated_audio",)
     cache = PredictionCache(cache_folder, name, digest(repr(made_from)), modules)
     sources = {item.name: partial(renderer.render, item) for item in soundscapes}
+    readable = _predict_readable(ensemble, sources, cache, progress=progress)
     species = known_species(ensemble.classes)
     tables, labels = [], []
-    for item in soundscapes:
+    for item in (item for item in soundscapes if item.name in readable):
         n_segments = round(item.seconds / SEGMENT_SECONDS)
         labels.append(label_segments(item.events, species, n_segments))
         table = segment_table(item.name, n_segments, is_labelled=True, group=item.group)
@@ -329,7 +341,7 @@ def predict_simulated(
     return LabelledPredictions(
         segments=pd.concat(tables, ignore_index=True),
         truth=np.concatenate(labels),
-        predictions=_predict_all(ensemble, sources, cache, progress=progress),
+        predictions=SegmentPredictions.concatenate(list(readable.values())),
         member_names=tuple(member.checkpoint.experiment.name for member in ensemble.members),
         classes=ensemble.classes,
     )

@@ -255,6 +255,13 @@ class PredictionCache:
             )
             stored = [None] * len(lengths)
             by_member = self._predict_missing(ensemble, sources, stored, progress=progress)
+        readable = _without_errors(by_member[0])
+        broken = {name: source for name, source in sources.items() if name not in readable}
+        if broken and None not in stored:  # they could not be read then: perhaps they can now
+            retried = _without_errors(dict(predict_audio(ensemble, broken, SEGMENTS_ONLY)))
+            for index, member in enumerate(ensemble.members if retried else ()):
+                by_member[index] |= {n: item.for_members([index]) for n, item in retried.items()}
+                self.write(member, window, by_member[index])
         result: _Predictions = {}
         for name in sources:
             items = [predictions[name] for predictions in by_member]

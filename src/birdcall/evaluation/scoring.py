@@ -44,8 +44,7 @@ from birdcall.inference.predictions import Calibration
 
 logger = logging.getLogger(__name__)
 
-# Share of the competition's public rows without a bird, as measured with an all-nocall submission;
-# the private rows had about as many (5th place).
+# Of the competition's public rows, by an all-nocall submission; the private rows: about (5th place)
 _NOCALL_SHARE = 0.54
 
 
@@ -73,10 +72,9 @@ class Evaluation:
     """The results of an evaluation as arrays and tables; nothing in it predicts.
 
     ensemble: the decision of all experiments together. scores: a row per name (experiments,
-    ensembles, all nocall, prior), kind of audio and metric, with their interval and
-    the number of rows. The other tables are of the ensemble and are described in `tables`:
-    per_class; confusions; votes and snr (None where nothing was simulated); reliability (None
-    without a calibration); soundscapes (None without labelled soundscapes).
+    ensembles, all nocall, prior), kind of audio and metric, with interval and number of rows. The
+    others are described in `tables`. None where there is nothing of the kind: votes, snr (without
+    simulation), reliability (without calibration), soundscapes (without labelled ones).
     """
 
     classes: tuple[str, ...]

@@ -7,7 +7,7 @@ machine and in any order. `simulated_audio` renders the audio of a plan.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -113,16 +113,20 @@ def plan_soundscapes(
     fold: int,
     config: SimulationConfig,
     find_segment: Callable[[pd.Series], SalientSegment],
+    readable: Container[str] | None = None,
 ) -> list[SimulatedSoundscape]:
     """Plan the soundscapes of a held-out fold, for each share of nocall.
 
     ``find_segment`` returns the salient segment of a recording, given its row of the table.
+    ``readable``: the paths of recordings to use, None for all.
     Recordings with secondary labels are used only for species that have no others. Within a share
     a recording is used again only after all of its group, and species alternate. Raises AudioError
     for a recording that does not decode.
     """
     grouped = recordings.assign(group=group_recordings(recordings, config.groups_per_fold))
     grouped = grouped[grouped["fold"] == fold]
+    if readable is not None:
+        grouped = grouped[[path in readable for path in grouped["path"]]]
     is_single = grouped["secondary_codes"].map(len) == 0
     has_single = is_single.groupby(grouped["ebird_code"]).transform("any")
     # Sorted, so that the plan does not depend on the order of the table.

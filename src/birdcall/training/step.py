@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from birdcall.audio.frontend import SpecAugment
-from birdcall.audio.reading import AudioError
+from birdcall.audio.reading import AudioError, warn_once
 from birdcall.config import Experiment, LossConfig, OptimizerConfig
 from birdcall.data.augment import BatchDraws, augment_batch
 from birdcall.data.dataset import TrainingData
@@ -204,7 +204,8 @@ def validate(
 ) -> dict[str, float]:
     """Return the scores of ``ensemble`` on recordings that it was not trained on.
 
-    Of several processes, each predicts a part of the recordings.
+    Of several processes, each predicts a part of the recordings. A recording that cannot be read is
+    named and not scored; raises ValueError where none can.
     """
     shape = (len(recordings), len(data.classes))
     probabilities = torch.zeros(shape, device=ensemble.device)
@@ -213,13 +214,18 @@ def validate(
     results = predict_files(ensemble, paths, limit_seconds=VALIDATION_SECONDS)
     for row, (_, result) in zip(rows, results, strict=True):
         if isinstance(result, AudioError):
-            raise result
+            warn_once(f"{result}; it is not part of the validation")
+            probabilities[row] = torch.nan
+            continue
         highest = result.clipwise.mean(axis=0).max(axis=0)  # of any segment
         probabilities[row] = torch.from_numpy(highest).to(ensemble.device)
     probabilities = distributed.sum(probabilities).cpu().numpy()
+    is_read = ~np.isnan(probabilities).any(axis=1)
+    if not is_read.any():
+        raise ValueError(f"none of {len(recordings)} recordings to validate with can be read")
     # Nobody knows whether a secondary label is audible in the first seconds: it is ignored.
-    targets = make_targets(recordings, data.classes, None)
-    return {"macro_ap": round(macro_average_precision(targets, probabilities), 4)}
+    targets = make_targets(recordings, data.classes, None)[is_read]
+    return {"macro_ap": round(macro_average_precision(targets, probabilities[is_read]), 4)}
 
 
 def macro_average_precision(targets: np.ndarray, probabilities: np.ndarray) -> float:
