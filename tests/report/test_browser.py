@@ -9,13 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
+from helpers import read_audacity_labels
 from markupsafe import Markup
 
 from birdcall.evaluation.labelled import read_truth
 from birdcall.inference.decision import Decision
 from birdcall.inference.events import Event, frames_to_events
 from birdcall.inference.predictions import SegmentPredictions
-from birdcall.inference.tables import read_audacity_labels, read_raven_table
+from birdcall.inference.tables import read_raven_table
 from birdcall.inference.windows import FRAME_SECONDS, FRAMES_PER_SEGMENT
 from birdcall.report import soundscape as soundscape_pages
 from birdcall.report.html import (

@@ -14,6 +14,7 @@ from birdcall.cli.options import (
     Fold,
     Folders,
     Folds,
+    LabelColumn,
     Noise,
     Output,
     Trained,
@@ -45,6 +46,7 @@ def _evaluate(
             show_default="the examples in the data folder",
         ),
     ] = None,
+    label_column: LabelColumn = None,
     nocall_share: Annotated[
         float, typer.Option(help="Expected share of rows without a bird.")
     ] = 0.54,
@@ -84,6 +86,7 @@ def _evaluate(
     options = HeldOutOptions(
         device=default_device(),
         labelled_folders=soundscapes or (),
+        label_column=label_column,
         window_config=WindowConfig(window_segments, context_seconds),
         cache_folder=folders.prediction_cache,
         progress=True,

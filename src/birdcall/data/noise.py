@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -18,12 +17,18 @@ import soundfile
 from birdcall.audio.filters import NOISE_KINDS, make_noise
 from birdcall.audio.reading import AudioError, probe_audio, read_audio
 from birdcall.data.cache import as_cached, cached_samples, file_state, read_cached, write_waveform
-from birdcall.storage.files import atomic_path, read_table
+from birdcall.storage.files import (
+    atomic_path,
+    conversion_advice,
+    digest,
+    find_files,
+    is_sound,
+    read_table,
+    shorten_list,
+)
 from birdcall.storage.store import Store
 
 logger = logging.getLogger(__name__)
-
-_AUDIO_SUFFIXES = (".aif", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")
 
 # Of ESC-50's fifty categories, those with birds. Its frogs, insects and crickets stay in: a bird
 # detector must learn to ignore them.
@@ -88,14 +93,20 @@ def find_noise(folder: Path) -> list[Path]:
 
     Published collections are read as they are distributed (docs/noise.md): where their metadata lie
     below ``folder``, the listed files are left out unless they are labelled bird-free, and so are
-    files with the collection's name in their path that are not listed. All other audio is taken.
-    Links to folders are followed (noise is large and often linked), each real folder once.
+    files with the collection's name in their path that are not listed. All other audio is taken
+    (see `find_files`: noise is large and often linked) but that in formats that are not read.
 
     Raises ValueError naming file, line and column for metadata that cannot be read, and
     FileNotFoundError for the audio of a collection without its metadata.
     """
-    paths = sorted(_walk(folder))
-    audio = [path for path in paths if path.suffix.lower() in _AUDIO_SUFFIXES]
+    paths = [path for path in find_files(folder) if path.is_file()]
+    foreign = [path for path in paths if conversion_advice(path)]
+    if foreign:
+        logger.warning(
+            "%s: %d files of noise are left out: %s; %s",
+            *(folder, len(foreign), shorten_list(foreign), conversion_advice(foreign[0])),
+        )
+    audio = [path for path in paths if is_sound(path) and not conversion_advice(path)]
     above = len(str(folder)) - len(folder.name)  # the folder itself may have a collection's name
     left_out: set[Path] = set()
     for collection in _COLLECTIONS:
@@ -183,20 +194,6 @@ def generate_noise(
             with atomic_path(path) as temporary:
                 soundfile.write(temporary, noise, sample_rate, subtype="FLOAT")
     return paths
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    visited: set[Path] = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        real = Path(root).resolve()
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        folders.sort()
-        # macOS adds files such as ._1.wav to zips; they are no audio.
-        names = (name for name in files if not name.startswith("._"))
-        yield from (path for name in names if (path := Path(root, name)).is_file())
 
 
 def _origin_of(path: Path) -> tuple[str, str]:
@@ -336,7 +333,7 @@ class NoiseFiles:
         if path not in self.files:
             length = probe_audio(path).seconds
             n_pieces = max(1, int(length / self.limits.piece_seconds))
-            where = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+            where = digest(str(path.resolve()))
             name = f"{where[:2]}/{where}"  # folders of a moderate size
             self.files[path] = _NoiseFile(name, file_state(path), length, n_pieces)
         file = self.files[path]

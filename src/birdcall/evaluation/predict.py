@@ -19,7 +19,6 @@ from birdcall.config import SEGMENT_SECONDS
 from birdcall.data.dataset import TrainingData
 from birdcall.evaluation.labelled import (
     LabelledSoundscapes,
-    known_species,
     label_segments,
     predict_labelled,
     segment_table,
@@ -40,6 +39,7 @@ from birdcall.inference.windows import SINGLE_SEGMENT, AudioSource, WindowConfig
 from birdcall.kaggle.test_set import CompetitionFile
 from birdcall.models.checkpoint import read_checkpoint, require_same_classes
 from birdcall.storage.files import atomic_path, digest, digest_files
+from birdcall.taxonomy import known_species
 from birdcall.training.step import VALIDATION_SECONDS
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class HeldOutOptions:
     """How and for which audio runs predict.
 
     labelled_folders: of labelled soundscapes; without any, the examples in the data folder.
+    label_column: of their Raven tables, see `read_raven_table`.
     cache_folder: where predictions are stored; a second call for the same audio reads them there.
     """
 
@@ -57,6 +58,7 @@ class HeldOutOptions:
     window_config: WindowConfig = SINGLE_SEGMENT
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     labelled_folders: Sequence[Path] = ()
+    label_column: str | None = None
     cache_folder: Path | None = None
     progress: bool = False
 
@@ -160,6 +162,13 @@ def predict_held_out(
     ensemble = load_ensemble(folders, options.device, options.window_config)
     config = options.simulation
     storage = {"cache_folder": options.cache_folder, "progress": options.progress}
+    labelled_folders = options.labelled_folders
+    if not labelled_folders and (data.folder / CompetitionFile.EXAMPLE_LABELS).is_file():
+        labelled_folders = [data.folder]
+    # First: what people have written can be wrong, and should stop nothing that took an hour.
+    labelled = predict_labelled(
+        ensemble, labelled_folders, label_column=options.label_column, **storage
+    )
     out_of_fold = predict_out_of_fold(ensemble, data, **storage)
     planned, simulated = [], {}
     for fold, subset in _by_fold(ensemble).items():
@@ -168,9 +177,6 @@ def predict_held_out(
         soundscapes = plan_soundscapes(data.recordings, fold, config, find_segment)
         planned += soundscapes
         simulated[fold] = predict_simulated(subset, soundscapes, data, config, **storage)
-    labelled_folders = options.labelled_folders
-    if not labelled_folders and (data.folder / CompetitionFile.EXAMPLE_LABELS).is_file():
-        labelled_folders = [data.folder]
     checkpoints = [member.checkpoint for member in ensemble.members]
     return HeldOutPredictions(
         data=data,
@@ -180,7 +186,7 @@ def predict_held_out(
         simulated=simulated,
         events=describe_events(planned),
         groups=group_recordings(data.recordings, config.groups_per_fold),
-        labelled=predict_labelled(ensemble, labelled_folders, **storage),
+        labelled=labelled,
         soundscapes=tuple(planned),
         config=config,
         ensemble=ensemble,

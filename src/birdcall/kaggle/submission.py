@@ -34,13 +34,13 @@ from birdcall.inference.ensemble import (
     load_member,
 )
 from birdcall.inference.predictions import SEGMENTS_ONLY, SegmentPredictions
-from birdcall.inference.tables import write_submission
 from birdcall.kaggle.manifest import find_changes
 from birdcall.kaggle.test_set import (
     CompetitionFile,
     find_recordings_of,
     read_example_rows,
     read_test_rows,
+    write_submission,
 )
 from birdcall.storage.files import inside, write_atomically
 

@@ -1,19 +1,42 @@
-"""Read tables strictly, write files completely or not at all, keep names inside their folder."""
+"""Find files, read tables strictly, write files completely or not at all, keep names safe."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import io
+import logging
 import os
+import re
 import secrets
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 
+logger = logging.getLogger(__name__)
+
 _MAX_NAME_BYTES = 200  # of a file; what file systems take is 255
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+# What libsndfile reads, the usual formats first. Not .mat and .raw: most of those are no sound.
+SOUND_SUFFIXES = (
+    *(".mp3", ".wav", ".flac", ".ogg", ".opus", ".oga", ".aif", ".aiff", ".aifc", ".wave", ".bwf"),
+    *(".w64", ".rf64", ".caf", ".au", ".snd", ".mp2", ".mp1", ".mpga", ".voc", ".sph", ".nist"),
+    *(".avr", ".htk", ".ircam", ".sf", ".mpc2k", ".paf", ".pvf", ".sd2", ".sds", ".svx", ".8svx"),
+    *(".wve", ".xi"),
+)
+# Sound that libsndfile does not read; video too, for its sound.
+_FOREIGN_SUFFIXES = (
+    *(".m4a", ".m4b", ".mp4", ".aac", ".alac", ".wma", ".asf", ".webm", ".weba", ".mka", ".mkv"),
+    *(".3gp", ".amr", ".ac3", ".ape", ".wv", ".tta", ".spx", ".ra", ".wac", ".mov", ".avi"),
+)
+# What systems leave in folders. ``._a.wav`` holds what macOS knows of ``a.wav``, and no sound.
+_OF_SYSTEMS = re.compile(
+    r"\._.*|\.DS_Store|Thumbs\.db|\.Trash(es|-\d+)?|\$RECYCLE\.BIN", re.IGNORECASE
+)
 
 
 class UserError(ValueError):
@@ -40,10 +63,118 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write ``content`` completely or not at all; text as UTF-8, line ends as given."""
-    data = content.encode() if isinstance(content, str) else content
+    """Write ``content`` completely or not at all; text as `utf8_text`, line ends as given."""
+    data = utf8_text(content).encode() if isinstance(content, str) else content
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
+
+
+# --- files in folders, and their names ---
+
+
+def find_files(folder: Path) -> list[Path]:
+    """Return the files below ``folder``, sorted; none where it is no folder.
+
+    Links are followed. Each real file and folder counts once, by the path without a link if there
+    is such a path. Left out are what systems leave in folders (``._*``, ``.DS_Store``,
+    ``Thumbs.db``, deleted files) and folders that cannot be listed; the log names the latter.
+    """
+    waiting, links = deque([folder]), deque[Path]()
+    files: dict[str, Path] = {}  # by real path
+    visited: set[str] = set()
+    while waiting or links:
+        path = waiting.popleft() if waiting else links.popleft()
+        real = os.path.realpath(path)
+        if not os.path.isdir(path):  # noqa: PTH112 - without the right to look it is no error
+            if path != folder:
+                files.setdefault(real, path)
+            continue
+        if real in visited:
+            continue
+        visited.add(real)
+        for entry in _list_folder(path):
+            if entry.is_symlink():
+                links.append(Path(entry.path))
+            elif entry.is_dir():
+                waiting.append(Path(entry.path))
+            else:
+                files.setdefault(f"{real}{os.sep}{entry.name}", Path(entry.path))
+    return sorted(files.values())
+
+
+def files_beside(paths: Iterable[Path], suffix: str) -> dict[Path, list[Path]]:
+    """Return the files with ``suffix`` in the folders of ``paths``, sorted, and what each is about.
+
+    The name of a file begins with that of the sound it is about, with or without its suffix, and a
+    dot; the longest such name counts: ``dawn.2.a.txt`` is about ``dawn.2.wav`` if that is there,
+    else about ``dawn.wav``. Each folder is listed once.
+    """
+    folders: dict[Path, set[Path]] = {}
+    for path in paths:
+        folders.setdefault(path.parent, set()).add(path)
+    beside: dict[Path, list[Path]] = {}
+    for folder, sounds in folders.items():
+        files = sorted(folder / entry.name for entry in _list_folder(folder))
+        by_name: dict[str, list[Path]] = {}
+        for path in sorted(sounds.union(filter(is_sound, files))):
+            for name in {utf8_text(path.name), utf8_text(path.stem)}:
+                by_name.setdefault(name, []).append(path)
+        for path in files:
+            if path.suffix.lower() == suffix:
+                name, _, _ = utf8_text(path.name).rpartition(".")
+                while name and name not in by_name:
+                    name, _, _ = name.rpartition(".")
+                beside[path] = by_name.get(name, [])
+    return beside
+
+
+def _list_folder(folder: Path) -> list[os.DirEntry[str]]:
+    """Return the entries without those of systems; none, with a warning, where it has no right."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not _OF_SYSTEMS.fullmatch(entry.name)]
+    except OSError as error:
+        logger.warning("%s: cannot be listed, its files are left out: %s", folder, error.strerror)
+        return []
+
+
+def is_sound(path: Path) -> bool:
+    """Return whether a file's suffix, in any case, is that of sound, whether or not we read it."""
+    return path.suffix.lower() in (*SOUND_SUFFIXES, *_FOREIGN_SUFFIXES)
+
+
+def conversion_advice(path: Path) -> str:
+    """Return what to do about sound in a format that is not read; empty for all other files."""
+    if path.suffix.lower() not in _FOREIGN_SUFFIXES:
+        return ""
+    return f"{path.suffix} is not read: convert to FLAC or WAV, for example with ffmpeg"
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Return ``names``, those that occur again with a number before them: ``2/a.wav``."""
+    wanted, numbers = set(names), dict.fromkeys(names, 1)
+    used: set[str] = set()
+    unique = []
+    for name in names:
+        candidate = name
+        while candidate in used or (candidate != name and candidate in wanted):
+            numbers[name] += 1
+            candidate = f"{numbers[name]}/{name}"
+        used.add(candidate)
+        unique.append(candidate)
+    return unique
+
+
+def utf8_text(text: str) -> str:
+    """Return ``text`` as UTF-8 can hold it: a byte of a file's name that is none is ``%FC``."""
+    return _SURROGATES.sub(lambda match: f"%{ord(match[0]) & 0xFF:02X}", text)
+
+
+def shorten_list(items: Sequence[object], n_named: int = 5) -> str:
+    """Return the first items as text, and how many more there are."""
+    named = ", ".join(str(item) for item in items[:n_named])
+    n_more = len(items) - n_named
+    return f"{named} and {n_more} more" if n_more > 0 else named
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -83,7 +214,7 @@ def _fit(part: str, n_more: int = 0) -> str:
     return content[: _MAX_NAME_BYTES - n_more - 13].decode("utf-8", "ignore") + "-" + digest
 
 
-def read_table(path: Path, columns: Sequence[str], delimiter: str = ",") -> pd.DataFrame:
+def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """Read a CSV as text, cell by cell as written; the index is the line in which each row starts.
 
     ``columns`` are required; others are returned as well. Unlike ``pandas.read_csv`` it guesses
@@ -100,7 +231,7 @@ def read_table(path: Path, columns: Sequence[str], delimiter: str = ",") -> pd.D
         where = f"line {line}, byte 0x{error.object[error.start]:02x}"
         raise ValueError(f"{path}, {where}: is not a CSV in UTF-8") from error
     rows, lines = [], []
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    reader = csv.reader(io.StringIO(text, newline=""))
     try:
         header = next(reader, [])
         line = reader.line_num + 1
@@ -124,12 +255,43 @@ def read_table(path: Path, columns: Sequence[str], delimiter: str = ",") -> pd.D
     return pd.DataFrame(rows, columns=header, index=pd.Index(lines, name="line"), dtype=str)
 
 
+def read_tab_rows(path: Path) -> list[tuple[int, list[str]]]:
+    """Read a table with tabs, as Raven, Excel and R write it: line and cells of each row.
+
+    The first row is the header. A quote is text, but quotes around a whole cell (R, Excel) are left
+    out; so are spaces around a cell, and rows without text. Raises ``ValueError`` where the file is
+    text neither in UTF-8, nor in UTF-16 with its mark, nor in Windows' Western code page.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing") from None
+    is_wide = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    try:
+        text = content.decode("utf-16" if is_wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        if is_wide or b"\0" in content:
+            raise ValueError(f"{path} is not text in UTF-8: {error}") from error
+        text = content.decode("cp1252", "replace")
+    rows = []
+    for line, row in enumerate(re.split(r"\r\n|\r|\n", text), start=1):
+        cells = [cell.strip() for cell in row.split("\t")]
+        if any(cells):
+            rows.append((line, [_unquote(cell) for cell in cells]))
+    return rows
+
+
+def _unquote(cell: str) -> str:
+    is_quoted = len(cell) > 1 and cell[0] == cell[-1] == '"'
+    return cell[1:-1].replace('""', '"').strip() if is_quoted else cell
+
+
 # --- fingerprint ---
 
 
 def digest(content: bytes | str) -> str:
     """Return the first 16 hexadecimal digits of the sha256."""
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     return hashlib.sha256(data).hexdigest()[:16]
 
 
