@@ -77,6 +77,41 @@ def test_recordings_of_files_folders_and_globs_are_listed_once_each(tmp_path, mo
     assert len({recording.name for recording in recordings}) == len(recordings)
 
 
+def names_of(recordings):
+    return {recording.name: recording.path for recording in recordings}
+
+
+def test_numbers_of_recordings_with_one_name_do_not_collide(tmp_path):
+    for name in ("cardA/rec.wav", "cardA/2/rec.wav", "cardB/rec.wav", "cardC/rec.wav"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    names = names_of(find_recordings([tmp_path / f"card{card}" for card in "ABC"]))
+    assert names == {
+        "rec.wav": tmp_path / "cardA" / "rec.wav",
+        "2/rec.wav": tmp_path / "cardA" / "2" / "rec.wav",
+        "3/rec.wav": tmp_path / "cardB" / "rec.wav",
+        "4/rec.wav": tmp_path / "cardC" / "rec.wav",
+    }
+
+
+def test_a_file_under_several_spellings_is_one_recording(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a.wav").touch()
+    (tmp_path / "link.wav").symlink_to("a.wav")
+    spellings = ["./a.wav", tmp_path / "a.wav", "deep/../a.wav", "link.wav", "*.wav", "."]
+    assert names_of(find_recordings(spellings)) == {"a.wav": Path("a.wav")}
+
+
+def test_of_a_glob_sound_is_taken_and_folders_are_searched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("in/a.wav", "in/a.txt", "in/deep/b.flac", "in/phone.m4a", "in/odd.dat"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert list(names_of(find_recordings(["in/*"]))) == ["a.wav", "b.flac", "phone.m4a"]
+    assert list(names_of(find_recordings(["in/*.dat"]))) == ["odd.dat"]
+
+
 @pytest.mark.parametrize("path", ["nowhere", "no*.wav"])
 def test_a_path_without_recordings_is_named(tmp_path, path):
     with pytest.raises(FileNotFoundError, match="no such recording or folder, nor does any match"):

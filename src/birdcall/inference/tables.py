@@ -19,8 +19,8 @@ from birdcall.config import require_choice
 from birdcall.inference.events import Event
 from birdcall.storage.files import (
     atomic_path,
-    files_beside,
     is_sound,
+    list_folder,
     read_tab_rows,
     shorten_list,
     utf8_text,
@@ -43,7 +43,6 @@ _LABEL_COLUMNS = (
 _OF_MODELS = re.compile(r"birdnet|\.detections\.", re.IGNORECASE)
 _NUMBER = re.compile(r"[0-9.]+(e-?[0-9]+)?")  # what else a confidence may be is a person's word
 _TIME_TOLERANCE = 0.01  # seconds; Raven rounds
-
 _Detections = Mapping[str, Sequence[Event]]  # recording -> its events
 
 
@@ -140,18 +139,17 @@ def read_labels_beside(
     *,
     is_strict: bool = False,
 ) -> dict[Path, list[Event]]:
-    """Return the labels of the recordings that have Raven tables beside them (`files_beside`).
+    """Return the labels of the recordings that have Raven tables beside them (`_find_tables`).
 
     A label that means one of ``codes`` is that code (`match_code`), any other is as it was written.
-    A table without selections says that its recording has none. A table of several files, with the
-    columns ``Begin File`` and ``File Offset (s)``, labels each of them. Text that is no table,
-    results of a model, and selections of files that are not there are left out, with a warning. A
-    table that cannot be read: ``ValueError``, or a warning where not ``is_strict``.
+    A table without selections says that its recording has none. A table of several files, with
+    ``Begin File`` and ``File Offset (s)``, labels each. Text that is no table, results of a model,
+    and selections of files that are not there are left out, with a warning. A table that cannot be
+    read: ``ValueError``, or a warning where not ``is_strict``.
     """
     labels: dict[Path, dict[tuple[str, float, float], Event]] = {}
     left_out: dict[str, list[Path]] = {}
-    folder, by_name = None, dict[str, Path]()
-    for table, subjects in files_beside(recordings, ".txt").items():
+    for table, subjects, by_name in _find_tables(recordings):
         if _OF_MODELS.search(table.name):
             reason = "results of a model; name those that a person has checked .selections.txt"
             left_out.setdefault(reason, []).append(table)
@@ -167,21 +165,39 @@ def read_labels_beside(
                 raise
             logger.warning("%s; its labels are left out", error)
             continue
-        if table.parent != folder:
-            folder = table.parent
-            sounds = sorted(filter(is_sound, folder.iterdir()))
-            by_name = {path.stem.casefold(): path for path in sounds}
-            by_name |= {path.name.casefold(): path for path in sounds}
-            by_name |= {path.name: path for path in sounds}
         labels |= {recording: {} for recording in subjects if recording not in labels}
         for recording, event in _assign_selections(table, subjects, selections, by_name):
             code = match_code(event.ebird_code, codes) or event.ebird_code
-            event = replace(event, ebird_code=code)
-            key = event.ebird_code, event.onset, event.offset
-            labels.setdefault(recording, {}).setdefault(key, event)
-    for reason, tables in left_out.items():
-        logger.warning("text beside recordings is left out, %s: %s", reason, shorten_list(tables))
+            key = code, event.onset, event.offset
+            labels.setdefault(recording, {}).setdefault(key, replace(event, ebird_code=code))
+    for why, tables in left_out.items():
+        logger.warning("text beside recordings is left out, %s: %s", why, shorten_list(tables))
     return {path: list(labels[path].values()) for path in recordings if path in labels}
+
+
+def _find_tables(paths: Iterable[Path]) -> Iterator[tuple[Path, list[Path], dict[str, Path]]]:
+    """Yield each text file beside recordings, whose it is, and the sound there by name and stem.
+
+    Its name begins with that of its recording, with or without suffix, and a dot. The longest such
+    name counts: ``dawn.2.a.txt`` is of ``dawn.2.wav`` if that is there, else of ``dawn.wav``. Each
+    folder is listed once.
+    """
+    folders: dict[Path, set[Path]] = {}
+    for path in paths:
+        folders.setdefault(path.parent, set()).add(path)
+    for folder, sounds in folders.items():
+        files = sorted(folder / entry.name for entry in list_folder(folder))
+        named: dict[str, list[Path]] = {}
+        for path in sorted(sounds.union(filter(is_sound, files))):
+            for name in {utf8_text(path.name), utf8_text(path.stem)}:
+                named.setdefault(name, []).append(path)
+        by_name = {name.casefold(): paths[0] for name, paths in named.items()}
+        by_name |= {name: paths[0] for name, paths in named.items()}
+        for table in filter(lambda path: path.suffix.lower() == ".txt", files):
+            beginning = utf8_text(table.stem)
+            while beginning and beginning not in named:
+                beginning = beginning.rpartition(".")[0]
+            yield table, named.get(beginning, []), by_name
 
 
 class _NoTableError(ValueError):
@@ -216,18 +232,18 @@ def _read_selections(path: Path, label_column: str | None) -> list[_Selection]:
                 "is the file cut short?"
             )
         row = {name: cells[index] for name, index in columns.items()}
-        onset, offset, confidence = row["begintimes"], row["endtimes"], row.get("confidence", "")
+        confidence = row.get("confidence", "")
         event = _event(
             path,
             line,
             ebird_code=next((row[name] for name in labels if row[name]), ""),
-            onset=onset,
-            offset=offset,
+            onset=row["begintimes"],
+            offset=row["endtimes"],
             confidence=confidence if _NUMBER.fullmatch(confidence) else 1.0,
             note=row.get("notes", ""),
         )
-        file, start = row.get("beginfile") or row.get("beginpath", ""), 0.0
-        file = re.split(r"[/\\]", file)[-1]
+        file = re.split(r"[/\\]", row.get("beginfile") or row.get("beginpath", ""))[-1]
+        start = 0.0
         if file and "fileoffsets" in columns:
             cell = row["fileoffsets"]
             inside = _event(path, line, ebird_code=file, onset=cell, offset=cell, confidence=1.0)
@@ -251,8 +267,7 @@ def _assign_selections(
     """Yield each selection of a table with its recording, in the times of the recording.
 
     In a table of several files, or of no recording by its name, the ``Begin File`` decides. A
-    selection across files is in each in which another begins. ``by_name``: the sound beside it, by
-    names and stems.
+    selection across files is in each in which another begins.
     """
     starts = {selection.file: selection.start for selection in selections}
     is_sequence = len(starts) > 1 or any(abs(start) > _TIME_TOLERANCE for start in starts.values())
@@ -272,8 +287,8 @@ def _assign_selections(
         for name, begin in parts.items():
             end = min((other for other in parts.values() if other > begin), default=event.offset)
             onset, offset = max(0.0, event.onset - begin), end - begin
-            path = by_name.get(name, by_name.get(name.casefold()))
-            path = path or by_name.get(Path(name).stem.casefold())
+            spellings = name, name.casefold(), Path(name.casefold()).stem
+            path = next((by_name[item] for item in spellings if item in by_name), None)
             if path is None:
                 lost[name or "no file"] += 1
             else:

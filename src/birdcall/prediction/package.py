@@ -34,7 +34,6 @@ from birdcall.storage.files import (
     fitting_name,
     inside,
     is_sound,
-    unique_names,
     utf8_text,
 )
 from birdcall.taxonomy import display_name
@@ -99,6 +98,21 @@ def find_recordings(paths: Sequence[str | Path]) -> list[Recording]:
     unique = unique_names([name for _, name in names.values()])
     recordings = zip(names.values(), unique, strict=True)
     return [Recording(path, name) for (path, _), name in recordings]
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Return ``names``, those that occur again with a number before them: ``2/a.wav``."""
+    wanted, numbers = set(names), dict.fromkeys(names, 1)
+    used: set[str] = set()
+    unique = []
+    for name in names:
+        candidate = name
+        while candidate in used or (candidate != name and candidate in wanted):
+            numbers[name] += 1
+            candidate = f"{numbers[name]}/{name}"
+        used.add(candidate)
+        unique.append(candidate)
+    return unique
 
 
 def _expand_glob(path: Path) -> list[Path]:

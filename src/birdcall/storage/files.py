@@ -22,17 +22,18 @@ _MAX_NAME_BYTES = 200  # of a file; what file systems take is 255
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 # What libsndfile reads, the usual formats first. Not .mat and .raw: most of those are no sound.
+# fmt: off
 SOUND_SUFFIXES = (
-    *(".mp3", ".wav", ".flac", ".ogg", ".opus", ".oga", ".aif", ".aiff", ".aifc", ".wave", ".bwf"),
-    *(".w64", ".rf64", ".caf", ".au", ".snd", ".mp2", ".mp1", ".mpga", ".voc", ".sph", ".nist"),
-    *(".avr", ".htk", ".ircam", ".sf", ".mpc2k", ".paf", ".pvf", ".sd2", ".sds", ".svx", ".8svx"),
-    *(".wve", ".xi"),
+    ".mp3", ".wav", ".flac", ".ogg", ".opus", ".oga", ".aif", ".aiff", ".aifc", ".wave", ".bwf",
+    ".w64", ".rf64", ".caf", ".au", ".snd", ".mp2", ".mp1", ".mpga", ".voc", ".sph", ".nist",
+    ".avr", ".htk", ".ircam", ".sf", ".paf", ".pvf", ".sd2", ".sds", ".svx", ".wve", ".xi",
 )
 # Sound that libsndfile does not read; video too, for its sound.
 _FOREIGN_SUFFIXES = (
-    *(".m4a", ".m4b", ".mp4", ".aac", ".alac", ".wma", ".asf", ".webm", ".weba", ".mka", ".mkv"),
-    *(".3gp", ".amr", ".ac3", ".ape", ".wv", ".tta", ".spx", ".ra", ".wac", ".mov", ".avi"),
+    ".m4a", ".m4b", ".mp4", ".aac", ".alac", ".wma", ".asf", ".webm", ".weba", ".mka", ".mkv",
+    ".3gp", ".amr", ".ac3", ".ape", ".wv", ".tta", ".spx", ".ra", ".wac", ".mov", ".avi",
 )
+# fmt: on
 # What systems leave in folders. ``._a.wav`` holds what macOS knows of ``a.wav``, and no sound.
 _OF_SYSTEMS = re.compile(
     r"\._.*|\.DS_Store|Thumbs\.db|\.Trash(es|-\d+)?|\$RECYCLE\.BIN", re.IGNORECASE
@@ -92,7 +93,7 @@ def find_files(folder: Path) -> list[Path]:
         if real in visited:
             continue
         visited.add(real)
-        for entry in _list_folder(path):
+        for entry in list_folder(path):
             if entry.is_symlink():
                 links.append(Path(entry.path))
             elif entry.is_dir():
@@ -102,34 +103,8 @@ def find_files(folder: Path) -> list[Path]:
     return sorted(files.values())
 
 
-def files_beside(paths: Iterable[Path], suffix: str) -> dict[Path, list[Path]]:
-    """Return the files with ``suffix`` in the folders of ``paths``, sorted, and what each is about.
-
-    The name of a file begins with that of the sound it is about, with or without its suffix, and a
-    dot; the longest such name counts: ``dawn.2.a.txt`` is about ``dawn.2.wav`` if that is there,
-    else about ``dawn.wav``. Each folder is listed once.
-    """
-    folders: dict[Path, set[Path]] = {}
-    for path in paths:
-        folders.setdefault(path.parent, set()).add(path)
-    beside: dict[Path, list[Path]] = {}
-    for folder, sounds in folders.items():
-        files = sorted(folder / entry.name for entry in _list_folder(folder))
-        by_name: dict[str, list[Path]] = {}
-        for path in sorted(sounds.union(filter(is_sound, files))):
-            for name in {utf8_text(path.name), utf8_text(path.stem)}:
-                by_name.setdefault(name, []).append(path)
-        for path in files:
-            if path.suffix.lower() == suffix:
-                name, _, _ = utf8_text(path.name).rpartition(".")
-                while name and name not in by_name:
-                    name, _, _ = name.rpartition(".")
-                beside[path] = by_name.get(name, [])
-    return beside
-
-
-def _list_folder(folder: Path) -> list[os.DirEntry[str]]:
-    """Return the entries without those of systems; none, with a warning, where it has no right."""
+def list_folder(folder: Path) -> list[os.DirEntry[str]]:
+    """Return what is in a folder but for files of systems; nothing where it cannot be listed."""
     try:
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not _OF_SYSTEMS.fullmatch(entry.name)]
@@ -140,29 +115,13 @@ def _list_folder(folder: Path) -> list[os.DirEntry[str]]:
 
 def is_sound(path: Path) -> bool:
     """Return whether a file's suffix, in any case, is that of sound, whether or not we read it."""
-    return path.suffix.lower() in (*SOUND_SUFFIXES, *_FOREIGN_SUFFIXES)
+    return path.suffix.lower() in SOUND_SUFFIXES + _FOREIGN_SUFFIXES
 
 
 def conversion_advice(path: Path) -> str:
     """Return what to do about sound in a format that is not read; empty for all other files."""
-    if path.suffix.lower() not in _FOREIGN_SUFFIXES:
-        return ""
-    return f"{path.suffix} is not read: convert to FLAC or WAV, for example with ffmpeg"
-
-
-def unique_names(names: Sequence[str]) -> list[str]:
-    """Return ``names``, those that occur again with a number before them: ``2/a.wav``."""
-    wanted, numbers = set(names), dict.fromkeys(names, 1)
-    used: set[str] = set()
-    unique = []
-    for name in names:
-        candidate = name
-        while candidate in used or (candidate != name and candidate in wanted):
-            numbers[name] += 1
-            candidate = f"{numbers[name]}/{name}"
-        used.add(candidate)
-        unique.append(candidate)
-    return unique
+    advice = f"{path.suffix} is not read: convert to FLAC or WAV, for example with ffmpeg"
+    return advice if path.suffix.lower() in _FOREIGN_SUFFIXES else ""
 
 
 def utf8_text(text: str) -> str:
@@ -276,14 +235,12 @@ def read_tab_rows(path: Path) -> list[tuple[int, list[str]]]:
     rows = []
     for line, row in enumerate(re.split(r"\r\n|\r|\n", text), start=1):
         cells = [cell.strip() for cell in row.split("\t")]
+        for index, cell in enumerate(cells):
+            if re.fullmatch('".*"', cell):
+                cells[index] = cell[1:-1].replace('""', '"').strip()
         if any(cells):
-            rows.append((line, [_unquote(cell) for cell in cells]))
+            rows.append((line, cells))
     return rows
-
-
-def _unquote(cell: str) -> str:
-    is_quoted = len(cell) > 1 and cell[0] == cell[-1] == '"'
-    return cell[1:-1].replace('""', '"').strip() if is_quoted else cell
 
 
 # --- fingerprint ---
