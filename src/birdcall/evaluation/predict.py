@@ -288,7 +288,8 @@ def write_oof_parquet(
     schema = pa.schema([*keys.items(), *((code, pa.float32()) for code in classes)])
     with (
         atomic_path(path) as temporary,
-        pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
+        temporary.open("wb") as file,  # of a path that is no UTF-8, too
+        pq.ParquetWriter(file, schema, compression="zstd") as writer,
     ):
         for part in parts:
             for output in ("clipwise", "framewise"):

@@ -71,9 +71,9 @@ def write_detections(
         types = {"onset": pa.float64(), "offset": pa.float64(), "confidence": pa.float64()}
         schema = pa.schema([(name, types.get(name, pa.string())) for name in DETECTION_COLUMNS])
         texts = [row | {"recording": utf8_text(str(row["recording"]))} for row in rows]
-        with atomic_path(path) as temporary:
-            table = pa.Table.from_pylist(texts, schema=schema)
-            pq.write_table(table, temporary, compression="zstd")
+        table = pa.Table.from_pylist(texts, schema=schema)
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            pq.write_table(table, file, compression="zstd")
 
 
 def detection_rows(

@@ -207,8 +207,9 @@ class EmbeddingWriter:
             {"onset": onsets, "offset": onsets + SEGMENT_SECONDS, "embedding": vectors}
         )
         if self.writer is None:
+            file = self.stack.enter_context(self.temporary.open("wb"))  # its path may be no UTF-8
             self.writer = self.stack.enter_context(
-                pq.ParquetWriter(self.temporary, table.schema, compression="zstd")
+                pq.ParquetWriter(file, table.schema, compression="zstd")
             )
         self.writer.write_table(table)
         self.n_segments += n_segments
