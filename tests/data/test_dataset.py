@@ -16,7 +16,7 @@ import torch
 
 from birdcall.audio.reading import AudioError, read_audio
 from birdcall.config import NO_AUGMENT, AugmentConfig, SamplingConfig, replace_nested
-from birdcall.data.cache import CropRequest, RecordingCache
+from birdcall.data.cache import CropRequest, ReadFailure, RecordingCache
 from birdcall.data.dataset import (
     ClipDataset,
     TrainingData,
@@ -30,7 +30,6 @@ from birdcall.data.loader import (
     iterate_clips,
     make_loader,
 )
-from birdcall.data.noise import ReadFailure
 from birdcall.data.targets import (
     IGNORE_TARGET,
     ClipRequest,

@@ -12,13 +12,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import soundfile
 
-from birdcall.audio.filters import NOISE_KINDS, make_noise
+from birdcall.audio.filters import NOISE_KINDS
 from birdcall.audio.reading import AudioError, probe_audio, read_audio
-from birdcall.data.cache import as_cached, cached_samples, file_state, read_cached, write_waveform
+from birdcall.data.cache import (
+    MAX_TRIES,
+    NothingReadableError,
+    ReadFailure,
+    as_cached,
+    cached_samples,
+    cut_cached,
+    file_state,
+    read_cached,
+    write_waveform,
+)
 from birdcall.storage.files import (
-    atomic_path,
     conversion_advice,
     digest,
     find_files,
@@ -93,19 +101,15 @@ def find_noise(folder: Path) -> list[Path]:
 
     Published collections are read as they are distributed (docs/noise.md): where their metadata lie
     below ``folder``, the listed files are left out unless they are labelled bird-free, and so are
-    files with the collection's name in their path that are not listed. All other audio is taken
-    (see `find_files`: noise is large and often linked) but that in formats that are not read.
+    files with the collection's name in their path that are not listed. All other sound is taken.
 
     Raises ValueError naming file, line and column for metadata that cannot be read, and
     FileNotFoundError for the audio of a collection without its metadata.
     """
     paths = [path for path in find_files(folder) if path.is_file()]
-    foreign = [path for path in paths if conversion_advice(path)]
-    if foreign:
-        logger.warning(
-            "%s: %d files of noise are left out: %s; %s",
-            *(folder, len(foreign), shorten_list(foreign), conversion_advice(foreign[0])),
-        )
+    if foreign := [path for path in paths if conversion_advice(path)]:
+        advice = conversion_advice(foreign[0])
+        logger.warning("noise is left out: %s; %s", shorten_list(foreign), advice)
     audio = [path for path in paths if is_sound(path) and not conversion_advice(path)]
     above = len(str(folder)) - len(folder.name)  # the folder itself may have a collection's name
     left_out: set[Path] = set()
@@ -178,24 +182,6 @@ def split_noise(files: Sequence[Path], fold: int, n_folds: int) -> tuple[list[Pa
     return training, [path for path in files if origins[path][0] in held_out]
 
 
-def generate_noise(
-    folder: Path, sample_rate: int = 32_000, seconds: float = 20.0, per_kind: int = 3
-) -> list[Path]:
-    """Write ``per_kind`` wav files of each kind of noise to ``folder``, unless they are there."""
-    paths = []
-    for kind_index, kind in enumerate(NOISE_KINDS):
-        for number in range(per_kind):
-            path = folder / f"{kind}_{sample_rate}_{seconds:g}s_{number}.wav"
-            paths.append(path)
-            if path.is_file():
-                continue
-            generator = np.random.default_rng((kind_index, number))
-            noise = make_noise(kind, round(seconds * sample_rate), sample_rate, generator)
-            with atomic_path(path) as temporary:
-                soundfile.write(temporary, noise, sample_rate, subtype="FLOAT")
-    return paths
-
-
 def _origin_of(path: Path) -> tuple[str, str]:
     """Name the source and the kind of ``path``.
 
@@ -234,26 +220,6 @@ def _hash(text: str) -> int:
 
 
 # --- drawing ---
-
-
-MAX_TRIES = 8  # files that are tried for one that fails; if none of them can be read, none can
-
-
-class ReadFailure(NamedTuple):
-    """A file that could not be read during training, and why, in one line that names the file."""
-
-    kind: str  # "recording" or "noise file"
-    path: str
-    reason: str
-
-    @classmethod
-    def of(cls, kind: str, path: str, error: Exception) -> ReadFailure:
-        reason = " ".join(str(error).split())
-        return cls(kind, path, reason if path in reason else f"{path}: {reason}")
-
-
-class NothingReadableError(ValueError):
-    """Neither a file nor any that was tried in its place could be read."""
 
 
 @dataclass(frozen=True)
@@ -353,7 +319,7 @@ class NoiseFiles:
                 if self.can_write:
                     waveform = self._decode(path, piece)
                     self._write(file, part, waveform)
-                    return _cut(as_cached(waveform), n_samples, position)
+                    return cut_cached(as_cached(waveform), n_samples, position)
         cached = self.memory.pop((path, piece), None)
         if cached is None:
             cached = as_cached(self._decode(path, piece))
@@ -361,7 +327,7 @@ class NoiseFiles:
         # Forget the pieces that have not been used for longest.
         while sum(samples.nbytes for samples, _ in self.memory.values()) > self.limits.memory_bytes:
             self.memory.popitem(last=False)
-        return _cut(cached, n_samples, position)
+        return cut_cached(cached, n_samples, position)
 
     def _decode(self, path: Path, piece: int) -> np.ndarray:
         """Decode one of the file's equal pieces; the last one as far as the file decodes."""
@@ -382,12 +348,3 @@ class NoiseFiles:
             self.can_write = False
             text = "decoded noise is no longer stored in %s, which makes clips slower: %s"
             logger.warning(text, self.store.folder, error)
-
-
-def _cut(cached: tuple[np.ndarray, np.float32], n_samples: int, position: float) -> np.ndarray:
-    samples, step = cached
-    spare = len(samples) - n_samples
-    start = min(int(position * (spare + 1)), spare) if spare > 0 else 0
-    cut = np.multiply(samples[start : start + n_samples], step, dtype=np.float32)
-    # Noise has no beginning: a short file is repeated until the clip is full.
-    return cut if spare >= 0 else np.resize(cut, n_samples)
