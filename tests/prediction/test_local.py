@@ -353,6 +353,40 @@ def test_a_page_of_each_recording_shows_the_events_of_the_tables(opened, package
     assert not (view / "bad.mp3.html").exists()
 
 
+def test_a_name_that_is_no_utf8_is_a_name_like_others(opened, package, tmp_path):
+    name = os.fsdecode(b"Gr\xfcnspecht.wav")
+    write_recording(tmp_path / "in" / "a.wav", 6, 1)
+    write_recording(tmp_path / "in" / "b.wav", 6, 1)
+    (tmp_path / "in" / "b.wav").rename(tmp_path / "in" / name)
+    (tmp_path / "in" / os.fsdecode(b"Gr\xfcnspecht.txt")).write_text(
+        "Begin Time (s)\tEnd Time (s)\tSpecies\n1\t2\tAmerican crow\n"
+    )
+    formats, output = ("csv", "jsonl", "parquet", "raven"), tmp_path / os.fsdecode(b"\xf6ut")
+    options, predicted = ResultOptions(formats, embeddings=True, view=True), []
+    for _ in range(2):
+        predict([tmp_path / "in"], output, package, opened, options=options, predicted=predicted)
+    assert sorted(predicted) == ["Gr%FCnspecht.wav", "a.wav"]  # once
+    events = read_detections(output / "detections.csv")
+    assert read_detections(output / "detections.jsonl") == events
+    with (output / "detections.parquet").open("rb") as file:  # pyarrow takes no such path
+        assert set(pd.read_parquet(file)["recording"]) == set(events)
+    other, plain = (events[str(tmp_path / "in" / name)] for name in ("Gr%FCnspecht.wav", "a.wav"))
+    assert other == plain
+    assert read_raven_table(output / "raven" / "Gr%FCnspecht.wav.selections.txt") == other
+    assert (output / "embeddings" / "Gr%FCnspecht.wav.parquet").is_file()
+    page = page_data(output / "view" / "Gr%FCnspecht.wav.html")
+    assert page["truth"] == [["amecro", 1.0, 2.0]]
+    assert "href='Gr%25FCnspecht.wav.html'" in (output / "view" / "index.html").read_text()
+
+
+def test_sound_in_a_format_that_is_not_read_has_a_reason_with_advice(opened, package, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "phone.M4A").write_bytes(b"no sound that is read")
+    predict([tmp_path / "in"], tmp_path / "out", package, opened)
+    ((path, reason),) = pd.read_csv(tmp_path / "out" / "failed.csv").to_numpy()
+    assert path == str(tmp_path / "in" / "phone.M4A") and "convert" in reason
+
+
 def test_labels_beside_a_recording_are_shown_once_they_are_there(opened, package, tmp_path):
     write_recording(tmp_path / "in" / "a.wav", 7)
     write_recording(tmp_path / "in" / "b.wav", 7)

@@ -416,6 +416,28 @@ def test_a_saved_table_is_opened_again(opened, tmp_path):
     assert page.inner_text("#n-labels") == "2 labels"
 
 
+def test_a_table_from_raven_is_opened_as_commands_read_it(opened, tmp_path):
+    page, table = opened.page, tmp_path / "by hand.txt"
+    table.write_text(
+        'Selection\tBegin Time (s)\tEnd Time (s)\t"species"\tNotes\n'
+        '1\t1\t2\tAMECRO\t"seet" then trill\n'
+        '1\t1\t2\tAMECRO\t"seet" then trill\n'  # in another view
+        '1\t5\t6\t"Blue jay "\t"rattle, not sure\n'
+        "2\t8\t9\tsquirrel\t\n"
+    )
+    page.set_input_files("#open-labels", str(table))
+    until(page, "state.labels.length === 3")
+    labels = page.evaluate("state.labels.map(({ code, onset, note }) => [code, onset, note])")
+    assert labels == [
+        ["amecro", 1, '"seet" then trill'],
+        ["blujay", 5, '"rattle, not sure'],
+        ["squirrel", 8, ""],
+    ]
+    events = read_raven_table(table)
+    assert [event.onset for event in events] == [1, 5, 8]
+    assert [event.note for event in events] == [note for *_, note in labels]
+
+
 def test_a_label_outside_the_recording_is_refused(opened):
     page = opened.page
     page.select_option("#species", "blujay")

@@ -115,13 +115,14 @@ def predict_labelled(
     sources = {name: open_recording(path) for name, path in truth.paths.items()}
     cache = PredictionCache(cache_folder, "labelled", digest_files(truth.paths.values()))
     predictions: dict[str, SegmentPredictions] = {}
+    rows_of = dict(iter(truth.rows.groupby("recording", sort=False)))
     tables, labels = [], []
     for name, item in cache.predict(ensemble, sources, progress=progress).items():
         if isinstance(item, AudioError):
             logger.warning("%s; this labelled soundscape is left out", item)
             continue
         predictions[name] = item
-        truth_of_segments, is_labelled = _label_recording(truth, name, item.n_segments, species)
+        truth_of_segments, is_labelled = _label_recording(rows_of[name], item.n_segments, species)
         tables.append(segment_table(name, item.n_segments, is_labelled=is_labelled, group=name))
         labels.append(truth_of_segments)
     if not predictions:
@@ -219,13 +220,13 @@ def _add_rows(table: pd.DataFrame, rows: pd.DataFrame, names: Mapping[str, str])
 
 
 def _label_recording(
-    truth: Truth, recording: str, n_segments: int, species: Sequence[str]
+    rows: pd.DataFrame, n_segments: int, species: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the truth ``(segments, species)`` of a recording, and which segments are labelled.
 
-    Labels beyond the end of the recording are left out, with a warning.
+    rows: of `Truth`. Labels beyond the end of the recording are left out, with a warning.
     """
-    rows = truth.rows[truth.rows["recording"] == recording]
+    recording = rows["recording"].iloc[0]
     indices = (rows["seconds"].to_numpy(float) / SEGMENT_SECONDS).round().astype(int) - 1
     n_beyond = int((indices >= n_segments).sum())
     if n_beyond:
