@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -320,7 +321,8 @@ def open_audio(path: Path) -> Iterator[AudioFile]:
     """Open a sound file; every error of libsndfile becomes an AudioError."""
     require_regular_file(path)
     try:
-        with AudioFile(path) as file:
+        with AudioFile(path if os.name == "nt" else os.fsencode(path)) as file:  # perhaps no UTF-8
+            file._name = str(path)
             if file.frames <= 0:
                 raise AudioError(path, "has no samples; empty or damaged")
             yield file
