@@ -96,8 +96,8 @@ class LabelledSoundscapes:
 def predict_labelled(
     ensemble: Ensemble,
     folders: Sequence[Path],
-    *,
     label_column: str | None = None,
+    *,
     cache_folder: Path | None = None,
     progress: bool = False,
 ) -> LabelledSoundscapes | None:

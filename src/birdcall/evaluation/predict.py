@@ -50,7 +50,7 @@ class HeldOutOptions:
     """How and for which audio runs predict.
 
     labelled_folders: of labelled soundscapes; without any, the examples in the data folder.
-    label_column: of their Raven tables, see `read_raven_table`.
+    label_column: of their Raven tables.
     cache_folder: where predictions are stored; a second call for the same audio reads them there.
     """
 
@@ -162,12 +162,10 @@ def predict_held_out(
     ensemble = load_ensemble(folders, options.device, options.window_config)
     config = options.simulation
     storage = {"cache_folder": options.cache_folder, "progress": options.progress}
-    labelled_folders = options.labelled_folders
-    if not labelled_folders and (data.folder / CompetitionFile.EXAMPLE_LABELS).is_file():
-        labelled_folders = [data.folder]
-    # First: what people have written can be wrong, and should stop nothing that took an hour.
+    examples = [data.folder] if (data.folder / CompetitionFile.EXAMPLE_LABELS).is_file() else []
+    # First: a table that is refused should not cost the hour of all other predictions.
     labelled = predict_labelled(
-        ensemble, labelled_folders, label_column=options.label_column, **storage
+        ensemble, options.labelled_folders or examples, options.label_column, **storage
     )
     out_of_fold = predict_out_of_fold(ensemble, data, **storage)
     planned, simulated = [], {}
