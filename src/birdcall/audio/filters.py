@@ -122,8 +122,8 @@ def generate_noise(
                 continue
             generator = np.random.default_rng((kind_index, number))
             noise = make_noise(kind, round(seconds * sample_rate), sample_rate, generator)
-            with atomic_path(path) as temporary:
-                soundfile.write(temporary, noise, sample_rate, subtype="FLOAT")
+            with atomic_path(path) as temporary, temporary.open("wb") as file:
+                soundfile.write(file, noise, sample_rate, format="WAV", subtype="FLOAT")
     return paths
 
 

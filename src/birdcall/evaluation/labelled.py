@@ -47,6 +47,7 @@ from birdcall.taxonomy import known_species, match_code
 logger = logging.getLogger(__name__)
 
 _TIME_TOLERANCE = 1e-6  # seconds
+_MAX_EXCESS = 0.25  # seconds; a selection that ends so little after its recording needs no warning
 _ROW_COLUMNS = ["recording", "seconds", "birds"]
 _ANNOTATION_COLUMNS = ["recording", "onset", "offset", "ebird_code"]
 
@@ -202,21 +203,20 @@ def read_truth(
     unique = unique_names([name for _, name in first.values()])
     name_of = dict(zip(first.values(), unique, strict=True))
     result = Truth()
+    rows: list[pd.DataFrame] = []
+    annotations: list[pd.DataFrame] = []
     for number, truth in enumerate(truths):
         names = {name: name_of[number, name] for name in truth.paths if (number, name) in name_of}
         result.paths |= {new: truth.paths[name] for name, new in names.items()}
         result.annotated += [names[name] for name in truth.annotated if name in names]
         result.foreign += truth.foreign
-        result.rows = _add_rows(result.rows, truth.rows, names)
-        result.annotations = _add_rows(result.annotations, truth.annotations, names)
+        for parts, table in ((rows, truth.rows), (annotations, truth.annotations)):
+            renamed = table.assign(recording=table["recording"].map(names))
+            parts.append(renamed[renamed["recording"].notna()])
+    for name, parts in (("rows", rows), ("annotations", annotations)):
+        if parts := [part for part in parts if len(part)]:
+            setattr(result, name, pd.concat(parts, ignore_index=True))
     return result
-
-
-def _add_rows(table: pd.DataFrame, rows: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
-    """Add the rows of the recordings in ``names``, under their new names."""
-    rows = rows.assign(recording=rows["recording"].map(names)).dropna(subset="recording")
-    parts = [part for part in (table, rows) if len(part)]
-    return pd.concat(parts, ignore_index=True) if parts else table
 
 
 def _label_recording(
@@ -332,10 +332,10 @@ def _known_events(
 ) -> list[Event]:
     """Return the events of known species in a recording of ``seconds``, none after its end."""
     known = [event for event in labels if event.ebird_code in species]
-    if late := [f"{event.onset:g} s" for event in known if event.onset >= seconds]:
-        logger.warning(
-            "%s: selections after the end of this recording (%g s) are left out, at %s",
-            *(path, seconds, shorten_list(late)),
-        )
+    late = [item for item in known if item.onset >= seconds or item.offset > seconds + _MAX_EXCESS]
+    if late:
+        message = "%s: selections beyond the end of the recording (%g s) are cut or left out: %s"
+        times = [f"{event.onset:g} to {event.offset:g} s" for event in late]
+        logger.warning(message, path, seconds, shorten_list(times))
     inside = [event for event in known if event.onset < seconds]
     return [replace(event, offset=min(event.offset, seconds)) for event in inside]

@@ -42,6 +42,7 @@ _LABEL_COLUMNS = (
 # Tables with what a model has predicted: BirdNET's, and those that our pages save.
 _OF_MODELS = re.compile(r"birdnet|\.detections\.", re.IGNORECASE)
 _NUMBER = re.compile(r"[0-9.]+(e-?[0-9]+)?")  # what else a confidence may be is a person's word
+_NO_LETTER = re.compile(r"[\W_]+")
 _TIME_TOLERANCE = 0.01  # seconds; Raven rounds
 _Detections = Mapping[str, Sequence[Event]]  # recording -> its events
 
@@ -214,9 +215,12 @@ class _Selection(NamedTuple):
 
 def _read_selections(path: Path, label_column: str | None) -> list[_Selection]:
     (_, header), *lines = read_tab_rows(path) or [(1, [])]
-    columns = {_letters(name): index for index, name in reversed([*enumerate(header)])}
+    # By letters and digits, in lower case: R calls Begin Time (s) Begin.Time..s.
+    letters = [_NO_LETTER.sub("", name.casefold()) for name in header]
+    columns = {name: letters.index(name) for name in letters}
     wanted = (label_column,) if label_column else _LABEL_COLUMNS
-    labels = [_letters(name) for name in wanted if _letters(name) in columns]
+    labels = [_NO_LETTER.sub("", name.casefold()) for name in wanted]
+    labels = [name for name in labels if name in columns]
     if not {"begintimes", "endtimes"} & columns.keys():
         raise _NoTableError(f"{path}: no column 'Begin Time (s)'; it has {', '.join(header)}")
     if lines and not (labels and {"begintimes", "endtimes"} <= columns.keys()):
@@ -317,11 +321,6 @@ def _csv_text(rows: Iterable[Iterable[object]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
-
-
-def _letters(name: str) -> str:
-    """Return the letters and digits of a column's name, in lower case: R spells it otherwise."""
-    return "".join(character for character in name.casefold() if character.isalnum())
 
 
 def _decimal(number: float) -> str:

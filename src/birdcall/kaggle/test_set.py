@@ -100,15 +100,11 @@ def find_audio(
     if Path(name).name != name or "\\" in name:
         raise ValueError(f"{name!r} is not the name of a recording in {folder}: it has a path")
     inside(folder, name)
-    files = map(Path, (list_audio(folder) if listed is None else listed).get(name, ()))
-
-    def order(file: Path) -> tuple[bool, int, int, str]:
-        suffix, rank = file.suffix.lower(), len(SOUND_SUFFIXES)
-        if file.stem == name and suffix in SOUND_SUFFIXES:
-            rank = SOUND_SUFFIXES.index(suffix)
-        return file.name != name, rank, len(file.name), file.name
-
-    paths = (inside(folder, file.name) for file in sorted(files, key=order))
+    listed = list_audio(folder) if listed is None else listed
+    names = sorted(listed.get(name, ()), key=lambda file: (len(file), file))
+    direct = [name, *(name + suffix for suffix in SOUND_SUFFIXES)]
+    names = [file for file in direct if file in names] + names
+    paths = (inside(folder, file) for file in names)
     return next((path for path in paths if path.is_file()), None)
 
 
