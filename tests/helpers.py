@@ -1,4 +1,4 @@
-"""What tests of several layers share: names in PANNs' files, files of a small competition."""
+"""What tests of several layers share: names in PANNs' files, a competition, tables."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import soundfile
 
+from birdcall.inference.events import Event
 from birdcall.kaggle.submission import SUMMARY_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,3 +90,27 @@ def read_labels(working, data):
 
 def read_summary(working):
     return json.loads((working / SUMMARY_FILE).read_text())
+
+
+# --- tables that other programs read --------------------------------------------------------------
+
+
+def read_detections(path):
+    """The events by recording in a detections.csv or .jsonl."""
+    is_csv = path.suffix == ".csv"
+    frame = pd.read_csv(path) if is_csv else pd.DataFrame(map(json.loads, path.open()))
+    detections = {}
+    for row in frame.itertuples():
+        event = Event(row.ebird_code, row.onset, row.offset, row.confidence)
+        detections.setdefault(row.recording, []).append(event)
+    return detections
+
+
+def read_audacity_labels(path):
+    """The events in an Audacity label track."""
+    cells = [line.split("\t") for line in path.read_text().splitlines()]
+    labels = [(float(onset), float(offset), label.split()) for onset, offset, label in cells]
+    return [
+        Event(code, onset, offset, float(confidence))
+        for onset, offset, (code, confidence) in labels
+    ]

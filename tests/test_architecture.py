@@ -30,9 +30,9 @@ NOT_IN_KERNEL = {
     *("jinja2", "plotly", "itables", "tensorboard"),
 }
 
-MAX_FILES = 80
+MAX_FILES = 88
 MAX_LINES = 500
-MANY_LINES, MAX_LONG_FILES = 350, 8
+MANY_LINES, MAX_LONG_FILES = 350, 11
 MAX_POSITIONAL = 4
 
 

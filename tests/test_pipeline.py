@@ -18,7 +18,7 @@ from birdcall.__main__ import main
 from birdcall.experiments import EXPERIMENTS, find_experiment
 from birdcall.models.checkpoint import Checkpoint, save_checkpoint
 from birdcall.models.sed import build_model
-from birdcall.storage.files import locked
+from birdcall.storage.locks import locked
 
 SHORTENED = """
 import sys

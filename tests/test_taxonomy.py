@@ -2,7 +2,7 @@
 
 import pytest
 
-from birdcall.taxonomy import all_species, display_name, find_species, species_of
+from birdcall.taxonomy import all_species, display_name, find_species, match_code, species_of
 
 
 def test_there_are_264_species_in_the_competitions_class_order() -> None:
@@ -41,3 +41,16 @@ def test_what_is_not_among_the_264_is_not_found(name: str) -> None:
 def test_people_read_common_names_and_codes_outside_the_264() -> None:
     assert display_name("amecro") == "American Crow"
     assert display_name("gretit1") == "gretit1"
+
+
+@pytest.mark.parametrize(
+    "label", ["saypho", "SAYPHO", ' "saypho "', "Say\u2019s  phoebe", "Sayornis saya_Say's Phoebe"]
+)
+def test_a_label_means_a_class_in_any_spelling(label: str) -> None:
+    assert match_code(label, ["amecro", "saypho"]) == "saypho"
+    assert match_code(label, ["amecro"]) is None
+
+
+def test_classes_outside_the_264_are_matched_by_their_code() -> None:
+    assert match_code(" Gretit1", ["gretit1", "saypho"]) == "gretit1"
+    assert match_code("Great Tit", ["gretit1"]) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from typing import Annotated
@@ -32,6 +33,8 @@ def _configure(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show only warnings and results.")] = False,
 ) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path need not be text that can be printed
+        sys.stdout.reconfigure(errors="backslashreplace")
     level = logging.WARNING if quiet else logging.INFO
     logging.basicConfig(level=level, format="%(levelname)s %(message)s", stream=sys.stderr)
 

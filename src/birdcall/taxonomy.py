@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import unicodedata
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 
 
@@ -37,8 +39,13 @@ def species_of(ebird_code: str) -> Species | None:
     return next((species for species in all_species() if species.ebird_code == ebird_code), None)
 
 
+def known_species(classes: Iterable[str]) -> list[str]:
+    """Return the codes of the classes, then of all other species of the competition."""
+    return list(dict.fromkeys((*classes, *(species.ebird_code for species in all_species()))))
+
+
 def find_species(name: str) -> Species | None:
-    """Return the species of a ``Scientific_Common`` label, scientific or common name, in any case.
+    """Return the species of a ``Scientific_Common`` label, a name or a code, in any case.
 
     If the scientific name of a label has changed since 2020, its common name decides, and the
     other way round. None: not among the 264.
@@ -46,7 +53,19 @@ def find_species(name: str) -> Species | None:
     options = _normal(name)
     scientific, _, common = options.partition("_")
     names = _by_name()
-    return names.get(options) or names.get(scientific) or names.get(common)
+    return names.get(options) or species_of(options) or names.get(scientific) or names.get(common)
+
+
+def match_code(label: str, codes: Collection[str]) -> str | None:
+    """Return which of ``codes`` a person's label means: a code or a name, in any case; else None.
+
+    Spaces and quotes around the label do not count.
+    """
+    if label in codes:
+        return label
+    species = find_species(label)
+    wanted = {_normal(label), species.ebird_code if species else None}
+    return next((code for code in codes if _normal(code) in wanted), None)
 
 
 def display_name(ebird_code: str) -> str:
@@ -64,5 +83,7 @@ def _by_name() -> dict[str, Species]:
     return names
 
 
+@lru_cache(maxsize=4096)
 def _normal(name: str) -> str:
-    return " ".join(name.split()).casefold()
+    text = unicodedata.normalize("NFKC", name).replace("\u2019", "'")  # as in Say's Phoebe
+    return " ".join(text.strip("\"' \t").split()).casefold()

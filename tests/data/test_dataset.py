@@ -19,7 +19,7 @@ import torch
 from birdcall.audio.reading import AudioError, read_audio
 from birdcall.config import NO_AUGMENT, AugmentConfig, SamplingConfig, replace_nested
 from birdcall.data import loader as loader_module
-from birdcall.data.cache import CropRequest, RecordingCache
+from birdcall.data.cache import CropRequest, ReadFailure, RecordingCache
 from birdcall.data.dataset import (
     ClipDataset,
     TrainingData,
@@ -33,7 +33,6 @@ from birdcall.data.loader import (
     iterate_clips,
     make_loader,
 )
-from birdcall.data.noise import ReadFailure
 from birdcall.data.targets import (
     IGNORE_TARGET,
     ClipRequest,

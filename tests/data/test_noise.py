@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from birdcall.audio.filters import NOISE_KINDS
-from birdcall.data.noise import find_noise, generate_noise, split_noise
+from birdcall.audio.filters import NOISE_KINDS, generate_noise
+from birdcall.data.noise import find_noise, split_noise
 
 
 def test_noise_files_are_found_in_all_subfolders_sorted_and_nothing_else(tmp_path):
@@ -33,6 +33,14 @@ def test_a_link_to_a_parent_ends_and_a_link_elsewhere_is_followed(tmp_path):
     (folder / "gone.wav").symlink_to(tmp_path / "nothing.wav")
     names = [path.relative_to(folder).as_posix() for path in find_noise(folder)]
     assert names == ["far/rain.wav", "wind.wav"]
+
+
+def test_noise_in_any_format_that_is_read_is_taken_once_and_the_rest_is_named(tmp_path, caplog):
+    for name in ("a.W64", "b.caf", "c.mp2", "rain.m4a", "._a.W64"):
+        (tmp_path / name).touch()
+    (tmp_path / "again.wav").symlink_to("b.caf")
+    assert [path.name for path in find_noise(tmp_path)] == ["a.W64", "b.caf", "c.mp2"]
+    assert "rain.m4a" in caplog.text and "convert" in caplog.text
 
 
 def test_an_absent_folder_has_no_noise(tmp_path):

@@ -10,7 +10,8 @@ import soundfile
 
 from birdcall.audio.reading import read_audio
 from birdcall.data import noise as noise_files
-from birdcall.data.noise import NoiseFiles, NoiseLimits, NothingReadableError
+from birdcall.data.cache import NothingReadableError
+from birdcall.data.noise import NoiseFiles, NoiseLimits
 
 RATE = 32_000
 

@@ -121,7 +121,7 @@ def test_secondary_labels_are_known_by_the_names_of_both_tables_and_of_the_taxon
     write: Callable[..., Path],
 ) -> None:
     renamed = "Empidonax novus_Alder Flycatcher"  # only the extension calls it that
-    labels = [renamed, "empidonax alnorum", "Avis nova_New Bird", "newbird", "Corvus dubius_Rook"]
+    labels = [renamed, "empidonax alnorum", "Avis nova_New Bird", "NewBird ", "Corvus dubius_Rook"]
     data = write(
         make_row(1, "norcar", secondary_labels=repr(labels)),
         make_row(2, "newbird"),

@@ -1,5 +1,6 @@
 """Labelled soundscapes: the competition's example files, and anyone's Raven selection tables."""
 
+import os
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -21,7 +22,7 @@ from birdcall.evaluation.tables import event_rows
 from birdcall.inference.decision import Decision
 from birdcall.inference.ensemble import load_ensemble
 from birdcall.inference.events import Event
-from birdcall.inference.tables import write_raven_table
+from birdcall.inference.tables import read_labels_beside, write_raven_table
 from birdcall.kaggle.test_set import find_audio, read_labelled_soundscapes
 from birdcall.taxonomy import all_species
 
@@ -125,7 +126,7 @@ def test_raven_tables_label_recordings_as_a_whole(ravens, trained_runs, training
     known = known_species(training_data.classes)
     birds = [{known[k] for k in np.flatnonzero(row)} for row in scores.truth]
     assert birds == [{"amecro", "norcar"}, {"norcar"}, *[set()] * 6]
-    assert "unlabelled.wav: no Raven selection table" in caplog.text
+    assert "unlabelled.wav" in caplog.text
     assert list(soundscapes.annotations["ebird_code"]) == ["amecro", "norcar"]
 
 
@@ -133,8 +134,9 @@ def test_both_layouts_are_predicted_together(ravens, demo_folder, trained_runs, 
     known = known_species(training_data.classes)
     soundscapes = predict_labelled(load_ensemble(trained_runs[:1]), [demo_folder, ravens])
     assert soundscapes.predictions.segments["recording"].nunique() == 2 + 2
-    with pytest.raises(ValueError, match="dawn is in another folder of soundscapes too"):
-        read_truth([ravens, ravens], known)
+    truth = read_truth([ravens, ravens.parent, ravens / "night" / ".."], known)
+    assert list(truth.paths) == ["dawn", "night/quiet"]  # each once
+    assert len(truth.rows) == 5 + 3
 
 
 def test_names_of_species_are_known_and_others_counted(ravens):
@@ -155,7 +157,146 @@ def test_a_selection_after_the_end_is_left_out_with_a_warning(ravens, caplog):
     write_raven_table(ravens / "dawn.Table.1.selections.txt", late)
     truth = read_truth([ravens], KNOWN)
     assert truth.annotations[["onset", "offset"]].to_numpy().tolist() == [[22.0, 23.0]]
-    assert "a selection at 30 s is after the end of its recording (23 s)" in caplog.text
+    assert "dawn.wav" in caplog.text and "22 to 40 s, 30 to 31 s" in caplog.text
+
+
+def write_table(path, *rows, columns=("Species Code",)):
+    """Write a Raven table with rows of onset, offset and the cells of ``columns``."""
+    lines = [("Begin Time (s)", "End Time (s)", *columns), *rows]
+    path.write_text("".join("\t".join(map(str, line)) + "\n" for line in lines))
+
+
+def annotated(truth):
+    """The annotations as tuples."""
+    return list(truth.annotations.itertuples(index=False, name=None))
+
+
+def test_a_table_belongs_to_the_recording_with_the_longest_name_that_it_begins_with(tmp_path):
+    for name in ("dawn.wav", "dawn.2.wav", "dawn.2.flac"):
+        write_noise(tmp_path / name, 6)
+    write_table(tmp_path / "dawn.late.selections.txt", (0, 1, "amecro"))
+    write_table(tmp_path / "dawn.2.Table.1.selections.txt", (1, 2, "norcar"))
+    write_table(tmp_path / "dawn.2.wav.selections.txt", (2, 3, "aldfly"))
+    assert annotated(read_truth([tmp_path], KNOWN)) == [
+        ("dawn.2", 1, 2, "norcar"),  # the .flac
+        ("2/dawn.2", 1, 2, "norcar"),
+        ("2/dawn.2", 2, 3, "aldfly"),
+        ("dawn", 0, 1, "amecro"),
+    ]
+
+
+def test_results_of_models_and_notes_are_no_truth_and_are_named(ravens, caplog):
+    for name in ("dawn.BirdNET.selection.table.txt", "unlabelled.detections.txt"):
+        write_table(ravens / name, (10, 11, "aldfly"))
+    (ravens / "dawn.notes.txt").write_text("windy\n")
+    (ravens / "readme.txt").write_text("of no recording\n")
+    truth = read_truth([ravens], KNOWN)
+    assert [code for *_, code in annotated(truth)] == ["amecro", "norcar"]
+    for name in ("dawn.BirdNET", "unlabelled.detections", "dawn.notes"):
+        assert name in caplog.text
+    assert "readme" not in caplog.text
+
+
+SEQUENCE = ("Begin File", "File Offset (s)", "Species")
+
+
+def write_sequence(folder, *rows, names=("rec1", "rec2", "rec3"), columns=SEQUENCE):
+    """Write files of ten seconds, and the table of all that Raven names after the first."""
+    for name in names:
+        write_noise(folder / f"{name}.wav", 10)
+    write_table(folder / f"{names[0]}.Table.1.selections.txt", *rows, columns=columns)
+
+
+def test_a_table_of_several_files_labels_each_in_its_times(tmp_path):
+    rows = [
+        (1, 3, "rec1.wav", 1, "amecro"),
+        (11, 14, "REC2.WAV", 1, "norcar"),
+        (29, 31, "rec3.flac", 9, "aldfly"),  # converted since
+    ]
+    write_sequence(tmp_path, *rows)
+    for name in ("rec2", "rec3"):  # as people copy it
+        shutil.copy(tmp_path / "rec1.Table.1.selections.txt", tmp_path / f"{name}.Table.1.txt")
+    expected = [("rec1", 1, 3, "amecro"), ("rec2", 1, 4, "norcar"), ("rec3", 9, 10, "aldfly")]
+    assert annotated(read_truth([tmp_path], KNOWN)) == expected
+
+
+def test_a_selection_across_two_files_is_in_both(tmp_path):
+    rows = [(8, 12.5, "rec1.wav", 8, "amecro"), (15, 16, "rec2.wav", 5, "norcar")]
+    write_sequence(tmp_path, *rows)
+    assert annotated(read_truth([tmp_path], KNOWN)) == [
+        ("rec1", 8, 10, "amecro"),
+        ("rec2", 0, 2.5, "amecro"),
+        ("rec2", 5, 6, "norcar"),
+    ]
+
+
+def test_a_recording_is_labelled_by_a_table_that_only_its_rows_name(tmp_path, caplog):
+    rows = [(1, 2, "rec1.wav", 1, "amecro"), (11, 12, "gone.wav", 1, "norcar")]
+    write_sequence(tmp_path, *rows)
+    (tmp_path / "rec1.Table.1.selections.txt").rename(tmp_path / "all of May.txt")
+    assert annotated(read_truth([tmp_path], KNOWN)) == [("rec1", 1, 2, "amecro")]
+    assert "gone.wav" in caplog.text and "rec2.wav" in caplog.text
+
+
+def test_a_table_of_one_renamed_file_labels_the_recording_beside_it(tmp_path):
+    write_sequence(tmp_path, (1, 2, "20240501.WAV", 1, "amecro"), names=["dawn"])
+    assert annotated(read_truth([tmp_path], KNOWN)) == [("dawn", 1, 2, "amecro")]
+
+
+def test_several_files_without_their_offsets_are_refused(tmp_path):
+    rows = [(1, 2, "rec1.wav", "amecro"), (11, 12, "rec2.wav", "norcar")]
+    write_sequence(tmp_path, *rows, columns=("Begin File", "Species"))
+    with pytest.raises(ValueError, match=r"rec1\.Table.*File Offset"):
+        read_truth([tmp_path], KNOWN)
+
+
+def test_codes_and_names_of_labels_count_in_any_case(ravens):
+    labels = ["amecro ", "AMECRO", '"amecro "', "American crow", " corvus  brachyrhynchos", ""]
+    rows = [(3 * number, 3 * number + 1, label) for number, label in enumerate(labels)]
+    write_table(ravens / "dawn.Table.1.selections.txt", *rows)
+    truth = read_truth([ravens], KNOWN)
+    assert [code for *_, code in annotated(truth)] == ["amecro"] * 5
+    assert truth.foreign == Counter({"": 1})
+
+
+def test_labels_are_in_the_column_that_is_given(ravens):
+    rows = [(1, 2, "amecro", "norcar")]
+    write_table(ravens / "dawn.Table.1.selections.txt", *rows, columns=("Species", "Second look"))
+    assert read_truth([ravens], KNOWN).annotations["ebird_code"].tolist() == ["amecro"]
+    truth = read_truth([ravens], KNOWN, "second look")
+    assert truth.annotations["ebird_code"].tolist() == ["norcar"]
+
+
+def test_recordings_of_one_name_are_told_apart(tmp_path):
+    """Recorders name files by the time: those of two sites have the same names."""
+    for site, code in (("a", "amecro"), ("b", "norcar")):
+        write_noise(tmp_path / site / "0500.wav", 6)
+        write_table(tmp_path / site / "0500.txt", (0, 1, code))
+    truth = read_truth([tmp_path / "a", tmp_path / "b"], KNOWN)
+    assert annotated(truth) == [("0500", 0, 1, "amecro"), ("2/0500", 0, 1, "norcar")]
+    assert truth.annotated == list(truth.paths) == ["0500", "2/0500"]
+    assert list(truth.rows["recording"]) == ["0500"] * 2 + ["2/0500"] * 2
+
+
+def test_sound_in_a_format_that_is_not_read_is_left_out_with_advice(ravens, caplog):
+    (ravens / "phone.m4a").write_bytes(b"no sound that is read")
+    write_table(ravens / "phone.txt", (0, 1, "amecro"))
+    assert "phone" not in read_truth([ravens], KNOWN).paths
+    assert "phone.m4a" in caplog.text and "convert" in caplog.text
+
+
+def test_a_folder_is_listed_once_however_many_recordings_are_in_it(tmp_path, monkeypatch):
+    for number in range(40):
+        (tmp_path / f"{number}.wav").touch()
+        write_table(tmp_path / f"{number}.txt", (0, 1, "amecro"))
+    paths = sorted(tmp_path.glob("*.wav"))
+    listings = []
+    for name in ("scandir", "listdir"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *path, real=real: listings.append(path) or real(*path))
+    labels = read_labels_beside(paths, KNOWN)
+    assert [len(labels[path]) for path in paths] == [1] * 40
+    assert 0 < len(listings) <= 2
 
 
 @pytest.mark.parametrize(

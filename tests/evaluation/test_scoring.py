@@ -14,9 +14,13 @@ from birdcall.evaluation.predict import predict_held_out
 from birdcall.evaluation.scoring import decide_ensemble, evaluate
 from birdcall.inference.decision import Decision, read_decision, write_decision
 from birdcall.inference.ensemble import load_ensemble
-from birdcall.inference.tables import read_submission, write_submission
 from birdcall.kaggle.submission import LoadedPackage, predict_test_set
-from birdcall.kaggle.test_set import read_labelled_soundscapes, read_test_rows
+from birdcall.kaggle.test_set import (
+    read_labelled_soundscapes,
+    read_submission,
+    read_test_rows,
+    write_submission,
+)
 
 NOCALL_SHARE = 0.54  # of the competition's public rows
 

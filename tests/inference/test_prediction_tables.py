@@ -1,15 +1,16 @@
 """What is written is read back equal by its reader, and a wrong submission is never written."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import read_audacity_labels, read_detections
 
 from birdcall.inference import tables as outputs
 from birdcall.inference.events import Event, frames_to_events, merge_events
+from birdcall.kaggle.test_set import read_submission, write_submission
 
 EVENTS = [
     Event("norcar", 0.0, 1.25, 1.0),
@@ -25,11 +26,11 @@ NAMES = {"norcar": "Northern Cardinal"}
 
 def test_a_submission_has_exactly_the_rows_given_in_order(tmp_path: Path) -> None:
     path = tmp_path / "submission.csv"
-    outputs.write_submission(path, ["b_5", "a,1", "c"], ["norcar aldfly", "nocall", "amecro"])
+    write_submission(path, ["b_5", "a,1", "c"], ["norcar aldfly", "nocall", "amecro"])
     expected = 'row_id,birds\nb_5,norcar aldfly\n"a,1",nocall\nc,amecro\n'
     assert path.read_text() == expected
     assert pd.read_csv(path).values.tolist()[1] == ["a,1", "nocall"]
-    read = outputs.read_submission(path, ["b_5", "a,1", "c"])
+    read = read_submission(path, ["b_5", "a,1", "c"])
     assert read["birds"].tolist() == ["norcar aldfly", "nocall", "amecro"]
     assert [file.name for file in tmp_path.iterdir()] == ["submission.csv"]
 
@@ -52,9 +53,9 @@ def test_a_wrong_submission_is_not_written_over_a_right_one(
     tmp_path: Path, row_ids: list, birds: list, message: str
 ) -> None:
     path = tmp_path / "submission.csv"
-    outputs.write_submission(path, ["a"], ["nocall"])
+    write_submission(path, ["a"], ["nocall"])
     with pytest.raises(ValueError, match=message) as caught:
-        outputs.write_submission(path, row_ids, birds)
+        write_submission(path, row_ids, birds)
     assert str(path) in str(caught.value)
     assert path.read_text() == "row_id,birds\na,nocall\n"
 
@@ -79,7 +80,7 @@ def test_a_submission_that_kaggle_would_misread_is_refused(
     path = tmp_path / "submission.csv"
     path.write_text(text)
     with pytest.raises(ValueError, match=message) as caught:
-        outputs.read_submission(path, ["a", "b"])
+        read_submission(path, ["a", "b"])
     assert str(path) in str(caught.value)
 
 
@@ -185,7 +186,7 @@ def test_an_event_cannot_end_before_it_begins() -> None:
 def test_the_combined_table_is_read_back_equal(tmp_path: Path) -> None:
     path = tmp_path / "detections.csv"
     outputs.write_detections(path, DETECTIONS, NAMES)
-    assert outputs.read_detections(path) == DETECTIONS
+    assert read_detections(path) == DETECTIONS
     table = pd.read_csv(path)
     assert tuple(table.columns) == outputs.DETECTION_COLUMNS
     assert table["common_name"].fillna("").tolist()[:2] == ["Northern Cardinal", ""]
@@ -194,7 +195,7 @@ def test_the_combined_table_is_read_back_equal(tmp_path: Path) -> None:
 def test_json_lines_are_read_back_equal_and_have_the_columns_of_the_table(tmp_path: Path) -> None:
     path = tmp_path / "detections.jsonl"
     outputs.write_detections(path, DETECTIONS, NAMES)
-    assert outputs.read_detections(path) == DETECTIONS
+    assert read_detections(path) == DETECTIONS
     first = json.loads(path.read_text().splitlines()[0])
     assert tuple(first) == outputs.DETECTION_COLUMNS
     assert first["common_name"] == "Northern Cardinal"
@@ -223,18 +224,71 @@ def test_a_table_drawn_by_hand_in_raven_is_read_once_per_selection(tmp_path: Pat
         "1\tSpectrogram 1\t1\t0.5\t1.5\t0\t9000\tnorcar\tloud\n"
         "2\tSpectrogram 1\t1\t3\t4\t0\t9000\taldfly\t\n"
     )
-    events = [Event("norcar", 0.5, 1.5, 1.0), Event("aldfly", 3, 4, 1.0)]
+    events = [Event("norcar", 0.5, 1.5, 1.0, "loud"), Event("aldfly", 3, 4, 1.0)]
     assert outputs.read_raven_table(path) == events
     assert outputs.read_raven_table(path, "notes")[0].ebird_code == "loud"
 
 
-def test_audacity_labels_are_read_back_equal_and_hand_made_ones_too(tmp_path: Path) -> None:
+def write_raven(path: Path, header: list[str], *rows: list[str], encoding: str = "utf-8") -> Path:
+    """Write a table whose header begins as Raven's, and whose rows have one number."""
+    lines = [["Selection", "Begin Time (s)", "End Time (s)", *header], *rows]
+    path.write_bytes("".join("\t".join(line) + "\n" for line in lines).encode(encoding))
+    return path
+
+
+def test_selections_with_one_number_but_other_times_or_labels_are_several(tmp_path: Path) -> None:
+    rows = [["1", "0", "1", "norcar"], ["1", "0", "1", "aldfly"], ["1", "5", "6", "norcar"]]
+    path = write_raven(tmp_path / "two_annotators.txt", ["Species"], *rows, rows[0])
+    expected = [Event("norcar", 0, 1), Event("aldfly", 0, 1), Event("norcar", 5, 6)]
+    assert outputs.read_raven_table(path) == expected
+
+
+def test_a_quote_in_a_note_is_text_and_quotes_around_a_cell_are_not(tmp_path: Path) -> None:
+    rows = [
+        ["1", "0", "1", "norcar", '"seet" then trill'],
+        ["2", "2", "3", "norcar", '"rattle, not sure'],
+        ["3", "4", "5", '"aldfly "', '"a ""far"" one"'],  # as Excel and R write it
+        ["4", "6", "7", "aldfly", ""],
+    ]
+    path = write_raven(tmp_path / "quotes.txt", ['"Species"', "Notes"], *rows)
+    events = outputs.read_raven_table(path)
+    assert [(event.ebird_code, event.onset) for event in events] == [
+        ("norcar", 0), ("norcar", 2), ("aldfly", 4), ("aldfly", 6),
+    ]  # fmt: skip
+    assert [event.note for event in events[:3]] == [rows[0][4], rows[1][4], 'a "far" one']
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_a_table_is_read_in_the_encodings_of_raven_and_excel(tmp_path: Path, encoding: str) -> None:
+    row = ["1", "1", "2", "norcar", "Grünfink?"]
+    path = write_raven(tmp_path / "a.txt", ["Species", "Notes"], row, encoding=encoding)
+    assert outputs.read_raven_table(path) == [Event("norcar", 1, 2, 1.0, "Grünfink?")]
+
+
+@pytest.mark.parametrize("column", ["species", "SPECIES CODE", "Common Name", "Species.Code"])
+def test_the_column_of_labels_is_known_by_its_letters(tmp_path: Path, column: str) -> None:
+    path = write_raven(tmp_path / "a.txt", ["x", column], ["1", "1", "2", "", "norcar"])
+    assert outputs.read_raven_table(path) == [Event("norcar", 1, 2)]
+
+
+def test_a_label_column_of_any_name_can_be_given(tmp_path: Path) -> None:
+    path = write_raven(tmp_path / "a.txt", ["Species", "My Tags"], ["1", "1", "2", "x", "norcar"])
+    assert outputs.read_raven_table(path, "my tags") == [Event("norcar", 1, 2)]
+    with pytest.raises(ValueError, match=r"other.*My Tags"):
+        outputs.read_raven_table(path, "other")
+
+
+def test_a_confidence_in_words_is_that_of_a_person(tmp_path: Path) -> None:
+    rows = [["1", "1", "2", "a", "high"], ["2", "3", "4", "a", ""], ["3", "5", "6", "a", "0.25"]]
+    path = write_raven(tmp_path / "a.txt", ["Species", "Confidence"], *rows)
+    assert [event.confidence for event in outputs.read_raven_table(path)] == [1, 1, 0.25]
+
+
+def test_audacity_labels_are_read_back_equal(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     outputs.write_audacity_labels(path, EVENTS)
     assert path.read_text().splitlines()[0] == "0.0\t1.25\tnorcar 1.0"
-    assert outputs.read_audacity_labels(path) == EVENTS
-    path.write_text("0.500000\t1.500000\tnorcar\n\\\t100.000000\t9000.000000\n")
-    assert outputs.read_audacity_labels(path) == [Event("norcar", 0.5, 1.5, 1.0)]
+    assert read_audacity_labels(path) == EVENTS
 
 
 def test_float32_scores_are_written_as_numbers(tmp_path: Path) -> None:
@@ -243,92 +297,43 @@ def test_float32_scores_are_written_as_numbers(tmp_path: Path) -> None:
     outputs.write_detections(tmp_path / "a.jsonl", {"r": [event]})
     outputs.write_raven_table(tmp_path / "a.txt", [event])
     expected = [Event("a", 0.5, 1.0, 0.25)]
-    assert outputs.read_detections(tmp_path / "a.csv") == {"r": expected}
-    assert outputs.read_detections(tmp_path / "a.jsonl") == {"r": expected}
+    assert read_detections(tmp_path / "a.csv") == {"r": expected}
+    assert read_detections(tmp_path / "a.jsonl") == {"r": expected}
     assert outputs.read_raven_table(tmp_path / "a.txt") == expected
 
 
-@pytest.mark.parametrize(
-    ("write", "read", "suffix", "nothing"),
-    [
-        (outputs.write_detections, outputs.read_detections, ".csv", {}),
-        (outputs.write_detections, outputs.read_detections, ".jsonl", {}),
-        (outputs.write_raven_table, outputs.read_raven_table, ".txt", []),
-        (outputs.write_audacity_labels, outputs.read_audacity_labels, ".txt", []),
-    ],
-)
-def test_no_events_make_a_readable_file_and_no_file_an_error(
-    tmp_path: Path, write: Callable, read: Callable, suffix: str, nothing: object
-) -> None:
-    write(tmp_path / f"empty{suffix}", nothing)
-    assert read(tmp_path / f"empty{suffix}") == nothing
-    with pytest.raises(FileNotFoundError, match=f"missing{suffix} is missing"):
-        read(tmp_path / f"missing{suffix}")
-    (tmp_path / f"binary{suffix}").write_bytes(b"\xff\xfe\x00")
+def test_no_events_make_a_readable_file_and_no_file_an_error(tmp_path: Path) -> None:
+    outputs.write_detections(tmp_path / "empty.csv", {})
+    assert (tmp_path / "empty.csv").read_text() == ",".join(outputs.DETECTION_COLUMNS) + "\n"
+    outputs.write_raven_table(tmp_path / "empty.txt", [])
+    assert outputs.read_raven_table(tmp_path / "empty.txt") == []
+    with pytest.raises(FileNotFoundError, match=r"missing\.txt is missing"):
+        outputs.read_raven_table(tmp_path / "missing.txt")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="UTF-8"):
-        read(tmp_path / f"binary{suffix}")
+        outputs.read_raven_table(tmp_path / "binary.txt")
 
 
 RAVEN_HEAD = "Selection\tBegin Time (s)\tEnd Time (s)\tSpecies\n"
-TABLE_HEAD = "recording,onset,offset,ebird_code,common_name,confidence\n"
 
 
 @pytest.mark.parametrize(
-    ("read", "name", "text", "message"),
+    ("text", "message"),
     [
-        (
-            outputs.read_raven_table,
-            "events.txt",
-            RAVEN_HEAD + "1\t3\t2\ta\n",
-            "line 2: event of a lasts from 3",
-        ),
-        (
-            outputs.read_raven_table,
-            "events.txt",
-            RAVEN_HEAD + "1\tx\t2\ta\n",
-            "line 2: could not convert",
-        ),
-        (
-            outputs.read_raven_table,
-            "events.txt",
-            "Selection\tBegin Time (s)\tEnd Time (s)\n",
-            "with labels",
-        ),
-        (outputs.read_raven_table, "events.txt", "Selection,Begin Time (s)\n", "no column"),
-        (
-            outputs.read_detections,
-            "events.csv",
-            TABLE_HEAD + "r,3,2,a,,1\n",
-            "line 2: event of a lasts",
-        ),
-        (
-            outputs.read_detections,
-            "events.csv",
-            TABLE_HEAD + "r,3,4,a,,nan\n",
-            "line 2: confidence of a",
-        ),
-        (
-            outputs.read_audacity_labels,
-            "events.txt",
-            "0\t1\ta\n2\t1\ta\n",
-            "line 2: event of a lasts from 2",
-        ),
-        (outputs.read_audacity_labels, "events.txt", "0 1 a\n", "line 1: '0 1 a' is not onset"),
-        (
-            outputs.read_detections,
-            "events.jsonl",
-            '{"recording": "r"}\n',
-            "line 1: not a detection",
-        ),
-        (outputs.read_detections, "events.jsonl", "[]\n", "line 1: not a detection"),
-        (outputs.read_detections, "events.jsonl", '{"recording": \n', "line 1: not a detection"),
+        (RAVEN_HEAD + "1\t3\t2\ta\n", "line 2: event of a lasts from 3"),
+        (RAVEN_HEAD + "1\tx\t2\ta\n", "line 2: could not convert"),
+        (RAVEN_HEAD + "1\t1\t2\n", "line 2: 3 fields where the header has 4"),
+        ("Selection\tBegin Time (s)\tEnd Time (s)\n1\t1\t2\n", "with labels"),
+        ("Selection\tBegin Time (s)\tSpecies\n1\t1\ta\n", "End Time"),
+        ("Selection,Begin Time (s)\n", "no column"),
     ],
 )
-def test_a_bad_event_file_is_refused_with_its_line(
-    tmp_path: Path, read: Callable, name: str, text: str, message: str
+def test_a_bad_raven_table_is_refused_with_its_line(
+    tmp_path: Path, text: str, message: str
 ) -> None:
-    (tmp_path / name).write_text(text)
+    path = tmp_path / "events.txt"
+    path.write_text(text)
     with pytest.raises(ValueError, match=message) as caught:
-        read(tmp_path / name)
-    assert str(tmp_path / name) in str(caught.value)
+        outputs.read_raven_table(path)
+    assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from birdcall.kaggle.test_set import (
@@ -150,6 +151,20 @@ def test_of_several_files_the_choice_is_always_the_same(tmp_path: Path) -> None:
     assert find_audio(tmp_path, "b") == tmp_path / "b.pt9.mp3"
 
 
+def test_of_many_recordings_the_folder_is_listed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"S{number}" for number in range(40)]
+    for name in names:
+        (tmp_path / f"{name}.pt1.AIFF").touch()
+    listings = []
+    real = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda path: listings.append(path) or real(path))
+    paths, missing = find_recordings_of(pd.DataFrame({"audio_id": [*names, "gone"]}), tmp_path)
+    assert list(paths) == names and missing == ["gone"]
+    assert listings == [tmp_path]
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "../a", "sub/a", "/a", "sub\\a", "a/", "a\0"])
 def test_a_name_with_a_path_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "a.mp3").touch()
@@ -203,6 +218,14 @@ def test_labels_outside_the_classes_are_set_aside_counted_and_logged(
     assert rows["birds"].tolist() == [("aldfly", "norcar"), (), (), ("norcar",), ()]
     assert rows["foreign_labels"].tolist() == [(), (), ("squirrel", "unk"), ("unk",), ()]
     assert "3 labels are no class and count as no bird: unk 2, squirrel 1" in caplog.text
+
+
+def test_labels_count_in_any_case(tmp_path: Path) -> None:
+    write(tmp_path, "example_test_audio_summary.csv", LABELS.replace("aldfly", "ALDFLY"))
+    write(tmp_path, "example_test_audio_metadata.csv", ANNOTATIONS.replace("norcar", "NorCar"))
+    rows = read_labelled_soundscapes(tmp_path, ["aldfly", "norcar"])
+    assert rows["birds"].tolist() == [("aldfly", "norcar"), (), (), ("norcar",), ()]
+    assert read_annotations(tmp_path, ["norcar"])["ebird_code"].tolist() == ["norcar"]
 
 
 def test_labels_that_are_all_classes_are_not_worth_a_warning(

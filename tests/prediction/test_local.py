@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
-from helpers import RATE
+from helpers import RATE, read_audacity_labels, read_detections
 
 from birdcall.__main__ import main
 from birdcall.audio.reading import AudioError
@@ -25,11 +25,7 @@ from birdcall.inference import engine as engine_module
 from birdcall.inference.ensemble import load_ensemble
 from birdcall.inference.events import Event
 from birdcall.inference.predictions import OutputOptions, SegmentPredictions
-from birdcall.inference.tables import (
-    read_audacity_labels,
-    read_detections,
-    read_raven_table,
-)
+from birdcall.inference.tables import read_labels_beside, read_raven_table
 from birdcall.kaggle.submission import LoadedPackage, open_package
 from birdcall.prediction import local as local_module
 from birdcall.prediction import package as package_module
@@ -82,6 +78,41 @@ def test_recordings_of_files_folders_and_globs_are_listed_once_each(tmp_path, mo
         ("z.flac", "z.flac"),
     ]
     assert len({recording.name for recording in recordings}) == len(recordings)
+
+
+def names_of(recordings):
+    return {recording.name: recording.path for recording in recordings}
+
+
+def test_numbers_of_recordings_with_one_name_do_not_collide(tmp_path):
+    for name in ("cardA/rec.wav", "cardA/2/rec.wav", "cardB/rec.wav", "cardC/rec.wav"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    names = names_of(find_recordings([tmp_path / f"card{card}" for card in "ABC"]))
+    assert names == {
+        "rec.wav": tmp_path / "cardA" / "rec.wav",
+        "2/rec.wav": tmp_path / "cardA" / "2" / "rec.wav",
+        "3/rec.wav": tmp_path / "cardB" / "rec.wav",
+        "4/rec.wav": tmp_path / "cardC" / "rec.wav",
+    }
+
+
+def test_a_file_under_several_spellings_is_one_recording(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a.wav").touch()
+    (tmp_path / "link.wav").symlink_to("a.wav")
+    spellings = ["./a.wav", tmp_path / "a.wav", "deep/../a.wav", "link.wav", "*.wav", "."]
+    assert names_of(find_recordings(spellings)) == {"a.wav": Path("a.wav")}
+
+
+def test_of_a_glob_sound_is_taken_and_folders_are_searched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("in/a.wav", "in/a.txt", "in/deep/b.flac", "in/phone.m4a", "in/odd.dat"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert list(names_of(find_recordings(["in/*"]))) == ["a.wav", "b.flac", "phone.m4a"]
+    assert list(names_of(find_recordings(["in/*.dat"]))) == ["odd.dat"]
 
 
 @pytest.mark.parametrize("path", ["nowhere", "no*.wav"])
@@ -198,7 +229,13 @@ def test_impossible_options_are_refused(options, message):
 
 def test_a_species_that_the_model_does_not_know_is_refused():
     with pytest.raises(ValueError, match="knows no species aldfly"):
-        ResultOptions(species=("aldfly",)).require_known(("amecro", "norcar"))
+        ResultOptions(species=("norcar", "aldfly")).for_classes(("amecro", "norcar"))
+
+
+@pytest.mark.parametrize("name", ["amecro", "AMECRO", ' "amecro "', "American crow"])
+def test_species_are_given_by_code_or_name_in_any_case(name):
+    options = ResultOptions(species=(name,)).for_classes(("amecro", "norcar"))
+    assert options.species == ("amecro",)
 
 
 def test_names_do_not_lead_out_of_the_output(tmp_path):
@@ -276,7 +313,9 @@ def predict(paths, output, package, opened, options=ResultOptions(("csv",)), pre
             classes=opened.ensemble.classes,
             members=tuple(member.name for member in opened.ensemble.members),
         )
-    predictor = predict_locally(opened, output, options, pages=pages)
+    paths = [recording.path for recording in recordings] if options.view else []
+    labels = read_labels_beside(paths, opened.ensemble.classes)
+    predictor = predict_locally(opened, output, options, pages=pages, labels=labels)
 
     def counted(remaining):
         if predicted is not None:
@@ -285,7 +324,7 @@ def predict(paths, output, package, opened, options=ResultOptions(("csv",)), pre
 
     with Journal(output / "journal.jsonl", fingerprint_of(package, options, "cpu")) as journal:
         return predict_recordings(
-            recordings, counted, journal, output, options=options, pages=pages
+            recordings, counted, journal, output, options=options, pages=pages, labels=labels
         )
 
 
@@ -318,6 +357,40 @@ def test_a_page_of_each_recording_shows_the_events_of_the_tables(opened, package
     assert not (view / "bad.mp3.html").exists()
 
 
+def test_a_name_that_is_no_utf8_is_a_name_like_others(opened, package, tmp_path):
+    name = os.fsdecode(b"Gr\xfcnspecht.wav")
+    write_recording(tmp_path / "in" / "a.wav", 6, 1)
+    write_recording(tmp_path / "in" / "b.wav", 6, 1)
+    (tmp_path / "in" / "b.wav").rename(tmp_path / "in" / name)
+    (tmp_path / "in" / os.fsdecode(b"Gr\xfcnspecht.txt")).write_text(
+        "Begin Time (s)\tEnd Time (s)\tSpecies\n1\t2\tAmerican crow\n"
+    )
+    formats, output = ("csv", "jsonl", "parquet", "raven"), tmp_path / os.fsdecode(b"\xf6ut")
+    options, predicted = ResultOptions(formats, embeddings=True, view=True), []
+    for _ in range(2):
+        predict([tmp_path / "in"], output, package, opened, options=options, predicted=predicted)
+    assert sorted(predicted) == ["Gr%FCnspecht.wav", "a.wav"]  # once
+    events = read_detections(output / "detections.csv")
+    assert read_detections(output / "detections.jsonl") == events
+    with (output / "detections.parquet").open("rb") as file:  # pyarrow takes no such path
+        assert set(pd.read_parquet(file)["recording"]) == set(events)
+    other, plain = (events[str(tmp_path / "in" / name)] for name in ("Gr%FCnspecht.wav", "a.wav"))
+    assert other == plain
+    assert read_raven_table(output / "raven" / "Gr%FCnspecht.wav.selections.txt") == other
+    assert (output / "embeddings" / "Gr%FCnspecht.wav.parquet").is_file()
+    page = page_data(output / "view" / "Gr%FCnspecht.wav.html")
+    assert page["truth"] == [["amecro", 1.0, 2.0]]
+    assert "href='Gr%25FCnspecht.wav.html'" in (output / "view" / "index.html").read_text()
+
+
+def test_sound_in_a_format_that_is_not_read_has_a_reason_with_advice(opened, package, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "phone.M4A").write_bytes(b"no sound that is read")
+    predict([tmp_path / "in"], tmp_path / "out", package, opened)
+    ((path, reason),) = pd.read_csv(tmp_path / "out" / "failed.csv").to_numpy()
+    assert path == str(tmp_path / "in" / "phone.M4A") and "convert" in reason
+
+
 def test_labels_beside_a_recording_are_shown_once_they_are_there(opened, package, tmp_path):
     write_recording(tmp_path / "in" / "a.wav", 7)
     write_recording(tmp_path / "in" / "b.wav", 7)
@@ -339,14 +412,14 @@ def test_labels_beside_a_recording_are_shown_once_they_are_there(opened, package
     )
     (tmp_path / "in" / "b.readme.txt").write_text("no table\n")
     run()
-    assert predicted == ["a.wav", "b.wav", "a.wav", "b.wav"]
+    assert predicted == ["a.wav", "b.wav", "a.wav"]
     page = tmp_path / "out" / "view" / "a.wav.html"
     assert page_data(page)["labels"] == [["amecro", 1.5, 2.0, "far"]]
     assert page_data(page)["truth"] == [["amecro", 1.5, 2.0]]
     page.unlink()
     run()
     run()
-    assert predicted[4:] == ["a.wav"]
+    assert predicted[3:] == ["a.wav"]
     assert page.is_file()
 
 

@@ -52,7 +52,7 @@ def test_a_task_leaves_a_shard_and_returns_its_results(package, recordings, expe
     """What a worker does, without a cluster."""
     worker = Worker(str(package), str(tmp_path), embeddings=True, n_threads=1)
     task = {
-        "path": np.array([str(recording.path) for recording in recordings[:4]], dtype=object),
+        "path": np.array([os.fsencode(item.path) for item in recordings[:4]], dtype=object),
         "name": np.array([recording.name for recording in recordings[:4]], dtype=object),
     }
     results = worker(task)
@@ -63,7 +63,8 @@ def test_a_task_leaves_a_shard_and_returns_its_results(package, recordings, expe
         assert json.loads(text)["parts"] == parts
         assert all((tmp_path / part).is_file() for part in parts)
     whole = pd.read_parquet(expected / "detections.parquet")
-    subset = whole[whole["recording"].isin(list(task["path"]))].reset_index(drop=True)
+    paths = [str(recording.path) for recording in recordings[:4]]
+    subset = whole[whole["recording"].isin(paths)].reset_index(drop=True)
     pd.testing.assert_frame_equal(pd.read_parquet(shard), subset)
     worker(task)
     assert list((tmp_path / "shards").iterdir()) == [shard]  # done again, the same file

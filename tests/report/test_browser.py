@@ -9,13 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
+from helpers import read_audacity_labels
 from markupsafe import Markup
 
 from birdcall.evaluation.labelled import read_truth
 from birdcall.inference.decision import Decision
 from birdcall.inference.events import Event, frames_to_events
 from birdcall.inference.predictions import SegmentPredictions
-from birdcall.inference.tables import read_audacity_labels, read_raven_table
+from birdcall.inference.tables import read_raven_table
 from birdcall.inference.windows import FRAME_SECONDS, FRAMES_PER_SEGMENT
 from birdcall.report import soundscape as soundscape_pages
 from birdcall.report.html import (
@@ -413,6 +414,28 @@ def test_a_saved_table_is_opened_again(opened, tmp_path):
     page.set_input_files("#open-labels", str(wrong))
     until(page, "document.getElementById('message').textContent.includes('not a Raven')")
     assert page.inner_text("#n-labels") == "2 labels"
+
+
+def test_a_table_from_raven_is_opened_as_commands_read_it(opened, tmp_path):
+    page, table = opened.page, tmp_path / "by hand.txt"
+    table.write_text(
+        'Selection\tBegin Time (s)\tEnd Time (s)\t"species"\tNotes\n'
+        '1\t1\t2\tAMECRO\t"seet" then trill\n'
+        '1\t1\t2\tAMECRO\t"seet" then trill\n'  # in another view
+        '1\t5\t6\t"Blue jay "\t"rattle, not sure\n'
+        "2\t8\t9\tsquirrel\t\n"
+    )
+    page.set_input_files("#open-labels", str(table))
+    until(page, "state.labels.length === 3")
+    labels = page.evaluate("state.labels.map(({ code, onset, note }) => [code, onset, note])")
+    assert labels == [
+        ["amecro", 1, '"seet" then trill'],
+        ["blujay", 5, '"rattle, not sure'],
+        ["squirrel", 8, ""],
+    ]
+    events = read_raven_table(table)
+    assert [event.onset for event in events] == [1, 5, 8]
+    assert [event.note for event in events] == [note for *_, note in labels]
 
 
 def test_a_label_outside_the_recording_is_refused(opened):

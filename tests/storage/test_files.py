@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and names from a CSV cannot leave their folder."""
+"""Files appear whole or not at all; names stay in their folder; each file counts once."""
 
 import os
 import signal
@@ -6,15 +6,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 from birdcall.storage.files import (
+    SOUND_SUFFIXES,
     atomic_path,
+    conversion_advice,
+    digest_files,
+    find_files,
     inside,
-    locked,
+    is_sound,
     read_table,
     write_atomically,
 )
+from birdcall.storage.locks import locked
 
 
 def files_below(folder: Path) -> list[str]:
@@ -75,7 +82,7 @@ def test_the_file_has_the_permissions_of_an_ordinary_file(tmp_path: Path) -> Non
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from birdcall.storage.files import locked
+from birdcall.storage.locks import locked
 with locked(Path(sys.argv[1])):
     if not os.fork():
         print(os.getppid(), os.getpid(), flush=True)
@@ -185,3 +192,90 @@ def test_a_table_without_rows_has_its_columns(tmp_path: Path) -> None:
 def test_a_missing_table_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no\.csv is missing"):
         read_table(tmp_path / "no.csv", ["a"])
+
+
+# --- files in folders ---------------------------------------------------------------------------
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def found(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in find_files(folder)]
+
+
+def test_what_systems_leave_in_folders_is_no_file_of_ours(tmp_path: Path) -> None:
+    kept = ["b/.hidden.wav", "b/a.WAV", "c.txt"]
+    left = ["._c.wav", "b/.DS_Store", "b/Thumbs.db", "__MACOSX/._a.wav"]
+    touch(tmp_path, *kept, *left, ".Trashes/501/gone.wav", "$RECYCLE.BIN/gone.wav")
+    assert found(tmp_path) == kept
+    assert find_files(tmp_path / "nowhere") == find_files(tmp_path / "c.txt") == []
+
+
+def test_linked_folders_and_files_count_once_by_their_own_path(tmp_path: Path) -> None:
+    touch(tmp_path, "data/nas/site1/a.wav", "data/field/b.wav", "elsewhere/c.wav")
+    data = tmp_path / "data"
+    (data / "field/site1").symlink_to(data / "nas/site1", target_is_directory=True)
+    (data / "all").symlink_to(data, target_is_directory=True)
+    (data / "a first.wav").symlink_to(data / "nas/site1/a.wav")
+    (data / "other").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (data / "gone.wav").symlink_to(tmp_path / "no such file.wav")
+    assert found(data) == ["field/b.wav", "gone.wav", "nas/site1/a.wav", "other/c.wav"]
+
+
+def test_a_folder_that_cannot_be_listed_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "a/x.wav", "locked/y.wav")
+    real = os.scandir
+
+    def scan(path: Path) -> object:
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert found(tmp_path) == ["a/x.wav"]
+    assert str(tmp_path / "locked") in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("suffix", "container", "subtype"),
+    [
+        (".aif", "AIFF", None),
+        (".oga", "OGG", "VORBIS"),
+        (".w64", "W64", "PCM_16"),
+        (".RF64", "RF64", "PCM_16"),
+        (".caf", "CAF", "PCM_16"),
+        (".au", "AU", "PCM_16"),
+        (".VOC", "VOC", "PCM_16"),
+        (".sph", "NIST", "PCM_16"),
+        (".mp2", "MP3", "MPEG_LAYER_III"),
+    ],
+)
+def test_what_libsndfile_reads_is_sound(
+    tmp_path: Path, suffix: str, container: str, subtype: str | None
+) -> None:
+    path = tmp_path / f"a{suffix}"
+    soundfile.write(path, np.zeros(3200), 32_000, format=container, subtype=subtype)
+    assert len(soundfile.read(path)[0]) >= 3200
+    assert is_sound(path) and not conversion_advice(path)
+    assert suffix.lower() in SOUND_SUFFIXES
+
+
+@pytest.mark.parametrize("name", ["a.m4a", "A.WMA", "a.webm"])
+def test_sound_that_is_not_read_comes_with_advice(name: str) -> None:
+    assert is_sound(Path(name)) and "ffmpeg" in conversion_advice(Path(name))
+    assert not is_sound(Path("notes.txt")) and not conversion_advice(Path("notes.txt"))
+
+
+def test_a_name_that_is_no_utf8_is_found_digested_and_written_as_text(tmp_path: Path) -> None:
+    name = os.fsdecode(b"Gr\xfcnspecht.wav")
+    touch(tmp_path, name)
+    (path,) = find_files(tmp_path)
+    assert path.name == name and len(digest_files([path])) == 16
+    write_atomically(tmp_path / "table.csv", f"{path.name}\nGr\u00fcn\n")
+    assert (tmp_path / "table.csv").read_text("utf-8") == "Gr%FCnspecht.wav\nGr\u00fcn\n"

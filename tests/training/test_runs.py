@@ -14,7 +14,7 @@ import pytest
 from birdcall.config import replace_nested
 from birdcall.data.targets import PRESENT, STRONG_LABEL_COLUMNS
 from birdcall.models.checkpoint import STATE_FILE, read_checkpoint
-from birdcall.storage.files import locked
+from birdcall.storage.locks import locked
 from birdcall.training import runs as runs_module
 from birdcall.training.distributed import DistributedContext
 from birdcall.training.runs import TrainingInterrupted, plan_runs, runs_table, train_many

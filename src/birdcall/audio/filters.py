@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import soundfile
 import soxr
 from scipy import fft
+
+from birdcall.storage.files import atomic_path
 
 # A filter is a symmetric kernel of so many samples (32 ms at 32 kHz) and is applied block by block
 # (overlap-save). Fifty short transforms stay in the processor's cache, one of 160,000 points does
@@ -104,6 +108,24 @@ _MAINS_HZ = 60  # North America
 _N_MAINS_HARMONICS = 16
 _HUM_FLOOR_DB = -20.0  # of the pink floor, below the lines together
 _FLUCTUATION_STEP = 64  # samples
+
+
+def generate_noise(
+    folder: Path, sample_rate: int = 32_000, seconds: float = 20.0, per_kind: int = 3
+) -> list[Path]:
+    """Write ``per_kind`` wav files of each kind of noise to ``folder``, unless they are there."""
+    paths = []
+    for kind_index, kind in enumerate(NOISE_KINDS):
+        for number in range(per_kind):
+            path = folder / f"{kind}_{sample_rate}_{seconds:g}s_{number}.wav"
+            paths.append(path)
+            if path.is_file():
+                continue
+            generator = np.random.default_rng((kind_index, number))
+            noise = make_noise(kind, round(seconds * sample_rate), sample_rate, generator)
+            with atomic_path(path) as temporary, temporary.open("wb") as file:
+                soundfile.write(file, noise, sample_rate, format="WAV", subtype="FLOAT")
+    return paths
 
 
 def make_noise(

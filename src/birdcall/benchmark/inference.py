@@ -30,12 +30,12 @@ from birdcall.inference.engine import predict_files
 from birdcall.inference.ensemble import FRONT_END, READING, Ensemble, Member, load_ensemble
 from birdcall.inference.windows import ONNX_FILE, export_checkpoint, probe_windows
 from birdcall.kaggle.submission import LoadedPackage
-from birdcall.kaggle.test_set import AUDIO_SUFFIXES, CompetitionFile
+from birdcall.kaggle.test_set import CompetitionFile
 from birdcall.models.checkpoint import Checkpoint, is_onnx_installed, save_checkpoint
 from birdcall.models.sed import SEDModel, build_model
 from birdcall.prediction.package import Recording, detect_recordings
 from birdcall.report.plots import BLUE, GREY, ORANGE, new_figure
-from birdcall.storage.files import write_atomically
+from birdcall.storage.files import find_files, is_sound, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -178,8 +178,7 @@ def write_soundscapes(data: Path, folder: Path, minutes: float) -> dict[str, Pat
     sources = [
         path
         for name in (CompetitionFile.TEST_AUDIO, CompetitionFile.EXAMPLE_AUDIO)
-        for path in sorted((data / name).glob("*"))
-        if path.suffix.lower() in AUDIO_SUFFIXES
+        for path in filter(is_sound, find_files(data / name))
     ]
     if not sources:
         raise FileNotFoundError(

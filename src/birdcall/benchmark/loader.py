@@ -20,13 +20,14 @@ import numpy as np
 import pandas as pd
 import torch
 
+from birdcall.audio.filters import generate_noise
 from birdcall.audio.reading import AudioError, iterate_audio, read_audio
 from birdcall.benchmark.frontend import label_speeds, time_in_turns
 from birdcall.config import NO_AUGMENT, SEGMENT_SECONDS, Experiment, replace_nested, require
 from birdcall.data.cache import CropRequest, RecordingCache
 from birdcall.data.dataset import ClipDataset, TrainingData
 from birdcall.data.loader import ClipBatch, FailureCounter, iterate_clips, make_loader
-from birdcall.data.noise import find_noise, generate_noise
+from birdcall.data.noise import find_noise
 from birdcall.data.recordings import classes_of, read_recordings
 from birdcall.data.targets import ClipSampler
 from birdcall.experiments import find_experiment

@@ -14,6 +14,7 @@ from birdcall.cli.options import (
     Fold,
     Folders,
     Folds,
+    LabelColumn,
     Noise,
     Output,
     Trained,
@@ -46,6 +47,7 @@ def _evaluate(
             show_default="the examples in the data folder",
         ),
     ] = None,
+    label_column: LabelColumn = None,
     nocall_share: Annotated[
         float, typer.Option(help="Expected share of rows without a bird.")
     ] = 0.54,
@@ -76,7 +78,8 @@ def _evaluate(
     from birdcall.inference.windows import WindowConfig
     from birdcall.report.report import PAGES_FOLDER, describe_decision, write_report
     from birdcall.report.soundscape import SoundscapePageWriter
-    from birdcall.storage.files import locked, write_atomically
+    from birdcall.storage.files import write_atomically
+    from birdcall.storage.locks import locked
     from birdcall.training.runs import find_runs
 
     folders = Folders(data, output, folds)
@@ -86,6 +89,7 @@ def _evaluate(
     options = HeldOutOptions(
         device=default_device(),
         labelled_folders=soundscapes or (),
+        label_column=label_column,
         window_config=WindowConfig(window_segments, context_seconds),
         cache_folder=folders.prediction_cache,
         progress=True,
@@ -163,7 +167,7 @@ def _figures(
     from birdcall.inference.ensemble import default_device
     from birdcall.report.plots import plot_table, write_figures
     from birdcall.report.report import project_figures
-    from birdcall.storage.files import locked
+    from birdcall.storage.locks import locked
     from birdcall.training.runs import find_runs
 
     folders = Folders(data, output, folds)

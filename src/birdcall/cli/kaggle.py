@@ -13,6 +13,7 @@ from birdcall.cli.options import (
     Folders,
     Folds,
     Init,
+    LabelColumn,
     Labels,
     Noise,
     Output,
@@ -194,7 +195,7 @@ def _predict(
     ] = 0.0,
     species: Annotated[
         list[str] | None,
-        typer.Option(help="ebird_code of a species. May be repeated.", show_default="all"),
+        typer.Option(help="Code or name of a species. May be repeated.", show_default="all"),
     ] = None,
     embeddings: Annotated[
         bool, typer.Option("--embeddings", help="Also write the embedding of each segment.")
@@ -205,6 +206,7 @@ def _predict(
             "--view", help="Also write a page for each recording: player, predictions, labels."
         ),
     ] = False,
+    label_column: LabelColumn = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Predict finished recordings again.")
     ] = False,
@@ -218,6 +220,7 @@ def _predict(
     A journal stores finished recordings: after a stop, the same command resumes.
     """
     from birdcall.inference.ensemble import default_device
+    from birdcall.inference.tables import read_labels_beside
     from birdcall.kaggle.submission import open_package, predict_test_set
     from birdcall.prediction.local import (
         ResultOptions,
@@ -228,6 +231,7 @@ def _predict(
     from birdcall.prediction.package import find_recordings
     from birdcall.report.soundscape import SoundscapePageWriter
     from birdcall.storage.store import Journal
+    from birdcall.taxonomy import known_species
 
     if bool(paths) == (data is not None):
         raise ValueError("give either PATHS of recordings or --data DIR")
@@ -247,13 +251,17 @@ def _predict(
         species=tuple(species or ()),
         embeddings=embeddings,
         view=view,
-    )
-    options.require_known(opened.ensemble.classes)
+    ).for_classes(opened.ensemble.classes)
     recordings = find_recordings(paths)
     output = output or Path("output/predictions")
     journal_file = output / "journal.jsonl"
-    pages = None
+    pages, labels = None, {}
     if view:
+        labels = read_labels_beside(
+            [recording.path for recording in recordings],
+            known_species(opened.ensemble.classes),
+            label_column,
+        )
         pages = SoundscapePageWriter(
             folder=output / "view",
             decision=opened.decision,
@@ -261,7 +269,9 @@ def _predict(
             members=tuple(member.name for member in opened.ensemble.members),
         )
     if ray is None:
-        predictor = predict_locally(opened, output, options, pages=pages, progress=True)
+        predictor = predict_locally(
+            opened, output, options, pages=pages, labels=labels, progress=True
+        )
     else:
         from birdcall.prediction.ray_cluster import predict_on_ray
 
@@ -269,5 +279,7 @@ def _predict(
     fingerprint = fingerprint_of(package, options, device.type)
     with Journal(journal_file, fingerprint, overwrite=overwrite) as journal:
         typer.echo(
-            predict_recordings(recordings, predictor, journal, output, options=options, pages=pages)
+            predict_recordings(
+                recordings, predictor, journal, output, options=options, pages=pages, labels=labels
+            )
         )

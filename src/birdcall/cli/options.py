@@ -59,6 +59,14 @@ ContextSeconds = Annotated[
     float, typer.Option(min=0, help="Seconds of audio before and after the window, also input.")
 ]
 
+LabelColumn = Annotated[
+    str | None,
+    typer.Option(
+        help="Column of Raven tables with the labels.",
+        show_default="Species Code, Species, Annotation, ...",
+    ),
+]
+
 
 class Folders:
     """The files and folders of a data set: those that were given, else their default names.

@@ -46,7 +46,7 @@ def _demo(
     """Write a small data set of synthetic birdsong with all files of the competition."""
     from birdcall.demo.plan import DemoConfig
     from birdcall.demo.writer import make_demo
-    from birdcall.storage.files import locked
+    from birdcall.storage.locks import locked
 
     context.with_resource(locked(data))
     make_demo(data, DemoConfig(seed=seed), workers=workers, progress=True)
@@ -207,7 +207,7 @@ def _pseudo_label(
 ) -> None:
     """Predict when each species sings in the recordings, by runs that did not train on them."""
     from birdcall.inference.ensemble import default_device
-    from birdcall.storage.files import locked
+    from birdcall.storage.locks import locked
     from birdcall.training.pseudo_labels import write_pseudo_labels
     from birdcall.training.runs import find_runs
 

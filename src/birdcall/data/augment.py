@@ -15,7 +15,8 @@ from torch import Tensor
 from birdcall.audio.filters import butterworth_curve, fade_curve, filter_waveform, slope_curve
 from birdcall.audio.frontend import SpecAugment
 from birdcall.config import AugmentConfig
-from birdcall.data.noise import NoiseFiles, ReadFailure
+from birdcall.data.cache import ReadFailure
+from birdcall.data.noise import NoiseFiles
 
 # Loader workers import this module: no audiomentations here, which imports librosa (0.6 s and 50 MB
 # per worker). Where one of its transforms is switched on, it is imported with the first clip that

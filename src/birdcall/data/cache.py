@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -186,3 +187,38 @@ def read_cached(
         file.seek(_HEADER_BYTES + 2 * start)
         samples = np.fromfile(file, "<i2", n_samples)  # faster than mapping the file to memory
     return np.multiply(samples, step, dtype=np.float32)
+
+
+def cut_cached(
+    cached: tuple[np.ndarray, np.float32], n_samples: int, position: float
+) -> np.ndarray:
+    """Return ``(n_samples,)`` of what `as_cached` returned, at a share of all its positions."""
+    samples, step = cached
+    spare = len(samples) - n_samples
+    start = min(int(position * (spare + 1)), spare) if spare > 0 else 0
+    cut = np.multiply(samples[start : start + n_samples], step, dtype=np.float32)
+    # Noise has no beginning: a short file is repeated until the clip is full.
+    return cut if spare >= 0 else np.resize(cut, n_samples)
+
+
+# --- what cannot be read ---
+
+
+MAX_TRIES = 8  # files that are tried for one that fails; if none of them can be read, none can
+
+
+class ReadFailure(NamedTuple):
+    """A file that could not be read during training, and why, in one line that names the file."""
+
+    kind: str  # "recording" or "noise file"
+    path: str
+    reason: str
+
+    @classmethod
+    def of(cls, kind: str, path: str, error: Exception) -> ReadFailure:
+        reason = " ".join(str(error).split())
+        return cls(kind, path, reason if path in reason else f"{path}: {reason}")
+
+
+class NothingReadableError(ValueError):
+    """Neither a file nor any that was tried in its place could be read."""

@@ -15,21 +15,24 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from birdcall.audio.filters import crop_or_pad
+from birdcall.audio.filters import crop_or_pad, generate_noise
 from birdcall.audio.reading import AudioError, is_cut
 from birdcall.config import Experiment
 from birdcall.data.audit import read_audit
 from birdcall.data.augment import ClipAugment
-from birdcall.data.cache import CropRequest, ReadCrops, RecordingCache
+from birdcall.data.cache import (
+    MAX_TRIES,
+    CropRequest,
+    NothingReadableError,
+    ReadCrops,
+    ReadFailure,
+    RecordingCache,
+)
 from birdcall.data.folds import read_folds
 from birdcall.data.noise import (
-    MAX_TRIES,
     NoiseFiles,
-    NothingReadableError,
-    ReadFailure,
     digest_noise,
     find_noise,
-    generate_noise,
     split_noise,
 )
 from birdcall.data.recordings import (

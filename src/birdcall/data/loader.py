@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from birdcall.config import Experiment
+from birdcall.data.cache import MAX_TRIES, ReadFailure
 from birdcall.data.dataset import Clip, ClipDataset
-from birdcall.data.noise import MAX_TRIES, ReadFailure
 from birdcall.data.targets import ClipSampler
 
 logger = logging.getLogger(__name__)

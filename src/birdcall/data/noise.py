@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -13,17 +12,31 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import soundfile
 
-from birdcall.audio.filters import NOISE_KINDS, make_noise
+from birdcall.audio.filters import NOISE_KINDS
 from birdcall.audio.reading import AudioError, probe_audio, read_audio
-from birdcall.data.cache import as_cached, cached_samples, file_state, read_cached, write_waveform
-from birdcall.storage.files import atomic_path, digest, read_table
+from birdcall.data.cache import (
+    MAX_TRIES,
+    NothingReadableError,
+    ReadFailure,
+    as_cached,
+    cached_samples,
+    cut_cached,
+    file_state,
+    read_cached,
+    write_waveform,
+)
+from birdcall.storage.files import (
+    conversion_advice,
+    digest,
+    find_files,
+    is_sound,
+    read_table,
+    shorten_list,
+)
 from birdcall.storage.store import Store
 
 logger = logging.getLogger(__name__)
-
-_AUDIO_SUFFIXES = (".aif", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")
 
 # Of ESC-50's fifty categories, those with birds. Its frogs, insects and crickets stay in: a bird
 # detector must learn to ignore them.
@@ -88,14 +101,16 @@ def find_noise(folder: Path) -> list[Path]:
 
     Published collections are read as they are distributed (docs/noise.md): where their metadata lie
     below ``folder``, the listed files are left out unless they are labelled bird-free, and so are
-    files with the collection's name in their path that are not listed. All other audio is taken.
-    Links to folders are followed (noise is large and often linked), each real folder once.
+    files with the collection's name in their path that are not listed. All other sound is taken.
 
     Raises ValueError naming file, line and column for metadata that cannot be read, and
     FileNotFoundError for the audio of a collection without its metadata.
     """
-    paths = sorted(_walk(folder))
-    audio = [path for path in paths if path.suffix.lower() in _AUDIO_SUFFIXES]
+    paths = [path for path in find_files(folder) if path.is_file()]
+    if foreign := [path for path in paths if conversion_advice(path)]:
+        advice = conversion_advice(foreign[0])
+        logger.warning("noise is left out: %s; %s", shorten_list(foreign), advice)
+    audio = [path for path in paths if is_sound(path) and not conversion_advice(path)]
     above = len(str(folder)) - len(folder.name)  # the folder itself may have a collection's name
     left_out: set[Path] = set()
     for collection in _COLLECTIONS:
@@ -173,38 +188,6 @@ def digest_noise(files: Sequence[Path]) -> str:
     return digest("\n".join(sorted(states)))
 
 
-def generate_noise(
-    folder: Path, sample_rate: int = 32_000, seconds: float = 20.0, per_kind: int = 3
-) -> list[Path]:
-    """Write ``per_kind`` wav files of each kind of noise to ``folder``, unless they are there."""
-    paths = []
-    for kind_index, kind in enumerate(NOISE_KINDS):
-        for number in range(per_kind):
-            path = folder / f"{kind}_{sample_rate}_{seconds:g}s_{number}.wav"
-            paths.append(path)
-            if path.is_file():
-                continue
-            generator = np.random.default_rng((kind_index, number))
-            noise = make_noise(kind, round(seconds * sample_rate), sample_rate, generator)
-            with atomic_path(path) as temporary:
-                soundfile.write(temporary, noise, sample_rate, subtype="FLOAT")
-    return paths
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    visited: set[Path] = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        real = Path(root).resolve()
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        folders.sort()
-        # macOS adds files such as ._1.wav to zips; they are no audio.
-        names = (name for name in files if not name.startswith("._"))
-        yield from (path for name in names if (path := Path(root, name)).is_file())
-
-
 def _origin_of(path: Path) -> tuple[str, str]:
     """Name the source and the kind of ``path``.
 
@@ -243,26 +226,6 @@ def _hash(text: str) -> int:
 
 
 # --- drawing ---
-
-
-MAX_TRIES = 8  # files that are tried for one that fails; if none of them can be read, none can
-
-
-class ReadFailure(NamedTuple):
-    """A file that could not be read during training, and why, in one line that names the file."""
-
-    kind: str  # "recording" or "noise file"
-    path: str
-    reason: str
-
-    @classmethod
-    def of(cls, kind: str, path: str, error: Exception) -> ReadFailure:
-        reason = " ".join(str(error).split())
-        return cls(kind, path, reason if path in reason else f"{path}: {reason}")
-
-
-class NothingReadableError(ValueError):
-    """Neither a file nor any that was tried in its place could be read."""
 
 
 @dataclass(frozen=True)
@@ -342,7 +305,7 @@ class NoiseFiles:
         if path not in self.files:
             length = probe_audio(path).seconds
             n_pieces = max(1, int(length / self.limits.piece_seconds))
-            where = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+            where = digest(str(path.resolve()))
             name = f"{where[:2]}/{where}"  # folders of a moderate size
             self.files[path] = _NoiseFile(name, file_state(path), length, n_pieces)
         file = self.files[path]
@@ -362,7 +325,7 @@ class NoiseFiles:
                 if self.can_write:
                     waveform = self._decode(path, piece)
                     self._write(file, part, waveform)
-                    return _cut(as_cached(waveform), n_samples, position)
+                    return cut_cached(as_cached(waveform), n_samples, position)
         cached = self.memory.pop((path, piece), None)
         if cached is None:
             cached = as_cached(self._decode(path, piece))
@@ -370,7 +333,7 @@ class NoiseFiles:
         # Forget the pieces that have not been used for longest.
         while sum(samples.nbytes for samples, _ in self.memory.values()) > self.limits.memory_bytes:
             self.memory.popitem(last=False)
-        return _cut(cached, n_samples, position)
+        return cut_cached(cached, n_samples, position)
 
     def _decode(self, path: Path, piece: int) -> np.ndarray:
         """Decode one of the file's equal pieces; the last one as far as the file decodes."""
@@ -391,12 +354,3 @@ class NoiseFiles:
             self.can_write = False
             text = "decoded noise is no longer stored in %s, which makes clips slower: %s"
             logger.warning(text, self.store.folder, error)
-
-
-def _cut(cached: tuple[np.ndarray, np.float32], n_samples: int, position: float) -> np.ndarray:
-    samples, step = cached
-    spare = len(samples) - n_samples
-    start = min(int(position * (spare + 1)), spare) if spare > 0 else 0
-    cut = np.multiply(samples[start : start + n_samples], step, dtype=np.float32)
-    # Noise has no beginning: a short file is repeated until the clip is full.
-    return cut if spare >= 0 else np.resize(cut, n_samples)

@@ -17,7 +17,7 @@ from typing import NamedTuple, NoReturn
 import pandas as pd
 
 from birdcall.storage.files import inside, read_table
-from birdcall.taxonomy import find_species
+from birdcall.taxonomy import match_code
 
 logger = logging.getLogger(__name__)
 
@@ -276,8 +276,7 @@ def _map_labels(
     for label in {name for names in recordings["secondary_codes"] for name in names}:
         scientific, _, common = label.partition("_")
         code = known.get(label) or known.get(scientific) or known.get(common)
-        species = None if code else find_species(label)
-        code_of[label] = species.ebird_code if species else code
+        code_of[label] = code or match_code(label, classes)
     rows = []
     for names, primary in zip(recordings["secondary_codes"], recordings["ebird_code"], strict=True):
         codes = dict.fromkeys(code_of[name] for name in names)

@@ -25,8 +25,7 @@ from birdcall.evaluation.predict import HeldOutPredictions
 from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.evaluation.scoring import EnsembleDecision
 from birdcall.inference.decision import average_members
-from birdcall.inference.tables import read_submission
-from birdcall.kaggle.test_set import read_solution, read_test_rows
+from birdcall.kaggle.test_set import read_solution, read_submission, read_test_rows
 
 _FloatArray = NDArray[np.float64]
 

@@ -24,22 +24,30 @@ from birdcall.inference.engine import open_recording
 from birdcall.inference.ensemble import Ensemble
 from birdcall.inference.events import Event
 from birdcall.inference.predictions import SegmentPredictions
-from birdcall.inference.tables import read_raven_table
+from birdcall.inference.tables import read_labels_beside
 from birdcall.inference.windows import count_segments
 from birdcall.kaggle.test_set import (
-    AUDIO_SUFFIXES,
     CompetitionFile,
     find_audio,
-    raven_tables_of,
+    list_audio,
     read_annotations,
     read_labelled_soundscapes,
 )
-from birdcall.storage.files import digest_files
-from birdcall.taxonomy import all_species, find_species
+from birdcall.prediction.package import unique_names
+from birdcall.storage.files import (
+    conversion_advice,
+    digest_files,
+    find_files,
+    is_sound,
+    shorten_list,
+    utf8_text,
+)
+from birdcall.taxonomy import known_species, match_code
 
 logger = logging.getLogger(__name__)
 
 _TIME_TOLERANCE = 1e-6  # seconds
+_MAX_EXCESS = 0.25  # seconds; a selection that ends so little after its recording needs no warning
 _ROW_COLUMNS = ["recording", "seconds", "birds"]
 _ANNOTATION_COLUMNS = ["recording", "onset", "offset", "ebird_code"]
 
@@ -86,19 +94,15 @@ class LabelledSoundscapes:
     paths: Mapping[str, Path]
 
 
-def known_species(classes: Sequence[str]) -> list[str]:
-    """Return the species of the truth: the classes first, then all others of the competition."""
-    return list(dict.fromkeys((*classes, *(species.ebird_code for species in all_species()))))
-
-
 def predict_labelled(
     ensemble: Ensemble,
     folders: Sequence[Path],
+    label_column: str | None = None,
     *,
     cache_folder: Path | None = None,
     progress: bool = False,
 ) -> LabelledSoundscapes | None:
-    """Predict the labelled soundscapes in ``folders``; None if there are none.
+    """Predict the labelled soundscapes in ``folders`` (see `read_truth`); None if there are none.
 
     A soundscape whose recording is missing or does not decode is left out with a warning. Segments
     that nobody has labelled are predicted and not scored.
@@ -106,19 +110,20 @@ def predict_labelled(
     if not folders:
         return None
     species = known_species(ensemble.classes)
-    truth = read_truth(folders, species)
+    truth = read_truth(folders, species, label_column)
     if not truth.paths:
         return None
     sources = {name: open_recording(path) for name, path in truth.paths.items()}
     cache = PredictionCache(cache_folder, "labelled", digest_files(truth.paths.values()))
     predictions: dict[str, SegmentPredictions] = {}
+    rows_of = dict(iter(truth.rows.groupby("recording", sort=False)))
     tables, labels = [], []
     for name, item in cache.predict(ensemble, sources, progress=progress).items():
         if isinstance(item, AudioError):
             logger.warning("%s; this labelled soundscape is left out", item)
             continue
         predictions[name] = item
-        truth_of_segments, is_labelled = _label_recording(truth, name, item.n_segments, species)
+        truth_of_segments, is_labelled = _label_recording(rows_of[name], item.n_segments, species)
         tables.append(segment_table(name, item.n_segments, is_labelled=is_labelled, group=name))
         labels.append(truth_of_segments)
     if not predictions:
@@ -175,43 +180,53 @@ def label_segments(
     return truth
 
 
-def read_truth(folders: Sequence[Path], species: Sequence[str]) -> Truth:
+def read_truth(
+    folders: Sequence[Path], species: Sequence[str], label_column: str | None = None
+) -> Truth:
     """Read all labelled soundscapes in ``folders``; ``species`` are the known codes.
 
-    Raises FileNotFoundError for a folder without any, and ValueError for impossible rows and
-    selections, naming file and line, or for a recording that is in two folders.
+    A recording is named by its path in its folder without suffix; where two have one name, the
+    second gets a number. A file that is in two folders counts once. ``label_column``: of Raven
+    tables, see `read_raven_table`. Raises FileNotFoundError for a folder without any, and
+    ValueError for impossible rows and selections, naming file and line.
     """
+    truths = [
+        _read_examples(folder, species)
+        if (folder / CompetitionFile.EXAMPLE_LABELS).is_file()
+        else _read_raven_folder(folder, species, label_column)
+        for folder in {path.resolve(): path for path in folders}.values()
+    ]
+    first: dict[Path, tuple[int, str]] = {}  # number of the folder and name, by real path
+    for number, truth in enumerate(truths):
+        for name, path in truth.paths.items():
+            first.setdefault(path.resolve(), (number, name))
+    unique = unique_names([name for _, name in first.values()])
+    name_of = dict(zip(first.values(), unique, strict=True))
     result = Truth()
-    rows, annotations = [], []
-    for folder in folders:
-        read_folder = _read_raven_folder
-        if (folder / CompetitionFile.EXAMPLE_LABELS).is_file():
-            read_folder = _read_examples
-        truth = read_folder(folder, species)
-        for name in truth.paths:
-            if name in result.paths:
-                raise ValueError(f"{folder}: {name} is in another folder of soundscapes too")
-        result.paths |= truth.paths
-        result.annotated += truth.annotated
+    rows: list[pd.DataFrame] = []
+    annotations: list[pd.DataFrame] = []
+    for number, truth in enumerate(truths):
+        names = {name: name_of[number, name] for name in truth.paths if (number, name) in name_of}
+        result.paths |= {new: truth.paths[name] for name, new in names.items()}
+        result.annotated += [names[name] for name in truth.annotated if name in names]
         result.foreign += truth.foreign
-        rows.append(truth.rows)
-        if len(truth.annotations):
-            annotations.append(truth.annotations)
-    if rows:
-        result.rows = pd.concat(rows, ignore_index=True)
-    if annotations:
-        result.annotations = pd.concat(annotations, ignore_index=True)
+        for parts, table in ((rows, truth.rows), (annotations, truth.annotations)):
+            renamed = table.assign(recording=table["recording"].map(names))
+            parts.append(renamed[renamed["recording"].notna()])
+    for name, parts in (("rows", rows), ("annotations", annotations)):
+        if parts := [part for part in parts if len(part)]:
+            setattr(result, name, pd.concat(parts, ignore_index=True))
     return result
 
 
 def _label_recording(
-    truth: Truth, recording: str, n_segments: int, species: Sequence[str]
+    rows: pd.DataFrame, n_segments: int, species: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the truth ``(segments, species)`` of a recording, and which segments are labelled.
 
-    Labels beyond the end of the recording are left out, with a warning.
+    rows: of `Truth`. Labels beyond the end of the recording are left out, with a warning.
     """
-    rows = truth.rows[truth.rows["recording"] == recording]
+    recording = rows["recording"].iloc[0]
     indices = (rows["seconds"].to_numpy(float) / SEGMENT_SECONDS).round().astype(int) - 1
     n_beyond = int((indices >= n_segments).sum())
     if n_beyond:
@@ -235,8 +250,9 @@ def _read_examples(folder: Path, species: Sequence[str]) -> Truth:
     rows = read_labelled_soundscapes(folder, species)
     audio = folder / CompetitionFile.EXAMPLE_AUDIO
     paths = {}
+    listed = list_audio(audio)
     for name in dict.fromkeys(rows["filename"]):
-        path = find_audio(audio, name)
+        path = find_audio(audio, name, listed)
         if path is None:
             logger.warning("%s: no recording of this labelled soundscape; left out", audio / name)
         else:
@@ -244,8 +260,10 @@ def _read_examples(folder: Path, species: Sequence[str]) -> Truth:
     annotations = pd.DataFrame(columns=_ANNOTATION_COLUMNS)
     if (folder / CompetitionFile.EXAMPLE_ANNOTATIONS).is_file():
         annotations = read_annotations(folder).rename(columns={"filename": "recording"})
-    is_known = annotations["ebird_code"].isin(list(species))
+    codes = annotations["ebird_code"].map(lambda label: match_code(label, species))
+    is_known = codes.notna()
     in_annotations = Counter(annotations.loc[~is_known, "ebird_code"])
+    annotations["ebird_code"] = codes
     _log_foreign(folder / CompetitionFile.EXAMPLE_ANNOTATIONS, in_annotations)
     in_rows = Counter(label for labels in rows["foreign_labels"] for label in labels)
     return Truth(
@@ -257,29 +275,35 @@ def _read_examples(folder: Path, species: Sequence[str]) -> Truth:
     )
 
 
-def _read_raven_folder(folder: Path, species: Sequence[str]) -> Truth:
+def _read_raven_folder(folder: Path, species: Sequence[str], label_column: str | None) -> Truth:
     """Read recordings with tables beside them: each is labelled from its start to its end."""
     truth = Truth()
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder of labelled soundscapes")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    paths = list(filter(is_sound, find_files(folder)))
+    labels = read_labels_beside(paths, species, label_column, is_strict=True)
+    if unlabelled := [path for path in paths if path not in labels]:
+        message = "%s: %d recordings have no Raven selection table beside them and are left out: %s"
+        logger.warning(message, folder, len(unlabelled), shorten_list(unlabelled))
+    names = unique_names(
+        [utf8_text(path.relative_to(folder).with_suffix("").as_posix()) for path in labels]
+    )
     rows, annotations = [], []
-    for path in [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES]:
-        name = path.relative_to(folder).with_suffix("").as_posix()
-        tables = raven_tables_of(path)
-        if not tables:
-            logger.warning("%s: no Raven selection table beside it; left out", path)
-            continue
+    for name, (path, selections) in zip(names, labels.items(), strict=True):
         try:
             seconds = probe_audio(path).seconds
-        except AudioError as error:
-            logger.warning("%s; this labelled soundscape is left out", error)
+        except (AudioError, OSError) as error:
+            advice = conversion_advice(path)
+            logger.warning(
+                "%s; this labelled soundscape is left out%s", error, advice and f"; {advice}"
+            )
             continue
-        if name in truth.paths:
-            raise ValueError(f"{path}: another recording in {folder} is called {name} too")
-        events = _read_selections(tables, seconds, species, truth.foreign)
-        labels = label_segments(events, species, count_segments(round(seconds * 1000), 1000))
-        birds = [tuple(species[column] for column in np.flatnonzero(row)) for row in labels]
+        truth.foreign.update(
+            event.ebird_code for event in selections if event.ebird_code not in species
+        )
+        events = _known_events(path, selections, seconds, species)
+        present = label_segments(events, species, count_segments(round(seconds * 1000), 1000))
+        birds = [tuple(species[column] for column in np.flatnonzero(row)) for row in present]
         ends = SEGMENT_SECONDS * np.arange(1.0, len(birds) + 1)
         truth.paths[name] = path
         rows += [(name, *row) for row in zip(ends, birds, strict=True)]
@@ -298,31 +322,20 @@ def _read_raven_folder(folder: Path, species: Sequence[str]) -> Truth:
 
 def _log_foreign(source: Path, foreign: Counter[str]) -> None:
     if foreign:
-        counts = ", ".join(f"{label} {count}" for label, count in foreign.most_common())
-        logger.warning("%s: labels that are no class and count as no bird: %s", source, counts)
+        counts = [f"{label or '(no label)'} {count}" for label, count in foreign.most_common()]
+        message = "%s: labels that are no class and count as no bird: %s"
+        logger.warning(message, source, shorten_list(counts, 20))
 
 
-def _read_selections(
-    tables: Sequence[Path], seconds: float, species: Sequence[str], foreign: Counter[str]
+def _known_events(
+    path: Path, labels: Iterable[Event], seconds: float, species: Sequence[str]
 ) -> list[Event]:
-    """Return the events of known species in the tables of a recording of ``seconds``.
-
-    A label may be a code or a name; labels of no known species are added to ``foreign``.
-    """
-    events = []
-    for table in tables:
-        for event in read_raven_table(table):
-            code = event.ebird_code
-            if code not in species:
-                named = find_species(code)
-                code = named.ebird_code if named else None
-            if code not in species:
-                foreign[event.ebird_code] += 1
-            elif event.onset >= seconds:
-                logger.warning(
-                    "%s: a selection at %g s is after the end of its recording (%g s); left out",
-                    *(table, event.onset, seconds),
-                )
-            else:
-                events.append(Event(code, event.onset, min(event.offset, seconds)))
-    return events
+    """Return the events of known species in a recording of ``seconds``, none after its end."""
+    known = [event for event in labels if event.ebird_code in species]
+    late = [item for item in known if item.onset >= seconds or item.offset > seconds + _MAX_EXCESS]
+    if late:
+        message = "%s: selections beyond the end of the recording (%g s) are cut or left out: %s"
+        times = [f"{event.onset:g} to {event.offset:g} s" for event in late]
+        logger.warning(message, path, seconds, shorten_list(times))
+    inside = [event for event in known if event.onset < seconds]
+    return [replace(event, offset=min(event.offset, seconds)) for event in inside]

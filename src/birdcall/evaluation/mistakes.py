@@ -279,8 +279,9 @@ def write_labelled_pages(
     paths = {name: labelled.paths[name] for name in evaluation.soundscapes["recording"]}
     # The name of a soundscape may lack a suffix: that of its file tells pages apart.
     names = {f"{name}{path.suffix}": name for name, path in list(paths.items())[:n_pages]}
-    observer = PageObserver(pages, lambda recording: _true_events(labelled, names[recording.name]))
     recordings = [Recording(paths[name], page) for page, name in names.items()]
+    truth = {paths[name]: _true_events(labelled, name) for name in names.values()}
+    observer = PageObserver(pages, truth)
     package = LoadedPackage(held_out.ensemble, evaluation.ensemble.decision)
     for recording, result in detect_recordings(recordings, package, [observer], _OUTPUTS):
         if result.reason:

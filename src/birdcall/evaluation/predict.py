@@ -19,7 +19,6 @@ from birdcall.config import SEGMENT_SECONDS
 from birdcall.data.dataset import TrainingData
 from birdcall.evaluation.labelled import (
     LabelledSoundscapes,
-    known_species,
     label_segments,
     predict_labelled,
     segment_table,
@@ -39,6 +38,7 @@ from birdcall.inference.predictions import SegmentPredictions
 from birdcall.inference.windows import SINGLE_SEGMENT, AudioSource, WindowConfig
 from birdcall.kaggle.test_set import CompetitionFile
 from birdcall.storage.files import atomic_path, digest, digest_files
+from birdcall.taxonomy import known_species
 from birdcall.training.resume import read_runs
 from birdcall.training.step import VALIDATION_SECONDS
 
@@ -50,6 +50,7 @@ class HeldOutOptions:
     """How and for which audio runs predict.
 
     labelled_folders: of labelled soundscapes; without any, the examples in the data folder.
+    label_column: of their Raven tables.
     cache_folder: where predictions are stored; a second call for the same audio reads them there.
     """
 
@@ -57,6 +58,7 @@ class HeldOutOptions:
     window_config: WindowConfig = SINGLE_SEGMENT
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     labelled_folders: Sequence[Path] = ()
+    label_column: str | None = None
     cache_folder: Path | None = None
     progress: bool = False
 
@@ -158,6 +160,11 @@ def predict_held_out(
     ensemble = load_ensemble(folders, options.device, options.window_config)
     config = options.simulation
     storage = {"cache_folder": options.cache_folder, "progress": options.progress}
+    examples = [data.folder] if (data.folder / CompetitionFile.EXAMPLE_LABELS).is_file() else []
+    # First: a table that is refused should not cost the hour of all other predictions.
+    labelled = predict_labelled(
+        ensemble, options.labelled_folders or examples, options.label_column, **storage
+    )
     out_of_fold = predict_out_of_fold(ensemble, data, **storage)
     readable = set().union(*(part.segments["path"] for part in out_of_fold.values()))
     planned, simulated = [], {}
@@ -169,9 +176,6 @@ def predict_held_out(
         )
         planned += soundscapes
         simulated[fold] = predict_simulated(subset, soundscapes, data, config, **storage)
-    labelled_folders = options.labelled_folders
-    if not labelled_folders and (data.folder / CompetitionFile.EXAMPLE_LABELS).is_file():
-        labelled_folders = [data.folder]
     checkpoints = [member.checkpoint for member in ensemble.members]
     return HeldOutPredictions(
         data=data,
@@ -181,7 +185,7 @@ def predict_held_out(
         simulated=simulated,
         events=describe_events(planned),
         groups=group_recordings(data.recordings, config.groups_per_fold),
-        labelled=predict_labelled(ensemble, labelled_folders, **storage),
+        labelled=labelled,
         soundscapes=tuple(planned),
         config=config,
         ensemble=ensemble,
@@ -291,7 +295,8 @@ def write_oof_parquet(
     schema = pa.schema([*keys.items(), *((code, pa.float32()) for code in classes)])
     with (
         atomic_path(path) as temporary,
-        pq.ParquetWriter(temporary, schema, compression="zstd") as writer,
+        temporary.open("wb") as file,  # of a path that is no UTF-8, too
+        pq.ParquetWriter(file, schema, compression="zstd") as writer,
     ):
         for part in parts:
             for output in ("clipwise", "framewise"):

@@ -19,9 +19,9 @@ from birdcall.audio.filters import (
     make_noise,
 )
 from birdcall.data.augment import fade_ends
-from birdcall.data.cache import CropRequest, ReadCrops
+from birdcall.data.cache import CropRequest, ReadCrops, ReadFailure
 from birdcall.data.dataset import TrainingData
-from birdcall.data.noise import NoiseFiles, ReadFailure
+from birdcall.data.noise import NoiseFiles
 from birdcall.evaluation.simulation import (
     SalientSegment,
     SimulatedEvent,

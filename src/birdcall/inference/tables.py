@@ -1,80 +1,50 @@
-"""Write and read tables: submissions, detections, labels of Raven and Audacity."""
+"""Write detections as tables, for Raven and for Audacity; read the labels of Raven tables."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 
-from birdcall.config import NOCALL, require_choice
+from birdcall.config import require_choice
 from birdcall.inference.events import Event
-from birdcall.storage.files import atomic_path, read_table, write_atomically
+from birdcall.storage.files import (
+    atomic_path,
+    is_sound,
+    list_folder,
+    read_tab_rows,
+    shorten_list,
+    utf8_text,
+    write_atomically,
+)
+from birdcall.taxonomy import match_code
 
-_SUBMISSION_COLUMNS = ("row_id", "birds")
+logger = logging.getLogger(__name__)
+
 DETECTION_COLUMNS = (*("recording", "onset", "offset", "ebird_code", "common_name", "confidence"),)
-_EVENT_COLUMNS = ("recording", "ebird_code", "onset", "offset", "confidence")
 _RAVEN_COLUMNS = (
     *("Selection", "View", "Channel", "Begin Time (s)", "End Time (s)"),
     *("Low Freq (Hz)", "High Freq (Hz)", "Species Code", "Common Name", "Confidence"),
 )
-_RAVEN_LABEL_COLUMNS = (*("Species Code", "ebird_code", "Code", "Species", "Annotation", "Label"),)
-
+_LABEL_COLUMNS = (
+    *("Species Code", "ebird_code", "Code", "Species", "Annotation", "Label"),
+    *("Common Name", "Scientific Name"),
+)
+# Tables with what a model has predicted: BirdNET's, and those that our pages save.
+_OF_MODELS = re.compile(r"birdnet|\.detections\.", re.IGNORECASE)
+_NUMBER = re.compile(r"[0-9.]+(e-?[0-9]+)?")  # what else a confidence may be is a person's word
+_NO_LETTER = re.compile(r"[\W_]+")
+_TIME_TOLERANCE = 0.01  # seconds; Raven rounds
 _Detections = Mapping[str, Sequence[Event]]  # recording -> its events
-
-
-# --- the submission -----------------------------------------------------------------------------
-
-
-def write_submission(path: Path, row_ids: Sequence[str], birds: Sequence[str]) -> None:
-    """Write the columns row_id, birds in the order given; ``birds`` are label strings.
-
-    Raises ``ValueError`` for what Kaggle would score wrongly: a row twice, a row without label,
-    ``nocall`` beside birds.
-    """
-    if len(row_ids) != len(birds):
-        raise ValueError(f"{path}: {len(row_ids)} row_ids but {len(birds)} predictions")
-    _check_submission(path, row_ids, birds)
-    write_atomically(path, _csv_text([_SUBMISSION_COLUMNS, *zip(row_ids, birds, strict=True)]))
-
-
-def read_submission(path: Path, row_ids: Sequence[str]) -> pd.DataFrame:
-    """Read a submission, columns row_id, birds; its rows must be ``row_ids``, in this order."""
-    frame = read_table(path, _SUBMISSION_COLUMNS)
-    if frame.columns.tolist() != list(_SUBMISSION_COLUMNS):
-        raise ValueError(f"{path}: the columns are {', '.join(frame)}, not row_id,birds")
-    read_ids = frame["row_id"].tolist()
-    _check_submission(path, read_ids, frame["birds"].tolist())
-    for line, row_id, expected in zip(frame.index, read_ids, row_ids, strict=False):
-        if row_id != expected:
-            raise ValueError(f"{path}, line {line}: row_id is {row_id!r}; expected {expected!r}")
-    if len(read_ids) != len(row_ids):
-        raise ValueError(f"{path}: {len(read_ids)} rows where {len(row_ids)} were expected")
-    return frame.reset_index(drop=True)
-
-
-def _check_submission(path: Path, row_ids: Sequence[str], birds: Sequence[str]) -> None:
-    seen = set()
-    for number, (row_id, text) in enumerate(zip(row_ids, birds, strict=True), start=1):
-        where = f"{path}, row {number} ({row_id!r})"
-        if not isinstance(row_id, str) or not row_id or row_id in seen:
-            raise ValueError(f"{where}: row_id is empty or occurs twice")
-        seen.add(row_id)
-        tokens = text.split(" ") if isinstance(text, str) else [""]
-        if "" in tokens:
-            raise ValueError(
-                f"{where}: birds is {text!r}; give codes with a space between, or {NOCALL}"
-            )
-        if len(set(tokens)) != len(tokens):
-            raise ValueError(f"{where}: birds is {text!r}; it names a species twice")
-        if NOCALL in tokens and len(tokens) > 1:
-            raise ValueError(
-                f"{where}: birds is {text!r}; {NOCALL} cannot be combined with species"
-            )
 
 
 # --- event files: one combined table, or one file per recording ---------------------------------
@@ -101,31 +71,10 @@ def write_detections(
 
         types = {"onset": pa.float64(), "offset": pa.float64(), "confidence": pa.float64()}
         schema = pa.schema([(name, types.get(name, pa.string())) for name in DETECTION_COLUMNS])
-        with atomic_path(path) as temporary:
-            pq.write_table(pa.Table.from_pylist(rows, schema=schema), temporary, compression="zstd")
-
-
-def read_detections(path: Path) -> dict[str, list[Event]]:
-    """Return the events of each recording in a ``.csv`` or ``.jsonl`` of `write_detections`.
-
-    Raises ``ValueError`` with the line of an invalid event.
-    """
-    require_choice("suffix of a table of detections", path.suffix, (".csv", ".jsonl"))
-    rows: list[tuple[int, Mapping[str, str | float]]] = []
-    if path.suffix == ".csv":
-        rows += read_table(path, DETECTION_COLUMNS).iterrows()
-    else:
-        for line, text in enumerate(_read_lines(path), start=1):
-            try:
-                row = json.loads(text)
-                rows.append((line, {name: row[name] for name in _EVENT_COLUMNS}))
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path}, line {line}: not a detection: {error}") from error
-    detections: dict[str, list[Event]] = {}
-    for line, row in rows:
-        recording, *values = (row[name] for name in _EVENT_COLUMNS)
-        detections.setdefault(recording, []).append(_event(path, line, *values))
-    return detections
+        texts = [row | {"recording": utf8_text(str(row["recording"]))} for row in rows]
+        table = pa.Table.from_pylist(texts, schema=schema)
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            pq.write_table(table, file, compression="zstd")
 
 
 def detection_rows(
@@ -169,37 +118,190 @@ def write_raven_table(
         )
         for number, event in enumerate(events, start=1)
     ]
-    write_atomically(path, _csv_text([_RAVEN_COLUMNS, *rows], delimiter="\t"))
+    lines = ("\t".join(" ".join(str(cell).split()) for cell in row) for row in rows)
+    write_atomically(path, "\n".join(["\t".join(_RAVEN_COLUMNS), *lines, ""]))
 
 
 def read_raven_table(path: Path, label_column: str | None = None) -> list[Event]:
     """Return the selections of a Raven table, ours or one drawn by hand in Raven.
 
-    The label is in ``label_column``, else in the first of ``_RAVEN_LABEL_COLUMNS`` that is there; a
-    confidence, where there is none, is 1. Raven saves a selection once per view (waveform and
-    spectrogram): the first is taken. Raises ``ValueError`` with the line of an invalid selection.
+    The label is in ``label_column``, else in the first of ``_LABEL_COLUMNS`` that has text; a
+    confidence that is no number is 1. Columns are found by their letters, in any case. Raven saves
+    a selection once per view (waveform and spectrogram): of those with the same label and times,
+    the first is taken. Raises ``ValueError`` with the line of an invalid selection.
     """
-    options = ("Selection", "Begin Time (s)", "End Time (s)")
-    frame = read_table(path, [*options, label_column] if label_column else options, delimiter="\t")
-    labels = [name for name in _RAVEN_LABEL_COLUMNS if name in frame.columns]
-    if not (label_column or labels):
+    return [selection.event for selection in _read_selections(path, label_column)]
+
+
+def read_labels_beside(
+    recordings: Collection[Path],
+    codes: Collection[str],
+    label_column: str | None = None,
+    *,
+    is_strict: bool = False,
+) -> dict[Path, list[Event]]:
+    """Return the labels of the recordings that have Raven tables beside them (`_find_tables`).
+
+    A label that means one of ``codes`` is that code (`match_code`), any other is as it was written.
+    A table without selections says that its recording has none. A table of several files, with
+    ``Begin File`` and ``File Offset (s)``, labels each. Text that is no table, results of a model,
+    and selections of files that are not there are left out, with a warning. A table that cannot be
+    read: ``ValueError``, or a warning where not ``is_strict``.
+    """
+    labels: dict[Path, dict[tuple[str, float, float], Event]] = {}
+    left_out: dict[str, list[Path]] = {}
+    for table, subjects, by_name in _find_tables(recordings):
+        if _OF_MODELS.search(table.name):
+            reason = "results of a model; name those that a person has checked .selections.txt"
+            left_out.setdefault(reason, []).append(table)
+            continue
+        try:
+            selections = _read_selections(table, label_column)
+        except (_NoTableError, IsADirectoryError):
+            if subjects:
+                left_out.setdefault("no Raven selection tables", []).append(table)
+            continue
+        except (ValueError, OSError) as error:
+            if is_strict and subjects:
+                raise
+            logger.warning("%s; its labels are left out", error)
+            continue
+        labels |= {recording: {} for recording in subjects if recording not in labels}
+        for recording, event in _assign_selections(table, subjects, selections, by_name):
+            code = match_code(event.ebird_code, codes) or event.ebird_code
+            key = code, event.onset, event.offset
+            labels.setdefault(recording, {}).setdefault(key, replace(event, ebird_code=code))
+    for why, tables in left_out.items():
+        logger.warning("text beside recordings is left out, %s: %s", why, shorten_list(tables))
+    return {path: list(labels[path].values()) for path in recordings if path in labels}
+
+
+def _find_tables(paths: Iterable[Path]) -> Iterator[tuple[Path, list[Path], dict[str, Path]]]:
+    """Yield each text file beside recordings, whose it is, and the sound there by name and stem.
+
+    Its name begins with that of its recording, with or without suffix, and a dot. The longest such
+    name counts: ``dawn.2.a.txt`` is of ``dawn.2.wav`` if that is there, else of ``dawn.wav``. Each
+    folder is listed once.
+    """
+    folders: dict[Path, set[Path]] = {}
+    for path in paths:
+        folders.setdefault(path.parent, set()).add(path)
+    for folder, sounds in folders.items():
+        files = sorted(folder / entry.name for entry in list_folder(folder))
+        named: dict[str, list[Path]] = {}
+        for path in sorted(sounds.union(filter(is_sound, files))):
+            for name in {utf8_text(path.name), utf8_text(path.stem)}:
+                named.setdefault(name, []).append(path)
+        by_name = {name.casefold(): paths[0] for name, paths in named.items()}
+        by_name |= {name: paths[0] for name, paths in named.items()}
+        for table in filter(lambda path: path.suffix.lower() == ".txt", files):
+            beginning = utf8_text(table.stem)
+            while beginning and beginning not in named:
+                beginning = beginning.rpartition(".")[0]
+            yield table, named.get(beginning, []), by_name
+
+
+class _NoTableError(ValueError):
+    """A text file without the columns of a selection table."""
+
+
+class _Selection(NamedTuple):
+    """An event with the times of its table, and the file in which it begins."""
+
+    event: Event
+    file: str  # name; empty where the table does not tell
+    start: float  # of the file, in the times of the table
+
+
+def _read_selections(path: Path, label_column: str | None) -> list[_Selection]:
+    (_, header), *lines = read_tab_rows(path) or [(1, [])]
+    # By letters and digits, in lower case: R calls Begin Time (s) Begin.Time..s.
+    letters = [_NO_LETTER.sub("", name.casefold()) for name in header]
+    columns = {name: letters.index(name) for name in letters}
+    wanted = (label_column,) if label_column else _LABEL_COLUMNS
+    labels = [_NO_LETTER.sub("", name.casefold()) for name in wanted]
+    labels = [name for name in labels if name in columns]
+    if not {"begintimes", "endtimes"} & columns.keys():
+        raise _NoTableError(f"{path}: no column 'Begin Time (s)'; it has {', '.join(header)}")
+    if lines and not (labels and {"begintimes", "endtimes"} <= columns.keys()):
         raise ValueError(
-            f"{path}: no column with labels ({', '.join(_RAVEN_LABEL_COLUMNS)}); its columns are "
-            f"{', '.join(frame.columns)}"
+            f"{path}: it needs 'Begin Time (s)', 'End Time (s)' and a column with labels: "
+            f"{', '.join(wanted)}, or what --label-column names; it has {', '.join(header)}"
         )
-    column = label_column or labels[0]
-    return [
-        _event(
+    selections: dict[tuple[object, ...], _Selection] = {}
+    for line, cells in lines:
+        if len(cells) != len(header):
+            raise ValueError(
+                f"{path}, line {line}: {len(cells)} fields where the header has {len(header)}; "
+                "is the file cut short?"
+            )
+        row = {name: cells[index] for name, index in columns.items()}
+        confidence = row.get("confidence", "")
+        event = _event(
             path,
             line,
-            ebird_code=row[column],
-            onset=row["Begin Time (s)"],
-            offset=row["End Time (s)"],
-            confidence=row.get("Confidence") or 1.0,
-            note=row.get("Notes", ""),
+            ebird_code=next((row[name] for name in labels if row[name]), ""),
+            onset=row["begintimes"],
+            offset=row["endtimes"],
+            confidence=confidence if _NUMBER.fullmatch(confidence) else 1.0,
+            note=row.get("notes", ""),
         )
-        for line, row in frame.drop_duplicates("Selection").iterrows()
-    ]
+        file = re.split(r"[/\\]", row.get("beginfile") or row.get("beginpath", ""))[-1]
+        start = 0.0
+        if file and "fileoffsets" in columns:
+            cell = row["fileoffsets"]
+            inside = _event(path, line, ebird_code=file, onset=cell, offset=cell, confidence=1.0)
+            start = event.onset - inside.onset
+        key = event.ebird_code, event.onset, event.offset, file
+        selections.setdefault(key, _Selection(event, file, start))
+    if "fileoffsets" not in columns and len({item.file for item in selections.values()}) > 1:
+        raise ValueError(
+            f"{path}: selections of several files, but no column 'File Offset (s)': add it to the "
+            "measurements of the table in Raven and save the table again"
+        )
+    return list(selections.values())
+
+
+def _assign_selections(
+    table: Path,
+    subjects: Sequence[Path],
+    selections: Sequence[_Selection],
+    by_name: Mapping[str, Path],
+) -> Iterator[tuple[Path, Event]]:
+    """Yield each selection of a table with its recording, in the times of the recording.
+
+    In a table of several files, or of no recording by its name, the ``Begin File`` decides. A
+    selection across files is in each in which another begins.
+    """
+    starts = {selection.file: selection.start for selection in selections}
+    is_sequence = len(starts) > 1 or any(abs(start) > _TIME_TOLERANCE for start in starts.values())
+    if subjects and not is_sequence:
+        yield from ((path, selection.event) for path in subjects for selection in selections)
+        return
+    is_ordered = len(set(starts.values())) == len(starts)  # else it is of several sequences
+    lost: Counter[str] = Counter()
+    for event, file, start in selections:
+        parts = {file: start}
+        if is_ordered:
+            parts |= {
+                other: begin
+                for other, begin in starts.items()
+                if event.onset < begin < event.offset - _TIME_TOLERANCE
+            }
+        for name, begin in parts.items():
+            end = min((other for other in parts.values() if other > begin), default=event.offset)
+            onset, offset = max(0.0, event.onset - begin), end - begin
+            spellings = name, name.casefold(), Path(name.casefold()).stem
+            path = next((by_name[item] for item in spellings if item in by_name), None)
+            if path is None:
+                lost[name or "no file"] += 1
+            else:
+                yield path, replace(event, onset=round(onset, 6), offset=round(offset, 6))
+    if lost:
+        logger.warning(
+            "%s: %d selections are left out, because their files are not beside the table: %s",
+            *(table, lost.total(), shorten_list(list(lost))),
+        )
 
 
 def write_audacity_labels(path: Path, events: Iterable[Event]) -> None:
@@ -212,51 +314,18 @@ def write_audacity_labels(path: Path, events: Iterable[Event]) -> None:
     write_atomically(path, "".join(lines))
 
 
-def read_audacity_labels(path: Path) -> list[Event]:
-    """Return the labels of an Audacity track; a label without a number has confidence 1."""
-    events = []
-    for line, text in enumerate(_read_lines(path), start=1):
-        if text.startswith("\\") or not text.strip():
-            continue  # Audacity puts the frequency range of a label on a line of its own
-        cells = text.split("\t")
-        label = cells[2].split() if len(cells) == 3 else []
-        if len(label) not in (1, 2):
-            raise ValueError(f"{path}, line {line}: {text!r} is not onset, offset, label")
-        confidence = label[1] if len(label) == 2 else 1.0
-        events.append(
-            _event(
-                path,
-                line,
-                ebird_code=label[0],
-                onset=cells[0],
-                offset=cells[1],
-                confidence=confidence,
-            )
-        )
-    return events
-
-
 # --- text ---------------------------------------------------------------------------------------
 
 
-def _csv_text(rows: Iterable[Iterable[object]], delimiter: str = ",") -> str:
+def _csv_text(rows: Iterable[Iterable[object]]) -> str:
     text = io.StringIO()
-    csv.writer(text, delimiter=delimiter, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 
 def _decimal(number: float) -> str:
     """Return a float's shortest exact decimals: Raven and Audacity need not know 1e-05."""
     return np.format_float_positional(float(number), trim="0")
-
-
-def _read_lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8: {error}") from error
 
 
 def _event(

@@ -22,11 +22,10 @@ from birdcall.config import Experiment, require
 from birdcall.data.dataset import load_training_data
 from birdcall.experiments import find_experiment
 from birdcall.inference.decision import Decision, write_decision
-from birdcall.inference.tables import read_submission
 from birdcall.inference.windows import ONNX_FILE, export_checkpoint
 from birdcall.kaggle.manifest import MANIFEST_FILE, WHEELS_FOLDER, make_manifest, read_manifest
 from birdcall.kaggle.submission import DECISION_FILE, MEMBERS_FOLDER, SUMMARY_FILE
-from birdcall.kaggle.test_set import read_test_rows
+from birdcall.kaggle.test_set import read_submission, read_test_rows
 from birdcall.kaggle.training_kernel import (
     PackagedFile,
     TrainingSettings,

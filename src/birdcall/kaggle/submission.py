@@ -35,7 +35,6 @@ from birdcall.inference.ensemble import (
     load_member,
 )
 from birdcall.inference.predictions import SEGMENTS_ONLY, SegmentPredictions
-from birdcall.inference.tables import write_submission
 from birdcall.inference.windows import ONNX_FILE, Waveforms
 from birdcall.kaggle.manifest import find_changes
 from birdcall.kaggle.test_set import (
@@ -43,6 +42,7 @@ from birdcall.kaggle.test_set import (
     find_recordings_of,
     read_example_rows,
     read_test_rows,
+    write_submission,
 )
 from birdcall.models.checkpoint import require_same_classes
 from birdcall.storage.files import inside, shorten_list, write_atomically

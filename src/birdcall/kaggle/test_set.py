@@ -1,10 +1,10 @@
-"""Read the tables of soundscapes: test rows, labels, annotations; find the audio files."""
+"""Read and write the competition's tables: test rows, labels, submissions; find the recordings."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 
@@ -12,11 +12,19 @@ import numpy as np
 import pandas as pd
 
 from birdcall.config import NOCALL, SEGMENT_SECONDS
-from birdcall.storage.files import inside, read_table, shorten_list
+from birdcall.storage.files import (
+    SOUND_SUFFIXES,
+    inside,
+    is_sound,
+    read_table,
+    shorten_list,
+    write_atomically,
+)
+from birdcall.taxonomy import match_code
 
 _FILE_SITE = "site_3"  # its recordings are labelled as a whole: rows without seconds
-_RAVEN_SUFFIX = ".txt"
-AUDIO_SUFFIXES = (".mp3", ".wav", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".mp2")
+
+_SUBMISSION_COLUMNS = ["row_id", "birds"]
 
 logger = logging.getLogger(__name__)
 
@@ -74,34 +82,37 @@ def read_example_rows(data: Path) -> pd.DataFrame:
     ]
 
 
-def find_audio(folder: Path, name: str) -> Path | None:
+def list_audio(folder: Path) -> dict[str, list[str]]:
+    """Return the names of the sound files in a folder by each of their beginnings up to a dot."""
+    listed: dict[str, list[str]] = {}
+    for path in filter(is_sound, folder.iterdir() if folder.is_dir() else ()):
+        beginning = path.name
+        while beginning:
+            listed.setdefault(beginning, []).append(path.name)
+            beginning = beginning.rpartition(".")[0]
+    return listed
+
+
+def find_audio(
+    folder: Path, name: str, listed: Mapping[str, Sequence[str]] | None = None
+) -> Path | None:
     """Return the recording that a CSV calls ``name``, or None where there is none.
 
     ``name`` may be the file name, or its beginning up to a dot: the example soundscape
     ORANGE-7-CAP_20190606_093000 is the file ``ORANGE-7-CAP_20190606_093000.pt623.mp3``. Of several
-    files, that of the first suffix in ``AUDIO_SUFFIXES`` is taken, else the one with the shortest
-    name. Raises ``ValueError`` if ``name`` has a path, or is a link that leaves ``folder``.
+    files, that of the first suffix in ``SOUND_SUFFIXES`` is taken, else the one with the shortest
+    name. For many names, ``listed`` is what `list_audio` returns. Raises ``ValueError`` if ``name``
+    has a path, or is a link that leaves ``folder``.
     """
     if Path(name).name != name or "\\" in name:
         raise ValueError(f"{name!r} is not the name of a recording in {folder}: it has a path")
-    direct = [
-        inside(folder, name),
-        *(inside(folder, name + suffix) for suffix in AUDIO_SUFFIXES),
-    ]
-    for path in direct:  # most names are simple, and a folder may be long
-        if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file():
-            return path
-    if not folder.is_dir():
-        return None
-    names = [
-        path.name
-        for path in folder.iterdir()
-        if path.name.startswith(f"{name}.") and path.suffix.lower() in AUDIO_SUFFIXES
-    ]
-    for file_name in sorted(names, key=lambda file_name: (len(file_name), file_name)):
-        if inside(folder, file_name).is_file():
-            return folder / file_name
-    return None
+    inside(folder, name)
+    listed = list_audio(folder) if listed is None else listed
+    names = sorted(listed.get(name, ()), key=lambda file: (len(file), file))
+    direct = [name, *(name + suffix for suffix in SOUND_SUFFIXES)]
+    names = [file for file in direct if file in names] + names
+    paths = (inside(folder, file) for file in names)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def find_recordings_of(rows: pd.DataFrame, folder: Path) -> tuple[dict[str, Path], list[str]]:
@@ -115,9 +126,10 @@ def find_recordings_of(rows: pd.DataFrame, folder: Path) -> tuple[dict[str, Path
         return {}, names
     paths: dict[str, Path] = {}
     missing = []
+    listed = list_audio(folder)
     for name in names:
         try:
-            path = find_audio(folder, name)
+            path = find_audio(folder, name, listed)
             reason = f"{folder / name}: no recording of this audio_id"
         except (ValueError, OSError) as error:  # a name that leads out of the folder
             path, reason = None, str(error)
@@ -148,9 +160,10 @@ def read_labelled_soundscapes(data: Path, classes: Collection[str] | None = None
         frame["seconds"], path, where=again, why="an earlier row has this segment of the same file"
     )
     labels = _parse_birds(path, frame)
-    scored = {code for row in labels for code in row} if classes is None else set(classes)
-    known = [tuple(code for code in row if code in scored) for row in labels]
-    foreign = [tuple(code for code in row if code not in scored) for row in labels]
+    texts = {text for row in labels for text in row}
+    code_of = {text: text if classes is None else match_code(text, classes) for text in texts}
+    known = [tuple(dict.fromkeys(filter(None, map(code_of.get, row)))) for row in labels]
+    foreign = [tuple(text for text in row if code_of[text] is None) for row in labels]
     _log_foreign(path, [code for row in foreign for code in row])
     return pd.DataFrame(
         {
@@ -191,21 +204,10 @@ def read_annotations(data: Path, classes: Collection[str] | None = None) -> pd.D
         }
     )
     if classes is not None:
-        known = annotations["ebird_code"].isin(list(classes))
-        _log_foreign(path, annotations.loc[~known, "ebird_code"])
-        annotations = annotations[known]
+        codes = annotations["ebird_code"].map(lambda text: match_code(text, classes))
+        _log_foreign(path, annotations.loc[codes.isna(), "ebird_code"])
+        annotations = annotations.assign(ebird_code=codes)[codes.notna()]
     return annotations.reset_index(drop=True)
-
-
-def raven_tables_of(recording: Path) -> list[Path]:
-    """Return the Raven selection tables beside a recording: ``<stem>.….txt``."""
-    return sorted(
-        path
-        for path in recording.parent.iterdir()
-        if path.suffix.lower() == _RAVEN_SUFFIX
-        and path.name.startswith(f"{recording.stem}.")
-        and path.is_file()
-    )
 
 
 def read_solution(data: Path) -> pd.DataFrame:
@@ -218,6 +220,57 @@ def read_solution(data: Path) -> pd.DataFrame:
     _require_keys(path, frame, ["row_id"], distinct="row_id")
     labels = [" ".join(birds) or NOCALL for birds in _parse_birds(path, frame)]
     return pd.DataFrame({"row_id": frame["row_id"].to_numpy(), "birds": labels})
+
+
+# --- the submission -----------------------------------------------------------------------------
+
+
+def write_submission(path: Path, row_ids: Sequence[str], birds: Sequence[str]) -> None:
+    """Write the columns row_id, birds in the order given; ``birds`` are label strings.
+
+    Raises ``ValueError`` for what Kaggle would score wrongly: a row twice, a row without label,
+    ``nocall`` beside birds.
+    """
+    if len(row_ids) != len(birds):
+        raise ValueError(f"{path}: {len(row_ids)} row_ids but {len(birds)} predictions")
+    _check_submission(path, row_ids, birds)
+    table = pd.DataFrame(zip(row_ids, birds, strict=True), columns=_SUBMISSION_COLUMNS)
+    write_atomically(path, table.to_csv(index=False, lineterminator="\n"))
+
+
+def read_submission(path: Path, row_ids: Sequence[str]) -> pd.DataFrame:
+    """Read a submission, columns row_id, birds; its rows must be ``row_ids``, in this order."""
+    frame = read_table(path, _SUBMISSION_COLUMNS)
+    if frame.columns.tolist() != _SUBMISSION_COLUMNS:
+        raise ValueError(f"{path}: the columns are {', '.join(frame)}, not row_id,birds")
+    read_ids = frame["row_id"].tolist()
+    _check_submission(path, read_ids, frame["birds"].tolist())
+    for line, row_id, expected in zip(frame.index, read_ids, row_ids, strict=False):
+        if row_id != expected:
+            raise ValueError(f"{path}, line {line}: row_id is {row_id!r}; expected {expected!r}")
+    if len(read_ids) != len(row_ids):
+        raise ValueError(f"{path}: {len(read_ids)} rows where {len(row_ids)} were expected")
+    return frame.reset_index(drop=True)
+
+
+def _check_submission(path: Path, row_ids: Sequence[str], birds: Sequence[str]) -> None:
+    seen = set()
+    for number, (row_id, text) in enumerate(zip(row_ids, birds, strict=True), start=1):
+        where = f"{path}, row {number} ({row_id!r})"
+        if not isinstance(row_id, str) or not row_id or row_id in seen:
+            raise ValueError(f"{where}: row_id is empty or occurs twice")
+        seen.add(row_id)
+        tokens = text.split(" ") if isinstance(text, str) else [""]
+        if "" in tokens:
+            raise ValueError(
+                f"{where}: birds is {text!r}; give codes with a space between, or {NOCALL}"
+            )
+        if len(set(tokens)) != len(tokens):
+            raise ValueError(f"{where}: birds is {text!r}; it names a species twice")
+        if NOCALL in tokens and len(tokens) > 1:
+            raise ValueError(
+                f"{where}: birds is {text!r}; {NOCALL} cannot be combined with species"
+            )
 
 
 # --- checks -------------------------------------------------------------------------------------

@@ -23,14 +23,12 @@ from birdcall.config import SEGMENT_SECONDS, require_choice, require_share
 from birdcall.inference.events import Event
 from birdcall.inference.predictions import OutputOptions, SegmentPredictions
 from birdcall.inference.tables import (
-    read_raven_table,
     write_audacity_labels,
     write_detections,
     write_raven_table,
 )
 from birdcall.kaggle.manifest import MANIFEST_FILE
 from birdcall.kaggle.submission import LoadedPackage, probed_seconds
-from birdcall.kaggle.test_set import raven_tables_of
 from birdcall.models.checkpoint import is_onnx_installed
 from birdcall.prediction.package import (
     EmbeddingWriter,
@@ -41,7 +39,7 @@ from birdcall.prediction.package import (
 )
 from birdcall.storage.files import digest, fitting_name, inside, shorten_list, write_atomically
 from birdcall.storage.store import Journal, code_digest
-from birdcall.taxonomy import display_name
+from birdcall.taxonomy import display_name, match_code
 
 logger = logging.getLogger(__name__)
 
@@ -100,55 +98,50 @@ class ResultOptions:
             require_choice("format", name, (*_TABLES, *_SUFFIXES))
         require_share("min_confidence", self.min_confidence)
 
-    def require_known(self, classes: Sequence[str]) -> None:
-        """Raise ValueError for a species that the model does not know."""
-        unknown = sorted(set(self.species) - set(classes))
+    def for_classes(self, classes: Sequence[str]) -> ResultOptions:
+        """Return the options with the model's codes of the species, given as codes or names.
+
+        Raises ValueError for a species that the model does not know.
+        """
+        codes = {name: match_code(name, classes) for name in self.species}
+        unknown = [name for name, code in codes.items() if code is None]
         if unknown:
             raise ValueError(
                 f"the model knows no species {', '.join(unknown)}; it knows {shorten_list(classes)}"
             )
+        return replace(self, species=tuple(codes.values()))
 
 
-def _journal_key(recording: Recording, with_labels: bool) -> dict[str, Any]:
+def _journal_key(
+    recording: Recording, options: ResultOptions, labels: Sequence[Event]
+) -> dict[str, Any]:
     """Return what identifies a recording in the journal: a changed file is predicted again.
 
-    ``with_labels``: and a file whose labels have changed, which its page shows.
+    So is a file whose embeddings and pages get another name, or whose page shows other labels.
     """
+    key: dict[str, Any] = {"recording": str(recording.path), "size": None, "mtime_ns": None}
     try:
         stat = recording.path.stat()
-        tables = raven_tables_of(recording.path) if with_labels else []
-        labels = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in tables]
+        key |= {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     except OSError:
-        return {"recording": str(recording.path), "size": None, "mtime_ns": None}
-    key = {
-        "recording": str(recording.path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns
-    }  # fmt: skip
-    return key | ({"labels": labels} if labels else {})
+        return key
+    if options.view or options.embeddings:
+        key["name"] = recording.name
+    return key | ({"labels": digest(repr(labels))} if labels else {})
 
 
 # --- what observes the predictions ----------------------------------------------------------------
-
-
-def _labels_beside(recording: Recording) -> list[Event]:
-    """Return the labels of a person: the Raven selection tables beside a recording."""
-    labels: list[Event] = []
-    for table in raven_tables_of(recording.path):
-        try:
-            labels += read_raven_table(table)
-        except ValueError as error:  # other text may be beside it
-            logger.warning("%s; not shown as labels", error)
-    return labels
 
 
 @dataclass
 class PageObserver:
     """Writes the pages of each recording, with its labels; first_pages: by name of the recording.
 
-    labels_of: returns the labels of a recording; by default those in tables beside its file.
+    labels: of recordings, by path.
     """
 
     pages: PageWriter
-    labels_of: Callable[[Recording], list[Event]] = _labels_beside
+    labels: Mapping[Path, Sequence[Event]]
     first_pages: dict[str, Path] = field(default_factory=dict)
 
     def __call__(self, recording: Recording, item: SegmentPredictions | RecordingResult) -> None:
@@ -158,7 +151,7 @@ class PageObserver:
         elif item.reason:
             self.pages.discard()
         else:
-            labels = self.labels_of(recording)
+            labels = self.labels.get(recording.path, ())
             self.first_pages[recording.name] = self.pages.finish(
                 recording.name,
                 recording.path,
@@ -216,14 +209,18 @@ def predict_recordings(
     *,
     options: ResultOptions,
     pages: PageWriter | None = None,
+    labels: Mapping[Path, Sequence[Event]] | None = None,
 ) -> str:
     """Predict the recordings that are not in the journal, write all results; return a summary.
 
     Those that failed, or whose parts or pages have been deleted, are predicted again: a permission
     may have been given since, or a disk answer again.
+
+    ``labels``: of a person, by path; a recording whose labels have changed gets its page again.
     """
     # Before they are read: a file that changes meanwhile is predicted again.
-    keys = {recording: _journal_key(recording, options.view) for recording in recordings}
+    labels = labels or {}
+    keys = {item: _journal_key(item, options, labels.get(item.path, ())) for item in recordings}
     remaining = []
     for recording in recordings:
         values = journal.find(keys[recording])
@@ -257,9 +254,13 @@ def predict_locally(
     options: ResultOptions,
     *,
     pages: PageWriter | None = None,
+    labels: Mapping[Path, Sequence[Event]] | None = None,
     progress: bool = False,
 ) -> Predictor:
-    """Return what predicts on this machine; ``progress``: with a bar."""
+    """Return what predicts on this machine.
+
+    ``labels``: of a person, which pages show, by path. ``progress``: with a bar.
+    """
     outputs = OutputOptions(
         frames=True, member_frames=pages is not None, embedding=options.embeddings
     )
@@ -274,7 +275,7 @@ def predict_locally(
             if options.embeddings:
                 observers.append(EmbeddingWriter(output))
             if pages is not None:
-                observers.append(PageObserver(pages))
+                observers.append(PageObserver(pages, labels or {}))
             for recording, result in detect_recordings(recordings, package, observers, outputs):
                 if options.embeddings and not result.reason:
                     result = replace(result, parts=(embedding_part(recording),))

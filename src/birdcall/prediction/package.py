@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -24,8 +26,16 @@ from birdcall.inference.events import Event, EventDetector
 from birdcall.inference.predictions import OutputOptions, SegmentPredictions
 from birdcall.inference.tables import DETECTION_COLUMNS, detection_rows
 from birdcall.kaggle.submission import LoadedPackage, open_package
-from birdcall.kaggle.test_set import AUDIO_SUFFIXES
-from birdcall.storage.files import atomic_path, fitting_name, inside
+from birdcall.storage.files import (
+    SOUND_SUFFIXES,
+    atomic_path,
+    conversion_advice,
+    find_files,
+    fitting_name,
+    inside,
+    is_sound,
+    utf8_text,
+)
 from birdcall.taxonomy import display_name
 
 logger = logging.getLogger(__name__)
@@ -39,7 +49,7 @@ _Paths = str | Path | Sequence[str | Path]
 
 @dataclass(frozen=True)
 class Recording:
-    """A recording to predict; name: of its results, unique and relative."""
+    """A recording to predict; name: of its results, unique, relative and UTF-8."""
 
     path: Path
     name: str
@@ -82,33 +92,48 @@ _Observer = Callable[[Recording, SegmentPredictions | RecordingResult], None]
 def find_recordings(paths: Sequence[str | Path]) -> list[Recording]:
     """Return the recordings among ``paths``, below those that are folders, and that match globs.
 
-    Each once. Results of a recording in a folder are named as in that folder; where two have one
-    name, the second gets a number.
+    Each file once, however it is spelt. Of folders, and of globs such as ``field/*``, sound is
+    taken (`is_sound`). Results of a recording in a folder are named as in that folder; where two
+    have one name, the second gets a number. Names are UTF-8, whatever those of the files are.
     """
-    names: dict[Path, str] = {}
-    for path in map(Path, paths):
-        if path.is_dir():
-            items = (item for item in path.rglob("*") if item.suffix.lower() in AUDIO_SUFFIXES)
-            matches = {item: item.relative_to(path).as_posix() for item in sorted(items)}
-        elif path.exists():
-            matches = {path: path.name}
-        else:
-            anchor = Path(path.anchor)
-            matching = sorted(anchor.glob(path.relative_to(anchor).as_posix()))
-            if not matching:
-                raise FileNotFoundError(f"{path}: no such recording or folder, nor does any match")
-            matches = {item: item.name for item in matching if item.is_file()}
-        for item, name in matches.items():
-            names.setdefault(item, name)
+    names: dict[str, tuple[Path, str]] = {}  # path and name, by real path
+    for path in (item for given in paths for item in _expand_glob(Path(given))):
+        items = filter(is_sound, find_files(path)) if path.is_dir() else [path]
+        for item in items:
+            name = item.relative_to(path).as_posix() if item != path else path.name
+            names.setdefault(os.path.realpath(item), (item, utf8_text(name)))
     if not names:
-        raise FileNotFoundError(f"{paths[0]}: no recording; known are {', '.join(AUDIO_SUFFIXES)}")
-    counts: dict[str, int] = {}
-    recordings = []
-    for path, name in names.items():
-        counts[name] = counts.get(name, 0) + 1
-        unique = name if counts[name] == 1 else f"{counts[name]}/{name}"
-        recordings.append(Recording(path, unique))
-    return recordings
+        raise FileNotFoundError(f"{paths[0]}: no recording; known are {', '.join(SOUND_SUFFIXES)}")
+    unique = unique_names([name for _, name in names.values()])
+    recordings = zip(names.values(), unique, strict=True)
+    return [Recording(path, name) for (path, _), name in recordings]
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Return ``names``, those that occur again with a number before them: ``2/a.wav``."""
+    wanted, numbers = set(names), dict.fromkeys(names, 1)
+    used: set[str] = set()
+    unique = []
+    for name in names:
+        candidate = name
+        while candidate in used or (candidate != name and candidate in wanted):
+            numbers[name] += 1
+            candidate = f"{numbers[name]}/{name}"
+        used.add(candidate)
+        unique.append(candidate)
+    return unique
+
+
+def _expand_glob(path: Path) -> list[Path]:
+    """Return a path that exists, or the folders and recordings that match a glob."""
+    if path.exists():
+        return [path]
+    anchor = Path(path.anchor)
+    matches = sorted(anchor.glob(path.relative_to(anchor).as_posix()))
+    if not matches:
+        raise FileNotFoundError(f"{path}: no such recording or folder, nor does any match")
+    names_suffix = not re.search(r"[*?\]]", path.suffix or "*")  # as a/*.dat does, not a/*
+    return [item for item in matches if names_suffix or is_sound(item) or item.is_dir()]
 
 
 def detect_recordings(
@@ -135,7 +160,9 @@ def detect_recordings(
                     observe(recording, item)
                 continue
             if isinstance(item, AudioError):
-                result = RecordingResult(0.0, reason=item.reason)
+                advice = conversion_advice(recording.path)
+                reason = f"{item.reason}; {advice}" if advice else item.reason
+                result = RecordingResult(0.0, reason=reason)
             else:
                 result = RecordingResult(item.seconds, tuple(detector.finish(item.seconds)))
             for observe in observers:
@@ -194,8 +221,9 @@ class EmbeddingWriter:
             {"onset": onsets, "offset": onsets + SEGMENT_SECONDS, "embedding": vectors}
         )
         if self.writer is None:
+            file = self.stack.enter_context(self.temporary.open("wb"))  # its path may be no UTF-8
             self.writer = self.stack.enter_context(
-                pq.ParquetWriter(self.temporary, table.schema, compression="zstd")
+                pq.ParquetWriter(file, table.schema, compression="zstd")
             )
         self.writer.write_table(table)
         self.n_segments += n_segments

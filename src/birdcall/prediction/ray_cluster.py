@@ -52,7 +52,7 @@ class Worker:
 
     def __call__(self, task: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Predict the recordings of a task, columns path and name; add their results as JSON."""
-        paths, names = (list(map(str, task[key])) for key in ("path", "name"))
+        paths, names = list(map(os.fsdecode, task["path"])), list(map(str, task["name"]))
         recordings = [Recording(Path(path), name) for path, name in zip(paths, names, strict=True)]
         observers = [EmbeddingWriter(self.output)] if self.embeddings else []
         outputs = OutputOptions(frames=True, embedding=self.embeddings)
@@ -96,7 +96,11 @@ def predict_on_ray(
                         f"--ray {address}: no cluster answers there: {error}"
                     ) from error
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        rows = [{"path": str(item.path.resolve()), "name": item.name} for item in recordings]
+        # As bytes: a path need not be UTF-8, which Arrow's strings are.
+        paths = [os.fsencode(item.path.resolve()) for item in recordings]
+        rows = [
+            {"path": path, "name": item.name} for path, item in zip(paths, recordings, strict=True)
+        ]
         by_name = {recording.name: recording for recording in recordings}
         for row in tqdm(
             _run_tasks(rows, package, output, embeddings=embeddings),
@@ -108,7 +112,7 @@ def predict_on_ray(
 
 
 def _run_tasks(
-    rows: list[dict[str, str]], package: Path, output: Path, *, embeddings: bool
+    rows: list[dict[str, bytes | str]], package: Path, output: Path, *, embeddings: bool
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows with their results, as the workers of the connected cluster finish them."""
     import ray

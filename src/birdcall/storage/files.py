@@ -1,4 +1,4 @@
-"""Read tables strictly, write files completely or not at all, keep names inside their folder."""
+"""Find files, read tables strictly, write files completely or not at all, keep names safe."""
 
 from __future__ import annotations
 
@@ -7,26 +7,37 @@ import hashlib
 import io
 import logging
 import os
-import platform
+import re
 import secrets
-import shlex
-import sys
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import datetime
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import pandas as pd
-
-try:
-    import fcntl
-except ImportError:  # Windows: there a second process is not detected
-    fcntl = None
 
 logger = logging.getLogger(__name__)
 
 _MAX_NAME_BYTES = 200  # of a file; what file systems take is 255
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+# What libsndfile reads, the usual formats first. Not .mat and .raw: most of those are no sound.
+# fmt: off
+SOUND_SUFFIXES = (
+    ".mp3", ".wav", ".flac", ".ogg", ".opus", ".oga", ".aif", ".aiff", ".aifc", ".wave", ".bwf",
+    ".w64", ".rf64", ".caf", ".au", ".snd", ".mp2", ".mp1", ".mpga", ".voc", ".sph", ".nist",
+    ".avr", ".htk", ".ircam", ".sf", ".paf", ".pvf", ".sd2", ".sds", ".svx", ".wve", ".xi",
+)
+# Sound that libsndfile does not read; video too, for its sound.
+_FOREIGN_SUFFIXES = (
+    ".m4a", ".m4b", ".mp4", ".aac", ".alac", ".wma", ".asf", ".webm", ".weba", ".mka", ".mkv",
+    ".3gp", ".amr", ".ac3", ".ape", ".wv", ".tta", ".spx", ".ra", ".wac", ".mov", ".avi",
+)
+# fmt: on
+# What systems leave in folders. ``._a.wav`` holds what macOS knows of ``a.wav``, and no sound.
+_OF_SYSTEMS = re.compile(
+    r"\._.*|\.DS_Store|Thumbs\.db|\.Trash(es|-\d+)?|\$RECYCLE\.BIN", re.IGNORECASE
+)
 
 
 class UserError(ValueError):
@@ -53,78 +64,69 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write ``content`` completely or not at all; text as UTF-8, line ends as given."""
-    data = content.encode() if isinstance(content, str) else content
+    """Write ``content`` completely or not at all; text as `utf8_text`, line ends as given."""
+    data = utf8_text(content).encode() if isinstance(content, str) else content
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
 
-# --- one process at a time ---
-
-_locks: list[IO[str]] = []  # the files of the locks that this process has
+# --- files in folders, and their names ---
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Let no other process into a block like this for the same ``path``, a file or a folder.
+def find_files(folder: Path) -> list[Path]:
+    """Return the files below ``folder``, sorted; none where it is no folder.
 
-    The lock is a file beside ``path``, ``.<name>.lock``, and ends with the process, however that
-    ends. Nothing is locked where the system or the file system has no locks.
-
-    Raises ``OSError`` that names the process which has the lock.
+    Links are followed. Each real file and folder counts once, by the path without a link if there
+    is such a path. Left out are what systems leave in folders (``._*``, ``.DS_Store``,
+    ``Thumbs.db``, deleted files) and folders that cannot be listed; the log names the latter.
     """
-    if fcntl is None:
-        yield
-        return
-    target = path.resolve()  # one lock, whatever links lead to it
-    lock = target.with_name(f".{target.name}.lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    file = _lock(path, lock)
-    _locks.append(file)
+    waiting, links = deque([folder]), deque[Path]()
+    files: dict[str, Path] = {}  # by real path
+    visited: set[str] = set()
+    while waiting or links:
+        path = waiting.popleft() if waiting else links.popleft()
+        real = os.path.realpath(path)
+        if not os.path.isdir(path):  # noqa: PTH112 - without the right to look it is no error
+            if path != folder:
+                files.setdefault(real, path)
+            continue
+        if real in visited:
+            continue
+        visited.add(real)
+        for entry in list_folder(path):
+            if entry.is_symlink():
+                links.append(Path(entry.path))
+            elif entry.is_dir():
+                waiting.append(Path(entry.path))
+            else:
+                files.setdefault(f"{real}{os.sep}{entry.name}", Path(entry.path))
+    return sorted(files.values())
+
+
+def list_folder(folder: Path) -> list[os.DirEntry[str]]:
+    """Return what is in a folder but for files of systems; nothing where it cannot be listed."""
     try:
-        since = f"{datetime.now():%Y-%m-%d %H:%M}"
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()} since {since} ({command})")
-        file.flush()
-        yield
-    finally:
-        if not file.closed:
-            lock.unlink(missing_ok=True)
-            file.close()
-            _locks.remove(file)
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not _OF_SYSTEMS.fullmatch(entry.name)]
+    except OSError as error:
+        logger.warning("%s: cannot be listed, its files are left out: %s", folder, error.strerror)
+        return []
 
 
-def _lock(path: Path, lock: Path) -> IO[str]:
-    """Return the file ``lock``, open and locked."""
-    while True:
-        file = lock.open("a+", encoding="utf-8", errors="replace")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            with file:
-                file.seek(0)
-                owner = file.read() or "another process"
-            raise OSError(
-                f"{path}: {owner} writes to it; wait for its end, or give another folder"
-            ) from error
-        except OSError as error:  # some network file systems
-            logger.warning("%s: cannot be locked (%s); start no second command on it", path, error)
-            return file
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-                return file
-        file.close()  # another process has deleted it, and released it, since it was opened
+def is_sound(path: Path) -> bool:
+    """Return whether a file's suffix, in any case, is that of sound, whether or not we read it."""
+    return path.suffix.lower() in SOUND_SUFFIXES + _FOREIGN_SUFFIXES
 
 
-def _close_locks() -> None:
-    """Leave the locks to the parent: a forked child would have them beyond the parent's end."""
-    while _locks:
-        _locks.pop().close()
+def conversion_advice(path: Path) -> str:
+    """Return what to do about sound in a format that is not read; empty for all other files."""
+    advice = f"{path.suffix} is not read: convert to FLAC or WAV, for example with ffmpeg"
+    return advice if path.suffix.lower() in _FOREIGN_SUFFIXES else ""
 
 
-if fcntl is not None:
-    os.register_at_fork(after_in_child=_close_locks)
+def utf8_text(text: str) -> str:
+    """Return ``text`` as UTF-8 can hold it: a byte of a file's name that is none is ``%FC``."""
+    return _SURROGATES.sub(lambda match: f"%{ord(match[0]) & 0xFF:02X}", text)
 
 
 def shorten_list(items: Sequence[object], n_named: int = 5) -> str:
@@ -171,7 +173,7 @@ def _fit(part: str, n_more: int = 0) -> str:
     return content[: _MAX_NAME_BYTES - n_more - 13].decode("utf-8", "ignore") + "-" + digest
 
 
-def read_table(path: Path, columns: Sequence[str], delimiter: str = ",") -> pd.DataFrame:
+def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """Read a CSV as text, cell by cell as written; the index is the line in which each row starts.
 
     ``columns`` are required; others are returned as well. Unlike ``pandas.read_csv`` it guesses
@@ -188,7 +190,7 @@ def read_table(path: Path, columns: Sequence[str], delimiter: str = ",") -> pd.D
         where = f"line {line}, byte 0x{error.object[error.start]:02x}"
         raise ValueError(f"{path}, {where}: is not a CSV in UTF-8") from error
     rows, lines = [], []
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    reader = csv.reader(io.StringIO(text, newline=""))
     try:
         header = next(reader, [])
         line = reader.line_num + 1
@@ -212,12 +214,41 @@ def read_table(path: Path, columns: Sequence[str], delimiter: str = ",") -> pd.D
     return pd.DataFrame(rows, columns=header, index=pd.Index(lines, name="line"), dtype=str)
 
 
+def read_tab_rows(path: Path) -> list[tuple[int, list[str]]]:
+    """Read a table with tabs, as Raven, Excel and R write it: line and cells of each row.
+
+    The first row is the header. A quote is text, but quotes around a whole cell (R, Excel) are left
+    out; so are spaces around a cell, and rows without text. Raises ``ValueError`` where the file is
+    text neither in UTF-8, nor in UTF-16 with its mark, nor in Windows' Western code page.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing") from None
+    is_wide = content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    try:
+        text = content.decode("utf-16" if is_wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        if is_wide or b"\0" in content:
+            raise ValueError(f"{path} is not text in UTF-8: {error}") from error
+        text = content.decode("cp1252", "replace")
+    rows = []
+    for line, row in enumerate(re.split(r"\r\n|\r|\n", text), start=1):
+        cells = [cell.strip() for cell in row.split("\t")]
+        for index, cell in enumerate(cells):
+            if re.fullmatch('".*"', cell):
+                cells[index] = cell[1:-1].replace('""', '"').strip()
+        if any(cells):
+            rows.append((line, cells))
+    return rows
+
+
 # --- fingerprint ---
 
 
 def digest(content: bytes | str) -> str:
     """Return the first 16 hexadecimal digits of the sha256."""
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
     return hashlib.sha256(data).hexdigest()[:16]
 
 

@@ -19,7 +19,8 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
-from birdcall.storage.files import atomic_path, digest, locked
+from birdcall.storage.files import atomic_path, digest
+from birdcall.storage.locks import locked
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from birdcall.models.checkpoint import (
     find_checkpoints,
     read_checkpoint,
 )
-from birdcall.storage.files import locked
+from birdcall.storage.locks import locked
 from birdcall.training.initialisation import initialise
 from birdcall.training.log import (
     TensorBoard,

@@ -205,31 +205,45 @@ function saveFile(suffix, text) {
   showMessage(`Your browser saves ${download}.`);
 }
 
+const lettersOf = (text) => text.toLowerCase().replace(/[^a-z0-9]/g, '');
+// Quotes around a whole cell are those of R and Excel; any other quote is text.
+const plainText = (cell) => cell.trim().replace(/^"(.*)"$/, (_, text) => text.replaceAll('""', '"').trim());
+
+/** Return the code that a label means, a code or a name in any case, or the label itself. */
+function findCode(label) {
+  const wanted = label.toLowerCase().replace(/\s+/g, ' ');
+  for (const [code, name] of names) {
+    if (code.toLowerCase() === wanted || name.toLowerCase() === wanted) return code;
+  }
+  return label;
+}
+
 async function openTable(file) {
   const text = (await file.text()).replace(/^\ufeff/, '');
-  const [header = [], ...rows] = text.split(/\r?\n/).filter((line) => line.trim()).map((line) => line.split('\t'));
-  const findColumn = (...titles) => titles.map((title) => header.indexOf(title)).find((index) => index >= 0) ?? -1;
+  const lines = text.split(/\r\n|\r|\n/).filter((line) => line.trim());
+  const [header = [], ...rows] = lines.map((line) => line.split('\t').map(plainText));
+  const columns = header.map(lettersOf);
+  const findColumn = (...titles) => titles.map((title) => columns.indexOf(lettersOf(title))).find((index) => index >= 0) ?? -1;
   const onsetColumn = findColumn('Begin Time (s)'), offsetColumn = findColumn('End Time (s)');
-  const codeColumn = findColumn('Species Code', 'ebird_code', 'Code', 'Species', 'Annotation', 'Label');
-  const noteColumn = findColumn('Notes'), selectionColumn = findColumn('Selection');
+  const codeColumn = findColumn('Species Code', 'ebird_code', 'Code', 'Species', 'Annotation', 'Label', 'Common Name', 'Scientific Name');
+  const noteColumn = findColumn('Notes');
   if (Math.min(onsetColumn, offsetColumn, codeColumn) < 0) {
     showMessage(`${file.name} is not a Raven selection table: it needs the columns Begin Time (s), End Time (s) and Species Code.`);
     return;
   }
-  const selections = new Set(), labels = [];
+  const labels = new Map();
   for (const [index, row] of rows.entries()) {
-    // Raven saves a selection once for each of its views.
-    if (selectionColumn >= 0 && selections.has(row[selectionColumn])) continue;
-    selections.add(row[selectionColumn]);
-    const code = row[codeColumn], onset = Number(row[onsetColumn]), offset = Number(row[offsetColumn]);
+    const code = findCode(row[codeColumn] || ''), onset = Number(row[onsetColumn]), offset = Number(row[offsetColumn]);
     if (!code || !(onset >= 0 && offset >= onset)) {
       showMessage(`${file.name}, line ${index + 2}: a selection needs a species, a start and a later end.`);
       return;
     }
-    labels.push({ code, onset, offset, note: row[noteColumn] || '' });
+    // Raven saves a selection once for each of its views.
+    const key = `${code} ${onset} ${offset}`;
+    if (!labels.has(key)) labels.set(key, { code, onset, offset, note: row[noteColumn] || '' });
   }
-  state.labels = labels;
-  storeLabels(`${labels.length} labels read from ${file.name}.`);
+  state.labels = [...labels.values()];
+  storeLabels(`${labels.size} labels read from ${file.name}.`);
 }
 
 // --- start --------------------------------------------------------------------------------------
