@@ -3,6 +3,9 @@
 `pytest -m cuda` runs these; without a GPU they are not selected.
 """
 
+import time
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -16,10 +19,16 @@ from birdcall.inference.engine import predict_audio, predict_waveforms
 from birdcall.inference.ensemble import Ensemble, default_device, load_ensemble
 from birdcall.inference.windows import WindowConfig
 from birdcall.kaggle.packaging import StagingOptions, run_as_kaggle, stage_package
-from birdcall.models.checkpoint import Checkpoint, load_model, read_checkpoint, save_checkpoint
+from birdcall.models.checkpoint import (
+    STATE_FILE,
+    Checkpoint,
+    load_model,
+    read_checkpoint,
+    save_checkpoint,
+)
 from birdcall.models.sed import build_model
-from birdcall.training.runs import plan_runs, train_many
-from birdcall.training.trainer import RunOptions
+from birdcall.training.runs import TrainingInterrupted, plan_runs, train_many, train_run
+from birdcall.training.trainer import Run, RunOptions
 
 pytestmark = pytest.mark.cuda
 
@@ -94,6 +103,21 @@ def test_a_training_on_the_gpu_ends_with_a_checkpoint_that_scores_on_a_cpu(
     assert np.isfinite(checkpoint.score["macro_ap"])
     assert predict_waveforms(load_ensemble([runs[0].folder]), {RATE: noise(12)}).seconds == 12
     assert not any(tensor.is_cuda for tensor in model.state_dict().values())
+
+
+@pytest.mark.parametrize("kinds", [("cpu", "cuda"), ("cuda", "cpu")], ids="-".join)
+def test_a_training_continues_on_the_kind_of_device_that_saved_its_state(
+    training_data, tiny_experiment, tmp_path, kinds
+):
+    first, second = (RunOptions(workers=0, device=torch.device(kind)) for kind in kinds)
+    run = Run(tiny_experiment, 0, tmp_path)
+    with pytest.raises(TrainingInterrupted):
+        train_run(run, training_data, replace(first, deadline=time.monotonic()))
+    state = (tmp_path / STATE_FILE).read_bytes()
+    with pytest.raises(ValueError, match=f"device was '{kinds[0]}', is '{kinds[1]}'"):
+        train_run(run, training_data, replace(second, resume=True))
+    assert (tmp_path / STATE_FILE).read_bytes() == state
+    assert np.isfinite(train_run(run, training_data, replace(first, resume=True)).score["macro_ap"])
 
 
 GPU_EXPERIMENTS = [name for name in EXPERIMENTS if not name.startswith(("small", "lite0"))]
