@@ -235,6 +235,20 @@ def test_absurd_levels_constants_and_offsets_have_verdicts_of_their_own(tmp_path
     assert all(name in text for name, (status, _) in verdicts.items() if status != "ok")
 
 
+def test_of_a_damaged_recording_at_least_a_second_of_sound_must_be_left(tmp_path: Path) -> None:
+    sound = encode_constant(make_noise(12))
+    frame = 144 * 160_000 // RATE
+    damage = np.random.default_rng(1).bytes(len(sound))
+    files = {
+        "half.mp3": sound[: 200 * frame] + damage[200 * frame : 400 * frame] + sound[400 * frame :],
+        "none.mp3": sound[: 20 * frame] + damage[20 * frame : -20 * frame] + sound[-20 * frame :],
+    }
+    table = write_files(tmp_path, files)
+    audit = audit_recordings(tmp_path, table, tmp_path / "audit.csv", workers=0)
+    assert list(audit["status"]) == ["damaged", "damaged"]
+    assert list(audit["usable"]) == [True, False]
+
+
 def tag(size: int) -> bytes:
     """Make an ID3v2 tag with a picture of ``size`` bytes."""
     length = bytes(size >> shift & 0x7F for shift in (21, 14, 7, 0))

@@ -5,31 +5,24 @@ from __future__ import annotations
 import io
 import re
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, islice, pairwise
+from math import inf
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from birdcall.audio.mpeg import Layout, Part, Piece, is_chain, read_bytes, scan_mpeg, skip_tags
+
 _READ_BYTES = 1 << 18
-_CHAIN = 4  # mp3 frames that must follow one another: random bytes look like one once in 2 kB
-_MAX_JUNK = 1 << 16  # before the first frame
-_NAMED = 5  # places of damage in a message
-_FRAMES_OFF = 8  # of an mp3, more than its header states: a joined file has more
-_KILOBITS = {  # by version (1 or 2) and layer, for the 14 indices from 1
-    (1, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
-    (1, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
-}
-_KILOBITS[2, 2] = _KILOBITS[2, 3] = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
-_WAV = (b"RIFF", b"RF64")
-_FIRST_BYTES = (b"OggS\0\2", b"fLaC\0\0\0\x22")  # of each stream of a chained Ogg or joined FLAC
+_HEAD_BYTES = 1 << 16  # in which a file begins
+_STREAMS = rb"RIFF....WAVE|OggS\x00\x02|fLaC\x00\x00\x00\x22"  # also behind other bytes
+_CHUNKED = rb"(?:RIFF|RF64|BW64|RIFX)....WAVE|FORM....AIF[FC]|caff\x00\x01|riff\x2e\x91|\.snd"
 _NO_SIZE = b"\xff\xff\xff\xff"  # of a chunk: libsndfile reads to the end of the file
-_PCM = (1, 3, 0xFFFE)  # codings with a constant number of bytes per second
-_MAX_PLACEHOLDER = 0x7FFF0000  # sizes above it stand for "unknown" in a WAV that was piped
-
-
-Piece = bytes | range  # of a file: bytes as they are, or a range of another file's bytes
+# Sizes that stand for "unknown" in a file that was piped: of 32 bits, and of 64.
+_FIRST_PLACEHOLDER, _UNKNOWN = 0x7FFF0000, 1 << 39
 
 
 class PieceFile(io.RawIOBase):
@@ -38,336 +31,429 @@ class PieceFile(io.RawIOBase):
     def __init__(self, stream: io.FileIO, pieces: Sequence[Piece]) -> None:
         super().__init__()
         self.stream, self.pieces, self.position = stream, pieces, 0
+        self.starts = [0, *accumulate(map(len, pieces))]
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self.position}
-        self.position = offset + start.get(whence, sum(map(len, self.pieces)))
+        self.position = offset + start.get(whence, self.starts[-1])
         return self.position
 
     def readinto(self, buffer: memoryview) -> int:
-        start = n_filled = 0
-        for piece in self.pieces:
-            part = piece[max(0, self.position - start) :][: len(buffer) - n_filled]
-            start += len(piece)
+        n_filled = 0
+        for piece in self.pieces_from(self.position):
+            part = piece[: len(buffer) - n_filled]
             if isinstance(part, range) and part:
                 self.stream.seek(part.start)
                 part = self.stream.read(len(part))
             buffer[n_filled : n_filled + len(part)] = bytes(part)
             n_filled += len(part)
-            self.position += len(part)
+            if n_filled == len(buffer):
+                break
+        self.position += n_filled
         return n_filled
 
-
-class Part(NamedTuple):
-    """Audio of one format, as a file that libsndfile reads; no pieces: the real file as it is."""
-
-    pieces: tuple[Piece, ...] = ()
-    seconds: float = 0.0  # that its header or its frames promise; 0: what libsndfile says
-
-
-class Layout(NamedTuple):
-    """The parts of a file, one after another, and what is damaged in it ("": nothing)."""
-
-    parts: tuple[Part, ...] = (Part(),)
-    damage: str = ""
+    def pieces_from(self, position: int) -> Iterator[Piece]:
+        """Yield the pieces of what is from ``position`` on."""
+        index = bisect_right(self.starts, position) - 1
+        if index < len(self.pieces):
+            yield self.pieces[index][position - self.starts[index] :]
+            yield from islice(self.pieces, index + 1, None)
 
 
 @lru_cache(maxsize=1 << 14)
 def find_layout(path: Path, size: int, _mtime_ns: int) -> Layout:
     """Return where the audio of a file is; raises OSError. A file that stays is scanned once."""
     with path.open("rb", buffering=_READ_BYTES) as file:
-        head = file.read(8)
-        if head[:4] in _WAV:
-            return Layout(_scan_riff(file, size))
-        for marker in _FIRST_BYTES:
-            if head.startswith(marker):
-                return _split(file, size, marker)
-        return _scan_mpeg(file, size)
+        first = skip_tags(file, 0)
+        if first >= size:  # a wrong length
+            first = 0
+        head = read_bytes(file, first, _HEAD_BYTES)
+        match = re.match(_CHUNKED, head, re.DOTALL)
+        if match is None and not is_chain(file, first):
+            match = re.search(_STREAMS, head, re.DOTALL)
+        if match is None:
+            return scan_mpeg(file, first, size)
+        start, marker = first + match.start(), match[0]
+        if marker.startswith(b"OggS"):
+            parts, damage = _scan_ogg(file, start, size)
+        elif marker.startswith(b"fLaC"):
+            parts, damage = _split_flac(file, start, size), ""
+        else:
+            parts, damage = _scan_chunks(file, start, size), ""
+        if len(parts) == 1 and parts[0].pieces == (range(size),):
+            parts = (Part((), parts[0].seconds),)
+        if start > first:
+            damage = f"{start - first} bytes from byte {first} on are no audio; {damage}".strip(
+                "; "
+            )
+        return Layout(parts, damage)
 
 
-def _read(file: BinaryIO, position: int, n_bytes: int) -> bytes:
-    file.seek(position)
-    return file.read(n_bytes)
+# --- FLAC -----------------------------------------------------------------------------------------
+
+_FLAC_SYNC = re.compile(rb"\xff[\xf8\xf9]")
+_FLAC_HEADER_BYTES = 16  # at most
+_FLAC_BITS = {8: 1, 12: 2, 16: 4, 20: 5, 24: 6, 32: 7}  # of a sample → code in a frame
 
 
-def _split(file: BinaryIO, size: int, marker: bytes) -> Layout:
-    """Return the parts of a file that begin with ``marker``, as the file does."""
-    starts = []
-    for start in range(0, size, _READ_BYTES):
-        data = _read(file, start, _READ_BYTES + len(marker) - 1)
-        starts += [start + match.start() for match in re.finditer(re.escape(marker), data)]
-    if len(starts) == 1:
-        return Layout()
-    return Layout(tuple(Part((range(*ends),)) for ends in pairwise([*starts, size])))
+class _StreamInfo(NamedTuple):
+    """What the first 42 bytes of a FLAC say."""
+
+    block_frames: int  # of a block, if all are alike
+    channels: int
+    bits: int  # of a sample
+    n_frames: int  # 0: unknown
+
+    @classmethod
+    def of(cls, head: bytes) -> _StreamInfo:
+        numbers = int.from_bytes(head[18:26], "big")  # rate, channels, bits, number of frames
+        channels, bits = (numbers >> 41 & 7) + 1, (numbers >> 36 & 31) + 1
+        return cls(int.from_bytes(head[10:12], "big"), channels, bits, numbers & (1 << 36) - 1)
 
 
-# --- WAV ------------------------------------------------------------------------------------------
+def _split_flac(file: BinaryIO, begin: int, size: int) -> tuple[Part, ...]:
+    """Return the parts of a file of FLACs; each as long as its last frame says, if not longer."""
+    marker, starts, parts = read_bytes(file, begin, 8), [], []
+    for offset in range(begin, size, _READ_BYTES):
+        data = read_bytes(file, offset, _READ_BYTES + len(marker) - 1)
+        starts += [offset + match.start() for match in re.finditer(re.escape(marker), data)]
+    for start, end in pairwise([*starts, size]):
+        head, last = read_bytes(file, start, 42), range(start, end)[-_READ_BYTES:]
+        n_frames = max((sum(frame[:2]) for frame in _find_flac_frames(file, last, head)), default=0)
+        if 0 < _StreamInfo.of(head).n_frames < n_frames:
+            parts.append(Part((_state_frames(head, n_frames), range(start + len(head), end))))
+        else:
+            parts.append(Part((range(start, end),)))
+    return tuple(parts)
 
 
-def _scan_riff(file: BinaryIO, size: int) -> tuple[Part, ...]:
-    """Return the parts of a WAV; data go to the end of the file where their size is wrong."""
+def _state_frames(head: bytes, n_frames: int) -> bytes:
+    numbers = int.from_bytes(head[18:26], "big") >> 36 << 36 | n_frames
+    return head[:18] + numbers.to_bytes(8, "big") + head[26:]
+
+
+def find_flac_tails(file: PieceFile) -> list[tuple[int, Part]]:
+    """Return the first sample of each frame of a FLAC, in order, and the part from there on."""
+    head = read_bytes(file, 0, 42)
+    header = b"fLaC\x80" + _state_frames(head, 0)[5:]  # no further metadata
+    frames = sorted(_find_flac_frames(file, range(file.starts[-1]), head))
+    return [(first, Part((header, *file.pieces_from(at)))) for first, _, at in frames]
+
+
+def _find_flac_frames(file: BinaryIO, places: range, head: bytes) -> list[tuple[int, int, int]]:
+    """Return first sample, number of samples and position of each FLAC frame, by its header."""
+    info = _StreamInfo.of(head)
+    frames = []
+    for offset in range(places.start, places.stop, _READ_BYTES):
+        data = read_bytes(file, offset, min(_READ_BYTES, places.stop - offset) + _FLAC_HEADER_BYTES)
+        for sync in _FLAC_SYNC.finditer(data, 0, _READ_BYTES + 1):
+            frame = _parse_flac_frame(data[sync.start() :][:_FLAC_HEADER_BYTES], info)
+            if frame is not None:
+                frames.append((*frame, offset + sync.start()))
+    return frames
+
+
+def _parse_flac_frame(header: bytes, info: _StreamInfo) -> tuple[int, int] | None:
+    """Return first sample and number of samples of a frame; None: these bytes are no header."""
+    header = header.ljust(6, b"\0")
+    n_number = max(1, 8 - (header[4] ^ 0xFF).bit_length())  # bytes, as of a letter in UTF-8
+    block, rate, channels, bits = header[2] >> 4, header[2] & 15, header[3] >> 4, header[3] & 15
+    at = 4 + n_number
+    end = at + {6: 1, 7: 2}.get(block, 0) + {12: 1, 13: 2, 14: 2}.get(rate, 0)
+    is_right = channels == info.channels - 1 or (info.channels == 2 and 8 <= channels <= 10)
+    is_right &= bits in (0, 2 * _FLAC_BITS.get(info.bits, 0)) and n_number < 8 and block > 0
+    if not is_right or len(header) <= end or _crc8(header[:end]) != header[end]:
+        return None
+    if block in (6, 7):
+        n_frames = int.from_bytes(header[at : at + block - 5], "big") + 1
+    else:
+        n_frames = 192 if block == 1 else 576 << block - 2 if block < 6 else 256 << block - 8
+    number = header[4] & (0x7F if n_number == 1 else 0x7F >> n_number)
+    for byte in header[5:at]:
+        number = number << 6 | byte & 0x3F
+    return (number if header[1] & 1 else number * info.block_frames), n_frames
+
+
+def _crc8(data: bytes) -> int:
+    value = 0
+    for byte in data:
+        value ^= byte
+        for _ in range(8):
+            value = value << 1 ^ (0x107 if value & 0x80 else 0)
+    return value
+
+
+# --- Ogg ------------------------------------------------------------------------------------------
+
+_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))  # the bits of each byte
+_NO_FRAME = bytes(64)  # the decoder of a FLAC fails where frames are missing
+_OGG_FLAC = b"\x7fFLAC\1"
+_OPUS = b"OpusHead"
+_OGG_NAMES = (b"\1vorbis", _OPUS, _OGG_FLAC)  # of the streams that are read
+
+
+class _Page(NamedTuple):
+    """A page of an Ogg file."""
+
+    whole: range  # its bytes
+    payload: range
+    flags: int
+    end: int  # sample at which it ends; 0: a header; -1: it ends within a packet
+    stream: int
+    number: int
+
+
+def _parse_page(file: BinaryIO, position: int) -> _Page | None:
+    """Return the page at a position; None: there is none, or it is damaged."""
+    head = read_bytes(file, position, 27)
+    if len(head) < 27 or head[:5] != b"OggS\0":
+        return None
+    flags, end, stream, number = struct.unpack("<5xBqII", head[:22])
+    lengths = file.read(head[26])
+    content = head[:22] + bytes(4) + head[26:] + lengths + file.read(sum(lengths))
+    whole = range(position, position + len(content))
+    payload = whole[27 + len(lengths) :]
+    # The checksum of Ogg is that of zlib with the bits in reverse order, and from 0 on.
+    checksum = zlib.crc32(content.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    if checksum.to_bytes(4, "big").translate(_REVERSED) != head[22:26]:
+        return None
+    return _Page(whole, payload, flags, end, stream=stream, number=number)
+
+
+class _Section(NamedTuple):
+    """Pages of a stream between which none is missing, behind those of its header."""
+
+    head: bytes  # of the content of its first page
+    pages: list[_Page]
+
+    def part_after(self, before: _Section | None) -> Part:
+        """Return what libsndfile reads, which is no FLAC within Ogg."""
+        if self.head.startswith(_OGG_FLAC):
+            pieces: list[Piece] = [self.pages[0].payload[len(_OGG_FLAC) + 3 :]]
+            for last, page in pairwise(self.pages):
+                is_next = page.number == last.number + 1
+                pieces += [page.payload] if is_next else [_NO_FRAME, page.payload]
+            return Part(tuple(pieces))
+        ranges = [page.whole for page in self.pages]
+        seconds = 0.0
+        if before is not None and before.pages[0] == self.pages[0]:
+            n_missing = self.pages[-1].end - before.pages[-1].end
+            rate = int.from_bytes(self.head[12:16], "little")
+            if self.head.startswith(_OPUS):  # libsndfile leaves out as many frames as at the start
+                rate, n_missing = 48_000, n_missing - int.from_bytes(self.head[10:12], "little")
+            seconds = n_missing / max(1, rate)
+        starts = [0, *(i for i, (a, b) in enumerate(pairwise(ranges), 1) if a.stop != b.start)]
+        runs = [ranges[i:j] for i, j in pairwise([*starts, len(ranges)])]
+        return Part(tuple(range(run[0].start, run[-1].stop) for run in runs), 0.0, seconds)
+
+
+def _scan_ogg(file: BinaryIO, begin: int, size: int) -> tuple[tuple[Part, ...], str]:
+    """Return the parts of an Ogg file, cut where pages are missing, and what is wrong with its end.
+
+    A chained file has a part for each of its streams; of streams side by side the first is read.
+    """
+    sections: list[_Section] = []
+    position, n_cut, n_others = begin, 0, 0
+    while position < size:
+        page = _parse_page(file, position)
+        if page is None:
+            position = _find_bytes(file, b"OggS", position + 1, size)
+            continue
+        position = page.whole.stop
+        head, pages = sections[-1] if sections else (b"", [])
+        if page.flags & 2:  # the first of a stream
+            content = read_bytes(file, page.payload.start, 16)
+            if content.startswith(_OGG_NAMES) and (not pages or pages[-1].end):
+                sections.append(_Section(content, [page]))
+                n_cut += 1
+            else:
+                n_others += 1
+        elif pages and page.stream == pages[0].stream:
+            is_missing = page.number != pages[-1].number + 1 and pages[-1].end != 0
+            if is_missing and not head.startswith(_OGG_FLAC):
+                sections.append(_Section(head, [item for item in pages if not item.end]))
+            sections[-1].pages.append(page)
+            n_cut -= page.flags >> 2 & 1  # the last of a stream
+    pages = sections[-1].pages if sections else []
+    is_wrong = len(pages) > 1 and 0 <= pages[-1].end < pages[-2].end
+    if is_wrong:  # all would end there
+        pages.pop()
+        n_cut += 1
+    parts = [item.part_after(before) for before, item in pairwise([None, *sections])]
+    damage = (
+        "its last page is missing: it is cut at its end, or was never closed" if n_cut > 0 else ""
+    )
+    is_flac = bool(sections) and sections[0].head.startswith(_OGG_FLAC)
+    if not sections or (len(sections) == 1 and not (is_flac or is_wrong or n_others)):
+        parts = [Part((range(begin, size),))]
+    return tuple(parts), damage
+
+
+def _find_bytes(file: BinaryIO, content: bytes, position: int, size: int) -> int:
+    """Return where ``content`` is next; ``size``: it does not occur."""
+    for offset in range(position, size, _READ_BYTES):
+        data = read_bytes(file, offset, _READ_BYTES + len(content) - 1)
+        if content in data:
+            return offset + data.index(content)
+    return size
+
+
+# --- files of chunks: WAV, AIFF, CAF, W64, AU -----------------------------------------------------
+
+
+class _Chunks(NamedTuple):
+    """How a format writes its chunks."""
+
+    fields: str  # of name and length
+    first: int  # position of the first chunk
+    alignment: int
+    n_counted: int = 0  # bytes of name and length that the length counts
+    n_before: int = 0  # bytes of a chunk of samples before the samples
+
+
+_FORMATS = {
+    **dict.fromkeys((b"RIFF", b"RF64", b"BW64"), _Chunks("<4sI", 12, 2)),
+    b"RIFX": _Chunks(">4sI", 12, 2),
+    b"FORM": _Chunks(">4sI", 12, 2, n_before=8),
+    b"caff": _Chunks(">4sQ", 8, 1, n_before=4),
+    b"riff": _Chunks("<4s12xQ", 40, 8, n_counted=24),
+}
+_SAMPLES = (b"data", b"SSND")
+_BLOCKED = (2, 0x11, 0x31)  # codings of a WAV that state how many frames a block has
+_CONSTANT = (1, 3, 6, 7, 0xFFFE)  # those with one frame in a block: PCM, floats, A-law, mu-law
+_PLAIN_AIFF = (b"NONE", b"sowt", b"twos", b"fl32", b"FL32", b"fl64", b"FL64", b"in24", b"in32")
+_AU_BYTES = {1: 1, 2: 1, 3: 2, 4: 3, 5: 4, 6: 4, 7: 8, 27: 1}  # of a sample
+
+
+def _scan_chunks(file: BinaryIO, start: int, size: int) -> tuple[Part, ...]:
+    """Return the parts of a file; samples go to its end where their size is wrong."""
     parts: list[Part] = []
-    start = 0
-    while _read(file, start, 4) in _WAV:
-        position, rate, long_size = start + 12, 0, None  # rate: bytes per second
-        name, length = b"", 0
-        while name != b"data" and position + 8 <= size:
-            position += length + length % 2
-            name, length = struct.unpack("<4sI", _read(file, position, 8).ljust(8, b"\0"))
-            position += 8
-            if name == b"fmt ":
-                fields = _read(file, position, 14).ljust(14, b"\0")
-                coding, rate, frame_bytes = struct.unpack("<H2xI4xH", fields)
-                rate *= frame_bytes * (coding in _PCM)
-            if name == b"ds64":
-                long_size = int.from_bytes(_read(file, position + 8, 8), "little")
-        if name != b"data":
+    begin = start
+    while (form := read_bytes(file, begin, 4)) in _FORMATS:
+        position, rate, length = _find_samples(file, begin, size)
+        if position > size:
             break
-        if length == 0xFFFFFFFF and long_size is not None:
-            length = long_size
-        promised = length / rate if rate and length < _MAX_PLACEHOLDER else 0.0
+        promised = length / rate if rate and not _is_placeholder(length) else 0.0
         end = position + length
-        follows, unread = _walk_chunks(file, end + end % 2, size), size - end
-        if unread > 0 and not follows and (rate == 0 or unread > rate / 4 + length / 100):
-            header = _read(file, start + 8, position - start - 12)
-            wav = b"RIFF" + _NO_SIZE + header + _NO_SIZE
-            promised = (size - position) / rate if rate else 0.0
-            parts.append(Part((wav, range(position, size)), promised))
+        end_of_chunk = end + -length % _FORMATS[form].alignment
+        follows, unread = _walk_chunks(file, end_of_chunk, size, form), size - end
+        is_wrong = unread > 0 and not follows and (rate == 0 or unread > rate / 4 + length / 100)
+        if is_wrong:
+            promised, end = (size - position) / rate if rate else 0.0, size
+        is_refused = form == b"BW64" or length >= _UNKNOWN or (form == b"caff" and unread < 0)
+        if is_wrong or is_refused:  # by libsndfile
+            content = range(position, min(end, size))
+            parts.append(
+                Part((_make_header(file, begin, position, len(content)), content), promised)
+            )
             break
         end = min(max(follows, end), size)
-        parts.append(Part(() if start == 0 and end == size else (range(start, end),), promised))
-        start = end
-    return tuple(parts) or (Part(),)
+        parts.append(Part((range(begin, end),), promised))
+        begin = end
+    if not parts and read_bytes(file, start, 4) == b".snd":
+        return (_scan_au(file, start, size),)
+    return tuple(parts) or (Part((range(start, size),)),)
 
 
-def _walk_chunks(file: BinaryIO, position: int, size: int) -> int:
-    """Return the end of the chunks from ``position``, a further WAV or the file's; 0: none are."""
-    while position + 8 <= size:
-        name, length = struct.unpack("<4sI", _read(file, position, 8))
-        if name in _WAV:
-            return position
-        if not all(32 <= byte < 127 for byte in name):
-            return 0
-        position += 8 + length + length % 2
-    return size if position <= size + 1 else 0
+def _find_samples(file: BinaryIO, begin: int, size: int) -> tuple[int, float, int]:
+    """Return position of the samples, their bytes per second (0: unknown), and stated bytes.
 
-
-# --- mp3 ------------------------------------------------------------------------------------------
-
-_SYNC = re.compile(b"\xff")  # the first byte of a frame
-_VBRI_AT = 36  # the place of this name in a first frame
-_TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICS", b"3DI")
-
-
-class _Frame(NamedTuple):
-    n_bytes: int
-    n_samples: int
-    kind: tuple[int, int, int, bool]  # version, layer, sample rate, mono: decoders expect one kind
-    name_at: int  # where a first frame that states the number of frames has "Xing" or "Info"
-
-
-@lru_cache(maxsize=1 << 12)
-def _parse_frame(header: bytes) -> _Frame | None:
-    """Return what the first four bytes of a frame of layer 2 or 3 say; None: they are no such."""
-    if len(header) < 4 or header[0] != 0xFF or header[1] < 0xE0:
-        return None
-    divisor = {0: 4, 2: 2, 3: 1}.get(header[1] >> 3 & 3)  # of the rates: MPEG 2.5, 2 and 1
-    layer, index, rate_index = 4 - (header[1] >> 1 & 3), header[2] >> 4, header[2] >> 2 & 3
-    if divisor is None or layer in (1, 4) or index in (0, 15) or rate_index == 3:
-        return None
-    rate = (44_100, 48_000, 32_000)[rate_index] // divisor
-    n_samples = 576 if layer == 3 and divisor > 1 else 1152
-    bits_per_second = 1000 * _KILOBITS[min(2, divisor), layer][index - 1]
-    n_bytes = n_samples // 8 * bits_per_second // rate + (header[2] >> 1 & 1)
-    is_mono = header[3] >> 6 == 3
-    side_bytes = (17, 9) if is_mono else (32, 17)
-    name_at = 4 + side_bytes[divisor > 1] + 2 * (1 - (header[1] & 1))
-    return _Frame(n_bytes, n_samples, (divisor, layer, rate, is_mono), name_at)
-
-
-@dataclass
-class _Run:
-    """Consecutive frames of one kind, from a first frame that may state how many there are."""
-
-    frame: _Frame
-    stated: int | None
-    n_frames: int  # with sound: the first frame is none, if it states their number
-    pieces: list[Piece] = field(default_factory=list)
-    bit_rates: set[int] = field(default_factory=set)
-    last_bytes: int = 0  # of the last frame
-    gaps: dict[int, int] = field(default_factory=dict)  # index of the piece → frames lost there
-    silent: bytes = b""  # a frame
-
-    @property
-    def seconds(self) -> float:
-        return self.n_frames * self.frame.n_samples / self.frame.kind[2]
-
-    def add(self, position: int, frame: _Frame, bit_rate: int) -> None:
-        start, last = position, self.pieces[-1] if self.pieces else b""
-        if isinstance(last, range) and last.stop == position:
-            start = self.pieces.pop().start
-        self.pieces.append(range(start, position + frame.n_bytes))
-        if self.n_frames >= 0:
-            self.bit_rates.add(bit_rate)
-        self.n_frames += 1
-        self.last_bytes = frame.n_bytes
-
-    def add_gap(self, header: bytes, n_bytes: int) -> None:
-        """Add silent frames for so many damaged bytes; the damage begins in the last frame."""
-        mean = sum(map(len, self.pieces)) / max(1, self.n_frames)
-        if self.n_frames > 1:
-            self.pieces[-1] = self.pieces[-1][: -self.last_bytes]
-            self.n_frames -= 1
-            n_bytes += self.last_bytes
-        silent = bytes([header[0], header[1] | 1, *header[2:]])  # no checksum follows
-        self.silent = silent.ljust(_parse_frame(silent).n_bytes, b"\0")
-        self.gaps[len(self.pieces)] = max(1, round(n_bytes / mean))
-        self.pieces.append(b"")
-        self.n_frames += self.gaps[len(self.pieces) - 1]
-
-    def fill_gaps(self, is_whole: bool) -> float:
-        """Fill the gaps with silence; return its seconds. ``is_whole``: the end is not missing."""
-        if self.gaps and is_whole and self.stated is not None:  # it says how many are lost
-            last = max(self.gaps)
-            n_more = max(1 - self.gaps[last], self.stated - self.n_frames)
-            self.n_frames += n_more
-            self.gaps[last] += n_more
-        for index, n_lost in self.gaps.items():
-            self.pieces[index] = self.silent * n_lost
-        return sum(self.gaps.values()) * self.frame.n_samples / self.frame.kind[2]
-
-
-def _scan_mpeg(file: BinaryIO, size: int) -> Layout:
-    """Return the parts of an mp3, by its frames; silent ones replace those that are lost."""
-    first = _skip_tags(file, 0)
-    start = _find_chain(file, first, min(size, first + _MAX_JUNK))
-    if start is None:  # not an mp3, or one that only libmpg123 understands
-        return Layout()
-    runs: list[_Run] = []
-    end, is_cut, damage = start, False, []
-    while True:
-        header = _read(file, end, 4)
-        frame, run = _parse_frame(header), runs[-1] if runs else None
-        is_next = frame is not None and run is not None and frame.kind == run.frame.kind
-        if not is_next and not _is_chain(file, end):
-            position = _find_chain(file, _skip_tags(file, end), size)
-            if position is None:
-                break
-            if position > _skip_tags(file, end):
-                damage.append(f"from {sum(item.seconds for item in runs):.2f} s on")
-                position = _skip_dependent(file, position)
-                run.add_gap(_read(file, position, 4), position - end)
-            end = position
-            continue
-        if is_cut := end + frame.n_bytes > size:
+    The position is beyond the file where it has none.
+    """
+    fields, first, alignment, n_counted, n_before = _FORMATS[read_bytes(file, begin, 4)]
+    position, rate, long_size = begin + first, 0.0, None
+    while position + struct.calcsize(fields) <= size:
+        name, length = struct.unpack(fields, read_bytes(file, position, struct.calcsize(fields)))
+        if not _is_name(name):
             break
-        stated = _stated_frames(file, end, frame)
-        if not is_next or stated is not None:
-            run = _Run(frame, stated, n_frames=0 if stated is None else -1)
-            runs.append(run)
-        run.add(end, frame, header[2] >> 4)
-        end += frame.n_bytes
-    lost = sum(run.fill_gaps(is_whole=not is_cut or run is not runs[-1]) for run in runs)
-    if damage:
-        places = ", ".join(damage[:_NAMED]) + (", …" if damage[_NAMED:] else "")
-        damage = [f"{lost:.2f} s, {places}, are damaged and read as silence"]
-    for begin, stop in ((first, start), (end, size)):
-        content = _read(file, begin, stop - begin).strip(b"\0")
-        if len(content) > 2 * runs[0].frame.n_bytes and not any(name in content for name in _TAGS):
-            damage.append(f"{len(content)} bytes from byte {begin} on are no audio")
-    parts = tuple(_mpeg_part(file, run) for run in runs)
-    is_plain = len(runs) == 1 and not damage and not _is_misleading(runs[0])
-    if is_plain and (first > 0 or start == 0):  # libsndfile recognises it by the first bytes
-        parts = (Part((), 0.0 if runs[0].stated else runs[0].seconds),)
-    return Layout(parts, "; ".join(damage))
+        position += struct.calcsize(fields)
+        length = max(0, length - n_counted)
+        if name in _SAMPLES:
+            if length == 0xFFFFFFFF and long_size is not None:
+                length = long_size
+            rate = rate if 0 < rate < inf else 0.0
+            return position + n_before, rate, max(0, length - n_before)
+        content = read_bytes(file, position, 40).ljust(40, b"\0")
+        if name == b"fmt ":
+            rate = _wav_rate(content, fields[0])
+        elif name == b"COMM":
+            channels, bits, exponent, mantissa, coding = struct.unpack(">h4xhHQ4s", content[:22])
+            is_plain = length < 22 or coding in _PLAIN_AIFF
+            rate = mantissa * 2.0 ** (min(exponent, 16446) - 16446)  # Hz
+            rate *= channels * -(-bits // 8) * is_plain
+        elif name == b"desc":
+            rate, packet_bytes, packet_frames = struct.unpack(">d8xII", content[:24])
+            rate *= packet_bytes / max(1, packet_frames)
+        elif name == b"ds64":
+            long_size = int.from_bytes(content[8:16], "little")
+        position += length + -length % alignment
+    return size + 1, 0.0, 0
 
 
-def _is_misleading(run: _Run) -> bool:
-    """Return whether a decoder would stop before the last frame."""
-    if run.stated is None:
-        return len(run.bit_rates) > 1
-    return run.n_frames > run.stated + _FRAMES_OFF
+def _wav_rate(content: bytes, order: str) -> float:
+    """Return the bytes per second of what a chunk ``fmt `` describes; 0: they are not constant."""
+    coding, rate, block_bytes, block_frames = struct.unpack(order + "H2xI4xH4xH", content[:20])
+    if coding in _CONSTANT:
+        block_frames = 1
+    elif coding not in _BLOCKED:
+        return 0.0
+    return rate * block_bytes / max(1, block_frames)
 
 
-def _mpeg_part(file: BinaryIO, run: _Run) -> Part:
-    """Return a run as an mp3 whose first frame states how many frames there are, if one does."""
-    pieces, first, frame = list(run.pieces), run.pieces[0], run.frame
-    if run.stated is None:
-        if len(run.bit_rates) < 2:
-            return Part(tuple(pieces), run.seconds)
-        stating = bytearray(_read(file, first.start, 4).ljust(frame.n_bytes, b"\0"))
-        stating[1] |= 1  # no checksum follows
-        name_at = _parse_frame(bytes(stating[:4])).name_at
-        stating[name_at : name_at + 12] = b"Xing" + struct.pack(">II", 1, run.n_frames)
-        return Part((bytes(stating), *pieces))
-    stating = bytearray(_read(file, first.start, frame.n_bytes))
-    numbers = (max(run.stated, run.n_frames), sum(map(len, pieces)))
-    if stating[_VBRI_AT : _VBRI_AT + 4] == b"VBRI":
-        stating[_VBRI_AT + 10 : _VBRI_AT + 18] = struct.pack(">II", *reversed(numbers))
-    else:
-        n_bytes = 8 if stating[frame.name_at + 7] & 2 else 4  # it may not state its bytes
-        numbers_at = slice(frame.name_at + 8, frame.name_at + 8 + n_bytes)
-        stating[numbers_at] = struct.pack(">II", *numbers)[:n_bytes]
-    return Part((bytes(stating), range(first.start + frame.n_bytes, first.stop), *pieces[1:]))
+def _make_header(file: BinaryIO, begin: int, position: int, n_bytes: int) -> bytes:
+    """Return what is before ``position``, the samples, but stating the right size of them."""
+    form, header = read_bytes(file, begin, 4), read_bytes(file, begin, position - begin)
+    fields, first, _, n_counted, n_before = _FORMATS[form]
+    if form in (b"RIFF", b"RF64", b"BW64"):
+        chunks = header[first:-8]
+        if chunks[:4] == b"ds64":
+            chunks = chunks[8 + int.from_bytes(chunks[4:8], "little") :]
+        form = b"RIFF"
+        if n_bytes >= 0xFFFFFFFF:
+            form = b"RF64"
+            sizes = struct.pack("<QQQI", n_bytes + 72 + len(chunks), n_bytes, 0, 0)
+            chunks = b"ds64" + struct.pack("<I", len(sizes)) + sizes + chunks
+        return form + _NO_SIZE + b"WAVE" + chunks + b"data" + _NO_SIZE
+    kind = fields[0] + fields[-1]
+    stated = min(n_bytes + n_counted + n_before, 0xFFFFFFFF if kind[1] == "I" else _UNKNOWN)
+    at = len(header) - n_before - struct.calcsize(kind)
+    return header[:at] + struct.pack(kind, stated) + header[at + struct.calcsize(kind) :]
 
 
-def _stated_frames(file: BinaryIO, position: int, frame: _Frame) -> int | None:
-    """Return the number of frames that a first frame states; None: it is no such frame."""
-    if _read(file, position + _VBRI_AT, 4) == b"VBRI":
-        return int.from_bytes(_read(file, position + _VBRI_AT + 14, 4), "big")
-    fields = _read(file, position + frame.name_at, 12).ljust(12)
-    name, flags, n_frames = struct.unpack(">4sII", fields)
-    return n_frames if name in (b"Xing", b"Info") and flags & 1 else None
+def _scan_au(file: BinaryIO, start: int, size: int) -> Part:
+    first, length, coding, rate, channels = struct.unpack(
+        ">4x5I", read_bytes(file, start, 24).ljust(24, b"\0")
+    )
+    rate *= channels * _AU_BYTES.get(coding, 0)  # bytes per second; 0: not constant
+    position, unread = start + first, size - start - first - length
+    is_wrong = unread > rate / 4 + length / 100 or unread < 0
+    if not is_wrong:
+        return Part((range(start, size),), length / rate if rate else 0.0)
+    if unread > 0 or _is_placeholder(length):
+        length = max(0, size - position)
+    header = read_bytes(file, start, min(first, _HEAD_BYTES))
+    header = header[:8] + _NO_SIZE + header[12:]
+    return Part((header, range(position, size)), length / rate if rate else 0.0)
 
 
-def _is_chain(file: BinaryIO, position: int) -> bool:
-    """Return whether frames of one kind follow one another from ``position``."""
-    kind = None
-    for _ in range(_CHAIN):
-        frame = _parse_frame(_read(file, position, 4))
-        if frame is None or kind not in (None, frame.kind):
-            return False
-        kind, position = frame.kind, position + frame.n_bytes
-    return True
+def _is_name(name: bytes) -> bool:
+    return all(32 <= byte < 127 for byte in name)
 
 
-def _find_chain(file: BinaryIO, position: int, end: int) -> int | None:
-    """Return the first position before ``end`` where frames follow one another."""
-    while position < end:
-        data = _read(file, position, min(_READ_BYTES // 4, end - position))
-        for sync in _SYNC.finditer(data):
-            if _is_chain(file, position + sync.start()):
-                return position + sync.start()
-        position += max(1, len(data))
-    return None
+def _is_placeholder(length: int) -> bool:
+    return _FIRST_PLACEHOLDER <= length <= 0xFFFFFFFF or length >= _UNKNOWN
 
 
-def _skip_dependent(file: BinaryIO, position: int) -> int:
-    """Return the first frame from ``position`` on that needs no bytes of frames before it."""
-    start, n_bytes = position, 0
-    while frame := _parse_frame(_read(file, position, 4)):
-        side_at = 4 + 2 * (1 - (_read(file, position + 1, 1)[0] & 1))  # behind a checksum
-        needed = int.from_bytes(_read(file, position + side_at, 2), "big")
-        needed >>= 7 if frame.kind[0] == 1 else 8
-        if frame.kind[1] != 3 or needed <= n_bytes:
+def _walk_chunks(file: BinaryIO, position: int, size: int, form: bytes) -> int:
+    """Return the end of the chunks from ``position``, a further file or this one's; 0: none are."""
+    fields, _, alignment, n_counted, _ = _FORMATS[form]
+    n_bytes = struct.calcsize(fields)
+    while position + n_bytes <= size:
+        name, length = struct.unpack(fields, read_bytes(file, position, n_bytes))
+        if name in _FORMATS:
             return position
-        n_bytes += frame.n_bytes - frame.name_at
-        position += frame.n_bytes
-    return start
-
-
-def _skip_tags(file: BinaryIO, position: int) -> int:
-    """Return the position behind ID3, APEv2 and Lyrics3 tags that begin at ``position``."""
-    while True:
-        head = _read(file, position, 32)
-        if head[:3] == b"ID3" and len(head) >= 10:
-            length = 0
-            for byte in head[6:10]:  # 7 bits each
-                length = length << 7 | byte & 0x7F
-            position += length + (20 if head[5] & 0x10 else 10)
-        elif head[:3] == b"TAG":
-            position += 128
-        elif head[:8] == b"APETAGEX":
-            position += int.from_bytes(head[12:16], "little") + 32 * (head[23] >> 7)
-        else:
-            return position
+        if not _is_name(name):
+            return 0
+        length = max(0, length - n_counted)
+        position += n_bytes + length + -length % alignment
+    return size if position <= size + 1 else 0

@@ -270,3 +270,47 @@ def rearrange_blocks(blocks: Iterable[np.ndarray], n_block: int) -> Iterator[np.
             n_waiting -= n_block
     if n_waiting:
         yield np.concatenate(waiting)
+
+
+# --- levels ---
+
+
+# Of full scale: 40 dB above it, where floats of field recorders stay below 24 dB. Integers written
+# as floats are above it, and squares of samples below it are far from overflow.
+MAX_LEVEL = 100.0
+MAX_BEYOND_SHARE = 0.1  # of the samples; of more, the recording is refused
+BEYOND_REASON = f"not finite numbers, or beyond {MAX_LEVEL:g} times full scale"
+_MIN_RANGE = 2e-4  # of samples from lowest to highest; -80 dB
+
+
+class LevelCheck:
+    """Silences samples that are beyond reason, and notes what the others of a recording are."""
+
+    def __init__(self) -> None:
+        self.n_samples = self.n_beyond = 0  # of all channels, so far
+        self.lowest, self.highest = math.inf, -math.inf
+
+    def silence_beyond(self, block: np.ndarray) -> int | None:
+        """Silence such samples of ``(frames, channels)``, where they are.
+
+        Return the frame of the first of all blocks; None: there is none, or it has been returned.
+        """
+        lowest, highest, first = block.min(), block.max(), None
+        self.n_samples += block.size
+        if not (lowest >= -MAX_LEVEL and highest <= MAX_LEVEL):  # NaN too
+            is_beyond = ~(np.abs(block) <= MAX_LEVEL)
+            if not self.n_beyond:
+                first = int(is_beyond.any(axis=1).argmax())
+            self.n_beyond += int(is_beyond.sum())
+            block[is_beyond] = 0
+            lowest, highest = block.min(), block.max()
+        self.lowest, self.highest = min(self.lowest, lowest), max(self.highest, highest)
+        return first
+
+    @property
+    def beyond_share(self) -> float:
+        return self.n_beyond / max(1, self.n_samples)
+
+    @property
+    def is_constant(self) -> bool:
+        return self.highest - self.lowest <= _MIN_RANGE

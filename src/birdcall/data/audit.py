@@ -21,16 +21,15 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from birdcall.audio.filters import resample_blocks
-from birdcall.audio.reading import (
+from birdcall.audio.decoder import (
     LENGTH_TOLERANCE,
-    MAX_BEYOND_SHARE,
     AudioError,
     AudioFile,
     is_cut,
     open_audio,
     require_regular_file,
 )
+from birdcall.audio.filters import MAX_BEYOND_SHARE, resample_blocks
 from birdcall.data.cache import RecordingCache, file_state
 from birdcall.storage.files import digest, read_table, write_atomically
 from birdcall.storage.store import Journal, code_digest
@@ -233,7 +232,7 @@ def _measure_blocks(result: Measurement, file: AudioFile) -> Iterator[np.ndarray
     result.rms_db = _decibels(sum_of_squares / n_frames)
     result.clipped_share = round(n_clipped / n_frames / result.channels, 6)
     result.silent_share = round(n_silent / n_frames, 6)
-    result.beyond_share = round(file.n_beyond / file.n_read, 6)
+    result.beyond_share = round(file.levels.beyond_share, 6)
     result.offset = round(total / n_frames, 6)
     bin_hz = result.sample_rate / _N_FFT
     spectrum[: max(1, round(50 / bin_hz))] = 0  # a constant offset is no signal
@@ -313,7 +312,7 @@ def _judge(measured: list[Measurement], durations: dict[str, float]) -> pd.DataF
     rows = []
     for item in measured:
         status, reason = _verdict(item, durations[item.path])
-        is_long_enough = item.seconds >= _MIN_TRUNCATED_SECONDS
+        is_long_enough = item.seconds * (1 - item.silent_share) >= _MIN_TRUNCATED_SECONDS
         is_part = status in ("truncated", "damaged")
         usable = status in ("ok", "dc_offset") or (is_part and is_long_enough)
         if usable and first_of.setdefault(item.audio_hash, item.path) != item.path:

@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from birdcall.audio.decoder import AudioError, is_cut
 from birdcall.audio.filters import crop_or_pad, generate_noise
-from birdcall.audio.reading import AudioError, is_cut
 from birdcall.config import Experiment
 from birdcall.data.audit import read_audit
 from birdcall.data.augment import ClipAugment

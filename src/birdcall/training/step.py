@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from birdcall.audio.decoder import AudioError, warn_once
 from birdcall.audio.frontend import SpecAugment
-from birdcall.audio.reading import AudioError, warn_once
 from birdcall.config import Experiment, LossConfig, OptimizerConfig
 from birdcall.data.augment import BatchDraws, augment_batch
 from birdcall.data.dataset import TrainingData
