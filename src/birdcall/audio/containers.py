@@ -253,7 +253,7 @@ def _scan_ogg(file: BinaryIO, begin: int, size: int) -> tuple[tuple[Part, ...], 
     A chained file has a part for each of its streams; of streams side by side the first is read.
     """
     sections: list[_Section] = []
-    position, n_cut, n_others = begin, 0, 0
+    position, n_cut, n_others, damage = begin, 0, 0, []
     while position < size:
         page = _parse_page(file, position)
         if page is None:
@@ -269,8 +269,10 @@ def _scan_ogg(file: BinaryIO, begin: int, size: int) -> tuple[tuple[Part, ...], 
             else:
                 n_others += 1
         elif pages and page.stream == pages[0].stream:
-            is_missing = page.number != pages[-1].number + 1 and pages[-1].end != 0
-            if is_missing and not head.startswith(_OGG_FLAC):
+            is_missing = page.number != pages[-1].number + 1
+            if is_missing and not pages[-1].end:
+                damage = ["pages are missing at its beginning"]
+            elif is_missing and not head.startswith(_OGG_FLAC):
                 sections.append(_Section(head, [item for item in pages if not item.end]))
             sections[-1].pages.append(page)
             n_cut -= page.flags >> 2 & 1  # the last of a stream
@@ -280,13 +282,12 @@ def _scan_ogg(file: BinaryIO, begin: int, size: int) -> tuple[tuple[Part, ...], 
         pages.pop()
         n_cut += 1
     parts = [item.part_after(before) for before, item in pairwise([None, *sections])]
-    damage = (
-        "its last page is missing: it is cut at its end, or was never closed" if n_cut > 0 else ""
-    )
+    if n_cut > 0:
+        damage.append("its last page is missing: it is cut at its end, or was never closed")
     is_flac = bool(sections) and sections[0].head.startswith(_OGG_FLAC)
     if not sections or (len(sections) == 1 and not (is_flac or is_wrong or n_others)):
         parts = [Part((range(begin, size),))]
-    return tuple(parts), damage
+    return tuple(parts), "; ".join(damage)
 
 
 def _find_bytes(file: BinaryIO, content: bytes, position: int, size: int) -> int:
