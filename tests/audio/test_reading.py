@@ -1,5 +1,7 @@
 """Any interval of any audio file is read as it is, or refused with its path."""
 
+import errno
+import io
 import logging
 import os
 import struct
@@ -14,6 +16,7 @@ import pytest
 import soundfile
 import soxr
 
+from birdcall.audio.decoder import AudioFile
 from birdcall.audio.filters import crop_or_pad
 from birdcall.audio.reading import (
     AudioError,
@@ -556,6 +559,25 @@ def test_a_sample_rate_that_no_recorder_has_is_damage(tmp_path: Path, rate: int)
     for read in (read_audio, lambda *_: probe_audio(path)):
         with pytest.raises(AudioError, match=rf"rate\.wav: .* {rate} Hz"):
             read(path, RATE)
+
+
+def test_a_disk_that_fails_while_parts_are_read_is_named_in_one_line(
+    tmp_path: Path, chirps: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "joined.flac"
+    path.write_bytes(2 * chirps["flac"].read_bytes())
+
+    class FailingFile(io.FileIO):
+        def read(self, size: int = -1) -> bytes:
+            if self.tell() > path.stat().st_size // 4:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().read(size)
+
+    with FailingFile(path) as stream:
+        file = AudioFile(path, stream)
+        assert 3 * RATE < sum(map(len, file.frame_blocks(12 * RATE))) < 9 * RATE
+    assert any(os.strerror(errno.EIO) in problem for problem in file.problems)
+    assert not capfd.readouterr().err
 
 
 def test_a_joined_file_of_two_sample_rates_is_said_to_be_cut(

@@ -26,12 +26,16 @@ _FIRST_PLACEHOLDER, _UNKNOWN = 0x7FFF0000, 1 << 39
 
 
 class PieceFile(io.RawIOBase):
-    """Pieces of an open file and bytes between them, read as one file."""
+    """Pieces of an open file and bytes between them, read as one file.
+
+    It ends where reading fails, and ``error`` says why: a C library cannot take an exception.
+    """
 
     def __init__(self, stream: io.FileIO, pieces: Sequence[Piece]) -> None:
         super().__init__()
         self.stream, self.pieces, self.position = stream, pieces, 0
         self.starts = [0, *accumulate(map(len, pieces))]
+        self.error: OSError | None = None
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self.position}
@@ -43,8 +47,12 @@ class PieceFile(io.RawIOBase):
         for piece in self.pieces_from(self.position):
             part = piece[: len(buffer) - n_filled]
             if isinstance(part, range) and part:
-                self.stream.seek(part.start)
-                part = self.stream.read(len(part))
+                try:
+                    self.stream.seek(part.start)
+                    part = self.stream.read(len(part))
+                except OSError as error:
+                    self.error = error
+                    break
             buffer[n_filled : n_filled + len(part)] = bytes(part)
             n_filled += len(part)
             if n_filled == len(buffer):

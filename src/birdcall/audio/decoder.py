@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import stat
+import struct
 import tempfile
 import threading
 from bisect import bisect_left
@@ -204,8 +205,9 @@ class AudioFile:
         of the recording, and refuses names that are not UTF-8.
         """
         with _DECODER_LINES.taken():
+            self._source = PieceFile(self._stream, part.pieces)
             if part.pieces:
-                self._file = _PartFile(PieceFile(self._stream, part.pieces))
+                self._file = _PartFile(self._source)
             else:
                 self._stream.seek(0)
                 self._file = _PartFile(self._stream.fileno(), closefd=False)
@@ -309,6 +311,8 @@ class AudioFile:
                 # The decoder counts from where it was opened.
                 block = block[: max(0, self._opened_at + self._file.tell() - self._position)]
                 self._failed_at, self._reason = self._position + len(block), _decode_reason(error)
+        if error := self._source.error:
+            self._note(f"cannot be read after {self._seconds(self._position)}: {error.strerror}")
         errors = [line for line in lines if b"error:" in line]
         if errors and not self._is_noted:  # after a seek it misses bytes of other frames
             self._is_noted = True
@@ -400,7 +404,8 @@ def open_audio(path: Path) -> Iterator[AudioFile]:
             file = AudioFile(path, stream)
         except OSError as error:  # no permission, a disk that fails
             raise AudioError(path, f"cannot be read: {error.strerror or error}") from error
-        except (soundfile.SoundFileError, TypeError) as error:  # TypeError: .raw needs more
+        # TypeError: .raw needs more. struct.error: the file has become shorter meanwhile.
+        except (soundfile.SoundFileError, TypeError, struct.error) as error:
             raise AudioError(path, _decode_reason(error)) from error
         if file.frames == 0:
             raise AudioError(path, NO_SAMPLES)
