@@ -561,6 +561,23 @@ def test_a_sample_rate_that_no_recorder_has_is_damage(tmp_path: Path, rate: int)
             read(path, RATE)
 
 
+def test_what_follows_a_part_of_unknown_length_is_named_by_its_number(
+    tmp_path: Path, chirps: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    content = bytearray(chirps["flac"].read_bytes())
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)
+    other = write_noise(tmp_path / "other.flac", 44_100, 1, 1.0)
+    path = tmp_path / "joined.flac"
+    path.write_bytes(2 * content + other.read_bytes())
+    waveform = read_audio(path, RATE)
+    assert len(waveform) == 24 * RATE
+    crop = read_audio(path, RATE, 15, 2)
+    np.testing.assert_allclose(crop, waveform[15 * RATE : 17 * RATE], atol=1e-6)
+    (message,) = caplog.messages
+    assert str(path) in message and "part 3" in message and "inf" not in message
+
+
 def test_a_disk_that_fails_while_parts_are_read_is_named_in_one_line(
     tmp_path: Path, chirps: dict[str, Path], capfd: pytest.CaptureFixture[str]
 ) -> None:

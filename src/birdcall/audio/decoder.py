@@ -11,7 +11,7 @@ import struct
 import tempfile
 import threading
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from math import inf
@@ -154,40 +154,12 @@ class AudioFile:
         self._is_noted = bool(layout.damage)
         self.levels = LevelCheck()
         self._parts: list[tuple[Part, float]] = []  # with their number of frames
-        seconds = promised_seconds = 0.0
-        for part in layout.parts:
-            try:
-                file = self._open(part)
-            except soundfile.SoundFileError as error:
-                if not self._parts:
-                    raise
-                self.problems.append(f"the part from {seconds:.2f} s on {_decode_reason(error)}")
-                continue
-            if not self._parts:
-                self.samplerate, self.channels = file.samplerate, file.channels
-            is_known = file.frames < _MAX_FRAMES_PER_BYTE * state.st_size
-            n_frames = file.frames if is_known else inf
-            n_missing = 0
-            if part.seconds_since_last and self._parts:  # pages between the two
-                n_missing = round(part.seconds_since_last * self.samplerate) - n_frames
-                n_missing = max(0, n_missing)
-            promised_seconds += part.seconds or (n_missing + n_frames) / file.samplerate
-            if file.samplerate != self.samplerate:
-                text = f"its sample rate changes from {self.samplerate} to {file.samplerate} Hz"
-                self.problems.append(f"{text} at {seconds:.2f} s, the end of what is read")
-                break
-            if n_missing:
-                before, n_before = self._parts.pop()
-                self._parts.append((before, n_before + n_missing))
-            self._parts.append((part, n_frames))
-            seconds = sum(n_frames for _, n_frames in self._parts) / self.samplerate
+        promised_seconds = self._open_all(layout.parts)
         total = sum(n_frames for _, n_frames in self._parts)
         self.frames = None if total == inf else int(total)
         self.promised_frames = None
         if promised_seconds < inf:
             self.promised_frames = round(promised_seconds * self.samplerate)
-        if not _SAMPLE_RATES[0] <= self.samplerate <= _SAMPLE_RATES[1]:
-            raise AudioError(path, f"its header states a sample rate of {self.samplerate} Hz")
         self._index, self._start = len(layout.parts) - 1, 0  # of the present part; start in frames
         self._position = self._n_silent = 0  # frames: of the part, the next; silent, from there on
         self._decoded = np.zeros((0, 1), np.float32)  # the frames behind them, if not empty
@@ -197,6 +169,40 @@ class AudioFile:
         self._failed_at: int | None = None  # frame of the part, where decoding stopped
         if len(layout.parts) > 1:
             self.seek(0)
+
+    def _open_all(self, parts: Sequence[Part]) -> float:
+        """Note the parts that can be read as one; return the seconds that all parts promise."""
+        promised_seconds, place = 0.0, ""
+        for part in parts:
+            try:
+                file = self._open(part)
+            except soundfile.SoundFileError as error:
+                if not self._parts:
+                    raise
+                self.problems.append(f"the part from {place} on {_decode_reason(error)}")
+                continue
+            if not self._parts:
+                self.samplerate, self.channels = file.samplerate, file.channels
+                if not _SAMPLE_RATES[0] <= self.samplerate <= _SAMPLE_RATES[1]:
+                    reason = f"its header states a sample rate of {self.samplerate} Hz"
+                    raise AudioError(self.path, reason)
+            is_known = file.frames < _MAX_FRAMES_PER_BYTE * self._n_bytes
+            n_frames, n_missing = file.frames if is_known else inf, 0
+            if part.seconds_since_last and self._parts:  # pages between the two
+                n_missing = round(part.seconds_since_last * self.samplerate) - n_frames
+                n_missing = max(0, n_missing)
+            promised_seconds += part.seconds or (n_missing + n_frames) / file.samplerate
+            if file.samplerate != self.samplerate:
+                text = f"its sample rate changes from {self.samplerate} to {file.samplerate} Hz"
+                self.problems.append(f"{text} at {place}, the end of what is read")
+                break
+            if n_missing:
+                before, n_before = self._parts.pop()
+                self._parts.append((before, n_before + n_missing))
+            self._parts.append((part, n_frames))
+            seconds = sum(n_frames for _, n_frames in self._parts) / self.samplerate
+            place = f"{seconds:.2f} s" if seconds < inf else f"part {len(self._parts) + 1}"
+        return promised_seconds
 
     def _open(self, part: Part) -> _PartFile:
         """Open a part in place of the present one.
