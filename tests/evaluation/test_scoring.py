@@ -314,7 +314,7 @@ def test_where_no_run_could_learn_what_it_held_out_there_is_no_score_and_no_erro
     row = evaluation.scores.set_index(["name", "audio", "metric"]).loc[
         "tiny", "recordings", "macro_ap"
     ]
-    assert np.isnan(row["value"])
+    assert pd.isna(row["value"])
     assert (row["classes"], row["left_out"]) == (0, 2)
     assert "recordings 0 classes, 2 left out;" in describe_classes(evaluation.scores)
 
