@@ -300,7 +300,15 @@ def test_a_member_that_predicts_nan_is_named(members, tiny_experiment):
 def test_costs_measure_reading_front_ends_and_members(members):
     ensemble = Ensemble(members)
     predict_waveforms(ensemble, {RATE: noise(40)})
-    assert set(ensemble.costs.seconds) == {"reading", "front end", "m0", "m1", "m2"}
+    front_ends = {"front end", "front end 2"}
+    assert set(ensemble.costs.seconds) == {"reading", *front_ends, "m0", "m1", "m2"}
     assert all(seconds > 0 for seconds in ensemble.costs.seconds.values())
     assert ensemble.costs.audio_seconds["m0"] == 40
-    assert ensemble.costs.audio_seconds["front end"] == 80  # there are two
+    assert {ensemble.costs.audio_seconds[name] for name in front_ends} == {40}
+    # 10 s were needed for what is measured, by all members; the first needs one front end.
+    costs, total = ensemble.costs, sum(ensemble.costs.seconds.values())
+    per_second = {name: costs.seconds[name] / costs.audio_seconds[name] for name in costs.seconds}
+    expected = 10 / total * sum(per_second.values())
+    assert costs.estimate(["m0", "m1", "m2"], 10.0) == pytest.approx(expected)
+    expected = 10 / total * (sum(per_second[name] for name in ("reading", "front end", "m0")))
+    assert costs.estimate(["m0"], 10.0) == pytest.approx(expected)

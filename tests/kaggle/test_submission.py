@@ -227,6 +227,19 @@ def test_an_estimate_is_what_it_took_so_far(costs):
     assert CostMeter().estimate(["a"], 50.0) == 0
 
 
+def test_each_front_end_of_the_members_costs_its_time_once():
+    """100 s of audio in 100 s: 10 s reading, two front ends of 20 and 40 s, members of 10 s."""
+    meter = CostMeter({"a": "front end", "b": "front end 2", "c": "front end 2"})
+    spend(meter, "reading", 10.0, 100.0)
+    spend(meter, "front end", 20.0, 100.0)
+    spend(meter, "front end 2", 40.0, 100.0)
+    for name in ("a", "b", "c"):
+        spend(meter, name, 10.0, 100.0)
+    assert meter.estimate(["a", "b", "c"], 100.0) == pytest.approx(1.0)
+    assert meter.estimate(["a", "b"], 100.0) == pytest.approx(0.9)
+    assert meter.estimate(["a"], 100.0) == pytest.approx(0.4)
+
+
 @pytest.mark.parametrize(
     "left_seconds, n_members",
     [(0.5 / 0.9, 3), (0.499 / 0.9, 2), (0.35 / 0.9, 1), (0.01, 1), (0, 0)],

@@ -99,6 +99,13 @@ class TrainingData:
         held_out = self.recordings["fold"] == fold
         return self.recordings[~held_out], self.recordings[held_out]
 
+    def learnable_classes(self, fold: int) -> np.ndarray:
+        """Return which classes a run that holds out ``fold`` can learn, boolean ``(classes,)``.
+
+        By primary labels: what a secondary one teaches depends on the experiment.
+        """
+        return np.isin(self.classes, self.split(fold)[0]["ebird_code"].unique())
+
     def split_noise(self, fold: int) -> tuple[list[Path], list[Path]]:
         """Return the noise to train and to validate with; no source is in both."""
         return split_noise(self.noise_files, self.folds.index(fold), len(self.folds))
@@ -168,7 +175,7 @@ def check_classes(
     """
     rows = []
     for part, recordings, consequence in (
-        ("training", training, "they are learnt from secondary labels, if at all"),
+        ("training", training, "no score of this fold covers them"),
         ("validation", validation, "its scores do not cover them"),
     ):
         missing = sorted(set(classes) - set(recordings["ebird_code"]))
@@ -211,11 +218,9 @@ class ClipDataset:
         self.seconds = recordings["seconds"].to_numpy(dtype=np.float64)
         self.codes = pd.factorize(recordings["ebird_code"])[0]
         self.targets = make_targets(recordings, data.classes, loss.secondary_label_weight)
-        self.strong_targets = (
-            None
-            if data.strong_labels is None
-            else StrongTargets(recordings, data.classes, data.strong_labels)
-        )
+        self.strong_targets: StrongTargets | None = None
+        if data.strong_labels is not None:
+            self.strong_targets = StrongTargets(recordings, data.classes, data.strong_labels)
         self.weights = (
             rating_weights(recordings["rating"]) if loss.rating_weight else np.ones(len(self.paths))
         )

@@ -36,7 +36,8 @@ logger = logging.getLogger(__name__)
 
 # Segments in one call of a network. More of them leave a CPU's cache; a GPU needs many.
 _CPU_BATCH, _CUDA_BATCH = 4, 64
-READING, FRONT_END = "reading", "front end"  # entries of a `CostMeter` beside the members
+# Entries of a `CostMeter` beside the members. Further front ends are numbered: "front end 2".
+READING, FRONT_END = "reading", "front end"
 
 # log_mel (windows, channels, frames, n_mels), names of outputs → these fields of `SegmentOutput`
 _SegmentNetwork = Callable[[Tensor, Sequence[str]], list[np.ndarray]]
@@ -62,12 +63,14 @@ class MemberError(UserError):
 
 @dataclass(eq=False)
 class CostMeter:
-    """Measures the time spent on `READING`, on the `FRONT_END` and on each member, by name.
+    """Measures the time spent on `READING`, on each front end and on each member, by name.
 
-    seconds: of a thread's work, or of a GPU's. audio_seconds: the length of the audio that was
-    processed in this time.
+    front_ends: the entry of each member's front end, `FRONT_END` where it is not given. seconds: of
+    a thread's work, or of a GPU's. audio_seconds: the length of the audio that was processed in
+    this time.
     """
 
+    front_ends: Mapping[str, str] = field(default_factory=dict)
     seconds: Counter[str] = field(default_factory=Counter)
     audio_seconds: Counter[str] = field(default_factory=Counter)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
@@ -87,14 +90,16 @@ class CostMeter:
     def estimate(self, members: Sequence[str], elapsed: float) -> float:
         """Return how many seconds these members need for one second of audio.
 
+        Members with the same front end share its log-mel: each front end counts once.
         ``elapsed``: the time on the clock in which all that was measured so far was spent. Several
         threads work at once, so it is less than the sum. 0 where nothing was measured.
         """
+        front_ends = {self.front_ends.get(member, FRONT_END) for member in members}
         with self._lock:
             total = sum(self.seconds.values())
             needed = sum(
                 self.seconds[name] / self.audio_seconds[name]
-                for name in (READING, FRONT_END, *members)
+                for name in (READING, *front_ends, *members)
                 if self.audio_seconds[name]
             )
         return elapsed * needed / total if total else 0.0
@@ -133,10 +138,14 @@ class Ensemble:
         self.device = torch.device(device)
         self.members = list(members)
         self.classes = members[0].checkpoint.classes
-        configs = {member.checkpoint.experiment.frontend for member in members}
+        configs = list(dict.fromkeys(item.checkpoint.experiment.frontend for item in members))
         self.sample_rates = tuple(sorted({config.sample_rate for config in configs}))
         self.window_config = window_config
-        self.costs = CostMeter()
+        names = [FRONT_END, *(f"{FRONT_END} {number}" for number in range(2, len(configs) + 1))]
+        name_of = dict(zip(configs, names, strict=True))
+        self.costs = CostMeter(
+            {item.name: name_of[item.checkpoint.experiment.frontend] for item in members}
+        )
         batch = _CPU_BATCH if self.device.type == "cpu" else _CUDA_BATCH
         self.batch_windows = max(1, batch // window_config.window_segments)
         self.mixes_recordings = self.device.type != "cpu"  # within a batch, see `engine`
@@ -220,7 +229,8 @@ class Ensemble:
             try:
                 if config not in log_mels:
                     windows = torch.from_numpy(waveforms[config.sample_rate])
-                    with self.costs.measure(FRONT_END, audio_seconds, clock):
+                    name = self.costs.front_ends[member.name]
+                    with self.costs.measure(name, audio_seconds, clock):
                         log_mels[config] = _compute_log_mel(replica, config, windows)
                 with self.costs.measure(member.name, audio_seconds, clock), torch.inference_mode():
                     arrays = network(log_mels[config], names)
