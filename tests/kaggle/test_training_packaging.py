@@ -1,6 +1,7 @@
 """Staging a training for Kaggle, and its dry run in two sessions."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from birdcall.kaggle.packaging import (
 )
 from birdcall.kaggle.training_kernel import TrainingSettings, read_settings
 from birdcall.models.checkpoint import STATE_FILE, load_model, read_checkpoint
+from birdcall.storage.locks import locked
 from birdcall.training.initialisation import initialise
 from birdcall.training.resume import write_state
 
@@ -241,11 +243,19 @@ def test_staging_again_replaces_what_was_staged_and_nothing_else(stage, tmp_path
     (dataset / "birdcall" / "__pycache__").mkdir()
     (dataset / "birdcall" / "__pycache__" / "config.pyc").touch()
     (tmp_path / "build" / "other").mkdir()
+    (tmp_path / "build" / ".birdcall-staging-1" / "dataset").mkdir(parents=True)  # of a killed one
     stage(replace(SETTINGS, fold=0))
     assert read_settings(dataset).fold == 0
     assert not (dataset / "birdcall" / "__pycache__").exists()
     folders = sorted(path.name for path in (tmp_path / "build").iterdir())
     assert folders == ["dataset", "kernel", "other"]
+
+
+def test_two_processes_do_not_stage_in_one_folder_at_once(stage, tmp_path):
+    pytest.importorskip("fcntl")
+    with locked(tmp_path / "build"), pytest.raises(OSError, match=rf"build: process {os.getpid()}"):
+        stage()
+    assert not list((tmp_path / "build").iterdir())
 
 
 @pytest.mark.parametrize(
