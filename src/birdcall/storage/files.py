@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import unicodedata
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,6 +174,25 @@ def inside(folder: Path, name: str) -> Path:
     if not target.is_relative_to(folder.resolve()):
         raise ValueError(f"{name!r} leads out of {folder} through a link, to {target}")
     return path
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Return ``names``, those that occur again with a number before them: ``2/a.wav``.
+
+    Their case does not count: macOS and Windows write ``a.wav`` and ``A.wav`` to one file.
+    """
+    wanted = set(map(folded_name, names))
+    numbers, used = Counter(wanted), set()
+    unique = []
+    for name in names:
+        candidate, folded = name, folded_name(name)
+        while folded in used or (candidate != name and folded in wanted):
+            numbers[folded_name(name)] += 1
+            candidate = f"{numbers[folded_name(name)]}/{name}"
+            folded = folded_name(candidate)
+        used.add(folded)
+        unique.append(candidate)
+    return unique
 
 
 def fitting_name(name: str, suffix: str) -> str:
