@@ -174,6 +174,8 @@ def test_members_are_not_packaged_with_a_decision_on_other_weights(trained_runs,
         decision = Decision(members=(first.name,), weights=weights)
         with pytest.raises(ValueError, match=rf"other weights of {first.name}"):
             stage_package(trained_runs[:1], decision, staging)
+    with pytest.raises(ValueError, match="no members"):
+        stage_package([], Decision(), staging)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["old"]
 
 

@@ -17,7 +17,13 @@ from birdcall.models.checkpoint import STATE_FILE, read_checkpoint
 from birdcall.storage.locks import locked
 from birdcall.training import runs as runs_module
 from birdcall.training.distributed import DistributedContext
-from birdcall.training.runs import TrainingInterrupted, plan_runs, runs_table, train_many
+from birdcall.training.runs import (
+    TrainingInterrupted,
+    find_runs,
+    plan_runs,
+    runs_table,
+    train_many,
+)
 from birdcall.training.trainer import RunOptions
 
 OPTIONS = RunOptions(workers=0)
@@ -250,3 +256,15 @@ def test_a_signal_stops_runs_that_are_trained_at_once(training_data, tiny_experi
         train_many(runs, training_data, replace(OPTIONS, jobs=2))
     assert all((run.folder / STATE_FILE).is_file() for run in runs)
     assert not multiprocessing.active_children()
+
+
+def test_runs_that_are_not_finished_are_named(tmp_path, caplog):
+    for path in ("small_gru/fold0/model.json", "small_gru/fold1/state.safetensors"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch()
+    assert find_runs(tmp_path) == [tmp_path / "small_gru" / "fold0"]
+    (record,) = caplog.records
+    assert str(tmp_path / "small_gru" / "fold1") in record.getMessage()
+    caplog.clear()
+    assert find_runs(tmp_path, fold=0) == [tmp_path / "small_gru" / "fold0"]
+    assert not caplog.records

@@ -157,6 +157,7 @@ def stage_package(members: Sequence[Path], decision: Decision, staging: StagingO
     member.
     """
     upload = Upload(staging.owner, f"{_SLUG_PREFIX}package", f"{_SLUG_PREFIX}submission")
+    require(len(members) > 0, "the decision names no members; `birdcall evaluate` writes one")
     for folder in members:
         checkpoint = read_checkpoint(folder)
         weights = decision.weights.get(checkpoint.name)
