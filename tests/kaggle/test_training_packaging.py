@@ -198,10 +198,13 @@ def test_what_kaggles_image_lacks_is_named_unless_it_comes_along(
     assert not caplog.text
 
 
-def test_recordings_that_the_audit_does_not_know_are_refused(stage, tables, tmp_path):
+def test_recordings_that_the_audit_does_not_know_or_has_twice_are_refused(stage, tables, tmp_path):
     audit = pd.read_csv(tables[1])
     audit.iloc[1:].to_csv(tmp_path / "audit.csv", index=False)
     with pytest.raises(ValueError, match="the audit does not know"):
+        stage(audit=tmp_path / "audit.csv")
+    pd.concat([audit, audit[:1]]).to_csv(tmp_path / "audit.csv", index=False)
+    with pytest.raises(ValueError, match=rf"{audit['path'][0]} twice"):
         stage(audit=tmp_path / "audit.csv")
 
 

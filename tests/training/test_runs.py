@@ -242,6 +242,20 @@ def test_the_table_of_runs_has_their_scores_and_times(training_data, tiny_experi
     assert (table["clips_per_second"] > 0).all()
 
 
+@pytest.mark.parametrize("content", [None, b"", b"<html>", b"epoch,lo", b"\xff\0"])
+def test_a_log_that_cannot_be_read_is_named_and_leaves_the_scores(
+    training_data, tiny_experiment, finished, caplog, content
+):
+    (run,) = plan_runs([tiny_experiment], training_data, 0, finished)
+    (run.folder / "log.csv").unlink()
+    if content is not None:
+        (run.folder / "log.csv").write_bytes(content)
+    table = runs_table([run])
+    assert list(table["macro_ap"]) == [read_checkpoint(run.folder).score["macro_ap"]]
+    (record,) = caplog.records
+    assert str(run.folder / "log.csv") in record.getMessage()
+
+
 def test_a_signal_stops_runs_that_are_trained_at_once(training_data, tiny_experiment, tmp_path):
     long = replace(tiny_experiment, train=replace(tiny_experiment.train, epochs=10_000))
     runs = plan_runs([long], training_data, None, tmp_path)

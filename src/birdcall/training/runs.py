@@ -318,10 +318,14 @@ def _prepare_process(jobs: int, level: int) -> None:
 
 
 def runs_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """Return a row per finished run: its scores, and the time it took."""
+    """Return a row per finished run: its scores, and the time it took if its log tells."""
     rows = []
     for run in runs:
-        summary = summarize_log(read_log(run.folder))
+        summary = {}
+        try:
+            summary = summarize_log(read_log(run.folder))
+        except (ValueError, OSError) as error:
+            logger.warning("%s", error)
         score = read_checkpoint(run.folder).score
         rows.append({"experiment": run.experiment.name, "fold": run.fold} | score | summary)
     return pd.DataFrame(rows)
