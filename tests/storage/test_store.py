@@ -91,11 +91,11 @@ def test_a_damaged_line_is_named_by_file_and_number_and_costs_its_item_only(tmp_
 
 
 @contextmanager
-def full_disk():
-    """No file can be longer than a kilobyte, as on a disk that is full."""
+def full_disk(n_bytes=1000):
+    """No file can be longer, as on a disk that is full."""
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
     try:
         yield
     finally:
@@ -112,6 +112,9 @@ def test_what_a_full_disk_does_not_take_is_named(tmp_path):
             write_atomically(tmp_path / "a.csv", 2000 * "x")
         with pytest.raises(OSError, match=r"/store.*large"), store.writing("a", {}) as path:
             write_arrays(path, {"a": np.zeros(2000)}, {})
+    with full_disk(0), pytest.raises(OSError, match=r"large.*/new'"):
+        Journal(tmp_path / "new", "x")
+    (tmp_path / "new").unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["journal", "store"]
     assert not list((tmp_path / "store").iterdir())
     with Journal(tmp_path / "journal", "x") as journal:

@@ -205,7 +205,10 @@ def _staging(staging: StagingOptions, upload: Upload) -> Iterator[Path]:
         dataset, kernel = Path(temporary) / "dataset", Path(temporary) / "kernel"
         with resources.as_file(resources.files("birdcall")) as source:
             ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
-            shutil.copytree(source, dataset / "birdcall", ignore=ignore)
+            try:
+                shutil.copytree(source, dataset / "birdcall", ignore=ignore)
+            except shutil.Error as error:  # of all files; the first tells enough
+                raise OSError(error.args[0][0][-1]) from error
         for path in wheels:
             (dataset / WHEELS_FOLDER).mkdir(exist_ok=True)
             shutil.copyfile(path, dataset / WHEELS_FOLDER / path.name)

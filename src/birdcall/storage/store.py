@@ -50,7 +50,7 @@ class Journal(AbstractContextManager):
     ) -> None:
         self.path = path
         self._done: dict[str, _Values] = {}
-        with ExitStack() as stack:
+        with errors_naming(path), ExitStack() as stack:
             stack.enter_context(locked(path))
             self._file = stack.enter_context(path.open("ab+"))
             if overwrite:
