@@ -250,6 +250,9 @@ def test_what_there_is_of_a_recording_is_labelled(faulty, name, n_rows):
     assert name not in summary["failed"]
     warnings = [line for line in log.splitlines() if f"{name}." in line]
     assert len(warnings) == (name in ("truncated", "damaged", "bursts"))
+    told = f"{name}: {6 - n_rows} rows lie beyond"
+    beyond = [line for line in log.splitlines() if line.startswith(told)]
+    assert len(beyond) == (n_rows < 6)
     assert not summary["left_out"]  # no member is blamed
     assert "mpg123" not in log
 
