@@ -1,6 +1,7 @@
 """The pipeline in fresh processes on a tiny demo, the kernel, and what commands refuse."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -453,6 +454,20 @@ def test_pseudo_labels_are_written_where_train_reads_them(pipeline, run):
     labels = Path("output") / demo.name / "pseudo_labels.csv"
     assert str(labels) in run(folder, "pseudo-label", "--data", demo)
     assert (folder / labels).stat().st_size > 0
+
+
+def test_what_libraries_tell_is_not_shown(tmp_path, monkeypatch, capsys):
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", logging.WARNING)
+    with pytest.raises(SystemExit, match="2"):
+        main(["folds", "--data", str(tmp_path / "nowhere")])
+    for name, level in (("matplotlib", "info"), ("onnx", "warning"), ("birdcall.data", "info")):
+        getattr(logging.getLogger(name), level)("of %s", name)
+    printed = capsys.readouterr().err
+    assert "INFO of birdcall.data" in printed
+    assert "WARNING of onnx" in printed
+    assert "matplotlib" not in printed
 
 
 def test_traceback_shows_where_an_error_comes_from(tmp_path):

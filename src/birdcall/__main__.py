@@ -35,8 +35,15 @@ def _configure(
 ) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path need not be text that can be printed
         sys.stdout.reconfigure(errors="backslashreplace")
+    handler = logging.StreamHandler()
+    handler.addFilter(_is_for_users)
     level = logging.WARNING if quiet else logging.INFO
-    logging.basicConfig(level=level, format="%(levelname)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=level, format="%(levelname)s %(message)s", handlers=[handler])
+
+
+def _is_for_users(record: logging.LogRecord) -> bool:
+    """Leave out what libraries tell: matplotlib of its axes, onnxscript of each optimised node."""
+    return record.levelno >= logging.WARNING or record.name.startswith("birdcall")
 
 
 def main(arguments: list[str] | None = None) -> None:

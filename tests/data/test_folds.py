@@ -252,9 +252,14 @@ def test_a_leak_in_a_file_is_refused(tmp_path: Path, recordings: pd.DataFrame) -
         read_folds(tmp_path / "data.csv", recordings)
 
 
-def test_recordings_that_were_left_out_stay_out(tmp_path: Path, recordings: pd.DataFrame) -> None:
-    write_folds(make_folds(recordings.iloc[:-10]), tmp_path / "data.csv")
+def test_recordings_that_were_left_out_stay_out_and_are_named(
+    tmp_path: Path, recordings: pd.DataFrame, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_folds(make_folds(recordings.iloc[10:]), tmp_path / "data.csv")
     assert len(read_folds(tmp_path / "data.csv", recordings)) == len(recordings) - 10
+    (record,) = [item for item in caplog.records if item.levelname == "WARNING"]
+    assert "data.csv" in record.getMessage()
+    assert sorted(recordings["filename"][:10])[0] in record.getMessage()
 
 
 def test_the_report_counts_recordings_and_recordists() -> None:

@@ -200,6 +200,34 @@ def test_results_of_models_and_notes_are_no_truth_and_are_named(ravens, caplog):
 SEQUENCE = ("Begin File", "File Offset (s)", "Species")
 
 
+@pytest.mark.parametrize(
+    "sound, table",
+    [
+        ("Robin-78-2024-05-05-birdnet-0512.wav", "Robin-78-2024-05-05-birdnet-0512.Table.1.txt"),
+        ("a.detections.wav", "a.detections.selections.txt"),
+        ("dawn.wav", "dawn.BirdNET.selections.txt"),  # as the warning says
+        ("DAWN.WAV", "dawn.Table.1.selections.txt"),
+        ("Gr\u00fcn.wav", "Gru\u0308n.txt"),  # as macOS writes it
+    ],
+)
+def test_a_table_of_a_person_is_truth_whatever_the_recording_is_called(tmp_path, sound, table):
+    write_noise(tmp_path / sound, 6)
+    write_table(tmp_path / table, (1, 2, "amecro"))
+    assert len(read_truth([tmp_path], KNOWN).annotations) == 1
+
+
+def test_names_that_differ_by_case_only_are_two_recordings(tmp_path):
+    for name in ("a", "A"):
+        write_noise(tmp_path / f"{name}.wav", 6)
+    write_table(tmp_path / "a.txt", (1, 2, "amecro"))
+    write_table(tmp_path / "A.txt", (1, 2, "norcar"))
+    truth = read_truth([tmp_path], KNOWN)
+    codes = {
+        truth.paths[row.recording].stem: row.ebird_code for row in truth.annotations.itertuples()
+    }
+    assert codes == {"a": "amecro", "A": "norcar"}
+
+
 def write_sequence(folder, *rows, names=("rec1", "rec2", "rec3"), columns=SEQUENCE):
     """Write files of ten seconds, and the table of all that Raven names after the first."""
     for name in names:
@@ -241,6 +269,15 @@ def test_a_recording_is_labelled_by_a_table_that_only_its_rows_name(tmp_path, ca
 def test_a_table_of_one_renamed_file_labels_the_recording_beside_it(tmp_path):
     write_sequence(tmp_path, (1, 2, "20240501.WAV", 1, "amecro"), names=["dawn"])
     assert annotated(read_truth([tmp_path], KNOWN)) == [("dawn", 1, 2, "amecro")]
+
+
+def test_a_table_of_one_recording_by_its_name_and_another_by_its_rows_is_refused(tmp_path):
+    write_noise(tmp_path / "dusk.wav", 10)
+    write_sequence(tmp_path, (1, 2, "dusk.wav", 1, "amecro"), names=["dawn"])
+    with pytest.raises(ValueError, match=r"dawn\.Table.*dawn\.wav.*dusk\.wav"):
+        read_truth([tmp_path], KNOWN)
+    (tmp_path / "dawn.Table.1.selections.txt").rename(tmp_path / "dusk.txt")
+    assert list(read_truth([tmp_path], KNOWN).paths) == ["dusk"]
 
 
 def test_several_files_without_their_offsets_are_refused(tmp_path):

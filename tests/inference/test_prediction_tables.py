@@ -258,6 +258,14 @@ def test_a_quote_in_a_note_is_text_and_quotes_around_a_cell_are_not(tmp_path: Pa
     assert [event.note for event in events[:3]] == [rows[0][4], rows[1][4], 'a "far" one']
 
 
+def test_empty_cells_at_the_end_of_a_row_may_be_missing_or_more(tmp_path: Path) -> None:
+    """Excel leaves them out, or adds some."""
+    rows = [["1", "0", "1", "norcar"], ["2", "2", "3", "norcar", "far", "x", "", ""]]
+    path = write_raven(tmp_path / "excel.txt", ["Species", "Notes", "y"], *rows)
+    expected = [Event("norcar", 0, 1), Event("norcar", 2, 3, 1.0, "far")]
+    assert outputs.read_raven_table(path) == expected
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
 def test_a_table_is_read_in_the_encodings_of_raven_and_excel(tmp_path: Path, encoding: str) -> None:
     row = ["1", "1", "2", "norcar", "Grünfink?"]
@@ -321,7 +329,12 @@ RAVEN_HEAD = "Selection\tBegin Time (s)\tEnd Time (s)\tSpecies\n"
     ("text", "message"),
     [
         (RAVEN_HEAD + "1\t3\t2\ta\n", "line 2: event of a lasts from 3"),
-        (RAVEN_HEAD + "1\tx\t2\ta\n", "line 2: could not convert"),
+        (RAVEN_HEAD + "1\tx\t2\ta\n", r"line 2: Begin Time \(s\) is 'x'"),
+        (RAVEN_HEAD + "1\t1\t2,5\ta\n", r"line 2: End Time \(s\) is '2,5'"),
+        (RAVEN_HEAD + "1\t1_0\t20\ta\n", "line 2: Begin Time .* '1_0'"),
+        (RAVEN_HEAD + "1\t0:01\t0:02\ta\n", "line 2: Begin Time .* '0:01'"),
+        (RAVEN_HEAD + "1\t1\tnan\ta\n", "line 2: End Time .* 'nan'"),
+        (RAVEN_HEAD + "1\t1\t2\ta\tmore\n", "line 2: 5 fields where the header has 4"),
         (RAVEN_HEAD + "1\t1\t2\n", "line 2: 3 fields where the header has 4"),
         ("Selection\tBegin Time (s)\tEnd Time (s)\n1\t1\t2\n", "with labels"),
         ("Selection\tBegin Time (s)\tSpecies\n1\t1\ta\n", "End Time"),

@@ -73,7 +73,7 @@ def test_blocks_do_not_change_the_windows(n_samples, cuts, window_segments, cont
             assert np.array_equal(one.waveforms[rate], other.waveforms[rate])
 
 
-@pytest.mark.parametrize("context", [-1.0, 0.05, 0.123])
+@pytest.mark.parametrize("context", [-1.0, 0.05, 0.123, float("inf"), float("nan")])
 def test_context_is_a_whole_number_of_frames(context):
     with pytest.raises(ValueError, match="context_seconds"):
         WindowConfig(1, context)

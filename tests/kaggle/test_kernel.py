@@ -174,6 +174,8 @@ def test_members_are_not_packaged_with_a_decision_on_other_weights(trained_runs,
         decision = Decision(members=(first.name,), weights=weights)
         with pytest.raises(ValueError, match=rf"other weights of {first.name}"):
             stage_package(trained_runs[:1], decision, staging)
+    with pytest.raises(ValueError, match="no members"):
+        stage_package([], Decision(), staging)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["old"]
 
 
@@ -248,6 +250,9 @@ def test_what_there_is_of_a_recording_is_labelled(faulty, name, n_rows):
     assert name not in summary["failed"]
     warnings = [line for line in log.splitlines() if f"{name}." in line]
     assert len(warnings) == (name in ("truncated", "damaged", "bursts"))
+    told = f"{name}: {6 - n_rows} rows lie beyond"
+    beyond = [line for line in log.splitlines() if line.startswith(told)]
+    assert len(beyond) == (n_rows < 6)
     assert not summary["left_out"]  # no member is blamed
     assert "mpg123" not in log
 

@@ -1,6 +1,7 @@
 """Staging a training for Kaggle, and its dry run in two sessions."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from birdcall.kaggle.packaging import (
 )
 from birdcall.kaggle.training_kernel import TrainingSettings, read_settings
 from birdcall.models.checkpoint import STATE_FILE, load_model, read_checkpoint
+from birdcall.storage.locks import locked
 from birdcall.training.initialisation import initialise
 from birdcall.training.resume import write_state
 
@@ -196,10 +198,13 @@ def test_what_kaggles_image_lacks_is_named_unless_it_comes_along(
     assert not caplog.text
 
 
-def test_recordings_that_the_audit_does_not_know_are_refused(stage, tables, tmp_path):
+def test_recordings_that_the_audit_does_not_know_or_has_twice_are_refused(stage, tables, tmp_path):
     audit = pd.read_csv(tables[1])
     audit.iloc[1:].to_csv(tmp_path / "audit.csv", index=False)
     with pytest.raises(ValueError, match="the audit does not know"):
+        stage(audit=tmp_path / "audit.csv")
+    pd.concat([audit, audit[:1]]).to_csv(tmp_path / "audit.csv", index=False)
+    with pytest.raises(ValueError, match=rf"{audit['path'][0]} twice"):
         stage(audit=tmp_path / "audit.csv")
 
 
@@ -241,11 +246,19 @@ def test_staging_again_replaces_what_was_staged_and_nothing_else(stage, tmp_path
     (dataset / "birdcall" / "__pycache__").mkdir()
     (dataset / "birdcall" / "__pycache__" / "config.pyc").touch()
     (tmp_path / "build" / "other").mkdir()
+    (tmp_path / "build" / ".birdcall-staging-1" / "dataset").mkdir(parents=True)  # of a killed one
     stage(replace(SETTINGS, fold=0))
     assert read_settings(dataset).fold == 0
     assert not (dataset / "birdcall" / "__pycache__").exists()
     folders = sorted(path.name for path in (tmp_path / "build").iterdir())
     assert folders == ["dataset", "kernel", "other"]
+
+
+def test_two_processes_do_not_stage_in_one_folder_at_once(stage, tmp_path):
+    pytest.importorskip("fcntl")
+    with locked(tmp_path / "build"), pytest.raises(OSError, match=rf"build: process {os.getpid()}"):
+        stage()
+    assert not list((tmp_path / "build").iterdir())
 
 
 @pytest.mark.parametrize(

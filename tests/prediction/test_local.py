@@ -97,6 +97,15 @@ def test_numbers_of_recordings_with_one_name_do_not_collide(tmp_path):
     }
 
 
+def test_names_that_a_disk_may_take_for_one_are_told_apart(tmp_path):
+    """macOS and Windows write their results to one file."""
+    for name in ("1/a.wav", "2/A.wav", "3/Gr\u00fcn.wav", "4/Gru\u0308n.wav"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    names = [recording.name for recording in find_recordings([tmp_path / n for n in "1234"])]
+    assert names == ["a.wav", "2/A.wav", "Gr\u00fcn.wav", "2/Gru\u0308n.wav"]
+
+
 def test_a_file_under_several_spellings_is_one_recording(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "deep").mkdir()
@@ -483,7 +492,32 @@ def test_a_recording_that_failed_is_predicted_once_it_can_be_read(
     assert tables[str(tmp_path / "in" / "a.wav")] == tables[str(tmp_path / "in" / "b.wav")]
 
 
-def test_embeddings_that_were_deleted_are_written_again(opened, package, tmp_path):
+def test_a_file_that_is_given_and_may_not_be_read_costs_its_rows_only(
+    package, tmp_path, monkeypatch, capsys
+):
+    for name in "ab":
+        write_recording(tmp_path / f"{name}.wav", 5)
+    real = engine_module.iterate_rates
+
+    def refuse(path, *rest):
+        if path.name == "a.wav":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *rest)
+
+    monkeypatch.setattr(engine_module, "iterate_rates", refuse)
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, *rest: Path(path).name != "a.wav" and access(path, *rest)
+    )
+    command = ["predict", tmp_path / "a.wav", tmp_path / "b.wav", "--output", tmp_path / "out"]
+    with pytest.raises(SystemExit, match="0"):
+        main(list(map(str, [*command, "--package", package])))
+    assert "in 1 recordings" in capsys.readouterr().out
+    assert pd.read_csv(tmp_path / "out" / "failed.csv")["recording"].tolist() == [str(command[1])]
+
+
+@pytest.mark.parametrize("n_bytes", [None, 0, 200])
+def test_embeddings_that_were_deleted_or_cut_are_written_again(opened, package, tmp_path, n_bytes):
     for name in "ab":
         write_recording(tmp_path / "in" / f"{name}.wav", 7)
     options, predicted = ResultOptions(("csv",), embeddings=True), []
@@ -497,7 +531,10 @@ def test_embeddings_that_were_deleted_are_written_again(opened, package, tmp_pat
     run()
     part = tmp_path / "out" / "embeddings" / "a.wav.parquet"
     before = pd.read_parquet(part)
-    part.unlink()
+    if n_bytes is None:
+        part.unlink()
+    else:
+        part.write_bytes(part.read_bytes()[:n_bytes])
     run()
     run()
     assert predicted == ["a.wav", "b.wav", "a.wav"]
@@ -513,7 +550,7 @@ def test_a_shard_that_was_deleted_is_written_again(tmp_path):
         for recording in remaining:
             predicted.append(recording.name)
             part = "1.parquet" if recording.name == "c.wav" else "0.parquet"
-            (tmp_path / part).touch()
+            (tmp_path / part).write_bytes(b"PAR1")
             yield recording, RecordingResult(5.0, EVENTS, parts=(part,))
 
     def run():

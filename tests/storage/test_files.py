@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import soundfile
 
@@ -14,6 +15,7 @@ from birdcall.storage.files import (
     SOUND_SUFFIXES,
     atomic_path,
     conversion_advice,
+    csv_text,
     digest_files,
     find_files,
     inside,
@@ -279,3 +281,22 @@ def test_a_name_that_is_no_utf8_is_found_digested_and_written_as_text(tmp_path: 
     assert path.name == name and len(digest_files([path])) == 16
     write_atomically(tmp_path / "table.csv", f"{path.name}\nGr\u00fcn\n")
     assert (tmp_path / "table.csv").read_text("utf-8") == "Gr%FCnspecht.wav\nGr\u00fcn\n"
+
+
+def test_any_name_in_a_csv_is_read_back_equal(tmp_path: Path) -> None:
+    names = [
+        "a\rb.wav",
+        "a\nb.wav",
+        "a\r\nb.wav",
+        'a"b,c;d.wav',
+        " a\t.wav",
+        "\u2028ü.wav",
+        "'=1+1",
+    ]
+    write_atomically(
+        tmp_path / "a.csv", csv_text([("name", "n"), *((name, 1.5) for name in names)])
+    )
+    table = pd.read_csv(tmp_path / "a.csv")
+    assert table["name"].tolist() == names
+    assert table["n"].tolist() == [1.5] * len(names)
+    assert csv_text([("a", 1)]) == "a,1\n"

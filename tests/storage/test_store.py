@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from birdcall.storage import store as store_module
+from birdcall.storage.files import write_atomically
 from birdcall.storage.store import Journal, Store, code_digest, read_arrays, write_arrays
 
 A, B = {"recording": "a.wav", "size": 1}, {"recording": "b.wav", "size": 2}
@@ -71,13 +73,52 @@ def test_the_journal_of_another_model_is_refused_and_not_changed(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["nonsense", "[1]", json.dumps({"key": 1})])
-def test_a_damaged_line_is_named_by_file_and_number(tmp_path, line):
+def test_a_damaged_line_is_named_by_file_and_number_and_costs_its_item_only(tmp_path, caplog, line):
     path = tmp_path / "journal.jsonl"
-    Journal(path, "x").close()
-    with path.open("a") as file:
-        file.write(line + "\n")
-    with pytest.raises(ValueError, match=r"journal.jsonl, line 2: not a line of a journal"):
+    with Journal(path, "x") as journal:
+        journal.add(A, {"n": 1})
+        journal.add(B, {"n": 2})
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], line, lines[2], ""]))
+    with Journal(path, "x", restart=True) as journal:
+        assert list(journal.items()) == [(B, {"n": 2})]
+        journal.add(A, {"n": 3})
+    (record,) = caplog.records
+    assert "journal.jsonl: damaged in line 2" in record.getMessage()
+    path.write_text("\n".join([line, *lines[1:], ""]))
+    with pytest.raises(ValueError, match=r"journal.jsonl, line 1.*--overwrite"):
         Journal(path, "x")
+
+
+@contextmanager
+def full_disk(n_bytes=1000):
+    """No file can be longer, as on a disk that is full."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_what_a_full_disk_does_not_take_is_named(tmp_path):
+    store = Store(tmp_path / "store", ".x", ["config"])
+    with Journal(tmp_path / "journal", "x") as journal, full_disk():
+        journal.add(B, {"n": 2})
+        with pytest.raises(OSError, match=r"large.*/journal'"):
+            journal.add(A, {"text": 2000 * "x"})
+        with pytest.raises(OSError, match=r"large.*/a\.csv'"):
+            write_atomically(tmp_path / "a.csv", 2000 * "x")
+        with pytest.raises(OSError, match=r"/store.*large"), store.writing("a", {}) as path:
+            write_arrays(path, {"a": np.zeros(2000)}, {})
+    with full_disk(0), pytest.raises(OSError, match=r"large.*/new'"):
+        Journal(tmp_path / "new", "x")
+    (tmp_path / "new").unlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["journal", "store"]
+    assert not list((tmp_path / "store").iterdir())
+    with Journal(tmp_path / "journal", "x") as journal:
+        assert journal.find(B) == {"n": 2}
 
 
 @pytest.mark.parametrize("content", ['{"fingerprint": "y"}\n{"key": 1, "value": {}}\n', "text\n"])

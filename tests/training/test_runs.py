@@ -17,7 +17,13 @@ from birdcall.models.checkpoint import STATE_FILE, read_checkpoint
 from birdcall.storage.locks import locked
 from birdcall.training import runs as runs_module
 from birdcall.training.distributed import DistributedContext
-from birdcall.training.runs import TrainingInterrupted, plan_runs, runs_table, train_many
+from birdcall.training.runs import (
+    TrainingInterrupted,
+    find_runs,
+    plan_runs,
+    runs_table,
+    train_many,
+)
 from birdcall.training.trainer import RunOptions
 
 OPTIONS = RunOptions(workers=0)
@@ -236,6 +242,20 @@ def test_the_table_of_runs_has_their_scores_and_times(training_data, tiny_experi
     assert (table["clips_per_second"] > 0).all()
 
 
+@pytest.mark.parametrize("content", [None, b"", b"<html>", b"epoch,lo", b"\xff\0"])
+def test_a_log_that_cannot_be_read_is_named_and_leaves_the_scores(
+    training_data, tiny_experiment, finished, caplog, content
+):
+    (run,) = plan_runs([tiny_experiment], training_data, 0, finished)
+    (run.folder / "log.csv").unlink()
+    if content is not None:
+        (run.folder / "log.csv").write_bytes(content)
+    table = runs_table([run])
+    assert list(table["macro_ap"]) == [read_checkpoint(run.folder).score["macro_ap"]]
+    (record,) = caplog.records
+    assert str(run.folder / "log.csv") in record.getMessage()
+
+
 def test_a_signal_stops_runs_that_are_trained_at_once(training_data, tiny_experiment, tmp_path):
     long = replace(tiny_experiment, train=replace(tiny_experiment.train, epochs=10_000))
     runs = plan_runs([long], training_data, None, tmp_path)
@@ -250,3 +270,15 @@ def test_a_signal_stops_runs_that_are_trained_at_once(training_data, tiny_experi
         train_many(runs, training_data, replace(OPTIONS, jobs=2))
     assert all((run.folder / STATE_FILE).is_file() for run in runs)
     assert not multiprocessing.active_children()
+
+
+def test_runs_that_are_not_finished_are_named(tmp_path, caplog):
+    for path in ("small_gru/fold0/model.json", "small_gru/fold1/state.safetensors"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch()
+    assert find_runs(tmp_path) == [tmp_path / "small_gru" / "fold0"]
+    (record,) = caplog.records
+    assert str(tmp_path / "small_gru" / "fold1") in record.getMessage()
+    caplog.clear()
+    assert find_runs(tmp_path, fold=0) == [tmp_path / "small_gru" / "fold0"]
+    assert not caplog.records

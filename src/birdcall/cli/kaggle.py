@@ -162,7 +162,9 @@ def _predict(
     paths: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Recordings, folders of recordings, globs.", show_default="the rows of test.csv"
+            help="Recordings, folders of recordings, globs.",
+            show_default="the rows of test.csv",
+            readable=False,  # not checked: what cannot be read costs its own rows only
         ),
     ] = None,
     data: Annotated[

@@ -147,7 +147,7 @@ def read_audit(path: Path) -> pd.DataFrame:
             audit[item.name] = audit[item.name].astype(kind)
     except ValueError as error:
         raise ValueError(f"{path}, {column}: {error}; run `birdcall audit` again") from error
-    return audit.assign(usable=audit["usable"] == "True")
+    return audit.assign(usable=audit["usable"].str.lower() == "true")  # Excel writes TRUE
 
 
 def describe_audit(audit: pd.DataFrame) -> str:

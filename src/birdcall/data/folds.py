@@ -243,8 +243,9 @@ def read_folds(path: Path, recordings: pd.DataFrame, n_folds: int | None = None)
     if numbers != list(range(n_folds or len(numbers))) or len(numbers) < 2:
         expected = f"0 to {n_folds - 1}" if n_folds else "0, 1, 2, ... without a gap"
         raise ValueError(f"{path}: has folds {', '.join(map(str, numbers))}; expected {expected}")
-    if len(folds) < len(recordings):
-        logger.info("%s leaves out %d recordings", path, len(recordings) - len(folds))
+    if left_out := sorted(codes.keys() - first_lines.keys()):
+        message = "%s does not list %d usable recordings, which are left out: %s"
+        logger.warning(message, path, len(left_out), shorten_list(left_out))
     check_folds(folds, recordings)
     return folds[list(_COLUMNS)].reset_index(drop=True)
 

@@ -323,8 +323,11 @@ def _entries(folder: Path) -> dict[str, bool]:
 def usable_recordings(recordings: pd.DataFrame, audit: pd.DataFrame) -> pd.DataFrame:
     """Leave out the recordings that are not usable; add ``seconds``, the true length, and sha256.
 
-    Raises ValueError for a recording that the audit does not contain.
+    Raises ValueError for a recording that the audit does not contain, or more than once.
     """
+    again = audit.loc[audit["path"].duplicated(), "path"]
+    if len(again):
+        raise ValueError(f"the audit has {again.iloc[0]} twice; run `birdcall audit` again")
     verdicts = audit.set_index("path").reindex(recordings["path"])
     unknown = recordings.loc[verdicts["seconds"].isna().to_numpy(), "path"]
     if len(unknown):

@@ -33,13 +33,13 @@ from birdcall.kaggle.test_set import (
     read_annotations,
     read_labelled_soundscapes,
 )
-from birdcall.prediction.package import unique_names
 from birdcall.storage.files import (
     conversion_advice,
     digest_files,
     find_files,
     is_sound,
     shorten_list,
+    unique_names,
     utf8_text,
 )
 from birdcall.taxonomy import known_species, match_code

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import re
@@ -19,6 +17,8 @@ from birdcall.config import require_choice
 from birdcall.inference.events import Event
 from birdcall.storage.files import (
     atomic_path,
+    csv_text,
+    folded_name,
     is_sound,
     list_folder,
     read_tab_rows,
@@ -39,9 +39,12 @@ _LABEL_COLUMNS = (
     *("Species Code", "ebird_code", "Code", "Species", "Annotation", "Label"),
     *("Common Name", "Scientific Name"),
 )
-# Tables with what a model has predicted: BirdNET's, and those that our pages save.
-_OF_MODELS = re.compile(r"birdnet|\.detections\.", re.IGNORECASE)
-_NUMBER = re.compile(r"[0-9.]+(e-?[0-9]+)?")  # what else a confidence may be is a person's word
+_TIMES = {"begintimes": "Begin Time (s)", "endtimes": "End Time (s)"}
+_SECONDS = _TIMES | {"fileoffsets": "File Offset (s)"}
+# What follows the recording's name in the names of tables that a model has predicted: BirdNET, and
+# our pages. What a person has checked ends with .selections.txt.
+_OF_MODELS = re.compile(r"(?!.*\.selections\.txt$).*(birdnet|\.detections\.)", re.IGNORECASE)
+_NUMBER = re.compile(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
 _NO_LETTER = re.compile(r"[\W_]+")
 _TIME_TOLERANCE = 0.01  # seconds; Raven rounds
 _Detections = Mapping[str, Sequence[Event]]  # recording -> its events
@@ -62,7 +65,7 @@ def write_detections(
     require_choice("suffix of a table of detections", path.suffix, (".csv", ".parquet", ".jsonl"))
     rows = detection_rows(detections, common_names)
     if path.suffix == ".csv":
-        write_atomically(path, _csv_text([DETECTION_COLUMNS, *(row.values() for row in rows)]))
+        write_atomically(path, csv_text([DETECTION_COLUMNS, *(row.values() for row in rows)]))
     elif path.suffix == ".jsonl":
         write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     else:
@@ -150,13 +153,14 @@ def read_labels_beside(
     """
     labels: dict[Path, dict[tuple[str, float, float], Event]] = {}
     left_out: dict[str, list[Path]] = {}
-    for table, subjects, by_name in _find_tables(recordings):
-        if _OF_MODELS.search(table.name):
+    for table, subjects, rest, by_name in _find_tables(recordings):
+        if _OF_MODELS.match(rest):
             reason = "results of a model; name those that a person has checked .selections.txt"
             left_out.setdefault(reason, []).append(table)
             continue
         try:
             selections = _read_selections(table, label_column)
+            assigned = list(_assign_selections(table, subjects, selections, by_name))
         except (_NoTableError, IsADirectoryError):
             if subjects:
                 left_out.setdefault("no Raven selection tables", []).append(table)
@@ -167,7 +171,7 @@ def read_labels_beside(
             logger.warning("%s; its labels are left out", error)
             continue
         labels |= {recording: {} for recording in subjects if recording not in labels}
-        for recording, event in _assign_selections(table, subjects, selections, by_name):
+        for recording, event in assigned:
             code = match_code(event.ebird_code, codes) or event.ebird_code
             key = code, event.onset, event.offset
             labels.setdefault(recording, {}).setdefault(key, replace(event, ebird_code=code))
@@ -176,12 +180,14 @@ def read_labels_beside(
     return {path: list(labels[path].values()) for path in recordings if path in labels}
 
 
-def _find_tables(paths: Iterable[Path]) -> Iterator[tuple[Path, list[Path], dict[str, Path]]]:
-    """Yield each text file beside recordings, whose it is, and the sound there by name and stem.
+def _find_tables(
+    paths: Iterable[Path],
+) -> Iterator[tuple[Path, list[Path], str, dict[str, list[Path]]]]:
+    """Yield each text file beside recordings, whose it is, the rest of its name, and what is there.
 
     Its name begins with that of its recording, with or without suffix, and a dot. The longest such
-    name counts: ``dawn.2.a.txt`` is of ``dawn.2.wav`` if that is there, else of ``dawn.wav``. Each
-    folder is listed once.
+    name counts: ``dawn.2.a.txt`` is of ``dawn.2.wav`` if that is there, else of ``dawn.wav``. The
+    last is the sound there by name and stem, see `_look_up`. Each folder is listed once.
     """
     folders: dict[Path, set[Path]] = {}
     for path in paths:
@@ -189,16 +195,23 @@ def _find_tables(paths: Iterable[Path]) -> Iterator[tuple[Path, list[Path], dict
     for folder, sounds in folders.items():
         files = sorted(folder / entry.name for entry in list_folder(folder))
         named: dict[str, list[Path]] = {}
+        folded: dict[str, list[Path]] = {}
         for path in sorted(sounds.union(filter(is_sound, files))):
             for name in {utf8_text(path.name), utf8_text(path.stem)}:
                 named.setdefault(name, []).append(path)
-        by_name = {name.casefold(): paths[0] for name, paths in named.items()}
-        by_name |= {name: paths[0] for name, paths in named.items()}
+                folded.setdefault(folded_name(name), []).append(path)
+        by_name = folded | named
         for table in filter(lambda path: path.suffix.lower() == ".txt", files):
             beginning = utf8_text(table.stem)
-            while beginning and beginning not in named:
+            while beginning and not _look_up(by_name, beginning):
                 beginning = beginning.rpartition(".")[0]
-            yield table, named.get(beginning, []), by_name
+            rest = utf8_text(table.name)[len(beginning) :]
+            yield table, _look_up(by_name, beginning), rest, by_name
+
+
+def _look_up(by_name: Mapping[str, list[Path]], name: str) -> list[Path]:
+    """Return the sound of a name; if there is none, that of the same letters in another case."""
+    return by_name.get(name) or by_name.get(folded_name(name), [])
 
 
 class _NoTableError(ValueError):
@@ -221,38 +234,44 @@ def _read_selections(path: Path, label_column: str | None) -> list[_Selection]:
     wanted = (label_column,) if label_column else _LABEL_COLUMNS
     labels = [_NO_LETTER.sub("", name.casefold()) for name in wanted]
     labels = [name for name in labels if name in columns]
-    if not {"begintimes", "endtimes"} & columns.keys():
+    if not _TIMES.keys() & columns.keys():
         raise _NoTableError(f"{path}: no column 'Begin Time (s)'; it has {', '.join(header)}")
-    if lines and not (labels and {"begintimes", "endtimes"} <= columns.keys()):
+    if lines and not (labels and _TIMES.keys() <= columns.keys()):
         raise ValueError(
             f"{path}: it needs 'Begin Time (s)', 'End Time (s)' and a column with labels: "
             f"{', '.join(wanted)}, or what --label-column names; it has {', '.join(header)}"
         )
+    # Excel leaves out empty cells at the end of a row; those that are read must be there.
+    needed = {*labels[:1], *_SECONDS, "beginfile", "beginpath"} & columns.keys()
+    n_needed = 1 + max((columns[name] for name in needed), default=0)
     selections: dict[tuple[object, ...], _Selection] = {}
     for line, cells in lines:
-        if len(cells) != len(header):
+        if len(cells) < n_needed or any(cells[len(header) :]):
             raise ValueError(
                 f"{path}, line {line}: {len(cells)} fields where the header has {len(header)}; "
-                "is the file cut short?"
+                "is the file cut short, or a tab in a note?"
             )
-        row = {name: cells[index] for name, index in columns.items()}
-        confidence = row.get("confidence", "")
-        event = _event(
-            path,
-            line,
-            ebird_code=next((row[name] for name in labels if row[name]), ""),
-            onset=row["begintimes"],
-            offset=row["endtimes"],
-            confidence=confidence if _NUMBER.fullmatch(confidence) else 1.0,
-            note=row.get("notes", ""),
-        )
+        row = {name: cells[index] for name, index in columns.items() if index < len(cells)}
         file = re.split(r"[/\\]", row.get("beginfile") or row.get("beginpath", ""))[-1]
-        start = 0.0
-        if file and "fileoffsets" in columns:
-            cell = row["fileoffsets"]
-            inside = _event(path, line, ebird_code=file, onset=cell, offset=cell, confidence=1.0)
-            start = event.onset - inside.onset
-        key = event.ebird_code, event.onset, event.offset, file
+        numbers = [name for name in _SECONDS if name in row and (file or name != "fileoffsets")]
+        for name in numbers:
+            if not _NUMBER.fullmatch(row[name]):
+                what = f"{_SECONDS[name]} is {row[name]!r}"
+                raise ValueError(f"{path}, line {line}: {what}; give seconds, such as 12.5")
+        onset, offset, *inside = (float(row[name]) for name in numbers)
+        confidence = row.get("confidence", "")
+        try:
+            event = Event(
+                ebird_code=next((row[name] for name in labels if row.get(name)), ""),
+                onset=onset,
+                offset=offset,
+                confidence=float(confidence) if _NUMBER.fullmatch(confidence) else 1.0,
+                note=row.get("notes", ""),
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}, line {line}: {error}") from None
+        start = onset - inside[0] if inside else 0.0
+        key = event.ebird_code, onset, offset, file
         selections.setdefault(key, _Selection(event, file, start))
     if "fileoffsets" not in columns and len({item.file for item in selections.values()}) > 1:
         raise ValueError(
@@ -266,16 +285,23 @@ def _assign_selections(
     table: Path,
     subjects: Sequence[Path],
     selections: Sequence[_Selection],
-    by_name: Mapping[str, Path],
+    by_name: Mapping[str, list[Path]],
 ) -> Iterator[tuple[Path, Event]]:
     """Yield each selection of a table with its recording, in the times of the recording.
 
     In a table of several files, or of no recording by its name, the ``Begin File`` decides. A
-    selection across files is in each in which another begins.
+    selection across files is in each in which another begins. ``ValueError`` if the name is of one
+    recording and the ``Begin File`` of another.
     """
     starts = {selection.file: selection.start for selection in selections}
     is_sequence = len(starts) > 1 or any(abs(start) > _TIME_TOLERANCE for start in starts.values())
     if subjects and not is_sequence:
+        for file in starts:
+            if file in by_name and not set(by_name[file]) & set(subjects):
+                raise ValueError(
+                    f"{table}: by its name it is of {subjects[0].name}, but its selections are of "
+                    f"{file}, which is there too: rename the table, or correct the Begin File"
+                )
         yield from ((path, selection.event) for path in subjects for selection in selections)
         return
     is_ordered = len(set(starts.values())) == len(starts)  # else it is of several sequences
@@ -291,12 +317,11 @@ def _assign_selections(
         for name, begin in parts.items():
             end = min((other for other in parts.values() if other > begin), default=event.offset)
             onset, offset = max(0.0, event.onset - begin), end - begin
-            spellings = name, name.casefold(), Path(name.casefold()).stem
-            path = next((by_name[item] for item in spellings if item in by_name), None)
-            if path is None:
-                lost[name or "no file"] += 1
+            paths = _look_up(by_name, name) or _look_up(by_name, Path(name).stem)
+            if paths:
+                yield paths[0], replace(event, onset=round(onset, 6), offset=round(offset, 6))
             else:
-                yield path, replace(event, onset=round(onset, 6), offset=round(offset, 6))
+                lost[name or "(no Begin File)"] += 1
     if lost:
         logger.warning(
             "%s: %d selections are left out, because their files are not beside the table: %s",
@@ -317,33 +342,6 @@ def write_audacity_labels(path: Path, events: Iterable[Event]) -> None:
 # --- text ---------------------------------------------------------------------------------------
 
 
-def _csv_text(rows: Iterable[Iterable[object]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
-
-
 def _decimal(number: float) -> str:
     """Return a float's shortest exact decimals: Raven and Audacity need not know 1e-05."""
     return np.format_float_positional(float(number), trim="0")
-
-
-def _event(
-    path: Path,
-    line: int,
-    ebird_code: str,
-    onset: str | float,
-    offset: str | float,
-    confidence: str | float,
-    note: str = "",
-) -> Event:
-    try:
-        return Event(
-            ebird_code=ebird_code,
-            onset=float(onset),
-            offset=float(offset),
-            confidence=float(confidence),
-            note=note,
-        )
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}, line {line}: {error}") from None

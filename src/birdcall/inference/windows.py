@@ -61,7 +61,7 @@ class WindowConfig:
         )
         frames = self.context_seconds / FRAME_SECONDS
         require(
-            self.context_seconds >= 0 and abs(frames - round(frames)) < 1e-6,
+            0 <= frames < float("inf") and abs(frames - round(frames)) < 1e-6,
             f"context_seconds is {self.context_seconds}; give a multiple of {FRAME_SECONDS:g}, "
             "0 or more",
         )

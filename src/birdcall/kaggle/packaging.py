@@ -42,6 +42,7 @@ from birdcall.models.checkpoint import (
 )
 from birdcall.models.sed import SEDModel
 from birdcall.storage.files import write_atomically
+from birdcall.storage.locks import locked
 from birdcall.training.initialisation import initialise
 from birdcall.training.resume import read_state
 
@@ -51,6 +52,7 @@ _COMPETITION = "birdsong-recognition"
 _OWNER = re.compile(r"[A-Za-z0-9]+(-[A-Za-z0-9]+)*")
 _SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _SLUG_PREFIX = "birdcall-"  # of all that is staged
+_TEMPORARY = ".birdcall-staging-"  # begins the name of the folder in which a package is staged
 _MAX_TITLE = 50  # characters
 _DATASET_METADATA, _KERNEL_METADATA = "dataset-metadata.json", "kernel-metadata.json"
 _UNREADABLE_METADATA = (ValueError, OSError, KeyError, TypeError, AttributeError)
@@ -155,6 +157,7 @@ def stage_package(members: Sequence[Path], decision: Decision, staging: StagingO
     member.
     """
     upload = Upload(staging.owner, f"{_SLUG_PREFIX}package", f"{_SLUG_PREFIX}submission")
+    require(len(members) > 0, "the decision names no members; `birdcall evaluate` writes one")
     for folder in members:
         checkpoint = read_checkpoint(folder)
         weights = decision.weights.get(checkpoint.name)
@@ -195,11 +198,17 @@ def _staging(staging: StagingOptions, upload: Upload) -> Iterator[Path]:
         )
     _require_staged_files(staging.build)
     staging.build.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=staging.build, prefix=".staging-") as temporary:
+    with (
+        locked(staging.build),
+        tempfile.TemporaryDirectory(dir=staging.build, prefix=_TEMPORARY) as temporary,
+    ):
         dataset, kernel = Path(temporary) / "dataset", Path(temporary) / "kernel"
         with resources.as_file(resources.files("birdcall")) as source:
             ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
-            shutil.copytree(source, dataset / "birdcall", ignore=ignore)
+            try:
+                shutil.copytree(source, dataset / "birdcall", ignore=ignore)
+            except shutil.Error as error:  # of all files; the first tells enough
+                raise OSError(error.args[0][0][-1]) from error
         for path in wheels:
             (dataset / WHEELS_FOLDER).mkdir(exist_ok=True)
             shutil.copyfile(path, dataset / WHEELS_FOLDER / path.name)
@@ -211,6 +220,9 @@ def _staging(staging: StagingOptions, upload: Upload) -> Iterator[Path]:
             if target.is_dir():
                 target.rename(Path(temporary) / f"old_{folder.name}")
             folder.rename(target)
+        for leftover in staging.build.glob(f"{_TEMPORARY}*"):  # a killed process has left
+            if leftover != Path(temporary):
+                shutil.rmtree(leftover)
 
 
 def _require_staged_files(build: Path) -> None:

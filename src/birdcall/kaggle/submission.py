@@ -328,6 +328,10 @@ def _label_recordings(progress: _Progress, ensemble: Ensemble, decision: Decisio
         rows = rows_of[name]
         labels = label_recording(predictions, list(rows["seconds"]), decision, ensemble.classes)
         progress.labels.update(zip(rows["row_id"], labels, strict=True))
+        n_beyond = int((rows["seconds"] > SEGMENT_SECONDS * predictions.n_segments).sum())
+        if n_beyond:
+            message = "%s: %d rows lie beyond the end of the recording (%g s) and are nocall"
+            logger.warning(message, name, n_beyond, predictions.seconds)
         progress.audio_seconds += predictions.seconds
         progress.recordings_by_member.update(member_names[: n_members[name]])
         n_with_birds = sum(text != NOCALL for text in labels)

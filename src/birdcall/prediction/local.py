@@ -36,8 +36,16 @@ from birdcall.prediction.package import (
     RecordingResult,
     detect_recordings,
     embedding_part,
+    is_whole_part,
 )
-from birdcall.storage.files import digest, fitting_name, inside, shorten_list, write_atomically
+from birdcall.storage.files import (
+    csv_text,
+    digest,
+    fitting_name,
+    inside,
+    shorten_list,
+    write_atomically,
+)
 from birdcall.storage.store import Journal, code_digest
 from birdcall.taxonomy import display_name, match_code
 
@@ -213,8 +221,8 @@ def predict_recordings(
 ) -> str:
     """Predict the recordings that are not in the journal, write all results; return a summary.
 
-    Those that failed, or whose parts or pages have been deleted, are predicted again: a permission
-    may have been given since, or a disk answer again.
+    Those that failed, whose parts or pages have been deleted, or whose parts are damaged, are
+    predicted again: a permission may have been given since, or a disk answer again.
 
     ``labels``: of a person, by path; a recording whose labels have changed gets its page again.
     """
@@ -226,7 +234,7 @@ def predict_recordings(
         values = journal.find(keys[recording])
         is_finished = values is not None and not values["reason"]
         if is_finished:
-            is_finished = all((output / part).is_file() for part in values["parts"])
+            is_finished = all(is_whole_part(output / part) for part in values["parts"])
         if is_finished and pages is not None:
             is_finished = pages.has_pages(recording.name, values["seconds"])
         if not is_finished:
@@ -315,9 +323,7 @@ def write_results(
             else:
                 write_audacity_labels(path, events)
     failed = {str(item.path): result.reason for item, result in results.items() if result.reason}
-    table = pd.DataFrame(failed.items(), columns=["recording", "reason"])
-    text = table.to_csv(index=False, lineterminator="\n")
-    write_atomically(output / "failed.csv", text)
+    write_atomically(output / "failed.csv", csv_text([("recording", "reason"), *failed.items()]))
     n_events = sum(map(len, selected.values()))
     seconds = sum(result.seconds for result in predicted.values())
     written = ", ".join(str(output / f"detections.{name}") for name in tables)

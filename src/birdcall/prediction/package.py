@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from birdcall.storage.files import (
     fitting_name,
     inside,
     is_sound,
+    unique_names,
     utf8_text,
 )
 from birdcall.taxonomy import display_name
@@ -109,21 +110,6 @@ def find_recordings(paths: Sequence[str | Path]) -> list[Recording]:
     return [Recording(path, name) for (path, _), name in recordings]
 
 
-def unique_names(names: Sequence[str]) -> list[str]:
-    """Return ``names``, those that occur again with a number before them: ``2/a.wav``."""
-    wanted, numbers = set(names), dict.fromkeys(names, 1)
-    used: set[str] = set()
-    unique = []
-    for name in names:
-        candidate = name
-        while candidate in used or (candidate != name and candidate in wanted):
-            numbers[name] += 1
-            candidate = f"{numbers[name]}/{name}"
-        used.add(candidate)
-        unique.append(candidate)
-    return unique
-
-
 def _expand_glob(path: Path) -> list[Path]:
     """Return a path that exists, or the folders and recordings that match a glob."""
     if path.exists():
@@ -174,6 +160,14 @@ def detect_recordings(
 def embedding_part(recording: Recording) -> str:
     """Return the file in the output folder that `EmbeddingWriter` writes for a recording."""
     return Path("embeddings", fitting_name(recording.name, ".parquet")).as_posix()
+
+
+def is_whole_part(path: Path) -> bool:
+    """Return whether a Parquet file is there, and ends as such files do."""
+    with suppress(OSError), path.open("rb") as file:
+        file.seek(-4, os.SEEK_END)
+        return file.read() == b"PAR1"
+    return False
 
 
 class EmbeddingWriter:

@@ -9,10 +9,12 @@ import logging
 import os
 import re
 import secrets
-from collections import deque
+import unicodedata
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 
@@ -50,17 +52,30 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     The temporary file is beside ``path`` (a rename across disks is not atomic) and has its suffix
     (pandas, torch and soundfile choose the format by it). Folders are created as needed; after an
-    error the old ``path`` is as it was and the temporary file is deleted.
+    error the old ``path`` is as it was and the temporary file is deleted. An ``OSError``, such as
+    that of a full disk, names ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}{path.suffix}")
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())  # else a power cut may leave the new name with no content
-        temporary.replace(path)
+        with errors_naming(path):
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())  # else a power cut may leave the new name with no content
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def errors_naming(path: Path) -> Iterator[None]:
+    """Add ``path`` to an ``OSError`` that names no file: those of a full disk do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -124,6 +139,11 @@ def conversion_advice(path: Path) -> str:
     return advice if path.suffix.lower() in _FOREIGN_SUFFIXES else ""
 
 
+def folded_name(name: str) -> str:
+    """Return ``name`` as file systems compare names that tell neither case nor accents' forms."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 def utf8_text(text: str) -> str:
     """Return ``text`` as UTF-8 can hold it: a byte of a file's name that is none is ``%FC``."""
     return _SURROGATES.sub(lambda match: f"%{ord(match[0]) & 0xFF:02X}", text)
@@ -154,6 +174,25 @@ def inside(folder: Path, name: str) -> Path:
     if not target.is_relative_to(folder.resolve()):
         raise ValueError(f"{name!r} leads out of {folder} through a link, to {target}")
     return path
+
+
+def unique_names(names: Sequence[str]) -> list[str]:
+    """Return ``names``, those that occur again with a number before them: ``2/a.wav``.
+
+    Their case does not count: macOS and Windows write ``a.wav`` and ``A.wav`` to one file.
+    """
+    wanted = set(map(folded_name, names))
+    numbers, used = Counter(wanted), set()
+    unique = []
+    for name in names:
+        candidate, folded = name, folded_name(name)
+        while folded in used or (candidate != name and folded in wanted):
+            numbers[folded_name(name)] += 1
+            candidate = f"{numbers[folded_name(name)]}/{name}"
+            folded = folded_name(candidate)
+        used.add(folded)
+        unique.append(candidate)
+    return unique
 
 
 def fitting_name(name: str, suffix: str) -> str:
@@ -212,6 +251,13 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
                 "is the file cut short?"
             )
     return pd.DataFrame(rows, columns=header, index=pd.Index(lines, name="line"), dtype=str)
+
+
+def csv_text(rows: Iterable[Iterable[object]]) -> str:
+    r"""Return rows as CSV with ``\n`` at their ends; in a cell every line end is quoted."""
+    lines: list[str] = []
+    csv.writer(SimpleNamespace(write=lines.append)).writerows(rows)  # with \r\n: it quotes both
+    return "".join(line.removesuffix("\r\n") + "\n" for line in lines)
 
 
 def read_tab_rows(path: Path) -> list[tuple[int, list[str]]]:

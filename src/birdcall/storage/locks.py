@@ -43,9 +43,10 @@ def locked(path: Path) -> Iterator[None]:
     try:
         since = f"{datetime.now():%Y-%m-%d %H:%M}"
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()} since {since} ({command})")
-        file.flush()
+        owner = f"process {os.getpid()} on {platform.node()} since {since} ({command})"
+        with suppress(OSError):  # on a full disk what is locked will say so
+            file.truncate(0)
+            os.write(file.fileno(), owner.encode("utf-8", "replace"))
         yield
     finally:
         if not file.closed:

@@ -19,7 +19,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
-from birdcall.storage.files import atomic_path, digest
+from birdcall.storage.files import atomic_path, digest, errors_naming, shorten_list
 from birdcall.storage.locks import locked
 
 logger = logging.getLogger(__name__)
@@ -37,11 +37,12 @@ class Journal(AbstractContextManager):
     """A file of JSON lines: the first identifies the work, each other is a finished item.
 
     A line is on disk when `add` returns. An incomplete last line is removed when the journal is
-    opened, and its work is done again. Only one process at a time can have a journal open.
-    ``fingerprint``: what JSON can hold. With ``overwrite`` the journal begins empty.
+    opened, damaged lines are skipped; the log names them, and their work is done again. Only one
+    process at a time can have a journal open. ``fingerprint``: what JSON can hold. With
+    ``overwrite`` the journal begins empty.
 
-    Raises ``OSError`` where another process has it open; ``ValueError`` where it has another
-    fingerprint or a damaged line, or, with ``restart``, logs that and begins an empty journal.
+    Raises ``OSError`` where another process has it open; ``ValueError`` where its fingerprint is
+    another or damaged, or, with ``restart``, logs that and begins an empty journal.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Journal(AbstractContextManager):
     ) -> None:
         self.path = path
         self._done: dict[str, _Values] = {}
-        with ExitStack() as stack:
+        with errors_naming(path), ExitStack() as stack:
             stack.enter_context(locked(path))
             self._file = stack.enter_context(path.open("ab+"))
             if overwrite:
@@ -84,12 +85,14 @@ class Journal(AbstractContextManager):
         self._done[_canonical(key)] = value
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        with errors_naming(self.path):  # it writes what a full disk has not taken
+            self.close()
 
     def _write(self, entry: _Values) -> None:
-        self._file.write(json.dumps(entry).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with errors_naming(self.path):
+            self._file.write(json.dumps(entry).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def _read(self, fingerprint: Any) -> int:
         """Read the complete lines, remove an incomplete last one, return the number of lines."""
@@ -100,17 +103,22 @@ class Journal(AbstractContextManager):
             logger.warning("%s: its last line is incomplete; that item is done again", self.path)
             self._file.truncate(len(complete))
         lines = complete.splitlines()
-        stored = fingerprint
+        stored, damaged = fingerprint, []
         for number, line in enumerate(lines, start=1):
             try:
                 entry = json.loads(line)
                 if number == 1:
                     stored = entry["fingerprint"]
                 else:
-                    self._done[_canonical(entry["key"])] = entry["value"]
+                    self._done[_canonical(entry["key"])] = dict(entry["value"])
             except (KeyError, TypeError, ValueError) as error:
-                message = f"{self.path}, line {number}: not a line of a journal: {error!r}"
-                raise ValueError(message) from error
+                if number == 1:
+                    message = f"{self.path}, line 1: not a line of a journal: {error!r}"
+                    raise ValueError(f"{message}; --overwrite starts again") from error
+                damaged.append(number)
+        if damaged:
+            message = "%s: damaged in line %s; what was finished there is done again"
+            logger.warning(message, self.path, shorten_list(damaged))
         if stored != fingerprint:
             what = ""
             if isinstance(stored, dict) and isinstance(fingerprint, dict):
@@ -218,9 +226,15 @@ class Store:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], values: Mapping[str, Any]) -> None:
-    """Write arrays, and values that JSON can hold, as one safetensors file at ``path``."""
+    """Write arrays, and values that JSON can hold, as one safetensors file at ``path``.
+
+    Raises ``OSError``, where the disk is full for example.
+    """
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    safetensors.numpy.save_file(contiguous, path, {"values": json.dumps(values)})
+    try:
+        safetensors.numpy.save_file(contiguous, path, {"values": json.dumps(values)})
+    except SafetensorError as error:
+        raise OSError(f"{path.parent}: {path.name} cannot be written: {error}") from error
 
 
 def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], _Values]:

@@ -34,9 +34,17 @@ def _numbers(entry: EpochLog) -> dict[str, float]:
 
 
 def read_log(folder: Path) -> list[EpochLog]:
-    """Read the log that `write_log` wrote to a run's folder."""
-    table = pd.read_csv(folder / _LOG_FILE, float_precision="round_trip")
+    """Read the log that `write_log` wrote to a run's folder.
+
+    Raises ``ValueError`` or ``FileNotFoundError`` that names the file.
+    """
+    path = folder / _LOG_FILE
     names = [item.name for item in fields(EpochLog) if item.name != "validation"]
+    try:
+        table = pd.read_csv(path, float_precision="round_trip")
+        table[names].astype(float)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path}: not a readable log of a training: {error}") from error
     scores = table.drop(columns=names).to_dict("records")
     return [
         EpochLog(**values, validation={k: score for k, score in row.items() if pd.notna(score)})

@@ -49,7 +49,9 @@ def read_state(
             values = json.loads(file.metadata()["values"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable state of a training: {error}") from error
+        raise ValueError(
+            f"{path}: not a readable state of a training: {error}; --overwrite starts again"
+        ) from error
     if identity is None:
         return tensors, values
     differences = describe_differences(values["identity"], identity)

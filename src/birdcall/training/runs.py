@@ -31,6 +31,7 @@ from birdcall.models.checkpoint import (
     find_checkpoints,
     read_checkpoint,
 )
+from birdcall.storage.files import shorten_list
 from birdcall.storage.locks import locked
 from birdcall.training.initialisation import initialise
 from birdcall.training.log import (
@@ -168,17 +169,24 @@ def find_runs(
 ) -> list[Path]:
     """Return the folders of trained runs below ``folder``, of some or all experiments and folds.
 
-    Raises FileNotFoundError where a named experiment has no trained run, and where there is none.
+    The log names runs that are not finished. Raises FileNotFoundError where a named experiment has
+    no trained run, and where there is none.
     """
     experiments = list(experiments or ())
     for name in experiments:
         find_experiment(name)
-    runs = [
+    started = {path.parent for path in folder.rglob(STATE_FILE)}
+    trained = set(find_checkpoints(folder))
+    wanted = [
         run
-        for run in find_checkpoints(folder)
+        for run in sorted(trained | started)
         if (not experiments or run.parent.name in experiments)
         and (fold is None or run.name == f"fold{fold}")
     ]
+    runs = [run for run in wanted if run in trained]
+    if unfinished := [run for run in wanted if run not in trained]:
+        message = "unfinished runs are left out; `birdcall train --resume` continues them: %s"
+        logger.warning(message, shorten_list(unfinished))
     missing = sorted(set(experiments) - {run.parent.name for run in runs})
     if not runs or missing:
         what = ", ".join(missing) or "trained run"
@@ -310,10 +318,14 @@ def _prepare_process(jobs: int, level: int) -> None:
 
 
 def runs_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """Return a row per finished run: its scores, and the time it took."""
+    """Return a row per finished run: its scores, and the time it took if its log tells."""
     rows = []
     for run in runs:
-        summary = summarize_log(read_log(run.folder))
+        summary = {}
+        try:
+            summary = summarize_log(read_log(run.folder))
+        except (ValueError, OSError) as error:
+            logger.warning("%s", error)
         score = read_checkpoint(run.folder).score
         rows.append({"experiment": run.experiment.name, "fold": run.fold} | score | summary)
     return pd.DataFrame(rows)
