@@ -75,6 +75,50 @@ def test_a_codecs_limit_does_not_blacken_the_noise_below_it():
     assert darkness(draw_tiles(halved)[0])[10:120].mean() < 0.02
 
 
+def in_band(waveform: np.ndarray, low_hz: float, high_hz: float) -> np.ndarray:
+    """What a waveform has from one frequency to another."""
+    spectrum = np.fft.rfft(waveform)
+    hz = np.fft.rfftfreq(len(waveform), 1 / SAMPLE_RATE)
+    spectrum[(hz < low_hz) | (hz > high_hz)] = 0
+    return np.fft.irfft(spectrum, len(waveform)).astype(np.float32)
+
+
+def rows_of(low_hz: float, high_hz: float) -> slice:
+    """The rows of a picture between two frequencies; high frequencies are at the top."""
+    return slice(256 - round(high_hz / 62.5), 256 - round(low_hz / 62.5))
+
+
+def test_a_quiet_bird_at_7_khz_stands_out_from_loud_wind():
+    """As loud as the noise around 7 kHz, and 40 dB below the wind, for half a second."""
+    spectrum = np.fft.rfft(noise(20))
+    hz = np.fft.rfftfreq(20 * SAMPLE_RATE, 1 / SAMPLE_RATE)
+    wind = np.fft.irfft(spectrum / np.maximum(hz, 100) ** 1.5).astype(np.float32)
+    wind *= 0.3 / np.abs(wind).max()
+    near = in_band(wind, 6500, 7500).std()
+    assert 20 * np.log10(wind.std() / near) > 40
+    time = np.arange(len(wind)) / SAMPLE_RATE
+    bird = np.sqrt(2) * near * np.sin(2 * np.pi * 7000 * time) * ((time > 10) & (time < 10.5))
+    picture = darkness(draw_tiles((wind + bird).astype(np.float32))[0])
+    burst = picture[rows_of(6900, 7100), 503:522].max(axis=0).mean()
+    around = picture[rows_of(6000, 8000), :480].mean()
+    assert burst - around > 0.4  # 0.18 where one level is white for all frequencies
+    assert picture[rows_of(0, 1000), :480].mean() < 0.15
+
+
+def test_what_goes_on_is_background_only_if_it_is_broad_and_long():
+    """Rain for minutes is; a whistle that does not end is not, and neither is a song of 3 s."""
+    rain = noise(240)
+    rain[120 * SAMPLE_RATE :] *= 10
+    tiles = draw_tiles(rain)
+    assert max(darkness(tile)[:, 1000:2000].mean() for tile in (tiles[0], tiles[3])) < 0.15
+    time = np.arange(5 * SAMPLE_RATE) / SAMPLE_RATE
+    whistle = noise(5) + 0.05 * np.sin(2 * np.pi * 3000 * time).astype(np.float32)
+    assert darkness(draw_tiles(whistle)[0])[rows_of(2900, 3100)].max(axis=0).mean() > 0.6
+    song = noise(5) + 10 * in_band(noise(5, seed=1), 3000, 5000) * (time < 3)
+    picture = darkness(draw_tiles(song.astype(np.float32))[0])[rows_of(3200, 4800)]
+    assert picture[:, 10:140].mean() > 0.4 > 0.1 > picture[:, 160:].mean()
+
+
 def test_encoded_audio_keeps_times_and_level():
     time = np.arange(5 * SAMPLE_RATE) / SAMPLE_RATE
     click = 0.01 * np.sin(2 * np.pi * 2000 * time) * np.exp(-np.square((time - 3.2) / 0.01))

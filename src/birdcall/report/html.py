@@ -26,6 +26,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 from plotly.offline import get_plotlyjs
+from scipy.ndimage import median_filter
 
 from birdcall.audio.spectrogram import Spectrogram
 from birdcall.storage.files import write_atomically
@@ -39,6 +40,9 @@ _POLICY = (
     "media-src data: blob:; connect-src data:; font-src data:; base-uri 'none'; form-action 'none'"
 )
 _DATATABLES, _PLOTLY = "datatables", "plotly"
+# Probabilities over time are drawn up to the highest of their species, but at least to this: what
+# is all below it is drawn low.
+MIN_SCALE = 0.05
 
 
 # --- pages ----------------------------------------------------------------------------------------
@@ -168,12 +172,16 @@ SAMPLE_RATE = 32_000
 MAX_HZ = SAMPLE_RATE / 2
 _N_FFT, _HOP_LENGTH = 1024, 640  # 50 columns a second
 _N_ROWS = 256
-_TILE_SECONDS = 60  # a WebP picture is at most 16,383 pixels wide
-# Levels of white and black: the background of a noisy site, and its loudest birds.
-_PERCENTILES = (20.0, 99.9)
-_MIN_RANGE_DB = 30.0  # between white and black; otherwise silence would look like noise
+_TILE_COLUMNS = 3000  # a minute; a WebP picture is at most 16,383 pixels wide
+# The background of a frequency is the level that it exceeds for most of a minute. Half would be too
+# much: a bird that sings for half of a row of five seconds would be its own background.
+_BACKGROUND_PERCENTILE = 30.0
+_LINE_ROWS = 9  # a whistle or a hum fills fewer than half of these rows, and is no background
+_STEEPEST_DB = 5.0  # from a row to the next higher one; what falls faster is a codec's limit
+_WHITE_DB = 4.0  # above the background; noise is lighter than the faintest bird
+_CONTRAST_DB = (20.0, 35.0)  # from white to black, at least and at most
 # A level further below the loudest point is not background noise but the frequency limit of the
-# recorder or codec. Included in the percentiles, it would turn all noise black.
+# recorder or codec: no sound there stands out from it.
 _NOISE_DB = 90.0
 _PICTURE_QUALITY = 50
 _MP3_COMPRESSION = 0.9  # 56 kbit/s, constant, so that a player can seek exactly
@@ -189,24 +197,35 @@ class Tile:
 
 
 def draw_tiles(waveform: np.ndarray) -> list[Tile]:
-    """Draw the spectrogram of a waveform ``(samples,)`` at `SAMPLE_RATE`, in tiles of a minute.
-
-    All tiles have the same levels. Silence is white.
-    """
-    n_samples = _TILE_SECONDS * SAMPLE_RATE
-    clips = [waveform[start : start + n_samples] for start in range(0, len(waveform), n_samples)]
-    levels = [_levels_db(clip) for clip in clips]
-    together = np.concatenate(levels, axis=1)
-    low, high = np.percentile(together[together >= together.max() - _NOISE_DB], _PERCENTILES)
-    high = max(high, low + _MIN_RANGE_DB)
+    """Draw the spectrogram of a waveform ``(samples,)`` at `SAMPLE_RATE`, in tiles of a minute."""
+    darkness = draw_spectrogram(waveform)
     tiles = []
-    for index, (clip, level) in enumerate(zip(clips, levels, strict=True)):
-        dark = np.clip((level - low) / (high - low), 0, 1)
-        picture = Image.fromarray(np.round(255 * (1 - dark)).astype(np.uint8))
+    for first in range(0, darkness.shape[1], _TILE_COLUMNS):
+        part = darkness[:, first : first + _TILE_COLUMNS]
+        picture = Image.fromarray(np.round(255 * (1 - part)).astype(np.uint8))
         content = _encode_webp(picture, _PICTURE_QUALITY, method=4)
         uri = f"data:image/webp;base64,{base64.b64encode(content).decode()}"
-        tiles.append(Tile(float(index * _TILE_SECONDS), len(clip) / SAMPLE_RATE, uri))
+        start = first * _HOP_LENGTH
+        seconds = min(_TILE_COLUMNS * _HOP_LENGTH, len(waveform) - start) / SAMPLE_RATE
+        tiles.append(Tile(start / SAMPLE_RATE, seconds, uri))
     return tiles
+
+
+def draw_spectrogram(waveform: np.ndarray) -> np.ndarray:
+    """Return the picture of a waveform ``(samples,)`` at `SAMPLE_RATE` that people are shown.
+
+    ``(256, columns)``, float32, high frequencies first, 50 columns a second: from 0, white, to 1.
+    It shows by how much each frequency is above its background, so wind below 1 kHz does not hide
+    a quiet bird at 7 kHz. Silence is white.
+    """
+    n_samples = _TILE_COLUMNS * _HOP_LENGTH  # the powers of a whole part would be 120 MB
+    starts = range(0, len(waveform), n_samples)
+    levels = [_levels_db(waveform[start : start + n_samples]) for start in starts]
+    level = np.concatenate(levels, axis=1)
+    level = np.maximum(level, level.max() - _NOISE_DB)
+    level -= _background_db(level) + _WHITE_DB
+    contrast = np.clip(np.percentile(level, 99.9), *_CONTRAST_DB)
+    return np.clip(level / contrast, 0, 1)
 
 
 def _levels_db(waveform: np.ndarray) -> np.ndarray:
@@ -216,8 +235,26 @@ def _levels_db(waveform: np.ndarray) -> np.ndarray:
     power = spectrogram(torch.from_numpy(padded)[None])[0, 0].numpy()
     # Tiles stand side by side, so a tile has no column for its padding.
     power = power[: max(1, -(-len(waveform) // _HOP_LENGTH)), :-1]
-    rows = power.reshape(len(power), _N_ROWS, -1).max(axis=2)
+    rows = power.reshape(len(power), _N_ROWS, -1).mean(axis=2)
     return 10 * np.log10(np.maximum(rows, 1e-10)).T[::-1]
+
+
+def _background_db(level: np.ndarray) -> np.ndarray:
+    """Return the background of each frequency over time, for decibels ``(rows, columns)``.
+
+    It is estimated for each minute, and changes from the middle of one to the middle of the next.
+    """
+    n_columns = level.shape[1]
+    n_spans = max(1, round(n_columns / _TILE_COLUMNS))
+    spans = np.array_split(level, n_spans, axis=1)
+    background = np.stack([np.percentile(span, _BACKGROUND_PERCENTILE, axis=1) for span in spans])
+    background = np.minimum(background, median_filter(background, (1, _LINE_ROWS), mode="nearest"))
+    fall = _STEEPEST_DB * np.arange(len(level))[::-1]
+    background = np.maximum.accumulate((background + fall)[:, ::-1], axis=1)[:, ::-1] - fall
+    middles = (np.arange(n_spans) + 0.5) * n_columns / n_spans
+    columns = np.arange(n_columns)
+    rows = [np.interp(columns, middles, row).astype(np.float32) for row in background.T]
+    return np.stack(rows)
 
 
 def _encode_webp(picture: Image.Image, quality: int, method: int) -> bytes:
