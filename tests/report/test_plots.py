@@ -13,7 +13,7 @@ import typer.main
 import birdcall
 from birdcall.__main__ import app
 from birdcall.benchmark.inference import plot_inference_speed
-from birdcall.report.architecture import LAYERS, plot_layers, read_layers
+from birdcall.report.architecture import LAYERS, plot_layers, project_figures, read_layers
 from birdcall.report.plots import (
     BLUE,
     COLORS,
@@ -27,7 +27,6 @@ from birdcall.report.plots import (
     save_figure,
     write_figures,
 )
-from birdcall.report.report import project_figures
 
 
 def luminance(color: str) -> float:

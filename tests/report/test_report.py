@@ -22,7 +22,7 @@ from birdcall.report.charts import (
     chart_thresholds,
 )
 from birdcall.report.plots import plot_soundscape
-from birdcall.report.report import describe_decision, write_report
+from birdcall.report.report import describe_decision, find_weaknesses, write_report
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +57,19 @@ def test_hostile_names_are_inert(evaluation, tmp_path):
     page = (tmp_path / "r.html").read_text()
     assert hostile not in page
     assert page.count("&lt;img src=x onerror=alert(1)&gt;") >= 3
+
+
+def test_the_curves_of_a_mistake_reach_the_top_at_the_probability_beside_the_name(page):
+    curves = re.findall(r"<small>up to ([\d.]+)</small>.*?</svg>", page, flags=re.DOTALL)
+    drawings = re.findall(r"<small>up to [\d.]+</small>(.*?)</svg>", page, flags=re.DOTALL)
+    assert len(curves) > 3
+    for highest, drawing in zip(curves, drawings, strict=True):
+        ys = [
+            float(y)
+            for y in re.findall(r"\d+,([\d.]+)", " ".join(re.findall("points='(.*?)'", drawing)))
+        ]
+        if float(highest) > 0.05:
+            assert min(ys) == 7.0
 
 
 def test_a_report_without_labelled_soundscapes_is_a_page_too(write_report_of, held_out, tmp_path):
@@ -120,6 +133,49 @@ def test_the_decision_is_described_with_its_score_and_that_of_all_nocall(evaluat
     assert f"all nocall {score['all_nocall']:.3f}" in text
 
 
+def test_a_decision_of_threshold_1_is_said_to_name_nothing():
+    for name in ("clip_threshold", "frame_threshold", "recording_threshold"):
+        decision = Decision(**{name: 1.0})
+        assert decision.names_nothing
+        assert ">= 1" not in describe_decision(decision)
+    assert not Decision(0.95, 0.95).names_nothing
+
+
+@pytest.mark.parametrize(
+    "f1, auc, low",
+    [
+        (0.589, 0.77, "ranking"),
+        (0.417, 0.91, "decision"),
+        (0.589, 0.91, "decision"),
+        (0.589, np.nan, "ranking"),
+        (0.62, 0.77, None),
+    ],
+)
+def test_what_is_low_is_told_where_naming_no_bird_scores_as_much(
+    evaluation, tmp_path, f1, auc, low
+):
+    """In the report under a fixed id, and with the score that says so."""
+    values = {"row_wise_f1": f1, "macro_auc": auc, "nocall_share_named": float(f1 == 0.589)}
+    scores = evaluation.scores.copy()
+    of_labelled = scores["audio"] == "labelled"
+    for metric, value in values.items():
+        cell = of_labelled & (scores["metric"] == metric) & (scores["name"] == "ensemble")
+        scores.loc[cell, "value"] = value
+    is_silence = (
+        of_labelled & (scores["name"] == "all nocall") & (scores["metric"] == "row_wise_f1")
+    )
+    scores.loc[is_silence, "value"] = 0.589
+    weaknesses = {item.audio: item for item in find_weaknesses(scores)}
+    assert (weaknesses["labelled"].low if "labelled" in weaknesses else None) == low
+    write_report(tmp_path / "r.html", "real", replace(evaluation, scores=scores))
+    page = (tmp_path / "r.html").read_text()
+    assert (f"id='weakness-labelled' data-low='{low}'" in page) == (low is not None)
+    if low:
+        assert f"{f1:.3f}" in weaknesses["labelled"].text
+        assert "nan" not in weaknesses["labelled"].text
+        assert np.isnan(auc) or f"{auc:.2f}" in weaknesses["labelled"].text
+
+
 def test_the_chosen_thresholds_are_marked_where_they_are(evaluation):
     search = evaluation.ensemble.search
     figure = chart_thresholds(search).figure
@@ -170,13 +226,17 @@ def test_a_soundscape_is_drawn_with_truth_and_predictions(evaluation):
     n_classes = len(predictions.classes)
     figure = plot_soundscape(
         waveform,
-        32_000,
         codes=first.classes,
         truth=first.truth[:, :n_classes],
         predicted=first.decide(Decision(clip_threshold=0, frame_threshold=0))[:, :n_classes],
         probability=first.framewise[0].T,
     )
     bottom = figure.axes[1]
+    highest = first.framewise[0].max(axis=0)
+    for label, top in zip(bottom.get_yticklabels(), highest, strict=True):
+        assert f"{max(top, 0.05):.2f}" in label.get_text()
+    drawn = bottom.images[0].get_array().max(axis=1)
+    np.testing.assert_allclose(drawn[highest > 0.05], 1, rtol=1e-6)
     assert len(bottom.patches) == first.truth[:, :n_classes].sum()
     dots = sum(line.get_marker() == "o" for line in bottom.lines)
     assert dots == len(first.truth) * min(3, n_classes)

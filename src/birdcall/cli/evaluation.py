@@ -76,7 +76,12 @@ def _evaluate(
     from birdcall.inference.decision import write_decision
     from birdcall.inference.ensemble import default_device
     from birdcall.inference.windows import WindowConfig
-    from birdcall.report.report import PAGES_FOLDER, describe_decision, write_report
+    from birdcall.report.report import (
+        PAGES_FOLDER,
+        describe_decision,
+        find_weaknesses,
+        write_report,
+    )
     from birdcall.report.soundscape import SoundscapePageWriter
     from birdcall.storage.files import write_atomically
     from birdcall.storage.locks import locked
@@ -121,6 +126,8 @@ def _evaluate(
     )
     typer.echo(wide_table(evaluation.scores).to_string(index=False))
     typer.echo(f"decision: {describe_decision(evaluation.ensemble.decision)}")
+    for weakness in find_weaknesses(evaluation.scores):
+        typer.echo(weakness.text)
     typer.echo(f"report: {report}")
     if screenshots is not None:
         from birdcall.report.html import open_browser, take_screenshots
@@ -165,8 +172,8 @@ def _figures(
     from birdcall.evaluation.scoring import evaluate
     from birdcall.experiments import find_experiment
     from birdcall.inference.ensemble import default_device
+    from birdcall.report.architecture import project_figures
     from birdcall.report.plots import plot_table, write_figures
-    from birdcall.report.report import project_figures
     from birdcall.storage.locks import locked
     from birdcall.training.runs import find_runs
 

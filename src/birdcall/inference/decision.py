@@ -91,8 +91,15 @@ class Decision:
             return 1
         return max(1, math.ceil(round(self.vote_share * n_voters, 9)))
 
+    @property
+    def names_nothing(self) -> bool:
+        """Return whether a threshold is 1, which the search chooses where silence scores best."""
+        return max(self.clip_threshold, self.frame_threshold, self.recording_threshold) >= 1
+
     def describe(self) -> str:
         """Return the rule in words."""
+        if self.names_nothing:
+            return "names no bird, since only a probability of 1 would pass"
         if self.combination == "votes":
             n_members = len(self.members)
             if n_members:

@@ -1,23 +1,46 @@
-"""Draw how models and code are built: the stages of a network, and the layers of the package."""
+"""Draw the figures of README and docs: the stages of a network, the layers of the code, results."""
 
 from __future__ import annotations
 
 import ast
 import math
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from birdcall.config import Experiment, require
+import birdcall
+from birdcall.audio.reading import read_audio
+from birdcall.config import SEGMENT_SECONDS, Experiment, require
+from birdcall.evaluation.scoring import Evaluation
+from birdcall.inference.decision import average_members
+from birdcall.inference.windows import FRAMES_PER_SEGMENT
 from birdcall.models.sed import build_model
 from birdcall.models.summary import Stage, trace_stages
-from birdcall.report.plots import AMBER, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, new_figure
+from birdcall.report.html import SAMPLE_RATE
+from birdcall.report.plots import (
+    AMBER,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SHOWN_SECONDS,
+    SKY,
+    new_figure,
+    plot_pipeline,
+    plot_recall_over_snr,
+    plot_soundscape,
+)
+from birdcall.storage.files import UserError
 
 _PART_COLORS = {
     "input": GREY,
@@ -209,3 +232,60 @@ def _draw_cell(axes: Axes, n_imports: int, row: int, column: int) -> None:
     if n_imports:
         x, y = corner[0] + _CELL / 2, row + 0.5
         axes.text(x, y, f"{n_imports}", ha="center", va="center", fontsize=9)
+
+
+# --- the figures of README and docs ---------------------------------------------------------------
+
+
+def project_figures(
+    experiment: Experiment, evaluation: Callable[[], Evaluation], n_classes: int = 264
+) -> dict[str, Callable[[], Figure]]:
+    """Return what draws the figures of README and docs, by file name; see `plots.write_figures`.
+
+    experiment: the one whose architecture is drawn. evaluation: called once, when it is needed.
+    """
+    evaluation = cache(evaluation)
+    return {
+        "pipeline.svg": plot_pipeline,
+        "layers.svg": lambda: plot_layers(read_layers(Path(birdcall.__file__).parent)),
+        "architecture.svg": lambda: plot_architecture(experiment, n_classes),
+        "snr.svg": lambda: _plot_recall(evaluation()),
+        "spectrogram.webp": lambda: _plot_fullest_soundscape(evaluation()),
+    }
+
+
+def _plot_recall(evaluation: Evaluation) -> Figure:
+    if evaluation.snr is None:
+        raise UserError("no soundscape was simulated for all runs")
+    return plot_recall_over_snr(evaluation.snr)
+
+
+def _plot_fullest_soundscape(evaluation: Evaluation) -> Figure:
+    """Draw the labelled soundscape with most birds in its first minute."""
+    labelled = evaluation.labelled
+    if labelled is None:
+        raise UserError("there are no labelled soundscapes")
+    predictions = labelled.predictions
+    is_shown = predictions.segments["seconds"].to_numpy() <= SHOWN_SECONDS
+    recordings = predictions.segments["recording"].to_numpy()
+    n_birds = pd.Series(predictions.truth[is_shown].sum(axis=1))
+    recording = n_birds.groupby(recordings[is_shown]).sum().idxmax()
+    predictions = predictions.select(recordings == recording)
+    n_rows, n_classes = SHOWN_SECONDS // SEGMENT_SECONDS, len(predictions.classes)
+    predicted = np.zeros(predictions.truth.shape, dtype=bool)
+    predicted[predictions.labelled] = predictions.decide(evaluation.ensemble.decision)
+    predicted, truth = predicted[:n_rows, :n_classes], predictions.truth[:n_rows, :n_classes]
+    probability = average_members(predictions.framewise)[:n_rows].T
+    columns = np.flatnonzero(truth.any(axis=0) | predicted.any(axis=0))
+    if not len(columns):
+        columns = np.argsort(-probability.max(axis=1))[:3]
+    frames = labelled.frames.get(recording)
+    if frames is not None and frames.frames.shape[1]:
+        probability = frames.frames[:, : len(truth) * FRAMES_PER_SEGMENT]
+    return plot_soundscape(
+        read_audio(labelled.paths[recording], SAMPLE_RATE),
+        codes=[predictions.classes[column] for column in columns],
+        truth=truth[:, columns],
+        predicted=predicted[:, columns],
+        probability=probability[columns],
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -49,6 +50,13 @@ def _new_figure(x: str, y: str, height: int = 380) -> go.Figure:
     )
 
 
+def _range_of(values: np.ndarray, least: float = 0.1) -> list[float]:
+    """Return an axis range around values; plotly's around equal ones has ticks of 16 digits."""
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    margin = max(0.05 * (high - low), (least - (high - low)) / 2)
+    return [low - margin, high + margin]
+
+
 def chart_steps(search: DecisionSearchResult) -> Chart:
     """Draw the gain of each step of the decision search, with its standard error."""
     steps = search.steps.iloc[1:]
@@ -68,6 +76,12 @@ def chart_steps(search: DecisionSearchResult) -> Chart:
         )
     order = steps["alternative"].tolist()[::-1]
     figure.update_yaxes(categoryorder="array", categoryarray=order, automargin=True)
+    ends = [
+        0,
+        *(steps["gain"] - steps["standard_error"]),
+        *(steps["gain"] + steps["standard_error"]),
+    ]
+    figure.update_xaxes(range=_range_of(np.array(ends), least=0.02))
     figure.add_vline(0, line_color=GREY)
     figure.update_layout(showlegend=True)
     return _make_chart(
@@ -81,12 +95,15 @@ def chart_steps(search: DecisionSearchResult) -> Chart:
 def chart_thresholds(search: DecisionSearchResult) -> Chart:
     """Draw weighted row-wise F1 over clip and frame threshold, with the chosen pair."""
     decision, values = search.decision, list(THRESHOLDS)
+    lowest, highest = _range_of(search.grid_scores)
     figure = _new_figure("frame threshold", "clip threshold", 460)
     figure.add_heatmap(
         x=values,
         y=values,
         z=search.grid_scores.round(4).tolist(),
         colorscale="Cividis",
+        zmin=lowest,
+        zmax=highest,
         colorbar={"title": {"text": "F1"}},
         hovertemplate="frame %{x}, clip %{y}: F1 %{z:.3f}<extra></extra>",
     )
@@ -127,12 +144,14 @@ def chart_threshold_curves(search: DecisionSearchResult) -> Chart:
         ring = {"size": 16, "symbol": "circle-open", "line": {"width": 3}, "color": color}
         figure.add_scatter(
             x=[chosen],
-            y=[scores[THRESHOLDS.index(chosen)]],
+            y=[round(float(scores[THRESHOLDS.index(chosen)]), 4)],
             mode="markers",
             showlegend=False,
             name=f"{name}, chosen",
             marker=ring,
         )
+    drawn = np.concatenate([scores for scores, _ in curves.values()])
+    figure.update_yaxes(range=_range_of(drawn))
     numbers = {"threshold": THRESHOLDS} | {name: scores for name, (scores, _) in curves.items()}
     return _make_chart(
         figure,
@@ -158,9 +177,9 @@ def chart_votes(votes: pd.DataFrame, search: DecisionSearchResult) -> Chart | No
     )
     if decision.combination == "votes":
         n_votes = decision.n_votes(n_members)
-        x, y = [n_votes], [float(votes["row_wise_f1"][n_votes - 1])]
+        x, y = [n_votes], [round(float(votes["row_wise_f1"][n_votes - 1]), 4)]
     else:
-        x, y = [1, n_members], [search.in_sample_f1] * 2
+        x, y = [1, n_members], [round(float(search.in_sample_f1), 4)] * 2
     figure.add_scatter(
         x=x,
         y=y,
@@ -170,6 +189,7 @@ def chart_votes(votes: pd.DataFrame, search: DecisionSearchResult) -> Chart | No
         marker={"size": 16, "symbol": "circle-open", "color": ORANGE, "line": {"width": 3}},
     )
     figure.update_xaxes(dtick=1)
+    figure.update_yaxes(range=_range_of(np.array([*votes["row_wise_f1"], *y])))
     return _make_chart(
         figure,
         "Row-wise F1 where each member decides alone and this number of members must agree, at the "
@@ -203,6 +223,8 @@ def chart_shares(table: pd.DataFrame) -> Chart:
             marker={"symbol": symbol, "size": 9, "color": color},
         )
     figure.update_xaxes(tickvals=sorted(set(table["share"])))
+    drawn = table.loc[table["name"].isin(names), ["value", "low", "high"]].to_numpy()
+    figure.update_yaxes(range=_range_of(drawn))
     return _make_chart(
         figure, "Row-wise F1 by the share of rows without a bird, with 95 % intervals.", table
     )
@@ -248,7 +270,7 @@ def chart_recall_over_snr(table: pd.DataFrame) -> Chart:
         line={"color": BLUE},
         marker={"size": 9},
     )
-    figure.update_yaxes(range=[0, 1.02])
+    figure.update_yaxes(range=[-0.02, 1.02])
     return _make_chart(
         figure,
         "Share of simulated events that are predicted, by SNR: the level of the bird above the "

@@ -9,13 +9,12 @@ from typing import NamedTuple
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from birdcall.audio.spectrogram import Spectrogram
 from birdcall.config import SEGMENT_SECONDS
+from birdcall.report.html import MAX_HZ, MIN_SCALE, SAMPLE_RATE, draw_spectrogram
 from birdcall.storage.files import UserError, atomic_path
 from birdcall.taxonomy import display_name
 
@@ -137,7 +136,6 @@ def plot_recall_over_snr(table: pd.DataFrame) -> Figure:
 
 def plot_soundscape(
     waveform: np.ndarray,
-    sample_rate: int,
     *,
     codes: Sequence[str],
     truth: np.ndarray,
@@ -146,15 +144,22 @@ def plot_soundscape(
 ) -> Figure:
     """Draw a minute of a soundscape: spectrogram, framewise probability, truth and predictions.
 
-    waveform: ``(samples,)``. codes: the species that are shown. truth, predicted: ``(segments,
-    species)``. probability: ``(species, steps)`` of the same time, steps of a frame or a segment.
+    waveform: ``(samples,)`` at `html.SAMPLE_RATE`. codes: the species that are shown. truth,
+    predicted: ``(segments, species)``. probability: ``(species, steps)`` of the same time, steps of
+    a frame or a segment; each species is drawn up to its highest, which stands beside its name.
     """
     n_rows = len(truth)
     figure = new_figure(12, 4 + 0.3 * len(codes))
     top, bottom = figure.subplots(2, 1, sharex=True)
-    _draw_spectrogram(top, waveform[: SHOWN_SECONDS * sample_rate], sample_rate)
+    waveform = waveform[: SHOWN_SECONDS * SAMPLE_RATE]
+    top.imshow(
+        draw_spectrogram(waveform), aspect="auto", cmap="magma",
+        extent=(0, len(waveform) / SAMPLE_RATE, 0, MAX_HZ / 1000),
+    )  # fmt: skip
+    top.set(ylabel="kHz", ylim=(0, 12))
+    highest = probability.max(axis=1, keepdims=True)
     image = bottom.imshow(
-        probability, aspect="auto", cmap="cividis", vmin=0, vmax=1,
+        probability / np.maximum(highest, MIN_SCALE), aspect="auto", cmap="cividis", vmin=0, vmax=1,
         extent=(0, SEGMENT_SECONDS * n_rows, len(codes), 0), interpolation="nearest",
     )  # fmt: skip
     left = SEGMENT_SECONDS * np.arange(n_rows)
@@ -164,20 +169,14 @@ def plot_soundscape(
     for row, line in zip(*np.nonzero(predicted), strict=True):
         centre = left[row] + SEGMENT_SECONDS / 2
         bottom.plot(centre, line + 0.5, "o", ms=6, mfc="w", mec="k")
-    bottom.set_yticks(np.arange(len(codes)) + 0.5, [display_name(code) for code in codes])
+    names = [
+        f"{display_name(code)}, up to {max(top, MIN_SCALE):.2f}"
+        for code, top in zip(codes, highest[:, 0], strict=True)
+    ]
+    bottom.set_yticks(np.arange(len(codes)) + 0.5, names)
     bottom.set(xlabel="seconds", title="Probability. White frame: true. Dot: predicted.")
-    figure.colorbar(image, ax=bottom, pad=0.01)
+    figure.colorbar(image, ax=bottom, pad=0.01, label="share of the row's highest")
     return figure
-
-
-def _draw_spectrogram(axes: Axes, waveform: np.ndarray, sample_rate: int) -> None:
-    power = Spectrogram(n_fft=1024, hop_length=640)(torch.from_numpy(waveform)[None])[0, 0].numpy()
-    level = 10 * np.log10(np.maximum(power, 1e-10)).T
-    axes.imshow(
-        level, origin="lower", aspect="auto", cmap="magma", vmin=np.percentile(level, 20),
-        extent=(0, len(waveform) / sample_rate, 0, sample_rate / 2000),
-    )  # fmt: skip
-    axes.set(ylabel="kHz", ylim=(0, 12))
 
 
 # --- the pipeline ---------------------------------------------------------------------------------

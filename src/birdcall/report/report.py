@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
-import birdcall
-from birdcall.audio.reading import read_audio
-from birdcall.config import SEGMENT_SECONDS, Experiment
+from birdcall.config import NOCALL, SEGMENT_SECONDS
 from birdcall.evaluation.mistakes import FALSE, Mistake, PredictedMistake
 from birdcall.evaluation.scoring import Evaluation
-from birdcall.evaluation.tables import LABELLED, confusion_matrix, nocall_share_table, wide_table
-from birdcall.inference.decision import Decision, average_members
-from birdcall.inference.windows import FRAMES_PER_SEGMENT
-from birdcall.report.architecture import plot_architecture, plot_layers, read_layers
+from birdcall.evaluation.tables import (
+    ENSEMBLE,
+    LABELLED,
+    PRIOR,
+    SIMULATED,
+    confusion_matrix,
+    nocall_share_table,
+    wide_table,
+)
+from birdcall.inference.decision import Decision
 from birdcall.report.charts import (
     Chart,
     chart_confusions,
@@ -34,6 +36,7 @@ from birdcall.report.charts import (
     chart_votes,
 )
 from birdcall.report.html import (
+    MIN_SCALE,
     SAMPLE_RATE,
     HtmlTable,
     PageContent,
@@ -42,19 +45,15 @@ from birdcall.report.html import (
     read_asset,
     write_page,
 )
-from birdcall.report.plots import (
-    SHOWN_SECONDS,
-    plot_pipeline,
-    plot_recall_over_snr,
-    plot_soundscape,
-)
-from birdcall.storage.files import UserError
 from birdcall.taxonomy import display_name
 
 PAGES_FOLDER = "soundscapes"  # beside the report
 _MAX_PAIRS = 200  # of confused species, in the table
 _MAX_CURVES = 4  # of a mistake: its species, and others of its row
 _CURVE_WIDTH, _CURVE_HEIGHT = 250, 44  # of framewise probabilities: a pixel is 20 ms
+# On two real soundscapes members with an AUC of 0.77 named no bird at any threshold that was worth
+# it, and a network with 0.89 did.
+_GOOD_AUC = 0.8
 _MEMBER_STYLES = (  # colour and dashes
     *(("#d55e00", "6 3"), ("#009e73", "2 2"), ("#aa3377", "8 3 2 3"), ("#7a5c00", "1 3")),
     *(("#0072b2", "12 4"), ("#4d4d4d", "4 4")),
@@ -99,6 +98,7 @@ def write_report(
             "predicts from the frequency of each species alone.",
         ),
         decision=describe_decision(evaluation.ensemble.decision),
+        weaknesses=find_weaknesses(evaluation.scores),
         charts=charts,
         confusions=_confusions(evaluation.confusions),
         mistakes=_group_mistakes(mistakes),
@@ -127,59 +127,58 @@ def describe_decision(decision: Decision) -> str:
     return text
 
 
-def project_figures(
-    experiment: Experiment, evaluation: Callable[[], Evaluation], n_classes: int = 264
-) -> dict[str, Callable[[], Figure]]:
-    """Return what draws the figures of README and docs, by file name; see `plots.write_figures`.
+@dataclass(frozen=True)
+class Weakness:
+    """Why the ensemble's decision scores no more than naming no bird on a kind of audio.
 
-    experiment: the one whose architecture is drawn. evaluation: called once, when it is needed.
+    low: the score that is low, "ranking" or "decision". text: this, and the next step, in words.
     """
-    evaluation = cache(evaluation)
-    return {
-        "pipeline.svg": plot_pipeline,
-        "layers.svg": lambda: plot_layers(read_layers(Path(birdcall.__file__).parent)),
-        "architecture.svg": lambda: plot_architecture(experiment, n_classes),
-        "snr.svg": lambda: _plot_recall(evaluation()),
-        "spectrogram.webp": lambda: _plot_fullest_soundscape(evaluation()),
-    }
+
+    audio: str
+    low: str
+    text: str
 
 
-def _plot_recall(evaluation: Evaluation) -> Figure:
-    if evaluation.snr is None:
-        raise UserError("no soundscape was simulated for all runs")
-    return plot_recall_over_snr(evaluation.snr)
+def find_weaknesses(scores: pd.DataFrame) -> list[Weakness]:
+    """Return a weakness for each kind of soundscape on which the decision is not worth its names.
 
-
-def _plot_fullest_soundscape(evaluation: Evaluation) -> Figure:
-    """Draw the labelled soundscape with most birds in its first minute."""
-    labelled = evaluation.labelled
-    if labelled is None:
-        raise UserError("there are no labelled soundscapes")
-    predictions = labelled.predictions
-    is_shown = predictions.segments["seconds"].to_numpy() <= SHOWN_SECONDS
-    recordings = predictions.segments["recording"].to_numpy()
-    n_birds = pd.Series(predictions.truth[is_shown].sum(axis=1))
-    recording = n_birds.groupby(recordings[is_shown]).sum().idxmax()
-    predictions = predictions.select(recordings == recording)
-    n_rows, n_classes = SHOWN_SECONDS // SEGMENT_SECONDS, len(predictions.classes)
-    predicted = np.zeros(predictions.truth.shape, dtype=bool)
-    predicted[predictions.labelled] = predictions.decide(evaluation.ensemble.decision)
-    predicted, truth = predicted[:n_rows, :n_classes], predictions.truth[:n_rows, :n_classes]
-    probability = average_members(predictions.framewise)[:n_rows].T
-    columns = np.flatnonzero(truth.any(axis=0) | predicted.any(axis=0))
-    if not len(columns):
-        columns = np.argsort(-probability.max(axis=1))[:3]
-    frames = labelled.frames.get(recording)
-    if frames is not None and frames.frames.shape[1]:
-        probability = frames.frames[:, : len(truth) * FRAMES_PER_SEGMENT]
-    return plot_soundscape(
-        read_audio(labelled.paths[recording], SAMPLE_RATE),
-        SAMPLE_RATE,
-        codes=[predictions.classes[column] for column in columns],
-        truth=truth[:, columns],
-        predicted=predicted[:, columns],
-        probability=probability[columns],
-    )
+    scores: as `Evaluation` has them. Where a macro AUC shows that rows with a species are before
+    those without, the decision is low; else the ranking, which no threshold can mend.
+    """
+    value = scores.set_index(["name", "audio", "metric"])["value"].to_dict()
+    weaknesses = []
+    for audio in (SIMULATED, LABELLED):
+        f1 = value.get((ENSEMBLE, audio, "row_wise_f1"), np.nan)
+        silence = value.get((f"all {NOCALL}", audio, "row_wise_f1"), np.nan)
+        if not round(f1 - silence, 3) <= 0:  # or NaN: there is no such audio
+            continue
+        names_nothing = value[ENSEMBLE, audio, "nocall_share_named"] == 1
+        fact = (
+            "names no bird in any row" if names_nothing else "is worth no more than naming no bird"
+        )
+        text = f"On {audio} soundscapes the decision {fact}: row-wise F1 {f1:.3f}"
+        if not names_nothing:
+            text += f", without names {silence:.3f}"
+        auc = value[ENSEMBLE, audio, "macro_auc"]
+        low = "decision" if auc >= _GOOD_AUC else "ranking"
+        if low == "decision":
+            text += (
+                f". The ranking is good (macro AUC {auc:.2f}), the decision is low: rows with a "
+                "species come first, but their probabilities are too low or too alike for one "
+                "threshold. Next: look at them by threshold on a soundscape page, and train for "
+                "longer or with noise of such places (--noise)."
+            )
+        elif np.isnan(auc):
+            text += ". No row has a species that the models know, so there is nothing to rank."
+        else:
+            text += (
+                f". The ranking is low: macro AUC {auc:.2f} (0.5 is chance), macro AP "
+                f"{value[ENSEMBLE, audio, 'macro_ap']:.3f} (prior "
+                f"{value[PRIOR, audio, 'macro_ap']:.3f}). No threshold mends it. Next: more "
+                "recordings of these species, longer training, or other initial weights (--init)."
+            )
+        weaknesses.append(Weakness(audio, low, text))
+    return weaknesses
 
 
 # --- charts and tables ----------------------------------------------------------------------------
@@ -255,12 +254,13 @@ def _readable_columns(frame: pd.DataFrame) -> pd.DataFrame:
 class _Curve:
     """Framewise probabilities of a species in the row of a mistake, as the points of an SVG.
 
-    area: the members' mean; empty where nothing was predicted. lines: points, colour and dashes of
-    each member. bars: left edge and width of each true event.
+    scale: the probability at the top, in words. area: the members' mean; empty where nothing was
+    predicted. lines: points, colour and dashes of each member. bars: left edge and width of each
+    true event.
     """
 
     name: str
-    highest: str
+    scale: str
     area: str
     lines: tuple[tuple[str, str, str], ...]
     bars: tuple[tuple[str, str], ...]
@@ -324,13 +324,14 @@ def _curves(predicted: PredictedMistake) -> Iterator[_Curve]:
     """Yield the framewise probabilities of the first species of the row, with their true events."""
     pixels_per_second = _CURVE_WIDTH / SEGMENT_SECONDS
     for index, code in enumerate(predicted.mistake.species[:_MAX_CURVES]):
-        area, lines, highest = "", (), "not predicted"
+        area, lines, scale = "", (), "not predicted"
         if predicted.frames is not None and np.isfinite(predicted.frames[:, index]).all():
-            mean, *members = predicted.frames[:, index]
+            top = max(MIN_SCALE, predicted.frames[:, index].max())
+            mean, *members = predicted.frames[:, index] / top
             area = f"0,{_CURVE_HEIGHT} {_points(mean)} {_CURVE_WIDTH},{_CURVE_HEIGHT}"
             styles = zip(members, _MEMBER_STYLES, strict=False)
             lines = tuple((_points(frames), color, dashes) for frames, (color, dashes) in styles)
-            highest = f"at most {mean.max():.2f}"
+            scale = f"up to {top:.2f}"
         bars = tuple(
             (
                 f"{(event.onset - predicted.mistake.start) * pixels_per_second:.1f}",
@@ -339,11 +340,11 @@ def _curves(predicted: PredictedMistake) -> Iterator[_Curve]:
             for event in predicted.events
             if event.ebird_code == code
         )
-        yield _Curve(display_name(code), highest, area=area, lines=lines, bars=bars)
+        yield _Curve(display_name(code), scale, area=area, lines=lines, bars=bars)
 
 
 def _points(frames: Sequence[float] | np.ndarray) -> str:
-    """Return the points of an SVG line through probabilities; 0 is at the bottom."""
+    """Return the points of an SVG line through shares of the scale; 0 is at the bottom."""
     xs = np.linspace(0, _CURVE_WIDTH, len(frames))
     ys = _CURVE_HEIGHT - 1 - np.asarray(frames) * (_CURVE_HEIGHT - 8)
     return " ".join(f"{x:.0f},{y:.1f}" for x, y in zip(xs, ys, strict=True))
