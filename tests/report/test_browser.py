@@ -1,5 +1,6 @@
 """The pages in headless Chromium, used as a person uses them: look, sort, play, label, save."""
 
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -237,6 +238,56 @@ def check_slider(opened, percent: int, output: int) -> None:
     assert page.is_checked("#by-threshold")
     page.check("#by-decision")
     assert listed(page) == list(opened.soundscape.decided)
+
+
+def test_a_lane_is_scaled_to_what_is_drawn_of_its_species(opened):
+    """The number beside the name is the highest probability, and there the curve is at the top."""
+    page, (part,) = opened.page, opened.soundscape.parts
+    row = part.classes.index("norcar")
+    highest = part.unpack()[:, row].max(axis=1) / 200
+    page.evaluate(
+        "() => { for (const e of [...truth]) state.labels.push({ ...e, code: 'norcar' }); }"
+    )
+    for output in (0, 1, 2):
+        page.select_option("#output", str(output))
+        (number,) = re.findall(r"\d+\.?\d*", page.evaluate("laneScale('norcar')"))
+        assert float(number) == highest[output]
+        page.wait_for_timeout(100)
+        assert page.evaluate(TOP_OF_AREA, "norcar") == pytest.approx(2, abs=1.5)
+    page.select_option("#output", "0")
+    page.check("#show-members")
+    assert f"{highest.max():g}" in page.evaluate("laneScale('norcar')")
+
+
+# The highest pixel of a lane's area, from the top of the lane, right of the species' name.
+TOP_OF_AREA = """(code) => {
+  const canvas = document.getElementById('lanes'), scale = window.devicePixelRatio;
+  const copy = document.createElement('canvas');
+  [copy.width, copy.height] = [canvas.width, canvas.height];
+  const context = copy.getContext('2d', { willReadFrequently: true });
+  context.drawImage(canvas, 0, 0);
+  const top = LANE_HEIGHT * laneSpecies().indexOf(code), left = 300;
+  const isArea = ([r, g, b]) => Math.abs(r - 169) + Math.abs(g - 199) + Math.abs(b - 221) < 12;
+  for (let y = 0; y < LANE_HEIGHT; y++) {
+    const width = (viewWidth() - left) * scale;
+    const pixels = context.getImageData(left * scale, (top + y) * scale, width, 1).data;
+    for (let x = 0; x < pixels.length; x += 4) if (isArea(pixels.subarray(x, x + 3))) return y;
+  }
+  return LANE_HEIGHT;
+}"""
+
+
+def test_a_decision_that_names_nothing_is_told_and_its_slider_shows_something(browser, tmp_path):
+    nothing = make_soundscape(tmp_path, threshold=1.0, decided=(), truth=(), species=CLASSES)
+    page = OpenPage(browser, write_soundscape_pages(tmp_path / "view", nothing)).page
+    assert f"{nothing.parts[0].unpack()[0].max() / 200:g}" in page.inner_text("#no-detections")
+    page.check("#by-threshold")
+    assert len(listed(page)) >= 1
+    page.context.close()
+
+
+def test_a_page_with_detections_has_no_such_notice(opened):
+    assert opened.page.locator("#no-detections").count() == 0
 
 
 def test_levels_and_probabilities_reach_the_same_thresholds(tmp_path):
@@ -586,6 +637,33 @@ def test_the_report_is_drawn_without_the_network(read):
         ".chart", "charts => charts.filter((chart) => !chart.querySelector('.main-svg')).length"
     )
     assert empty == 0
+
+
+def test_charts_of_equal_scores_have_short_numbers(browser, evaluation, tmp_path):
+    """All thresholds score as naming no bird does: 0.54, which is 0.5399999999999998 in floats."""
+    score, search = 0.5399999999999998, evaluation.ensemble.search
+    equal = replace(
+        search,
+        grid_scores=np.full_like(search.grid_scores, score),
+        in_sample_f1=score,
+        steps=search.steps.assign(gain=0.0, standard_error=0.0, adopted=False),
+    )
+    changed = replace(
+        evaluation,
+        ensemble=replace(evaluation.ensemble, search=equal),
+        votes=evaluation.votes.assign(row_wise_f1=score),
+        scores=evaluation.scores.assign(value=score, low=score, high=score),
+    )
+    write_report(tmp_path / "r.html", "equal", changed)
+    opened = OpenPage(browser, tmp_path / "r.html")
+    texts = opened.page.eval_on_selector_all(
+        ".chart text", "texts => texts.map((text) => text.textContent)"
+    )
+    decimals = [number for text in texts for number in re.findall(r"\.(\d+)", text)]
+    assert len(decimals) > 20
+    assert max(map(len, decimals)) <= 3
+    opened.check()
+    opened.page.context.close()
 
 
 def test_a_table_is_sorted_by_mouse_and_keyboard(read):

@@ -22,6 +22,7 @@ from birdcall.inference.predictions import SegmentPredictions, calibrate
 from birdcall.inference.windows import FRAME_SECONDS
 from birdcall.report.html import (
     MAX_HZ,
+    MIN_SCALE,
     SAMPLE_RATE,
     HtmlTable,
     PageContent,
@@ -42,7 +43,6 @@ LEVELS = 200
 # Species of a part: those with the highest probabilities. The size of a page depends on the length
 # of the recording, not on the number of classes.
 MAX_CLASSES = 24
-_MIN_PROBABILITY = 0.05
 _INDEX_FILE = "index.html"
 _SCRIPTS = ("soundscape_view.js", "soundscape_player.js", "soundscape_labels.js")
 
@@ -111,7 +111,7 @@ class FrameCollector:
         self.pending, self.n_pending = [], 0
         highest = levels.max(axis=(0, 2))
         order = np.argsort(-highest.astype(int), kind="stable")[:MAX_CLASSES]
-        columns = order[highest[order] >= _MIN_PROBABILITY * LEVELS]
+        columns = order[highest[order] >= MIN_SCALE * LEVELS]
         packed = zlib.compress(np.ascontiguousarray(levels[:, columns]).tobytes(), 6)
         codes = tuple(self.classes[column] for column in columns)
         self.parts.append(PartFrames(codes, levels.shape[2], packed))
@@ -122,9 +122,9 @@ class Soundscape:
     """What a soundscape page shows.
 
     name: of the recording among the results, a relative path. members: their names. threshold:
-    where the slider starts. decided: detections by the decision. truth: known events. labels: the
-    labels that a person starts from, with notes. species: ebird codes that a label can have beside
-    those of the competition.
+    where the slider starts, unless it is 1. decided: detections by the decision.
+    truth: known events. labels: the labels that a person starts from, with notes. species: the
+    members' classes, which a label can have beside the species of the competition.
     """
 
     name: str
@@ -172,6 +172,12 @@ def write_soundscape_pages(folder: Path, soundscape: Soundscape, home: str = _IN
         if n_parts > 1:
             title += f", part {part + 1} of {n_parts}"
         data = _page_data(soundscape, part, n_parts, waveform)
+        frames = soundscape.parts[part] if soundscape.parts else _NO_FRAMES
+        highest = frames.unpack()[:1].max(initial=0) / LEVELS  # of the ensemble
+        # A decision that names nothing has threshold 1: the slider starts where it shows something.
+        percent = (
+            round(100 * soundscape.threshold) if soundscape.threshold < 1 else 100 * highest // 1
+        )
         content = PageContent(
             title=title,
             scripts=tuple(map(read_asset, _SCRIPTS)),
@@ -185,8 +191,10 @@ def write_soundscape_pages(folder: Path, soundscape: Soundscape, home: str = _IN
             links={text: up + quote(target) for text, target in targets.items()},
             reason=reason,
             has_classes=bool(data["classes"]),
-            min_probability=_MIN_PROBABILITY,
-            threshold_percent=min(99, max(5, round(100 * soundscape.threshold))),
+            has_detections=bool(data["detections"]),
+            highest=highest,
+            min_probability=MIN_SCALE,
+            threshold_percent=min(99, max(5, percent)),
             max_khz=f"{MAX_HZ / 1000:g}",
         )
     return paths[0]
@@ -245,6 +253,9 @@ def _page_data(
         "tiles": [vars(tile) for tile in tiles],
         "audio": None if waveform is None else encode_audio(waveform),
         "classes": frames.classes,
+        "modelled": soundscape.species,
+        "maxClasses": MAX_CLASSES,
+        "minProbability": MIN_SCALE,
         "species": [(code, display_name(code)) for code in codes],
         "outputs": ["ensemble", *soundscape.members],
         "frames": base64.b64encode(frames.packed).decode(),

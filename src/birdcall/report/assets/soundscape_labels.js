@@ -320,6 +320,9 @@ async function startPage() {
   update();
   const levels = await decompress(data.frames), size = data.classes.length * data.nFrames;
   state.levels = data.outputs.map((_, index) => levels.subarray(index * size, (index + 1) * size));
+  const highestOf = (output, index) => output
+    .subarray(index * data.nFrames, (index + 1) * data.nFrames).reduce((a, b) => Math.max(a, b), 0);
+  state.highest = state.levels.map((output) => data.classes.map((_, index) => highestOf(output, index)));
   byId('threshold').disabled = byId('by-threshold').disabled = !data.classes.length;
   update();
   document.body.dataset.ready = 'yes';

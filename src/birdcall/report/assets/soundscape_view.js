@@ -8,7 +8,7 @@ const LANE_HEIGHT = 30, SPECTROGRAM_HEIGHT = 260, AXIS_HEIGHT = 22, OVERVIEW_HEI
 const MEMBER_COLORS = ['#0072b2', '#d55e00', '#009e73', '#cc79a7', '#7a5c00', '#56b4e9'];
 const MEMBER_DASHES = [[], [6, 3], [2, 2], [8, 3, 2, 3], [1, 3], [12, 4]];
 const PREDICTED_COLOR = '#0072b2', TRUE_COLOR = '#b34700', LABEL_COLOR = '#006b4f';
-const AREA_COLOR = '#a9c7dd', TEXT_COLOR = '#1a1a1a', CURSOR_COLOR = '#c00000';
+const AREA_COLOR = '#a9c7dd', THRESHOLD_COLOR = '#7a7a7a', TEXT_COLOR = '#1a1a1a', CURSOR_COLOR = '#c00000';
 const FONT = '12px system-ui, sans-serif';
 
 const byId = (id) => document.getElementById(id);
@@ -24,6 +24,7 @@ const state = {
   usesThreshold: false,
   output: 0, // index of the ensemble (0) or of a member
   levels: [], // for each output a Uint8Array (classes x frames)
+  highest: [], // for each output the highest level of each class
   labels: [],
   hidden: new Set(), // species
 };
@@ -67,10 +68,12 @@ function eventsAboveThreshold(output, minLevel) {
   })).sort(byTime);
 }
 
+/** The level of the threshold that the slider shows. */
+const thresholdLevel = () => Math.max(1, Math.round(Number(byId('threshold').value) * LEVELS / 100));
+
 function updateDetections() {
-  const minLevel = Math.max(1, Math.round(Number(byId('threshold').value) * LEVELS / 100));
   const events = state.usesThreshold
-    ? eventsAboveThreshold(state.output, minLevel)
+    ? eventsAboveThreshold(state.output, thresholdLevel())
     : data.detections.map(([code, onset, offset, confidence]) => ({ code, onset, offset, confidence }));
   detections = events.filter(isShown);
   state.selected = null;
@@ -81,6 +84,26 @@ function laneSpecies() {
   const codes = new Set([...detections, ...truth, ...state.labels].map((event) => event.code));
   if (!codes.size) data.classes.slice(0, 3).forEach((code) => codes.add(code));
   return [...codes].filter((code) => !state.hidden.has(code)).sort(byName);
+}
+
+/** The outputs that are drawn: the chosen one, and the members where they are shown. */
+const drawnOutputs = () => (byId('show-members').checked ? [...state.levels.keys()] : [state.output]);
+
+/** The level at the top of a species' lane: the highest that is drawn of it anywhere on this page. */
+function laneLevel(code) {
+  const classIndex = data.classes.indexOf(code);
+  if (classIndex < 0 || !state.levels.length) return 0;
+  return Math.max(...drawnOutputs().map((output) => state.highest[output][classIndex]));
+}
+
+/** The scale of a species' lane in words, or why it has no curve. */
+function laneScale(code) {
+  const level = laneLevel(code);
+  if (level) return `up to ${level / LEVELS}`;
+  if (data.classes.includes(code)) return 'up to 0';
+  if (!data.modelled.includes(code)) return 'no class of the model';
+  return data.classes.length < data.maxClasses
+    ? `below ${data.minProbability}` : `not among the ${data.maxClasses} most probable`;
 }
 
 // --- drawing ------------------------------------------------------------------------------------
@@ -179,19 +202,31 @@ function drawLane(context, code, row) {
       context.strokeRect(xOf(event.onset) - 2, top + 9, eventWidth(event) + 4, 12);
     }
   }
+  drawLaneTitle(context, code, top);
+}
+
+function drawLaneTitle(context, code, top) {
+  const scale = ` ${laneScale(code)}`;
+  context.font = FONT;
+  const scaleWidth = context.measureText(scale).width;
   context.font = `600 ${FONT}`;
-  context.fillStyle = 'rgba(255,255,255,.82)';
-  context.fillRect(2, top + 7, context.measureText(nameOf(code)).width + 6, 16);
+  const nameWidth = context.measureText(nameOf(code)).width;
+  context.fillStyle = 'rgba(255,255,255,.7)';
+  context.fillRect(2, top + 7, nameWidth + scaleWidth + 6, 16);
   context.fillStyle = TEXT_COLOR;
   context.fillText(nameOf(code), 5, top + 19);
+  context.font = FONT;
+  context.fillText(scale, 5 + nameWidth, top + 19);
 }
 
 const eventWidth = (event) => Math.max(3, xOf(event.offset) - xOf(event.onset));
 
-/** Draw probability over time: the chosen output as an area, the members as lines. */
+/** Draw probability over time: the chosen output as an area, the members as lines, the threshold. */
 function drawProbabilities(context, code, top) {
   const classIndex = data.classes.indexOf(code), width = viewWidth(), bottom = top + LANE_HEIGHT;
-  if (classIndex < 0 || !state.levels.length) return;
+  const maxLevel = laneLevel(code);
+  if (!maxLevel) return;
+  const yOf = (level) => bottom - level / maxLevel * (LANE_HEIGHT - 2);
   const framesPerPixel = view.seconds / data.frameSeconds / width, start = view.start / data.frameSeconds;
   const trace = (output) => {
     for (let x = 0; x <= width; x++) {
@@ -201,7 +236,7 @@ function drawProbabilities(context, code, top) {
       for (let frame = first; frame < Math.min(end, data.nFrames); frame++) {
         highest = Math.max(highest, state.levels[output][classIndex * data.nFrames + frame]);
       }
-      context.lineTo(x, bottom - highest / LEVELS * (LANE_HEIGHT - 2));
+      context.lineTo(x, yOf(highest));
     }
   };
   context.fillStyle = AREA_COLOR;
@@ -210,6 +245,10 @@ function drawProbabilities(context, code, top) {
   trace(state.output);
   context.lineTo(width, bottom);
   context.fill();
+  if (thresholdLevel() <= maxLevel) {
+    context.fillStyle = THRESHOLD_COLOR;
+    context.fillRect(0, Math.round(yOf(thresholdLevel())), width, 1);
+  }
   if (!byId('show-members').checked) return;
   context.lineWidth = 1.25;
   for (let output = 1; output < state.levels.length; output++) {
@@ -225,7 +264,7 @@ function drawProbabilities(context, code, top) {
 function drawSpectrogram() {
   const context = clearCanvas(byId('spectrogram'), SPECTROGRAM_HEIGHT + AXIS_HEIGHT), width = viewWidth();
   const low = view.lowHz / data.maxHz, high = view.highHz / data.maxHz;
-  context.imageSmoothingEnabled = view.seconds < 30;
+  context.imageSmoothingQuality = 'high'; // the mean of the columns of a pixel, not one of them
   for (const image of tiles) {
     if (!image.complete || !image.naturalWidth) continue;
     const { start, seconds } = image.tile;
@@ -262,8 +301,8 @@ function drawTimeAxis(context, width) {
   const start = data.start + view.start;
   for (let seconds = Math.ceil(start / step - 1e-9) * step; seconds <= start + view.seconds; seconds += step) {
     context.fillRect(xOf(seconds), SPECTROGRAM_HEIGHT, 1, 5);
-    const text = formatTime(seconds), textWidth = context.measureText(text).width;
-    context.fillText(text, Math.min(xOf(seconds) + 3, width - textWidth), SPECTROGRAM_HEIGHT + 17);
+    const text = formatTime(seconds), left = xOf(seconds) + 3;
+    if (left + context.measureText(text).width <= width) context.fillText(text, left, SPECTROGRAM_HEIGHT + 17);
   }
 }
 
