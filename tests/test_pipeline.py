@@ -1,7 +1,9 @@
 """The pipeline in fresh processes on a tiny demo, the kernel, and what commands refuse."""
 
+import html
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -267,7 +269,11 @@ def test_without_options_a_window_is_a_segment_and_only_the_named_experiment_is_
     shutil.copytree(folder / "output" / "tiny" / runs, tmp_path / runs)
     shutil.copy(folder / "output" / "tiny" / "audit.csv", tmp_path)
     options = ("--output", tmp_path, "--experiment", "small_gru", "--pages", 0)
-    run(folder, "evaluate", "--data", demo, *options)
+    printed = run(folder, "evaluate", "--data", demo, *options)
+    report = (tmp_path / "report.html").read_text()
+    weaknesses = re.findall(r"id='weakness-\w+' data-low='(\w+)'>(.*?)</p>", report)
+    assert weaknesses  # two steps of training are no training
+    assert all(html.unescape(text) in printed for _, text in weaknesses)
     decision = json.loads((tmp_path / "decision.json").read_text())
     assert (decision["window_segments"], decision["context_seconds"]) == (1, 0.0)
     assert decision["members"] == ["small_gru-fold0", "small_gru-fold1"]

@@ -241,6 +241,12 @@ def _predict(
         )
     device = default_device()
     opened = open_package(package, device, all_members=True)
+    if opened.decision.names_nothing:
+        typer.echo(
+            f"the decision of {package} {opened.decision.describe()}; the report of `birdcall "
+            "evaluate` says which score is low, and --view writes pages with the probabilities",
+            err=True,
+        )
     if data is not None:
         submission = Folders(data, output).submission
         typer.echo(f"{submission}: {predict_test_set(data, submission, lambda: opened)}")

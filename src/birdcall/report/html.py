@@ -40,9 +40,6 @@ _POLICY = (
     "media-src data: blob:; connect-src data:; font-src data:; base-uri 'none'; form-action 'none'"
 )
 _DATATABLES, _PLOTLY = "datatables", "plotly"
-# Probabilities over time are drawn up to the highest of their species, but at least to this: what
-# is all below it is drawn low.
-MIN_SCALE = 0.05
 
 
 # --- pages ----------------------------------------------------------------------------------------
@@ -166,6 +163,11 @@ def _format_cell(value: Any) -> tuple[str, str | None]:
     return str(value), None
 
 
+def describe_scale(highest: float) -> str:
+    """Return the words beside the name of a species whose probabilities are drawn up to this."""
+    return f"up to {highest:.2g}" if highest >= 0.001 else "below 0.001"
+
+
 # --- audio ----------------------------------------------------------------------------------------
 
 SAMPLE_RATE = 32_000
@@ -173,16 +175,15 @@ MAX_HZ = SAMPLE_RATE / 2
 _N_FFT, _HOP_LENGTH = 1024, 640  # 50 columns a second
 _N_ROWS = 256
 _TILE_COLUMNS = 3000  # a minute; a WebP picture is at most 16,383 pixels wide
-# The background of a frequency is the level that it exceeds for most of a minute. Half would be too
-# much: a bird that sings for half of a row of five seconds would be its own background.
+# The background of a frequency is the level that it exceeds for most of a minute. The median would
+# be too high: a bird that sings for half of a five-second row would be its own background.
 _BACKGROUND_PERCENTILE = 30.0
 _LINE_ROWS = 9  # a whistle or a hum fills fewer than half of these rows, and is no background
-_STEEPEST_DB = 5.0  # from a row to the next higher one; what falls faster is a codec's limit
 _WHITE_DB = 4.0  # above the background; noise is lighter than the faintest bird
 _CONTRAST_DB = (20.0, 35.0)  # from white to black, at least and at most
-# A level further below the loudest point is not background noise but the frequency limit of the
-# recorder or codec: no sound there stands out from it.
-_NOISE_DB = 90.0
+# A level further below the loudest point is no noise but the limit of the recorder or codec. Noise
+# that passes the limit at times is compared with that below the limit, less 2 dB for each row.
+_NOISE_DB, _LIMIT_DB = 90.0, 2.0
 _PICTURE_QUALITY = 50
 _MP3_COMPRESSION = 0.9  # 56 kbit/s, constant, so that a player can seek exactly
 
@@ -218,10 +219,9 @@ def draw_spectrogram(waveform: np.ndarray) -> np.ndarray:
     It shows by how much each frequency is above its background, so wind below 1 kHz does not hide
     a quiet bird at 7 kHz. Silence is white.
     """
-    n_samples = _TILE_COLUMNS * _HOP_LENGTH  # the powers of a whole part would be 120 MB
+    n_samples = _TILE_COLUMNS * _HOP_LENGTH  # all powers of a part at once would be 60 MB
     starts = range(0, len(waveform), n_samples)
-    levels = [_levels_db(waveform[start : start + n_samples]) for start in starts]
-    level = np.concatenate(levels, axis=1)
+    level = np.concatenate([_levels_db(waveform[at : at + n_samples]) for at in starts], axis=1)
     level = np.maximum(level, level.max() - _NOISE_DB)
     level -= _background_db(level) + _WHITE_DB
     contrast = np.clip(np.percentile(level, 99.9), *_CONTRAST_DB)
@@ -249,12 +249,12 @@ def _background_db(level: np.ndarray) -> np.ndarray:
     spans = np.array_split(level, n_spans, axis=1)
     background = np.stack([np.percentile(span, _BACKGROUND_PERCENTILE, axis=1) for span in spans])
     background = np.minimum(background, median_filter(background, (1, _LINE_ROWS), mode="nearest"))
-    fall = _STEEPEST_DB * np.arange(len(level))[::-1]
-    background = np.maximum.accumulate((background + fall)[:, ::-1], axis=1)[:, ::-1] - fall
+    fall = _LIMIT_DB * np.arange(len(level))[::-1]
+    below = np.maximum.accumulate((background + fall)[:, ::-1], axis=1)[:, ::-1] - fall
+    background = np.where(background < level.min() + 10, np.maximum(background, below), background)
     middles = (np.arange(n_spans) + 0.5) * n_columns / n_spans
-    columns = np.arange(n_columns)
-    rows = [np.interp(columns, middles, row).astype(np.float32) for row in background.T]
-    return np.stack(rows)
+    over_time = (np.interp(np.arange(n_columns), middles, row) for row in background.T)
+    return np.stack([row.astype(np.float32) for row in over_time])
 
 
 def _encode_webp(picture: Image.Image, quality: int, method: int) -> bytes:
@@ -337,6 +337,7 @@ def take_screenshots(
         page = open_page(browser, soundscape)
         page.set_viewport_size({"width": _WIDTH, "height": _SOUNDSCAPE_HEIGHT})
         page.check("#show-members")
+        page.evaluate("showFullestView()")
         page.wait_for_timeout(300)
         pictures["soundscape"] = page.screenshot()
     paths = []

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.report.html import MAX_HZ, MIN_SCALE, SAMPLE_RATE, draw_spectrogram
+from birdcall.report.html import MAX_HZ, SAMPLE_RATE, describe_scale, draw_spectrogram
 from birdcall.storage.files import UserError, atomic_path
 from birdcall.taxonomy import display_name
 
@@ -157,9 +157,9 @@ def plot_soundscape(
         extent=(0, len(waveform) / SAMPLE_RATE, 0, MAX_HZ / 1000),
     )  # fmt: skip
     top.set(ylabel="kHz", ylim=(0, 12))
-    highest = probability.max(axis=1, keepdims=True)
+    highest = np.maximum(probability.max(axis=1, keepdims=True), 1e-9)
     image = bottom.imshow(
-        probability / np.maximum(highest, MIN_SCALE), aspect="auto", cmap="cividis", vmin=0, vmax=1,
+        probability / highest, aspect="auto", cmap="cividis", vmin=0, vmax=1,
         extent=(0, SEGMENT_SECONDS * n_rows, len(codes), 0), interpolation="nearest",
     )  # fmt: skip
     left = SEGMENT_SECONDS * np.arange(n_rows)
@@ -170,7 +170,7 @@ def plot_soundscape(
         centre = left[row] + SEGMENT_SECONDS / 2
         bottom.plot(centre, line + 0.5, "o", ms=6, mfc="w", mec="k")
     names = [
-        f"{display_name(code)}, up to {max(top, MIN_SCALE):.2f}"
+        f"{display_name(code)}, {describe_scale(top)}"
         for code, top in zip(codes, highest[:, 0], strict=True)
     ]
     bottom.set_yticks(np.arange(len(codes)) + 0.5, names)

@@ -22,7 +22,6 @@ from birdcall.inference.predictions import SegmentPredictions, calibrate
 from birdcall.inference.windows import FRAME_SECONDS
 from birdcall.report.html import (
     MAX_HZ,
-    MIN_SCALE,
     SAMPLE_RATE,
     HtmlTable,
     PageContent,
@@ -43,6 +42,7 @@ LEVELS = 200
 # Species of a part: those with the highest probabilities. The size of a page depends on the length
 # of the recording, not on the number of classes.
 MAX_CLASSES = 24
+_MIN_PROBABILITY = 0.05
 _INDEX_FILE = "index.html"
 _SCRIPTS = ("soundscape_view.js", "soundscape_player.js", "soundscape_labels.js")
 
@@ -111,7 +111,7 @@ class FrameCollector:
         self.pending, self.n_pending = [], 0
         highest = levels.max(axis=(0, 2))
         order = np.argsort(-highest.astype(int), kind="stable")[:MAX_CLASSES]
-        columns = order[highest[order] >= MIN_SCALE * LEVELS]
+        columns = order[highest[order] >= _MIN_PROBABILITY * LEVELS]
         packed = zlib.compress(np.ascontiguousarray(levels[:, columns]).tobytes(), 6)
         codes = tuple(self.classes[column] for column in columns)
         self.parts.append(PartFrames(codes, levels.shape[2], packed))
@@ -193,7 +193,7 @@ def write_soundscape_pages(folder: Path, soundscape: Soundscape, home: str = _IN
             has_classes=bool(data["classes"]),
             has_detections=bool(data["detections"]),
             highest=highest,
-            min_probability=MIN_SCALE,
+            min_probability=_MIN_PROBABILITY,
             threshold_percent=min(99, max(5, percent)),
             max_khz=f"{MAX_HZ / 1000:g}",
         )
@@ -255,7 +255,7 @@ def _page_data(
         "classes": frames.classes,
         "modelled": soundscape.species,
         "maxClasses": MAX_CLASSES,
-        "minProbability": MIN_SCALE,
+        "minProbability": _MIN_PROBABILITY,
         "species": [(code, display_name(code)) for code in codes],
         "outputs": ["ensemble", *soundscape.members],
         "frames": base64.b64encode(frames.packed).decode(),

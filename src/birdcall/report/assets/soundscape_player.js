@@ -84,6 +84,14 @@ function setView(start, seconds) {
   listDetections();
 }
 
+/** Move the view, as long as it is, to where most true and detected events begin. */
+function showFullestView() {
+  const onsets = [...truth, ...detections].map((event) => event.onset - data.start);
+  const countFrom = (start) => onsets.filter((onset) => onset >= start && onset < start + view.seconds).length;
+  const fullest = onsets.reduce((best, start) => (countFrom(start) > countFrom(best) ? start : best), view.start);
+  setView(fullest - view.seconds / 20, view.seconds);
+}
+
 function zoomAt(seconds, factor) {
   const position = seconds - data.start;
   setView(position - (position - view.start) * factor, view.seconds * factor);

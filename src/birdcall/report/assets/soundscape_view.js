@@ -8,7 +8,7 @@ const LANE_HEIGHT = 30, SPECTROGRAM_HEIGHT = 260, AXIS_HEIGHT = 22, OVERVIEW_HEI
 const MEMBER_COLORS = ['#0072b2', '#d55e00', '#009e73', '#cc79a7', '#7a5c00', '#56b4e9'];
 const MEMBER_DASHES = [[], [6, 3], [2, 2], [8, 3, 2, 3], [1, 3], [12, 4]];
 const PREDICTED_COLOR = '#0072b2', TRUE_COLOR = '#b34700', LABEL_COLOR = '#006b4f';
-const AREA_COLOR = '#a9c7dd', THRESHOLD_COLOR = '#7a7a7a', TEXT_COLOR = '#1a1a1a', CURSOR_COLOR = '#c00000';
+const AREA_COLOR = '#a9c7dd', THRESHOLD_COLOR = '#595959', TEXT_COLOR = '#1a1a1a', CURSOR_COLOR = '#c00000';
 const FONT = '12px system-ui, sans-serif';
 
 const byId = (id) => document.getElementById(id);
@@ -246,8 +246,14 @@ function drawProbabilities(context, code, top) {
   context.lineTo(width, bottom);
   context.fill();
   if (thresholdLevel() <= maxLevel) {
-    context.fillStyle = THRESHOLD_COLOR;
-    context.fillRect(0, Math.round(yOf(thresholdLevel())), width, 1);
+    const y = Math.round(yOf(thresholdLevel())) + 0.5;
+    context.strokeStyle = THRESHOLD_COLOR;
+    context.setLineDash([1, 4]);
+    context.beginPath();
+    context.moveTo(0, y);
+    context.lineTo(width, y);
+    context.stroke();
+    context.setLineDash([]);
   }
   if (!byId('show-members').checked) return;
   context.lineWidth = 1.25;
