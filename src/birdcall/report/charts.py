@@ -60,7 +60,7 @@ def _range_of(values: np.ndarray, least: float = 0.1) -> list[float]:
 def chart_steps(search: DecisionSearchResult) -> Chart:
     """Draw the gain of each step of the decision search, with its standard error."""
     steps = search.steps.iloc[1:]
-    figure = _new_figure("gain in row-wise F1", "", 150 + 28 * len(steps))
+    figure = _new_figure("gain in F1", "", 150 + 28 * len(steps))
     for is_adopted, color, symbol, label in (
         (False, GREY, "circle", "not better by a standard error"),
         (True, ORANGE, "diamond", "adopted"),

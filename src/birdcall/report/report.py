@@ -141,15 +141,13 @@ def find_weaknesses(scores: pd.DataFrame) -> list[Weakness]:
     for audio in (SIMULATED, LABELLED):
         f1 = value.get((ENSEMBLE, audio, "row_wise_f1"), np.nan)
         silence = value.get((f"all {NOCALL}", audio, "row_wise_f1"), np.nan)
-        if not round(f1 - silence, 3) <= 0:  # or NaN: there is no such audio
+        if np.isnan(f1) or round(f1 - silence, 3) > 0:  # NaN: there is no such audio
             continue
-        names_nothing = value[ENSEMBLE, audio, "nocall_share_named"] == 1
-        fact = (
-            "names no bird in any row" if names_nothing else "is worth no more than naming no bird"
-        )
-        text = f"On {audio} soundscapes the decision {fact}: row-wise F1 {f1:.3f}"
-        if not names_nothing:
-            text += f", without names {silence:.3f}"
+        text = f"On {audio} soundscapes the decision "
+        if round(value[ENSEMBLE, audio, "nocall_share_named"], 6) == 1:
+            text += f"names no bird in any row: row-wise F1 {f1:.3f}"
+        else:
+            text += f"is worth no more than naming no bird: row-wise F1 {f1:.3f}, not {silence:.3f}"
         auc = value[ENSEMBLE, audio, "macro_auc"]
         low = "decision" if auc >= _GOOD_AUC else "ranking"
         if low == "decision":
@@ -157,7 +155,7 @@ def find_weaknesses(scores: pd.DataFrame) -> list[Weakness]:
                 f". The ranking is good (macro AUC {auc:.2f}), the decision is low: rows with a "
                 "species come first, but their probabilities are too low or too alike for one "
                 "threshold. Next: look at them by threshold on a soundscape page, and train for "
-                "longer or with noise of such places (--noise)."
+                "longer, or with noise of such places."
             )
         elif np.isnan(auc):
             text += ". No row has a species that the models know, so there is nothing to rank."
@@ -166,7 +164,7 @@ def find_weaknesses(scores: pd.DataFrame) -> list[Weakness]:
                 f". The ranking is low: macro AUC {auc:.2f} (0.5 is chance), macro AP "
                 f"{value[ENSEMBLE, audio, 'macro_ap']:.3f} (prior "
                 f"{value[PRIOR, audio, 'macro_ap']:.3f}). No threshold mends it. Next: more "
-                "recordings of these species, longer training, or other initial weights (--init)."
+                "recordings of these species, longer training, or other initial weights."
             )
         weaknesses.append(Weakness(audio, low, text))
     return weaknesses
@@ -317,7 +315,7 @@ def _curves(predicted: PredictedMistake) -> Iterator[_Curve]:
     for index, code in enumerate(predicted.mistake.species[:_MAX_CURVES]):
         area, lines, scale = "", (), "not predicted"
         if predicted.frames is not None and np.isfinite(predicted.frames[:, index]).all():
-            top = predicted.frames[:, index].max() or 1.0
+            top = max(predicted.frames[:, index].max(), 1e-9)
             mean, *members = predicted.frames[:, index] / top
             area = f"0,{_CURVE_HEIGHT} {_points(mean)} {_CURVE_WIDTH},{_CURVE_HEIGHT}"
             styles = zip(members, _MEMBER_STYLES, strict=False)
