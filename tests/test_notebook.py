@@ -98,7 +98,9 @@ def test_the_first_spectrogram_has_the_shape_of_the_article(executed):
 
 def test_detections_come_from_a_model_that_was_trained(executed):
     text = printed(executed)
-    assert re.search(r"small_gru-fold0: \{'macro_ap': [\d.]+\}", text)
+    assert re.search(
+        r"small_gru-fold0: \{'macro_ap': [\d.]+, 'classes': \d+, 'left_out': \d+\}", text
+    )
     assert "1 members, 5 species" in text
     assert re.search(r"\d+ detections in 40 s", text)
 

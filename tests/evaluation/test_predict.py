@@ -70,7 +70,26 @@ def test_the_maximum_by_recording_is_the_highest_segment_as_in_training(
     known = average_precision(targets > 0, clipwise[of_fold], targets != IGNORE_TARGET)
     score = validate(ensemble, held_out, training_data)
     assert score["macro_ap"] == pytest.approx(macro_average(known), abs=1e-4)
+    assert (score["classes"], score["left_out"]) == (len(training_data.classes), 0)
     assert read_checkpoint(folder).score == score
+
+
+def test_a_validation_leaves_out_classes_that_the_training_part_lacks(training_data, trained_runs):
+    (folder,) = [run for run in trained_runs if run.parts[-2:] == ("tiny", "fold0")]
+    first, second, *others = training_data.classes
+    recordings = training_data.recordings
+    is_moved = (recordings["ebird_code"] == first) & (recordings["fold"] == 1)
+    recordings = recordings.assign(ebird_code=recordings["ebird_code"].mask(is_moved, second))
+    data, held_out = replace(training_data, recordings=recordings), recordings[recordings.fold == 0]
+    ensemble = load_ensemble([folder])
+    paths = {path: data.folder / path for path in held_out["path"]}
+    results = predict_files(ensemble, paths, limit_seconds=VALIDATION_SECONDS)
+    probabilities = np.array([item.clipwise.mean(axis=0).max(axis=0) for _, item in results])
+    targets = make_targets(held_out, data.classes, None)
+    expected = average_precision(targets > 0, probabilities, targets != IGNORE_TARGET)[1:]
+    score = validate(ensemble, held_out, data)
+    assert score["macro_ap"] == pytest.approx(expected.mean(), abs=1e-4)
+    assert (score["classes"], score["left_out"]) == (1 + len(others), 1)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from birdcall.evaluation.metrics import row_f1_scores
 from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.evaluation.tables import (
     ScoreSubject,
-    confusion_matrix,
     confusion_table,
     decided_rows,
     event_rows,
@@ -33,9 +32,11 @@ from birdcall.evaluation.tables import (
 from birdcall.inference.decision import Decision
 from birdcall.inference.predictions import SegmentPredictions
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
+from birdcall.report.charts import confusion_matrix
 
 LABELLED_X = ScoreSubject("x", 2, "labelled")
 RECORDINGS_X = ScoreSubject("x", 1, "recordings")
+ALL_FIVE = np.ones(5, bool)
 
 
 def scores_of(seed=0, n_recordings=6, n_rows=12, n_classes=5, n_known=6):
@@ -110,7 +111,7 @@ def test_rows_of_one_kind_weigh_the_same():
 
 def test_rankings_are_those_of_scikit_learn_over_classes_that_occur(scores):
     scores.truth[:, 3] = False
-    found = values_of(ranked_rows(LABELLED_X, scores))
+    found = values_of(ranked_rows(LABELLED_X, scores, ALL_FIVE))
     truth = scores.labelled_truth[:, :5]
     probability = scores.framewise.mean(axis=0)
     occurs = [0, 1, 2, 4]
@@ -136,10 +137,10 @@ def test_secondary_labels_are_no_mistakes_of_a_class():
         average_precision_score(targets[~unknown[:, k], k] > 0, scores[~unknown[:, k], k])
         for k in range(3)
     ]
-    found = values_of(out_of_fold_rows(RECORDINGS_X, scores, marked, calibrated=None))
+    found = values_of(out_of_fold_rows(RECORDINGS_X, scores, marked, learnable=marked > -2))
     assert found["macro_ap"] == pytest.approx(np.mean(expected))
     spoilt = np.where(unknown, 1 - scores, scores)
-    again = values_of(out_of_fold_rows(RECORDINGS_X, spoilt, marked, calibrated=None))
+    again = values_of(out_of_fold_rows(RECORDINGS_X, spoilt, marked, learnable=marked > -2))
     for metric in ("macro_ap", "macro_auc", "ece"):
         assert again[metric] == pytest.approx(found[metric])
 
@@ -149,14 +150,72 @@ def test_recordings_that_nobody_held_out_are_not_counted():
     targets = np.eye(3)[generator.integers(3, size=30)]
     scores = np.clip(targets * 0.6 + 0.3 * generator.random((30, 3)), 0, 1)
     scores[::5] = np.nan
-    found = out_of_fold_rows(RECORDINGS_X, scores, targets, calibrated=scores / 2)
+    learnable = np.ones((30, 3), bool)
+    found = out_of_fold_rows(
+        RECORDINGS_X, scores, targets, learnable=learnable, calibrated=scores / 2
+    )
     assert found[0]["recordings"] == 24
     values = values_of(found)
     assert values["top1"] == values["macro_ap"] == values["macro_auc"] == 1.0
     assert values["ece_calibrated"] != values["ece"]
     assert "ece_calibrated" not in values_of(
-        out_of_fold_rows(RECORDINGS_X, scores, targets, calibrated=None)
+        out_of_fold_rows(RECORDINGS_X, scores, targets, learnable=learnable)
     )
+
+
+def test_a_class_that_its_run_could_not_learn_is_in_no_score_of_the_recordings():
+    """Worked by hand: recordings of a, a, b, c, held out by a run that has trained on no c."""
+    targets = np.array([[1, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], float)
+    probabilities = np.array([[0.9, 0.1, 0], [0.2, 0.3, 0], [0.5, 0.8, 0], [0.1, 0.2, 0]])
+    rows = out_of_fold_rows(
+        RECORDINGS_X, probabilities, targets, learnable=np.array([[True, True, False]] * 4)
+    )
+    values = values_of(rows)
+    assert values["macro_ap"] == pytest.approx(np.mean([(1 + 2 / 3) / 2, 1]))
+    assert values["macro_auc"] == pytest.approx(np.mean([3 / 4, 1]))
+    assert values["top1"] == pytest.approx(2 / 3)  # the second recording is taken for b
+    assert values["lwlrap"] == pytest.approx((1 + 1 / 2 + 1) / 3)
+    for row in rows:
+        is_macro = row["metric"].startswith("macro")
+        expected = (2, 1) if is_macro else (pd.NA, pd.NA)
+        assert (row["classes"], row["left_out"]) == expected
+    nothing = out_of_fold_rows(
+        RECORDINGS_X, probabilities, targets, learnable=np.zeros((4, 3), bool)
+    )
+    assert (nothing[0]["classes"], nothing[0]["left_out"]) == (0, 3)
+    assert np.isnan(nothing[0]["value"])
+
+
+def test_soundscapes_are_scored_over_the_classes_that_a_member_could_learn(scores):
+    scores.truth[:, 3] = False
+    learnable = np.array([True, False, True, True, True])
+    rows = ranked_rows(LABELLED_X, scores, learnable)
+    truth, probability = scores.labelled_truth, scores.framewise.mean(axis=0)
+    for row, metric in zip(rows, (average_precision_score, roc_auc_score), strict=False):
+        expected = np.mean([metric(truth[:, k], probability[:, k]) for k in (0, 2, 4)])
+        assert row["value"] == pytest.approx(expected)
+        # The second class, and the sixth species, which is no class; the fourth does not occur.
+        assert (row["classes"], row["left_out"]) == (3, 2)
+    learnt = truth[:, :5] & learnable
+    some = learnt.any(axis=1)
+    expected = label_ranking_average_precision_score(
+        learnt[some], probability[some], sample_weight=learnt[some].sum(axis=1)
+    )
+    assert values_of(rows)["lwlrap"] == pytest.approx(expected)
+
+
+def test_a_class_tells_how_many_of_its_recordings_are_not_scored(scores):
+    generator = np.random.default_rng(0)
+    targets = np.eye(5)[np.arange(40) % 5]
+    out_of_fold = generator.random((40, 5))
+    learnable = np.ones((40, 5), bool)
+    learnable[:, 2] = False
+    table = per_class_table(
+        scores.classes, targets=targets, learnable=learnable, out_of_fold=out_of_fold,
+        simulated=None, predicted=None, labelled=None,
+    )  # fmt: skip
+    assert list(table["left_out"]) == [0, 0, 8, 0, 0]
+    assert list(table["oof_ap"].isna()) == [False, False, True, False, False]
 
 
 def labelled_events():
@@ -201,7 +260,7 @@ def test_the_short_table_has_a_line_per_name_and_fits_a_terminal(scores):
         named = scores.decide(Decision())
         for audio in ("simulated", "simulated 50%", "simulated 60%", "simulated 80%", "labelled"):
             rows += decided_rows(ScoreSubject(name, 2, audio), scores, named)
-        rows += ranked_rows(ScoreSubject(name, 2, "labelled"), scores)
+        rows += ranked_rows(ScoreSubject(name, 2, "labelled"), scores, ALL_FIVE)
     table = pd.DataFrame(rows)
     wide = wide_table(table)
     assert list(wide["name"]) == ["small_gru", "small_attention_normed", "ensemble", "all nocall"]
@@ -220,6 +279,7 @@ def test_a_class_has_its_support_and_its_share_of_right_names(scores):
     table = per_class_table(
         scores.classes,
         targets=targets,
+        learnable=np.ones((40, 5), bool),
         out_of_fold=out_of_fold,
         simulated=scores,
         predicted=named,

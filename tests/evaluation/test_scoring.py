@@ -6,12 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import average_precision_score
 
 import birdcall.evaluation.scoring as scoring
-from birdcall.evaluation.comparison import score_submission
+from birdcall.evaluation.comparison import measure_held_out, score_submission
 from birdcall.evaluation.metrics import row_f1_scores, row_wise_f1
+from birdcall.evaluation.mistakes import MISSED, find_mistakes
 from birdcall.evaluation.predict import predict_held_out
-from birdcall.evaluation.scoring import decide_ensemble, evaluate
+from birdcall.evaluation.scoring import decide_ensemble, describe_classes, evaluate
 from birdcall.inference.decision import Decision, read_decision, write_decision
 from birdcall.inference.ensemble import load_ensemble
 from birdcall.kaggle.submission import LoadedPackage, predict_test_set
@@ -213,6 +215,92 @@ def test_one_fold_is_enough_for_a_search(trained_runs, training_data, held_out_o
     scores = evaluation.scores
     recordings = scores[scores["audio"] == "recordings"]["recordings"]
     assert set(recordings) == {int((training_data.recordings["fold"] == 0).sum())}
+
+
+# --- classes that nobody could learn ---
+
+
+@pytest.fixture(scope="module")
+def with_rare_class(held_out):
+    """The predictions, where all recordings of the first class, two or more, are in fold 0."""
+    data = held_out.data
+    first, second, *_ = data.classes
+    codes = data.recordings["ebird_code"]
+    is_moved = (codes == first) & (data.recordings["fold"] == 1)
+    recordings = data.recordings.assign(ebird_code=codes.mask(is_moved, second))
+    return replace(held_out, data=replace(data, recordings=recordings))
+
+
+def test_a_class_of_one_fold_only_is_scored_by_no_run_of_that_fold(with_rare_class):
+    data = with_rare_class.data
+    evaluation = evaluate(with_rare_class)
+    clipwise, _ = with_rare_class.out_of_fold_for(["tiny"])
+    truth = (data.recordings["ebird_code"].to_numpy()[:, None] == data.classes).astype(int)
+    secondary = [set(codes) for codes in data.recordings["secondary_codes"]]
+    expected = []
+    for k, code in list(enumerate(data.classes))[1:]:
+        known = np.array([code not in codes for codes in secondary]) | (truth[:, k] == 1)
+        expected.append(average_precision_score(truth[known, k], clipwise[known, k]))
+    assert value(evaluation, "tiny", "recordings", "macro_ap") == pytest.approx(np.mean(expected))
+    table = evaluation.scores.set_index(["name", "audio", "metric"])
+    for name in ("tiny", "ensemble", "prior"):
+        for metric in ("macro_ap", "macro_auc"):
+            row = table.loc[name, "recordings", metric]
+            assert (row["classes"], row["left_out"]) == (len(data.classes) - 1, 1)
+    confusions = evaluation.confusions
+    of_class = confusions[confusions["true_species"] == data.classes[0]]
+    assert not of_class["recordings"].any()  # its simulated rows are of the unchanged fixture
+    measured = measure_held_out(
+        with_rare_class, decide_ensemble(with_rare_class, ["tiny", "other"]), None
+    )
+    measure, values = measured["oof_ap"]
+    assert (measure.n_classes, measure.n_left_out) == (len(data.classes) - 1, 1)
+    in_table = value(evaluation, "ensemble", "recordings", "macro_ap")
+    assert measure.score(values) == pytest.approx(in_table)
+    measure, values = measured["oof_top1"]
+    in_table = value(evaluation, "ensemble", "recordings", "top1")
+    assert measure.score(values) == pytest.approx(in_table)
+
+
+def test_labelled_soundscapes_are_scored_over_what_any_member_could_learn(with_rare_class):
+    """The runs that held fold 1 out have trained on the class, those of fold 0 have not."""
+    first = with_rare_class.data.classes[0]
+    predictions = with_rare_class.labelled.predictions
+    occurs = predictions.labelled_truth.any(axis=0)
+    assert occurs[0]
+    both = evaluate(with_rare_class).scores.set_index(["name", "audio", "metric"])
+    row = both.loc["ensemble", "labelled", "macro_ap"]
+    n_classes = int(occurs[: len(predictions.classes)].sum())
+    assert (row["classes"], row["left_out"]) == (n_classes, occurs.sum() - n_classes)
+    runs = tuple(run for run in with_rare_class.runs if run[1] == 0)
+    fold_0 = replace(with_rare_class, runs=runs, simulated={0: with_rare_class.simulated[0]})
+    kept = [k for k, run in enumerate(with_rare_class.runs) if run[1] == 0]
+    labelled = replace(fold_0.labelled, predictions=predictions.for_members(kept), frames={})
+    fold_0 = replace(fold_0, labelled=labelled)
+    evaluation = evaluate(fold_0)
+    row = evaluation.scores.set_index(["name", "audio", "metric"]).loc[
+        "ensemble", "labelled", "macro_ap"
+    ]
+    assert (row["classes"], row["left_out"]) == (n_classes - 1, occurs.sum() - n_classes + 1)
+    expected = [
+        average_precision_score(
+            predictions.labelled_truth[:, k],
+            labelled.predictions.framewise.mean(axis=0)[predictions.labelled, k],
+        )
+        for k in np.flatnonzero(occurs[: len(predictions.classes)])[1:]
+    ]
+    assert row["value"] == pytest.approx(np.mean(expected))
+    missed = find_mistakes(fold_0, evaluation.ensemble, 1000)
+    missed = {item.ebird_code for item in missed if item.kind == MISSED}
+    assert missed
+    assert first not in missed
+
+
+def test_a_sentence_says_over_how_many_classes_the_macro_scores_are(evaluation, with_rare_class):
+    n_classes = len(with_rare_class.data.classes)
+    assert f"recordings {n_classes} classes;" in describe_classes(evaluation.scores)
+    text = describe_classes(evaluate(with_rare_class).scores)
+    assert f"recordings {n_classes - 1} classes, 1 left out;" in text
 
 
 def test_random_predictions_score_no_more_than_all_nocall(held_out):

@@ -75,6 +75,16 @@ def renderer(training_data):
     return SoundscapeRenderer.for_fold(training_data, 0, CONFIG)
 
 
+def test_species_that_no_other_fold_has_are_no_events(plan, training_data):
+    recordings = training_data.recordings
+    first, second, *_ = training_data.classes
+    is_moved = (recordings["ebird_code"] == first) & (recordings["fold"] == 1)
+    changed = recordings.assign(ebird_code=recordings["ebird_code"].mask(is_moved, second))
+    codes = {event.ebird_code for soundscape in plan(changed) for event in soundscape.events}
+    assert codes == set(training_data.classes) - {first}
+    assert plan(recordings[recordings["fold"] == 0]) == []
+
+
 def reader_in(renderer, folder):
     """Return the renderer with the recordings of another folder."""
     reader = replace(renderer.read_crops, data=folder, folder=folder / "cache")

@@ -10,8 +10,7 @@ import pytest
 
 from birdcall.evaluation.decision_search import THRESHOLDS
 from birdcall.evaluation.predictions import LabelledPredictions
-from birdcall.evaluation.scoring import evaluate
-from birdcall.evaluation.tables import nocall_share_table, soundscape_table
+from birdcall.evaluation.scoring import evaluate, soundscape_table
 from birdcall.inference.decision import Decision
 from birdcall.report.charts import (
     chart_confusions,
@@ -140,7 +139,7 @@ def test_every_step_is_drawn_at_its_gain(evaluation):
 
 
 def test_every_name_but_the_prior_is_drawn_over_the_share_of_nocall(evaluation):
-    names = [part.name for part in chart_shares(nocall_share_table(evaluation.scores)).figure.data]
+    names = [part.name for part in chart_shares(evaluation.scores).figure.data]
     assert names == ["other", "tiny", "tiny+other", "ensemble", "all nocall"]
 
 
@@ -155,11 +154,12 @@ def test_reliability_is_drawn_before_and_after_beside_the_diagonal(evaluation):
 
 
 def test_confusions_are_drawn_by_name():
-    codes = ["amecro", "blujay"]
-    counts = pd.DataFrame([[0, 3], [1, 0]], index=codes, columns=codes)
-    grid = chart_confusions(counts).figure.data[0]
+    columns = ["true_species", "predicted_species", "recordings", "rows", "only"]
+    pairs = [("amecro", "blujay", 1, 2, "yes"), ("blujay", "amecro", 1, 0, "yes")]
+    confusions = pd.DataFrame(pairs, columns=columns)
+    grid = chart_confusions(confusions).figure.data[0]
     assert grid.y[0] == "American Crow" and grid.z[0][1] == 3
-    assert chart_confusions(counts.loc[[], []]) is None
+    assert chart_confusions(confusions.head(0)) is None
 
 
 def test_a_soundscape_is_drawn_with_truth_and_predictions(evaluation):

@@ -257,6 +257,26 @@ def test_training_ends_early_when_it_no_longer_gets_better(
     assert [entry.validation["macro_ap"] for entry in read_log(tmp_path)] == [*(0.3, 0.5, 0.4, 0.5)]
 
 
+def test_without_a_class_to_score_no_training_ends_early_and_the_last_epochs_are_averaged(
+    training_data, tiny_experiment, tmp_path, monkeypatch
+):
+    kept = []
+
+    def score(ensemble, *_):
+        weight = ensemble.members[0].model.head.detection.weight
+        kept.append(weight.detach().clone())
+        return {"macro_ap": float("nan")}
+
+    monkeypatch.setattr("birdcall.training.trainer.validate", score)
+    experiment = with_train(
+        tiny_experiment, epochs=4, validate_every=1, patience=1, optimizer={"average_best": 2}
+    )
+    train_run(Run(experiment, 0, tmp_path), training_data, OPTIONS)
+    assert len(read_log(tmp_path)) == 4
+    model, _ = load_model(tmp_path)
+    torch.testing.assert_close(model.head.detection.weight, (kept[2] + kept[3]) / 2)
+
+
 def test_the_moving_average_is_saved(training_data, tiny_experiment, tmp_path):
     train_part, _ = training_data.split(0)
     experiment = with_train(tiny_experiment, epochs=1, optimizer={"ema_decay": 0.9})

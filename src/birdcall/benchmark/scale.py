@@ -327,7 +327,7 @@ def _evaluate_stored(folder: str) -> None:
         search = search_decision(subset, weights, start=Decision(classes=labelled.classes))
         subject = tables.ScoreSubject(name, len(subset.member_names), tables.SIMULATED)
         rows += tables.decided_rows(subject, subset, search.cross_validated, weights)
-        rows += tables.ranked_rows(subject, subset)
+        rows += tables.ranked_rows(subject, subset, np.ones(size.n_classes, bool))
         scores[name] = float(np.average(search.cross_validated_f1, weights=weights))
     result = {
         "peak_gigabytes": peak_megabytes() / 1000,

@@ -71,7 +71,7 @@ def _evaluate(
         require_browser()  # before an hour of predictions, not after it
     from birdcall.evaluation.mistakes import find_mistakes, predict_mistakes, write_labelled_pages
     from birdcall.evaluation.predict import HeldOutOptions, predict_held_out, write_oof_parquet
-    from birdcall.evaluation.scoring import evaluate
+    from birdcall.evaluation.scoring import describe_classes, evaluate
     from birdcall.evaluation.tables import wide_table
     from birdcall.inference.decision import write_decision
     from birdcall.inference.ensemble import default_device
@@ -120,6 +120,7 @@ def _evaluate(
         pages=soundscape_pages,
     )
     typer.echo(wide_table(evaluation.scores).to_string(index=False))
+    typer.echo(describe_classes(evaluation.scores))
     typer.echo(f"decision: {describe_decision(evaluation.ensemble.decision)}")
     typer.echo(f"report: {report}")
     if screenshots is not None:

@@ -99,6 +99,15 @@ class TrainingData:
         held_out = self.recordings["fold"] == fold
         return self.recordings[~held_out], self.recordings[held_out]
 
+    def learnable_classes(self, fold: int) -> np.ndarray:
+        """Return which classes a run that holds out ``fold`` can learn, boolean ``(classes,)``.
+
+        Those with a recording in its training part, by the primary label: what a secondary label
+        teaches depends on the experiment. Only these are scored where this run predicts.
+        """
+        training_part, _ = self.split(fold)
+        return np.isin(self.classes, training_part["ebird_code"].unique())
+
     def split_noise(self, fold: int) -> tuple[list[Path], list[Path]]:
         """Return the noise to train and to validate with; no source is in both."""
         return split_noise(self.noise_files, self.folds.index(fold), len(self.folds))
@@ -168,7 +177,7 @@ def check_classes(
     """
     rows = []
     for part, recordings, consequence in (
-        ("training", training, "they are learnt from secondary labels, if at all"),
+        ("training", training, "no score of this fold covers them"),
         ("validation", validation, "its scores do not cover them"),
     ):
         missing = sorted(set(classes) - set(recordings["ebird_code"]))

@@ -50,6 +50,15 @@ class Measure:
     truth: NDArray[np.bool_] | None = None
     known: NDArray[np.bool_] | None = None  # cells of the truth that count; None: all
     all_nocall: float | None = None
+    n_left_out: int = 0  # classes that occur but are not in the truth: no member could learn them
+
+    @property
+    def n_classes(self) -> int | None:
+        """Return over how many classes the score is on all rows; None where it is of rows."""
+        if self.truth is None:
+            return None
+        scored = self.truth if self.known is None else self.truth & self.known
+        return int(scored.any(axis=0).sum())
 
     @property
     def n_clusters(self) -> int:
@@ -158,7 +167,8 @@ def compare_all(
     for key, measure in measures.items():
         rows = {
             "measure": key, "rows": len(measure.clusters), "clusters": measure.n_clusters,
-            "cluster_kind": measure.cluster_kind,
+            "cluster_kind": measure.cluster_kind, "classes": measure.n_classes,
+            "left_out": measure.n_left_out if measure.truth is not None else None,
         }  # fmt: skip
         scored = {
             name: resample_scores(measure, seeds, n_resamples)
@@ -264,6 +274,7 @@ def measure_held_out(
     """
     measured: dict[str, tuple[Measure, np.ndarray]] = {}
     simulated, weights = ensemble.simulated, ensemble.weights
+    could_learn = held_out.learnable_by(held_out.experiments)
     if simulated is not None:
         nocall = ~simulated.labelled_truth.any(axis=1)
         all_nocall = float(weights[nocall].sum() / weights.sum())
@@ -272,15 +283,15 @@ def measure_held_out(
         # Weighted so that their plain mean is the score.
         values = ensemble.search.cross_validated_f1 * weights / weights.mean()
         measured["simulated_f1"] = f1, values
-        measured["simulated_ap"] = _measure_average_precision(f1, simulated)
+        measured["simulated_ap"] = _measure_average_precision(f1, simulated, could_learn)
     labelled = held_out.labelled_for(held_out.experiments)
     if labelled is not None:
         all_nocall = float((~labelled.labelled_truth.any(axis=1)).mean())
         clusters = tuple(labelled.recordings)
         f1 = Measure("soundscapes: F1", clusters, "soundscapes", all_nocall=all_nocall)
         measured["soundscape_f1"] = f1, labelled.row_f1(ensemble.decision)
-        if labelled.labelled_truth[:, : len(labelled.classes)].any():
-            measured["soundscape_ap"] = _measure_average_precision(f1, labelled)
+        if (labelled.labelled_truth[:, : len(labelled.classes)] & could_learn).any():
+            measured["soundscape_ap"] = _measure_average_precision(f1, labelled, could_learn)
     if hidden is not None:
         f1 = Measure(
             "hidden rows: F1", hidden.recordings, "soundscapes", all_nocall=hidden.all_nocall
@@ -290,12 +301,13 @@ def measure_held_out(
 
 
 def _measure_average_precision(
-    f1: Measure, predictions: LabelledPredictions
+    f1: Measure, predictions: LabelledPredictions, learnable: np.ndarray
 ) -> tuple[Measure, np.ndarray]:
-    """Measure the macro AP of the soundscapes whose F1 is measured."""
-    truth = predictions.labelled_truth[:, : len(predictions.classes)]
+    """Measure the macro AP of the soundscapes whose F1 is measured, of ``learnable`` classes."""
+    truth = predictions.labelled_truth[:, : len(predictions.classes)] & learnable
+    n_left_out = int(predictions.labelled_truth.any(axis=0).sum() - truth.any(axis=0).sum())
     title = f1.title.replace("F1", "macro AP")
-    measure = replace(f1, title=title, truth=truth, all_nocall=None)
+    measure = replace(f1, title=title, truth=truth, all_nocall=None, n_left_out=n_left_out)
     return measure, average_members(predictions.framewise)[predictions.labelled]
 
 
@@ -306,15 +318,20 @@ def _measure_recordings(held_out: HeldOutPredictions) -> dict[str, tuple[Measure
     classes = held_out.data.classes
     probabilities, recordings = probabilities[known], held_out.data.recordings[known]
     clusters = tuple(recordist_clusters(recordings))
-    targets = make_targets(recordings, classes, None)
+    targets, learnable = make_targets(recordings, classes, None), held_out.learnable[known]
+    truth = (targets > 0) & learnable
     primary = [classes.index(code) for code in recordings["ebird_code"]]
     is_right = (probabilities.argmax(axis=1) == primary).astype(float)
     ap = Measure(
         title="recordings: macro AP",
         clusters=clusters,
         cluster_kind="recordists",
-        truth=targets > 0,
-        known=targets != IGNORE_TARGET,
+        truth=truth,
+        known=(targets != IGNORE_TARGET) & learnable,
+        n_left_out=int((targets > 0).any(axis=0).sum() - truth.any(axis=0).sum()),
     )
-    top1 = Measure("recordings: top-1", clusters, "recordists")
-    return {"oof_ap": (ap, probabilities), "oof_top1": (top1, is_right)}
+    is_scored = truth.any(axis=1)
+    if not is_scored.any():
+        return {}
+    top1 = Measure("recordings: top-1", tuple(np.array(clusters)[is_scored]), "recordists")
+    return {"oof_ap": (ap, probabilities), "oof_top1": (top1, is_right[is_scored])}

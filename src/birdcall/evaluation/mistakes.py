@@ -85,8 +85,10 @@ def find_mistakes(
 ) -> list[Mistake]:
     """Return the worst rows of simulated and of labelled soundscapes, the worst first of each kind.
 
-    Of a species in a recording only the worst row, so that the rows differ.
+    Of a species in a recording only the worst row, so that the rows differ. A species that no
+    member could learn is not missed.
     """
+    learnable = held_out.learnable_by(ensemble.experiments)
     # The SNR of each simulated species in each row that contains a part of its event.
     snr_db: dict[tuple[str, int, str], float] = {}
     for event in held_out.events.itertuples():
@@ -102,14 +104,12 @@ def find_mistakes(
         predictions = held_out.labelled.predictions
         predicted = predictions.decide(ensemble.decision)
         sources.append((LABELLED, predictions, predicted, {}))
-    return [
-        mistake
-        for audio, predictions, predicted, snr_of_row in sources
-        for kind in (FALSE, MISSED)
-        for mistake in _rank(kind, audio, predictions, predicted=predicted, snr_db=snr_of_row)[
-            :n_of_a_kind
-        ]
-    ]
+    mistakes = []
+    for audio, predictions, predicted, snr_of_row in sources:
+        options = {"predicted": predicted, "learnable": learnable, "snr_db": snr_of_row}
+        for kind in (FALSE, MISSED):
+            mistakes += _rank(kind, audio, predictions, **options)[:n_of_a_kind]
+    return mistakes
 
 
 def _rank(
@@ -118,6 +118,7 @@ def _rank(
     predictions: LabelledPredictions,
     *,
     predicted: np.ndarray,
+    learnable: np.ndarray,
     snr_db: Mapping[tuple[str, int, str], float],
 ) -> list[Mistake]:
     """Return the mistakes of a kind, the worst of each species and recording, the worst first."""
@@ -127,9 +128,11 @@ def _rank(
     segments = predictions.segments[predictions.labelled]
     recordings = segments["recording"].to_numpy()
     starts = segments["seconds"].to_numpy(float) - SEGMENT_SECONDS
-    wrong = predicted & ~truth if kind == FALSE else truth & ~predicted
+    wrong = (predicted & ~truth if kind == FALSE else truth & ~predicted)[:, : len(classes)]
+    if kind == MISSED:
+        wrong &= learnable
     worst: dict[tuple[str, str], Mistake] = {}
-    for row, column in zip(*np.nonzero(wrong[:, : len(classes)]), strict=True):
+    for row, column in zip(*np.nonzero(wrong), strict=True):
         code, recording = classes[column], str(recordings[row])
         score = float(probability[row, column])
         if kind == MISSED:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +121,17 @@ class HeldOutPredictions:
         """Return the names of the runs of ``experiments``, as in their checkpoints."""
         return tuple(f"{name}-fold{fold}" for name, fold in self.runs if name in experiments)
 
+    @cached_property
+    def learnable(self) -> np.ndarray:
+        """What runs that hold a recording out could learn, boolean ``(recordings, classes)``."""
+        by_fold = {fold: self.data.learnable_classes(fold) for fold in self.data.folds}
+        return np.array([by_fold[fold] for fold in self.data.recordings["fold"]])
+
+    def learnable_by(self, experiments: Sequence[str]) -> np.ndarray:
+        """Return which classes at least one run of ``experiments`` could learn, ``(classes,)``."""
+        folds = {fold for name, fold in self.runs if name in experiments}
+        return np.any([self.data.learnable_classes(fold) for fold in folds], axis=0)
+
     def simulated_for(self, experiments: Sequence[str]) -> LabelledPredictions | None:
         """Return the soundscapes of the folds that all of ``experiments`` held out."""
         parts = []
@@ -174,6 +185,9 @@ def predict_held_out(
         soundscapes = plan_soundscapes(
             data.recordings, fold, config, find_segment=find_segment, readable=readable
         )
+        if not soundscapes:
+            logger.warning("fold %d: nothing is simulated: no other fold has its species", fold)
+            continue
         planned += soundscapes
         simulated[fold] = predict_simulated(subset, soundscapes, data, config, **storage)
     checkpoints = [member.checkpoint for member in ensemble.members]

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from birdcall.config import NOCALL, require
-from birdcall.data.targets import make_targets
+from birdcall.data.targets import IGNORE_TARGET, make_targets
 from birdcall.evaluation.decision_search import (
     DecisionSearchResult,
     fit_calibration,
@@ -19,7 +19,7 @@ from birdcall.evaluation.decision_search import (
     votes_table,
 )
 from birdcall.evaluation.labelled import LabelledSoundscapes
-from birdcall.evaluation.metrics import bootstrap_interval
+from birdcall.evaluation.metrics import bootstrap_interval, row_f1_scores
 from birdcall.evaluation.predict import HeldOutPredictions
 from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.evaluation.tables import (
@@ -37,7 +37,6 @@ from birdcall.evaluation.tables import (
     ranked_rows,
     reliability_table,
     snr_table,
-    soundscape_table,
 )
 from birdcall.inference.decision import Decision
 from birdcall.inference.predictions import Calibration
@@ -72,9 +71,11 @@ class Evaluation:
     """The results of an evaluation as arrays and tables; nothing in it predicts.
 
     ensemble: the decision of all experiments together. scores: a row per name (experiments,
-    ensembles, all nocall, prior), kind of audio and metric, with interval and number of rows. The
-    others are described in `tables`. None where there is nothing of the kind: votes, snr (without
-    simulation), reliability (without calibration), soundscapes (without labelled ones).
+    ensembles, all nocall, prior), kind of audio and metric, with interval and number of rows; a
+    macro score has the number of ``classes`` that it is over, and of those ``left_out``: they
+    occur, but no member that predicts them could learn them. The others are described in `tables`.
+    None where there is nothing of the kind: votes, snr (without simulation), reliability (without
+    calibration), soundscapes (without labelled ones).
     """
 
     classes: tuple[str, ...]
@@ -130,7 +131,8 @@ def evaluate(
     if held_out.labelled is not None and len(held_out.labelled.frames):
         rows += event_rows(ENSEMBLE, held_out.labelled, ensemble.decision)
     rows += _score_baselines(held_out, ensemble, targets)
-    return _gather(held_out, ensemble, targets, scores=pd.DataFrame(rows))
+    scores = pd.DataFrame(rows).astype({"classes": "Int64", "left_out": "Int64"})
+    return _gather(held_out, ensemble, targets, scores=scores)
 
 
 def _gather(
@@ -142,6 +144,8 @@ def _gather(
     """Compute the tables of the ensemble."""
     classes, labelled = held_out.data.classes, held_out.labelled
     clipwise, framewise = held_out.out_of_fold_for(held_out.experiments)
+    learnable = held_out.learnable
+    is_scored = ((targets > 0) & learnable).any(axis=1)  # recordings
     search, simulated, calibration = ensemble.search, ensemble.simulated, ensemble.calibration
     truth = predicted = np.zeros((0, len(classes)), dtype=bool)
     votes = snr = reliability = soundscapes = None
@@ -151,7 +155,8 @@ def _gather(
         snr = snr_table(held_out.events, simulated, predicted)
     if calibration is not None:
         calibrated, _ = calibration.apply(clipwise, framewise)
-        reliability = reliability_table(clipwise, calibrated, targets)
+        scored_targets = np.where(learnable, targets, IGNORE_TARGET)
+        reliability = reliability_table(clipwise, calibrated, scored_targets)
     if labelled is not None:
         decided = labelled.predictions.decide(ensemble.decision)
         soundscapes = soundscape_table(labelled.predictions, decided)
@@ -162,13 +167,18 @@ def _gather(
         per_class=per_class_table(
             classes,
             targets=targets,
+            learnable=learnable,
             out_of_fold=clipwise,
             simulated=simulated,
             predicted=None if search is None else predicted,
             labelled=None if labelled is None else labelled.predictions,
         ),
         confusions=confusion_table(
-            classes, probabilities=clipwise, targets=targets, truth=truth, predicted=predicted
+            classes,
+            probabilities=clipwise[is_scored],
+            targets=targets[is_scored],
+            truth=truth,
+            predicted=predicted,
         ),
         votes=votes,
         snr=snr,
@@ -204,13 +214,14 @@ def decide_ensemble(
     simulated = held_out.simulated_for(names)
     if simulated is None or simulated.segments["group"].nunique() < 2:
         logger.warning(
-            "%s: its experiments share no held-out fold, or its recordings are of one recordist: "
-            "the default decision is used",
+            "%s: its experiments share no held-out fold, or what can be simulated is of one "
+            "recordist: the default decision is used",
             name,
         )
         return EnsembleDecision(name, names, replace(start, chosen_on="nothing"))
     clipwise, framewise = held_out.out_of_fold_for(names)
     targets = make_targets(held_out.data.recordings, held_out.data.classes, None)
+    targets = np.where(held_out.learnable, targets, IGNORE_TARGET)
 
     def fit(excluded: frozenset[str]) -> Calibration:
         used = ~np.isin(held_out.groups, list(excluded))
@@ -287,17 +298,23 @@ def _score(
     rows, calibrated = [], None
     if ensemble.calibration is not None:
         calibrated, _ = ensemble.calibration.apply(clipwise, framewise)
-    if (~np.isnan(clipwise)).any():
-        rows += out_of_fold_rows(subject, clipwise, targets, calibrated)
+    known, learnable = ~np.isnan(clipwise).any(axis=1), held_out.learnable
+    if known.any():
+        rows += out_of_fold_rows(
+            subject, clipwise, targets, learnable=learnable, calibrated=calibrated
+        )
+    could_learn = held_out.learnable_by(ensemble.experiments)
     if ensemble.search is not None:
         simulated, predicted = ensemble.simulated, ensemble.search.cross_validated
         rows += _simulated_rows(subject, simulated, predicted, ensemble.weights)
-        rows += ranked_rows(subject._replace(audio=SIMULATED), simulated)
+        n_left_out = int(((targets > 0) & ~learnable)[known].any(axis=0).sum())
+        subject = subject._replace(audio=SIMULATED)
+        rows += ranked_rows(subject, simulated, could_learn, n_left_out)
     labelled = held_out.labelled_for(ensemble.experiments)
     if labelled is not None:
         subject = subject._replace(audio=LABELLED)
         rows += decided_rows(subject, labelled, labelled.decide(ensemble.decision))
-        rows += ranked_rows(subject, labelled)
+        rows += ranked_rows(subject, labelled, could_learn)
     return rows
 
 
@@ -325,6 +342,8 @@ def _score_baselines(
 ) -> list[dict[str, object]]:
     """Score predicting no bird, and a model that knows the frequency of each species only."""
     rows = []
+    known = ~np.isnan(held_out.out_of_fold_for(held_out.experiments)[0]).any(axis=1)
+    learnable, could_learn = held_out.learnable, held_out.learnable_by(held_out.experiments)
     frequency = (targets == 1).mean(axis=0)
     all_nocall, prior = (ScoreSubject(name, 0, RECORDINGS) for name in (f"all {NOCALL}", PRIOR))
     labelled = None if held_out.labelled is None else held_out.labelled.predictions
@@ -341,16 +360,57 @@ def _score_baselines(
         rows += _simulated_rows(all_nocall, simulated, nothing, ensemble.weights)
         search = search_decision(simulated, ensemble.weights)
         rows += _simulated_rows(prior, simulated, search.cross_validated, ensemble.weights)
-        rows += ranked_rows(prior._replace(audio=SIMULATED), simulated)
+        n_left_out = int(((targets > 0) & ~learnable)[known].any(axis=0).sum())
+        rows += ranked_rows(prior._replace(audio=SIMULATED), simulated, could_learn, n_left_out)
     if labelled is not None:
         nothing = np.zeros_like(labelled.labelled_truth)
         rows += decided_rows(all_nocall._replace(audio=LABELLED), labelled, nothing)
         subject, labelled = prior._replace(audio=LABELLED), constant[LABELLED]
         if search is not None:
             rows += decided_rows(subject, labelled, labelled.decide(search.decision))
-        rows += ranked_rows(subject, labelled)
-    known = ~np.isnan(held_out.out_of_fold_for(held_out.experiments)[0]).any(axis=1)
+        rows += ranked_rows(subject, labelled, could_learn)
     if known.any():
         out_of_fold = np.where(known[:, None], frequency, np.nan)
-        rows += out_of_fold_rows(prior, out_of_fold, targets, calibrated=None)
+        rows += out_of_fold_rows(prior, out_of_fold, targets, learnable=learnable)
     return rows
+
+
+def soundscape_table(predictions: LabelledPredictions, predicted: np.ndarray) -> pd.DataFrame:
+    """Return a row per labelled soundscape, the worst first.
+
+    predicted: ``(labelled rows, known species)``. Columns: recording, rows, f1 (mean over rows),
+    and summed over rows birds (true species), hits (of these) and false (predicted, not true).
+    """
+    truth = predictions.labelled_truth
+    rows = pd.DataFrame(
+        {
+            "f1": row_f1_scores(truth, predicted),
+            "birds": truth.sum(axis=1),
+            "hits": (truth & predicted).sum(axis=1),
+            "false": (predicted & ~truth).sum(axis=1),
+        }
+    )
+    by_recording = rows.groupby(predictions.recordings)
+    table = by_recording.sum().assign(f1=by_recording["f1"].mean())
+    table.insert(0, "rows", by_recording.size())
+    table = table.rename_axis("recording").reset_index()
+    return table.sort_values("f1", kind="stable").reset_index(drop=True)
+
+
+def describe_classes(scores: pd.DataFrame) -> str:
+    """Return over how many classes the macro scores of `Evaluation.scores` are, in a sentence.
+
+    Names of one kind of audio are listed where they differ.
+    """
+    macro = scores[scores["metric"] == "macro_ap"]
+    texts = []
+    for audio, rows in macro.groupby("audio", sort=False):
+        by_counts = rows.groupby(["classes", "left_out"], sort=False)["name"].agg(list)
+        for (n_classes, n_left_out), names in by_counts.items():
+            left_out = f", {n_left_out} left out" if n_left_out else ""
+            of_names = "" if len(by_counts) == 1 else f" ({', '.join(names)})"
+            texts.append(f"{audio} {n_classes} classes{left_out}{of_names}")
+    text = f"macro scores are over: {'; '.join(texts)}"
+    if macro["left_out"].any():
+        text += " (they occur, but no member that predicts them has trained on a recording of them)"
+    return text

@@ -120,9 +120,13 @@ def plan_soundscapes(
     ``find_segment`` returns the salient segment of a recording, given its row of the table.
     ``readable``: the paths of recordings to use, None for all.
     Recordings with secondary labels are used only for species that have no others. Within a share
-    a recording is used again only after all of its group, and species alternate. Raises AudioError
-    for a recording that does not decode.
+    a recording is used again only after all of its group, and species alternate. Species that no
+    other fold has are no events: no run of this fold could learn them. Where there are no others,
+    nothing is planned. Raises AudioError for a recording that does not decode.
     """
+    is_learnable = recordings["ebird_code"].isin(
+        recordings.loc[recordings["fold"] != fold, "ebird_code"]
+    )
     grouped = recordings.assign(group=group_recordings(recordings, config.groups_per_fold))
     grouped = grouped[grouped["fold"] == fold]
     if readable is not None:
@@ -131,10 +135,13 @@ def plan_soundscapes(
     has_single = is_single.groupby(grouped["ebird_code"]).transform("any")
     # Sorted, so that the plan does not depend on the order of the table.
     candidates = grouped[is_single | ~has_single].sort_values("path")
-    planned = []
+    of_events = candidates[is_learnable[candidates.index]]
+    planned: list[SimulatedSoundscape] = []
+    if of_events.empty:
+        return planned
     for share in config.nocall_shares:
         key = (config.seed, fold, round(1000 * share))
-        event_queues = _open_queues(candidates, (*key, 0))
+        event_queues = _open_queues(of_events, (*key, 0))
         distractor_queues = _open_queues(candidates, (*key, 1))
         n_empty = _draw_empty_segments(config, share, np.random.default_rng((*key, 2)))
         for index, n_empty_segments in enumerate(n_empty):

@@ -74,48 +74,66 @@ def decided_rows(
     return [f1_row | interval._asdict(), *rows]
 
 
-def ranked_rows(subject: ScoreSubject, predictions: LabelledPredictions) -> list[dict[str, object]]:
-    """Score the ranking by the members' mean probabilities, before any decision."""
-    truth = predictions.labelled_truth[:, : len(predictions.classes)]
+def ranked_rows(
+    subject: ScoreSubject,
+    predictions: LabelledPredictions,
+    learnable: np.ndarray,
+    n_left_out: int = 0,
+) -> list[dict[str, object]]:
+    """Score the ranking by the members' mean probabilities, before any decision.
+
+    Over the classes that a member could learn, ``learnable (classes,)``. n_left_out: of classes
+    that were kept out of the soundscapes, beside species that occur there and are not learnable.
+    """
+    occurs, n_classes = predictions.labelled_truth.any(axis=0), len(predictions.classes)
+    truth = predictions.labelled_truth[:, :n_classes] & learnable
     probability = average_members(predictions.framewise)[predictions.labelled]
     values = {
-        "macro_ap": macro_average(average_precision(truth, probability)),
-        "macro_auc": macro_average(roc_auc(truth, probability)),
+        "macro_ap": average_precision(truth, probability),
+        "macro_auc": roc_auc(truth, probability),
         "lwlrap": lwlrap(truth, probability),
     }
-    occurs = truth.any(axis=0)
-    if occurs.any():
+    is_scored = truth.any(axis=0)
+    if is_scored.any():
         clipwise = average_members(predictions.clipwise)[predictions.labelled]
-        values["ece"] = expected_calibration_error(truth[:, occurs], clipwise[:, occurs])
-    return _rows(subject, values, len(truth), len(set(predictions.recordings)))
+        values["ece"] = expected_calibration_error(truth[:, is_scored], clipwise[:, is_scored])
+    n_left_out += int(occurs.sum() - is_scored.sum())
+    n_recordings = len(set(predictions.recordings))
+    return _rows(subject, values, len(truth), n_recordings, n_left_out=n_left_out)
 
 
 def out_of_fold_rows(
     subject: ScoreSubject,
     probabilities: np.ndarray,
     targets: np.ndarray,
-    calibrated: np.ndarray | None,
+    *,
+    learnable: np.ndarray,
+    calibrated: np.ndarray | None = None,
 ) -> list[dict[str, object]]:
     """Score held-out recordings ``(recordings, classes)``; rows of NaN were held out by no run.
 
     targets: 1 for the primary label, `IGNORE_TARGET` for secondary labels, which are left out of
-    all scores but LWLRAP, where every given label counts.
+    all scores but LWLRAP, where every given label counts. learnable: whether the run that held the
+    recording out could learn the class; other labels are in no score.
     """
     known = ~np.isnan(probabilities).any(axis=1)
-    probability, target = probabilities[known], targets[known]
-    is_scored = target != IGNORE_TARGET
+    probability, target, could_learn = probabilities[known], targets[known], learnable[known]
+    is_scored, is_true = (target != IGNORE_TARGET) & could_learn, (target > 0) & could_learn
+    is_right = probability.argmax(axis=1) == target.argmax(axis=1)
     values = {
-        "macro_ap": macro_average(average_precision(target > 0, probability, is_scored)),
-        "macro_auc": macro_average(roc_auc(target > 0, probability, is_scored)),
-        "lwlrap": lwlrap(target != 0, probability),
-        "top1": float((probability.argmax(axis=1) == target.argmax(axis=1)).mean()),
+        "macro_ap": average_precision(is_true, probability, is_scored),
+        "macro_auc": roc_auc(is_true, probability, is_scored),
+        "lwlrap": lwlrap((target != 0) & could_learn, probability),
+        "top1": float(np.mean(is_right[is_true.any(axis=1)])) if is_true.any() else np.nan,
     }
-    cells = target[is_scored][:, None] > 0
     for metric, predicted in (("ece", probabilities), ("ece_calibrated", calibrated)):
-        if predicted is not None:
+        if predicted is not None and is_scored.any():
             of_cells = predicted[known][is_scored][:, None]
+            cells = is_true[is_scored][:, None]
             values[metric] = expected_calibration_error(cells, of_cells)
-    return _rows(subject, values, len(probability), len(probability))
+    n_left_out = int((target > 0).any(axis=0).sum() - is_true.any(axis=0).sum())
+    n_recordings = len(probability)
+    return _rows(subject, values, n_recordings, n_recordings, n_left_out=n_left_out)
 
 
 def event_rows(
@@ -141,15 +159,30 @@ def event_rows(
 
 
 def _rows(
-    subject: ScoreSubject, values: Mapping[str, float], n_rows: int, n_recordings: int
+    subject: ScoreSubject,
+    values: Mapping[str, float | np.ndarray],
+    n_rows: int,
+    n_recordings: int,
+    *,
+    n_left_out: int = 0,
 ) -> list[dict[str, object]]:
-    """Return a row of the table of scores per metric; its keys are the columns, in order."""
-    return [
-        subject._asdict()
-        | {"metric": metric, "value": value, "low": np.nan, "high": np.nan}
-        | {"rows": n_rows, "recordings": n_recordings}
-        for metric, value in values.items()
-    ]
+    """Return a row of the table of scores per metric; its keys are the columns, in order.
+
+    A value of each class ``(classes,)``, NaN where undefined, is averaged; only such a row says
+    over how many ``classes`` it is, and how many are ``left_out``.
+    """
+    rows = []
+    for metric, value in values.items():
+        n_classes = pd.NA
+        if is_macro := isinstance(value, np.ndarray):
+            n_classes, value = int((~np.isnan(value)).sum()), macro_average(value)
+        rows.append(
+            subject._asdict()
+            | {"metric": metric, "value": value, "low": np.nan, "high": np.nan}
+            | {"rows": n_rows, "recordings": n_recordings}
+            | {"classes": n_classes, "left_out": n_left_out if is_macro else pd.NA}
+        )
+    return rows
 
 
 def wide_table(scores: pd.DataFrame) -> pd.DataFrame:
@@ -177,21 +210,14 @@ def wide_table(scores: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"name": names} | used)
 
 
-def nocall_share_table(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return row-wise F1 at each simulated share of nocall: name, share (%), value, low, high."""
-    is_share = scores["audio"].str.startswith(f"{SIMULATED} ")
-    rows = scores[is_share & (scores["metric"] == "row_wise_f1")]
-    share = rows["audio"].str.extract(r"(\d+)%")[0].astype(float)
-    return rows.assign(share=share)[["name", "share", "value", "low", "high"]]
-
-
-# --- classes, soundscapes, levels -----------------------------------------------------------------
+# --- classes, levels -----------------------------------------------------------------------------
 
 
 def per_class_table(
     classes: Sequence[str],
     *,
     targets: np.ndarray,
+    learnable: np.ndarray,
     out_of_fold: np.ndarray,
     simulated: LabelledPredictions | None,
     predicted: np.ndarray | None,
@@ -199,15 +225,19 @@ def per_class_table(
 ) -> pd.DataFrame:
     """Return a row per class: its recordings and rows, average precision, precision, recall.
 
-    targets, out_of_fold: ``(recordings, classes)``. predicted: the species predicted in the
-    labelled rows of ``simulated``, ``(rows, known species)``.
+    targets, learnable, out_of_fold: ``(recordings, classes)``, as `out_of_fold_rows` scores them;
+    left_out: the class's recordings that are not scored, where there are some. predicted: the
+    species predicted in the labelled rows of ``simulated``, ``(rows, known species)``.
     """
     known = ~np.isnan(out_of_fold).any(axis=1)
     columns = {"ebird_code": list(classes), "recordings": (targets == 1).sum(axis=0)}
     if known.any():
-        target = targets[known]
+        target, could_learn = targets[known], learnable[known]
+        n_left_out = ((target > 0) & ~could_learn).sum(axis=0)
+        if n_left_out.any():
+            columns["left_out"] = n_left_out
         columns["oof_ap"] = average_precision(
-            target > 0, out_of_fold[known], target != IGNORE_TARGET
+            (target > 0) & could_learn, out_of_fold[known], (target != IGNORE_TARGET) & could_learn
         )
     for title, predictions in (("simulated", simulated), ("labelled", labelled)):
         if predictions is not None:
@@ -223,28 +253,6 @@ def per_class_table(
             columns["simulated_precision"] = hits / predicted.sum(axis=0)
             columns["simulated_recall"] = hits / truth.sum(axis=0)
     return pd.DataFrame(columns)
-
-
-def soundscape_table(predictions: LabelledPredictions, predicted: np.ndarray) -> pd.DataFrame:
-    """Return a row per labelled soundscape, the worst first.
-
-    predicted: ``(labelled rows, known species)``. Columns: recording, rows, f1 (mean over rows),
-    and summed over rows birds (true species), hits (of these) and false (predicted, not true).
-    """
-    truth = predictions.labelled_truth
-    rows = pd.DataFrame(
-        {
-            "f1": row_f1_scores(truth, predicted),
-            "birds": truth.sum(axis=1),
-            "hits": (truth & predicted).sum(axis=1),
-            "false": (predicted & ~truth).sum(axis=1),
-        }
-    )
-    by_recording = rows.groupby(predictions.recordings)
-    table = by_recording.sum().assign(f1=by_recording["f1"].mean())
-    table.insert(0, "rows", by_recording.size())
-    table = table.rename_axis("recording").reset_index()
-    return table.sort_values("f1", kind="stable").reset_index(drop=True)
 
 
 def snr_table(
@@ -332,19 +340,3 @@ def confusion_table(
     table = table.sort_values(["true_species", "predicted_species"])
     order = (-table["recordings"] - table["rows"]).argsort(kind="stable")
     return table.iloc[order].reset_index(drop=True)
-
-
-def confusion_matrix(confusions: pd.DataFrame, max_species: int = 30) -> pd.DataFrame:
-    """Return `confusion_table` as counts, true species × predicted species, both by code.
-
-    Of more than ``max_species`` those that are confused most often.
-    """
-    total = confusions["recordings"] + confusions["rows"]
-    counts = confusions.assign(total=total).pivot(
-        index="true_species", columns="predicted_species", values="total"
-    )
-    codes = sorted({*counts.index, *counts.columns})
-    counts = counts.reindex(index=codes, columns=codes).fillna(0).astype(int)
-    by_species = counts.sum(axis=0) + counts.sum(axis=1)
-    most = by_species.sort_values(ascending=False, kind="stable").index[:max_species]
-    return counts.loc[sorted(most), sorted(most)]

@@ -241,7 +241,7 @@ def _log_outcome(run: Path, settings: TrainingSettings) -> None:
     """Log whether the run is finished, or how to resume it; ``ValueError`` if it is neither."""
     if (run / SETTINGS_FILE).is_file():
         score = read_checkpoint(run).score
-        scores = ", ".join(f"{name} {value:.3f}" for name, value in score.items())
+        scores = ", ".join(f"{name} {value:g}" for name, value in score.items())
         logger.info("%s is finished (%s): %s", settings.name, scores, run / SETTINGS_FILE)
     elif (run / STATE_FILE).is_file():
         logger.info(

@@ -53,6 +53,10 @@ def _describe_conditions(ablation: Ablation) -> str:
         line = f"- {measure.title}: {n_rows} rows of {measure.n_clusters} {kind}"
         if measure.all_nocall is not None:
             line += f"; all nocall gets {measure.all_nocall:.3f}"
+        if measure.truth is not None:
+            line += f", over {measure.n_classes} classes"
+        if measure.n_left_out:
+            line += f" ({measure.n_left_out} that occur are left out: no run could learn them)"
         lines.append(f"{line}.")
     options, training = ablation.options, ablation.options.training
     init = f"`{training.init.name}`" if training.init else "as each experiment says"

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from birdcall.config import NOCALL
 from birdcall.evaluation.decision_search import THRESHOLDS, DecisionSearchResult
-from birdcall.evaluation.tables import PRIOR
+from birdcall.evaluation.tables import PRIOR, SIMULATED
 from birdcall.report.html import HtmlTable
 from birdcall.report.plots import BLUE, COLORS, GREY, ORANGE
 from birdcall.taxonomy import display_name
@@ -178,8 +178,12 @@ def chart_votes(votes: pd.DataFrame, search: DecisionSearchResult) -> Chart | No
     )
 
 
-def chart_shares(table: pd.DataFrame) -> Chart:
-    """Draw `tables.nocall_share_table`."""
+def chart_shares(scores: pd.DataFrame) -> Chart:
+    """Draw row-wise F1 at each simulated share of nocall, of `Evaluation.scores`."""
+    is_share = scores["audio"].str.startswith(f"{SIMULATED} ")
+    rows = scores[is_share & (scores["metric"] == "row_wise_f1")]
+    share = rows["audio"].str.extract(r"(\d+)%")[0].astype(float)
+    table = rows.assign(share=share)[["name", "share", "value", "low", "high"]]
     names = [name for name in dict.fromkeys(table["name"]) if name != PRIOR]
     figure = _new_figure("rows without a bird, %", "row-wise F1, cross-validated")
     for index, name in enumerate(names):
@@ -257,8 +261,25 @@ def chart_recall_over_snr(table: pd.DataFrame) -> Chart:
     )
 
 
-def chart_confusions(counts: pd.DataFrame) -> Chart | None:
-    """Draw `tables.confusion_matrix`; None where nothing was confused."""
+def confusion_matrix(confusions: pd.DataFrame, max_species: int = 30) -> pd.DataFrame:
+    """Return `tables.confusion_table` as counts, true species × predicted species, both by code.
+
+    Of more than ``max_species`` those that are confused most often.
+    """
+    total = confusions["recordings"] + confusions["rows"]
+    counts = confusions.assign(total=total).pivot(
+        index="true_species", columns="predicted_species", values="total"
+    )
+    codes = sorted({*counts.index, *counts.columns})
+    counts = counts.reindex(index=codes, columns=codes).fillna(0).astype(int)
+    by_species = counts.sum(axis=0) + counts.sum(axis=1)
+    most = by_species.sort_values(ascending=False, kind="stable").index[:max_species]
+    return counts.loc[sorted(most), sorted(most)]
+
+
+def chart_confusions(confusions: pd.DataFrame) -> Chart | None:
+    """Draw `tables.confusion_table` as a matrix; None where nothing was confused."""
+    counts = confusion_matrix(confusions)
     if counts.empty:
         return None
     names = [display_name(code) for code in counts.index]

@@ -17,8 +17,8 @@ import birdcall
 from birdcall.audio.reading import read_audio
 from birdcall.config import SEGMENT_SECONDS, Experiment
 from birdcall.evaluation.mistakes import FALSE, Mistake, PredictedMistake
-from birdcall.evaluation.scoring import Evaluation
-from birdcall.evaluation.tables import LABELLED, confusion_matrix, nocall_share_table, wide_table
+from birdcall.evaluation.scoring import Evaluation, describe_classes
+from birdcall.evaluation.tables import LABELLED, wide_table
 from birdcall.inference.decision import Decision, average_members
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
 from birdcall.report.architecture import plot_architecture, plot_layers, read_layers
@@ -96,7 +96,8 @@ def write_report(
             "that was chosen without their recordists. On labelled soundscapes the decision is the "
             "one that was chosen on simulated soundscapes. F1 is the competition's row-wise F1. "
             "Intervals (95 %) resample groups of recordists, or labelled soundscapes. The prior "
-            "predicts from the frequency of each species alone.",
+            "predicts from the frequency of each species alone. "
+            f"{describe_classes(evaluation.scores).capitalize()}.",
         ),
         decision=describe_decision(evaluation.ensemble.decision),
         charts=charts,
@@ -194,12 +195,12 @@ def _charts(evaluation: Evaluation) -> dict[str, Chart]:
             "threshold_curves": chart_threshold_curves(evaluation.ensemble.search),
             "thresholds": chart_thresholds(evaluation.ensemble.search),
             "votes": chart_votes(evaluation.votes, evaluation.ensemble.search),
-            "shares": chart_shares(nocall_share_table(evaluation.scores)),
+            "shares": chart_shares(evaluation.scores),
             "recall": chart_recall_over_snr(evaluation.snr),
         }
     if evaluation.reliability is not None:
         charts["reliability"] = chart_reliability(evaluation.reliability)
-    charts["confusions"] = chart_confusions(confusion_matrix(evaluation.confusions))
+    charts["confusions"] = chart_confusions(evaluation.confusions)
     return {name: chart for name, chart in charts.items() if chart is not None}
 
 

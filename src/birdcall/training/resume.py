@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -281,9 +282,14 @@ class BestWeights:
     scores: dict[int, float] = field(default_factory=dict)  # of the stored epochs
 
     def offer(self, epoch: int, score: float, model: nn.Module) -> None:
-        """Store the weights of ``model`` if ``score`` is among the best so far."""
+        """Store the weights of ``model`` if ``score`` is among the best so far.
+
+        Where scores are NaN, the last epochs count as the best.
+        """
         candidates = (self.scores | {epoch: score}).items()
         ranked = sorted(candidates, key=lambda item: (-item[1], item[0]))
+        if math.isnan(score):
+            ranked = sorted(candidates, reverse=True)  # by epoch
         self.scores = dict(ranked[: self.n_best])
         if epoch in self.scores and self.writes:
             weights = {name: value.contiguous() for name, value in model.state_dict().items()}

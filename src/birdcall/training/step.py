@@ -204,8 +204,10 @@ def validate(
 ) -> dict[str, float]:
     """Return the scores of ``ensemble`` on recordings that it was not trained on.
 
-    Of several processes, each predicts a part of the recordings. A recording that cannot be read is
-    named and not scored; raises ValueError where none can.
+    macro_ap: over so many ``classes``, those that occur in the recordings and that the member could
+    learn; others that occur are ``left_out``. Of several processes, each predicts a part of the
+    recordings. A recording that cannot be read is named and not scored; raises ValueError where
+    none can.
     """
     shape = (len(recordings), len(data.classes))
     probabilities = torch.zeros(shape, device=ensemble.device)
@@ -225,7 +227,15 @@ def validate(
         raise ValueError(f"none of {len(recordings)} recordings to validate with can be read")
     # Nobody knows whether a secondary label is audible in the first seconds: it is ignored.
     targets = make_targets(recordings, data.classes, None)[is_read]
-    return {"macro_ap": round(macro_average_precision(targets, probabilities[is_read]), 4)}
+    occurs = (targets > 0).any(axis=0)
+    scored = occurs & data.learnable_classes(ensemble.members[0].checkpoint.fold)
+    macro_ap = macro_average_precision(targets[:, scored], probabilities[is_read][:, scored])
+    n_scored = int(scored.sum())
+    return {
+        "macro_ap": round(macro_ap, 4),
+        "classes": n_scored,
+        "left_out": int(occurs.sum()) - n_scored,
+    }
 
 
 def macro_average_precision(targets: np.ndarray, probabilities: np.ndarray) -> float:

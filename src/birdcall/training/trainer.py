@@ -228,7 +228,7 @@ class Training:
         if is_last or entry.epoch % self.config.validate_every == 0:
             entry.validation = self._validate(held_out)
             score = entry.validation["macro_ap"]
-            progress.validations_since_best += 1
+            progress.validations_since_best += not math.isnan(score)  # NaN: no class is scored
             if score > progress.best_score:
                 progress.best_score, progress.validations_since_best = score, 0
             if self.config.optimizer.average_best:
