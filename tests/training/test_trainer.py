@@ -35,17 +35,36 @@ def with_train(experiment, **changes):
     return replace_nested(experiment, train=changes)
 
 
-def batch_of(waveform, target):
+def batch_of(waveform, target, weight=None):
     n_clips = len(waveform)
     names = tuple(f"clip{number}" for number in range(n_clips))
-    return ClipBatch(
-        waveform=waveform, target=target, weight=torch.ones(n_clips), recordings=names, failures=()
-    )
+    weight = torch.ones(n_clips) if weight is None else weight
+    return ClipBatch(waveform, target, weight, recordings=names, failures=())
 
 
-def loss_of(model, waveform, target, experiment, position=0):
+def loss_of(model, waveform, target, experiment, position=0, weight=None):
     batch_loss = BatchLoss(model, experiment, torch.device("cpu"))
-    return batch_loss(batch_of(waveform, target), epoch=0, position=position)
+    return batch_loss(batch_of(waveform, target, weight), epoch=0, position=position)
+
+
+def test_a_mix_weighs_as_the_ratings_of_its_parts_do_on_average(tiny_experiment):
+    """Two clips, each mixed with the other: both have half of each part's weight."""
+    torch.manual_seed(0)
+    augment = replace(NO_AUGMENT, mixup_probability=1.0)
+    experiment = with_train(replace(tiny_experiment, augment=augment), loss={"rating_weight": True})
+    model = build_model(experiment, 3).eval()
+    waveform, target = 0.1 * torch.randn(2, 64_000), torch.eye(3)[:2]
+    whole = loss_of(model, waveform, target, experiment)
+    mixed = loss_of(model, waveform, target, experiment, weight=torch.tensor([0.1, 0.9]))
+    torch.testing.assert_close(mixed, 0.5 * whole)
+    # A clip that could not be read is silent, weighs nothing, and is added to no other.
+    waveform[1] = 0
+    alone = loss_of(model, waveform, target, experiment, weight=torch.tensor([0.8, 0.0]))
+    twice = loss_of(model, waveform, target, experiment, weight=torch.tensor([0.4, 0.0]))
+    torch.testing.assert_close(alone, 2 * twice)
+    plain = with_train(experiment, loss={"rating_weight": False})
+    expected = loss_of(model, waveform, target, plain, weight=torch.tensor([0.8, 0.0]))
+    torch.testing.assert_close(alone, expected)
 
 
 def test_a_model_can_learn_one_batch_by_heart(tiny_experiment):

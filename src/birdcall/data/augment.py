@@ -308,7 +308,7 @@ def augment_batch(
     no power to match: nothing is added to it, and it is not added. The shift is circular.
     """
     waveforms, targets = (waveform, target) if whole_batch is None else whole_batch
-    scale = _mix_scale(waveforms, draws)
+    scale = mix_scale(waveforms, draws)
     augmented = torch.empty_like(waveform)
     n_samples = waveform.shape[1]
     rows = zip(
@@ -337,7 +337,7 @@ def augment_batch(
     return augmented, torch.where(highest > 0, highest, together.amin(dim=1))
 
 
-def _mix_scale(waveform: Tensor, draws: BatchDraws) -> Tensor:
+def mix_scale(waveform: Tensor, draws: BatchDraws) -> Tensor:
     """Return ``(n, 2)``, on the waveform's device: the factor on each partner, 0 where silent."""
     mix_gain = draws.mix_gain.to(waveform.device)
     if not draws.mix_gain.any():

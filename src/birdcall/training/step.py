@@ -16,7 +16,7 @@ from torch.nn import functional
 from birdcall.audio.frontend import SpecAugment
 from birdcall.audio.reading import AudioError, warn_once
 from birdcall.config import Experiment, LossConfig, OptimizerConfig
-from birdcall.data.augment import BatchDraws, augment_batch
+from birdcall.data.augment import BatchDraws, augment_batch, mix_scale
 from birdcall.data.dataset import TrainingData
 from birdcall.data.loader import ClipBatch
 from birdcall.data.targets import IGNORE_TARGET, make_targets
@@ -134,9 +134,7 @@ class BatchLoss:
         The loss is NaN where the network's output is not finite, because cross-entropy of NaN would
         end a CUDA process without naming the batch. ``preview`` receives the first clips.
         """
-        waveform = batch.waveform.to(self.device, non_blocking=True)
-        target = batch.target.to(self.device, non_blocking=True)
-        waveform, target, masks = self._augment(waveform, target, epoch, position)
+        waveform, target, weight, masks = self._augment(batch, epoch, position)
         log_mel = self._masks.hide(self.model.frontend(waveform), masks)
         config = self.experiment.train
         dtype = _DTYPES[config.precision]
@@ -149,26 +147,34 @@ class BatchLoss:
         if not (output.framewise.isfinite().all() and output.clipwise.isfinite().all()):
             # Still a function of the weights: the other processes wait for its gradients.
             return output.framewise.sum() * math.nan
-        weight = batch.weight.to(self.device, non_blocking=True)
         return sed_loss(output, target, config.loss, weight)
 
     def _augment(
-        self, waveform: Tensor, target: Tensor, epoch: int, position: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return augmented waveforms and targets, and the draws of their SpecAugment masks."""
+        self, batch: ClipBatch, epoch: int, position: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return augmented waveforms, their targets and weights, and draws of SpecAugment masks."""
+        waveform, target, weight = (
+            tensor.to(self.device, non_blocking=True)
+            for tensor in (batch.waveform, batch.target, batch.weight)
+        )
         n_clips = len(waveform) * self.distributed.world_size
         entropy = (self.experiment.train.seed, epoch, position)
         seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
         generator = torch.Generator().manual_seed(int(seed[0] >> np.uint64(1)))
         draws = BatchDraws.draw(n_clips, self.experiment.augment, generator)
-        whole_batch = None
+        waveforms, targets, weights = waveform, target, weight
         if self.distributed.world_size > 1:
             # A clip can be mixed with a clip of another process.
-            whole_batch = (self.distributed.gather(waveform), self.distributed.gather(target))
+            waveforms, targets, weights = map(self.distributed.gather, (waveform, target, weight))
             part = self.distributed.part(n_clips)
             draws = draws.part(part.start, part.stop)
-        waveform, target = augment_batch(waveform, target, draws, whole_batch)
-        return waveform, target, draws.masks
+        if self.experiment.train.loss.rating_weight:
+            # A mix is as good as its parts are on average.
+            is_added = mix_scale(waveforms, draws) > 0
+            added = torch.where(is_added, weights[draws.partners.to(self.device)], 0)
+            weight = (weight + added.sum(dim=1)) / (1 + is_added.sum(dim=1))
+        waveform, target = augment_batch(waveform, target, draws, (waveforms, targets))
+        return waveform, target, weight, draws.masks
 
 
 def warmup_cosine(config: OptimizerConfig, step: int, n_steps: int) -> float:
