@@ -398,7 +398,7 @@ def soundscape_table(predictions: LabelledPredictions, predicted: np.ndarray) ->
 
 
 def describe_classes(scores: pd.DataFrame) -> str:
-    """Return over how many classes the macro scores of `Evaluation.scores` are, in a sentence.
+    """Return over how many classes the macro scores of `Evaluation.scores` are, in sentences.
 
     Names of one kind of audio are listed where they differ.
     """
@@ -410,7 +410,7 @@ def describe_classes(scores: pd.DataFrame) -> str:
             left_out = f", {n_left_out} left out" if n_left_out else ""
             of_names = "" if len(by_counts) == 1 else f" ({', '.join(names)})"
             texts.append(f"{audio} {n_classes} classes{left_out}{of_names}")
-    text = f"macro scores are over: {'; '.join(texts)}"
+    text = f"Macro scores are over: {'; '.join(texts)}."
     if macro["left_out"].any():
-        text += " (they occur, but no member that predicts them has trained on a recording of them)"
+        text += " Left out: they occur, but no member that predicts them has trained on one."
     return text

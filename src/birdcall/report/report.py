@@ -97,7 +97,7 @@ def write_report(
             "one that was chosen on simulated soundscapes. F1 is the competition's row-wise F1. "
             "Intervals (95 %) resample groups of recordists, or labelled soundscapes. The prior "
             "predicts from the frequency of each species alone. "
-            f"{describe_classes(evaluation.scores).capitalize()}.",
+            + describe_classes(evaluation.scores),
         ),
         decision=describe_decision(evaluation.ensemble.decision),
         charts=charts,
