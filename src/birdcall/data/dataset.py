@@ -102,11 +102,9 @@ class TrainingData:
     def learnable_classes(self, fold: int) -> np.ndarray:
         """Return which classes a run that holds out ``fold`` can learn, boolean ``(classes,)``.
 
-        Those with a recording in its training part, by the primary label: what a secondary label
-        teaches depends on the experiment. Only these are scored where this run predicts.
+        By primary labels: what a secondary one teaches depends on the experiment.
         """
-        training_part, _ = self.split(fold)
-        return np.isin(self.classes, training_part["ebird_code"].unique())
+        return np.isin(self.classes, self.split(fold)[0]["ebird_code"].unique())
 
     def split_noise(self, fold: int) -> tuple[list[Path], list[Path]]:
         """Return the noise to train and to validate with; no source is in both."""
@@ -220,11 +218,9 @@ class ClipDataset:
         self.seconds = recordings["seconds"].to_numpy(dtype=np.float64)
         self.codes = pd.factorize(recordings["ebird_code"])[0]
         self.targets = make_targets(recordings, data.classes, loss.secondary_label_weight)
-        self.strong_targets = (
-            None
-            if data.strong_labels is None
-            else StrongTargets(recordings, data.classes, data.strong_labels)
-        )
+        self.strong_targets: StrongTargets | None = None
+        if data.strong_labels is not None:
+            self.strong_targets = StrongTargets(recordings, data.classes, data.strong_labels)
         self.weights = (
             rating_weights(recordings["rating"]) if loss.rating_weight else np.ones(len(self.paths))
         )
