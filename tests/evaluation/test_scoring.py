@@ -14,6 +14,7 @@ from birdcall.evaluation.metrics import row_f1_scores, row_wise_f1
 from birdcall.evaluation.mistakes import MISSED, find_mistakes
 from birdcall.evaluation.predict import predict_held_out
 from birdcall.evaluation.scoring import decide_ensemble, describe_classes, evaluate
+from birdcall.evaluation.simulation import plan_soundscapes
 from birdcall.inference.decision import Decision, read_decision, write_decision
 from birdcall.inference.ensemble import load_ensemble
 from birdcall.kaggle.submission import LoadedPackage, predict_test_set
@@ -294,6 +295,28 @@ def test_labelled_soundscapes_are_scored_over_what_any_member_could_learn(with_r
     missed = {item.ebird_code for item in missed if item.kind == MISSED}
     assert missed
     assert first not in missed
+
+
+def test_where_no_run_could_learn_what_it_held_out_there_is_no_score_and_no_error(held_out):
+    """Fold 0 has recordings of the first class only, fold 1 of the second."""
+    data = held_out.data
+    codes = np.where(data.recordings["fold"] == 0, data.classes[0], data.classes[1])
+    recordings = data.recordings.assign(
+        ebird_code=codes, secondary_codes=[() for _ in data.recordings.index]
+    )
+    assert all(
+        plan_soundscapes(recordings, fold, held_out.config, find_segment=None) == []
+        for fold in data.folds
+    )
+    changed = replace(held_out, data=replace(data, recordings=recordings), simulated={})
+    evaluation = evaluate(changed)
+    assert evaluation.ensemble.decision.chosen_on == "nothing"
+    row = evaluation.scores.set_index(["name", "audio", "metric"]).loc[
+        "tiny", "recordings", "macro_ap"
+    ]
+    assert pd.isna(row["value"])
+    assert (row["classes"], row["left_out"]) == (0, 2)
+    assert "recordings 0 classes, 2 left out;" in describe_classes(evaluation.scores)
 
 
 def test_a_sentence_says_over_how_many_classes_the_macro_scores_are(evaluation, with_rare_class):
