@@ -391,7 +391,12 @@ def test_tables_and_picture_are_written(real):
     assert len(table) == 4
     assert {"soundscape_f1", "clips_per_second", "loss_change_last_fifth"} <= set(table)
     assert len(pd.read_csv(folder / "ablation_differences.csv")) == len(ablation.measures)
-    assert len(pd.read_csv(folder / "ablation_means.csv")) == 2 * len(ablation.measures)
+    means = pd.read_csv(folder / "ablation_means.csv")
+    assert len(means) == 2 * len(ablation.measures)
+    of_recordings = means[means["measure"] == "oof_ap"]
+    assert (of_recordings["classes"] == len(ablation.data.classes)).all()
+    assert (of_recordings["left_out"] == 0).all()
+    assert means.loc[means["measure"] == "oof_top1", "classes"].isna().all()
     height, width = matplotlib.image.imread(folder / "ablation.png").shape[:2]
     assert width == 1320
     assert height > 500

@@ -10,7 +10,7 @@ import pytest
 
 from birdcall.evaluation.decision_search import THRESHOLDS
 from birdcall.evaluation.predictions import LabelledPredictions
-from birdcall.evaluation.scoring import evaluate, soundscape_table
+from birdcall.evaluation.scoring import describe_classes, evaluate, soundscape_table
 from birdcall.inference.decision import Decision
 from birdcall.report.charts import (
     chart_confusions,
@@ -43,6 +43,7 @@ def test_the_page_needs_nothing_but_itself(evaluation, page):
     for name in ("tiny", "other", "ensemble", "all nocall", "prior", "American Crow"):
         assert name in body
     assert describe_decision(evaluation.ensemble.decision).replace(">", "&gt;") in body
+    assert describe_classes(evaluation.scores) in body
     assert body.count("class='chart'") == 8
     assert "default-src 'none'" in page
 
