@@ -30,7 +30,7 @@ from birdcall.models.sed import (
 _ENERGY_SHARE = 0.95
 _IMAGE_FRAMES = 1024  # ten seconds of PANNs' front end: wider than any field measured so far
 _N_INPUTS = 4
-_N_PROBES, _PROBE_STRIDES = 8, 12
+_N_PROBES, _PROBE_STRIDES = 8, 16
 _PROBE_RMS = 0.01  # of noise as loud as a quiet recording's
 _BACKBONE_DEPTH = 2  # timm's stages lie no deeper: layer3, blocks.4, features.denseblock2
 
@@ -215,19 +215,17 @@ def measure_frame_times(model: SEDModel, n_frames: int) -> FrameTimes:
         image = model.frontend(noise.to(model.mel_norm.weight.device)).requires_grad_()
         features = model.extract(image)
         signs = torch.randint(0, 2, features.shape[:2], generator=generator) * 2.0 - 1
-        inputs = torch.arange(_N_PROBES)
-        frames = features.shape[2] // 2 + inputs - _N_PROBES // 2  # those in the middle
-        units = features[inputs, :, frames] * signs.to(features)
+        middle = features.shape[2] // 2
+        units = features[:, :, middle] * signs.to(features)
         (gradient,) = torch.autograd.grad(units.sum(), image)
         shorter = image.detach()[:1, :, : -_PROBE_STRIDES // 2 * MIN_FRAMES]
         n_shorter = model.extract(shorter).shape[2]
     model.train(was_training)
     step = _PROBE_STRIDES // 2 * MIN_FRAMES / (features.shape[2] - n_shorter)
-    weight = gradient.abs().sum(dim=(1, 3)).double().cpu()  # (inputs, frames of the image)
+    weight = gradient.abs().sum(dim=(0, 1, 3)).double().cpu()
     # A layer that averages over the whole image adds the same everywhere.
-    weight = (weight - weight.median(dim=1, keepdim=True).values).clamp(min=0)
-    moments = torch.arange(n_image)[None] - step * frames[:, None]
-    start = float((weight * moments).sum() / weight.sum())
+    weight = (weight - weight.median()).clamp(min=0)
+    start = float((weight * torch.arange(n_image)).sum() / weight.sum()) - step * middle
     if not math.isfinite(start):  # the weights are NaN, or all zero: it predicts nothing anyway
         start = (step - 1) / 2
     seconds = model.frontend.frame_seconds
