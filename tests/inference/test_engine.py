@@ -87,10 +87,12 @@ def test_a_member_predicts_the_same_alone_and_in_an_ensemble(members):
 def test_members_that_share_a_front_end_share_its_log_mel(members, monkeypatch):
     calls = []
     forward = LogMel.forward
+    ensemble = Ensemble(members)
+    predict_waveforms(ensemble, {RATE: noise(5)})  # the first time, it measures when frames are
     monkeypatch.setattr(
         LogMel, "forward", lambda self, w: calls.append(self.config.hop_length) or forward(self, w)
     )
-    predict_waveforms(Ensemble(members), {RATE: noise(5)})
+    predict_waveforms(ensemble, {RATE: noise(5)})
     assert set(calls) == {1000, 800}
     assert calls.count(1000) == calls.count(800)
 
@@ -156,7 +158,8 @@ def test_frames_are_where_the_shout_is_in_windows_of_any_length(members):
         moved = np.abs(shout - quiet).sum(axis=0)
         changed = np.flatnonzero(moved > moved.max() / 2) * 5 / FRAMES_PER_SEGMENT
         assert changed[0] > 9.5  # the frames of the network are a second long
-        assert changed[-1] < 12.6
+        assert changed[-1] < 13.0
+        assert abs((changed[0] + changed[-1] + 0.1) / 2 - 11.5) < 0.25
 
 
 def test_an_export_for_other_windows_is_not_used(members):

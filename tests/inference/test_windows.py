@@ -4,10 +4,23 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from birdcall.inference.windows import SINGLE_SEGMENT, End, Window, WindowConfig, cut_windows
+from birdcall.audio.frontend import LogMel
+from birdcall.config import FrontendConfig
+from birdcall.inference.windows import (
+    FRAME_SECONDS,
+    SINGLE_SEGMENT,
+    End,
+    SegmentModel,
+    Window,
+    WindowConfig,
+    cut_windows,
+)
+from birdcall.models.sed import MaxHead, MeanPooling, SEDModel
 
 RATE = 100
 
@@ -83,3 +96,48 @@ def test_context_is_a_whole_number_of_frames(context):
 def test_a_window_has_at_least_one_segment(n):
     with pytest.raises(ValueError, match="window_segments"):
         WindowConfig(n)
+
+
+class LateBackbone(nn.Module):
+    """Means of 32 frames; before the first there is padding, so all are earlier than they seem."""
+
+    def __init__(self, padding):
+        super().__init__()
+        self.padding = padding
+
+    def forward_features(self, image):
+        padded = nn.functional.pad(image, (0, 0, self.padding, 0), mode="replicate")
+        return nn.functional.avg_pool2d(padded, (32, image.shape[3]))
+
+
+@pytest.mark.parametrize("padding", [0, 24])
+@pytest.mark.parametrize(
+    "window_config", [SINGLE_SEGMENT, WindowConfig(2), WindowConfig(1, 2.5)], ids=str
+)
+def test_a_frame_of_a_segment_predicts_what_is_then(window_config, padding):
+    """Where the sound says what time it is, every frame says its own time."""
+    frontend = LogMel(FrontendConfig(hop_length=640, n_mels=8))
+    model = SEDModel(
+        frontend=frontend,
+        backbone=LateBackbone(padding),
+        n_features=1,
+        pooling=MeanPooling(),
+        temporal=nn.Identity(),
+        head=MaxHead(1, 1),
+        dropout=0.0,
+    ).eval()
+    for name, value in {"project": 0.5, "head.detection": 0.1}.items():
+        nn.init.constant_(model.get_submodule(name).weight, value)
+        nn.init.zeros_(model.get_submodule(name).bias)
+    n_frames = round(window_config.window_seconds / frontend.frame_seconds) + 1
+    clock = frontend.frame_seconds * torch.arange(n_frames)
+    with torch.inference_mode():
+        output = SegmentModel(model, window_config)(clock[None, None, :, None].expand(1, 1, -1, 8))
+    # The model adds its maximum over three frames, a step later, to their mean.
+    step = 32 * frontend.frame_seconds
+    said = torch.logit(output.frames[0, 0]).numpy() / 0.1 - step / 2
+    true = window_config.context_seconds + (np.arange(len(said)) + 0.5) * FRAME_SECONDS
+    # Between the first two and the last two frames of the network, at the ends of the window.
+    inside = (true > 1.5 * step) & (true < window_config.window_seconds - 2.5 * step)
+    assert inside.sum() > 20
+    np.testing.assert_allclose(said[inside], true[inside], atol=0.01)

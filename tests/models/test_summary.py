@@ -14,6 +14,7 @@ from birdcall.models.summary import (
     describe_model,
     experiments_table,
     measure_field,
+    measure_frame_times,
     shortest_interval,
 )
 
@@ -141,3 +142,114 @@ def test_the_table_has_a_row_for_each_experiment_in_the_order_asked_for():
     assert table["parameters_m"].tolist() == [1.4, 3.8]
     assert (table["stride_frames"] == 32).all()
     assert table["field_frames"].is_monotonic_increasing  # kernels of 5 have a wider field
+
+
+# --- the times of frames ---
+
+
+class SamePaddedConv(nn.Conv2d):
+    """Pads as TensorFlow does: an odd number of points is one more at the end."""
+
+    def forward(self, image):
+        sides = []
+        for size, kernel, stride in zip(
+            reversed(image.shape[2:]),
+            reversed(self.kernel_size),
+            reversed(self.stride),
+            strict=True,
+        ):
+            missing = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            sides += [missing // 2, missing - missing // 2]
+        return super().forward(nn.functional.pad(image, sides))
+
+
+def model_with(backbone, tiny_experiment):
+    """The tiny model with another backbone, of one channel; its frames are 31.25 ms apart."""
+    model = build_model(tiny_experiment, 3).eval()
+    model.backbone = backbone
+    return model
+
+
+def same_padded(kernel_size, halvings=5):
+    layers = [SamePaddedConv(1, 1, kernel_size, 2, bias=False) for _ in range(halvings)]
+    for layer in layers:
+        nn.init.ones_(layer.weight)
+    return Backbone(*layers)
+
+
+@pytest.mark.parametrize(("kernel_size", "n_frames"), [(3, 161), (3, 160), (3, 150), (5, 481)])
+def test_frames_are_centred_where_strides_and_paddings_say(kernel_size, n_frames, tiny_experiment):
+    centre, stride, size = 0, 1, n_frames
+    for _ in range(5):
+        size_after = -(-size // 2)
+        padding = (size_after - 1) * 2 + kernel_size - size
+        centre += stride * ((kernel_size - 1) / 2 - padding // 2)
+        stride, size = 2 * stride, size_after
+    times = measure_frame_times(model_with(same_padded(kernel_size), tiny_experiment), n_frames)
+    assert times.step == pytest.approx(32 / 32)  # 32 frames of 1000 samples
+    assert times.start == pytest.approx(centre / 32, abs=0.02)
+
+
+class Shortcut(nn.Module):
+    """A ResNet-D block of stride 32: a mean of all frames beside a filter on the first of them."""
+
+    def __init__(self, share):
+        super().__init__()
+        self.share = share
+
+    def forward(self, image):
+        n_frames = image.shape[2] // 32 * 32
+        mean = nn.functional.avg_pool2d(image[:, :, :n_frames], (32, 8))
+        first = nn.functional.avg_pool2d(image[:, :, :n_frames:32], (1, 8))
+        return (1 - self.share) * mean + self.share * first
+
+
+def test_the_weights_decide_between_two_paths_of_different_times(tiny_experiment):
+    for share in (0.0, 0.25, 1.0):
+        model = model_with(Backbone(Shortcut(share)), tiny_experiment)
+        start = measure_frame_times(model, 161).start * 32
+        assert start == pytest.approx((1 - share) * 15.5, abs=0.6)
+
+
+def pulse_centres(model, n_frames):
+    """Return an output frame, and where pulses in the input change it and the next one most.
+
+    The pulses are moved through an image of noise. An average of their positions, weighted by what
+    they change, in input frames.
+    """
+    generator = torch.Generator().manual_seed(5)
+    n_samples = (n_frames - 1) * model.frontend.config.hop_length
+    with torch.inference_mode():
+        image = model.frontend(0.01 * torch.randn(4, n_samples, generator=generator))
+        before = model.extract(image)
+        first = before.shape[2] // 2 - 1
+        positions = torch.arange(32 * (first - 3), 32 * (first + 6), 3)
+        changes = []
+        for position in positions:
+            pulsed = image.clone()
+            pulsed[:, :, position] += 0.05  # dB
+            changes.append((model.extract(pulsed) - before).abs().sum(dim=(0, 1)))
+    weight = torch.stack(changes)[:, [first, first + 1]].double()
+    weight = (weight - weight.median(dim=0).values).clamp(min=0)
+    return first, ((weight * positions[:, None]).sum(dim=0) / weight.sum(dim=0)).tolist()
+
+
+@pytest.mark.parametrize(
+    "backbone", ["test_byobnet", "test_resnet", "test_efficientnet", "test_convnext"]
+)
+def test_frames_are_centred_where_a_pulse_changes_them_most(backbone, tiny_experiment):
+    experiment = replace(
+        tiny_experiment,
+        frontend=replace(tiny_experiment.frontend, hop_length=640),  # 20 ms
+        model=replace(tiny_experiment.model, backbone=backbone),
+    )
+    torch.manual_seed(0)
+    model = build_model(experiment, 3)
+    model.train()(0.01 * torch.randn(8, 64_000))  # statistics of noise
+    model.eval()
+    n_frames = 251  # five seconds
+    times = measure_frame_times(model, n_frames)
+    assert times.step == pytest.approx(32 * 0.02)
+    first, centres = pulse_centres(model, n_frames + 4 * 32)
+    start = np.mean([centre - 32 * (first + i) for i, centre in enumerate(centres)])
+    assert times.start == pytest.approx(start * 0.02, abs=0.02)

@@ -196,7 +196,7 @@ class Ensemble:
                         "%s: ONNX Runtime fails, torch runs in its place: %s", member.name, error
                     )
             with exact_float32(device):  # TF32 is off by 3e-3 in probability
-                result: SegmentOutput = network(log_mel)
+                result: SegmentOutput = network(log_mel, with_frames="frames" in outputs)
             return [getattr(result, name).cpu().numpy() for name in outputs]
 
         return predict

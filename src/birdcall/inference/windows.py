@@ -25,6 +25,7 @@ from birdcall.models.checkpoint import (
     load_model,
 )
 from birdcall.models.sed import SEDModel
+from birdcall.models.summary import FrameTimes, measure_frame_times
 from birdcall.storage.files import UserError, atomic_path
 
 logger = logging.getLogger(__name__)
@@ -149,7 +150,8 @@ class SegmentOutput(NamedTuple):
     """The output of a network for the segments of its windows, float32.
 
     clipwise, framewise: ``(windows, segments, classes)`` probabilities; framewise is the highest of
-    the segment's frames. frames: ``(windows, classes, segments * FRAMES_PER_SEGMENT)``. embedding:
+    the network's frames in the segment. frames: ``(windows, classes, segments *
+    FRAMES_PER_SEGMENT)``, interpolated between the network's, at even distances. embedding:
     ``(windows, segments, temporal_size)``, the mean over the segment of what the head receives.
     """
 
@@ -164,40 +166,41 @@ class SegmentModel(nn.Module):
 
     log_mel ``(windows, channels, frames, n_mels)`` → `SegmentOutput`. The network receives the
     whole window; the head pools the frames of each segment apart, so that a species of the next
-    segment is not in it.
+    segment is not in it. The frames of a segment are interpolated between the network's frames;
+    when those are is measured once, at the first call.
     """
 
     def __init__(self, model: SEDModel, window_config: WindowConfig = SINGLE_SEGMENT) -> None:
         super().__init__()
         self.model, self.window_config = model, window_config
+        self._times: FrameTimes | None = None
 
-    def forward(self, log_mel: Tensor) -> SegmentOutput:
+    def forward(self, log_mel: Tensor, *, with_frames: bool = True) -> SegmentOutput:
+        """with_frames: if not, ``frames`` may be empty, and no times need to be measured."""
         n_segments = self.window_config.window_segments
-        context = round(self.window_config.context_seconds / FRAME_SECONDS)
         features = self.model.features(log_mel)
         if self.window_config != SINGLE_SEGMENT:
-            n_frames = n_segments * FRAMES_PER_SEGMENT
-            fine = _resample_frames(features, n_frames + 2 * context)[
-                ..., context : context + n_frames
-            ]
-            parts = fine.unflatten(2, (n_segments, FRAMES_PER_SEGMENT))
+            parts = self._resample(features, log_mel).unflatten(2, (n_segments, -1))
             features = parts.transpose(1, 2).flatten(0, 1)
         clipwise, framewise = self.model.head(features)
-        frames = _resample_frames(framewise, FRAMES_PER_SEGMENT).unflatten(0, (-1, n_segments))
+        if self.window_config != SINGLE_SEGMENT:
+            frames = framewise
+        else:
+            frames = self._resample(framewise, log_mel) if with_frames else framewise[..., :0]
         return SegmentOutput(
             clipwise.unflatten(0, (-1, n_segments)),
             framewise.amax(dim=2).unflatten(0, (-1, n_segments)),
-            frames.transpose(1, 2).flatten(2),
+            frames.unflatten(0, (-1, n_segments)).transpose(1, 2).flatten(2),
             features.mean(dim=2).unflatten(0, (-1, n_segments)).float(),
         )
 
-
-def _resample_frames(frames: Tensor, n_frames: int) -> Tensor:
-    """Repeat or leave out frames ``(…, frames)``, evenly, so that there are ``n_frames``."""
-    n_given = frames.shape[-1]
-    if n_given == n_frames:
-        return frames
-    return frames[..., torch.arange(n_frames, device=frames.device) * n_given // n_frames]
+    def _resample(self, frames: Tensor, log_mel: Tensor) -> Tensor:
+        """Return the network's ``frames`` at the middles of the frames of all segments."""
+        if self._times is None:
+            self._times = measure_frame_times(self.model, log_mel.shape[2])
+        number = np.arange(self.window_config.window_segments * FRAMES_PER_SEGMENT)
+        moments = self.window_config.context_seconds + (number + 0.5) * FRAME_SECONDS
+        return self._times.interpolate(frames, moments)
 
 
 # --- export as ONNX -------------------------------------------------------------------------------
@@ -223,16 +226,16 @@ def export_checkpoint(
     require_choice("source", source, _SOURCES)
     model, checkpoint = load_model(folder)
     waveforms = probe_windows(checkpoint.experiment.frontend.sample_rate, window_config)
+    detector = SegmentModel(model, window_config)
     with torch.inference_mode():
         log_mel = model.frontend(waveforms)
-        outputs = SegmentModel(model, window_config)(log_mel)
+        outputs = detector(log_mel)  # it measures the times of the frames, which are exported
     expected = {name: value.numpy() for name, value in outputs._asdict().items()}
     if source == "log_mel":
         inputs, frontend = log_mel, nn.Identity()
     else:  # the exported front end computes its spectra by convolution
         inputs = waveforms
         frontend = LogMel(replace(checkpoint.experiment.frontend, implementation="conv"))
-    detector = SegmentModel(model, window_config)
     network = nn.Sequential(OrderedDict(frontend=frontend, detector=detector))
     with atomic_path(path) as temporary:
         export_onnx(
@@ -266,6 +269,7 @@ def _describe_export(
         "classes": checkpoint.classes,
         "window_config": asdict(window_config),
         "input": source,
+        "frame_times": "measured",  # exports without this have the times of equal parts
     }
     return {_METADATA_KEY: json.dumps(about)}
 

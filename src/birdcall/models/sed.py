@@ -18,7 +18,8 @@ class SEDOutput(NamedTuple):
     """Probabilities in [0, 1], float32.
 
     clipwise: ``(batch, classes)``, of a species in the clip.
-    framewise: ``(batch, classes, frames)``, over time; frames divide the clip into equal parts.
+    framewise: ``(batch, classes, frames)``, over time; when a frame is depends on the backbone, see
+    `birdcall.models.summary.measure_frame_times`.
     """
 
     clipwise: Tensor
@@ -231,7 +232,16 @@ class SEDModel(nn.Module):
         return self.dropout(self.temporal(self.embed(log_mel)))
 
     def embed(self, log_mel: Tensor) -> Tensor:
-        """Return the projected backbone features ``(batch, temporal_size, frames)``.
+        """Return the projected backbone features ``(batch, temporal_size, frames)``."""
+        features = self.extract(log_mel)
+        # A little context for every frame (1st place, after PANNs).
+        features = functional.max_pool1d(features, 3, 1, 1) + functional.avg_pool1d(
+            features, 3, 1, 1
+        )
+        return functional.relu(self.project(self.dropout(features)))
+
+    def extract(self, log_mel: Tensor) -> Tensor:
+        """Return the backbone's features, pooled over frequency, ``(batch, n_features, frames)``.
 
         Of an image with fewer than ``MIN_FRAMES`` frames the last frame is repeated.
         """
@@ -244,12 +254,7 @@ class SEDModel(nn.Module):
         if missing > 0:  # shorter images vanish in backbones that round down, such as DenseNet
             image = torch.cat((image, image[:, :, -1:].expand(-1, -1, missing, -1)), dim=2)
         image = image.contiguous(memory_format=self.memory_format)
-        features = self.pooling(self.backbone.forward_features(image))
-        # A little context for every frame (1st place, after PANNs).
-        features = functional.max_pool1d(features, 3, 1, 1) + functional.avg_pool1d(
-            features, 3, 1, 1
-        )
-        return functional.relu(self.project(self.dropout(features)))
+        return self.pooling(self.backbone.forward_features(image))
 
 
 def build_model(experiment: Experiment, n_classes: int, *, pretrained: bool = False) -> SEDModel:

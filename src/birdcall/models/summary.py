@@ -1,20 +1,22 @@
-"""Measure what models are: their weights, stages, strides and effective receptive fields."""
+"""Measure what models are: weights, stages, strides, receptive fields, the times of frames."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from birdcall.config import Experiment, ModelConfig
 from birdcall.experiments import find_experiment
-from birdcall.models.backbones import build_backbone
+from birdcall.models.backbones import MIN_FRAMES, build_backbone
 from birdcall.models.sed import (
     AttentionHead,
     GeM,
@@ -28,6 +30,8 @@ from birdcall.models.sed import (
 _ENERGY_SHARE = 0.95
 _IMAGE_FRAMES = 1024  # ten seconds of PANNs' front end: wider than any field measured so far
 _N_INPUTS = 4
+_N_PROBES, _PROBE_STRIDES = 8, 16
+_PROBE_RMS = 0.01  # of noise as loud as a quiet recording's
 _BACKBONE_DEPTH = 2  # timm's stages lie no deeper: layer3, blocks.4, features.denseblock2
 
 
@@ -166,6 +170,66 @@ def _centre_gradient(backbone: nn.Module, image: Tensor) -> Tensor:
     signs = torch.randint(0, 2, unit.shape, generator=generator) * 2 - 1
     (gradient,) = torch.autograd.grad((unit * signs).sum(), image)
     return gradient[0].norm(dim=0)  # not its square, which would underflow at the edges
+
+
+# --- the times of frames ---
+
+
+class FrameTimes(NamedTuple):
+    """When the frames of a network's output are: frame i is centred at ``start + i * step`` s."""
+
+    start: float
+    step: float
+
+    def interpolate(self, frames: Tensor, moments: np.ndarray) -> Tensor:
+        """Return ``frames`` ``(…, frames)`` at these moments, in seconds: ``(…, moments)``.
+
+        Between two centres they are interpolated, before the first and after the last constant.
+        """
+        last = frames.shape[-1] - 1
+        position = np.clip((moments - self.start) / self.step, 0, last)
+        before = position.astype(int)
+        weight = torch.tensor(position - before, dtype=frames.dtype, device=frames.device)
+        after = np.minimum(before + 1, last)
+        return torch.lerp(frames[..., before.tolist()], frames[..., after.tolist()], weight)
+
+
+def measure_frame_times(model: SEDModel, n_frames: int) -> FrameTimes:
+    """Measure when the output frames of ``model`` are, for a log_mel of ``n_frames`` frames.
+
+    They do not divide a clip into equal parts: paddings shift them, and their number is rounded. A
+    frame is centred where it depends on its input: at the mean time of the absolute gradient of the
+    backbone's features, in noise. The weights are those of ``model``, as trained: where a shortcut
+    averages two frames and the block beside it is centred on the first, they decide between both.
+    """
+    # Padding to the "same" size depends on whether a length is even, at every halving: the probe
+    # differs from the log_mel by a multiple of the stride.
+    n_image = n_frames % MIN_FRAMES + _PROBE_STRIDES * MIN_FRAMES
+    generator = torch.Generator().manual_seed(0)
+    n_samples = (n_image - 1) * model.frontend.config.hop_length
+    noise = _PROBE_RMS * torch.randn(_N_PROBES, n_samples, generator=generator)
+    was_training = model.training
+    model.eval()
+    # Gradients are needed in inference mode as well.
+    with torch.inference_mode(False), torch.enable_grad():
+        image = model.frontend(noise.to(model.mel_norm.weight.device)).requires_grad_()
+        features = model.extract(image)
+        signs = torch.randint(0, 2, features.shape[:2], generator=generator) * 2.0 - 1
+        middle = features.shape[2] // 2
+        units = features[:, :, middle] * signs.to(features)
+        (gradient,) = torch.autograd.grad(units.sum(), image)
+        shorter = image.detach()[:1, :, : -_PROBE_STRIDES // 2 * MIN_FRAMES]
+        n_shorter = model.extract(shorter).shape[2]
+    model.train(was_training)
+    step = _PROBE_STRIDES // 2 * MIN_FRAMES / (features.shape[2] - n_shorter)
+    weight = gradient.abs().sum(dim=(0, 1, 3)).double().cpu()
+    # A layer that averages over the whole image adds the same everywhere.
+    weight = (weight - weight.median()).clamp(min=0)
+    start = float((weight * torch.arange(n_image)).sum() / weight.sum()) - step * middle
+    if not math.isfinite(start):  # the weights are NaN, or all zero: it predicts nothing anyway
+        start = (step - 1) / 2
+    seconds = model.frontend.frame_seconds
+    return FrameTimes(start * seconds, step * seconds)
 
 
 # --- stages ---
