@@ -278,10 +278,11 @@ else:
 # %%
 def train_small_model() -> tuple[Path, Path]:
     """Train on the data, or on the tiny demo if the data is large; return both folders."""
-    from birdcall.data.audit import audit_recordings, usable_recordings
+    from birdcall.data.audit import audit_recordings
     from birdcall.data.cache import RecordingCache
     from birdcall.data.dataset import load_training_data
     from birdcall.data.folds import make_folds, write_folds
+    from birdcall.data.recordings import usable_recordings
     from birdcall.training.runs import train_run
     from birdcall.training.trainer import Run, RunOptions
 
