@@ -18,7 +18,8 @@ from birdcall.inference.decision import Decision
 from birdcall.inference.engine import predict_audio, predict_waveforms
 from birdcall.inference.ensemble import Ensemble, default_device, load_ensemble
 from birdcall.inference.windows import WindowConfig
-from birdcall.kaggle.packaging import StagingOptions, run_as_kaggle, stage_package
+from birdcall.kaggle.dry_run import run_as_kaggle
+from birdcall.kaggle.packaging import StagingOptions, stage_package
 from birdcall.models.checkpoint import (
     STATE_FILE,
     Checkpoint,

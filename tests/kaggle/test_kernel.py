@@ -40,13 +40,9 @@ from helpers import (
 from birdcall.inference.decision import Decision, write_decision
 from birdcall.inference.ensemble import load_member
 from birdcall.kaggle import submission
+from birdcall.kaggle.dry_run import dry_run_submission, run_as_kaggle
 from birdcall.kaggle.manifest import MANIFEST_FILE, find_changes, make_manifest
-from birdcall.kaggle.packaging import (
-    StagingOptions,
-    dry_run_submission,
-    run_as_kaggle,
-    stage_package,
-)
+from birdcall.kaggle.packaging import StagingOptions, stage_package
 from birdcall.kaggle.submission import DECISION_FILE, run_kernel
 from birdcall.models.checkpoint import (
     OnnxModel,
@@ -113,7 +109,7 @@ def script_here(max_bytes=None):
     """
     with pytest.MonkeyPatch.context() as patch:
         run_script = partial(_run_script_here, max_bytes=max_bytes)
-        patch.setattr("birdcall.kaggle.packaging.subprocess.run", run_script)
+        patch.setattr("birdcall.kaggle.dry_run.subprocess.run", run_script)
         yield
 
 

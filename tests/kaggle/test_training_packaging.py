@@ -14,13 +14,12 @@ from birdcall.config import replace_nested
 from birdcall.data.noise import find_noise, split_noise
 from birdcall.experiments import EXPERIMENTS, find_experiment
 from birdcall.inference.decision import Decision
+from birdcall.kaggle.dry_run import dry_run_training, run_as_kaggle
 from birdcall.kaggle.manifest import MANIFEST_FILE, find_changes, make_manifest
 from birdcall.kaggle.packaging import (
     StagingOptions,
     TrainingFiles,
     Upload,
-    dry_run_training,
-    run_as_kaggle,
     stage_package,
     stage_training,
 )
@@ -362,7 +361,7 @@ def test_a_session_that_makes_no_step_ends_the_dry_run(
             write_state(working / SETTINGS.run / STATE_FILE, {}, {"progress": {"step": step}})
         return "the first line\nthe last line\n"
 
-    monkeypatch.setattr("birdcall.kaggle.packaging.run_as_kaggle", run)
+    monkeypatch.setattr("birdcall.kaggle.dry_run.run_as_kaggle", run)
     with pytest.raises(ValueError, match=reason):
         dry_run_training(stage().parent, demo_folder, tmp_path / "dry_run")
     assert not (tmp_path / "dry_run").exists()

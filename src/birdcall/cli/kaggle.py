@@ -50,7 +50,8 @@ def _package(
 ) -> None:
     """Write the submission kernel and its dataset, with the members of the decision."""
     from birdcall.inference.decision import read_decision
-    from birdcall.kaggle.packaging import StagingOptions, dry_run_submission, stage_package
+    from birdcall.kaggle.dry_run import dry_run_submission
+    from birdcall.kaggle.packaging import StagingOptions, stage_package
 
     folders = Folders(data, output)
     decision = read_decision(folders.decision)
@@ -96,12 +97,8 @@ def _package_training(
     ] = False,
 ) -> None:
     """Write the kernel that trains one run on Kaggle's GPUs over several sessions."""
-    from birdcall.kaggle.packaging import (
-        StagingOptions,
-        TrainingFiles,
-        dry_run_training,
-        stage_training,
-    )
+    from birdcall.kaggle.dry_run import dry_run_training
+    from birdcall.kaggle.packaging import StagingOptions, TrainingFiles, stage_training
     from birdcall.kaggle.training_kernel import TrainingSettings
 
     folders = Folders(data, output, folds)

@@ -22,6 +22,7 @@ from birdcall.storage.files import (
 )
 from birdcall.taxonomy import match_code
 
+COMPETITION = "birdsong-recognition"  # its name in addresses and mounts
 _FILE_SITE = "site_3"  # its recordings are labelled as a whole: rows without seconds
 
 _SUBMISSION_COLUMNS = ["row_id", "birds"]
