@@ -307,7 +307,7 @@ def _score(
     if ensemble.search is not None:
         simulated, predicted = ensemble.simulated, ensemble.search.cross_validated
         rows += _simulated_rows(subject, simulated, predicted, ensemble.weights)
-        n_left_out = int(((targets > 0) & ~learnable)[known].any(axis=0).sum())
+        n_left_out = _count_unlearnable(targets, learnable, known)
         subject = subject._replace(audio=SIMULATED)
         rows += ranked_rows(subject, simulated, could_learn, n_left_out)
     labelled = held_out.labelled_for(ensemble.experiments)
@@ -360,7 +360,7 @@ def _score_baselines(
         rows += _simulated_rows(all_nocall, simulated, nothing, ensemble.weights)
         search = search_decision(simulated, ensemble.weights)
         rows += _simulated_rows(prior, simulated, search.cross_validated, ensemble.weights)
-        n_left_out = int(((targets > 0) & ~learnable)[known].any(axis=0).sum())
+        n_left_out = _count_unlearnable(targets, learnable, known)
         rows += ranked_rows(prior._replace(audio=SIMULATED), simulated, could_learn, n_left_out)
     if labelled is not None:
         nothing = np.zeros_like(labelled.labelled_truth)
@@ -373,6 +373,11 @@ def _score_baselines(
         out_of_fold = np.where(known[:, None], frequency, np.nan)
         rows += out_of_fold_rows(prior, out_of_fold, targets, learnable=learnable)
     return rows
+
+
+def _count_unlearnable(targets: np.ndarray, learnable: np.ndarray, known: np.ndarray) -> int:
+    """Return how many classes of ``known`` recordings are no events of simulated soundscapes."""
+    return int(((targets > 0) & ~learnable)[known].any(axis=0).sum())
 
 
 def soundscape_table(predictions: LabelledPredictions, predicted: np.ndarray) -> pd.DataFrame:

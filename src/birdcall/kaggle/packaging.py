@@ -36,7 +36,7 @@ from birdcall.models.checkpoint import (
     read_checkpoint,
 )
 from birdcall.models.sed import SEDModel
-from birdcall.storage.files import write_atomically
+from birdcall.storage.files import OF_SYSTEMS, write_atomically
 from birdcall.storage.locks import locked
 from birdcall.training.initialisation import initialise
 
@@ -49,7 +49,6 @@ _TEMPORARY = ".birdcall-staging-"  # begins the name of the folder in which a pa
 _MAX_TITLE = 50  # characters
 _DATASET_METADATA, _KERNEL_METADATA = "dataset-metadata.json", "kernel-metadata.json"
 _UNREADABLE_METADATA = (ValueError, OSError, KeyError, TypeError, AttributeError)
-_OF_SYSTEMS = (".DS_Store", "Thumbs.db")  # macOS and Windows leave them in folders
 _MAX_DATASET_BYTES = 100 * 2**30  # Kaggle's limit on one dataset
 _N_GPUS = 2  # of Kaggle's sessions with T4s; the kernel shares each batch between them
 
@@ -204,7 +203,7 @@ def _require_staged_files(build: Path) -> None:
     present = [path for path in (dataset, kernel) if path.exists() or path.is_symlink()]
     for path in [*present, *sorted(dataset.rglob("*")), *sorted(kernel.rglob("*"))]:
         is_folder = path.is_dir() and not path.is_symlink()
-        is_worthless = path.suffix == ".pyc" or path.name in _OF_SYSTEMS
+        is_worthless = path.suffix == ".pyc" or OF_SYSTEMS.fullmatch(path.name) is not None
         require(
             is_folder or is_worthless or path in expected,
             f"{path}: no earlier `birdcall package` has written it, and it would be lost; move it "

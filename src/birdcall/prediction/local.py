@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -205,7 +205,7 @@ def fingerprint_of(package: Path, options: ResultOptions, device: str) -> dict[s
         "device": device,
         "embeddings": options.embeddings,
         "view": options.view,
-        **{library: version(library) for library in libraries},
+        **{library: import_module(library).__version__ for library in libraries},
     }
 
 

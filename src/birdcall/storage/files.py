@@ -37,7 +37,7 @@ _FOREIGN_SUFFIXES = (
 )
 # fmt: on
 # What systems leave in folders. ``._a.wav`` holds what macOS knows of ``a.wav``, and no sound.
-_OF_SYSTEMS = re.compile(
+OF_SYSTEMS = re.compile(
     r"\._.*|\.DS_Store|Thumbs\.db|\.Trash(es|-\d+)?|\$RECYCLE\.BIN", re.IGNORECASE
 )
 
@@ -122,7 +122,7 @@ def list_folder(folder: Path) -> list[os.DirEntry[str]]:
     """Return what is in a folder but for files of systems; nothing where it cannot be listed."""
     try:
         with os.scandir(folder) as entries:
-            return [entry for entry in entries if not _OF_SYSTEMS.fullmatch(entry.name)]
+            return [entry for entry in entries if not OF_SYSTEMS.fullmatch(entry.name)]
     except OSError as error:
         logger.warning("%s: cannot be listed, its files are left out: %s", folder, error.strerror)
         return []
