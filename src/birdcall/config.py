@@ -155,6 +155,8 @@ class AugmentConfig:
     short_noise_count: tuple[int, int] = (1, 4)
     # Some clips are noise with an empty target (7th place), to learn nocall from.
     noise_only_probability: float = 0.15
+    # So are some clips of birds that are no class, changed as recordings are: fields have others.
+    other_birds_probability: float = 0.0
     # Soundscapes were probably encoded more than once (8th place). 9 ms a clip.
     mp3_probability: float = 0.1
     mp3_kbps: tuple[int, int] = (32, 128)
@@ -186,6 +188,11 @@ class AugmentConfig:
         is_mp3 = lowest >= 8 and highest <= 320
         require(is_mp3, f"mp3_kbps is {self.mp3_kbps}; mp3 allows 8 to 320")
         require(bursts[0] >= 1, f"short_noise_count is {bursts}; give at least 1 burst")
+        without_class = self.noise_only_probability + self.other_birds_probability
+        is_share = without_class <= 1
+        require(
+            is_share, f"noise_only and other_birds make {without_class} of the clips; at most 1"
+        )
         require(self.n_masks >= 0, f"n_masks is {self.n_masks}; it must not be negative")
 
     def without(self, *names: str) -> AugmentConfig:

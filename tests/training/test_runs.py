@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+import torch
 
 from birdcall.config import replace_nested
 from birdcall.data.targets import PRESENT, STRONG_LABEL_COLUMNS
@@ -17,6 +18,7 @@ from birdcall.models.checkpoint import STATE_FILE, read_checkpoint
 from birdcall.storage.locks import locked
 from birdcall.training import runs as runs_module
 from birdcall.training.distributed import DistributedContext
+from birdcall.training.resume import conditions_of
 from birdcall.training.runs import (
     TrainingInterrupted,
     find_runs,
@@ -218,6 +220,31 @@ def test_a_fold_out_of_range_is_refused_before_anything_is_trained(
     with pytest.raises(ValueError, match=r"fold 5 is out of range; the folds are 0, 1"):
         train_many(runs, training_data)
     assert not list(tmp_path.iterdir())
+
+
+def test_other_birds_count_for_experiments_that_draw_from_them(
+    training_data, tiny_experiment, finished, tmp_path
+):
+    bird = tmp_path / "bird.wav"
+    bird.write_bytes(b"sound")
+    data = replace(training_data, other_birds=[bird])
+    runs = plan_runs([tiny_experiment], data, 0, finished)
+    resume = replace(OPTIONS, resume=True)
+    assert train_many(runs, data, resume), "it was trained without them, and draws from none"
+    with_birds = replace_nested(tiny_experiment, augment={"other_birds_probability": 0.1})
+    other = replace(with_birds, name="open")
+    planned = plan_runs([tiny_experiment, other], training_data, 0, finished)
+    with pytest.raises(ValueError, match=r"open has an other_birds_probability of 0\.1"):
+        train_many(planned, training_data, resume)
+    device, distributed = torch.device("cpu"), DistributedContext()
+    with_sound, without = (
+        conditions_of(data, experiment, None, device, distributed=distributed)
+        for experiment in (with_birds, tiny_experiment)
+    )
+    assert (with_sound["other_birds"], without["other_birds"]) == (
+        data.digests["other_birds"],
+        None,
+    )
 
 
 def test_runs_at_once_are_refused_where_processes_share_each(

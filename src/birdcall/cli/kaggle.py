@@ -16,6 +16,7 @@ from birdcall.cli.options import (
     LabelColumn,
     Labels,
     Noise,
+    OtherBirds,
     Output,
     WindowSegments,
 )
@@ -75,6 +76,7 @@ def _package_training(
     output: Output = None,
     folds: Folds = None,
     noise: Noise = None,
+    other_birds: OtherBirds = None,
     labels: Labels = None,
     init: Init = None,
     wheels: _Wheels = None,
@@ -109,6 +111,7 @@ def _package_training(
         folds=folders.folds,
         audit=folders.audit,
         noise=noise,
+        other_birds=other_birds,
         labels=labels,
         init=init,
     )

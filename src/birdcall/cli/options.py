@@ -41,6 +41,13 @@ Labels = Annotated[
         show_default="the labels in train.csv",
     ),
 ]
+OtherBirds = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of recordings of birds that are no class.",
+        show_default="other_birds/ in the data folder",
+    ),
+]
 Init = Annotated[
     Path | None,
     typer.Option(
@@ -110,7 +117,10 @@ class Folders:
         return output
 
     def load_training_data(
-        self, noise: Path | None = None, labels: Path | None = None
+        self,
+        noise: Path | None = None,
+        labels: Path | None = None,
+        other_birds: Path | None = None,
     ) -> TrainingData:
         from birdcall.data.dataset import load_training_data
 
@@ -121,6 +131,7 @@ class Folders:
             cache=self.cache,
             noise=noise,
             labels=labels,
+            other_birds=other_birds,
         )
 
 

@@ -20,6 +20,7 @@ from birdcall.cli.options import (
     Init,
     Labels,
     Noise,
+    OtherBirds,
     Output,
     Trained,
     parse_fold,
@@ -127,6 +128,7 @@ def _train(
     folds: Folds = None,
     noise: Noise = None,
     labels: Labels = None,
+    other_birds: OtherBirds = None,
     init: Init = None,
     workers: _Workers = _WORKERS,
     jobs: _Jobs = 1,
@@ -159,7 +161,7 @@ def _train(
     deadline = None if time_limit is None else time.monotonic() + time_limit
     chosen = [find_experiment(name) for name in experiment]
     folders = Folders(data, output, folds)
-    training_data = folders.load_training_data(noise, labels)
+    training_data = folders.load_training_data(noise, labels, other_birds)
     runs = plan_runs(chosen, training_data, parse_fold(fold), folders.runs)
     with (
         _report_interruption(deadline),
@@ -244,6 +246,7 @@ def _ablate(
     output: Output = None,
     folds: Folds = None,
     noise: Noise = None,
+    other_birds: OtherBirds = None,
     init: Init = None,
     workers: _Workers = _WORKERS,
     jobs: _Jobs = 1,
@@ -260,6 +263,7 @@ def _ablate(
     folders = Folders(data, output, folds)
     folder = inside(folders.output, name)
     held_out = parse_fold(fold)
+    training_data = folders.load_training_data(noise, other_birds=other_birds)
     with _report_interruption():
         options = AblationOptions(
             budget_seconds=60 * minutes,
@@ -268,7 +272,7 @@ def _ablate(
             reference=reference,
             training=RunOptions(workers=workers, jobs=jobs, init=init, progress=True),
         )
-        ablation = ablate(chosen, folders.load_training_data(noise), folder, options)
+        ablation = ablate(chosen, training_data, folder, options)
     page = describe_ablation(ablation, shlex.join(["birdcall", *sys.argv[1:]]))
     ablation.write_tables(folder)
     save_figure(plot_ablation(ablation), folder / "ablation.png")

@@ -45,6 +45,7 @@ class PackagedFile(StrEnum):
     AUDIT = "audit.csv"
     LABELS = "labels.csv"  # only where a run is trained on labels with times
     NOISE = "noise"
+    OTHER_BIRDS = "other_birds"  # only where a run is trained on them
     INIT = "init"  # weights to start from
 
 
@@ -184,6 +185,8 @@ def training_command(
         options["--init"] = inside(package, settings.init)
     if (package / PackagedFile.LABELS).is_file():
         options["--labels"] = package / PackagedFile.LABELS
+    if (package / PackagedFile.OTHER_BIRDS).is_dir():
+        options["--other-birds"] = package / PackagedFile.OTHER_BIRDS
     pairs = [str(part) for option in options.items() for part in option]
     return [*launch, "birdcall", "train", *pairs, "--resume"]
 

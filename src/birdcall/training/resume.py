@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from birdcall.config import Experiment
 from birdcall.data.dataset import TrainingData
 from birdcall.models.checkpoint import (
     Checkpoint,
@@ -125,6 +126,7 @@ _NAMES = {
     "folds": "the folds",
     "noise": "the noise files (--noise)",
     "labels": "the strong labels (--labels)",
+    "other_birds": "the sound of other birds (--other-birds)",
     "init": "the initial weights (--init)",
 }
 # These change the rounding of the weights: a state cannot be resumed, a finished run can be kept.
@@ -135,11 +137,21 @@ _SCORED = ("recordings", *_HELD_OUT, "noise")  # what scores are about: labels a
 
 
 def conditions_of(
-    data: TrainingData, init: Path | None, device: torch.device, distributed: DistributedContext
+    data: TrainingData,
+    experiment: Experiment,
+    init: Path | None,
+    device: torch.device,
+    *,
+    distributed: DistributedContext,
 ) -> dict[str, Any]:
-    """Return what decides about the weights of a run, beside experiment and fold, by name."""
+    """Return what decides about the weights of a run, beside experiment and fold, by name.
+
+    Sound that ``experiment`` does not draw from has no part in it.
+    """
+    unused = {} if experiment.augment.other_birds_probability else {"other_birds": None}
     return {
         **data.digests,
+        **unused,
         "init": None if init is None else digest(init.read_bytes()),
         "code": code_digest("training.trainer"),
         "torch": torch.__version__,

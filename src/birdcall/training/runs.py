@@ -215,6 +215,7 @@ def train_many(
     checkpoints = {}
     for run in runs:
         data.split(run.fold)  # raises for a fold out of range
+        data.require_sound_for(run.experiment)
         if options.distributed.is_first:
             with locked(run.folder):
                 pass  # raises where another command trains it
@@ -254,7 +255,9 @@ def _find_finished(run: Run, data: TrainingData, options: RunOptions) -> Checkpo
     if has_state or not has_checkpoint:
         return None
     device = options.device or default_device()
-    trained_on = conditions_of(data, options.init, device, options.distributed)
+    trained_on = conditions_of(
+        data, run.experiment, options.init, device, distributed=options.distributed
+    )
     expected = Checkpoint(run.experiment, data.classes, run.fold, trained_on=trained_on)
     checkpoint = require_finished(run.folder, expected)
     logger.info("%s: finished already, kept", run.name)

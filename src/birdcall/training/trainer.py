@@ -18,7 +18,8 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from birdcall.config import Experiment, TrainConfig
-from birdcall.data.dataset import ClipDataset, TrainingData
+from birdcall.data.clips import ClipDataset
+from birdcall.data.dataset import TrainingData
 from birdcall.data.loader import ClipBatch, FailureCounter, iterate_clips, make_loader
 from birdcall.data.targets import ClipSampler, ProcessShare
 from birdcall.inference.ensemble import Ensemble, Member, default_device
@@ -296,16 +297,15 @@ def start_training(
     """Prepare a training on ``recordings`` before its first step. Seeds torch's generator."""
     device = options.device or default_device()
     distributed = options.distributed
-    trained_on = conditions_of(data, options.init, device, distributed)
     experiment, config = run.experiment, run.experiment.train
+    trained_on = conditions_of(data, experiment, options.init, device, distributed=distributed)
     seed = config.seed * 1000 + run.fold
     torch.manual_seed(seed)
     n_classes = len(data.classes)
     model = initialise(experiment, n_classes, options.init, classes=data.classes).to(device)
     # All processes start from the same weights, but draw different dropout.
     torch.manual_seed(seed + 7919 * distributed.rank)
-    noise_files, _ = data.split_noise(run.fold)
-    subset = replace(data, recordings=recordings, noise_files=noise_files)
+    subset = replace(data.training_part(run.fold), recordings=recordings)
     share = ProcessShare(distributed.rank, distributed.world_size)
     sampler = ClipSampler(recordings, config.data, config.seed, share)
     clips = ClipDataset(subset, experiment)

@@ -1,0 +1,203 @@
+"""Make training clips: crops of recordings with their targets, the same clips in every run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from birdcall.audio.decoder import AudioError, is_cut
+from birdcall.audio.filters import crop_or_pad
+from birdcall.config import Experiment
+from birdcall.data.augment import ClipAugment
+from birdcall.data.cache import MAX_TRIES, CropRequest, NothingReadableError, ReadFailure
+from birdcall.data.dataset import TrainingData
+from birdcall.data.noise import NoiseFiles
+from birdcall.data.targets import ClipRequest, StrongTargets, make_targets, rating_weights
+
+# In place of a recording's path, and of its index.
+_NOISE, _NOISE_INDEX = "noise", -1
+_OTHER_BIRDS, _OTHER_BIRDS_INDEX = "other birds", -2
+
+
+class Clip(NamedTuple):
+    """A training clip, and the files that could not be read for it."""
+
+    waveform: Tensor | None  # (clip samples,); None: no recording that was tried can be read
+    target: Tensor  # (classes,)
+    weight: float  # of its loss
+    recording: str  # path; "noise" for bird-free noise alone; "other birds"
+    failures: tuple[ReadFailure, ...]
+
+
+class ClipDataset:
+    """Clips of ``data.recordings`` with their targets, a batch at a time.
+
+    A clip depends on the experiment's seed and its request alone. Where ratings weigh the loss, the
+    recordings have a ``rating``; with strong labels, a ``filename``.
+    """
+
+    def __init__(self, data: TrainingData, experiment: Experiment) -> None:
+        recordings, loss = data.recordings, experiment.train.loss
+        self.experiment = experiment
+        self.read_crops = data.read_crops
+        self.noise_files = list(data.noise_files)
+        self.paths = list(recordings["path"])
+        self.seconds = recordings["seconds"].to_numpy(dtype=np.float64)
+        self.codes = pd.factorize(recordings["ebird_code"])[0]
+        self.targets = make_targets(recordings, data.classes, loss.secondary_label_weight)
+        self.strong_targets: StrongTargets | None = None
+        if data.strong_labels is not None:
+            self.strong_targets = StrongTargets(recordings, data.classes, data.strong_labels)
+        self.weights = (
+            rating_weights(recordings["rating"]) if loss.rating_weight else np.ones(len(self.paths))
+        )
+        rate, store = experiment.frontend.sample_rate, data.noise_store
+        noise = NoiseFiles(self.noise_files, rate, store)
+        data.require_sound_for(experiment)
+        self.other_birds = NoiseFiles(data.other_birds, rate, store, kind="other-birds file")
+        self.augment = ClipAugment(experiment.augment, noise)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def make_clips(self, requests: Sequence[ClipRequest]) -> list[Clip]:
+        """Make the clips of a batch; consecutive crops of one recording are read together.
+
+        Where a recording cannot be read, another replaces it, of the same class if possible; the
+        request alone decides which. `Clip.failures` lists what could not be read.
+        """
+        drafts = []
+        for request in requests:
+            seed = (self.experiment.train.seed, request.epoch, request.position)
+            generator = np.random.default_rng(seed)
+            draft = _Draft(
+                generator,
+                index=self._choose_index(generator.random(), request.index),
+                position=generator.random(),
+                downmix=self.augment.draw_downmix(generator),
+            )
+            drafts.append(draft)
+        for (index, downmix), group in groupby(drafts, key=lambda item: (item.index, item.downmix)):
+            same = list(group)
+            if index < 0 or len(same) == 1:
+                continue
+            try:
+                waveforms = self._read_crops(index, [draft.position for draft in same], downmix)
+            except (AudioError, OSError):
+                continue  # perhaps one crop only is damaged: `_finish` reads them one by one
+            for draft, waveform in zip(same, waveforms, strict=True):
+                draft.waveform = waveform
+        return [self._finish(draft) for draft in drafts]
+
+    __getitems__ = make_clips  # the name by which torch's DataLoader asks for a batch
+
+    def _choose_index(self, draw: float, index: int) -> int:
+        """Return what the clip is made from: the recording ``index``, noise, or other birds.
+
+        One draw decides, so that the other clips stay the same when a probability changes.
+        """
+        augment = self.experiment.augment
+        if draw < augment.noise_only_probability:
+            return _NOISE_INDEX if self.noise_files else index
+        if draw < augment.noise_only_probability + augment.other_birds_probability:
+            return _OTHER_BIRDS_INDEX
+        return index
+
+    def _finish(self, draft: _Draft) -> Clip:
+        failures: list[ReadFailure] = []
+        target, weight, recording = np.zeros(self.targets.shape[1], np.float32), 1.0, _NOISE
+        waveform: Tensor | None = None
+        try:
+            if draft.index == _NOISE_INDEX:
+                n_samples = self.experiment.clip_samples
+                samples = self.augment.noise.draw(n_samples, draft.generator, failures)
+            elif draft.index == _OTHER_BIRDS_INDEX:
+                recording = _OTHER_BIRDS
+                n_samples = self.experiment.clip_samples
+                samples = self.other_birds.draw(n_samples, draft.generator, failures)
+                samples = self.augment(samples, draft.generator, failures)
+            else:
+                recording = self.paths[draft.index]
+                index, samples = self._read_recording(draft, failures)
+                samples = self.augment(samples, draft.generator, failures)
+                recording, weight = self.paths[index], float(self.weights[index])
+                target = self.targets[index]
+                if self.strong_targets is not None:
+                    clip_seconds = self.experiment.train.data.clip_seconds
+                    # Below 0 for a recording shorter than the clip, which lies somewhere within it.
+                    start = draft.position * (self.seconds[index] - clip_seconds)
+                    strong_target = self.strong_targets.find(index, start, clip_seconds)
+                    target = target if strong_target is None else strong_target
+            waveform = torch.from_numpy(np.ascontiguousarray(samples, dtype=np.float32))
+        except NothingReadableError:
+            weight = 0.0
+        return Clip(
+            waveform=waveform,
+            target=torch.from_numpy(target),
+            weight=weight,
+            recording=recording,
+            failures=tuple(failures),
+        )
+
+    def _read_recording(self, draft: _Draft, failures: list[ReadFailure]) -> tuple[int, np.ndarray]:
+        """Read the draft's crop, or of another recording if that fails; return index and crop."""
+        if draft.waveform is not None:
+            return draft.index, draft.waveform
+        for index in self._candidates(draft):
+            try:
+                return index, self._read_crops(index, [draft.position], draft.downmix)[0]
+            except (AudioError, OSError) as error:
+                failures.append(ReadFailure.of("recording", self.paths[index], error))
+        raise NothingReadableError(f"none of {len(failures)} recordings can be read")
+
+    def _candidates(self, draft: _Draft) -> Iterator[int]:
+        """Yield the draft's recording, then others of its class at random, then any others."""
+        yield draft.index
+        generator = draft.generator.spawn(1)[0]  # the clip's later draws stay the same
+        others = generator.permutation(len(self.paths))
+        others = others[others != draft.index]
+        is_other_class = self.codes[others] != self.codes[draft.index]
+        yield from others[np.argsort(is_other_class, kind="stable")][:MAX_TRIES].tolist()
+
+    def _read_crops(
+        self, index: int, positions: Sequence[float], downmix: float | None
+    ) -> list[np.ndarray]:
+        """Read a crop at each of ``positions``, shares of the range in which it can start.
+
+        A recording shorter than the clip lies at such a position in silence.
+        """
+        path, sample_rate = self.paths[index], self.experiment.frontend.sample_rate
+        clip_seconds = self.experiment.train.data.clip_seconds
+        n_samples = self.experiment.clip_samples
+        spare = self.seconds[index] - clip_seconds
+        if spare > 0:
+            offsets = tuple(position * spare for position in positions)
+            request = CropRequest(path, sample_rate, offsets, clip_seconds, downmix=downmix)
+            return [crop_or_pad(crop, n_samples) for crop in self.read_crops(request)]
+        (recording,) = self.read_crops(CropRequest(path, sample_rate, downmix=downmix))
+        seconds = len(recording) / sample_rate
+        if is_cut(seconds, self.seconds[index]):
+            reason = f"has {seconds:g} s, had {self.seconds[index]:g} s when it was audited"
+            raise AudioError(Path(path), reason)
+        room = max(0, n_samples - len(recording))
+        starts = [round(position * room) for position in positions]
+        return [crop_or_pad(np.pad(recording, (start, 0)), n_samples) for start in starts]
+
+
+@dataclass
+class _Draft:
+    """What is drawn for a clip before anything is read."""
+
+    generator: np.random.Generator
+    index: int  # of the recording, or _NOISE_INDEX, or _OTHER_BIRDS_INDEX
+    position: float  # of the crop, see `ClipDataset._read_crops`
+    downmix: float | None
+    waveform: np.ndarray | None = None  # the crop, once it is read
