@@ -274,6 +274,27 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class StudentConfig:
+    """How clips of soundscapes that an ensemble has labelled take part: see `SoundscapeTargets`."""
+
+    share: float = 0.0  # of the clips of recordings
+    # "substitute": the clip replaces the recording's (2nd place of 2026: half of the clips). "mix":
+    # it is added at equal power, and the label is the union (1st place of 2025).
+    mode: Literal["substitute", "mix"] = "substitute"
+    # This quantile of the segments' largest probabilities becomes a label of 1: probabilities of
+    # models of few recordings are low, and a power alone would erase them.
+    reference_quantile: float = 0.95
+    power: float = 1.5  # of the scaled probabilities (2025: 1 / 0.65 to 1 / 0.55): less noise
+    max_sum: float = 3.0  # of a clip's labels: rows with more than three species are rare
+
+    def __post_init__(self) -> None:
+        _require_above_zero(self, "power max_sum")
+        _require_choices(self)
+        require_share("share", self.share)
+        require_share("reference_quantile", self.reference_quantile)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How an experiment is trained."""
 
@@ -282,6 +303,7 @@ class TrainConfig:
     data: SamplingConfig = field(default_factory=SamplingConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
     validate_every: int = 5  # epochs; the last epoch is always validated
     patience: int | None = None  # validations without a better score before the run ends
     on_non_finite: Literal["stop", "skip"] = "stop"  # a loss that is not finite: the run, its batch

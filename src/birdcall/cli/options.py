@@ -41,6 +41,13 @@ Labels = Annotated[
         show_default="the labels in train.csv",
     ),
 ]
+SoundscapeLabels = Annotated[
+    Path | None,
+    typer.Option(
+        help="Labels of soundscapes, written by `birdcall pseudo-label --soundscapes`.",
+        show_default="none",
+    ),
+]
 OtherBirds = Annotated[
     Path | None,
     typer.Option(
@@ -117,11 +124,9 @@ class Folders:
         return output
 
     def load_training_data(
-        self,
-        noise: Path | None = None,
-        labels: Path | None = None,
-        other_birds: Path | None = None,
+        self, noise: Path | None = None, labels: Path | None = None, **sources: Path | None
     ) -> TrainingData:
+        """Load what the commands train on and score with; ``sources``: see the function itself."""
         from birdcall.data.dataset import load_training_data
 
         return load_training_data(
@@ -131,7 +136,7 @@ class Folders:
             cache=self.cache,
             noise=noise,
             labels=labels,
-            other_birds=other_birds,
+            **sources,
         )
 
 

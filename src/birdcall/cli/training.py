@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,6 +23,7 @@ from birdcall.cli.options import (
     Noise,
     OtherBirds,
     Output,
+    SoundscapeLabels,
     Trained,
     parse_fold,
 )
@@ -129,6 +131,7 @@ def _train(
     noise: Noise = None,
     labels: Labels = None,
     other_birds: OtherBirds = None,
+    soundscape_labels: SoundscapeLabels = None,
     init: Init = None,
     workers: _Workers = _WORKERS,
     jobs: _Jobs = 1,
@@ -161,7 +164,9 @@ def _train(
     deadline = None if time_limit is None else time.monotonic() + time_limit
     chosen = [find_experiment(name) for name in experiment]
     folders = Folders(data, output, folds)
-    training_data = folders.load_training_data(noise, labels, other_birds)
+    training_data = folders.load_training_data(
+        noise, labels, other_birds=other_birds, soundscape_labels=soundscape_labels
+    )
     runs = plan_runs(chosen, training_data, parse_fold(fold), folders.runs)
     with (
         _report_interruption(deadline),
@@ -206,11 +211,29 @@ def _pseudo_label(
     experiment: Trained = None,
     output: Output = None,
     folds: Folds = None,
+    soundscapes: Annotated[
+        Path | None,
+        typer.Option(
+            help="Label the soundscapes in this folder instead, which nobody has labelled.",
+            show_default="none",
+        ),
+    ] = None,
+    labelled: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder of labelled soundscapes that must not be among them. May be repeated.",
+            show_default="the examples in the data folder",
+        ),
+    ] = None,
 ) -> None:
-    """Predict when each species sings in the recordings, by runs that did not train on them."""
+    """Predict when each species sings in the recordings, by runs that did not train on them.
+
+    With --soundscapes: how probably each species sings in each segment of unlabelled soundscapes.
+    """
     from birdcall.inference.ensemble import default_device
+    from birdcall.inference.predictions import LabelStatistics
     from birdcall.storage.locks import locked
-    from birdcall.training.pseudo_labels import write_pseudo_labels
+    from birdcall.training.pseudo_labels import label_soundscapes, write_pseudo_labels
     from birdcall.training.runs import find_runs
 
     folders = Folders(data, output, folds)
@@ -218,6 +241,27 @@ def _pseudo_label(
     context.with_resource(locked(labels))
     training_data = folders.load_training_data()
     runs = find_runs(folders.runs, experiment)
+    if soundscapes is not None:
+        path, made = label_soundscapes(
+            runs,
+            training_data,
+            soundscapes,
+            folders.output,
+            labelled=labelled or (),
+            device=default_device(),
+            progress=True,
+        )
+        typer.echo(
+            f"round {made.round}: {len(made.soundscape)} segments of {len(made.soundscapes)} "
+            f"soundscapes, by {len(made.members)} members of {len(made.families)} networks; "
+            f"{LabelStatistics(**made.statistics)}"
+        )
+        typer.echo(
+            "the members have trained on recordings of every fold that one of them does not hold "
+            "out: a student's score has seen a trace of its held-out fold"
+        )
+        typer.echo(f"{path}: written; to train on it: birdcall train --soundscape-labels {path}")
+        return
     summary = write_pseudo_labels(
         runs, training_data, labels, device=default_device(), progress=True
     )
@@ -247,6 +291,7 @@ def _ablate(
     folds: Folds = None,
     noise: Noise = None,
     other_birds: OtherBirds = None,
+    soundscape_labels: SoundscapeLabels = None,
     init: Init = None,
     workers: _Workers = _WORKERS,
     jobs: _Jobs = 1,
@@ -263,7 +308,9 @@ def _ablate(
     folders = Folders(data, output, folds)
     folder = inside(folders.output, name)
     held_out = parse_fold(fold)
-    training_data = folders.load_training_data(noise, other_birds=other_birds)
+    training_data = folders.load_training_data(
+        noise, other_birds=other_birds, soundscape_labels=soundscape_labels
+    )
     with _report_interruption():
         options = AblationOptions(
             budget_seconds=60 * minutes,

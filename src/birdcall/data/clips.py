@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,16 +16,79 @@ from torch import Tensor
 
 from birdcall.audio.decoder import AudioError, is_cut
 from birdcall.audio.filters import crop_or_pad
-from birdcall.config import Experiment
-from birdcall.data.augment import ClipAugment
-from birdcall.data.cache import MAX_TRIES, CropRequest, NothingReadableError, ReadFailure
+from birdcall.config import SEGMENT_SECONDS, Experiment, require
+from birdcall.data.augment import ClipAugment, mix_at_snr
+from birdcall.data.cache import (
+    MAX_TRIES,
+    CropRequest,
+    NothingReadableError,
+    ReadFailure,
+    RecordingCache,
+)
 from birdcall.data.dataset import TrainingData
 from birdcall.data.noise import NoiseFiles
-from birdcall.data.targets import ClipRequest, StrongTargets, make_targets, rating_weights
+from birdcall.data.targets import (
+    ClipRequest,
+    SoundscapeLabels,
+    StrongTargets,
+    make_targets,
+    rating_weights,
+)
+from birdcall.inference.predictions import scale_probabilities
 
 # In place of a recording's path, and of its index.
 _NOISE, _NOISE_INDEX = "noise", -1
 _OTHER_BIRDS, _OTHER_BIRDS_INDEX = "other birds", -2
+_SOUNDSCAPE_INDEX = -3
+
+
+class SoundscapeTargets:
+    """Soft targets of clips that start with a segment of a soundscape.
+
+    A clip's label is the highest of its segments; where they exceed ``max_sum`` together, they are
+    reduced in proportion. Clips are drawn in proportion to their largest label.
+    """
+
+    def __init__(self, labels: SoundscapeLabels, experiment: Experiment) -> None:
+        self.config = experiment.train.student
+        self.clip_seconds = experiment.train.data.clip_seconds
+        self.labels = labels
+        mean = labels.probabilities[labels.teachers_of(experiment)].mean(axis=0)
+        of_segments = scale_probabilities(mean, self.config)
+        n_segments = np.bincount(labels.soundscape, minlength=len(labels.soundscapes))
+        self.first = np.cumsum(n_segments) - n_segments  # of each soundscape
+        n_in_clip = max(1, math.ceil(self.clip_seconds / SEGMENT_SECONDS))
+        number = np.arange(len(of_segments)) - self.first[labels.soundscape]
+        last = n_segments[labels.soundscape] - 1
+        # A soundscape shorter than a clip has one clip, from its start.
+        self.segments = np.flatnonzero(number <= np.maximum(0, last + 1 - n_in_clip))
+        targets = of_segments[self.segments]
+        for step in range(1, n_in_clip):
+            later = np.minimum(number[self.segments] + step, last[self.segments])
+            targets = np.maximum(
+                targets, of_segments[self.first[labels.soundscape[self.segments]] + later]
+            )
+        total = np.maximum(targets.sum(axis=1, keepdims=True), 1e-9)
+        self.targets = (targets * np.minimum(1, self.config.max_sum / total)).astype(np.float32)
+        self.cumulative = np.cumsum(self.targets.max(axis=1), dtype=np.float64)
+        require(bool(self.cumulative[-1] > 0), "all labels of the soundscapes are 0")
+
+    def draw(self, generator: np.random.Generator) -> tuple[int, float, np.ndarray]:
+        """Return index of the soundscape, start in seconds and target ``(classes,)`` of a clip."""
+        drawn = generator.random() * self.cumulative[-1]
+        clip = int(np.searchsorted(self.cumulative, drawn, side="right"))
+        segment = self.segments[min(clip, len(self.segments) - 1)]
+        soundscape = int(self.labels.soundscape[segment])
+        start = float(SEGMENT_SECONDS * (segment - self.first[soundscape]))
+        spare = min(SEGMENT_SECONDS, self.labels.soundscapes[soundscape]["seconds"] - start)
+        start += generator.random() * max(0.0, spare - self.clip_seconds)
+        return soundscape, start, self.targets[min(clip, len(self.segments) - 1)]
+
+
+def union_of(target: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Return the higher of both, IGNORE_TARGET (-1) where one is so and none is positive."""
+    highest = np.maximum(target, label)
+    return np.where(highest > 0, highest, np.minimum(target, label))
 
 
 class Clip(NamedTuple):
@@ -63,6 +127,11 @@ class ClipDataset:
         noise = NoiseFiles(self.noise_files, rate, store)
         data.require_sound_for(experiment)
         self.other_birds = NoiseFiles(data.other_birds, rate, store, kind="other-birds file")
+        self.soundscapes: SoundscapeTargets | None = None
+        if experiment.train.student.share > 0:
+            self.soundscapes = SoundscapeTargets(data.soundscape_labels, experiment)
+            folder = data.soundscape_labels.folder
+            self.read_soundscape = RecordingCache(folder, data.soundscape_cache)
         self.augment = ClipAugment(experiment.augment, noise)
 
     def __len__(self) -> int:
@@ -80,7 +149,7 @@ class ClipDataset:
             generator = np.random.default_rng(seed)
             draft = _Draft(
                 generator,
-                index=self._choose_index(generator.random(), request.index),
+                *self._choose_source(generator.random(), request.index),
                 position=generator.random(),
                 downmix=self.augment.draw_downmix(generator),
             )
@@ -99,17 +168,21 @@ class ClipDataset:
 
     __getitems__ = make_clips  # the name by which torch's DataLoader asks for a batch
 
-    def _choose_index(self, draw: float, index: int) -> int:
-        """Return what the clip is made from: the recording ``index``, noise, or other birds.
+    def _choose_source(self, draw: float, index: int) -> tuple[int, bool]:
+        """Return what the clip is made from, and whether a soundscape is added to it.
 
-        One draw decides, so that the other clips stay the same when a probability changes.
+        That is the recording ``index``, noise, other birds or a soundscape. One draw decides, so
+        that the other clips stay the same when a probability changes.
         """
-        augment = self.experiment.augment
+        augment, student = self.experiment.augment, self.experiment.train.student
+        without_class = augment.noise_only_probability + augment.other_birds_probability
         if draw < augment.noise_only_probability:
-            return _NOISE_INDEX if self.noise_files else index
-        if draw < augment.noise_only_probability + augment.other_birds_probability:
-            return _OTHER_BIRDS_INDEX
-        return index
+            return (_NOISE_INDEX if self.noise_files else index), False
+        if draw < without_class:
+            return _OTHER_BIRDS_INDEX, False
+        if draw < 1 - student.share * (1 - without_class):
+            return index, False
+        return (index, True) if student.mode == "mix" else (_SOUNDSCAPE_INDEX, False)
 
     def _finish(self, draft: _Draft) -> Clip:
         failures: list[ReadFailure] = []
@@ -124,6 +197,8 @@ class ClipDataset:
                 n_samples = self.experiment.clip_samples
                 samples = self.other_birds.draw(n_samples, draft.generator, failures)
                 samples = self.augment(samples, draft.generator, failures)
+            elif draft.index == _SOUNDSCAPE_INDEX:
+                recording, samples, target = self._read_soundscape(draft, failures)
             else:
                 recording = self.paths[draft.index]
                 index, samples = self._read_recording(draft, failures)
@@ -136,6 +211,11 @@ class ClipDataset:
                     start = draft.position * (self.seconds[index] - clip_seconds)
                     strong_target = self.strong_targets.find(index, start, clip_seconds)
                     target = target if strong_target is None else strong_target
+                if draft.with_soundscape:
+                    _, soundscape, label = self._read_soundscape(draft, failures)
+                    mixed = mix_at_snr(samples, soundscape, snr_db=0.0)
+                    if mixed is not samples:  # neither is silent
+                        samples, target = mixed, union_of(target, label)
             waveform = torch.from_numpy(np.ascontiguousarray(samples, dtype=np.float32))
         except NothingReadableError:
             weight = 0.0
@@ -157,6 +237,24 @@ class ClipDataset:
             except (AudioError, OSError) as error:
                 failures.append(ReadFailure.of("recording", self.paths[index], error))
         raise NothingReadableError(f"none of {len(failures)} recordings can be read")
+
+    def _read_soundscape(
+        self, draft: _Draft, failures: list[ReadFailure]
+    ) -> tuple[str, np.ndarray, np.ndarray]:
+        """Return name, waveform ``(samples,)`` and soft target of a clip of a soundscape."""
+        generator = draft.generator.spawn(1)[0]  # the clip's later draws stay the same
+        rate, labels = self.experiment.frontend.sample_rate, self.soundscapes.labels
+        for _ in range(MAX_TRIES):
+            index, start, target = self.soundscapes.draw(generator)
+            name = labels.soundscapes[index]["name"]
+            seconds = labels.soundscapes[index]["seconds"] - start
+            seconds = min(seconds, self.experiment.train.data.clip_seconds)
+            try:
+                (crop,) = self.read_soundscape(CropRequest(name, rate, (start,), seconds))
+                return name, crop_or_pad(crop, self.experiment.clip_samples), target
+            except (AudioError, OSError) as error:
+                failures.append(ReadFailure.of("soundscape", str(labels.folder / name), error))
+        raise NothingReadableError(f"none of {MAX_TRIES} clips of soundscapes can be read")
 
     def _candidates(self, draft: _Draft) -> Iterator[int]:
         """Yield the draft's recording, then others of its class at random, then any others."""
@@ -197,7 +295,8 @@ class _Draft:
     """What is drawn for a clip before anything is read."""
 
     generator: np.random.Generator
-    index: int  # of the recording, or _NOISE_INDEX, or _OTHER_BIRDS_INDEX
+    index: int  # of the recording; below 0: of another source
+    with_soundscape: bool  # it is added
     position: float  # of the crop, see `ClipDataset._read_crops`
     downmix: float | None
     waveform: np.ndarray | None = None  # the crop, once it is read

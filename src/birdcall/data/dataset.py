@@ -14,7 +14,7 @@ import pandas as pd
 
 from birdcall.audio.filters import generate_noise
 from birdcall.config import Experiment, require
-from birdcall.data.audit import read_audit
+from birdcall.data.audit import Measurement, measure_recording, read_audit
 from birdcall.data.cache import ReadCrops, RecordingCache
 from birdcall.data.folds import read_folds
 from birdcall.data.noise import digest_noise, find_noise, split_noise
@@ -24,7 +24,8 @@ from birdcall.data.recordings import (
     read_recordings,
     usable_recordings,
 )
-from birdcall.data.targets import read_strong_labels
+from birdcall.data.targets import SoundscapeLabels, read_strong_labels
+from birdcall.kaggle.test_set import CompetitionFile
 from birdcall.storage.files import (
     digest,
     find_files,
@@ -51,6 +52,8 @@ class TrainingData:
     strong_labels: pd.DataFrame | None = None  # see `targets.StrongTargets`
     noise_store: Path | None = None  # folder of decoded noise, see `noise.NoiseFiles`
     other_birds: Sequence[Path] = ()  # sound of birds that are no class: see `find_other_birds`
+    soundscape_labels: SoundscapeLabels | None = None  # for experiments with `StudentConfig.share`
+    soundscape_cache: Path | None = None  # folder of decoded soundscapes, see `RecordingCache`
 
     @property
     def folds(self) -> list[int]:
@@ -65,6 +68,7 @@ class TrainingData:
         not read for them.
         """
         table, labels = self.recordings, self.strong_labels
+        soundscapes = self.soundscape_labels
         return {
             "recordings": digest(table[_LEARNT].to_csv(index=False)),
             "audio": digest("\n".join(table["sha256"])) if "sha256" in table else None,
@@ -72,6 +76,8 @@ class TrainingData:
             "folds": digest(table[["filename", "fold"]].to_csv(index=False)),
             "noise": digest_noise(self.noise_files),
             "other_birds": digest_noise(self.other_birds) if self.other_birds else None,
+            "soundscapes": None if soundscapes is None else soundscapes.digest,
+            "round": None if soundscapes is None else soundscapes.round,
             "labels": None if labels is None else digest(labels.to_csv(index=False)),
         }
 
@@ -111,13 +117,24 @@ class TrainingData:
         )
 
     def require_sound_for(self, experiment: Experiment) -> None:
-        """Raise ValueError where ``experiment`` trains on a kind of sound that is not here."""
+        """Raise ValueError where ``experiment`` trains on a kind of sound that is not here.
+
+        Also where the labels of soundscapes are its own predictions.
+        """
         probability = experiment.augment.other_birds_probability
         require(
             probability == 0 or len(self.other_birds) > 0,
             f"{experiment.name} has an other_birds_probability of {probability}, and there are no "
             "other birds: give a folder of them with --other-birds",
         )
+        share = experiment.train.student.share
+        if share > 0:
+            require(
+                self.soundscape_labels is not None,
+                f"{experiment.name} has a share of {share} clips of soundscapes: give their labels "
+                "with --soundscape-labels; `birdcall pseudo-label --soundscapes` makes them",
+            )
+            self.soundscape_labels.teachers_of(experiment)
 
 
 def load_training_data(
@@ -129,6 +146,7 @@ def load_training_data(
     noise: Path | None = None,
     labels: Path | None = None,
     other_birds: Path | None = None,
+    soundscape_labels: Path | None = None,
 ) -> TrainingData:
     """Join the recordings of ``folder`` with their audit and folds; open cache and noise.
 
@@ -137,7 +155,8 @@ def load_training_data(
     else from ``noise/`` in the data folder or beside it; without any it is generated, beside the
     cache. ``labels``: a file of strong labels, from which targets are then made. ``other_birds``:
     a folder of sound of birds that are no class, None: ``other_birds/`` in the data folder if it is
-    there. FileNotFoundError for a given folder without sound.
+    there. FileNotFoundError for a given folder without sound. ``soundscape_labels``: a file of
+    `SoundscapeLabels`.
     """
     recordings = read_recordings(folder)
     classes = classes_of(recordings)
@@ -165,6 +184,9 @@ def load_training_data(
     other_files = find_other_birds(other_birds or folder / "other_birds", classes, audited)
     if other_birds is not None and not other_files:
         raise FileNotFoundError(f"{other_birds}: no sound of other birds in this folder")
+    soundscapes = None
+    if soundscape_labels is not None:
+        soundscapes = SoundscapeLabels.read(soundscape_labels, classes)
     return TrainingData(
         folder=folder,
         recordings=recordings,
@@ -174,6 +196,8 @@ def load_training_data(
         strong_labels=None if labels is None else read_strong_labels(labels, recordings, classes),
         noise_store=cache / "noise",
         other_birds=other_files,
+        soundscape_labels=soundscapes,
+        soundscape_cache=cache / "soundscapes",
     )
 
 
@@ -198,6 +222,46 @@ def find_other_birds(folder: Path, classes: Sequence[str], audit: pd.DataFrame) 
             *(len(left_out), shorten_list(left_out)),
         )
     return [path for path in files if path not in left_out]
+
+
+def find_unlabelled(
+    folder: Path, data: TrainingData, labelled: Sequence[Path] = ()
+) -> dict[str, Measurement]:
+    """Decode the soundscapes below ``folder``, by name, and store them in `soundscape_cache`.
+
+    What cannot be read whole, or is there twice, is left out and named in the log. ValueError where
+    one has the same audio as a recording of ``data`` or a labelled soundscape: the data's examples,
+    and all sound below the folders ``labelled``.
+    """
+    store = data.soundscape_cache
+    cache = None if store is None else RecordingCache(folder, store)
+    paths = readable_sound(find_files(folder), "an unlabelled soundscape")
+    by_hash: dict[str, Measurement] = {}
+    for path in paths:
+        item = measure_recording(folder, path.relative_to(folder).as_posix(), cache)
+        if item.error or item.audio_hash in by_hash:
+            reason = item.error or f"the same as {by_hash[item.audio_hash].path}"
+            logger.warning("%s is left out: %s", path, reason)
+        else:
+            by_hash[item.audio_hash] = item
+    if not by_hash:
+        raise FileNotFoundError(f"{folder}: no sound in this folder of soundscapes can be read")
+    recordings = dict(zip(data.recordings["sha256"], data.recordings["path"], strict=True))
+    known = [
+        f"{item.path} is the recording {recordings[item.sha256]}"
+        for item in by_hash.values()
+        if item.sha256 in recordings
+    ]
+    for folder_of_labelled in (data.folder / CompetitionFile.EXAMPLE_AUDIO, *labelled):
+        for path in readable_sound(find_files(folder_of_labelled), "a labelled soundscape"):
+            same = by_hash.get(measure_recording(path.parent, path.name).audio_hash)
+            known += [f"{same.path} is {path}"] if same is not None else []
+    require(
+        not known,
+        f"soundscapes that are to be labelled have labels: {shorten_list(known)}; remove them, or "
+        "scores would be of sound that was trained on",
+    )
+    return {item.path: item for item in by_hash.values()}
 
 
 def _hash_file(path: Path) -> str:

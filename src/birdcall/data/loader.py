@@ -138,7 +138,7 @@ def _prepare_worker(_worker: int) -> None:
 class FailureCounter:
     """Logs every file that fails during training, once, and stops the run at too many.
 
-    Of each kind (recordings, noise files, other-birds files) the share ``max_failed_share`` may
+    Of each kind (recordings, noise files, soundscapes ...) the share ``max_failed_share`` may
     fail, in any case three files. ``failed`` maps the path to the failure.
     """
 
@@ -147,6 +147,8 @@ class FailureCounter:
         self.totals = {"recording": len(dataset)}
         for files in (dataset.augment.noise, dataset.other_birds):
             self.totals[files.kind] = len(files.paths)
+        if dataset.soundscapes is not None:
+            self.totals["soundscape"] = len(dataset.soundscapes.labels.soundscapes)
         self.allowed = {
             kind: max(_MIN_ALLOWED_FAILURES, int(share * total))
             for kind, total in self.totals.items()

@@ -126,6 +126,7 @@ _NAMES = {
     "folds": "the folds",
     "noise": "the noise files (--noise)",
     "labels": "the strong labels (--labels)",
+    "soundscapes": "the labels of soundscapes (--soundscape-labels)",
     "other_birds": "the sound of other birds (--other-birds)",
     "init": "the initial weights (--init)",
 }
@@ -148,7 +149,9 @@ def conditions_of(
 
     Sound that ``experiment`` does not draw from has no part in it.
     """
-    unused = {} if experiment.augment.other_birds_probability else {"other_birds": None}
+    unused = dict.fromkeys([] if experiment.augment.other_birds_probability else ["other_birds"])
+    if experiment.train.student.share == 0:
+        unused |= dict.fromkeys(["soundscapes", "round"])
     return {
         **data.digests,
         **unused,
