@@ -202,8 +202,13 @@ def _field_variants(base: Experiment) -> tuple[Experiment, ...]:
     )
 
 
-_LITE0_FAMILY = _family(_LITE0)
-_LITE0_FIELD = (*_field_variants(_LITE0_FAMILY[0]), *_field_variants(_LITE0_FAMILY[1]))
-_ALL = (*_REAL, *_family(_SMALL), *_SMALL_VARIANTS, *_LITE0_FAMILY, *_LITE0_FIELD)
+_FAMILIES = (*_family(_SMALL), *_family(_LITE0))
+_FIELD = [
+    variant
+    for base in _FAMILIES
+    if base.name.endswith(("_plain", "_gru"))
+    for variant in _field_variants(base)
+]
+_ALL = (*_REAL, *_FAMILIES, *_SMALL_VARIANTS, *_FIELD)
 EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _ALL}
 require(len(EXPERIMENTS) == len(_ALL), "two experiments have the same name")

@@ -304,7 +304,7 @@ def test_soundscapes_with_labels_are_refused_by_their_audio(
 ):
     example = next((demo_folder / "example_test_audio").glob("*.mp3"))
     shutil.copyfile(example, soundscapes / "renamed.mp3")
-    with pytest.raises(ValueError, match=rf"renamed\.mp3 is .*{example.name}"):
+    with pytest.raises(ValueError, match=rf"renamed\.mp3 has sound of .*{example.name}"):
         label_soundscapes(teachers, training_data, soundscapes, tmp_path)
     (soundscapes / "renamed.mp3").unlink()
     recording = training_data.recordings["path"][0]
@@ -312,14 +312,12 @@ def test_soundscapes_with_labels_are_refused_by_their_audio(
     with pytest.raises(ValueError, match=rf"bird\.mp3 is the recording {recording}"):
         label_soundscapes(teachers, training_data, soundscapes, tmp_path)
     (soundscapes / "bird.mp3").unlink()
-    elsewhere = tmp_path / "labelled" / "0.flac"
-    elsewhere.parent.mkdir()
+    cut = tmp_path / "labelled" / "cut.flac"
+    cut.parent.mkdir()
     sound, rate = soundfile.read(soundscapes / "night" / "0.wav", dtype="int16")
-    soundfile.write(elsewhere, sound, rate)
-    with pytest.raises(ValueError, match=r"night/0\.wav is .*0\.flac"):
-        label_soundscapes(
-            teachers, training_data, soundscapes, tmp_path, labelled=[elsewhere.parent]
-        )
+    soundfile.write(cut, sound[12_345 : 12_345 + 4 * rate], rate)
+    with pytest.raises(ValueError, match=r"night/0\.wav has sound of .*cut\.flac"):
+        label_soundscapes(teachers, training_data, soundscapes, tmp_path, labelled=[cut.parent])
     assert not list(tmp_path.glob("*.safetensors"))
 
 

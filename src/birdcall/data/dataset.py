@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from birdcall.audio.filters import generate_noise
+from birdcall.audio.reading import AudioError, hash_parts
 from birdcall.config import Experiment, require
 from birdcall.data.audit import Measurement, measure_recording, read_audit
 from birdcall.data.cache import ReadCrops, RecordingCache
@@ -230,7 +231,7 @@ def find_unlabelled(
     """Decode the soundscapes below ``folder``, by name, and store them in `soundscape_cache`.
 
     What cannot be read whole, or is there twice, is left out and named in the log. ValueError where
-    one has the same audio as a recording of ``data`` or a labelled soundscape: the data's examples,
+    one is a recording of ``data``, or shares sound with a labelled soundscape: the data's examples,
     and all sound below the folders ``labelled``.
     """
     store = data.soundscape_cache
@@ -252,10 +253,16 @@ def find_unlabelled(
         for item in by_hash.values()
         if item.sha256 in recordings
     ]
+    parts: dict[int, Path] = {}  # of labelled soundscapes
     for folder_of_labelled in (data.folder / CompetitionFile.EXAMPLE_AUDIO, *labelled):
         for path in readable_sound(find_files(folder_of_labelled), "a labelled soundscape"):
-            same = by_hash.get(measure_recording(path.parent, path.name).audio_hash)
-            known += [f"{same.path} is {path}"] if same is not None else []
+            try:
+                parts |= dict.fromkeys(hash_parts(path), path)
+            except AudioError as error:
+                logger.warning("%s; whether soundscapes overlap with it is not known", error)
+    for item in by_hash.values() if parts else ():
+        if shared := hash_parts(folder / item.path) & parts.keys():
+            known.append(f"{item.path} has sound of {min(parts[part] for part in shared)}")
     require(
         not known,
         f"soundscapes that are to be labelled have labels: {shorten_list(known)}; remove them, or "
