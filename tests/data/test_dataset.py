@@ -339,7 +339,7 @@ def test_other_birds_are_no_class_and_no_recording_of_the_data(
         assert left_out in caplog.text
     training, held_out = data.split_other_birds(0)
     assert sorted(training + held_out) == list(data.other_birds)
-    assert training == list(data.training_part(0).other_birds)
+    assert training == list(data.training_part(0, data.split(0)[0]).other_birds)
     assert data.digests["other_birds"] != training_data.digests["other_birds"] is None
 
 

@@ -108,11 +108,11 @@ class TrainingData:
     def _split_files(self, files: Sequence[Path], fold: int) -> tuple[list[Path], list[Path]]:
         return split_noise(files, self.folds.index(fold), len(self.folds))
 
-    def training_part(self, fold: int) -> TrainingData:
-        """Return what a run that holds out ``fold`` learns from."""
+    def training_part(self, fold: int, recordings: pd.DataFrame) -> TrainingData:
+        """Return what a run that holds out ``fold`` learns from, of ``recordings``."""
         return replace(
             self,
-            recordings=self.split(fold)[0],
+            recordings=recordings,
             noise_files=self.split_noise(fold)[0],
             other_birds=self.split_other_birds(fold)[0],
         )
