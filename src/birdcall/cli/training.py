@@ -242,15 +242,8 @@ def _pseudo_label(
     training_data = folders.load_training_data()
     runs = find_runs(folders.runs, experiment)
     if soundscapes is not None:
-        path, made = label_soundscapes(
-            runs,
-            training_data,
-            soundscapes,
-            folders.output,
-            labelled=labelled or (),
-            device=default_device(),
-            progress=True,
-        )
+        options = {"labelled": labelled or (), "device": default_device(), "progress": True}
+        path, made = label_soundscapes(runs, training_data, soundscapes, folders.output, **options)
         typer.echo(
             f"round {made.round}: {len(made.soundscape)} segments of {len(made.soundscapes)} "
             f"soundscapes, by {len(made.members)} members of {len(made.families)} networks; "

@@ -254,10 +254,8 @@ def _find_finished(run: Run, data: TrainingData, options: RunOptions) -> Checkpo
         raise ValueError(f"{run.folder} holds a trained run already; --overwrite trains it again")
     if has_state or not has_checkpoint:
         return None
-    device = options.device or default_device()
-    trained_on = conditions_of(
-        data, run.experiment, options.init, device, distributed=options.distributed
-    )
+    device, distributed = options.device or default_device(), options.distributed
+    trained_on = conditions_of(data, run.experiment, options.init, device, distributed=distributed)
     expected = Checkpoint(run.experiment, data.classes, run.fold, trained_on=trained_on)
     checkpoint = require_finished(run.folder, expected)
     logger.info("%s: finished already, kept", run.name)
