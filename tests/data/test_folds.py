@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from birdcall.data.folds import (
+    TRAINING_ONLY,
     check_folds,
     class_shares,
+    describe_training_only,
     fold_report,
     make_folds,
     read_folds,
@@ -151,6 +153,57 @@ def test_a_class_of_several_recordists_is_in_every_training_part() -> None:
     folds = make_folds(make_recordings(codes, recordists), 2)
     shares = class_shares(folds)
     assert shares.loc["y"].max() < 1
+
+
+@pytest.fixture
+def rare_recordings() -> pd.DataFrame:
+    """A recordist with a third of all recordings, most of species that nobody else has."""
+    codes = ["x"] * 8 + ["y"] * 8 + [f"rare{number}" for number in range(9)] + ["z"] * 3
+    recordists = [f"R{number % 8}" for number in range(16)] + ["big"] * 9 + ["R1"] * 3
+    return make_recordings([*codes, "x"], [*recordists, "big"])
+
+
+def test_rare_species_are_in_every_training_part_and_held_out_in_none(
+    tmp_path: Path, rare_recordings: pd.DataFrame
+) -> None:
+    before = fold_report(make_folds(rare_recordings, 2), rare_recordings)
+    assert before["unknown_to_training"].sum() == 10
+    folds = make_folds(rare_recordings, 2, min_recordings=2)
+    is_rare = folds["ebird_code"].str.startswith("rare") | (folds["ebird_code"] == "z")
+    assert (folds["fold"][is_rare] == TRAINING_ONLY).all()  # z: three, but by one recordist
+    assert set(folds["fold"][~is_rare]) == {0, 1}
+    report = fold_report(folds, rare_recordings)
+    assert list(report.index) == [0, 1]
+    assert report["unknown_to_training"].sum() == 0
+    assert report["largest_recordist"].max() < before["largest_recordist"].max()
+    assert list(class_shares(folds).index) == ["x", "y"]
+    check_folds(folds, rare_recordings)  # "big" has one recording that is held out
+    write_folds(folds, tmp_path / "folds.csv")
+    assert read_folds(tmp_path / "folds.csv", rare_recordings, 2).equals(folds)
+    text = describe_training_only(folds)
+    assert "12 of 29 recordings" in text
+    assert "10 rare species" in text
+    assert describe_training_only(make_folds(rare_recordings, 2)) == ""
+
+
+def test_what_sounds_like_a_rare_recording_is_in_every_training_part_too(
+    rare_recordings: pd.DataFrame,
+) -> None:
+    hashes = [f"sound {number}" for number in range(len(rare_recordings))]
+    hashes[0] = hashes[16]  # of x, and of the first rare species
+    folds = make_folds(rare_recordings, 2, 0, hashes, min_recordings=2)
+    fold_of = folds.set_index("filename")["fold"]
+    assert fold_of["XC0.mp3"] == fold_of["XC16.mp3"] == TRAINING_ONLY
+    assert fold_of["XC1.mp3"] >= 0
+    check_folds(folds, rare_recordings, hashes)
+    leaking = folds.assign(fold=folds["fold"].where(folds["filename"] != "XC0.mp3", 0))
+    with pytest.raises(ValueError, match=r"XC0\.mp3"):
+        check_folds(leaking, rare_recordings, hashes)
+
+
+def test_where_all_species_are_rare_there_are_no_folds(rare_recordings: pd.DataFrame) -> None:
+    with pytest.raises(ValueError, match="only 0 recordists of species with 99 recordings"):
+        make_folds(rare_recordings, 2, min_recordings=99)
 
 
 def test_what_the_recordists_make_impossible_is_said(caplog: pytest.LogCaptureFixture) -> None:

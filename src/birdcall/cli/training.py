@@ -90,23 +90,42 @@ def _folds(
     folds: Folds = None,
     n_folds: Annotated[int, typer.Option(min=2, help="Number of folds.")] = 5,
     seed: Annotated[int, typer.Option(help="Decides between splits of equal quality.")] = 0,
+    min_recordings: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Species with fewer recordings, or one recordist, are in every training part and "
+            "held out in no fold.",
+            show_default="1: all are held out",
+        ),
+    ] = 1,
 ) -> None:
     """Split the recordings into folds by species, each recordist in one fold only."""
     from birdcall.data.audit import read_audit
-    from birdcall.data.folds import check_folds, class_shares, fold_report, make_folds, write_folds
+    from birdcall.data.folds import (
+        check_folds,
+        class_shares,
+        describe_training_only,
+        fold_report,
+        make_folds,
+        write_folds,
+    )
     from birdcall.data.recordings import audio_hashes, read_recordings, usable_recordings
     from birdcall.report.plots import plot_folds, save_figure
 
     folders = Folders(data, output, folds)
     audit = read_audit(folders.audit)
     recordings = usable_recordings(read_recordings(data), audit)
-    table = make_folds(recordings, n_folds, seed, audio_hashes(recordings, audit))
-    check_folds(table, recordings)
+    hashes = audio_hashes(recordings, audit)
+    table = make_folds(recordings, n_folds, seed, hashes, min_recordings=min_recordings)
+    check_folds(table, recordings, hashes)
     write_folds(table, folders.folds)
     figure = folders.output / "folds.png"
     report, sizes = fold_report(table, recordings), table["ebird_code"].value_counts()
     save_figure(plot_folds(class_shares(table), sizes, report), figure)
     typer.echo(report.round(3).to_string())
+    if training_only := describe_training_only(table):
+        typer.echo(training_only)
     typer.echo(f"{folders.folds}: {len(table)} recordings in {n_folds} folds; figure: {figure}")
 
 

@@ -28,13 +28,8 @@ from birdcall.data.cache import (
     ReadFailure,
     RecordingCache,
 )
-from birdcall.data.folds import read_folds
-from birdcall.data.noise import (
-    NoiseFiles,
-    digest_noise,
-    find_noise,
-    split_noise,
-)
+from birdcall.data.folds import TRAINING_ONLY, read_folds
+from birdcall.data.noise import NoiseFiles, digest_noise, find_noise, split_noise
 from birdcall.data.recordings import (
     check_recordings_exist,
     classes_of,
@@ -72,7 +67,8 @@ class TrainingData:
 
     @property
     def folds(self) -> list[int]:
-        return sorted(int(fold) for fold in self.recordings["fold"].unique())
+        """Return the folds that can be held out."""
+        return sorted(set(map(int, self.recordings["fold"])) - {TRAINING_ONLY})
 
     @cached_property
     def digests(self) -> dict[str, str | None]:
