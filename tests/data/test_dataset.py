@@ -17,7 +17,7 @@ import soundfile
 import torch
 
 from birdcall.audio.reading import AudioError, read_audio
-from birdcall.config import NO_AUGMENT, AugmentConfig, SamplingConfig, replace_nested
+from birdcall.config import FULL, NO_AUGMENT, AugmentConfig, SamplingConfig, replace_nested
 from birdcall.data import loader as loader_module
 from birdcall.data.cache import CropRequest, ReadFailure, RecordingCache
 from birdcall.data.dataset import (
@@ -108,6 +108,14 @@ def test_recordings_of_no_fold_are_in_every_training_part(training_data):
     with pytest.raises(ValueError, match="the folds are 0, 1"):
         data.split(TRAINING_ONLY)
     assert data.digests["folds"] != training_data.digests["folds"]
+
+
+def test_a_full_run_trains_on_everything_and_holds_out_nothing(training_data):
+    training, held_out = training_data.split(FULL)
+    assert list(training["path"]) == list(training_data.recordings["path"])
+    assert len(held_out) == 0
+    assert training_data.split_noise(FULL) == (list(training_data.noise_files), [])
+    assert training_data.learnable_classes(FULL).all()
 
 
 def test_clips_are_exactly_as_long_as_the_experiment_says(recordings, tiny_experiment):

@@ -24,6 +24,7 @@ from birdcall.cli.options import (
     Trained,
     parse_fold,
 )
+from birdcall.config import FULL
 from birdcall.experiments import EXPERIMENTS
 
 commands = typer.Typer()
@@ -141,7 +142,9 @@ def _experiments() -> None:
 def _train(
     data: Data,
     experiment: _Experiments,
-    fold: Fold = "all",
+    fold: Annotated[
+        str, typer.Option(help="Number of the held-out fold, all, or full: hold out nothing.")
+    ] = "all",
     output: Output = None,
     folds: Folds = None,
     noise: Noise = None,
@@ -163,13 +166,14 @@ def _train(
         typer.Option(help="Save the state and stop after these seconds.", show_default="none"),
     ] = None,
 ) -> None:
-    """Train experiments, each on all folds except the held-out fold.
+    """Train experiments, each on all folds except the held-out fold; --fold full: on everything.
 
     On several GPUs: torchrun --nproc_per_node=2 -m birdcall train ...
     """
     from birdcall.experiments import find_experiment
     from birdcall.inference.ensemble import default_device
     from birdcall.training.distributed import distributed_context
+    from birdcall.training.log import find_best_epochs
     from birdcall.training.runs import plan_runs, runs_table, train_many
     from birdcall.training.trainer import RunOptions
 
@@ -199,6 +203,13 @@ def _train(
         train_many(runs, training_data, options)
         if distributed.is_first:
             typer.echo(runs_table(runs).to_string(index=False))
+            for run in (run for run in runs if run.fold == FULL):
+                best = find_best_epochs(run.folder.parent)
+                shown = ", ".join(f"{name} after epoch {epoch}" for name, epoch in best.items())
+                typer.echo(
+                    f"{run.name}: not validated; trained for the {run.experiment.train.epochs} "
+                    f"epochs of the experiment; the folds' validation was best: {shown or 'no log'}"
+                )
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from birdcall.audio.decoder import AudioError, is_cut
 from birdcall.audio.filters import crop_or_pad, generate_noise
-from birdcall.config import Experiment
+from birdcall.config import FULL, Experiment
 from birdcall.data.audit import read_audit
 from birdcall.data.augment import ClipAugment
 from birdcall.data.cache import (
@@ -87,23 +87,27 @@ class TrainingData:
             "labels": None if labels is None else digest(labels.to_csv(index=False)),
         }
 
-    def split(self, fold: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Return the training and the validation recordings of ``fold``."""
+    def split(self, fold: int | str) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Return the training and the validation recordings of ``fold``; FULL: all, and none."""
+        if fold == FULL:
+            return self.recordings, self.recordings[:0]
         if fold not in self.folds:
             known = ", ".join(map(str, self.folds))
             raise ValueError(f"fold {fold} is out of range; the folds are {known}")
         held_out = self.recordings["fold"] == fold
         return self.recordings[~held_out], self.recordings[held_out]
 
-    def learnable_classes(self, fold: int) -> np.ndarray:
+    def learnable_classes(self, fold: int | str) -> np.ndarray:
         """Return which classes a run that holds out ``fold`` can learn, boolean ``(classes,)``.
 
         By primary labels: what a secondary one teaches depends on the experiment.
         """
         return np.isin(self.classes, self.split(fold)[0]["ebird_code"].unique())
 
-    def split_noise(self, fold: int) -> tuple[list[Path], list[Path]]:
+    def split_noise(self, fold: int | str) -> tuple[list[Path], list[Path]]:
         """Return the noise to train and to validate with; no source is in both."""
+        if fold == FULL:
+            return list(self.noise_files), []
         return split_noise(self.noise_files, self.folds.index(fold), len(self.folds))
 
 
@@ -162,22 +166,23 @@ def check_classes(
     validation: pd.DataFrame,
     *,
     classes: Sequence[str],
-    fold: int,
+    fold: int | str,
     table: Path,
 ) -> None:
     """Warn of classes without a recording in the training or in the validation part.
 
-    ``table`` lists them all, a row each: part, ebird_code. It is not there if none is missing.
+    ``table`` lists them all, a row each: part, ebird_code. It is not there if none is missing. A
+    run that holds out nothing has no validation part.
     """
     rows = []
     for part, recordings, consequence in (
         ("training", training, "no score of this fold covers them"),
         ("validation", validation, "its scores do not cover them"),
     ):
-        missing = sorted(set(classes) - set(recordings["ebird_code"]))
+        missing = sorted(set(classes) - set(recordings["ebird_code"])) if len(recordings) else []
         if missing:
             logger.warning(
-                "fold %d has no %s recording of %d of %d classes (%s): %s; %s lists them",
+                "fold %s has no %s recording of %d of %d classes (%s): %s; %s lists them",
                 *(fold, part, len(missing), len(classes), shorten_list(missing), consequence),
                 table,
             )
