@@ -223,20 +223,27 @@ def test_what_the_recordists_make_impossible_is_said(caplog: pytest.LogCaptureFi
     st.lists(st.tuples(st.sampled_from("vwxyz"), st.sampled_from("ABCDEFGHIJ ")), min_size=30),
     st.integers(2, 3),
     st.integers(0, 3),
+    st.integers(1, 8),
 )
 def test_whatever_the_recordings_nothing_leaks_and_classes_that_can_be_are_divided(
-    rows: list[tuple[str, str]], n_folds: int, seed: int
+    rows: list[tuple[str, str]], n_folds: int, seed: int, min_recordings: int
 ) -> None:
     recordings = make_recordings([row[0] for row in rows], [row[1] for row in rows])
     groups = recordings["recordist"].where(recordings["recordist"] != " ", recordings["filename"])
+    of_species = groups.groupby(recordings["ebird_code"])
+    is_rare = (of_species.size() < min_recordings) | (of_species.nunique() == 1)
+    is_rare &= min_recordings > 1
+    groups = groups[~recordings["ebird_code"].map(is_rare)]
     if groups.nunique() < n_folds:
         return
-    folds = make_folds(recordings, n_folds, seed)
+    folds = make_folds(recordings, n_folds, seed, min_recordings=min_recordings)
     check_folds(folds, recordings)
     assert len(folds) == len(recordings)
-    several = groups.groupby(recordings["ebird_code"]).nunique() > 1
+    assert ((folds["fold"] == TRAINING_ONLY) == folds["ebird_code"].map(is_rare)).all()
+    several = (of_species.nunique() > 1) & ~is_rare
     if groups.nunique() > 2 * several.sum():  # else dividing one may undivide another
-        assert not ((class_shares(folds).max(axis=1) == 1) & several).any()
+        undivided = class_shares(folds).max(axis=1) == 1
+        assert not undivided[several[several].index].any()
 
 
 def test_a_leak_is_found_and_names_the_recordist(recordings: pd.DataFrame) -> None:

@@ -184,7 +184,7 @@ def find_runs(
 ) -> list[Path]:
     """Return the folders of trained runs below ``folder``, of some or all experiments and folds.
 
-    Runs that hold out nothing (FULL) have nothing to be scored on, and are left out.
+    Runs that hold out nothing (FULL) are left out: they have nothing to be scored on.
     The log names runs that are not finished. Raises FileNotFoundError where a named experiment has
     no trained run, and where there is none.
     """
@@ -200,6 +200,8 @@ def find_runs(
         and (run.name != FULL if fold is None else run.name == fold_name(fold))
     ]
     runs = [run for run in wanted if run in trained]
+    if fold is None and (full := [str(run) for run in sorted(trained) if run.name == FULL]):
+        logger.info("left out, since they held out nothing: %s", shorten_list(full))
     if unfinished := [run for run in wanted if run not in trained]:
         message = "unfinished runs are left out; `birdcall train --resume` continues them: %s"
         logger.warning(message, shorten_list(unfinished))
