@@ -74,7 +74,8 @@ def make_folds(
     hashes = {name: hashlib.sha256(f"{seed}:{name}".encode()).digest() for name in sizes}
     names = sorted(sizes, key=lambda name: (-sizes[name], hashes[name]))
     if len(names) < n_folds:
-        of_species = f" of species with {min_recordings} recordings" if min_recordings > 1 else ""
+        of_species = f" of species with {min_recordings} recordings (ask for fewer)"
+        of_species = of_species if min_recordings > 1 else ""
         raise ValueError(
             f"n_folds is {n_folds}, but there are only {len(names)} recordists{of_species}; "
             "a recordist must not be in two folds"
