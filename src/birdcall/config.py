@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
 SEGMENT_SECONDS = 5  # the competition scores one row per five seconds
+FULL = "full"  # in place of the number of the fold that a run holds out: none
 NOCALL = "nocall"
 
 Feature = Literal["log_mel", "log_mel_1.5", "pcen", "delta", "delta_delta"]

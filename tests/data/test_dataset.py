@@ -18,11 +18,12 @@ import soundfile
 import torch
 
 from birdcall.audio.reading import AudioError, read_audio
-from birdcall.config import NO_AUGMENT, AugmentConfig, SamplingConfig, replace_nested
+from birdcall.config import FULL, NO_AUGMENT, AugmentConfig, SamplingConfig, replace_nested
 from birdcall.data import loader as loader_module
 from birdcall.data.cache import CropRequest, ReadFailure, RecordingCache
 from birdcall.data.clips import ClipDataset
 from birdcall.data.dataset import TrainingData, check_classes, load_training_data
+from birdcall.data.folds import TRAINING_ONLY
 from birdcall.data.loader import (
     ClipBatch,
     FailureCounter,
@@ -89,6 +90,29 @@ def data_of(recordings, read=read_ramp, **fields):
 def dataset(recordings, experiment, noise_files=(), augment=NO_AUGMENT):
     data = data_of(recordings, noise_files=noise_files)
     return ClipDataset(data, replace(experiment, augment=augment))
+
+
+def test_recordings_of_no_fold_are_in_every_training_part(training_data):
+    folds = training_data.recordings["fold"].copy()
+    folds[folds[folds == 0].index[0]] = TRAINING_ONLY
+    recordings = training_data.recordings.assign(fold=folds)
+    data = replace(training_data, recordings=recordings)
+    assert data.folds == [0, 1]
+    for fold in data.folds:
+        training, held_out = data.split(fold)
+        assert (training["fold"] == TRAINING_ONLY).sum() == 1
+        assert len(training) + len(held_out) == len(recordings)
+    with pytest.raises(ValueError, match="the folds are 0, 1"):
+        data.split(TRAINING_ONLY)
+    assert data.digests["folds"] != training_data.digests["folds"]
+
+
+def test_a_full_run_trains_on_everything_and_holds_out_nothing(training_data):
+    training, held_out = training_data.split(FULL)
+    assert list(training["path"]) == list(training_data.recordings["path"])
+    assert len(held_out) == 0
+    assert training_data.split_noise(FULL) == (list(training_data.noise_files), [])
+    assert training_data.learnable_classes(FULL).all()
 
 
 def test_clips_are_exactly_as_long_as_the_experiment_says(recordings, tiny_experiment):

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from birdcall.config import FULL
+
 if TYPE_CHECKING:
     from birdcall.data.dataset import TrainingData
 
@@ -140,10 +142,10 @@ class Folders:
         )
 
 
-def parse_fold(fold: str) -> int | None:
-    """Return the number of a fold, or None for all folds."""
-    if fold == "all":
-        return None
+def parse_fold(fold: str) -> int | str | None:
+    """Return the number of a fold, FULL, or None for all folds."""
+    if fold in ("all", FULL):
+        return None if fold == "all" else FULL
     if not fold.isdigit():
-        raise ValueError(f"--fold is {fold!r}; give the number of a fold, or all")
+        raise ValueError(f"--fold is {fold!r}; give the number of a fold, all, or {FULL}")
     return int(fold)

@@ -27,6 +27,7 @@ from birdcall.cli.options import (
     Trained,
     parse_fold,
 )
+from birdcall.config import FULL
 from birdcall.experiments import EXPERIMENTS
 
 commands = typer.Typer()
@@ -93,23 +94,42 @@ def _folds(
     folds: Folds = None,
     n_folds: Annotated[int, typer.Option(min=2, help="Number of folds.")] = 5,
     seed: Annotated[int, typer.Option(help="Decides between splits of equal quality.")] = 0,
+    min_recordings: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Species with fewer recordings, or one recordist, are in every training part and "
+            "held out in no fold.",
+            show_default="1: all are held out",
+        ),
+    ] = 1,
 ) -> None:
     """Split the recordings into folds by species, each recordist in one fold only."""
     from birdcall.data.audit import read_audit
-    from birdcall.data.folds import check_folds, class_shares, fold_report, make_folds, write_folds
+    from birdcall.data.folds import (
+        check_folds,
+        class_shares,
+        describe_training_only,
+        fold_report,
+        make_folds,
+        write_folds,
+    )
     from birdcall.data.recordings import audio_hashes, read_recordings, usable_recordings
     from birdcall.report.plots import plot_folds, save_figure
 
     folders = Folders(data, output, folds)
     audit = read_audit(folders.audit)
     recordings = usable_recordings(read_recordings(data), audit)
-    table = make_folds(recordings, n_folds, seed, audio_hashes(recordings, audit))
-    check_folds(table, recordings)
+    hashes = audio_hashes(recordings, audit)
+    table = make_folds(recordings, n_folds, seed, hashes, min_recordings=min_recordings)
+    check_folds(table, recordings, hashes)
     write_folds(table, folders.folds)
     figure = folders.output / "folds.png"
     report, sizes = fold_report(table, recordings), table["ebird_code"].value_counts()
     save_figure(plot_folds(class_shares(table), sizes, report), figure)
     typer.echo(report.round(3).to_string())
+    if training_only := describe_training_only(table):
+        typer.echo(training_only)
     typer.echo(f"{folders.folds}: {len(table)} recordings in {n_folds} folds; figure: {figure}")
 
 
@@ -125,7 +145,9 @@ def _experiments() -> None:
 def _train(
     data: Data,
     experiment: _Experiments,
-    fold: Fold = "all",
+    fold: Annotated[
+        str, typer.Option(help="Number of the held-out fold, all, or full: hold out nothing.")
+    ] = "all",
     output: Output = None,
     folds: Folds = None,
     noise: Noise = None,
@@ -149,13 +171,14 @@ def _train(
         typer.Option(help="Save the state and stop after these seconds.", show_default="none"),
     ] = None,
 ) -> None:
-    """Train experiments, each on all folds except the held-out fold.
+    """Train experiments, each on all folds except the held-out fold; --fold full: on everything.
 
     On several GPUs: torchrun --nproc_per_node=2 -m birdcall train ...
     """
     from birdcall.experiments import find_experiment
     from birdcall.inference.ensemble import default_device
     from birdcall.training.distributed import distributed_context
+    from birdcall.training.log import find_best_epochs
     from birdcall.training.runs import plan_runs, runs_table, train_many
     from birdcall.training.trainer import RunOptions
 
@@ -187,6 +210,13 @@ def _train(
         train_many(runs, training_data, options)
         if distributed.is_first:
             typer.echo(runs_table(runs).to_string(index=False))
+            for run in (run for run in runs if run.fold == FULL):
+                best = find_best_epochs(run.folder.parent)
+                shown = ", ".join(f"{name} after epoch {epoch}" for name, epoch in best.items())
+                typer.echo(
+                    f"{run.name}: not validated; trained for the {run.experiment.train.epochs} "
+                    f"epochs of the experiment; the folds' validation was best: {shown or 'no log'}"
+                )
 
 
 @contextmanager

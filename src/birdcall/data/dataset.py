@@ -14,10 +14,10 @@ import pandas as pd
 
 from birdcall.audio.filters import generate_noise
 from birdcall.audio.reading import AudioError, hash_parts
-from birdcall.config import Experiment, require
+from birdcall.config import FULL, Experiment, require
 from birdcall.data.audit import Measurement, measure_recording, read_audit
 from birdcall.data.cache import ReadCrops, RecordingCache
-from birdcall.data.folds import read_folds
+from birdcall.data.folds import TRAINING_ONLY, read_folds
 from birdcall.data.noise import digest_noise, find_noise, split_noise
 from birdcall.data.recordings import (
     check_recordings_exist,
@@ -58,7 +58,8 @@ class TrainingData:
 
     @property
     def folds(self) -> list[int]:
-        return sorted(int(fold) for fold in self.recordings["fold"].unique())
+        """Return the folds that can be held out."""
+        return sorted(set(map(int, self.recordings["fold"])) - {TRAINING_ONLY})
 
     @cached_property
     def digests(self) -> dict[str, str | None]:
@@ -82,33 +83,37 @@ class TrainingData:
             "labels": None if labels is None else digest(labels.to_csv(index=False)),
         }
 
-    def split(self, fold: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Return the training and the validation recordings of ``fold``."""
+    def split(self, fold: int | str) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Return the training and the validation recordings of ``fold``; FULL: all, and none."""
+        if fold == FULL:
+            return self.recordings, self.recordings[:0]
         if fold not in self.folds:
             known = ", ".join(map(str, self.folds))
             raise ValueError(f"fold {fold} is out of range; the folds are {known}")
         held_out = self.recordings["fold"] == fold
         return self.recordings[~held_out], self.recordings[held_out]
 
-    def learnable_classes(self, fold: int) -> np.ndarray:
+    def learnable_classes(self, fold: int | str) -> np.ndarray:
         """Return which classes a run that holds out ``fold`` can learn, boolean ``(classes,)``.
 
         By primary labels: what a secondary one teaches depends on the experiment.
         """
         return np.isin(self.classes, self.split(fold)[0]["ebird_code"].unique())
 
-    def split_noise(self, fold: int) -> tuple[list[Path], list[Path]]:
+    def split_noise(self, fold: int | str) -> tuple[list[Path], list[Path]]:
         """Return the noise to train and to validate with; no source is in both."""
         return self._split_files(self.noise_files, fold)
 
-    def split_other_birds(self, fold: int) -> tuple[list[Path], list[Path]]:
+    def split_other_birds(self, fold: int | str) -> tuple[list[Path], list[Path]]:
         """Return the sound of other birds to train and to validate with, as `split_noise`."""
         return self._split_files(self.other_birds, fold)
 
-    def _split_files(self, files: Sequence[Path], fold: int) -> tuple[list[Path], list[Path]]:
+    def _split_files(self, files: Sequence[Path], fold: int | str) -> tuple[list[Path], list[Path]]:
+        if fold == FULL:
+            return list(files), []
         return split_noise(files, self.folds.index(fold), len(self.folds))
 
-    def training_part(self, fold: int, recordings: pd.DataFrame) -> TrainingData:
+    def training_part(self, fold: int | str, recordings: pd.DataFrame) -> TrainingData:
         """Return what a run that holds out ``fold`` learns from, of ``recordings``."""
         return replace(
             self,
@@ -281,22 +286,23 @@ def check_classes(
     validation: pd.DataFrame,
     *,
     classes: Sequence[str],
-    fold: int,
+    fold: int | str,
     table: Path,
 ) -> None:
     """Warn of classes without a recording in the training or in the validation part.
 
-    ``table`` lists them all, a row each: part, ebird_code. It is not there if none is missing.
+    ``table`` lists them all, a row each: part, ebird_code. It is not there if none is missing. A
+    run that holds out nothing has no validation part.
     """
     rows = []
     for part, recordings, consequence in (
         ("training", training, "no score of this fold covers them"),
         ("validation", validation, "its scores do not cover them"),
     ):
-        missing = sorted(set(classes) - set(recordings["ebird_code"]))
+        missing = sorted(set(classes) - set(recordings["ebird_code"])) if len(recordings) else []
         if missing:
             logger.warning(
-                "fold %d has no %s recording of %d of %d classes (%s): %s; %s lists them",
+                "fold %s has no %s recording of %d of %d classes (%s): %s; %s lists them",
                 *(fold, part, len(missing), len(classes), shorten_list(missing), consequence),
                 table,
             )

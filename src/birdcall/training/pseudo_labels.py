@@ -15,6 +15,7 @@ from tqdm import tqdm
 from birdcall.audio.reading import AudioError
 from birdcall.config import SEGMENT_SECONDS, require, require_share
 from birdcall.data.dataset import TrainingData, find_unlabelled
+from birdcall.data.folds import TRAINING_ONLY
 from birdcall.data.targets import (
     PRESENT,
     STRONG_LABEL_COLUMNS,
@@ -159,7 +160,9 @@ def write_pseudo_labels(
     recordings = data.recordings.set_index("filename")
     is_held_out = recordings["fold"].isin(by_fold)
     if not is_held_out.all():
-        folds = ", ".join(map(str, sorted(set(recordings["fold"][~is_held_out]))))
+        names = {TRAINING_ONLY: f"{TRAINING_ONLY} (in every training part)"}
+        missing = sorted(set(recordings["fold"][~is_held_out]))
+        folds = ", ".join(str(names.get(fold, fold)) for fold in missing)
         n_unchanged = int((~is_held_out).sum())
         logger.warning(
             "no run held out fold %s: %d recordings keep their labels", folds, n_unchanged

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from birdcall.config import Experiment
+from birdcall.config import FULL, Experiment
 from birdcall.data.dataset import TrainingData
 from birdcall.models.checkpoint import (
     Checkpoint,
@@ -171,6 +171,12 @@ def identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
     return values | values.pop("trained_on")
 
 
+def describe_other_training(run: Checkpoint, other: Checkpoint) -> str:
+    """Return in which way ``other`` was trained differently, beside fold, code and machine."""
+    ignored = ("fold", "code", *_ROUNDING)
+    return describe_differences(identity_of(run), identity_of(other), ignored)
+
+
 def describe_differences(
     stored: Mapping[str, Any], current: Mapping[str, Any], ignored: Collection[str] = ()
 ) -> str:
@@ -229,6 +235,8 @@ def read_runs(
     for folder, checkpoint in zip(folders, checkpoints, strict=True):
         require_same_classes(folder, checkpoint, data.classes)
         _require_known(folder, checkpoint)
+        if checkpoint.fold == FULL:
+            raise ValueError(f"{folder} held out nothing that it could be scored on: leave it out")
         names = _SCORED if is_scored else _HELD_OUT
         stored, current = (
             {name: digests.get(name) for name in names}

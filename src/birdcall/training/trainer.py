@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from birdcall.config import Experiment, TrainConfig
+from birdcall.config import FULL, Experiment, TrainConfig
 from birdcall.data.clips import ClipDataset
 from birdcall.data.dataset import TrainingData
 from birdcall.data.loader import ClipBatch, FailureCounter, iterate_clips, make_loader
@@ -45,13 +45,13 @@ class Run(NamedTuple):
     """An experiment on a fold, and the folder for its checkpoint, log and state."""
 
     experiment: Experiment
-    fold: int
+    fold: int | str  # that is held out, or FULL
     folder: Path
 
     @property
     def name(self) -> str:
         """The name in messages."""
-        return f"{self.experiment.name}, fold {self.fold}"
+        return f"{self.experiment.name}, {'full' if self.fold == FULL else f'fold {self.fold}'}"
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class Training:
     # --- epochs
 
     def end_epoch(self, held_out: pd.DataFrame) -> EpochLog:
-        """Add the epoch to the log; validate on the recordings ``held_out`` when it is due."""
+        """Add the epoch to the log; validate on ``held_out``, if there are any, when it is due."""
         progress = self.progress
         seconds = max(progress.seconds, 1e-9)
         entry = EpochLog(
@@ -226,7 +226,7 @@ class Training:
         progress.epoch_step = progress.n_batches = progress.n_skipped = progress.n_clips = 0
         progress.loss_sum = progress.seconds = progress.waiting = 0.0
         is_last = progress.epoch >= self.config.epochs
-        if is_last or entry.epoch % self.config.validate_every == 0:
+        if len(held_out) and (is_last or entry.epoch % self.config.validate_every == 0):
             entry.validation = self._validate(held_out)
             score = entry.validation["macro_ap"]
             progress.validations_since_best += not math.isnan(score)  # NaN: no class is scored
@@ -299,7 +299,7 @@ def start_training(
     distributed = options.distributed
     experiment, config = run.experiment, run.experiment.train
     trained_on = conditions_of(data, experiment, options.init, device, distributed=distributed)
-    seed = config.seed * 1000 + run.fold
+    seed = config.seed * 1000 + (len(data.folds) if run.fold == FULL else run.fold)
     torch.manual_seed(seed)
     n_classes = len(data.classes)
     model = initialise(experiment, n_classes, options.init, classes=data.classes).to(device)
