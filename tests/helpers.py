@@ -7,12 +7,17 @@ import numpy as np
 import pandas as pd
 import soundfile
 
+from birdcall.experiments import EXPERIMENTS
 from birdcall.inference.events import Event
 from birdcall.kaggle.submission import SUMMARY_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "kernels" / "submission" / "submission.py"
 RATE = 32_000
+# One experiment for each network: others of it differ in training only.
+NETWORKS = list(
+    {(item.frontend, item.model): name for name, item in reversed(EXPERIMENTS.items())}.values()
+)
 
 
 # --- the published names and shapes of PANNs' networks -------------------------------------------

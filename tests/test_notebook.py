@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import NETWORKS
 
-from birdcall.experiments import EXPERIMENTS, find_experiment
+from birdcall.experiments import find_experiment
 from birdcall.models.sed import build_model
 from birdcall.models.summary import trace_stages
 from birdcall.report.architecture import plot_architecture
@@ -130,7 +131,7 @@ def test_the_kernel_has_no_internet_and_the_competitions_data():
 # --- the architecture ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_stages_have_the_shapes_of_the_model_and_all_of_its_weights(name):
     model = build_model(find_experiment(name), 7).eval()
     waveform = torch.zeros(2, 96_000)

@@ -19,6 +19,7 @@ from shortened import shorten_simulation, shorten_training
 
 from birdcall.__main__ import main
 from birdcall.experiments import EXPERIMENTS, find_experiment
+from birdcall.kaggle import packaging
 from birdcall.models.checkpoint import Checkpoint, save_checkpoint
 from birdcall.models.sed import build_model
 from birdcall.storage.locks import locked
@@ -116,6 +117,31 @@ def test_predict_and_the_kernel_write_the_same_submission(pipeline, run):
     by_kernel = submission.read_bytes()
     run(folder, "predict", "--data", demo)
     assert submission.read_bytes() == by_kernel
+
+
+def test_full_runs_are_trained_and_packaged_in_place_of_those_of_folds(
+    pipeline, run, tmp_path, monkeypatch
+):
+    folder, demo = pipeline
+    for name in ("output", "folds"):
+        shutil.copytree(folder / name, tmp_path / name)
+    experiments = ("--experiment", "small_gru", "--experiment", "small_attention_normed")
+    printed = run(tmp_path, "train", "--data", demo, *experiments, "--fold", "full", "--workers", 0)
+    assert "small_gru, full: not validated" in printed
+    assert "fold1 after epoch" in printed
+    assert "full held out nothing" in run(
+        tmp_path, "evaluate", "--data", demo, "--fold", "full", fails=True
+    )
+    ablate = ("ablate", "--data", demo, "--experiment", "small_gru", "--fold", "full")
+    assert "give it folds, not full" in run(tmp_path, *ablate, fails=True)
+    monkeypatch.setattr(packaging, "is_onnx_installed", lambda: False)
+    assert "2 members" in run(tmp_path, "package", "--data", demo, "--script", SCRIPT, "--full")
+    dataset = tmp_path / "kernels" / "build" / "dataset"
+    decision = json.loads((dataset / "decision.json").read_text())
+    assert sorted(decision["members"]) == ["small_attention_normed-full", "small_gru-full"]
+    assert "small_gru-fold0" in decision["chosen_on"]
+    run(tmp_path, "predict", "--data", demo)
+    assert (tmp_path / "output" / "tiny" / "submission.csv").is_file()
 
 
 def test_each_step_writes_the_files_of_the_readme(pipeline):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
 SEGMENT_SECONDS = 5  # the competition scores one row per five seconds
+FULL = "full"  # in place of the number of the fold that a run holds out: none
 NOCALL = "nocall"
 
 Feature = Literal["log_mel", "log_mel_1.5", "pcen", "delta", "delta_delta"]
@@ -155,6 +156,8 @@ class AugmentConfig:
     short_noise_count: tuple[int, int] = (1, 4)
     # Some clips are noise with an empty target (7th place), to learn nocall from.
     noise_only_probability: float = 0.15
+    # So are some clips of birds that are no class, changed as recordings are: fields have others.
+    other_birds_probability: float = 0.0
     # Soundscapes were probably encoded more than once (8th place). 9 ms a clip.
     mp3_probability: float = 0.1
     mp3_kbps: tuple[int, int] = (32, 128)
@@ -186,6 +189,11 @@ class AugmentConfig:
         is_mp3 = lowest >= 8 and highest <= 320
         require(is_mp3, f"mp3_kbps is {self.mp3_kbps}; mp3 allows 8 to 320")
         require(bursts[0] >= 1, f"short_noise_count is {bursts}; give at least 1 burst")
+        without_class = self.noise_only_probability + self.other_birds_probability
+        is_share = without_class <= 1
+        require(
+            is_share, f"noise_only and other_birds make {without_class} of the clips; at most 1"
+        )
         require(self.n_masks >= 0, f"n_masks is {self.n_masks}; it must not be negative")
 
     def without(self, *names: str) -> AugmentConfig:
@@ -267,6 +275,27 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class StudentConfig:
+    """How clips of soundscapes that an ensemble has labelled take part: see `SoundscapeTargets`."""
+
+    share: float = 0.0  # of the clips of recordings
+    # "substitute": the clip replaces the recording's (2nd place of 2026: half of the clips). "mix":
+    # it is added at equal power, and the label is the union (1st place of 2025).
+    mode: Literal["substitute", "mix"] = "substitute"
+    # This quantile of the segments' largest probabilities becomes a label of 1: probabilities of
+    # models of few recordings are low, and a power alone would erase them.
+    reference_quantile: float = 0.95
+    power: float = 1.5  # of the scaled probabilities (2025: 1 / 0.65 to 1 / 0.55): less noise
+    max_sum: float = 3.0  # of a clip's labels: rows with more than three species are rare
+
+    def __post_init__(self) -> None:
+        _require_above_zero(self, "power max_sum")
+        _require_choices(self)
+        require_share("share", self.share)
+        require_share("reference_quantile", self.reference_quantile)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How an experiment is trained."""
 
@@ -275,6 +304,7 @@ class TrainConfig:
     data: SamplingConfig = field(default_factory=SamplingConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
     validate_every: int = 5  # epochs; the last epoch is always validated
     patience: int | None = None  # validations without a better score before the run ends
     on_non_finite: Literal["stop", "skip"] = "stop"  # a loss that is not finite: the run, its batch

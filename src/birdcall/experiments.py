@@ -183,6 +183,32 @@ _SMALL_VARIANTS = (
     ),
 )
 
-_ALL = (*_REAL, *_family(_SMALL), *_SMALL_VARIANTS, *_family(_LITE0))
+
+def _field_variants(base: Experiment) -> tuple[Experiment, ...]:
+    """Return ``base`` with sound of the field: other birds, or soundscapes that others labelled."""
+    return (
+        replace_nested(
+            base,
+            name=f"{base.name}_open",
+            description=f"{base.description}, with clips of other birds",
+            augment={"other_birds_probability": 0.1},
+        ),
+        replace_nested(
+            base,
+            name=f"{base.name}_student",
+            description=f"{base.description}, half of its clips from pseudo-labelled soundscapes",
+            train={"student": {"share": 0.5}},
+        ),
+    )
+
+
+_FAMILIES = (*_family(_SMALL), *_family(_LITE0))
+_FIELD = [
+    variant
+    for base in _FAMILIES
+    if base.name.endswith(("_plain", "_gru"))
+    for variant in _field_variants(base)
+]
+_ALL = (*_REAL, *_FAMILIES, *_SMALL_VARIANTS, *_FIELD)
 EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _ALL}
 require(len(EXPERIMENTS) == len(_ALL), "two experiments have the same name")

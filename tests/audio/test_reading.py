@@ -20,6 +20,7 @@ from birdcall.audio.decoder import AudioFile
 from birdcall.audio.filters import crop_or_pad
 from birdcall.audio.reading import (
     AudioError,
+    hash_parts,
     iterate_audio,
     probe_audio,
     read_audio,
@@ -761,3 +762,17 @@ def test_no_whole_recording_of_the_real_ones_is_called_truncated(
         waveform = read_audio(path, 32_000)
         assert probe_audio(path).seconds == pytest.approx(len(waveform) / 32_000, abs=0.05)
     assert not caplog.records
+
+
+def test_a_cut_shares_hashes_with_its_file_and_other_files_share_none(tmp_path):
+    generator = np.random.default_rng(0)
+    sound, other = (0.2 * generator.standard_normal((2, 70 * RATE))).clip(-1, 1)
+    sound[: 3 * RATE] = other[: 3 * RATE] = 0.0  # digital silence is no shared sound
+    whole = hash_parts(write_audio(tmp_path / "whole.wav", sound, RATE))
+    # Of the samples as they are stored, from anywhere, over the decoder's block of a minute.
+    stored, _ = soundfile.read(tmp_path / "whole.wav", dtype="int16")
+    cut = hash_parts(write_audio(tmp_path / "cut.flac", stored[57 * RATE + 7 : 63 * RATE], RATE))
+    assert len(whole & cut) >= 3
+    assert not whole & hash_parts(write_audio(tmp_path / "other.wav", other, RATE))
+    short = write_audio(tmp_path / "short.wav", sound[: RATE // 100], RATE)
+    assert hash_parts(short) == hash_parts(write_audio(tmp_path / "copy.flac", sound[:320], RATE))

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,15 +18,12 @@ import soundfile
 import torch
 
 from birdcall.audio.reading import AudioError, read_audio
-from birdcall.config import NO_AUGMENT, AugmentConfig, SamplingConfig, replace_nested
+from birdcall.config import FULL, NO_AUGMENT, AugmentConfig, SamplingConfig, replace_nested
 from birdcall.data import loader as loader_module
 from birdcall.data.cache import CropRequest, ReadFailure, RecordingCache
-from birdcall.data.dataset import (
-    ClipDataset,
-    TrainingData,
-    check_classes,
-    load_training_data,
-)
+from birdcall.data.clips import ClipDataset
+from birdcall.data.dataset import TrainingData, check_classes, load_training_data
+from birdcall.data.folds import TRAINING_ONLY
 from birdcall.data.loader import (
     ClipBatch,
     FailureCounter,
@@ -92,6 +90,29 @@ def data_of(recordings, read=read_ramp, **fields):
 def dataset(recordings, experiment, noise_files=(), augment=NO_AUGMENT):
     data = data_of(recordings, noise_files=noise_files)
     return ClipDataset(data, replace(experiment, augment=augment))
+
+
+def test_recordings_of_no_fold_are_in_every_training_part(training_data):
+    folds = training_data.recordings["fold"].copy()
+    folds[folds[folds == 0].index[0]] = TRAINING_ONLY
+    recordings = training_data.recordings.assign(fold=folds)
+    data = replace(training_data, recordings=recordings)
+    assert data.folds == [0, 1]
+    for fold in data.folds:
+        training, held_out = data.split(fold)
+        assert (training["fold"] == TRAINING_ONLY).sum() == 1
+        assert len(training) + len(held_out) == len(recordings)
+    with pytest.raises(ValueError, match="the folds are 0, 1"):
+        data.split(TRAINING_ONLY)
+    assert data.digests["folds"] != training_data.digests["folds"]
+
+
+def test_a_full_run_trains_on_everything_and_holds_out_nothing(training_data):
+    training, held_out = training_data.split(FULL)
+    assert list(training["path"]) == list(training_data.recordings["path"])
+    assert len(held_out) == 0
+    assert training_data.split_noise(FULL) == (list(training_data.noise_files), [])
+    assert training_data.learnable_classes(FULL).all()
 
 
 def test_clips_are_exactly_as_long_as_the_experiment_says(recordings, tiny_experiment):
@@ -268,6 +289,95 @@ def test_without_noise_files_every_clip_has_its_bird(recordings, tiny_experiment
     clip = make_clip(dataset(recordings, tiny_experiment, (), always), ClipRequest(0, 0, 0))
     assert clip.target[0] == 1
     assert clip.recording == "a.wav"
+
+
+@pytest.fixture
+def other_birds(tmp_path):
+    """A folder of four recordings of four birds: constant sound of 0.1 to 0.4."""
+    folder = tmp_path / "other_birds"
+    for number in range(1, 5):
+        (folder / f"bird{number}").mkdir(parents=True)
+        sound = np.full(RATE, number / 10)
+        soundfile.write(folder / f"bird{number}" / f"{number}.wav", sound, RATE, subtype="FLOAT")
+    return folder
+
+
+def test_a_share_of_the_clips_are_other_birds_without_a_target(
+    recordings, tiny_experiment, other_birds
+):
+    files = sorted(other_birds.rglob("*.wav"))
+    data = data_of(recordings, other_birds=files)
+    requests = [ClipRequest(0, position, position % 3) for position in range(200)]
+    plain, mixed = (
+        ClipDataset(data, replace(tiny_experiment, augment=augment)).make_clips(requests)
+        for augment in (NO_AUGMENT, replace(NO_AUGMENT, other_birds_probability=0.25))
+    )
+    is_other = np.array([clip.recording == "other birds" for clip in mixed])
+    assert 30 <= is_other.sum() <= 70
+    levels = {
+        round(clip.waveform[0].item(), 4)
+        for clip, other in zip(mixed, is_other, strict=True)
+        if other
+    }
+    assert levels == {0.1, 0.2, 0.3, 0.4}
+    for clip, before, other in zip(mixed, plain, is_other, strict=True):
+        if other:
+            assert not clip.target.any()
+            assert clip.weight == 1.0
+        else:
+            assert torch.equal(clip.waveform, before.waveform), "the others stay the same"
+            assert torch.equal(clip.target, before.target)
+
+
+def test_clips_of_other_birds_are_changed_as_recordings_are(
+    recordings, tiny_experiment, other_birds, noise_file
+):
+    augment = replace(NO_AUGMENT, other_birds_probability=1.0, noise_probability=1.0)
+    files = sorted(other_birds.rglob("*.wav"))
+    data = data_of(recordings, other_birds=files, noise_files=[noise_file])
+    clip = make_clip(
+        ClipDataset(data, replace(tiny_experiment, augment=augment)), ClipRequest(0, 0, 0)
+    )
+    assert clip.waveform.std() > 0.01, "constant sound, and noise"
+
+
+def test_other_birds_are_no_class_and_no_recording_of_the_data(
+    training_data, demo_folder, tables, other_birds, caplog
+):
+    code, copied = training_data.classes[0], training_data.recordings["path"][0]
+    (other_birds / code).mkdir()
+    (other_birds / "bird1" / "1.wav").rename(other_birds / code / "1.wav")
+    (other_birds / "bird2" / "2.wav").unlink()
+    shutil.copyfile(demo_folder / copied, other_birds / "bird2" / "copy.mp3")
+    (other_birds / "bird4" / "4.m4a").touch()
+    (other_birds / "bird4" / "other_birds.csv").touch()
+    data = load_training_data(
+        demo_folder,
+        folds=tables[0],
+        audit=tables[1],
+        cache=tables[1].parent / "cache",
+        other_birds=other_birds,
+    )
+    assert [path.name for path in data.other_birds] == ["3.wav", "4.wav"]
+    for left_out in ("copy.mp3", f"{code}/1.wav", "4.m4a"):
+        assert left_out in caplog.text
+    training, held_out = data.split_other_birds(0)
+    assert sorted(training + held_out) == list(data.other_birds)
+    assert training == list(data.training_part(0, data.split(0)[0]).other_birds)
+    assert data.digests["other_birds"] != training_data.digests["other_birds"] is None
+
+
+def test_a_folder_of_other_birds_without_sound_is_refused(demo_folder, tables, tmp_path):
+    (tmp_path / "birds").mkdir()
+    (tmp_path / "birds" / "list.csv").touch()
+    with pytest.raises(FileNotFoundError, match=r"birds: no sound"):
+        load_training_data(
+            demo_folder,
+            folds=tables[0],
+            audit=tables[1],
+            cache=tmp_path / "cache",
+            other_birds=tmp_path / "birds",
+        )
 
 
 def sample(codes, sampling, n_clips=None, ratings=None, crops=1):
@@ -808,7 +918,8 @@ import numpy as np, pandas as pd, torch
 from threadpoolctl import threadpool_info
 from birdcall.config import AugmentConfig, SamplingConfig, replace_nested
 from birdcall.experiments import find_experiment
-from birdcall.data.dataset import ClipDataset, TrainingData
+from birdcall.data.clips import ClipDataset
+from birdcall.data.dataset import TrainingData
 from birdcall.data.targets import ClipSampler
 from birdcall.data.loader import (FailureCounter, iterate_clips, make_loader)
 

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from birdcall.data.folds import (
+    TRAINING_ONLY,
     check_folds,
     class_shares,
+    describe_training_only,
     fold_report,
     make_folds,
     read_folds,
@@ -153,6 +155,57 @@ def test_a_class_of_several_recordists_is_in_every_training_part() -> None:
     assert shares.loc["y"].max() < 1
 
 
+@pytest.fixture
+def rare_recordings() -> pd.DataFrame:
+    """A recordist with a third of all recordings, most of species that nobody else has."""
+    codes = ["x"] * 8 + ["y"] * 8 + [f"rare{number}" for number in range(9)] + ["z"] * 3
+    recordists = [f"R{number % 8}" for number in range(16)] + ["big"] * 9 + ["R1"] * 3
+    return make_recordings([*codes, "x"], [*recordists, "big"])
+
+
+def test_rare_species_are_in_every_training_part_and_held_out_in_none(
+    tmp_path: Path, rare_recordings: pd.DataFrame
+) -> None:
+    before = fold_report(make_folds(rare_recordings, 2), rare_recordings)
+    assert before["unknown_to_training"].sum() == 10
+    folds = make_folds(rare_recordings, 2, min_recordings=2)
+    is_rare = folds["ebird_code"].str.startswith("rare") | (folds["ebird_code"] == "z")
+    assert (folds["fold"][is_rare] == TRAINING_ONLY).all()  # z: three, but by one recordist
+    assert set(folds["fold"][~is_rare]) == {0, 1}
+    report = fold_report(folds, rare_recordings)
+    assert list(report.index) == [0, 1]
+    assert report["unknown_to_training"].sum() == 0
+    assert report["largest_recordist"].max() < before["largest_recordist"].max()
+    assert list(class_shares(folds).index) == ["x", "y"]
+    check_folds(folds, rare_recordings)  # "big" has one recording that is held out
+    write_folds(folds, tmp_path / "folds.csv")
+    assert read_folds(tmp_path / "folds.csv", rare_recordings, 2).equals(folds)
+    text = describe_training_only(folds)
+    assert "12 of 29 recordings" in text
+    assert "10 rare species" in text
+    assert describe_training_only(make_folds(rare_recordings, 2)) == ""
+
+
+def test_what_sounds_like_a_rare_recording_is_in_every_training_part_too(
+    rare_recordings: pd.DataFrame,
+) -> None:
+    hashes = [f"sound {number}" for number in range(len(rare_recordings))]
+    hashes[0] = hashes[16]  # of x, and of the first rare species
+    folds = make_folds(rare_recordings, 2, 0, hashes, min_recordings=2)
+    fold_of = folds.set_index("filename")["fold"]
+    assert fold_of["XC0.mp3"] == fold_of["XC16.mp3"] == TRAINING_ONLY
+    assert fold_of["XC1.mp3"] >= 0
+    check_folds(folds, rare_recordings, hashes)
+    leaking = folds.assign(fold=folds["fold"].where(folds["filename"] != "XC0.mp3", 0))
+    with pytest.raises(ValueError, match=r"XC0\.mp3"):
+        check_folds(leaking, rare_recordings, hashes)
+
+
+def test_where_all_species_are_rare_there_are_no_folds(rare_recordings: pd.DataFrame) -> None:
+    with pytest.raises(ValueError, match="only 0 recordists of species with 99 recordings"):
+        make_folds(rare_recordings, 2, min_recordings=99)
+
+
 def test_what_the_recordists_make_impossible_is_said(caplog: pytest.LogCaptureFixture) -> None:
     recordings = make_recordings(["x"] * 4 + ["y"] * 4, ["A"] * 4 + ["A", "B", "C", "D"])
     with caplog.at_level(logging.WARNING):
@@ -170,20 +223,27 @@ def test_what_the_recordists_make_impossible_is_said(caplog: pytest.LogCaptureFi
     st.lists(st.tuples(st.sampled_from("vwxyz"), st.sampled_from("ABCDEFGHIJ ")), min_size=30),
     st.integers(2, 3),
     st.integers(0, 3),
+    st.integers(1, 8),
 )
 def test_whatever_the_recordings_nothing_leaks_and_classes_that_can_be_are_divided(
-    rows: list[tuple[str, str]], n_folds: int, seed: int
+    rows: list[tuple[str, str]], n_folds: int, seed: int, min_recordings: int
 ) -> None:
     recordings = make_recordings([row[0] for row in rows], [row[1] for row in rows])
     groups = recordings["recordist"].where(recordings["recordist"] != " ", recordings["filename"])
+    of_species = groups.groupby(recordings["ebird_code"])
+    is_rare = (of_species.size() < min_recordings) | (of_species.nunique() == 1)
+    is_rare &= min_recordings > 1
+    groups = groups[~recordings["ebird_code"].map(is_rare)]
     if groups.nunique() < n_folds:
         return
-    folds = make_folds(recordings, n_folds, seed)
+    folds = make_folds(recordings, n_folds, seed, min_recordings=min_recordings)
     check_folds(folds, recordings)
     assert len(folds) == len(recordings)
-    several = groups.groupby(recordings["ebird_code"]).nunique() > 1
+    assert ((folds["fold"] == TRAINING_ONLY) == folds["ebird_code"].map(is_rare)).all()
+    several = (of_species.nunique() > 1) & ~is_rare
     if groups.nunique() > 2 * several.sum():  # else dividing one may undivide another
-        assert not ((class_shares(folds).max(axis=1) == 1) & several).any()
+        undivided = class_shares(folds).max(axis=1) == 1
+        assert not undivided[several[several].index].any()
 
 
 def test_a_leak_is_found_and_names_the_recordist(recordings: pd.DataFrame) -> None:

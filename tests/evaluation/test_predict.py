@@ -10,9 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from birdcall.audio.reading import AudioError, read_audio
+from birdcall.data.folds import TRAINING_ONLY
 from birdcall.data.targets import IGNORE_TARGET, make_targets
 from birdcall.evaluation.metrics import average_precision, macro_average
 from birdcall.evaluation.predict import predict_held_out, predict_out_of_fold, write_oof_parquet
+from birdcall.evaluation.scoring import evaluate
+from birdcall.evaluation.simulation import SalientSegment, describe_events, plan_soundscapes
+from birdcall.evaluation.tables import RECORDINGS
 from birdcall.inference.engine import predict_files, predict_waveforms
 from birdcall.inference.ensemble import load_ensemble
 from birdcall.models.checkpoint import SETTINGS_FILE, read_checkpoint
@@ -211,3 +215,17 @@ def test_the_parquet_has_every_segment_and_every_class(predicted, training_data,
             assert list(subset["path"]) == list(part.segments["path"])
     assert pq.ParquetFile(path).num_row_groups >= 4  # an experiment at a time
     assert [path.name for path in tmp_path.iterdir()] == ["oof.parquet"]
+
+
+def test_recordings_of_every_training_part_are_scored_nowhere(held_out, training_data):
+    recordings = training_data.recordings
+    fold = recordings["fold"].where(recordings.index != 0, TRAINING_ONLY)
+    data = replace(training_data, recordings=recordings.assign(fold=fold))
+    predicted = predict_out_of_fold(held_out.ensemble, data)
+    assert recordings["path"][0] not in set(predicted["tiny"].segments["path"])
+    scored = evaluate(replace(held_out, data=data, out_of_fold=predicted)).scores
+    rows = scored[(scored["audio"] == RECORDINGS) & (scored["metric"] == "macro_ap")]
+    assert set(rows["rows"]) == {len(recordings) - 1}
+    segment = SalientSegment(onset=0.0, offset=1.0, low_hz=1000.0, high_hz=2000.0)
+    soundscapes = plan_soundscapes(data.recordings, 0, held_out.config, lambda _: segment)
+    assert recordings["path"][0] not in set(describe_events(soundscapes)["path"])

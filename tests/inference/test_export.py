@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from helpers import NETWORKS
 
 import birdcall.inference.windows as windows_module
 from birdcall.benchmark.inference import spread_outputs
@@ -161,7 +162,7 @@ def test_an_export_that_says_something_else_is_refused_and_not_written(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(EXPERIMENTS))
+@pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_every_experiment_can_be_exported(name, tmp_path):
     experiment = EXPERIMENTS[name]
     torch.manual_seed(0)

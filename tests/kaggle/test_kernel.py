@@ -37,14 +37,17 @@ from helpers import (
     write_rows,
 )
 
+from birdcall.config import FULL
+from birdcall.evaluation.scoring import decide_for_full_runs
 from birdcall.inference.decision import Decision, write_decision
 from birdcall.inference.ensemble import load_member
-from birdcall.kaggle import submission
+from birdcall.kaggle import packaging, submission
 from birdcall.kaggle.dry_run import dry_run_submission, run_as_kaggle
 from birdcall.kaggle.manifest import MANIFEST_FILE, find_changes, make_manifest
 from birdcall.kaggle.packaging import StagingOptions, stage_package
-from birdcall.kaggle.submission import DECISION_FILE, run_kernel
+from birdcall.kaggle.submission import DECISION_FILE, open_package, run_kernel
 from birdcall.models.checkpoint import (
+    SETTINGS_FILE,
     OnnxModel,
     is_onnx_installed,
     load_model,
@@ -52,6 +55,8 @@ from birdcall.models.checkpoint import (
     save_checkpoint,
 )
 from birdcall.models.sed import SEDModel
+from birdcall.training.runs import plan_runs, train_many
+from birdcall.training.trainer import RunOptions
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +190,39 @@ FAULTY = {
     "integers": "of its samples",
 }
 READABLE = ("truncated", "tenth", "stereo", "good", "damaged", "bursts", "piped")
+
+
+def test_full_runs_are_packaged_with_the_decision_that_was_chosen_on_folds(
+    trained_runs, training_data, tiny_experiment, tmp_path, monkeypatch, blank_previews
+):
+    runs = tmp_path / "runs"
+    shutil.copytree(trained_runs[0].parents[1], runs)
+    train_many(
+        plan_runs([tiny_experiment], training_data, FULL, runs),
+        training_data,
+        RunOptions(workers=0),
+    )
+    checkpoints = [read_checkpoint(runs / "tiny" / name) for name in ("fold0", "fold1", FULL)]
+    weights = {item.name: item.weights_sha256 for item in checkpoints[:2]}
+    chosen = Decision(0.3, 0.3, members=tuple(weights), weights=weights, chosen_on="simulated rows")
+    decision = decide_for_full_runs(chosen, runs)
+    assert decision.weights == {"tiny-full": checkpoints[2].weights_sha256}
+    assert "tiny-fold0, tiny-fold1" in decision.chosen_on
+    assert decision.clip_threshold == chosen.clip_threshold
+    monkeypatch.setattr(packaging, "is_onnx_installed", lambda: False)
+    options = StagingOptions(SCRIPT, tmp_path / "build", "somebody")
+    dataset = stage_package([runs / "tiny" / FULL], decision, options)
+    opened = open_package(dataset, "cpu", all_members=True)
+    assert [member.name for member in opened.ensemble.members] == ["tiny-full"]
+    assert opened.decision.chosen_on == decision.chosen_on
+    with pytest.raises(ValueError, match="other weights of tiny-fold0"):
+        decide_for_full_runs(replace(chosen, weights={}), runs)
+    settings = runs / "tiny" / FULL / SETTINGS_FILE
+    changed = json.loads(settings.read_text())
+    changed["experiment"]["train"]["epochs"] = 3
+    settings.write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match=r"tiny.full: .*epochs was 2, is 3"):
+        decide_for_full_runs(chosen, runs)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import typer.main
 
 import birdcall
 from birdcall.__main__ import app
+from birdcall.config import FULL
 from birdcall.kaggle import training_kernel
 from birdcall.kaggle.manifest import MANIFEST_FILE, make_manifest
 from birdcall.kaggle.training_kernel import (
@@ -262,6 +263,14 @@ def test_settings_are_read_as_they_were_written(tmp_path):
     )
     write_settings(tmp_path, settings)
     assert read_settings(tmp_path) == settings
+
+
+def test_a_kernel_can_train_a_full_run(tmp_path):
+    settings = TrainingSettings("small_gru", FULL)
+    write_settings(tmp_path, settings)
+    assert read_settings(tmp_path) == settings
+    assert settings.name == "small_gru-full"
+    assert settings.run == Path("runs", "small_gru", "full")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
+from helpers import write_noise_file
 
 from birdcall.config import replace_nested
 from birdcall.data.noise import find_noise, split_noise
@@ -134,6 +135,21 @@ def test_noise_of_a_collection_is_staged_without_birds_and_split_as_here(stage, 
     here = split_noise(find_noise(tmp_path / "noise"), 1, 5)
     for mine, theirs in zip(here, split_noise(staged, 1, 5), strict=True):
         assert [path.name for path in mine] == [path.name for path in theirs]
+
+
+def test_other_birds_are_staged_for_an_experiment_that_draws_from_them(
+    stage, tmp_path, monkeypatch
+):
+    write_noise_file(tmp_path / "birds" / "one.wav", 1.0)
+    assert not (stage(other_birds=tmp_path / "birds") / "other_birds").exists()
+    open_set = replace_nested(
+        find_experiment("small_gru"), augment={"other_birds_probability": 0.1}
+    )
+    monkeypatch.setitem(EXPERIMENTS, "small_gru", open_set)
+    dataset = stage(other_birds=tmp_path / "birds")
+    assert (dataset / "other_birds" / "000" / "one.wav").is_file()
+    with pytest.raises(ValueError, match="--other-birds"):
+        stage()
 
 
 def test_weights_to_start_from_come_with_the_settings_of_their_run(stage, tmp_path):

@@ -7,6 +7,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from helpers import NETWORKS
 from scipy.special import expit
 from torch import nn
 from torch.nn import functional
@@ -29,7 +30,7 @@ from birdcall.models.sed import (
 N_CLASSES = 5
 
 
-@pytest.fixture(scope="module", params=list(EXPERIMENTS))
+@pytest.fixture(scope="module", params=NETWORKS)
 def experiment_model(request):
     torch.manual_seed(0)
     model = build_model(EXPERIMENTS[request.param], N_CLASSES)

@@ -10,13 +10,16 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+import torch
 
-from birdcall.config import replace_nested
+from birdcall.config import FULL, replace_nested
 from birdcall.data.targets import PRESENT, STRONG_LABEL_COLUMNS
-from birdcall.models.checkpoint import STATE_FILE, read_checkpoint
+from birdcall.models.checkpoint import SETTINGS_FILE, STATE_FILE, read_checkpoint
 from birdcall.storage.locks import locked
 from birdcall.training import runs as runs_module
 from birdcall.training.distributed import DistributedContext
+from birdcall.training.log import find_best_epochs, read_log
+from birdcall.training.resume import conditions_of, read_runs
 from birdcall.training.runs import (
     TrainingInterrupted,
     find_runs,
@@ -220,6 +223,31 @@ def test_a_fold_out_of_range_is_refused_before_anything_is_trained(
     assert not list(tmp_path.iterdir())
 
 
+def test_other_birds_count_for_experiments_that_draw_from_them(
+    training_data, tiny_experiment, finished, tmp_path
+):
+    bird = tmp_path / "bird.wav"
+    bird.write_bytes(b"sound")
+    data = replace(training_data, other_birds=[bird])
+    runs = plan_runs([tiny_experiment], data, 0, finished)
+    resume = replace(OPTIONS, resume=True)
+    assert train_many(runs, data, resume), "it was trained without them, and draws from none"
+    with_birds = replace_nested(tiny_experiment, augment={"other_birds_probability": 0.1})
+    other = replace(with_birds, name="open")
+    planned = plan_runs([tiny_experiment, other], training_data, 0, finished)
+    with pytest.raises(ValueError, match=r"open has an other_birds_probability of 0\.1"):
+        train_many(planned, training_data, resume)
+    device, distributed = torch.device("cpu"), DistributedContext()
+    with_sound, without = (
+        conditions_of(data, experiment, None, device, distributed=distributed)
+        for experiment in (with_birds, tiny_experiment)
+    )
+    assert (with_sound["other_birds"], without["other_birds"]) == (
+        data.digests["other_birds"],
+        None,
+    )
+
+
 def test_runs_at_once_are_refused_where_processes_share_each(
     training_data, tiny_experiment, tmp_path
 ):
@@ -282,3 +310,39 @@ def test_runs_that_are_not_finished_are_named(tmp_path, caplog):
     caplog.clear()
     assert find_runs(tmp_path, fold=0) == [tmp_path / "small_gru" / "fold0"]
     assert not caplog.records
+
+
+def test_a_full_run_is_trained_on_everything_for_the_epochs_of_its_experiment(
+    training_data, tiny_experiment, finished
+):
+    (run,) = plan_runs([tiny_experiment], training_data, FULL, finished)
+    assert run.folder == finished / "tiny" / "full"
+    (checkpoint,) = train_many([run], training_data, OPTIONS)
+    assert (checkpoint.name, checkpoint.score) == ("tiny-full", {})
+    log = read_log(run.folder)
+    assert len(log) == tiny_experiment.train.epochs
+    assert all(not entry.validation for entry in log)
+    assert not (run.folder / "missing_classes.csv").exists()
+    assert list(runs_table([run])["fold"]) == [FULL]
+    assert list(find_best_epochs(run.folder.parent)) == ["fold0"]
+    written = (run.folder / "model.safetensors").stat().st_mtime_ns
+    assert train_many([run], training_data, replace(OPTIONS, resume=True)) == [checkpoint]
+    assert (run.folder / "model.safetensors").stat().st_mtime_ns == written
+    # Nothing was held out that it could be scored on.
+    assert find_runs(finished) == [finished / "tiny" / "fold0"]
+    assert find_runs(finished, fold=FULL) == [run.folder]
+    with pytest.raises(ValueError, match=r"tiny.full held out nothing"):
+        read_runs([run.folder], training_data)
+
+
+@pytest.mark.parametrize("change", [{"patience": 2}, {"optimizer": {"average_best": 2}}])
+def test_a_full_run_has_no_epochs_to_choose_from(training_data, tiny_experiment, tmp_path, change):
+    experiment = replace_nested(tiny_experiment, train=change)
+    runs = [
+        *plan_runs([tiny_experiment], training_data, 0, tmp_path),
+        *plan_runs([experiment], training_data, FULL, tmp_path),
+    ]
+    with pytest.raises(ValueError, match="tiny has a patience or average_best"):
+        train_many(runs, training_data, OPTIONS)
+    assert not any(run.folder.exists() for run in runs if run.fold == FULL)
+    assert not (runs[0].folder / SETTINGS_FILE).exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import tee, zip_longest
 from math import gcd, inf
@@ -173,3 +174,40 @@ def _require_interval(sample_rate: int, offset: float, duration: float | None) -
     require(sample_rate > 0, f"sample_rate is {sample_rate}; it must be above 0")
     require(0 <= offset < inf, f"offset_seconds is {offset}; it must be 0 or more")
     require(duration is None or 0 < duration < inf, f"duration_seconds is {duration}; give above 0")
+
+
+# --- sound that files share ---
+
+
+_ANCHOR_WEIGHTS = np.array([2654435761, 2246822519, 3266489917, 668265263], np.uint32)
+_ANCHOR_BITS = 14  # so many samples lie between two anchors: 2 ** 14, three anchors a second
+_PART_SAMPLES = 1024
+_MIN_RANGE = 16  # of 16-bit steps within a part: digital silence is in many files
+
+
+def hash_parts(path: Path) -> set[int]:
+    """Return hashes of the decoded sound: of all of it, and of parts where the samples choose.
+
+    A cut of a file shares hashes with it, whatever its name, its start and its lossless format.
+    They hold within one process. Raises AudioError as `read_audio`.
+    """
+    hashes: set[int] = set()
+    whole = hashlib.blake2b()
+    with open_audio(path) as file:
+        for block in file.frame_blocks():
+            mono = block.mean(axis=1, dtype=np.float32).clip(-1, 1)
+            samples = np.rint(mono * 32767).astype("<i2")
+            whole.update(samples.tobytes())
+            n_anchors = len(samples) - _PART_SAMPLES
+            if n_anchors <= 0:
+                continue
+            mixed = np.zeros(n_anchors, np.uint32)
+            for number, weight in enumerate(_ANCHOR_WEIGHTS):
+                mixed += samples[number:][:n_anchors].astype(np.uint32) * weight
+            mixed ^= mixed >> np.uint32(15)
+            mixed *= _ANCHOR_WEIGHTS[1]
+            for anchor in np.flatnonzero(mixed >> np.uint32(32 - _ANCHOR_BITS) == 0):
+                part = samples[anchor : anchor + _PART_SAMPLES]
+                if np.ptp(part.astype(np.int32)) >= _MIN_RANGE:
+                    hashes.add(hash(part.tobytes()))
+    return hashes | {hash(whole.digest())}

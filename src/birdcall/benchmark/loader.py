@@ -25,7 +25,8 @@ from birdcall.audio.reading import AudioError, iterate_audio, read_audio
 from birdcall.benchmark.frontend import label_speeds, time_in_turns
 from birdcall.config import NO_AUGMENT, SEGMENT_SECONDS, Experiment, replace_nested, require
 from birdcall.data.cache import CropRequest, RecordingCache
-from birdcall.data.dataset import ClipDataset, TrainingData
+from birdcall.data.clips import ClipDataset
+from birdcall.data.dataset import TrainingData
 from birdcall.data.loader import ClipBatch, FailureCounter, iterate_clips, make_loader
 from birdcall.data.noise import find_noise
 from birdcall.data.recordings import classes_of, read_recordings

@@ -69,6 +69,7 @@ def _evaluate(
         from birdcall.report.html import require_browser
 
         require_browser()  # before an hour of predictions, not after it
+    from birdcall.data.folds import describe_training_only
     from birdcall.evaluation.mistakes import find_mistakes, predict_mistakes, write_labelled_pages
     from birdcall.evaluation.predict import HeldOutOptions, predict_held_out, write_oof_parquet
     from birdcall.evaluation.scoring import describe_classes, evaluate
@@ -126,6 +127,8 @@ def _evaluate(
     )
     typer.echo(wide_table(evaluation.scores).to_string(index=False))
     typer.echo(describe_classes(evaluation.scores))
+    if training_only := describe_training_only(training_data.recordings):
+        typer.echo(training_only)
     typer.echo(f"decision: {describe_decision(evaluation.ensemble.decision)}")
     for weakness in find_weaknesses(evaluation.scores):
         typer.echo(weakness.text)

@@ -16,8 +16,10 @@ from birdcall.cli.options import (
     LabelColumn,
     Labels,
     Noise,
+    OtherBirds,
     Output,
     WindowSegments,
+    parse_fold,
 )
 from birdcall.experiments import EXPERIMENTS
 
@@ -43,6 +45,12 @@ def _package(
     script: _Script = _SUBMISSION_SCRIPT,
     owner: _Owner = _OWNER,
     wheels: _Wheels = None,
+    full: Annotated[
+        bool,
+        typer.Option(
+            "--full", help="With the full runs of the decision's experiments, not those of folds."
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Then run the kernel on --data, offline as on Kaggle."),
@@ -55,10 +63,12 @@ def _package(
 
     folders = Folders(data, output)
     decision = read_decision(folders.decision)
-    members = []
-    for name in decision.members:  # <experiment>-fold<k>
-        experiment, _, fold = name.rpartition("-fold")
-        members.append(folders.runs / experiment / f"fold{fold}")
+    if full:
+        from birdcall.evaluation.scoring import decide_for_full_runs
+
+        decision = decide_for_full_runs(decision, folders.runs)
+    # Names of members are <experiment>-<folder of the run>.
+    members = [folders.runs / Path(*name.rsplit("-", 1)) for name in decision.members]
     dataset = stage_package(members, decision, StagingOptions(script, build, owner, wheels))
     size = sum(path.stat().st_size for path in dataset.rglob("*") if path.is_file())
     typer.echo(f"{dataset}: {len(members)} members, {size / 1e6:.1f} MB")
@@ -71,10 +81,11 @@ def _package(
 def _package_training(
     data: Data,
     experiment: Annotated[str, typer.Option(help=f"One of: {', '.join(EXPERIMENTS)}.")],
-    fold: Annotated[int, typer.Option(min=0, help="Number of the held-out fold.")],
+    fold: Annotated[str, typer.Option(help="Number of the held-out fold, or full.")],
     output: Output = None,
     folds: Folds = None,
     noise: Noise = None,
+    other_birds: OtherBirds = None,
     labels: Labels = None,
     init: Init = None,
     wheels: _Wheels = None,
@@ -102,13 +113,17 @@ def _package_training(
     from birdcall.kaggle.training_kernel import TrainingSettings
 
     folders = Folders(data, output, folds)
-    settings = TrainingSettings(experiment, fold, hours * 3600, workers)
+    held_out = parse_fold(fold)
+    if held_out is None:
+        raise ValueError("a kernel trains one run: --fold is its number, or full")
+    settings = TrainingSettings(experiment, held_out, hours * 3600, workers)
     build = build or _BUILD / "training" / settings.name
     files = TrainingFiles(
         data=data,
         folds=folders.folds,
         audit=folders.audit,
         noise=noise,
+        other_birds=other_birds,
         labels=labels,
         init=init,
     )

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from birdcall.config import FULL
+
 if TYPE_CHECKING:
     from birdcall.data.dataset import TrainingData
 
@@ -39,6 +41,20 @@ Labels = Annotated[
     typer.Option(
         help="Pseudo-labels, written by `birdcall pseudo-label`.",
         show_default="the labels in train.csv",
+    ),
+]
+SoundscapeLabels = Annotated[
+    Path | None,
+    typer.Option(
+        help="Labels of soundscapes, written by `birdcall pseudo-label --soundscapes`.",
+        show_default="none",
+    ),
+]
+OtherBirds = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of recordings of birds that are no class.",
+        show_default="other_birds/ in the data folder",
     ),
 ]
 Init = Annotated[
@@ -110,8 +126,9 @@ class Folders:
         return output
 
     def load_training_data(
-        self, noise: Path | None = None, labels: Path | None = None
+        self, noise: Path | None = None, labels: Path | None = None, **sources: Path | None
     ) -> TrainingData:
+        """Load what the commands train on and score with; ``sources``: see the function itself."""
         from birdcall.data.dataset import load_training_data
 
         return load_training_data(
@@ -121,13 +138,14 @@ class Folders:
             cache=self.cache,
             noise=noise,
             labels=labels,
+            **sources,
         )
 
 
-def parse_fold(fold: str) -> int | None:
-    """Return the number of a fold, or None for all folds."""
-    if fold == "all":
-        return None
+def parse_fold(fold: str) -> int | str | None:
+    """Return the number of a fold, FULL, or None for all folds."""
+    if fold in ("all", FULL):
+        return None if fold == "all" else FULL
     if not fold.isdigit():
-        raise ValueError(f"--fold is {fold!r}; give the number of a fold, or all")
+        raise ValueError(f"--fold is {fold!r}; give the number of a fold, all, or {FULL}")
     return int(fold)

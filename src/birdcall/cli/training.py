@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,10 +21,13 @@ from birdcall.cli.options import (
     Init,
     Labels,
     Noise,
+    OtherBirds,
     Output,
+    SoundscapeLabels,
     Trained,
     parse_fold,
 )
+from birdcall.config import FULL
 from birdcall.experiments import EXPERIMENTS
 
 commands = typer.Typer()
@@ -90,23 +94,42 @@ def _folds(
     folds: Folds = None,
     n_folds: Annotated[int, typer.Option(min=2, help="Number of folds.")] = 5,
     seed: Annotated[int, typer.Option(help="Decides between splits of equal quality.")] = 0,
+    min_recordings: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Species with fewer recordings, or one recordist, are in every training part and "
+            "held out in no fold.",
+            show_default="1: all are held out",
+        ),
+    ] = 1,
 ) -> None:
     """Split the recordings into folds by species, each recordist in one fold only."""
     from birdcall.data.audit import read_audit
-    from birdcall.data.folds import check_folds, class_shares, fold_report, make_folds, write_folds
+    from birdcall.data.folds import (
+        check_folds,
+        class_shares,
+        describe_training_only,
+        fold_report,
+        make_folds,
+        write_folds,
+    )
     from birdcall.data.recordings import audio_hashes, read_recordings, usable_recordings
     from birdcall.report.plots import plot_folds, save_figure
 
     folders = Folders(data, output, folds)
     audit = read_audit(folders.audit)
     recordings = usable_recordings(read_recordings(data), audit)
-    table = make_folds(recordings, n_folds, seed, audio_hashes(recordings, audit))
-    check_folds(table, recordings)
+    hashes = audio_hashes(recordings, audit)
+    table = make_folds(recordings, n_folds, seed, hashes, min_recordings=min_recordings)
+    check_folds(table, recordings, hashes)
     write_folds(table, folders.folds)
     figure = folders.output / "folds.png"
     report, sizes = fold_report(table, recordings), table["ebird_code"].value_counts()
     save_figure(plot_folds(class_shares(table), sizes, report), figure)
     typer.echo(report.round(3).to_string())
+    if training_only := describe_training_only(table):
+        typer.echo(training_only)
     typer.echo(f"{folders.folds}: {len(table)} recordings in {n_folds} folds; figure: {figure}")
 
 
@@ -122,11 +145,15 @@ def _experiments() -> None:
 def _train(
     data: Data,
     experiment: _Experiments,
-    fold: Fold = "all",
+    fold: Annotated[
+        str, typer.Option(help="Number of the held-out fold, all, or full: hold out nothing.")
+    ] = "all",
     output: Output = None,
     folds: Folds = None,
     noise: Noise = None,
     labels: Labels = None,
+    other_birds: OtherBirds = None,
+    soundscape_labels: SoundscapeLabels = None,
     init: Init = None,
     workers: _Workers = _WORKERS,
     jobs: _Jobs = 1,
@@ -144,13 +171,14 @@ def _train(
         typer.Option(help="Save the state and stop after these seconds.", show_default="none"),
     ] = None,
 ) -> None:
-    """Train experiments, each on all folds except the held-out fold.
+    """Train experiments, each on all folds except the held-out fold; --fold full: on everything.
 
     On several GPUs: torchrun --nproc_per_node=2 -m birdcall train ...
     """
     from birdcall.experiments import find_experiment
     from birdcall.inference.ensemble import default_device
     from birdcall.training.distributed import distributed_context
+    from birdcall.training.log import find_best_epochs
     from birdcall.training.runs import plan_runs, runs_table, train_many
     from birdcall.training.trainer import RunOptions
 
@@ -159,7 +187,9 @@ def _train(
     deadline = None if time_limit is None else time.monotonic() + time_limit
     chosen = [find_experiment(name) for name in experiment]
     folders = Folders(data, output, folds)
-    training_data = folders.load_training_data(noise, labels)
+    training_data = folders.load_training_data(
+        noise, labels, other_birds=other_birds, soundscape_labels=soundscape_labels
+    )
     runs = plan_runs(chosen, training_data, parse_fold(fold), folders.runs)
     with (
         _report_interruption(deadline),
@@ -180,6 +210,13 @@ def _train(
         train_many(runs, training_data, options)
         if distributed.is_first:
             typer.echo(runs_table(runs).to_string(index=False))
+            for run in (run for run in runs if run.fold == FULL):
+                best = find_best_epochs(run.folder.parent)
+                shown = ", ".join(f"{name} after epoch {epoch}" for name, epoch in best.items())
+                typer.echo(
+                    f"{run.name}: not validated; trained for the {run.experiment.train.epochs} "
+                    f"epochs of the experiment; the folds' validation was best: {shown or 'no log'}"
+                )
 
 
 @contextmanager
@@ -204,11 +241,29 @@ def _pseudo_label(
     experiment: Trained = None,
     output: Output = None,
     folds: Folds = None,
+    soundscapes: Annotated[
+        Path | None,
+        typer.Option(
+            help="Label the soundscapes in this folder instead, which nobody has labelled.",
+            show_default="none",
+        ),
+    ] = None,
+    labelled: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder of labelled soundscapes that must not be among them. May be repeated.",
+            show_default="the examples in the data folder",
+        ),
+    ] = None,
 ) -> None:
-    """Predict when each species sings in the recordings, by runs that did not train on them."""
+    """Predict when each species sings in the recordings, by runs that did not train on them.
+
+    With --soundscapes: how probably each species sings in each segment of unlabelled soundscapes.
+    """
     from birdcall.inference.ensemble import default_device
+    from birdcall.inference.predictions import LabelStatistics
     from birdcall.storage.locks import locked
-    from birdcall.training.pseudo_labels import write_pseudo_labels
+    from birdcall.training.pseudo_labels import label_soundscapes, write_pseudo_labels
     from birdcall.training.runs import find_runs
 
     folders = Folders(data, output, folds)
@@ -216,6 +271,20 @@ def _pseudo_label(
     context.with_resource(locked(labels))
     training_data = folders.load_training_data()
     runs = find_runs(folders.runs, experiment)
+    if soundscapes is not None:
+        options = {"labelled": labelled or (), "device": default_device(), "progress": True}
+        path, made = label_soundscapes(runs, training_data, soundscapes, folders.output, **options)
+        typer.echo(
+            f"round {made.round}: {len(made.soundscape)} segments of {len(made.soundscapes)} "
+            f"soundscapes, by {len(made.members)} members of {len(made.families)} networks; "
+            f"{LabelStatistics(**made.statistics)}"
+        )
+        typer.echo(
+            "the members have trained on recordings of every fold that one of them does not hold "
+            "out: a student's score has seen a trace of its held-out fold"
+        )
+        typer.echo(f"{path}: written; to train on it: birdcall train --soundscape-labels {path}")
+        return
     summary = write_pseudo_labels(
         runs, training_data, labels, device=default_device(), progress=True
     )
@@ -244,6 +313,8 @@ def _ablate(
     output: Output = None,
     folds: Folds = None,
     noise: Noise = None,
+    other_birds: OtherBirds = None,
+    soundscape_labels: SoundscapeLabels = None,
     init: Init = None,
     workers: _Workers = _WORKERS,
     jobs: _Jobs = 1,
@@ -260,6 +331,9 @@ def _ablate(
     folders = Folders(data, output, folds)
     folder = inside(folders.output, name)
     held_out = parse_fold(fold)
+    training_data = folders.load_training_data(
+        noise, other_birds=other_birds, soundscape_labels=soundscape_labels
+    )
     with _report_interruption():
         options = AblationOptions(
             budget_seconds=60 * minutes,
@@ -268,7 +342,7 @@ def _ablate(
             reference=reference,
             training=RunOptions(workers=workers, jobs=jobs, init=init, progress=True),
         )
-        ablation = ablate(chosen, folders.load_training_data(noise), folder, options)
+        ablation = ablate(chosen, training_data, folder, options)
     page = describe_ablation(ablation, shlex.join(["birdcall", *sys.argv[1:]]))
     ablation.write_tables(folder)
     save_figure(plot_ablation(ablation), folder / "ablation.png")

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from birdcall.config import Experiment
 from birdcall.data.cache import MAX_TRIES, ReadFailure
-from birdcall.data.dataset import Clip, ClipDataset
+from birdcall.data.clips import Clip, ClipDataset
 from birdcall.data.targets import ClipSampler
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ _NAMED_FAILURES = 3  # in the error that stops a run
 
 
 class ClipBatch(NamedTuple):
-    """Clips as the model takes them, all float32; see `dataset.Clip`."""
+    """Clips as the model takes them, all float32; see `clips.Clip`."""
 
     waveform: Tensor | None  # (batch, samples); None: one of the clips could not be made
     target: Tensor  # (batch, classes)
@@ -138,13 +138,17 @@ def _prepare_worker(_worker: int) -> None:
 class FailureCounter:
     """Logs every file that fails during training, once, and stops the run at too many.
 
-    Of each kind (recordings, noise files) the share ``max_failed_share`` may fail, in any case
-    three files. ``failed`` maps the path to the failure.
+    Of each kind (recordings, noise files, soundscapes ...) the share ``max_failed_share`` may
+    fail, in any case three files. ``failed`` maps the path to the failure.
     """
 
     def __init__(self, dataset: ClipDataset) -> None:
         share = dataset.experiment.train.data.max_failed_share
-        self.totals = {"recording": len(dataset), "noise file": len(dataset.noise_files)}
+        self.totals = {"recording": len(dataset)}
+        for files in (dataset.augment.noise, dataset.other_birds):
+            self.totals[files.kind] = len(files.paths)
+        if dataset.soundscapes is not None:
+            self.totals["soundscape"] = len(dataset.soundscapes.labels.soundscapes)
         self.allowed = {
             kind: max(_MIN_ALLOWED_FAILURES, int(share * total))
             for kind, total in self.totals.items()

@@ -26,14 +26,7 @@ from birdcall.data.cache import (
     read_cached,
     write_waveform,
 )
-from birdcall.storage.files import (
-    conversion_advice,
-    digest,
-    find_files,
-    is_sound,
-    read_table,
-    shorten_list,
-)
+from birdcall.storage.files import digest, find_files, read_table, readable_sound
 from birdcall.storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -107,10 +100,7 @@ def find_noise(folder: Path) -> list[Path]:
     FileNotFoundError for the audio of a collection without its metadata.
     """
     paths = [path for path in find_files(folder) if path.is_file()]
-    if foreign := [path for path in paths if conversion_advice(path)]:
-        advice = conversion_advice(foreign[0])
-        logger.warning("noise is left out: %s; %s", shorten_list(foreign), advice)
-    audio = [path for path in paths if is_sound(path) and not conversion_advice(path)]
+    audio = readable_sound(paths, "noise")
     above = len(str(folder)) - len(folder.name)  # the folder itself may have a collection's name
     left_out: set[Path] = set()
     for collection in _COLLECTIONS:
@@ -177,7 +167,8 @@ def split_noise(files: Sequence[Path], fold: int, n_folds: int) -> tuple[list[Pa
     if not held_out:  # kinds of one source each
         held_out = _hold_out(list(kind_of), fold, n_folds)
     if files and not held_out:
-        logger.warning("all noise is of one source: it is for training, none is for validation")
+        where = files[0].parent
+        logger.warning("%s: all of one source, for training; none is for validation", where)
     training = [path for path in files if origins[path][0] not in held_out]
     return training, [path for path in files if origins[path][0] in held_out]
 
@@ -249,7 +240,7 @@ class _NoiseFile(NamedTuple):
 
 
 class NoiseFiles:
-    """Bird-free audio files, to be drawn from.
+    """Audio files without a bird of the classes, to be drawn from; ``kind``: their name in errors.
 
     A file is divided into pieces of a minute or more. A piece is decoded whole and rounded to int16
     as in `cache.write_waveform`. With a ``store`` (a folder) the first process that draws a piece
@@ -263,7 +254,9 @@ class NoiseFiles:
         sample_rate: int,
         store: Path | None = None,
         limits: NoiseLimits = NoiseLimits(),
+        kind: str = "noise file",
     ) -> None:
+        self.kind = kind
         self.paths = list(paths)
         self.sample_rate = sample_rate
         self.limits = limits
@@ -288,9 +281,9 @@ class NoiseFiles:
             try:
                 return self._read(self.paths[index], n_samples, position)
             except (AudioError, OSError) as error:
-                failures.append(ReadFailure.of("noise file", str(self.paths[index]), error))
+                failures.append(ReadFailure.of(self.kind, str(self.paths[index]), error))
         n_tries = min(len(self.paths), MAX_TRIES)
-        raise NothingReadableError(f"none of {n_tries} noise files can be read")
+        raise NothingReadableError(f"none of {n_tries} {self.kind}s can be read")
 
     def _candidates(self, generator: np.random.Generator) -> Iterator[int]:
         """Yield a file, and others if it fails: a collection is not shuffled for each clip."""

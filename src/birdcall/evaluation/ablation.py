@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from birdcall.config import Experiment, require
+from birdcall.config import FULL, Experiment, require
 from birdcall.data.dataset import TrainingData
 from birdcall.evaluation.comparison import (
     Measure,
@@ -166,6 +166,8 @@ def _complete(
         repeated = [str(value) for value, count in Counter(given).items() if count > 1]
         require(not repeated, f"{kind} {', '.join(repeated)} is given twice")
     for fold in folds:
+        if fold == FULL:
+            raise ValueError("an ablation scores what runs hold out: give it folds, not full")
         data.split(fold)  # raises for a fold that does not exist
     reference = names[0] if options.reference is None else options.reference
     require(

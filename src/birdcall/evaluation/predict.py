@@ -17,6 +17,7 @@ import torch
 from birdcall.audio.reading import AudioError
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.data.dataset import TrainingData
+from birdcall.data.folds import TRAINING_ONLY
 from birdcall.evaluation.labelled import (
     LabelledSoundscapes,
     label_segments,
@@ -123,8 +124,12 @@ class HeldOutPredictions:
 
     @cached_property
     def learnable(self) -> np.ndarray:
-        """What runs that hold a recording out could learn, boolean ``(recordings, classes)``."""
+        """What runs that hold a recording out could learn, boolean ``(recordings, classes)``.
+
+        Nothing where no run does.
+        """
         by_fold = {fold: self.data.learnable_classes(fold) for fold in self.data.folds}
+        by_fold[TRAINING_ONLY] = np.zeros(len(self.data.classes), dtype=bool)
         return np.array([by_fold[fold] for fold in self.data.recordings["fold"]])
 
     def learnable_by(self, experiments: Sequence[str]) -> np.ndarray:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from birdcall.config import NOCALL, require
+from birdcall.config import FULL, NOCALL, require
 from birdcall.data.targets import IGNORE_TARGET, make_targets
 from birdcall.evaluation.decision_search import (
     DecisionSearchResult,
@@ -40,6 +41,8 @@ from birdcall.evaluation.tables import (
 )
 from birdcall.inference.decision import Decision
 from birdcall.inference.predictions import Calibration
+from birdcall.models.checkpoint import read_checkpoint
+from birdcall.training.resume import describe_other_training
 
 logger = logging.getLogger(__name__)
 
@@ -261,6 +264,32 @@ def decide_ensemble(
         weights=weights,
         calibration=fit(frozenset()),
     )
+
+
+def decide_for_full_runs(decision: Decision, runs: Path) -> Decision:
+    """Return ``decision`` for the full runs of its experiments, in ``runs/<experiment>/full``.
+
+    They held out nothing that a rule could be chosen on: it stays the one that was chosen on the
+    runs of folds, which ``chosen_on`` then names. ValueError if weights of these have changed since
+    then, or if a full run was trained in another way.
+    """
+    weights = {}
+    for name in decision.members:
+        experiment, _, fold = name.rpartition("-")
+        of_fold = read_checkpoint(runs / experiment / fold)
+        full = read_checkpoint(runs / experiment / FULL)
+        differences = describe_other_training(of_fold, full)
+        if of_fold.weights_sha256 != decision.weights.get(name):
+            differences = f"the decision was chosen on other weights of {name}"
+        if differences:
+            raise ValueError(
+                f"{runs / experiment / FULL}: the decision does not suit it: {differences}; train "
+                "both in one way, and let `birdcall evaluate` choose a decision again"
+            )
+        weights[full.name] = full.weights_sha256
+    chosen_on = f"{decision.chosen_on}, predicted by {', '.join(decision.members)}"
+    logger.info("%s: with the decision chosen on %s", ", ".join(weights), chosen_on)
+    return replace(decision, members=tuple(weights), weights=weights, chosen_on=chosen_on)
 
 
 def _score_on_labelled(

@@ -267,6 +267,7 @@ class TrainingFiles:
     folds: Path
     audit: Path
     noise: Path | None = None
+    other_birds: Path | None = None
     labels: Path | None = None
     init: Path | None = None
 
@@ -291,8 +292,10 @@ def stage_training(
         cache=files.audit.parent / "cache",
         noise=files.noise,
         labels=files.labels,
+        other_birds=files.other_birds,
     )
     training.split(settings.fold)
+    training.require_sound_for(experiment)
     model = initialise(experiment, len(training.classes), files.init, classes=training.classes)
     needs_packages = any(getattr(experiment.augment, name) > 0 for name in _NEED_PACKAGES)
     if staging.wheels is None and needs_packages:
@@ -307,20 +310,23 @@ def stage_training(
         shutil.copyfile(files.audit, dataset / PackagedFile.AUDIT)
         if files.labels is not None:
             shutil.copyfile(files.labels, dataset / PackagedFile.LABELS)
-        # A numbered folder for each folder that bird-free recordings come from: under its name,
-        # that of a collection would need its metadata, which list the bird-free recordings. All of
-        # these are.
-        numbers: dict[Path, int] = {}
-        for path in training.noise_files:
-            number = numbers.setdefault(path.parent, len(numbers))
-            folder = dataset / PackagedFile.NOISE / f"{number:03}"
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / path.name)
+        _copy_sound(training.noise_files, dataset / PackagedFile.NOISE)
+        if experiment.augment.other_birds_probability > 0:
+            _copy_sound(training.other_birds, dataset / PackagedFile.OTHER_BIRDS)
         if files.init is not None or experiment.model.pretrained:
             init = _stage_weights(files.init, model, dataset)
             settings = replace(settings, init=init)
         write_settings(dataset, settings)
     return staging.build / "dataset"
+
+
+def _copy_sound(files: Sequence[Path], folder: Path) -> None:
+    # Numbered folders: under its name, that of a collection of noise would need its metadata.
+    numbers: dict[Path, int] = {}
+    for path in files:
+        number = numbers.setdefault(path.parent, len(numbers))
+        (folder / f"{number:03}").mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / f"{number:03}" / path.name)
 
 
 def _stage_weights(init: Path | None, model: SEDModel, dataset: Path) -> str:

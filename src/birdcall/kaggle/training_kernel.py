@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from birdcall.config import config_from_dict, require
+from birdcall.config import FULL, config_from_dict, require
 from birdcall.kaggle.manifest import find_changes, install_wheels
-from birdcall.models.checkpoint import SETTINGS_FILE, STATE_FILE, read_checkpoint
+from birdcall.models.checkpoint import SETTINGS_FILE, STATE_FILE, fold_name, read_checkpoint
 from birdcall.storage.files import inside, write_atomically
 
 # The process of the kernel imports nothing that only training needs: some of it may come from the
@@ -45,6 +45,7 @@ class PackagedFile(StrEnum):
     AUDIT = "audit.csv"
     LABELS = "labels.csv"  # only where a run is trained on labels with times
     NOISE = "noise"
+    OTHER_BIRDS = "other_birds"  # only where a run is trained on them
     INIT = "init"  # weights to start from
 
 
@@ -57,7 +58,7 @@ class TrainingSettings:
     """
 
     experiment: str
-    fold: int
+    fold: int | str  # or FULL
     time_limit_seconds: float = 11.5 * 3600
     workers: int = 4  # the cores of a session with GPUs
     init: str | None = None
@@ -70,16 +71,19 @@ class TrainingSettings:
             f"{longest:g}: Kaggle ends a session after {_SESSION_SECONDS:g}",
         )
         require(self.workers >= 0, f"workers is {self.workers}; it must not be negative")
-        require(self.fold >= 0, f"fold is {self.fold}; it must not be negative")
+        require(
+            self.fold == FULL or (isinstance(self.fold, int) and self.fold >= 0),
+            f"fold is {self.fold!r}; give the number of a fold, or {FULL}",
+        )
 
     @property
     def name(self) -> str:
-        return f"{self.experiment}-fold{self.fold}"
+        return f"{self.experiment}-{fold_name(self.fold)}"
 
     @property
     def run(self) -> Path:
         """The run's folder, below an output folder."""
-        return Path(_RUNS_FOLDER, self.experiment, f"fold{self.fold}")
+        return Path(_RUNS_FOLDER, self.experiment, fold_name(self.fold))
 
 
 def write_settings(package: Path, settings: TrainingSettings) -> None:
@@ -184,6 +188,8 @@ def training_command(
         options["--init"] = inside(package, settings.init)
     if (package / PackagedFile.LABELS).is_file():
         options["--labels"] = package / PackagedFile.LABELS
+    if (package / PackagedFile.OTHER_BIRDS).is_dir():
+        options["--other-birds"] = package / PackagedFile.OTHER_BIRDS
     pairs = [str(part) for option in options.items() for part in option]
     return [*launch, "birdcall", "train", *pairs, "--resume"]
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from birdcall import __version__
-from birdcall.config import Experiment, config_from_dict
+from birdcall.config import FULL, Experiment, config_from_dict
 from birdcall.models.sed import SEDModel, build_model
 from birdcall.storage.files import shorten_list, write_atomically
 
@@ -37,13 +37,14 @@ STATE_FILE = "state.safetensors"  # of an unfinished run: see `training.resume`
 class Checkpoint:
     """A trained model without its weights: what ``model.json`` holds.
 
-    trained_on: digests of data, code and initial weights, and where it was trained, by name; empty
-    where that is not known. See `training.resume.conditions_of`.
+    fold: the number of what it held out, or FULL. trained_on: digests of data, code and initial
+    weights, and where it was trained, by name; empty where that is not known. See
+    `training.resume.conditions_of`.
     """
 
     experiment: Experiment
     classes: tuple[str, ...]  # ebird_codes, in the order of the model's outputs
-    fold: int
+    fold: int | str
     score: dict[str, float] = field(default_factory=dict)
     trained_on: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
@@ -51,7 +52,12 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        return f"{self.experiment.name}-fold{self.fold}"
+        return f"{self.experiment.name}-{fold_name(self.fold)}"
+
+
+def fold_name(fold: int | str) -> str:
+    """Return ``fold<k>`` or ``full``: the name of a run's folder, and the end of a member's."""
+    return FULL if fold == FULL else f"fold{fold}"
 
 
 def save_checkpoint(folder: Path, model: SEDModel, checkpoint: Checkpoint) -> Checkpoint:

@@ -139,6 +139,18 @@ def conversion_advice(path: Path) -> str:
     return advice if path.suffix.lower() in _FOREIGN_SUFFIXES else ""
 
 
+def readable_sound(paths: Iterable[Path], what: str) -> list[Path]:
+    """Return the sound among ``paths``; the log names what is left out as its format is not read.
+
+    ``what``: the word for the sound in the log.
+    """
+    sound = [path for path in paths if is_sound(path) and path.is_file()]
+    if foreign := [path for path in sound if conversion_advice(path)]:
+        advice = conversion_advice(foreign[0])
+        logger.warning("%s is left out: %s; %s", what, shorten_list(foreign), advice)
+    return [path for path in sound if not conversion_advice(path)]
+
+
 def folded_name(name: str) -> str:
     """Return ``name`` as file systems compare names that tell neither case nor accents' forms."""
     return unicodedata.normalize("NFC", name).casefold()

@@ -25,7 +25,7 @@ from birdcall.storage.locks import locked
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).parent.parent
-_DAMAGED = (SafetensorError, KeyError, TypeError, ValueError)  # what reading a damaged file raises
+DAMAGED = (SafetensorError, KeyError, TypeError, ValueError)  # what reading a damaged file raises
 
 _canonical = partial(json.dumps, sort_keys=True, default=str)
 
@@ -174,7 +174,7 @@ class Store:
             return reader(path) if path.is_file() else None
         except FileNotFoundError:  # another process has just deleted it
             return None
-        except _DAMAGED as error:
+        except DAMAGED as error:
             logger.warning("%s: not readable (%s); it is computed again", path, error)
             return None
 

@@ -65,6 +65,17 @@ def summarize_log(log: Sequence[EpochLog]) -> dict[str, Any]:
     }
 
 
+def find_best_epochs(folder: Path) -> dict[str, int]:
+    """Return after which epoch each run in ``folder`` had its highest macro AP, by run."""
+    best = {}
+    for path in sorted(folder.glob(f"*/{_LOG_FILE}")):
+        scores = {entry.epoch: entry.validation.get("macro_ap") for entry in read_log(path.parent)}
+        scores = {epoch: score for epoch, score in scores.items() if score is not None}
+        if scores:
+            best[path.parent.name] = max(scores, key=scores.__getitem__)
+    return best
+
+
 class TensorBoard:
     """Writes the log, and previews, for ``tensorboard --logdir output/…/runs``."""
 

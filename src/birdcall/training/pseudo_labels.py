@@ -1,10 +1,10 @@
-"""Make pseudo-labels: times of each label, predicted by runs that held the recording out."""
+"""Make pseudo-labels of recordings, by runs that held them out, and of unlabelled soundscapes."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +14,29 @@ from tqdm import tqdm
 
 from birdcall.audio.reading import AudioError
 from birdcall.config import SEGMENT_SECONDS, require, require_share
-from birdcall.data.dataset import TrainingData
-from birdcall.data.targets import PRESENT, STRONG_LABEL_COLUMNS, UNCERTAIN, write_strong_labels
+from birdcall.data.dataset import TrainingData, find_unlabelled
+from birdcall.data.folds import TRAINING_ONLY
+from birdcall.data.targets import (
+    PRESENT,
+    STRONG_LABEL_COLUMNS,
+    UNCERTAIN,
+    SoundscapeLabels,
+    network_of,
+    write_strong_labels,
+)
 from birdcall.inference.decision import average_members
 from birdcall.inference.engine import predict_files
-from birdcall.inference.ensemble import load_ensemble
+from birdcall.inference.ensemble import Ensemble, load_ensemble
 from birdcall.inference.events import Event, frames_to_events
-from birdcall.inference.predictions import SegmentPredictions
+from birdcall.inference.predictions import (
+    CollapseLimits,
+    LabelStatistics,
+    SegmentPredictions,
+)
 from birdcall.inference.windows import FRAME_SECONDS, FRAMES_PER_SEGMENT, WindowConfig
+from birdcall.models.checkpoint import read_checkpoint, require_same_classes
+from birdcall.storage.files import shorten_list
+from birdcall.storage.store import read_arrays
 from birdcall.training.resume import read_runs
 
 logger = logging.getLogger(__name__)
@@ -145,7 +160,9 @@ def write_pseudo_labels(
     recordings = data.recordings.set_index("filename")
     is_held_out = recordings["fold"].isin(by_fold)
     if not is_held_out.all():
-        folds = ", ".join(map(str, sorted(set(recordings["fold"][~is_held_out]))))
+        names = {TRAINING_ONLY: f"{TRAINING_ONLY} (in every training part)"}
+        missing = sorted(set(recordings["fold"][~is_held_out]))
+        folds = ", ".join(str(names.get(fold, fold)) for fold in missing)
         n_unchanged = int((~is_held_out).sum())
         logger.warning(
             "no run held out fold %s: %d recordings keep their labels", folds, n_unchanged
@@ -171,17 +188,21 @@ def _predict_held_out(
 ) -> Iterator[tuple[str, SegmentPredictions | AudioError]]:
     """Yield the filename and the predictions of each held-out recording, fold by fold.
 
-    The windows are as long as the members' shortest training clip: context helps (6th place).
+    With long windows: context helps (6th place).
     """
     for fold in sorted(by_fold):
-        ensemble = load_ensemble(by_fold[fold], device)
-        configs = [member.checkpoint.experiment.train.data for member in ensemble.members]
-        clip_seconds = min(config.clip_seconds for config in configs)
-        windows = WindowConfig(max(1, int(clip_seconds // SEGMENT_SECONDS)))
         recordings = data.recordings[data.recordings["fold"] == fold]
         files = zip(recordings["filename"], recordings["path"], strict=True)
         paths = {filename: data.folder / path for filename, path in files}
-        yield from predict_files(ensemble.with_windows(windows), paths)
+        yield from predict_files(_load_with_context(by_fold[fold], device), paths)
+
+
+def _load_with_context(runs: Sequence[Path], device: torch.device | str) -> Ensemble:
+    """Load ``runs`` with windows as long as their shortest training clip."""
+    ensemble = load_ensemble(runs, device)
+    configs = [member.checkpoint.experiment.train.data for member in ensemble.members]
+    clip_seconds = min(config.clip_seconds for config in configs)
+    return ensemble.with_windows(WindowConfig(max(1, int(clip_seconds // SEGMENT_SECONDS))))
 
 
 def find_label_intervals(
@@ -243,3 +264,77 @@ def _intervals_of_missed(
         offset = min(seconds, onset + config.anchor_seconds)
         intervals.append((Event(code, round(onset, 6), round(offset, 6), highest), PRESENT))
     return intervals
+
+
+# --- soundscapes that nobody has labelled ---
+
+
+_LABELS_FILE = "soundscape_labels_{}.safetensors"  # of a round
+
+
+def label_soundscapes(
+    runs: Sequence[Path],
+    data: TrainingData,
+    folder: Path,
+    output: Path,
+    *,
+    labelled: Sequence[Path] = (),
+    limits: CollapseLimits = CollapseLimits(),
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> tuple[Path, SoundscapeLabels]:
+    """Label the soundscapes below ``folder``; write them to a file of their round in ``output``.
+
+    All ``runs`` label, whatever their folds: soundscapes are in no fold. Soundscapes that cannot be
+    read whole are named and left out. ValueError where one has the same audio as a recording of the
+    data or a labelled soundscape (the data's examples, and all sound below ``labelled``), and where
+    the labels have collapsed: then nothing is written.
+    """
+    checkpoints = [read_checkpoint(run) for run in runs]
+    for run, checkpoint in zip(runs, checkpoints, strict=True):
+        require_same_classes(run, checkpoint, data.classes)
+    measured = find_unlabelled(folder, data, labelled)
+    networks = [network_of(checkpoint.experiment) for checkpoint in checkpoints]
+    families = list(dict.fromkeys(networks))
+    positions = [np.flatnonzero(np.array(networks) == family) for family in families]
+    soundscapes, parts = [], []
+    ensemble = _load_with_context(runs, device)
+    results = predict_files(ensemble, {name: folder / name for name in measured})
+    for name, result in tqdm(results, total=len(measured), disable=not progress):
+        if isinstance(result, AudioError):
+            logger.warning("%s; it is left out", result)
+            continue
+        parts.append(np.stack([result.clipwise[members].mean(axis=0) for members in positions]))
+        values = {key: getattr(measured[name], key) for key in ("seconds", "size", "audio_hash")}
+        soundscapes.append({"name": name, **values})
+    require(len(parts) > 0, f"{folder}: none of {len(measured)} soundscapes can be read")
+    probabilities = np.concatenate(parts, axis=1).astype(np.float32)
+    number = 1 + max(checkpoint.trained_on.get("round") or 0 for checkpoint in checkpoints)
+    members = [
+        {"name": item.name, "experiment": item.experiment.name, "network": network}
+        | {"weights_sha256": item.weights_sha256}
+        for item, network in zip(checkpoints, networks, strict=True)
+    ]
+    statistics = LabelStatistics.of(probabilities.mean(axis=0), data.classes)
+    labels = SoundscapeLabels(
+        folder=folder,
+        classes=data.classes,
+        soundscapes=soundscapes,
+        members=members,
+        families=families,
+        round=number,
+        statistics=asdict(statistics),
+        probabilities=probabilities,
+        soundscape=np.repeat(np.arange(len(parts)), [part.shape[1] for part in parts]),
+    )
+    earlier, previous = output / _LABELS_FILE.format(number - 1), None
+    if earlier.is_file():
+        previous = LabelStatistics(**read_arrays(earlier)[1]["statistics"])
+    statistics.require_no_collapse(f"all members in round {number}", limits, previous)
+    for family, of_family in zip(families, probabilities, strict=True):
+        names = shorten_list([item["name"] for item in members if item["network"] == family])
+        of_members = LabelStatistics.of(of_family, data.classes)
+        of_members.require_no_collapse(f"{names} in round {number}", limits)
+    path = output / _LABELS_FILE.format(number)
+    labels.write(path)
+    return path, labels

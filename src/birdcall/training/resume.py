@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from birdcall.config import FULL, Experiment
 from birdcall.data.dataset import TrainingData
 from birdcall.models.checkpoint import (
     Checkpoint,
@@ -125,6 +126,8 @@ _NAMES = {
     "folds": "the folds",
     "noise": "the noise files (--noise)",
     "labels": "the strong labels (--labels)",
+    "soundscapes": "the labels of soundscapes (--soundscape-labels)",
+    "other_birds": "the sound of other birds (--other-birds)",
     "init": "the initial weights (--init)",
 }
 # These change the rounding of the weights: a state cannot be resumed, a finished run can be kept.
@@ -135,11 +138,23 @@ _SCORED = ("recordings", *_HELD_OUT, "noise")  # what scores are about: labels a
 
 
 def conditions_of(
-    data: TrainingData, init: Path | None, device: torch.device, distributed: DistributedContext
+    data: TrainingData,
+    experiment: Experiment,
+    init: Path | None,
+    device: torch.device,
+    *,
+    distributed: DistributedContext,
 ) -> dict[str, Any]:
-    """Return what decides about the weights of a run, beside experiment and fold, by name."""
+    """Return what decides about the weights of a run, beside experiment and fold, by name.
+
+    Sound that ``experiment`` does not draw from has no part in it.
+    """
+    unused = dict.fromkeys([] if experiment.augment.other_birds_probability else ["other_birds"])
+    if experiment.train.student.share == 0:
+        unused |= dict.fromkeys(["soundscapes", "round"])
     return {
         **data.digests,
+        **unused,
         "init": None if init is None else digest(init.read_bytes()),
         "code": code_digest("training.trainer"),
         "torch": torch.__version__,
@@ -154,6 +169,12 @@ def identity_of(checkpoint: Checkpoint) -> dict[str, Any]:
     for result in ("score", "weights_sha256"):
         del values[result]
     return values | values.pop("trained_on")
+
+
+def describe_other_training(run: Checkpoint, other: Checkpoint) -> str:
+    """Return in which way ``other`` was trained differently, beside fold, code and machine."""
+    ignored = ("fold", "code", *_ROUNDING)
+    return describe_differences(identity_of(run), identity_of(other), ignored)
 
 
 def describe_differences(
@@ -214,6 +235,8 @@ def read_runs(
     for folder, checkpoint in zip(folders, checkpoints, strict=True):
         require_same_classes(folder, checkpoint, data.classes)
         _require_known(folder, checkpoint)
+        if checkpoint.fold == FULL:
+            raise ValueError(f"{folder} held out nothing that it could be scored on: leave it out")
         names = _SCORED if is_scored else _HELD_OUT
         stored, current = (
             {name: digests.get(name) for name in names}

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from birdcall.config import Experiment, require
+from birdcall.config import FULL, Experiment, require
 from birdcall.data.dataset import TrainingData, check_classes
 from birdcall.data.loader import check_worker_memory
 from birdcall.experiments import find_experiment
@@ -29,6 +29,7 @@ from birdcall.models.checkpoint import (
     STATE_FILE,
     Checkpoint,
     find_checkpoints,
+    fold_name,
     read_checkpoint,
 )
 from birdcall.storage.files import shorten_list
@@ -65,7 +66,7 @@ def train_run(
     interrupted in any way and then resumed. Seeds torch's global generator. Raises
     TrainingInterrupted at a signal (SIGTERM, Ctrl-C) and at the deadline, after saving the state.
     """
-    train_part, held_out = data.split(run.fold)
+    train_part, held_out = _split(run, data)
     if options.distributed.is_first:
         table = run.folder / _MISSING_CLASSES_FILE
         check_classes(train_part, held_out, classes=data.classes, fold=run.fold, table=table)
@@ -118,6 +119,17 @@ def train_run(
     return training.finish(held_out)
 
 
+def _split(run: Run, data: TrainingData) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return what the run trains and validates on; refuse what it cannot train without folds."""
+    config = run.experiment.train
+    require(
+        run.fold != FULL or (config.patience is None and not config.optimizer.average_best),
+        f"{run.experiment.name} has a patience or average_best, but --fold full holds out nothing "
+        "to validate its epochs on: train an experiment with neither, for as many epochs as needed",
+    )
+    return data.split(run.fold)
+
+
 def _describe_epoch(training: Training) -> str:
     progress = training.progress
     seconds = max(progress.seconds, 1e-9)
@@ -153,12 +165,15 @@ def _stop_requests() -> Iterator[threading.Event]:
 
 
 def plan_runs(
-    experiments: Sequence[Experiment], data: TrainingData, fold: int | None, folder: Path
+    experiments: Sequence[Experiment], data: TrainingData, fold: int | str | None, folder: Path
 ) -> list[Run]:
-    """Return each experiment on ``fold``, or on all folds: ``folder/<experiment>/fold<k>``."""
+    """Return each experiment on ``fold``, or on all folds (None): ``folder/<experiment>/fold<k>``.
+
+    FULL is a run that holds out nothing, ``folder/<experiment>/full``; all folds are without it.
+    """
     folds = data.folds if fold is None else [fold]
     return [
-        Run(experiment, k, folder / experiment.name / f"fold{k}")
+        Run(experiment, k, folder / experiment.name / fold_name(k))
         for experiment in experiments
         for k in folds
     ]
@@ -169,6 +184,7 @@ def find_runs(
 ) -> list[Path]:
     """Return the folders of trained runs below ``folder``, of some or all experiments and folds.
 
+    Runs that hold out nothing (FULL) are left out: they have nothing to be scored on.
     The log names runs that are not finished. Raises FileNotFoundError where a named experiment has
     no trained run, and where there is none.
     """
@@ -181,9 +197,11 @@ def find_runs(
         run
         for run in sorted(trained | started)
         if (not experiments or run.parent.name in experiments)
-        and (fold is None or run.name == f"fold{fold}")
+        and (run.name != FULL if fold is None else run.name == fold_name(fold))
     ]
     runs = [run for run in wanted if run in trained]
+    if fold is None and (full := [str(run) for run in sorted(trained) if run.name == FULL]):
+        logger.info("left out, since they held out nothing: %s", shorten_list(full))
     if unfinished := [run for run in wanted if run not in trained]:
         message = "unfinished runs are left out; `birdcall train --resume` continues them: %s"
         logger.warning(message, shorten_list(unfinished))
@@ -214,7 +232,8 @@ def train_many(
     )
     checkpoints = {}
     for run in runs:
-        data.split(run.fold)  # raises for a fold out of range
+        _split(run, data)  # raises for a fold out of range
+        data.require_sound_for(run.experiment)
         if options.distributed.is_first:
             with locked(run.folder):
                 pass  # raises where another command trains it
@@ -253,8 +272,8 @@ def _find_finished(run: Run, data: TrainingData, options: RunOptions) -> Checkpo
         raise ValueError(f"{run.folder} holds a trained run already; --overwrite trains it again")
     if has_state or not has_checkpoint:
         return None
-    device = options.device or default_device()
-    trained_on = conditions_of(data, options.init, device, options.distributed)
+    device, distributed = options.device or default_device(), options.distributed
+    trained_on = conditions_of(data, run.experiment, options.init, device, distributed=distributed)
     expected = Checkpoint(run.experiment, data.classes, run.fold, trained_on=trained_on)
     checkpoint = require_finished(run.folder, expected)
     logger.info("%s: finished already, kept", run.name)

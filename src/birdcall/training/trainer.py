@@ -17,8 +17,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from birdcall.config import Experiment, TrainConfig
-from birdcall.data.dataset import ClipDataset, TrainingData
+from birdcall.config import FULL, Experiment, TrainConfig
+from birdcall.data.clips import ClipDataset
+from birdcall.data.dataset import TrainingData
 from birdcall.data.loader import ClipBatch, FailureCounter, iterate_clips, make_loader
 from birdcall.data.targets import ClipSampler, ProcessShare
 from birdcall.inference.ensemble import Ensemble, Member, default_device
@@ -44,13 +45,13 @@ class Run(NamedTuple):
     """An experiment on a fold, and the folder for its checkpoint, log and state."""
 
     experiment: Experiment
-    fold: int
+    fold: int | str  # that is held out, or FULL
     folder: Path
 
     @property
     def name(self) -> str:
         """The name in messages."""
-        return f"{self.experiment.name}, fold {self.fold}"
+        return f"{self.experiment.name}, {'full' if self.fold == FULL else f'fold {self.fold}'}"
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ class Training:
     # --- epochs
 
     def end_epoch(self, held_out: pd.DataFrame) -> EpochLog:
-        """Add the epoch to the log; validate on the recordings ``held_out`` when it is due."""
+        """Add the epoch to the log; validate on ``held_out``, if there are any, when it is due."""
         progress = self.progress
         seconds = max(progress.seconds, 1e-9)
         entry = EpochLog(
@@ -225,7 +226,7 @@ class Training:
         progress.epoch_step = progress.n_batches = progress.n_skipped = progress.n_clips = 0
         progress.loss_sum = progress.seconds = progress.waiting = 0.0
         is_last = progress.epoch >= self.config.epochs
-        if is_last or entry.epoch % self.config.validate_every == 0:
+        if len(held_out) and (is_last or entry.epoch % self.config.validate_every == 0):
             entry.validation = self._validate(held_out)
             score = entry.validation["macro_ap"]
             progress.validations_since_best += not math.isnan(score)  # NaN: no class is scored
@@ -296,16 +297,15 @@ def start_training(
     """Prepare a training on ``recordings`` before its first step. Seeds torch's generator."""
     device = options.device or default_device()
     distributed = options.distributed
-    trained_on = conditions_of(data, options.init, device, distributed)
     experiment, config = run.experiment, run.experiment.train
-    seed = config.seed * 1000 + run.fold
+    trained_on = conditions_of(data, experiment, options.init, device, distributed=distributed)
+    seed = config.seed * 1000 + (len(data.folds) if run.fold == FULL else run.fold)
     torch.manual_seed(seed)
     n_classes = len(data.classes)
     model = initialise(experiment, n_classes, options.init, classes=data.classes).to(device)
     # All processes start from the same weights, but draw different dropout.
     torch.manual_seed(seed + 7919 * distributed.rank)
-    noise_files, _ = data.split_noise(run.fold)
-    subset = replace(data, recordings=recordings, noise_files=noise_files)
+    subset = data.training_part(run.fold, recordings)
     share = ProcessShare(distributed.rank, distributed.world_size)
     sampler = ClipSampler(recordings, config.data, config.seed, share)
     clips = ClipDataset(subset, experiment)

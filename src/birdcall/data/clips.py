@@ -1,0 +1,302 @@
+"""Make training clips: crops of recordings with their targets, the same clips in every run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from birdcall.audio.decoder import AudioError, is_cut
+from birdcall.audio.filters import crop_or_pad
+from birdcall.config import SEGMENT_SECONDS, Experiment, require
+from birdcall.data.augment import ClipAugment, mix_at_snr
+from birdcall.data.cache import (
+    MAX_TRIES,
+    CropRequest,
+    NothingReadableError,
+    ReadFailure,
+    RecordingCache,
+)
+from birdcall.data.dataset import TrainingData
+from birdcall.data.noise import NoiseFiles
+from birdcall.data.targets import (
+    ClipRequest,
+    SoundscapeLabels,
+    StrongTargets,
+    make_targets,
+    rating_weights,
+)
+from birdcall.inference.predictions import scale_probabilities
+
+# In place of a recording's path, and of its index.
+_NOISE, _NOISE_INDEX = "noise", -1
+_OTHER_BIRDS, _OTHER_BIRDS_INDEX = "other birds", -2
+_SOUNDSCAPE_INDEX = -3
+
+
+class SoundscapeTargets:
+    """Soft targets of clips that start with a segment of a soundscape.
+
+    A clip's label is the highest of its segments; where they exceed ``max_sum`` together, they are
+    reduced in proportion. Clips are drawn in proportion to their largest label.
+    """
+
+    def __init__(self, labels: SoundscapeLabels, experiment: Experiment) -> None:
+        self.config = experiment.train.student
+        self.clip_seconds = experiment.train.data.clip_seconds
+        self.labels = labels
+        mean = labels.probabilities[labels.teachers_of(experiment)].mean(axis=0)
+        of_segments = scale_probabilities(mean, self.config)
+        n_segments = np.bincount(labels.soundscape, minlength=len(labels.soundscapes))
+        self.first = np.cumsum(n_segments) - n_segments  # of each soundscape
+        n_in_clip = max(1, math.ceil(self.clip_seconds / SEGMENT_SECONDS))
+        number = np.arange(len(of_segments)) - self.first[labels.soundscape]
+        last = n_segments[labels.soundscape] - 1
+        # A soundscape shorter than a clip has one clip, from its start.
+        self.segments = np.flatnonzero(number <= np.maximum(0, last + 1 - n_in_clip))
+        targets = of_segments[self.segments]
+        for step in range(1, n_in_clip):
+            later = np.minimum(number[self.segments] + step, last[self.segments])
+            targets = np.maximum(
+                targets, of_segments[self.first[labels.soundscape[self.segments]] + later]
+            )
+        total = np.maximum(targets.sum(axis=1, keepdims=True), 1e-9)
+        self.targets = (targets * np.minimum(1, self.config.max_sum / total)).astype(np.float32)
+        self.cumulative = np.cumsum(self.targets.max(axis=1), dtype=np.float64)
+        require(bool(self.cumulative[-1] > 0), "all labels of the soundscapes are 0")
+
+    def draw(self, generator: np.random.Generator) -> tuple[int, float, np.ndarray]:
+        """Return index of the soundscape, start in seconds and target ``(classes,)`` of a clip."""
+        drawn = generator.random() * self.cumulative[-1]
+        clip = int(np.searchsorted(self.cumulative, drawn, side="right"))
+        segment = self.segments[min(clip, len(self.segments) - 1)]
+        soundscape = int(self.labels.soundscape[segment])
+        start = float(SEGMENT_SECONDS * (segment - self.first[soundscape]))
+        spare = min(SEGMENT_SECONDS, self.labels.soundscapes[soundscape]["seconds"] - start)
+        start += generator.random() * max(0.0, spare - self.clip_seconds)
+        return soundscape, start, self.targets[min(clip, len(self.segments) - 1)]
+
+
+def union_of(target: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Return the higher of both, IGNORE_TARGET (-1) where one is so and none is positive."""
+    highest = np.maximum(target, label)
+    return np.where(highest > 0, highest, np.minimum(target, label))
+
+
+class Clip(NamedTuple):
+    """A training clip, and the files that could not be read for it."""
+
+    waveform: Tensor | None  # (clip samples,); None: no recording that was tried can be read
+    target: Tensor  # (classes,)
+    weight: float  # of its loss
+    recording: str  # path; "noise" for bird-free noise alone; "other birds"
+    failures: tuple[ReadFailure, ...]
+
+
+class ClipDataset:
+    """Clips of ``data.recordings`` with their targets, a batch at a time.
+
+    A clip depends on the experiment's seed and its request alone. Where ratings weigh the loss, the
+    recordings have a ``rating``; with strong labels, a ``filename``.
+    """
+
+    def __init__(self, data: TrainingData, experiment: Experiment) -> None:
+        recordings, loss = data.recordings, experiment.train.loss
+        self.experiment = experiment
+        self.read_crops = data.read_crops
+        self.noise_files = list(data.noise_files)
+        self.paths = list(recordings["path"])
+        self.seconds = recordings["seconds"].to_numpy(dtype=np.float64)
+        self.codes = pd.factorize(recordings["ebird_code"])[0]
+        self.targets = make_targets(recordings, data.classes, loss.secondary_label_weight)
+        self.strong_targets: StrongTargets | None = None
+        if data.strong_labels is not None:
+            self.strong_targets = StrongTargets(recordings, data.classes, data.strong_labels)
+        self.weights = (
+            rating_weights(recordings["rating"]) if loss.rating_weight else np.ones(len(self.paths))
+        )
+        rate, store = experiment.frontend.sample_rate, data.noise_store
+        noise = NoiseFiles(self.noise_files, rate, store)
+        data.require_sound_for(experiment)
+        self.other_birds = NoiseFiles(data.other_birds, rate, store, kind="other-birds file")
+        self.soundscapes: SoundscapeTargets | None = None
+        if experiment.train.student.share > 0:
+            self.soundscapes = SoundscapeTargets(data.soundscape_labels, experiment)
+            folder = data.soundscape_labels.folder
+            self.read_soundscape = RecordingCache(folder, data.soundscape_cache)
+        self.augment = ClipAugment(experiment.augment, noise)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def make_clips(self, requests: Sequence[ClipRequest]) -> list[Clip]:
+        """Make the clips of a batch; consecutive crops of one recording are read together.
+
+        Where a recording cannot be read, another replaces it, of the same class if possible; the
+        request alone decides which. `Clip.failures` lists what could not be read.
+        """
+        drafts = []
+        for request in requests:
+            seed = (self.experiment.train.seed, request.epoch, request.position)
+            generator = np.random.default_rng(seed)
+            draft = _Draft(
+                generator,
+                *self._choose_source(generator.random(), request.index),
+                position=generator.random(),
+                downmix=self.augment.draw_downmix(generator),
+            )
+            drafts.append(draft)
+        for (index, downmix), group in groupby(drafts, key=lambda item: (item.index, item.downmix)):
+            same = list(group)
+            if index < 0 or len(same) == 1:
+                continue
+            try:
+                waveforms = self._read_crops(index, [draft.position for draft in same], downmix)
+            except (AudioError, OSError):
+                continue  # perhaps one crop only is damaged: `_finish` reads them one by one
+            for draft, waveform in zip(same, waveforms, strict=True):
+                draft.waveform = waveform
+        return [self._finish(draft) for draft in drafts]
+
+    __getitems__ = make_clips  # the name by which torch's DataLoader asks for a batch
+
+    def _choose_source(self, draw: float, index: int) -> tuple[int, bool]:
+        """Return what the clip is made from, and whether a soundscape is added to it.
+
+        That is the recording ``index``, noise, other birds or a soundscape. One draw decides, so
+        that the other clips stay the same when a probability changes.
+        """
+        augment, student = self.experiment.augment, self.experiment.train.student
+        without_class = augment.noise_only_probability + augment.other_birds_probability
+        if draw < augment.noise_only_probability:
+            return (_NOISE_INDEX if self.noise_files else index), False
+        if draw < without_class:
+            return _OTHER_BIRDS_INDEX, False
+        if draw < 1 - student.share * (1 - without_class):
+            return index, False
+        return (index, True) if student.mode == "mix" else (_SOUNDSCAPE_INDEX, False)
+
+    def _finish(self, draft: _Draft) -> Clip:
+        failures: list[ReadFailure] = []
+        target, weight, recording = np.zeros(self.targets.shape[1], np.float32), 1.0, _NOISE
+        waveform: Tensor | None = None
+        try:
+            if draft.index == _NOISE_INDEX:
+                n_samples = self.experiment.clip_samples
+                samples = self.augment.noise.draw(n_samples, draft.generator, failures)
+            elif draft.index == _OTHER_BIRDS_INDEX:
+                recording = _OTHER_BIRDS
+                n_samples = self.experiment.clip_samples
+                samples = self.other_birds.draw(n_samples, draft.generator, failures)
+                samples = self.augment(samples, draft.generator, failures)
+            elif draft.index == _SOUNDSCAPE_INDEX:
+                recording, samples, target = self._read_soundscape(draft, failures)
+            else:
+                recording = self.paths[draft.index]
+                index, samples = self._read_recording(draft, failures)
+                samples = self.augment(samples, draft.generator, failures)
+                recording, weight = self.paths[index], float(self.weights[index])
+                target = self.targets[index]
+                if self.strong_targets is not None:
+                    clip_seconds = self.experiment.train.data.clip_seconds
+                    # Below 0 for a recording shorter than the clip, which lies somewhere within it.
+                    start = draft.position * (self.seconds[index] - clip_seconds)
+                    strong_target = self.strong_targets.find(index, start, clip_seconds)
+                    target = target if strong_target is None else strong_target
+                if draft.with_soundscape:
+                    _, soundscape, label = self._read_soundscape(draft, failures)
+                    mixed = mix_at_snr(samples, soundscape, snr_db=0.0)
+                    if mixed is not samples:  # neither is silent
+                        samples, target = mixed, union_of(target, label)
+            waveform = torch.from_numpy(np.ascontiguousarray(samples, dtype=np.float32))
+        except NothingReadableError:
+            weight = 0.0
+        return Clip(
+            waveform=waveform,
+            target=torch.from_numpy(target),
+            weight=weight,
+            recording=recording,
+            failures=tuple(failures),
+        )
+
+    def _read_recording(self, draft: _Draft, failures: list[ReadFailure]) -> tuple[int, np.ndarray]:
+        """Read the draft's crop, or of another recording if that fails; return index and crop."""
+        if draft.waveform is not None:
+            return draft.index, draft.waveform
+        for index in self._candidates(draft):
+            try:
+                return index, self._read_crops(index, [draft.position], draft.downmix)[0]
+            except (AudioError, OSError) as error:
+                failures.append(ReadFailure.of("recording", self.paths[index], error))
+        raise NothingReadableError(f"none of {len(failures)} recordings can be read")
+
+    def _read_soundscape(
+        self, draft: _Draft, failures: list[ReadFailure]
+    ) -> tuple[str, np.ndarray, np.ndarray]:
+        """Return name, waveform ``(samples,)`` and soft target of a clip of a soundscape."""
+        generator = draft.generator.spawn(1)[0]  # the clip's later draws stay the same
+        rate, labels = self.experiment.frontend.sample_rate, self.soundscapes.labels
+        for _ in range(MAX_TRIES):
+            index, start, target = self.soundscapes.draw(generator)
+            name = labels.soundscapes[index]["name"]
+            seconds = labels.soundscapes[index]["seconds"] - start
+            seconds = min(seconds, self.experiment.train.data.clip_seconds)
+            try:
+                (crop,) = self.read_soundscape(CropRequest(name, rate, (start,), seconds))
+                return name, crop_or_pad(crop, self.experiment.clip_samples), target
+            except (AudioError, OSError) as error:
+                failures.append(ReadFailure.of("soundscape", str(labels.folder / name), error))
+        raise NothingReadableError(f"none of {MAX_TRIES} clips of soundscapes can be read")
+
+    def _candidates(self, draft: _Draft) -> Iterator[int]:
+        """Yield the draft's recording, then others of its class at random, then any others."""
+        yield draft.index
+        generator = draft.generator.spawn(1)[0]  # the clip's later draws stay the same
+        others = generator.permutation(len(self.paths))
+        others = others[others != draft.index]
+        is_other_class = self.codes[others] != self.codes[draft.index]
+        yield from others[np.argsort(is_other_class, kind="stable")][:MAX_TRIES].tolist()
+
+    def _read_crops(
+        self, index: int, positions: Sequence[float], downmix: float | None
+    ) -> list[np.ndarray]:
+        """Read a crop at each of ``positions``, shares of the range in which it can start.
+
+        A recording shorter than the clip lies at such a position in silence.
+        """
+        path, sample_rate = self.paths[index], self.experiment.frontend.sample_rate
+        clip_seconds = self.experiment.train.data.clip_seconds
+        n_samples = self.experiment.clip_samples
+        spare = self.seconds[index] - clip_seconds
+        if spare > 0:
+            offsets = tuple(position * spare for position in positions)
+            request = CropRequest(path, sample_rate, offsets, clip_seconds, downmix=downmix)
+            return [crop_or_pad(crop, n_samples) for crop in self.read_crops(request)]
+        (recording,) = self.read_crops(CropRequest(path, sample_rate, downmix=downmix))
+        seconds = len(recording) / sample_rate
+        if is_cut(seconds, self.seconds[index]):
+            reason = f"has {seconds:g} s, had {self.seconds[index]:g} s when it was audited"
+            raise AudioError(Path(path), reason)
+        room = max(0, n_samples - len(recording))
+        starts = [round(position * room) for position in positions]
+        return [crop_or_pad(np.pad(recording, (start, 0)), n_samples) for start in starts]
+
+
+@dataclass
+class _Draft:
+    """What is drawn for a clip before anything is read."""
+
+    generator: np.random.Generator
+    index: int  # of the recording; below 0: of another source
+    with_soundscape: bool  # it is added
+    position: float  # of the crop, see `ClipDataset._read_crops`
+    downmix: float | None
+    waveform: np.ndarray | None = None  # the crop, once it is read
