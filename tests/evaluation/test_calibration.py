@@ -108,7 +108,7 @@ def test_clip_and_frame_are_fitted_apart():
 
 
 def test_nothing_to_fit_on_is_an_error():
-    with pytest.raises(ValueError, match="no out-of-fold recording"):
+    with pytest.raises(ValueError, match="no row to fit"):
         fit_scale_and_offset(np.full((3, 2), np.nan), np.zeros((3, 2)))
     with pytest.raises(ValueError, match="framewise has shape"):
         fit_calibration(np.zeros((3, 2)), np.zeros((3, 3)), np.zeros((3, 2)))

@@ -126,6 +126,14 @@ def test_rankings_are_those_of_scikit_learn_over_classes_that_occur(scores):
     assert found["lwlrap"] == pytest.approx(expected)
 
 
+def test_the_calibration_error_of_rows_is_told_before_and_after(scores):
+    exact = scores.truth[None, :, :5].astype(np.float32)
+    calibrated = scores.with_probabilities(exact, exact, ["exact"])
+    found = values_of(ranked_rows(LABELLED_X, scores, ALL_FIVE, calibrated=calibrated))
+    assert found["ece_calibrated"] == 0 < found["ece"]
+    assert "ece_calibrated" not in values_of(ranked_rows(LABELLED_X, scores, ALL_FIVE))
+
+
 def test_secondary_labels_are_no_mistakes_of_a_class():
     generator = np.random.default_rng(0)
     targets = (generator.random((40, 3)) < 0.3).astype(float)
@@ -151,16 +159,10 @@ def test_recordings_that_nobody_held_out_are_not_counted():
     scores = np.clip(targets * 0.6 + 0.3 * generator.random((30, 3)), 0, 1)
     scores[::5] = np.nan
     learnable = np.ones((30, 3), bool)
-    found = out_of_fold_rows(
-        RECORDINGS_X, scores, targets, learnable=learnable, calibrated=scores / 2
-    )
+    found = out_of_fold_rows(RECORDINGS_X, scores, targets, learnable=learnable)
     assert found[0]["recordings"] == 24
     values = values_of(found)
     assert values["top1"] == values["macro_ap"] == values["macro_auc"] == 1.0
-    assert values["ece_calibrated"] != values["ece"]
-    assert "ece_calibrated" not in values_of(
-        out_of_fold_rows(RECORDINGS_X, scores, targets, learnable=learnable)
-    )
 
 
 def test_a_class_that_its_run_could_not_learn_is_in_no_score_of_the_recordings():

@@ -9,6 +9,7 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 import birdcall.evaluation.scoring as scoring
+from birdcall.data.targets import IGNORE_TARGET
 from birdcall.evaluation.comparison import measure_held_out, score_submission
 from birdcall.evaluation.metrics import row_f1_scores, row_wise_f1
 from birdcall.evaluation.mistakes import MISSED, find_mistakes
@@ -153,20 +154,30 @@ def test_members_of_the_best_experiment_come_first(held_out, best, monkeypatch):
     assert members == tuple(f"{name}-fold{fold}" for name in (best, worse) for fold in (0, 1))
 
 
-def test_calibration_is_fitted_without_the_recordings_it_is_scored_on(held_out, monkeypatch):
+def test_calibration_is_fitted_on_the_segments_of_the_other_groups(held_out, monkeypatch):
     fitted = []
+    real = scoring.fit_calibration
 
     def fit(clipwise, framewise, targets):
-        fitted.append(len(targets))
+        fitted.append((clipwise, targets))
+        return real(clipwise, framewise, targets)
 
     monkeypatch.setattr("birdcall.evaluation.scoring.fit_calibration", fit)
+    simulated = held_out.simulated_for(held_out.experiments)
+    # The first class is in one row: a fit without that row has nothing to tell of it.
+    truth = simulated.truth.copy()
+    truth[np.flatnonzero(truth[:, 0])[1:], 0] = False
+    changed = replace(simulated, truth=truth)
+    monkeypatch.setattr(type(held_out), "simulated_for", lambda self, names: changed)
     decide_ensemble(held_out, held_out.experiments)
-    n_recordings = len(held_out.data.recordings)
-    groups = set(held_out.simulated_for(held_out.experiments).segments["group"])
-    assert fitted[-1] == fitted[-2] == n_recordings  # for the decision, and for the report
-    left_out = [n_recordings - n_fitted for n_fitted in fitted[:-2]]
-    sizes = pd.Series(held_out.groups).value_counts()
-    assert sorted(left_out) == sorted(sizes[list(groups)])
+    groups = simulated.segments["group"]
+    n_rows = {len(groups) - size for size in groups.value_counts()}
+    assert {len(clipwise) for clipwise, _ in fitted} == n_rows | {len(groups)}
+    everything, *_ = [item for item in fitted if len(item[0]) == len(groups)]
+    assert np.array_equal(everything[0], simulated.clipwise.mean(axis=0))
+    assert np.array_equal(everything[1] > 0, truth[:, : len(simulated.classes)])
+    without = [targets for _, targets in fitted if not (targets[:, 0] > 0).any()]
+    assert without and all((targets[:, 0] == IGNORE_TARGET).all() for targets in without)
 
 
 def test_the_decision_is_searched_for_the_expected_share_of_nocall(held_out):

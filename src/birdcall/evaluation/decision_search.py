@@ -45,7 +45,8 @@ class DecisionSearchResult:
     group, ``(labelled rows, known)``; cross_validated_f1: ``(labelled rows,)``;
     cross_validated_recording_f1: ``(recordings,)``, of whole recordings, as site 3 is scored.
     grid_scores: weighted row-wise F1 of each pair of `THRESHOLDS`, ``(clip, frame)``; grid_index:
-    of the chosen pair. steps: the alternatives of the forward selection, a row each, with step,
+    of the chosen pair. calibrated: the predictions, each group's by a calibration that was fitted
+    without it. steps: the alternatives of the forward selection, a row each, with step,
     alternative, score, gain, standard_error, adopted. by_group: the cross-validated decisions.
     """
 
@@ -57,6 +58,7 @@ class DecisionSearchResult:
     grid_scores: NDArray[np.floating]
     grid_index: tuple[int, int]
     steps: pd.DataFrame
+    calibrated: LabelledPredictions | None
     by_group: Mapping[str, Decision]
 
 
@@ -123,6 +125,7 @@ def search_decision(
         grid_scores=final.best.grid_scores,
         grid_index=final.best.grid_index,
         steps=final.steps,
+        calibrated=calibrated,
         by_group=by_group,
     )
 
@@ -405,14 +408,14 @@ def fit_calibration(
 ) -> Calibration:
     """Fit a scale and an offset per class, of clipwise and of framewise probabilities.
 
-    clipwise, framewise: ``(recordings, classes)``, the highest of each recording's segments.
-    targets: the same shape; see `fit_scale_and_offset`.
+    clipwise, framewise: ``(rows, classes)``, of segments, as decisions take them. targets: the same
+    shape; see `fit_scale_and_offset`.
     """
     for name, probabilities in (("clipwise", clipwise), ("framewise", framewise)):
         if probabilities.shape != targets.shape or probabilities.ndim != 2:
             raise ValueError(
                 f"{name} has shape {probabilities.shape} and targets {targets.shape}; both must be "
-                "(recordings, classes)"
+                "(rows, classes)"
             )
     fitted = (*fit_scale_and_offset(clipwise, targets), *fit_scale_and_offset(framewise, targets))
     return Calibration(*(tuple(round(float(v), 6) for v in values) for values in fitted))
@@ -427,18 +430,18 @@ def fit_scale_and_offset(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return scale and offset ``(classes,)`` of sigmoid(scale * logit(probability) + offset).
 
-    targets: ``(recordings, classes)``, 1 and 0; targets below 0 and probabilities of NaN are left
+    targets: ``(rows, classes)``, 1 and 0; targets below 0 and probabilities of NaN are left
     out. Raises ``ValueError`` where none is left.
 
     A hierarchical logistic regression (Platt 1999): log scale and offset of a class have a normal
     prior around what all classes share, with these standard deviations, so that a class of three
-    recordings stays near it. On the demo's held-out recordings its log loss is 0.039, that of
+    rows stays near it. On the demo's held-out recordings its log loss is 0.039, that of
     scikit-learn's LogisticRegression of each class 0.039 (C=1) or 0.049 (no penalty) and of its
     IsotonicRegression 0.052; with 10 recordings per class 0.043, 0.046, 0.061 and 0.064.
     """
     known = ~np.isnan(probabilities) & (targets >= 0)
     if not known.any():
-        raise ValueError("no out-of-fold recording to fit a calibration on")
+        raise ValueError("no row to fit a calibration on")
     n_classes = probabilities.shape[1]
     filled = np.where(known, probabilities, 0.5).astype(float)
     z = logit(np.clip(filled, MIN_PROBABILITY, 1 - MIN_PROBABILITY))

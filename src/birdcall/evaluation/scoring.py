@@ -38,7 +38,7 @@ from birdcall.evaluation.tables import (
     reliability_table,
     snr_table,
 )
-from birdcall.inference.decision import Decision
+from birdcall.inference.decision import Decision, average_members
 from birdcall.inference.predictions import Calibration
 
 logger = logging.getLogger(__name__)
@@ -51,10 +51,9 @@ _NOCALL_SHARE = 0.54
 class EnsembleDecision:
     """The decision for the members of some experiments, and the predictions it was searched on.
 
-    search, simulated, weights and calibration are None where no soundscape was simulated for all
-    experiments, or all of one group: then the decision is the one that a search begins with.
-    weights: of the simulated rows ``(labelled rows,)``. calibration: fitted on all held-out
-    recordings; the decision has it only where the search adopted it.
+    search, simulated and weights are None where no soundscape was simulated for all experiments, or
+    all of one group: then the decision is the one that a search begins with. weights: of the
+    simulated rows ``(labelled rows,)``.
     """
 
     name: str
@@ -63,7 +62,6 @@ class EnsembleDecision:
     search: DecisionSearchResult | None = None
     simulated: LabelledPredictions | None = None
     weights: np.ndarray | None = None
-    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +72,8 @@ class Evaluation:
     ensembles, all nocall, prior), kind of audio and metric, with interval and number of rows; a
     macro score has the number of ``classes`` that it is over, and of those ``left_out``: they
     occur, but no member that predicts them could learn them. The others are described in `tables`.
-    None where there is nothing of the kind: votes, snr (without simulation), reliability (without
-    calibration), soundscapes (without labelled ones).
+    None where there is nothing of the kind: votes, snr, reliability (without simulation),
+    soundscapes (without labelled ones).
     """
 
     classes: tuple[str, ...]
@@ -143,20 +141,20 @@ def _gather(
 ) -> Evaluation:
     """Compute the tables of the ensemble."""
     classes, labelled = held_out.data.classes, held_out.labelled
-    clipwise, framewise = held_out.out_of_fold_for(held_out.experiments)
+    clipwise, _ = held_out.out_of_fold_for(held_out.experiments)
     learnable = held_out.learnable
     is_scored = ((targets > 0) & learnable).any(axis=1)  # recordings
-    search, simulated, calibration = ensemble.search, ensemble.simulated, ensemble.calibration
+    search, simulated = ensemble.search, ensemble.simulated
     truth = predicted = np.zeros((0, len(classes)), dtype=bool)
     votes = snr = reliability = soundscapes = None
     if search is not None:
         truth, predicted = simulated.labelled_truth, search.cross_validated
         votes = votes_table(simulated, ensemble.weights, search.decision)
         snr = snr_table(held_out.events, simulated, predicted)
-    if calibration is not None:
-        calibrated, _ = calibration.apply(clipwise, framewise)
-        scored_targets = np.where(learnable, targets, IGNORE_TARGET)
-        reliability = reliability_table(clipwise, calibrated, scored_targets)
+        reliability = reliability_table(
+            *(_mean_of_rows(item) for item in (simulated, search.calibrated)),
+            truth[:, : len(classes)],
+        )
     if labelled is not None:
         decided = labelled.predictions.decide(ensemble.decision)
         soundscapes = soundscape_table(labelled.predictions, decided)
@@ -219,13 +217,16 @@ def decide_ensemble(
             name,
         )
         return EnsembleDecision(name, names, replace(start, chosen_on="nothing"))
-    clipwise, framewise = held_out.out_of_fold_for(names)
-    targets = make_targets(held_out.data.recordings, held_out.data.classes, None)
-    targets = np.where(held_out.learnable, targets, IGNORE_TARGET)
+    # Segments, as the decision takes them: the maxima of recordings have another level.
+    groups = simulated.segments["group"].to_numpy()
+    clipwise, framewise = map(average_members, (simulated.clipwise, simulated.framewise))
 
     def fit(excluded: frozenset[str]) -> Calibration:
-        used = ~np.isin(held_out.groups, list(excluded))
-        return fit_calibration(clipwise[used], framewise[used], targets[used])
+        used = ~np.isin(groups, list(excluded))
+        truth = simulated.truth[used, : len(simulated.classes)]
+        # A class without a simulated row keeps what is common to all classes.
+        targets = np.where(truth.any(axis=0), truth, IGNORE_TARGET)
+        return fit_calibration(clipwise[used], framewise[used], targets)
 
     weights = share_weights(simulated.labelled_truth, nocall_share)
     search = search_decision(simulated, weights, start=start, fit_calibration=fit)
@@ -259,8 +260,12 @@ def decide_ensemble(
         search=search,
         simulated=simulated,
         weights=weights,
-        calibration=fit(frozenset()),
     )
+
+
+def _mean_of_rows(predictions: LabelledPredictions) -> np.ndarray:
+    """Return the members' mean clipwise probability of labelled rows, ``(rows, classes)``."""
+    return average_members(predictions.clipwise)[predictions.labelled]
 
 
 def _score_on_labelled(
@@ -294,22 +299,19 @@ def _score(
     subject = ScoreSubject(
         ensemble.name, len(held_out.member_names(ensemble.experiments)), RECORDINGS
     )
-    clipwise, framewise = held_out.out_of_fold_for(ensemble.experiments)
-    rows, calibrated = [], None
-    if ensemble.calibration is not None:
-        calibrated, _ = ensemble.calibration.apply(clipwise, framewise)
+    clipwise, _ = held_out.out_of_fold_for(ensemble.experiments)
+    rows = []
     known, learnable = ~np.isnan(clipwise).any(axis=1), held_out.learnable
     if known.any():
-        rows += out_of_fold_rows(
-            subject, clipwise, targets, learnable=learnable, calibrated=calibrated
-        )
+        rows += out_of_fold_rows(subject, clipwise, targets, learnable=learnable)
     could_learn = held_out.learnable_by(ensemble.experiments)
     if ensemble.search is not None:
         simulated, predicted = ensemble.simulated, ensemble.search.cross_validated
         rows += _simulated_rows(subject, simulated, predicted, ensemble.weights)
         n_left_out = int(((targets > 0) & ~learnable)[known].any(axis=0).sum())
         subject = subject._replace(audio=SIMULATED)
-        rows += ranked_rows(subject, simulated, could_learn, n_left_out)
+        calibrated = ensemble.search.calibrated
+        rows += ranked_rows(subject, simulated, could_learn, n_left_out, calibrated=calibrated)
     labelled = held_out.labelled_for(ensemble.experiments)
     if labelled is not None:
         subject = subject._replace(audio=LABELLED)
