@@ -245,14 +245,17 @@ def labelled_events():
 
 def test_detected_events_are_scored_by_annotations():
     labelled = labelled_events()
-    assert values_of(event_rows("x", labelled, Decision())) == {"segment_f1": 1.0, "event_f1": 1.0}
+    assert values_of(event_rows("x", labelled, {"s": Decision()})) == {
+        "segment_f1": 1.0,
+        "event_f1": 1.0,
+    }
     late = labelled.annotations.assign(onset=1.6, offset=3.6)
-    found = values_of(event_rows("x", replace(labelled, annotations=late), Decision()))
+    found = values_of(event_rows("x", replace(labelled, annotations=late), {"s": Decision()}))
     assert found["event_f1"] == 0.0  # 0.6 s off, and the collar is half a second
     # Segments 1 and 2 are named, 1, 2 and 3 are true.
     assert found["segment_f1"] == pytest.approx(2 * 2 / (2 + 3))
     near = labelled.annotations.assign(onset=1.4, offset=3.4)
-    found = values_of(event_rows("x", replace(labelled, annotations=near), Decision()))
+    found = values_of(event_rows("x", replace(labelled, annotations=near), {"s": Decision()}))
     assert found["event_f1"] == 1.0
 
 

@@ -290,3 +290,16 @@ def test_a_missing_decision_says_what_makes_one(tmp_path):
 )
 def test_the_rule_is_said_in_words(decision, words):
     assert words in decision.describe()
+
+
+def test_an_offset_is_added_to_logits_before_the_calibration():
+    """By hand: sigmoid(scale * (logit(p) + offset) + own offset)."""
+    calibration = Calibration((2.0, 1.0), (0.5, 0.0), (1.0, 3.0), (0.0, -1.0))
+    shifted = calibration.shifted(1.5)
+    assert shifted.clip_offset == (0.5 + 2 * 1.5, 1.5)
+    assert shifted.frame_offset == (1.5, -1 + 3 * 1.5)
+    assert (shifted.clip_scale, shifted.frame_scale) == ((2.0, 1.0), (1.0, 3.0))
+    even = np.array([0.5, 0.5])  # a logit of 0
+    clipwise, framewise = Calibration.identity(2).shifted(1.5).apply(even, even)
+    assert clipwise == pytest.approx(1 / (1 + np.exp(-1.5)))
+    assert framewise == pytest.approx(1 / (1 + np.exp(-1.5)))

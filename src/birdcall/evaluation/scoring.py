@@ -11,9 +11,13 @@ import pandas as pd
 
 from birdcall.config import NOCALL, require
 from birdcall.data.targets import IGNORE_TARGET, make_targets
+from birdcall.evaluation.calibration import (
+    LabelledChoice,
+    choose_on_labelled,
+    fit_calibration,
+)
 from birdcall.evaluation.decision_search import (
     DecisionSearchResult,
-    fit_calibration,
     search_decision,
     share_weights,
     votes_table,
@@ -53,7 +57,7 @@ class EnsembleDecision:
 
     search, simulated and weights are None where no soundscape was simulated for all experiments, or
     all of one group: then the decision is the one that a search begins with. weights: of the
-    simulated rows ``(labelled rows,)``.
+    simulated rows ``(labelled rows,)``. on_labelled: None without labelled soundscapes.
     """
 
     name: str
@@ -62,6 +66,7 @@ class EnsembleDecision:
     search: DecisionSearchResult | None = None
     simulated: LabelledPredictions | None = None
     weights: np.ndarray | None = None
+    on_labelled: LabelledChoice | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +132,7 @@ def evaluate(
     for ensemble_decision in [*decisions, ensemble]:
         rows += _score(ensemble_decision, held_out, targets)
     if held_out.labelled is not None and len(held_out.labelled.frames):
-        rows += event_rows(ENSEMBLE, held_out.labelled, ensemble.decision)
+        rows += event_rows(ENSEMBLE, held_out.labelled, ensemble.on_labelled.by_group)
     rows += _score_baselines(held_out, ensemble, targets)
     scores = pd.DataFrame(rows).astype({"classes": "Int64", "left_out": "Int64"})
     return _gather(held_out, ensemble, targets, scores=scores)
@@ -156,8 +161,7 @@ def _gather(
             truth[:, : len(classes)],
         )
     if labelled is not None:
-        decided = labelled.predictions.decide(ensemble.decision)
-        soundscapes = soundscape_table(labelled.predictions, decided)
+        soundscapes = soundscape_table(labelled.predictions, ensemble.on_labelled.predicted)
     return Evaluation(
         classes=classes,
         ensemble=ensemble,
@@ -209,14 +213,18 @@ def decide_ensemble(
             if member.name in members
         },
     )
-    simulated = held_out.simulated_for(names)
+    simulated, labelled = held_out.simulated_for(names), held_out.labelled_for(names)
     if simulated is None or simulated.segments["group"].nunique() < 2:
         logger.warning(
             "%s: its experiments share no held-out fold, or what can be simulated is of one "
             "recordist: the default decision is used",
             name,
         )
-        return EnsembleDecision(name, names, replace(start, chosen_on="nothing"))
+        decision, choice = replace(start, chosen_on="nothing"), None
+        if labelled is not None:
+            choice = choose_on_labelled(decision, labelled)
+            decision = replace(choice.decision, chosen_on=f"nothing, {choice.describe()}")
+        return EnsembleDecision(name, names, decision, on_labelled=choice)
     # Segments, as the decision takes them: the maxima of recordings have another level.
     groups = simulated.segments["group"].to_numpy()
     clipwise, framewise = map(average_members, (simulated.clipwise, simulated.framewise))
@@ -230,11 +238,11 @@ def decide_ensemble(
 
     weights = share_weights(simulated.labelled_truth, nocall_share)
     search = search_decision(simulated, weights, start=start, fit_calibration=fit)
-    decision = replace(
-        search.decision,
-        chosen_on=f"{len(simulated.recordings)} rows of {len(set(simulated.recordings))} "
-        "soundscapes simulated from held-out recordings, scored nested over "
-        f"{len(set(simulated.groups))} groups of recordists",
+    decision = search.decision
+    chosen_on = (
+        f"{len(simulated.recordings)} rows of {len(set(simulated.recordings))} soundscapes "
+        f"simulated from held-out recordings, scored nested over {len(set(simulated.groups))} "
+        "groups of recordists"
     )
     f1, positive = search.cross_validated_f1, np.maximum(weights, 1e-12)
     interval = bootstrap_interval(f1, simulated.groups, weights=positive)
@@ -248,18 +256,24 @@ def decide_ensemble(
         "nocall_share_named": np.average(~search.cross_validated.any(axis=1), weights=weights),
         "cross_validated_recording_f1": search.cross_validated_recording_f1.mean(),
     }
-    labelled = held_out.labelled_for(names)
+    choice = None
     if labelled is not None:
-        score |= _score_on_labelled(decision, labelled, name)
+        choice = choose_on_labelled(decision, labelled, fit(frozenset()))
+        decision = choice.decision
+        chosen_on += f", {choice.describe()}"
+        score |= _score_on_labelled(choice, labelled, name)
+    else:
+        chosen_on += "; without labelled soundscapes its worth on real ones is not known"
     # The interval of a single soundscape is NaN, which JSON does not have.
     score = {key: round(float(value), 4) for key, value in score.items() if not np.isnan(value)}
     return EnsembleDecision(
         name=name,
         experiments=names,
-        decision=replace(decision, score=score),
+        decision=replace(decision, chosen_on=chosen_on, score=score),
         search=search,
         simulated=simulated,
         weights=weights,
+        on_labelled=choice,
     )
 
 
@@ -269,10 +283,10 @@ def _mean_of_rows(predictions: LabelledPredictions) -> np.ndarray:
 
 
 def _score_on_labelled(
-    decision: Decision, labelled: LabelledPredictions, name: str
+    choice: LabelledChoice, labelled: LabelledPredictions, name: str
 ) -> dict[str, float]:
-    """Score a decision on labelled soundscapes; warn where predicting no bird scores higher."""
-    f1 = labelled.row_f1(decision)
+    """Score the nested decisions of labelled soundscapes; warn where no bird scores higher."""
+    f1 = row_f1_scores(labelled.labelled_truth, choice.predicted)
     interval = bootstrap_interval(f1, labelled.groups)
     nocall = float((~labelled.labelled_truth.any(axis=1)).mean())
     if f1.mean() < nocall:
@@ -286,6 +300,7 @@ def _score_on_labelled(
         "labelled_low": interval.low,
         "labelled_high": interval.high,
         "labelled_all_nocall": nocall,
+        "labelled_offset": choice.offset,
     }
 
 
@@ -315,7 +330,7 @@ def _score(
     labelled = held_out.labelled_for(ensemble.experiments)
     if labelled is not None:
         subject = subject._replace(audio=LABELLED)
-        rows += decided_rows(subject, labelled, labelled.decide(ensemble.decision))
+        rows += decided_rows(subject, labelled, ensemble.on_labelled.predicted)
         rows += ranked_rows(subject, labelled, could_learn)
     return rows
 

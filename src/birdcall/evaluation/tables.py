@@ -139,14 +139,14 @@ def out_of_fold_rows(
 
 
 def event_rows(
-    name: str, labelled: LabelledSoundscapes, decision: Decision
+    name: str, labelled: LabelledSoundscapes, decisions: Mapping[str, Decision]
 ) -> list[dict[str, object]]:
-    """Score detected events against annotations: in segments of 1 s, and by onset and offset."""
+    """Score the events of each recording's decision: in segments of 1 s, and by their times."""
     segments, events = DetectionCounts(), DetectionCounts()
     classes = labelled.predictions.classes
     for recording, scores in labelled.frames.items():
         annotations = labelled.annotations[labelled.annotations["recording"] == recording]
-        detected = detect_events(scores, decision, classes)
+        detected = detect_events(scores, decisions[recording], classes)
         arguments = (
             annotations[["onset", "offset"]].to_numpy(float),
             list(annotations["ebird_code"]),
