@@ -90,7 +90,7 @@ def test_thresholds_are_not_chosen_on_the_labelled_soundscapes(held_out, evaluat
     assert search.decision == decide_ensemble(held_out, held_out.experiments).search.decision
     alone = decide_ensemble(replace(held_out, labelled=None), held_out.experiments)
     assert replace(alone.decision, score={}, chosen_on="") == search.decision
-    assert "not known" in alone.decision.chosen_on
+    assert not any(key.startswith("labelled") for key in alone.decision.score)
 
 
 def test_a_labelled_soundscape_is_scored_by_what_the_others_chose(held_out, evaluation):
@@ -206,6 +206,21 @@ def test_calibration_is_fitted_on_the_segments_of_the_other_groups(held_out, mon
     assert np.array_equal(everything[1] > 0, truth[:, : len(simulated.classes)])
     without = [targets for _, targets in fitted if not (targets[:, 0] > 0).any()]
     assert without and all((targets[:, 0] == IGNORE_TARGET).all() for targets in without)
+
+
+def test_false_names_are_counted_per_hour_of_sound_without_known_birds(held_out, evaluation):
+    ensemble, predictions = evaluation.ensemble, held_out.labelled.predictions
+    counted = (
+        ("simulated", ensemble.simulated.labelled_truth, ensemble.search.cross_validated),
+        ("labelled", predictions.labelled_truth, ensemble.on_labelled.predicted),
+    )
+    for audio, truth, predicted in counted:
+        empty = ~truth.any(axis=1)
+        hours = empty.sum() * 5 / 3600
+        score = ensemble.decision.score
+        assert score[f"{audio}_nocall_hours"] == pytest.approx(hours, abs=1e-4)
+        per_hour = predicted[empty].sum() / hours
+        assert score[f"{audio}_false_names_per_hour"] == pytest.approx(per_hour, abs=1e-4)
 
 
 def test_the_decision_is_searched_for_the_expected_share_of_nocall(held_out):

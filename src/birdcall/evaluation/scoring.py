@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from birdcall.config import NOCALL, require
+from birdcall.config import NOCALL, SEGMENT_SECONDS, require
 from birdcall.data.targets import IGNORE_TARGET, make_targets
 from birdcall.evaluation.calibration import (
     LabelledChoice,
@@ -23,7 +23,11 @@ from birdcall.evaluation.decision_search import (
     votes_table,
 )
 from birdcall.evaluation.labelled import LabelledSoundscapes
-from birdcall.evaluation.metrics import bootstrap_interval, row_f1_scores
+from birdcall.evaluation.metrics import (
+    bootstrap_interval,
+    false_birds_per_nocall_row,
+    row_f1_scores,
+)
 from birdcall.evaluation.predict import HeldOutPredictions
 from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.evaluation.tables import (
@@ -255,6 +259,7 @@ def decide_ensemble(
         "nocall_share_expected": nocall_share,
         "nocall_share_named": np.average(~search.cross_validated.any(axis=1), weights=weights),
         "cross_validated_recording_f1": search.cross_validated_recording_f1.mean(),
+        **_count_false_names(simulated.labelled_truth, search.cross_validated, SIMULATED),
     }
     choice = None
     if labelled is not None:
@@ -262,8 +267,6 @@ def decide_ensemble(
         decision = choice.decision
         chosen_on += f", {choice.describe()}"
         score |= _score_on_labelled(choice, labelled, name)
-    else:
-        chosen_on += "; without labelled soundscapes its worth on real ones is not known"
     # The interval of a single soundscape is NaN, which JSON does not have.
     score = {key: round(float(value), 4) for key, value in score.items() if not np.isnan(value)}
     return EnsembleDecision(
@@ -301,6 +304,18 @@ def _score_on_labelled(
         "labelled_high": interval.high,
         "labelled_all_nocall": nocall,
         "labelled_offset": choice.offset,
+        **_count_false_names(labelled.labelled_truth, choice.predicted, LABELLED),
+    }
+
+
+def _count_false_names(truth: np.ndarray, predicted: np.ndarray, audio: str) -> dict[str, float]:
+    """Return names per hour of rows without a known bird, and how many hours these are."""
+    n_rows = int((~truth.any(axis=1)).sum())
+    rows_per_hour = 3600 / SEGMENT_SECONDS
+    return {
+        f"{audio}_false_names_per_hour": false_birds_per_nocall_row(truth, predicted)
+        * rows_per_hour,
+        f"{audio}_nocall_hours": n_rows / rows_per_hour,
     }
 
 

@@ -40,7 +40,7 @@ class Decision:
 
     classes: those of the members, in order; empty where the decision suits any. weights: the sha256
     of each member's weights. chosen_on: the rows that the rule was chosen on; score: its scores
-    there.
+    there, with the names per hour of sound that has no known bird.
     """
 
     clip_threshold: float = 0.5
@@ -120,7 +120,17 @@ class Decision:
             parts.append("after calibration")
         if self.window_config != SINGLE_SEGMENT:
             parts.append(f"in windows of {self.window_config.window_seconds:g} s")
-        return f"{' '.join(parts)}, at most {self.max_birds} species"
+        parts[-1] += f", at most {self.max_birds} species"
+        for audio in ("labelled", "simulated"):  # what is known of real sound comes first
+            names_per_hour = self.score.get(f"{audio}_false_names_per_hour")
+            if names_per_hour is not None:
+                hours = self.score[f"{audio}_nocall_hours"]
+                parts[-1] += (
+                    f", {names_per_hour:.3g} false names per hour without known birds (in "
+                    f"{hours:.2g} h of {audio} soundscapes)"
+                )
+                break
+        return " ".join(parts)
 
 
 _SHARES = (

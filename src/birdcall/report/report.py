@@ -114,6 +114,8 @@ def describe_decision(decision: Decision) -> str:
             f"; on labelled soundscapes {score['labelled_row_wise_f1']:.3f} (all nocall "
             f"{score['labelled_all_nocall']:.3f})"
         )
+    else:
+        text += "; its worth on real soundscapes is not known, since none is labelled"
     return text
 
 
