@@ -305,11 +305,11 @@ def test_an_offset_is_added_to_logits_before_the_calibration():
     assert framewise == pytest.approx(1 / (1 + np.exp(-1.5)))
 
 
-def test_the_rule_in_words_has_the_false_names_per_hour_of_the_most_real_sound():
+def test_the_rule_in_words_has_the_false_names_per_hour_and_in_how_many_hours():
     score = {"simulated_false_names_per_hour": 12.34, "simulated_nocall_hours": 0.9}
-    assert "12.3 false names per hour" in Decision(score=score).describe()
-    assert "0.9 h of simulated" in Decision(score=score).describe()
+    assert "12.3 (in 0.9 h of simulated" in Decision(score=score).describe()
+    assert "labelled" not in Decision(score=score).describe()
     score |= {"labelled_false_names_per_hour": 0.0, "labelled_nocall_hours": 0.04}
-    assert " 0 false names per hour" in Decision(score=score).describe()
-    assert "0.04 h of labelled" in Decision(score=score).describe()
+    assert "12.3 (in 0.9 h of simulated" in Decision(score=score).describe()
+    assert "0 (in 0.04 h of labelled" in Decision(score=score).describe()
     assert "per hour" not in Decision().describe()

@@ -121,15 +121,15 @@ class Decision:
         if self.window_config != SINGLE_SEGMENT:
             parts.append(f"in windows of {self.window_config.window_seconds:g} s")
         parts[-1] += f", at most {self.max_birds} species"
-        for audio in ("labelled", "simulated"):  # what is known of real sound comes first
-            names_per_hour = self.score.get(f"{audio}_false_names_per_hour")
-            if names_per_hour is not None:
-                hours = self.score[f"{audio}_nocall_hours"]
-                parts[-1] += (
-                    f", {names_per_hour:.3g} false names per hour without known birds (in "
-                    f"{hours:.2g} h of {audio} soundscapes)"
-                )
-                break
+        counts = [
+            f"{self.score[key]:.3g} (in {self.score[f'{audio}_nocall_hours']:.2g} h of {audio} "
+            "soundscapes)"
+            for audio in ("simulated", "labelled")
+            if (key := f"{audio}_false_names_per_hour") in self.score
+        ]
+        if counts:
+            counts_text = " and ".join(counts)
+            parts[-1] += f", false names per hour without known birds: {counts_text}"
         return " ".join(parts)
 
 
