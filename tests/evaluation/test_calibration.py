@@ -11,13 +11,14 @@ from sklearn.linear_model import LogisticRegression
 from birdcall.data.targets import IGNORE_TARGET
 from birdcall.evaluation.calibration import (
     choose_on_labelled,
+    find_floor,
     fit_calibration,
     fit_scale_and_offset,
 )
 from birdcall.evaluation.labelled import segment_table
 from birdcall.evaluation.metrics import expected_calibration_error, row_f1_scores
 from birdcall.evaluation.predictions import LabelledPredictions
-from birdcall.inference.decision import Decision
+from birdcall.inference.decision import Decision, decide_segments
 from birdcall.inference.predictions import Calibration, SegmentPredictions, calibrate
 
 
@@ -250,3 +251,71 @@ def test_a_single_soundscape_is_scored_by_the_decision_as_it_was():
     choice = choose_on_labelled(Decision(), labelled, calibration_of(ranked(40)))
     assert choice.by_group == {"s0": Decision()}
     assert np.array_equal(choice.predicted, labelled.decide(Decision()))
+
+
+# --- the floor of unlabelled soundscapes ---
+
+
+def unlabelled(logits):
+    probabilities = expit(np.asarray(logits, float))[None]
+    return SegmentPredictions(probabilities, probabilities)
+
+
+def test_the_floor_is_worked_by_hand():
+    """Median -4, lower quartile -5: one row of 720 is 2.991 / 0.6745 times as far up as that."""
+    floor = find_floor(Decision(), unlabelled(np.array([[-6.0], [-5], [-4], [-3], [9]]))).floor
+    assert floor == pytest.approx([expit(-4 + 2.991 / 0.6745)], abs=1e-3)
+    assert find_floor(Decision(), None) == Decision()
+
+
+def test_a_species_is_named_about_once_an_hour_in_sound_like_the_unlabelled():
+    generator = np.random.default_rng(0)
+    means = np.array([-6.0, -2.0, 1.0])  # the last is above the threshold in most rows
+    logits = means + generator.normal(0, 1, (720 * 20, 3))
+    decision = find_floor(Decision(0.3, 0.3), unlabelled(logits))
+    fresh = means + generator.normal(0, 1, (720 * 20, 3))
+    fresh = expit(fresh)[None]
+    quiet, medium, loud = decide_segments(fresh, fresh, decision).sum(axis=0) / 20  # per hour
+    assert quiet == 0
+    assert 0.4 < medium < 2 and 0.4 < loud < 2
+    without = decide_segments(fresh, fresh, Decision(0.3, 0.3)).sum(axis=0) / 20
+    assert without[2] > 600
+
+
+def test_birds_in_some_unlabelled_rows_do_not_silence_their_class():
+    generator = np.random.default_rng(0)
+    logits = generator.normal(-5, 1, (2000, 2))
+    logits[:200, 0] = generator.normal(3, 1, 200)  # one row in ten
+    decision = find_floor(Decision(), unlabelled(logits))
+    with_birds, without = logit(decision.floor)
+    assert without < with_birds < -1
+    probabilities = expit(logits)[None]
+    named = decide_segments(probabilities, probabilities, decision)
+    assert named[:200, 0].mean() > 0.95
+
+
+def test_the_floor_is_of_the_scores_that_a_decision_compares():
+    """After its offset, and where members vote of the one that decides."""
+    generator = np.random.default_rng(0)
+    probabilities = expit(generator.normal(-4, 1, (3, 500, 2)))
+    noise = SegmentPredictions(probabilities, probabilities)
+    shifted = Decision(calibration=Calibration.identity(2).shifted(1.5))
+    plain = logit(find_floor(Decision(), noise).floor)
+    assert logit(find_floor(shifted, noise).floor) == pytest.approx(plain + 1.5, abs=0.3)
+    votes = Decision(combination="votes", vote_share=1.0)
+    lowest = SegmentPredictions(*2 * (probabilities.min(axis=0)[None],))
+    assert find_floor(votes, noise).floor == find_floor(Decision(), lowest).floor
+
+
+def test_the_floor_stays_unless_labelled_soundscapes_lose_by_it():
+    generator = np.random.default_rng(0)
+    labelled, quiet = ranked(4, seed=1), unlabelled(generator.normal(-4, 1, (500, 5)))
+    choice = choose_on_labelled(Decision(), labelled, unlabelled=quiet)
+    assert choice.decision == find_floor(Decision(), quiet)
+    loud = unlabelled(np.full((100, 5), 12.0))  # no name reaches what is everywhere
+    assert not labelled.decide(find_floor(Decision(), loud)).any()
+    choice = choose_on_labelled(Decision(), labelled, unlabelled=loud)
+    assert choice.decision == Decision()
+    assert all(decision == Decision() for decision in choice.by_group.values())
+    one = choose_on_labelled(Decision(), ranked(1, seed=1), unlabelled=loud)
+    assert one.by_group["s0"] == find_floor(Decision(), loud)  # no other soundscape tells of it

@@ -16,7 +16,12 @@ from birdcall.evaluation.mistakes import MISSED, find_mistakes
 from birdcall.evaluation.predict import predict_held_out
 from birdcall.evaluation.scoring import decide_ensemble, describe_classes, evaluate
 from birdcall.evaluation.simulation import plan_soundscapes
-from birdcall.inference.decision import Decision, read_decision, write_decision
+from birdcall.inference.decision import (
+    Decision,
+    decide_segments,
+    read_decision,
+    write_decision,
+)
 from birdcall.inference.ensemble import load_ensemble
 from birdcall.kaggle.submission import LoadedPackage, predict_test_set
 from birdcall.kaggle.test_set import (
@@ -221,6 +226,20 @@ def test_false_names_are_counted_per_hour_of_sound_without_known_birds(held_out,
         assert score[f"{audio}_nocall_hours"] == pytest.approx(hours, abs=1e-4)
         per_hour = predicted[empty].sum() / hours
         assert score[f"{audio}_false_names_per_hour"] == pytest.approx(per_hour, abs=1e-4)
+
+
+def test_unlabelled_soundscapes_set_a_floor(held_out):
+    """Here they are those that are labelled; names per hour are those of the decision in them."""
+    unlabelled = held_out.labelled.predictions.predictions
+    changed = replace(held_out, unlabelled=unlabelled, labelled=None)
+    decision = decide_ensemble(changed, ["tiny"]).decision
+    assert len(decision.floor) == len(decision.classes)
+    positions = [index for index, (name, _) in enumerate(held_out.runs) if name == "tiny"]
+    arrays = unlabelled.clipwise[positions], unlabelled.framewise[positions]
+    named = decide_segments(*arrays, decision, np.array(unlabelled.starts))
+    per_hour = named.sum() / (len(named) * 5 / 3600)
+    assert decision.score["unlabelled_names_per_hour"] == pytest.approx(per_hour, abs=1e-4)
+    assert decide_ensemble(held_out, ["tiny"]).decision.floor == ()
 
 
 def test_the_decision_is_searched_for_the_expected_share_of_nocall(held_out):

@@ -313,3 +313,20 @@ def test_the_rule_in_words_has_the_false_names_per_hour_and_in_how_many_hours():
     assert "12.3 (in 0.9 h of simulated" in Decision(score=score).describe()
     assert "0 (in 0.04 h of labelled" in Decision(score=score).describe()
     assert "per hour" not in Decision().describe()
+
+
+def test_a_name_must_reach_the_floor_of_its_class_and_the_threshold(tmp_path):
+    decision = Decision(0.5, 0.1, classes=CLASSES, floor=(0.7, 0.2, 0.5, 1.0))
+    scores = one_member([0.69, 0.49, 0.5, 0.9], [0.7, 0.5, 0.49, 1.0])
+    assert names(scores, decision) == ["norcar", "amecro bkcchi moudov"]
+    whole = decide_recordings(scores, scores, [decision])[0]
+    assert whole.tolist() == [[True, True, True, True]]
+    write_decision(tmp_path / "decision.json", decision)
+    assert read_decision(tmp_path / "decision.json") == decision
+    assert "floor of 2 classes" in decision.describe()
+
+
+@pytest.mark.parametrize("floor", [(0.5,), (0.5, 0.5, 0.5, 1.1)])
+def test_a_floor_of_other_classes_or_beyond_1_is_refused(floor):
+    with pytest.raises(ValueError, match="floor"):
+        Decision(classes=CLASSES, floor=floor)

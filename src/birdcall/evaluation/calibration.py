@@ -10,13 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import expit, logit
+from scipy.stats import norm
 
+from birdcall.config import SEGMENT_SECONDS
 from birdcall.evaluation.metrics import Interval, bootstrap_interval, row_f1_scores
 from birdcall.evaluation.predictions import LabelledPredictions
-from birdcall.inference.decision import Decision, average_members
-from birdcall.inference.predictions import MIN_PROBABILITY, Calibration
+from birdcall.inference.decision import Decision, average_members, combine_members
+from birdcall.inference.predictions import MIN_PROBABILITY, Calibration, SegmentPredictions
 
 OFFSETS = tuple(round(0.25 * step, 2) for step in range(-24, 25))  # of logits, for a domain
+# Of normal logits: what one row of an hour exceeds lies so many times as far above the median as
+# the lower quartile lies below.
+_FLOOR_QUARTILES = float(norm.isf(SEGMENT_SECONDS / 3600) / norm.isf(0.25))
 _ONE_ERROR = 0.683  # the level of an interval of a standard error on either side
 
 
@@ -143,15 +148,37 @@ def log_likelihood_by_offset(
     return result
 
 
+def find_floor(decision: Decision, unlabelled: SegmentPredictions | None) -> Decision:
+    """Return the decision with a floor of each class from soundscapes of which nothing is known.
+
+    Most of their rows have other birds or none. The floor is what one row of an hour would exceed
+    if logits were normal, by the lower half of all rows, which the class itself hardly moves where
+    it is in a few of them. Without soundscapes there is no floor.
+    """
+    if unlabelled is None:
+        return decision
+    starts = np.array(unlabelled.starts)
+    voters = combine_members(unlabelled.clipwise, unlabelled.framewise, decision, starts).clipwise
+    decisive = np.sort(voters, axis=0)[-decision.n_votes(len(voters))].astype(float)
+    logits = logit(np.clip(decisive, MIN_PROBABILITY, 1 - MIN_PROBABILITY))
+    lower, median = np.quantile(logits, [0.25, 0.5], axis=0)
+    floor = expit(median + _FLOOR_QUARTILES * (median - lower))
+    return replace(decision, floor=tuple(np.round(floor, 6).tolist()))
+
+
 def choose_on_labelled(
-    decision: Decision, labelled: LabelledPredictions, calibration: Calibration | None = None
+    decision: Decision,
+    labelled: LabelledPredictions,
+    calibration: Calibration | None = None,
+    unlabelled: SegmentPredictions | None = None,
 ) -> LabelledChoice:
     """Adapt a decision to labelled soundscapes, and score it nested by soundscape.
 
     The scores are shifted by the most likely offset under a ``calibration`` fitted elsewhere, if
     that gains more than a standard error of row-wise F1. Then silence is chosen, unless the gain
     over it is above zero with its 95 % interval. Of a single soundscape, rows are resampled. With
-    no other soundscape to choose on, a soundscape is scored by ``decision`` as it is.
+    no other soundscape to choose on, a soundscape is scored by ``decision`` as it is. The floor of
+    ``unlabelled`` soundscapes (`find_floor`) stays unless it loses more than a standard error.
     """
     truth, groups = labelled.labelled_truth, labelled.groups
     silence_f1 = (~truth.any(axis=1)).astype(float)
@@ -162,12 +189,15 @@ def choose_on_labelled(
     likelihood = None if calibration is None else log_likelihood_by_offset(labelled, calibration)
 
     @cache
-    def predict(offset: float) -> tuple[Decision, np.ndarray, np.ndarray]:
-        shifted = replace(decision, calibration=base.shifted(offset)) if offset else decision
-        predicted = labelled.decide(shifted)
-        return shifted, predicted, row_f1_scores(truth, predicted)
+    def predict(offset: float, has_floor: bool) -> tuple[Decision, np.ndarray, np.ndarray]:
+        adapted = replace(decision, calibration=base.shifted(offset)) if offset else decision
+        if has_floor:
+            adapted = find_floor(adapted, unlabelled)
+        predicted = labelled.decide(adapted)
+        return adapted, predicted, row_f1_scores(truth, predicted)
 
-    def choose(rows: np.ndarray) -> tuple[float, bool, float, Interval]:
+    def choose(rows: np.ndarray) -> tuple[float, bool, bool, float, Interval]:
+        """Return offset, whether there is a floor, whether it is silent, gain and interval."""
         units = groups[rows] if len(set(groups[rows])) > 1 else np.flatnonzero(rows)
         offset = 0.0
         if likelihood is not None:
@@ -175,24 +205,31 @@ def choose_on_labelled(
             # Of equal ones the smallest: where the scores tell nothing, they stay.
             likely = min(np.flatnonzero(total >= total.max() - 1e-9), key=lambda k: abs(OFFSETS[k]))
             offset = OFFSETS[likely]
-        gain = (predict(offset)[2] - predict(0.0)[2])[rows]
+        gain = (predict(offset, False)[2] - predict(0.0, False)[2])[rows]
         if not bootstrap_interval(gain, units, level=_ONE_ERROR).low > 0:
             offset = 0.0
-        gain = (predict(offset)[2] - silence_f1)[rows]
+        has_floor = unlabelled is not None
+        if has_floor:
+            gain = (predict(offset, True)[2] - predict(offset, False)[2])[rows]
+            has_floor = not bootstrap_interval(gain, units, level=_ONE_ERROR).high < 0
+        gain = (predict(offset, has_floor)[2] - silence_f1)[rows]
         interval = bootstrap_interval(gain, units)
-        return offset, not interval.low >= 0, float(gain.mean()), interval  # NaN is silent, too
+        # An interval of NaN is silent, too.
+        return offset, has_floor, not interval.low >= 0, float(gain.mean()), interval
 
     predicted = np.zeros_like(truth)
     by_group: dict[str, Decision] = {}
     for group in dict.fromkeys(groups):
         others = groups != group
-        offset, is_silent, *_ = choose(others) if others.any() else (0.0, False)
-        by_group[group] = silent if is_silent else predict(offset)[0]
+        offset, has_floor, is_silent = 0.0, unlabelled is not None, False
+        if others.any():
+            offset, has_floor, is_silent, *_ = choose(others)
+        by_group[group] = silent if is_silent else predict(offset, has_floor)[0]
         if not is_silent:
-            predicted[~others] = predict(offset)[1][~others]
-    offset, is_silent, gain, interval = choose(np.ones(len(truth), dtype=bool))
+            predicted[~others] = predict(offset, has_floor)[1][~others]
+    offset, has_floor, is_silent, gain, interval = choose(np.ones(len(truth), dtype=bool))
     return LabelledChoice(
-        decision=silent if is_silent else predict(offset)[0],
+        decision=silent if is_silent else predict(offset, has_floor)[0],
         offset=0.0 if is_silent else offset,
         is_silent=is_silent,
         gain=gain,

@@ -362,7 +362,8 @@ def score_threshold_pairs(
     """
     labelled, starts = predictions.labelled, predictions.starts
     voters = combine_members(predictions.clipwise, predictions.framewise, rule, starts)
-    reached = (voters.clipwise >= THRESHOLDS[0]) & (voters.framewise >= THRESHOLDS[0])
+    lowest = replace(rule, clip_threshold=THRESHOLDS[0]).clip_thresholds(voters.clipwise.dtype)
+    reached = (voters.clipwise >= lowest) & (voters.framewise >= THRESHOLDS[0])
     if rule.recording_threshold > 0:
         reached &= voters.passes_gate(rule.recording_threshold)
     n_votes = rule.n_votes(len(reached))

@@ -14,6 +14,7 @@ from birdcall.data.targets import IGNORE_TARGET, make_targets
 from birdcall.evaluation.calibration import (
     LabelledChoice,
     choose_on_labelled,
+    find_floor,
     fit_calibration,
 )
 from birdcall.evaluation.decision_search import (
@@ -46,7 +47,7 @@ from birdcall.evaluation.tables import (
     reliability_table,
     snr_table,
 )
-from birdcall.inference.decision import Decision, average_members
+from birdcall.inference.decision import Decision, average_members, decide_segments
 from birdcall.inference.predictions import Calibration
 
 logger = logging.getLogger(__name__)
@@ -218,15 +219,16 @@ def decide_ensemble(
         },
     )
     simulated, labelled = held_out.simulated_for(names), held_out.labelled_for(names)
+    unlabelled = held_out.unlabelled_for(names)
     if simulated is None or simulated.segments["group"].nunique() < 2:
         logger.warning(
             "%s: its experiments share no held-out fold, or what can be simulated is of one "
             "recordist: the default decision is used",
             name,
         )
-        decision, choice = replace(start, chosen_on="nothing"), None
+        decision, choice = find_floor(replace(start, chosen_on="nothing"), unlabelled), None
         if labelled is not None:
-            choice = choose_on_labelled(decision, labelled)
+            choice = choose_on_labelled(decision, labelled, unlabelled=unlabelled)
             decision = replace(choice.decision, chosen_on=f"nothing, {choice.describe()}")
         return EnsembleDecision(name, names, decision, on_labelled=choice)
     # Segments, as the decision takes them: the maxima of recordings have another level.
@@ -263,10 +265,16 @@ def decide_ensemble(
     }
     choice = None
     if labelled is not None:
-        choice = choose_on_labelled(decision, labelled, fit(frozenset()))
+        choice = choose_on_labelled(decision, labelled, fit(frozenset()), unlabelled)
         decision = choice.decision
         chosen_on += f", {choice.describe()}"
         score |= _score_on_labelled(choice, labelled, name)
+    else:
+        decision = find_floor(decision, unlabelled)
+    if unlabelled is not None:
+        arrays, starts = (unlabelled.clipwise, unlabelled.framewise), np.array(unlabelled.starts)
+        named = decide_segments(*arrays, decision, starts)
+        score["unlabelled_names_per_hour"] = named.sum() / (len(named) * SEGMENT_SECONDS / 3600)
     # The interval of a single soundscape is NaN, which JSON does not have.
     score = {key: round(float(value), 4) for key, value in score.items() if not np.isnan(value)}
     return EnsembleDecision(
