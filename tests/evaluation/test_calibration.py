@@ -253,6 +253,15 @@ def test_a_single_soundscape_is_scored_by_the_decision_as_it_was():
     assert np.array_equal(choice.predicted, labelled.decide(Decision()))
 
 
+def test_a_soundscape_without_labelled_rows_is_decided_as_all_others_chose():
+    labelled = ranked(4, 2.0, seed=1)
+    labelled.segments.loc[labelled.segments["recording"] == "s3", "is_labelled"] = False
+    labelled = replace(labelled)
+    choice = choose_on_labelled(Decision(), labelled, calibration_of(ranked(40)))
+    assert choice.predicted.shape == (36, 5)
+    assert choice.by_group["s3"] == choice.decision
+
+
 # --- the floor of unlabelled soundscapes ---
 
 

@@ -219,7 +219,7 @@ def choose_on_labelled(
 
     predicted = np.zeros_like(truth)
     by_group: dict[str, Decision] = {}
-    for group in dict.fromkeys(groups):
+    for group in labelled.segments["group"].unique():  # perhaps without a labelled row
         others = groups != group
         offset, has_floor, is_silent = 0.0, unlabelled is not None, False
         if others.any():
