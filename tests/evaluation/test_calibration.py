@@ -1,14 +1,25 @@
 """Calibration makes scores probabilities, class by class, and moves rare classes little."""
 
+from dataclasses import replace
+
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 
 from birdcall.data.targets import IGNORE_TARGET
-from birdcall.evaluation.decision_search import fit_calibration, fit_scale_and_offset
-from birdcall.evaluation.metrics import expected_calibration_error
-from birdcall.inference.predictions import calibrate
+from birdcall.evaluation.calibration import (
+    choose_on_labelled,
+    find_floor,
+    fit_calibration,
+    fit_scale_and_offset,
+)
+from birdcall.evaluation.labelled import segment_table
+from birdcall.evaluation.metrics import expected_calibration_error, row_f1_scores
+from birdcall.evaluation.predictions import LabelledPredictions
+from birdcall.inference.decision import Decision, decide_segments
+from birdcall.inference.predictions import Calibration, SegmentPredictions, calibrate
 
 
 def distorted(n_recordings=2000, n_classes=20, seed=0):
@@ -108,7 +119,7 @@ def test_clip_and_frame_are_fitted_apart():
 
 
 def test_nothing_to_fit_on_is_an_error():
-    with pytest.raises(ValueError, match="no out-of-fold recording"):
+    with pytest.raises(ValueError, match="no row to fit"):
         fit_scale_and_offset(np.full((3, 2), np.nan), np.zeros((3, 2)))
     with pytest.raises(ValueError, match="framewise has shape"):
         fit_calibration(np.zeros((3, 2)), np.zeros((3, 3)), np.zeros((3, 2)))
@@ -131,3 +142,189 @@ def test_with_few_recordings_its_loss_is_below_that_of_a_regression_of_each_clas
         losses.append([log_loss(one, targets[rest]) for one in (ours, theirs)])
     ours, theirs = np.mean(losses, axis=0)
     assert ours < theirs
+
+
+# --- labelled soundscapes ---
+
+
+def soundscapes(truth, logits, n_rows=12):
+    """Soundscapes of ``n_rows`` segments as a single member predicts them."""
+    names = [f"s{index}" for index in range(len(truth) // n_rows)]
+    tables = [segment_table(name, n_rows, is_labelled=True, group=name) for name in names]
+    probabilities = expit(np.asarray(logits, np.float32))[None]
+    return LabelledPredictions(
+        segments=pd.concat(tables, ignore_index=True),
+        truth=truth,
+        predictions=SegmentPredictions(
+            probabilities, probabilities, starts=tuple(range(0, len(truth), n_rows))
+        ),
+        member_names=("m",),
+        classes=tuple(f"bird{index}" for index in range(truth.shape[1])),
+    )
+
+
+def ranked(n_soundscapes, shift=0.0, skill=5.0, seed=0):
+    """Soundscapes whose scores rank well, at a level that is lower by ``shift`` logits."""
+    generator = np.random.default_rng(seed)
+    truth = generator.random((12 * n_soundscapes, 5)) < 0.12
+    logits = generator.normal(-3, 1, truth.shape) + skill * truth - shift
+    return soundscapes(truth, logits)
+
+
+def calibration_of(simulated):
+    return fit_calibration(simulated.clipwise[0], simulated.framewise[0], simulated.truth)
+
+
+@pytest.mark.parametrize("shift", [-1.5, 0.0, 2.0, 4.0])
+@pytest.mark.parametrize("is_calibrated", [False, True])
+def test_a_shift_between_simulated_and_labelled_scores_is_learned(shift, is_calibrated):
+    calibration = calibration_of(ranked(40))
+    labelled = ranked(8, shift, seed=1)
+    decision = Decision(calibration=calibration if is_calibrated else None)
+    choice = choose_on_labelled(decision, labelled, calibration)
+    assert choice.offset == pytest.approx(shift, abs=0.5)
+    assert not choice.is_silent
+    if abs(shift) >= 2:
+        nested = row_f1_scores(labelled.truth, choice.predicted).mean()
+        assert nested > labelled.row_f1(decision).mean() + 0.1
+    if choice.offset:
+        base = decision.calibration or Calibration.identity(5)
+        assert choice.decision == replace(decision, calibration=base.shifted(choice.offset))
+
+
+def test_each_soundscape_is_decided_without_its_own_labels():
+    calibration, labelled = calibration_of(ranked(40)), ranked(6, 2.0, seed=1)
+    spoilt = labelled.truth.copy()
+    spoilt[:12] = ~spoilt[:12]
+    before = choose_on_labelled(Decision(), labelled, calibration)
+    after = choose_on_labelled(Decision(), replace(labelled, truth=spoilt), calibration)
+    assert before.by_group["s0"] == after.by_group["s0"]
+    assert np.array_equal(before.predicted[:12], after.predicted[:12])
+    for index, name in enumerate(before.by_group):
+        rows = slice(12 * index, 12 * index + 12)
+        alone = labelled.select(np.isin(np.arange(72), np.arange(72)[rows]))
+        assert np.array_equal(alone.decide(before.by_group[name]), before.predicted[rows])
+        others = labelled.select(~np.isin(np.arange(72), np.arange(72)[rows]))
+        assert choose_on_labelled(Decision(), others, calibration).decision == before.by_group[name]
+
+
+def test_names_that_are_worth_less_than_silence_are_not_given():
+    """Of six soundscapes without a bird, each of which a bird seems to be in, at any level."""
+    truth = np.zeros((72, 2), dtype=bool)
+    truth[::12, 0] = True  # and one row of each with a bird that seems absent
+    labelled = soundscapes(truth, np.where(truth, -4.0, 3.0))
+    choice = choose_on_labelled(Decision(), labelled)
+    assert choice.is_silent and choice.decision.names_nothing
+    assert not choice.predicted.any() and not labelled.decide(choice.decision).any()
+    # By hand: silence has 11 of 12 rows right; the decision none, and half of no row.
+    assert choice.gain == pytest.approx(-11 / 12)
+
+
+def test_a_gain_that_one_soundscape_contradicts_is_not_certain_enough():
+    """By hand: +6/12 on one soundscape, -3/12 on the other, so the interval is [-0.25, 0.5]."""
+    truth = np.zeros((24, 2), dtype=bool)
+    truth[:6, 0] = True
+    seems = truth.copy()
+    seems[12:15, 1] = True
+    labelled = soundscapes(truth, np.where(seems, 3.0, -3.0))
+    choice = choose_on_labelled(Decision(), labelled)
+    assert choice.gain == pytest.approx(0.125)
+    assert choice.interval == pytest.approx((-0.25, 0.5))
+    assert choice.is_silent
+    # Each is decided by the other alone: the first falls silent, the second names birds.
+    assert not choice.predicted[:12].any()
+    assert choice.predicted[12:].sum() == 3
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scores_by_chance_stay_near_silence(seed):
+    generator = np.random.default_rng(seed)
+    truth = generator.random((120, 5)) < 0.12
+    labelled = soundscapes(truth, generator.normal(0, 2, truth.shape))
+    choice = choose_on_labelled(Decision(0.3, 0.3), labelled, calibration_of(ranked(40)))
+    silence = (~truth.any(axis=1)).mean()
+    assert row_f1_scores(truth, choice.predicted).mean() >= silence - 0.01
+
+
+def test_a_single_soundscape_is_scored_by_the_decision_as_it_was():
+    labelled = ranked(1, 0.0, seed=1)
+    choice = choose_on_labelled(Decision(), labelled, calibration_of(ranked(40)))
+    assert choice.by_group == {"s0": Decision()}
+    assert np.array_equal(choice.predicted, labelled.decide(Decision()))
+
+
+def test_a_soundscape_without_labelled_rows_is_decided_as_all_others_chose():
+    labelled = ranked(4, 2.0, seed=1)
+    labelled.segments.loc[labelled.segments["recording"] == "s3", "is_labelled"] = False
+    labelled = replace(labelled)
+    choice = choose_on_labelled(Decision(), labelled, calibration_of(ranked(40)))
+    assert choice.predicted.shape == (36, 5)
+    assert choice.by_group["s3"] == choice.decision
+
+
+# --- the floor of unlabelled soundscapes ---
+
+
+def unlabelled(logits):
+    probabilities = expit(np.asarray(logits, float))[None]
+    return SegmentPredictions(probabilities, probabilities)
+
+
+def test_the_floor_is_worked_by_hand():
+    """Median -4, lower quartile -5: one row of 720 is 2.991 / 0.6745 times as far up as that."""
+    floor = find_floor(Decision(), unlabelled(np.array([[-6.0], [-5], [-4], [-3], [9]]))).floor
+    assert floor == pytest.approx([expit(-4 + 2.991 / 0.6745)], abs=1e-3)
+    assert find_floor(Decision(), None) == Decision()
+
+
+def test_a_species_is_named_about_once_an_hour_in_sound_like_the_unlabelled():
+    generator = np.random.default_rng(0)
+    means = np.array([-6.0, -2.0, 1.0])  # the last is above the threshold in most rows
+    logits = means + generator.normal(0, 1, (720 * 20, 3))
+    decision = find_floor(Decision(0.3, 0.3), unlabelled(logits))
+    fresh = means + generator.normal(0, 1, (720 * 20, 3))
+    fresh = expit(fresh)[None]
+    quiet, medium, loud = decide_segments(fresh, fresh, decision).sum(axis=0) / 20  # per hour
+    assert quiet == 0
+    assert 0.4 < medium < 2 and 0.4 < loud < 2
+    without = decide_segments(fresh, fresh, Decision(0.3, 0.3)).sum(axis=0) / 20
+    assert without[2] > 600
+
+
+def test_birds_in_some_unlabelled_rows_do_not_silence_their_class():
+    generator = np.random.default_rng(0)
+    logits = generator.normal(-5, 1, (2000, 2))
+    logits[:200, 0] = generator.normal(3, 1, 200)  # one row in ten
+    decision = find_floor(Decision(), unlabelled(logits))
+    with_birds, without = logit(decision.floor)
+    assert without < with_birds < -1
+    probabilities = expit(logits)[None]
+    named = decide_segments(probabilities, probabilities, decision)
+    assert named[:200, 0].mean() > 0.95
+
+
+def test_the_floor_is_of_the_scores_that_a_decision_compares():
+    """After its offset, and where members vote of the one that decides."""
+    generator = np.random.default_rng(0)
+    probabilities = expit(generator.normal(-4, 1, (3, 500, 2)))
+    noise = SegmentPredictions(probabilities, probabilities)
+    shifted = Decision(calibration=Calibration.identity(2).shifted(1.5))
+    plain = logit(find_floor(Decision(), noise).floor)
+    assert logit(find_floor(shifted, noise).floor) == pytest.approx(plain + 1.5, abs=0.3)
+    votes = Decision(combination="votes", vote_share=1.0)
+    lowest = SegmentPredictions(*2 * (probabilities.min(axis=0)[None],))
+    assert find_floor(votes, noise).floor == find_floor(Decision(), lowest).floor
+
+
+def test_the_floor_stays_unless_labelled_soundscapes_lose_by_it():
+    generator = np.random.default_rng(0)
+    labelled, quiet = ranked(4, seed=1), unlabelled(generator.normal(-4, 1, (500, 5)))
+    choice = choose_on_labelled(Decision(), labelled, unlabelled=quiet)
+    assert choice.decision == find_floor(Decision(), quiet)
+    loud = unlabelled(np.full((100, 5), 12.0))  # no name reaches what is everywhere
+    assert not labelled.decide(find_floor(Decision(), loud)).any()
+    choice = choose_on_labelled(Decision(), labelled, unlabelled=loud)
+    assert choice.decision == Decision()
+    assert all(decision == Decision() for decision in choice.by_group.values())
+    one = choose_on_labelled(Decision(), ranked(1, seed=1), unlabelled=loud)
+    assert one.by_group["s0"] == find_floor(Decision(), loud)  # no other soundscape tells of it

@@ -81,9 +81,17 @@ def ones(scores):
     neighbour_weight=st.sampled_from([0.0, 0.25, 0.5]),
     max_birds=st.integers(1, 4),
     calibrated=st.booleans(),
+    floor=st.sampled_from([(), (0.0, 0.3, 0.5, 0.9, 0.2)]),
 )
 def test_every_pair_of_thresholds_scores_what_decide_says(
-    seed, combination, vote_share, recording_threshold, neighbour_weight, max_birds, calibrated
+    seed,
+    combination,
+    vote_share,
+    recording_threshold,
+    neighbour_weight,
+    max_birds,
+    calibrated,
+    floor,
 ):
     generator = np.random.default_rng(seed)
     truth = random_truth(generator, 36, 6)
@@ -95,7 +103,7 @@ def test_every_pair_of_thresholds_scores_what_decide_says(
     rule = Decision(
         combination=combination, vote_share=vote_share, recording_threshold=recording_threshold,
         neighbour_weight=neighbour_weight, max_birds=max_birds,
-        calibration=calibration if calibrated else None,
+        calibration=calibration if calibrated else None, floor=floor,
     )  # fmt: skip
     by_pair = list(score_threshold_pairs(scores, rule))
     for clip in range(0, len(THRESHOLDS), 3):

@@ -377,7 +377,7 @@ def test_birds_named_where_a_table_is_empty_are_false_events(ravens, trained_run
     soundscapes = predict_labelled(load_ensemble(trained_runs[:1]), [ravens])
     assert list(soundscapes.frames) == ["dawn", "night/quiet"]
     of_dawn = replace(soundscapes, frames={"dawn": soundscapes.frames["dawn"]})
-    everything = Decision(clip_threshold=0.0, frame_threshold=0.0, max_birds=3)
+    everything = dict.fromkeys(soundscapes.frames, Decision(0.0, 0.0, max_birds=3))
     with_quiet, without = (event_rows("x", item, everything) for item in (soundscapes, of_dawn))
     # Three birds in each second of twelve more, none of them there.
     assert with_quiet[0]["metric"] == "segment_f1"

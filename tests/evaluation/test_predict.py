@@ -12,8 +12,14 @@ import pytest
 from birdcall.audio.reading import AudioError, read_audio
 from birdcall.data.folds import TRAINING_ONLY
 from birdcall.data.targets import IGNORE_TARGET, make_targets
+from birdcall.evaluation.labelled import predict_labelled
 from birdcall.evaluation.metrics import average_precision, macro_average
-from birdcall.evaluation.predict import predict_held_out, predict_out_of_fold, write_oof_parquet
+from birdcall.evaluation.predict import (
+    predict_held_out,
+    predict_out_of_fold,
+    predict_unlabelled,
+    write_oof_parquet,
+)
 from birdcall.evaluation.scoring import evaluate
 from birdcall.evaluation.simulation import SalientSegment, describe_events, plan_soundscapes
 from birdcall.evaluation.tables import RECORDINGS
@@ -229,3 +235,36 @@ def test_recordings_of_every_training_part_are_scored_nowhere(held_out, training
     segment = SalientSegment(onset=0.0, offset=1.0, low_hz=1000.0, high_hz=2000.0)
     soundscapes = plan_soundscapes(data.recordings, 0, held_out.config, lambda _: segment)
     assert recordings["path"][0] not in set(describe_events(soundscapes)["path"])
+
+
+# --- unlabelled soundscapes ---
+
+
+def test_unlabelled_soundscapes_are_predicted_except_those_that_do_not_decode(
+    trained_runs, demo_folder, tmp_path, caplog
+):
+    ensemble = load_ensemble(trained_runs[:1])
+    example, *_ = sorted((demo_folder / "example_test_audio").iterdir())
+    (tmp_path / "site").mkdir()
+    shutil.copy(example, tmp_path / "site" / f"night{example.suffix}")
+    (tmp_path / "site" / "torn.wav").write_bytes(b"RIFF")
+    predicted = predict_unlabelled(ensemble, [tmp_path, tmp_path / "site"])  # each file once
+    assert "torn.wav" in caplog.text
+    assert predicted.starts == (0,)
+    expected = dict(predict_files(ensemble, {"example": example}))["example"]
+    np.testing.assert_allclose(predicted.clipwise, expected.clipwise, atol=1e-6)
+    assert predict_unlabelled(ensemble, []) is None
+
+
+def test_an_unlabelled_soundscape_that_is_labelled_is_refused(trained_runs, demo_folder, tmp_path):
+    ensemble = load_ensemble(trained_runs[:1])
+    labelled = predict_labelled(ensemble, [demo_folder])
+    name, path = next(iter(labelled.paths.items()))
+    shutil.copy(path, tmp_path / f"renamed{path.suffix}")
+    with pytest.raises(ValueError, match=rf"renamed.*{name}"):
+        predict_unlabelled(ensemble, [tmp_path], labelled)
+
+
+def test_a_folder_of_unlabelled_soundscapes_without_sound_is_refused(trained_runs, tmp_path):
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+        predict_unlabelled(load_ensemble(trained_runs[:1]), [tmp_path])

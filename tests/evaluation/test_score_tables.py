@@ -126,6 +126,14 @@ def test_rankings_are_those_of_scikit_learn_over_classes_that_occur(scores):
     assert found["lwlrap"] == pytest.approx(expected)
 
 
+def test_the_calibration_error_of_rows_is_told_before_and_after(scores):
+    exact = scores.truth[None, :, :5].astype(np.float32)
+    calibrated = scores.with_probabilities(exact, exact, ["exact"])
+    found = values_of(ranked_rows(LABELLED_X, scores, ALL_FIVE, calibrated=calibrated))
+    assert found["ece_calibrated"] == 0 < found["ece"]
+    assert "ece_calibrated" not in values_of(ranked_rows(LABELLED_X, scores, ALL_FIVE))
+
+
 def test_secondary_labels_are_no_mistakes_of_a_class():
     generator = np.random.default_rng(0)
     targets = (generator.random((40, 3)) < 0.3).astype(float)
@@ -151,16 +159,10 @@ def test_recordings_that_nobody_held_out_are_not_counted():
     scores = np.clip(targets * 0.6 + 0.3 * generator.random((30, 3)), 0, 1)
     scores[::5] = np.nan
     learnable = np.ones((30, 3), bool)
-    found = out_of_fold_rows(
-        RECORDINGS_X, scores, targets, learnable=learnable, calibrated=scores / 2
-    )
+    found = out_of_fold_rows(RECORDINGS_X, scores, targets, learnable=learnable)
     assert found[0]["recordings"] == 24
     values = values_of(found)
     assert values["top1"] == values["macro_ap"] == values["macro_auc"] == 1.0
-    assert values["ece_calibrated"] != values["ece"]
-    assert "ece_calibrated" not in values_of(
-        out_of_fold_rows(RECORDINGS_X, scores, targets, learnable=learnable)
-    )
 
 
 def test_a_class_that_its_run_could_not_learn_is_in_no_score_of_the_recordings():
@@ -243,14 +245,17 @@ def labelled_events():
 
 def test_detected_events_are_scored_by_annotations():
     labelled = labelled_events()
-    assert values_of(event_rows("x", labelled, Decision())) == {"segment_f1": 1.0, "event_f1": 1.0}
+    assert values_of(event_rows("x", labelled, {"s": Decision()})) == {
+        "segment_f1": 1.0,
+        "event_f1": 1.0,
+    }
     late = labelled.annotations.assign(onset=1.6, offset=3.6)
-    found = values_of(event_rows("x", replace(labelled, annotations=late), Decision()))
+    found = values_of(event_rows("x", replace(labelled, annotations=late), {"s": Decision()}))
     assert found["event_f1"] == 0.0  # 0.6 s off, and the collar is half a second
     # Segments 1 and 2 are named, 1, 2 and 3 are true.
     assert found["segment_f1"] == pytest.approx(2 * 2 / (2 + 3))
     near = labelled.annotations.assign(onset=1.4, offset=3.4)
-    found = values_of(event_rows("x", replace(labelled, annotations=near), Decision()))
+    found = values_of(event_rows("x", replace(labelled, annotations=near), {"s": Decision()}))
     assert found["event_f1"] == 1.0
 
 

@@ -9,13 +9,19 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 import birdcall.evaluation.scoring as scoring
+from birdcall.data.targets import IGNORE_TARGET
 from birdcall.evaluation.comparison import measure_held_out, score_submission
 from birdcall.evaluation.metrics import row_f1_scores, row_wise_f1
 from birdcall.evaluation.mistakes import MISSED, find_mistakes
 from birdcall.evaluation.predict import predict_held_out
 from birdcall.evaluation.scoring import decide_ensemble, describe_classes, evaluate
 from birdcall.evaluation.simulation import plan_soundscapes
-from birdcall.inference.decision import Decision, read_decision, write_decision
+from birdcall.inference.decision import (
+    Decision,
+    decide_segments,
+    read_decision,
+    write_decision,
+)
 from birdcall.inference.ensemble import load_ensemble
 from birdcall.kaggle.submission import LoadedPackage, predict_test_set
 from birdcall.kaggle.test_set import (
@@ -81,36 +87,64 @@ def test_an_experiment_is_simulated_only_by_runs_that_held_the_recordings_out(he
     assert set(simulated.segments["group"]) <= set(groups)
 
 
-def test_the_decision_is_not_chosen_on_the_labelled_soundscapes(held_out, evaluation):
+def test_thresholds_are_not_chosen_on_the_labelled_soundscapes(held_out, evaluation):
     labelled = held_out.labelled
     reversed_truth = replace(labelled.predictions, truth=labelled.predictions.truth[::-1])
     changed = replace(held_out, labelled=replace(labelled, predictions=reversed_truth))
-    decision = evaluate(changed).ensemble.decision
-    assert replace(decision, score={}) == replace(evaluation.ensemble.decision, score={})
+    search = decide_ensemble(changed, changed.experiments).search
+    assert search.decision == decide_ensemble(held_out, held_out.experiments).search.decision
+    alone = decide_ensemble(replace(held_out, labelled=None), held_out.experiments)
+    assert replace(alone.decision, score={}, chosen_on="") == search.decision
+    assert not any(key.startswith("labelled") for key in alone.decision.score)
 
 
-@pytest.mark.parametrize("nocall_share, warns", [(0.0, True), (1.0, False)])
-def test_a_score_below_all_nocall_on_labelled_soundscapes_is_warned_of(
-    held_out, caplog, nocall_share, warns
+def test_a_labelled_soundscape_is_scored_by_what_the_others_chose(held_out, evaluation):
+    """Where all others are loud and empty, the first is scored as silent, whatever it is."""
+    predictions = held_out.labelled.predictions
+    first = predictions.segments["recording"] == predictions.recordings[0]
+    truth, high = predictions.truth.copy(), np.full_like(predictions.clipwise, 0.99)
+    truth[~first] = False
+    high[:, first] = np.where(truth[first, : high.shape[2]], 0.99, 0.0)
+    predictions = replace(predictions, truth=truth).with_probabilities(high, high)
+    changed = replace(held_out, labelled=replace(held_out.labelled, predictions=predictions))
+    ensemble = decide_ensemble(changed, changed.experiments, 0.0)
+    choice, rows = ensemble.on_labelled, predictions.recordings == predictions.recordings[0]
+    assert not choice.predicted[rows].any()
+    assert predictions.decide(choice.by_group[predictions.recordings[-1]])[rows].any()
+    f1 = row_f1_scores(predictions.labelled_truth, choice.predicted)
+    assert ensemble.decision.score["labelled_row_wise_f1"] == pytest.approx(f1.mean(), abs=1e-4)
+
+
+@pytest.mark.parametrize("is_labelled", [True, False])
+def test_members_that_name_everything_are_silent_where_labelled_soundscapes_tell_of_it(
+    held_out, caplog, is_labelled
 ):
     predictions = held_out.labelled.predictions
     high = np.full_like(predictions.clipwise, 0.99)  # all species in all segments
     predictions = predictions.with_probabilities(high, high)
-    changed = replace(held_out, labelled=replace(held_out.labelled, predictions=predictions))
-    decision = decide_ensemble(changed, changed.experiments, nocall_share).decision
-    nocall = 1 - predictions.labelled_truth.any(axis=1).mean()
-    assert decision.score["labelled_all_nocall"] == pytest.approx(nocall, abs=1e-4)
-    f1 = predictions.row_f1(decision).mean()
-    assert decision.score["labelled_row_wise_f1"] == pytest.approx(f1, abs=1e-4)
-    assert ("less than naming no bird" in caplog.text) == warns
+    labelled = replace(held_out.labelled, predictions=predictions) if is_labelled else None
+    changed = replace(held_out, labelled=labelled)
+    ensemble = decide_ensemble(changed, changed.experiments, 0.0)
+    assert not ensemble.search.decision.names_nothing
+    assert ensemble.decision.names_nothing == is_labelled
+    if is_labelled:
+        nocall = 1 - predictions.labelled_truth.any(axis=1).mean()
+        score = ensemble.decision.score
+        assert score["labelled_all_nocall"] == pytest.approx(nocall, abs=1e-4)
+        assert score["labelled_row_wise_f1"] == score["labelled_all_nocall"]
+        assert not predictions.decide(ensemble.decision).any()
+    assert "less than naming no bird" not in caplog.text
 
 
-def test_the_labelled_score_is_that_of_the_stored_decision(held_out, evaluation, tmp_path):
+def test_the_labelled_score_is_that_of_the_nested_decisions(held_out, evaluation, tmp_path):
     write_decision(tmp_path / "decision.json", evaluation.ensemble.decision)
     decision = read_decision(tmp_path / "decision.json")
     assert decision == evaluation.ensemble.decision
-    predictions = held_out.labelled.predictions
-    expected = row_f1_scores(predictions.labelled_truth, predictions.decide(decision)).mean()
+    predictions, expected = held_out.labelled.predictions, []
+    for name, nested in evaluation.ensemble.on_labelled.by_group.items():
+        is_soundscape = (predictions.segments["recording"] == name).to_numpy()
+        expected.extend(predictions.select(is_soundscape).row_f1(nested))
+    expected = np.mean(expected)
     assert value(evaluation, "ensemble", "labelled", "row_wise_f1") == pytest.approx(expected)
 
 
@@ -153,20 +187,59 @@ def test_members_of_the_best_experiment_come_first(held_out, best, monkeypatch):
     assert members == tuple(f"{name}-fold{fold}" for name in (best, worse) for fold in (0, 1))
 
 
-def test_calibration_is_fitted_without_the_recordings_it_is_scored_on(held_out, monkeypatch):
+def test_calibration_is_fitted_on_the_segments_of_the_other_groups(held_out, monkeypatch):
     fitted = []
+    real = scoring.fit_calibration
 
     def fit(clipwise, framewise, targets):
-        fitted.append(len(targets))
+        fitted.append((clipwise, targets))
+        return real(clipwise, framewise, targets)
 
     monkeypatch.setattr("birdcall.evaluation.scoring.fit_calibration", fit)
+    simulated = held_out.simulated_for(held_out.experiments)
+    # The first class is in one row: a fit without that row has nothing to tell of it.
+    truth = simulated.truth.copy()
+    truth[np.flatnonzero(truth[:, 0])[1:], 0] = False
+    changed = replace(simulated, truth=truth)
+    monkeypatch.setattr(type(held_out), "simulated_for", lambda self, names: changed)
     decide_ensemble(held_out, held_out.experiments)
-    n_recordings = len(held_out.data.recordings)
-    groups = set(held_out.simulated_for(held_out.experiments).segments["group"])
-    assert fitted[-1] == fitted[-2] == n_recordings  # for the decision, and for the report
-    left_out = [n_recordings - n_fitted for n_fitted in fitted[:-2]]
-    sizes = pd.Series(held_out.groups).value_counts()
-    assert sorted(left_out) == sorted(sizes[list(groups)])
+    groups = simulated.segments["group"]
+    n_rows = {len(groups) - size for size in groups.value_counts()}
+    assert {len(clipwise) for clipwise, _ in fitted} == n_rows | {len(groups)}
+    everything, *_ = [item for item in fitted if len(item[0]) == len(groups)]
+    assert np.array_equal(everything[0], simulated.clipwise.mean(axis=0))
+    assert np.array_equal(everything[1] > 0, truth[:, : len(simulated.classes)])
+    without = [targets for _, targets in fitted if not (targets[:, 0] > 0).any()]
+    assert without and all((targets[:, 0] == IGNORE_TARGET).all() for targets in without)
+
+
+def test_false_names_are_counted_per_hour_of_sound_without_known_birds(held_out, evaluation):
+    ensemble, predictions = evaluation.ensemble, held_out.labelled.predictions
+    counted = (
+        ("simulated", ensemble.simulated.labelled_truth, ensemble.search.cross_validated),
+        ("labelled", predictions.labelled_truth, ensemble.on_labelled.predicted),
+    )
+    for audio, truth, predicted in counted:
+        empty = ~truth.any(axis=1)
+        hours = empty.sum() * 5 / 3600
+        score = ensemble.decision.score
+        assert score[f"{audio}_nocall_hours"] == pytest.approx(hours, abs=1e-4)
+        per_hour = predicted[empty].sum() / hours
+        assert score[f"{audio}_false_names_per_hour"] == pytest.approx(per_hour, abs=1e-4)
+
+
+def test_unlabelled_soundscapes_set_a_floor(held_out):
+    """Here they are those that are labelled; names per hour are those of the decision in them."""
+    unlabelled = held_out.labelled.predictions.predictions
+    changed = replace(held_out, unlabelled=unlabelled, labelled=None)
+    decision = decide_ensemble(changed, ["tiny"]).decision
+    assert len(decision.floor) == len(decision.classes)
+    positions = [index for index, (name, _) in enumerate(held_out.runs) if name == "tiny"]
+    arrays = unlabelled.clipwise[positions], unlabelled.framewise[positions]
+    named = decide_segments(*arrays, decision, np.array(unlabelled.starts))
+    per_hour = named.sum() / (len(named) * 5 / 3600)
+    assert decision.score["unlabelled_names_per_hour"] == pytest.approx(per_hour, abs=1e-4)
+    assert decide_ensemble(held_out, ["tiny"]).decision.floor == ()
 
 
 def test_the_decision_is_searched_for_the_expected_share_of_nocall(held_out):
@@ -195,7 +268,7 @@ def test_experiments_that_share_no_fold_are_scored_alone(
     ]
     evaluation = evaluate(predict_held_out(runs, training_data, held_out_options))
     assert evaluation.ensemble.search is None
-    assert evaluation.ensemble.decision.chosen_on == "nothing"
+    assert evaluation.ensemble.decision.chosen_on.startswith("nothing")
     table = evaluation.scores
     assert set(table[table["audio"] == "simulated"]["name"]) == {"other", "tiny"}
     labelled = set(table[table["audio"] == "labelled"]["name"])
@@ -310,7 +383,7 @@ def test_where_no_run_could_learn_what_it_held_out_there_is_no_score_and_no_erro
     )
     changed = replace(held_out, data=replace(data, recordings=recordings), simulated={})
     evaluation = evaluate(changed)
-    assert evaluation.ensemble.decision.chosen_on == "nothing"
+    assert evaluation.ensemble.decision.chosen_on.startswith("nothing")
     row = evaluation.scores.set_index(["name", "audio", "metric"]).loc[
         "tiny", "recordings", "macro_ap"
     ]

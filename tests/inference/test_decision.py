@@ -290,3 +290,43 @@ def test_a_missing_decision_says_what_makes_one(tmp_path):
 )
 def test_the_rule_is_said_in_words(decision, words):
     assert words in decision.describe()
+
+
+def test_an_offset_is_added_to_logits_before_the_calibration():
+    """By hand: sigmoid(scale * (logit(p) + offset) + own offset)."""
+    calibration = Calibration((2.0, 1.0), (0.5, 0.0), (1.0, 3.0), (0.0, -1.0))
+    shifted = calibration.shifted(1.5)
+    assert shifted.clip_offset == (0.5 + 2 * 1.5, 1.5)
+    assert shifted.frame_offset == (1.5, -1 + 3 * 1.5)
+    assert (shifted.clip_scale, shifted.frame_scale) == ((2.0, 1.0), (1.0, 3.0))
+    even = np.array([0.5, 0.5])  # a logit of 0
+    clipwise, framewise = Calibration.identity(2).shifted(1.5).apply(even, even)
+    assert clipwise == pytest.approx(1 / (1 + np.exp(-1.5)))
+    assert framewise == pytest.approx(1 / (1 + np.exp(-1.5)))
+
+
+def test_the_rule_in_words_has_the_false_names_per_hour_and_in_how_many_hours():
+    score = {"simulated_false_names_per_hour": 12.34, "simulated_nocall_hours": 0.9}
+    assert "12.3 (in 0.9 h of simulated" in Decision(score=score).describe()
+    assert "labelled" not in Decision(score=score).describe()
+    score |= {"labelled_false_names_per_hour": 0.0, "labelled_nocall_hours": 0.04}
+    assert "12.3 (in 0.9 h of simulated" in Decision(score=score).describe()
+    assert "0 (in 0.04 h of labelled" in Decision(score=score).describe()
+    assert "per hour" not in Decision().describe()
+
+
+def test_a_name_must_reach_the_floor_of_its_class_and_the_threshold(tmp_path):
+    decision = Decision(0.5, 0.1, classes=CLASSES, floor=(0.7, 0.2, 0.5, 1.0))
+    scores = one_member([0.69, 0.49, 0.5, 0.9], [0.7, 0.5, 0.49, 1.0])
+    assert names(scores, decision) == ["norcar", "amecro bkcchi moudov"]
+    whole = decide_recordings(scores, scores, [decision])[0]
+    assert whole.tolist() == [[True, True, True, True]]
+    write_decision(tmp_path / "decision.json", decision)
+    assert read_decision(tmp_path / "decision.json") == decision
+    assert "floor of 2 classes" in decision.describe()
+
+
+@pytest.mark.parametrize("floor", [(0.5,), (0.5, 0.5, 0.5, 1.1)])
+def test_a_floor_of_other_classes_or_beyond_1_is_refused(floor):
+    with pytest.raises(ValueError, match="floor"):
+        Decision(classes=CLASSES, floor=floor)

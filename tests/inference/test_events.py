@@ -140,3 +140,12 @@ def test_what_is_kept_does_not_grow_with_classes_that_have_no_chance(gate):
         assert n_kept < 3 * n_rows
     else:  # hardly any bird passes: all may still do
         assert n_kept > 50 * n_rows
+
+
+def test_an_event_must_reach_the_floor_of_its_class_as_a_name_must():
+    scores = scores_of([[0.6, 0.6, 0.6]] * 2)
+    decision = Decision(0.5, 0.5, floor=(0.7, 0.5, 0.55))
+    named = decide_segments(scores.clipwise, scores.framewise, decision)
+    assert named.tolist() == [[False, True, True]] * 2
+    events = detect_events(scores, decision, CLASSES)
+    assert {event.ebird_code for event in events} == set(CLASSES[1:])

@@ -75,7 +75,7 @@ def test_a_report_without_labelled_soundscapes_is_a_page_too(write_report_of, he
 
 
 def test_a_report_without_a_search_is_a_page_too(write_report_of, held_out, evaluation, tmp_path):
-    ensemble = replace(evaluation.ensemble, search=None, simulated=None, calibration=None)
+    ensemble = replace(evaluation.ensemble, search=None, simulated=None)
     changed = replace(evaluation, ensemble=ensemble, votes=None, snr=None, reliability=None)
     write_report_of(tmp_path / "r.html", "demo", held_out, changed, 0)
     page = (tmp_path / "r.html").read_text()

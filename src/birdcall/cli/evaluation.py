@@ -18,6 +18,7 @@ from birdcall.cli.options import (
     Noise,
     Output,
     Trained,
+    Unlabelled,
     WindowSegments,
     parse_fold,
 )
@@ -48,6 +49,7 @@ def _evaluate(
         ),
     ] = None,
     label_column: LabelColumn = None,
+    unlabelled: Unlabelled = None,
     nocall_share: Annotated[
         float, typer.Option(help="Expected share of rows without a bird.")
     ] = 0.54,
@@ -96,6 +98,7 @@ def _evaluate(
         device=default_device(),
         labelled_folders=soundscapes or (),
         label_column=label_column,
+        unlabelled_folders=unlabelled or (),
         window_config=WindowConfig(window_segments, context_seconds),
         cache_folder=folders.prediction_cache,
         progress=True,

@@ -68,6 +68,14 @@ Trained = Annotated[
     typer.Option(help="A trained experiment. May be repeated.", show_default="all trained ones"),
 ]
 Fold = Annotated[str, typer.Option(help="Number of the held-out fold, or all.")]
+Unlabelled = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Folder of soundscapes of the site without labels, or of other birds: a name must be "
+        "more probable than its species is in them. May be repeated.",
+        show_default="none",
+    ),
+]
 WindowSegments = Annotated[
     int, typer.Option(min=1, help="Number of 5-second segments in one input of the network.")
 ]

@@ -19,6 +19,7 @@ from birdcall.evaluation.metrics import (
     bootstrap_interval,
     bootstrap_rows,
     macro_average,
+    row_f1_scores,
     row_wise_f1,
 )
 from birdcall.evaluation.predict import HeldOutPredictions
@@ -289,7 +290,8 @@ def measure_held_out(
         all_nocall = float((~labelled.labelled_truth.any(axis=1)).mean())
         clusters = tuple(labelled.recordings)
         f1 = Measure("soundscapes: F1", clusters, "soundscapes", all_nocall=all_nocall)
-        measured["soundscape_f1"] = f1, labelled.row_f1(ensemble.decision)
+        predicted = ensemble.on_labelled.predicted
+        measured["soundscape_f1"] = f1, row_f1_scores(labelled.labelled_truth, predicted)
         if (labelled.labelled_truth[:, : len(labelled.classes)] & could_learn).any():
             measured["soundscape_ap"] = _measure_average_precision(f1, labelled, could_learn)
     if hidden is not None:

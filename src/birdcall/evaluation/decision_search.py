@@ -15,13 +15,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter, uniform_filter1d
-from scipy.optimize import minimize
-from scipy.special import expit, logit
 
 from birdcall.evaluation.metrics import row_f1_scores
 from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.inference.decision import Decision, average_members, combine_members
-from birdcall.inference.predictions import MIN_PROBABILITY, Calibration
+from birdcall.inference.predictions import Calibration
 
 # With a threshold of 1 no species is ever predicted: a search can also result in all-nocall.
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20)) + (1.0,)
@@ -45,7 +43,8 @@ class DecisionSearchResult:
     group, ``(labelled rows, known)``; cross_validated_f1: ``(labelled rows,)``;
     cross_validated_recording_f1: ``(recordings,)``, of whole recordings, as site 3 is scored.
     grid_scores: weighted row-wise F1 of each pair of `THRESHOLDS`, ``(clip, frame)``; grid_index:
-    of the chosen pair. steps: the alternatives of the forward selection, a row each, with step,
+    of the chosen pair. calibrated: the predictions, each group's by a calibration that was fitted
+    without it. steps: the alternatives of the forward selection, a row each, with step,
     alternative, score, gain, standard_error, adopted. by_group: the cross-validated decisions.
     """
 
@@ -57,6 +56,7 @@ class DecisionSearchResult:
     grid_scores: NDArray[np.floating]
     grid_index: tuple[int, int]
     steps: pd.DataFrame
+    calibrated: LabelledPredictions | None
     by_group: Mapping[str, Decision]
 
 
@@ -123,6 +123,7 @@ def search_decision(
         grid_scores=final.best.grid_scores,
         grid_index=final.best.grid_index,
         steps=final.steps,
+        calibrated=calibrated,
         by_group=by_group,
     )
 
@@ -361,7 +362,8 @@ def score_threshold_pairs(
     """
     labelled, starts = predictions.labelled, predictions.starts
     voters = combine_members(predictions.clipwise, predictions.framewise, rule, starts)
-    reached = (voters.clipwise >= THRESHOLDS[0]) & (voters.framewise >= THRESHOLDS[0])
+    lowest = replace(rule, clip_threshold=THRESHOLDS[0]).clip_thresholds(voters.clipwise.dtype)
+    reached = (voters.clipwise >= lowest) & (voters.framewise >= THRESHOLDS[0])
     if rule.recording_threshold > 0:
         reached &= voters.passes_gate(rule.recording_threshold)
     n_votes = rule.n_votes(len(reached))
@@ -395,74 +397,3 @@ def score_threshold_pairs(
             both_nocall = (n_true == 0) & (n_predicted == 0)
             total = np.maximum(n_true, 1) + np.maximum(n_predicted, 1)
             yield 2 * (hits + both_nocall) / total
-
-
-# --- calibration ----------------------------------------------------------------------------------
-
-
-def fit_calibration(
-    clipwise: NDArray[np.floating], framewise: NDArray[np.floating], targets: NDArray[np.floating]
-) -> Calibration:
-    """Fit a scale and an offset per class, of clipwise and of framewise probabilities.
-
-    clipwise, framewise: ``(recordings, classes)``, the highest of each recording's segments.
-    targets: the same shape; see `fit_scale_and_offset`.
-    """
-    for name, probabilities in (("clipwise", clipwise), ("framewise", framewise)):
-        if probabilities.shape != targets.shape or probabilities.ndim != 2:
-            raise ValueError(
-                f"{name} has shape {probabilities.shape} and targets {targets.shape}; both must be "
-                "(recordings, classes)"
-            )
-    fitted = (*fit_scale_and_offset(clipwise, targets), *fit_scale_and_offset(framewise, targets))
-    return Calibration(*(tuple(round(float(v), 6) for v in values) for values in fitted))
-
-
-def fit_scale_and_offset(
-    probabilities: NDArray[np.floating],
-    targets: NDArray[np.floating],
-    *,
-    log_scale_spread: float = 0.2,
-    offset_spread: float = 0.5,
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return scale and offset ``(classes,)`` of sigmoid(scale * logit(probability) + offset).
-
-    targets: ``(recordings, classes)``, 1 and 0; targets below 0 and probabilities of NaN are left
-    out. Raises ``ValueError`` where none is left.
-
-    A hierarchical logistic regression (Platt 1999): log scale and offset of a class have a normal
-    prior around what all classes share, with these standard deviations, so that a class of three
-    recordings stays near it. On the demo's held-out recordings its log loss is 0.039, that of
-    scikit-learn's LogisticRegression of each class 0.039 (C=1) or 0.049 (no penalty) and of its
-    IsotonicRegression 0.052; with 10 recordings per class 0.043, 0.046, 0.061 and 0.064.
-    """
-    known = ~np.isnan(probabilities) & (targets >= 0)
-    if not known.any():
-        raise ValueError("no out-of-fold recording to fit a calibration on")
-    n_classes = probabilities.shape[1]
-    filled = np.where(known, probabilities, 0.5).astype(float)
-    z = logit(np.clip(filled, MIN_PROBABILITY, 1 - MIN_PROBABILITY))
-    y = np.where(known, targets > 0, 0).astype(float)
-    spreads = np.array([[log_scale_spread], [offset_spread]])
-
-    def loss(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        """Return the negative log posterior and its gradient."""
-        deviations = values[2:].reshape(2, n_classes)
-        log_scale, offset = values[:2, None] + spreads * deviations
-        scale = np.exp(log_scale)
-        x = scale * z + offset
-        likelihood = (np.logaddexp(0, x) - y * x)[known].sum()
-        residual = np.where(known, expit(x) - y, 0)
-        by_log_scale, by_offset = (residual * z).sum(axis=0) * scale, residual.sum(axis=0)
-        shared = [by_log_scale.sum(), by_offset.sum()]
-        by_class = [log_scale_spread * by_log_scale, offset_spread * by_offset] + deviations
-        gradient = np.concatenate([shared, by_class.ravel()])
-        return float(likelihood + 0.5 * np.square(deviations).sum()), gradient
-
-    # Bounded, since predictions at random have a scale of 0, which leaves no ranking.
-    bounds = [(-3.0, 3.0), (None, None)] + [(-5.0, 5.0)] * (2 * n_classes)
-    options = {"maxiter": 500}
-    start = np.zeros(2 + 2 * n_classes)
-    fitted = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
-    log_scale, offset = fitted.x[:2, None] + spreads * fitted.x[2:].reshape(2, n_classes)
-    return np.exp(log_scale), offset

@@ -38,7 +38,15 @@ from birdcall.inference.ensemble import Ensemble, load_ensemble
 from birdcall.inference.predictions import SegmentPredictions
 from birdcall.inference.windows import SINGLE_SEGMENT, AudioSource, WindowConfig
 from birdcall.kaggle.test_set import CompetitionFile
-from birdcall.storage.files import atomic_path, digest, digest_files
+from birdcall.storage.files import (
+    atomic_path,
+    digest,
+    digest_files,
+    find_files,
+    is_sound,
+    unique_names,
+    utf8_text,
+)
 from birdcall.taxonomy import known_species
 from birdcall.training.resume import read_runs
 from birdcall.training.step import VALIDATION_SECONDS
@@ -51,7 +59,8 @@ class HeldOutOptions:
     """How and for which audio runs predict.
 
     labelled_folders: of labelled soundscapes; without any, the examples in the data folder.
-    label_column: of their Raven tables.
+    label_column: of their Raven tables. unlabelled_folders: of soundscapes of the same sites, of
+    which nothing is known: see `find_floor`.
     cache_folder: where predictions are stored; a second call for the same audio reads them there.
     """
 
@@ -60,6 +69,7 @@ class HeldOutOptions:
     simulation: SimulationConfig = field(default_factory=SimulationConfig)
     labelled_folders: Sequence[Path] = ()
     label_column: str | None = None
+    unlabelled_folders: Sequence[Path] = ()
     cache_folder: Path | None = None
     progress: bool = False
 
@@ -103,7 +113,7 @@ class HeldOutPredictions:
     simulated: by fold, with the runs of that fold, named as their experiments. events: of the
     simulated soundscapes. groups: the group of each recording of the data, as in the simulated
     soundscapes. labelled: with all runs, named as their checkpoints. soundscapes, config: of the
-    simulation. ensemble: all runs.
+    simulation. ensemble: all runs. unlabelled: of all runs; None without such soundscapes.
     """
 
     data: TrainingData
@@ -117,6 +127,7 @@ class HeldOutPredictions:
     soundscapes: tuple[SimulatedSoundscape, ...]
     config: SimulationConfig
     ensemble: Ensemble
+    unlabelled: SegmentPredictions | None = None
 
     def member_names(self, experiments: Sequence[str]) -> tuple[str, ...]:
         """Return the names of the runs of ``experiments``, as in their checkpoints."""
@@ -150,9 +161,16 @@ class HeldOutPredictions:
         """Return the labelled soundscapes as predicted by all runs of ``experiments``."""
         if self.labelled is None:
             return None
-        names = [name for name, _ in self.runs]
-        subset = [position for position, name in enumerate(names) if name in experiments]
-        return self.labelled.predictions.for_members(subset)
+        return self.labelled.predictions.for_members(self._positions(experiments))
+
+    def unlabelled_for(self, experiments: Sequence[str]) -> SegmentPredictions | None:
+        """Return the unlabelled soundscapes as predicted by all runs of ``experiments``."""
+        if self.unlabelled is None:
+            return None
+        return self.unlabelled.for_members(self._positions(experiments))
+
+    def _positions(self, experiments: Sequence[str]) -> list[int]:
+        return [position for position, (name, _) in enumerate(self.runs) if name in experiments]
 
     def out_of_fold_for(self, experiments: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return clipwise and framewise means over experiments, ``(recordings, classes)`` each.
@@ -181,6 +199,7 @@ def predict_held_out(
     labelled = predict_labelled(
         ensemble, options.labelled_folders or examples, options.label_column, **storage
     )
+    unlabelled = predict_unlabelled(ensemble, options.unlabelled_folders, labelled, **storage)
     out_of_fold = predict_out_of_fold(ensemble, data, **storage)
     readable = set().union(*(part.segments["path"] for part in out_of_fold.values()))
     planned, simulated = [], {}
@@ -208,6 +227,7 @@ def predict_held_out(
         soundscapes=tuple(planned),
         config=config,
         ensemble=ensemble,
+        unlabelled=unlabelled,
     )
 
 
@@ -326,7 +346,42 @@ def write_oof_parquet(
                 writer.write_table(pa.table(columns, schema=schema))
 
 
-# --- simulated soundscapes ---
+# --- soundscapes ---
+
+
+def predict_unlabelled(
+    ensemble: Ensemble,
+    folders: Sequence[Path],
+    labelled: LabelledSoundscapes | None = None,
+    *,
+    cache_folder: Path | None = None,
+    progress: bool = False,
+) -> SegmentPredictions | None:
+    """Predict the recordings in ``folders``, of which nothing is known; None without folders.
+
+    Raises FileNotFoundError for a folder without recordings, and ValueError for a recording whose
+    content is that of a labelled soundscape, which would no longer be held out. One that does not
+    decode is left out with a warning.
+    """
+    paths: dict[Path, Path] = {}
+    for folder in folders:
+        if not (sounds := list(filter(is_sound, find_files(folder)))):
+            raise FileNotFoundError(f"{folder}: no recording in this folder of unlabelled sound")
+        paths |= {path.resolve(): path for path in sounds}
+    if not paths:
+        return None
+    known = {} if labelled is None else {digest(p.read_bytes()): p for p in labelled.paths.values()}
+    sizes = {path.stat().st_size for path in known.values()}
+    for path in paths.values():
+        if path.stat().st_size in sizes and (same := known.get(digest(path.read_bytes()))):
+            raise ValueError(
+                f"{path}: is the labelled soundscape {same}; take it out of the folder"
+            )
+    names = unique_names([utf8_text(path.name) for path in paths.values()])
+    sources = dict(zip(names, map(open_recording, paths.values()), strict=True))
+    cache = PredictionCache(cache_folder, "unlabelled", digest_files(paths.values()))
+    readable = _predict_readable(ensemble, sources, cache, progress=progress)
+    return SegmentPredictions.concatenate(list(readable.values()))
 
 
 def predict_simulated(

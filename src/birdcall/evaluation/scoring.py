@@ -10,17 +10,26 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from birdcall.config import FULL, NOCALL, require
+from birdcall.config import FULL, NOCALL, SEGMENT_SECONDS, require
 from birdcall.data.targets import IGNORE_TARGET, make_targets
+from birdcall.evaluation.calibration import (
+    LabelledChoice,
+    choose_on_labelled,
+    find_floor,
+    fit_calibration,
+)
 from birdcall.evaluation.decision_search import (
     DecisionSearchResult,
-    fit_calibration,
     search_decision,
     share_weights,
     votes_table,
 )
 from birdcall.evaluation.labelled import LabelledSoundscapes
-from birdcall.evaluation.metrics import bootstrap_interval, row_f1_scores
+from birdcall.evaluation.metrics import (
+    bootstrap_interval,
+    false_birds_per_nocall_row,
+    row_f1_scores,
+)
 from birdcall.evaluation.predict import HeldOutPredictions
 from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.evaluation.tables import (
@@ -39,7 +48,7 @@ from birdcall.evaluation.tables import (
     reliability_table,
     snr_table,
 )
-from birdcall.inference.decision import Decision
+from birdcall.inference.decision import Decision, average_members, decide_segments
 from birdcall.inference.predictions import Calibration
 from birdcall.models.checkpoint import read_checkpoint
 from birdcall.training.resume import describe_other_training
@@ -54,10 +63,9 @@ _NOCALL_SHARE = 0.54
 class EnsembleDecision:
     """The decision for the members of some experiments, and the predictions it was searched on.
 
-    search, simulated, weights and calibration are None where no soundscape was simulated for all
-    experiments, or all of one group: then the decision is the one that a search begins with.
-    weights: of the simulated rows ``(labelled rows,)``. calibration: fitted on all held-out
-    recordings; the decision has it only where the search adopted it.
+    search, simulated and weights are None where no soundscape was simulated for all experiments, or
+    all of one group: then the decision is the one that a search begins with. weights: of the
+    simulated rows ``(labelled rows,)``. on_labelled: None without labelled soundscapes.
     """
 
     name: str
@@ -66,7 +74,7 @@ class EnsembleDecision:
     search: DecisionSearchResult | None = None
     simulated: LabelledPredictions | None = None
     weights: np.ndarray | None = None
-    calibration: Calibration | None = None
+    on_labelled: LabelledChoice | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +85,8 @@ class Evaluation:
     ensembles, all nocall, prior), kind of audio and metric, with interval and number of rows; a
     macro score has the number of ``classes`` that it is over, and of those ``left_out``: they
     occur, but no member that predicts them could learn them. The others are described in `tables`.
-    None where there is nothing of the kind: votes, snr (without simulation), reliability (without
-    calibration), soundscapes (without labelled ones).
+    None where there is nothing of the kind: votes, snr, reliability (without simulation),
+    soundscapes (without labelled ones).
     """
 
     classes: tuple[str, ...]
@@ -132,7 +140,7 @@ def evaluate(
     for ensemble_decision in [*decisions, ensemble]:
         rows += _score(ensemble_decision, held_out, targets)
     if held_out.labelled is not None and len(held_out.labelled.frames):
-        rows += event_rows(ENSEMBLE, held_out.labelled, ensemble.decision)
+        rows += event_rows(ENSEMBLE, held_out.labelled, ensemble.on_labelled.by_group)
     rows += _score_baselines(held_out, ensemble, targets)
     scores = pd.DataFrame(rows).astype({"classes": "Int64", "left_out": "Int64"})
     return _gather(held_out, ensemble, targets, scores=scores)
@@ -146,23 +154,22 @@ def _gather(
 ) -> Evaluation:
     """Compute the tables of the ensemble."""
     classes, labelled = held_out.data.classes, held_out.labelled
-    clipwise, framewise = held_out.out_of_fold_for(held_out.experiments)
+    clipwise, _ = held_out.out_of_fold_for(held_out.experiments)
     learnable = held_out.learnable
     is_scored = ((targets > 0) & learnable).any(axis=1)  # recordings
-    search, simulated, calibration = ensemble.search, ensemble.simulated, ensemble.calibration
+    search, simulated = ensemble.search, ensemble.simulated
     truth = predicted = np.zeros((0, len(classes)), dtype=bool)
     votes = snr = reliability = soundscapes = None
     if search is not None:
         truth, predicted = simulated.labelled_truth, search.cross_validated
         votes = votes_table(simulated, ensemble.weights, search.decision)
         snr = snr_table(held_out.events, simulated, predicted)
-    if calibration is not None:
-        calibrated, _ = calibration.apply(clipwise, framewise)
-        scored_targets = np.where(learnable, targets, IGNORE_TARGET)
-        reliability = reliability_table(clipwise, calibrated, scored_targets)
+        reliability = reliability_table(
+            *(_mean_of_rows(item) for item in (simulated, search.calibrated)),
+            truth[:, : len(classes)],
+        )
     if labelled is not None:
-        decided = labelled.predictions.decide(ensemble.decision)
-        soundscapes = soundscape_table(labelled.predictions, decided)
+        soundscapes = soundscape_table(labelled.predictions, ensemble.on_labelled.predicted)
     return Evaluation(
         classes=classes,
         ensemble=ensemble,
@@ -214,29 +221,37 @@ def decide_ensemble(
             if member.name in members
         },
     )
-    simulated = held_out.simulated_for(names)
+    simulated, labelled = held_out.simulated_for(names), held_out.labelled_for(names)
+    unlabelled = held_out.unlabelled_for(names)
     if simulated is None or simulated.segments["group"].nunique() < 2:
         logger.warning(
             "%s: its experiments share no held-out fold, or what can be simulated is of one "
             "recordist: the default decision is used",
             name,
         )
-        return EnsembleDecision(name, names, replace(start, chosen_on="nothing"))
-    clipwise, framewise = held_out.out_of_fold_for(names)
-    targets = make_targets(held_out.data.recordings, held_out.data.classes, None)
-    targets = np.where(held_out.learnable, targets, IGNORE_TARGET)
+        decision, choice = find_floor(replace(start, chosen_on="nothing"), unlabelled), None
+        if labelled is not None:
+            choice = choose_on_labelled(decision, labelled, unlabelled=unlabelled)
+            decision = replace(choice.decision, chosen_on=f"nothing, {choice.describe()}")
+        return EnsembleDecision(name, names, decision, on_labelled=choice)
+    # Segments, as the decision takes them: the maxima of recordings have another level.
+    groups = simulated.segments["group"].to_numpy()
+    clipwise, framewise = map(average_members, (simulated.clipwise, simulated.framewise))
 
     def fit(excluded: frozenset[str]) -> Calibration:
-        used = ~np.isin(held_out.groups, list(excluded))
-        return fit_calibration(clipwise[used], framewise[used], targets[used])
+        used = ~np.isin(groups, list(excluded))
+        truth = simulated.truth[used, : len(simulated.classes)]
+        # A class without a simulated row keeps what is common to all classes.
+        targets = np.where(truth.any(axis=0), truth, IGNORE_TARGET)
+        return fit_calibration(clipwise[used], framewise[used], targets)
 
     weights = share_weights(simulated.labelled_truth, nocall_share)
     search = search_decision(simulated, weights, start=start, fit_calibration=fit)
-    decision = replace(
-        search.decision,
-        chosen_on=f"{len(simulated.recordings)} rows of {len(set(simulated.recordings))} "
-        "soundscapes simulated from held-out recordings, scored nested over "
-        f"{len(set(simulated.groups))} groups of recordists",
+    decision = search.decision
+    chosen_on = (
+        f"{len(simulated.recordings)} rows of {len(set(simulated.recordings))} soundscapes "
+        f"simulated from held-out recordings, scored nested over {len(set(simulated.groups))} "
+        "groups of recordists"
     )
     f1, positive = search.cross_validated_f1, np.maximum(weights, 1e-12)
     interval = bootstrap_interval(f1, simulated.groups, weights=positive)
@@ -249,20 +264,30 @@ def decide_ensemble(
         "nocall_share_expected": nocall_share,
         "nocall_share_named": np.average(~search.cross_validated.any(axis=1), weights=weights),
         "cross_validated_recording_f1": search.cross_validated_recording_f1.mean(),
+        **_count_false_names(simulated.labelled_truth, search.cross_validated, SIMULATED),
     }
-    labelled = held_out.labelled_for(names)
+    choice = None
     if labelled is not None:
-        score |= _score_on_labelled(decision, labelled, name)
+        choice = choose_on_labelled(decision, labelled, fit(frozenset()), unlabelled)
+        decision = choice.decision
+        chosen_on += f", {choice.describe()}"
+        score |= _score_on_labelled(choice, labelled, name)
+    else:
+        decision = find_floor(decision, unlabelled)
+    if unlabelled is not None:
+        arrays, starts = (unlabelled.clipwise, unlabelled.framewise), np.array(unlabelled.starts)
+        named = decide_segments(*arrays, decision, starts)
+        score["unlabelled_names_per_hour"] = named.sum() / (len(named) * SEGMENT_SECONDS / 3600)
     # The interval of a single soundscape is NaN, which JSON does not have.
     score = {key: round(float(value), 4) for key, value in score.items() if not np.isnan(value)}
     return EnsembleDecision(
         name=name,
         experiments=names,
-        decision=replace(decision, score=score),
+        decision=replace(decision, chosen_on=chosen_on, score=score),
         search=search,
         simulated=simulated,
         weights=weights,
-        calibration=fit(frozenset()),
+        on_labelled=choice,
     )
 
 
@@ -292,11 +317,16 @@ def decide_for_full_runs(decision: Decision, runs: Path) -> Decision:
     return replace(decision, members=tuple(weights), weights=weights, chosen_on=chosen_on)
 
 
+def _mean_of_rows(predictions: LabelledPredictions) -> np.ndarray:
+    """Return the members' mean clipwise probability of labelled rows, ``(rows, classes)``."""
+    return average_members(predictions.clipwise)[predictions.labelled]
+
+
 def _score_on_labelled(
-    decision: Decision, labelled: LabelledPredictions, name: str
+    choice: LabelledChoice, labelled: LabelledPredictions, name: str
 ) -> dict[str, float]:
-    """Score a decision on labelled soundscapes; warn where predicting no bird scores higher."""
-    f1 = labelled.row_f1(decision)
+    """Score the nested decisions of labelled soundscapes; warn where no bird scores higher."""
+    f1 = row_f1_scores(labelled.labelled_truth, choice.predicted)
     interval = bootstrap_interval(f1, labelled.groups)
     nocall = float((~labelled.labelled_truth.any(axis=1)).mean())
     if f1.mean() < nocall:
@@ -310,6 +340,19 @@ def _score_on_labelled(
         "labelled_low": interval.low,
         "labelled_high": interval.high,
         "labelled_all_nocall": nocall,
+        "labelled_offset": choice.offset,
+        **_count_false_names(labelled.labelled_truth, choice.predicted, LABELLED),
+    }
+
+
+def _count_false_names(truth: np.ndarray, predicted: np.ndarray, audio: str) -> dict[str, float]:
+    """Return names per hour of rows without a known bird, and how many hours these are."""
+    n_rows = int((~truth.any(axis=1)).sum())
+    rows_per_hour = 3600 / SEGMENT_SECONDS
+    return {
+        f"{audio}_false_names_per_hour": false_birds_per_nocall_row(truth, predicted)
+        * rows_per_hour,
+        f"{audio}_nocall_hours": n_rows / rows_per_hour,
     }
 
 
@@ -323,26 +366,23 @@ def _score(
     subject = ScoreSubject(
         ensemble.name, len(held_out.member_names(ensemble.experiments)), RECORDINGS
     )
-    clipwise, framewise = held_out.out_of_fold_for(ensemble.experiments)
-    rows, calibrated = [], None
-    if ensemble.calibration is not None:
-        calibrated, _ = ensemble.calibration.apply(clipwise, framewise)
+    clipwise, _ = held_out.out_of_fold_for(ensemble.experiments)
+    rows = []
     known, learnable = ~np.isnan(clipwise).any(axis=1), held_out.learnable
     if known.any():
-        rows += out_of_fold_rows(
-            subject, clipwise, targets, learnable=learnable, calibrated=calibrated
-        )
+        rows += out_of_fold_rows(subject, clipwise, targets, learnable=learnable)
     could_learn = held_out.learnable_by(ensemble.experiments)
     if ensemble.search is not None:
         simulated, predicted = ensemble.simulated, ensemble.search.cross_validated
         rows += _simulated_rows(subject, simulated, predicted, ensemble.weights)
         n_left_out = _count_unlearnable(targets, learnable, known)
         subject = subject._replace(audio=SIMULATED)
-        rows += ranked_rows(subject, simulated, could_learn, n_left_out)
+        calibrated = ensemble.search.calibrated
+        rows += ranked_rows(subject, simulated, could_learn, n_left_out, calibrated=calibrated)
     labelled = held_out.labelled_for(ensemble.experiments)
     if labelled is not None:
         subject = subject._replace(audio=LABELLED)
-        rows += decided_rows(subject, labelled, labelled.decide(ensemble.decision))
+        rows += decided_rows(subject, labelled, ensemble.on_labelled.predicted)
         rows += ranked_rows(subject, labelled, could_learn)
     return rows
 

@@ -79,11 +79,14 @@ def ranked_rows(
     predictions: LabelledPredictions,
     learnable: np.ndarray,
     n_left_out: int = 0,
+    *,
+    calibrated: LabelledPredictions | None = None,
 ) -> list[dict[str, object]]:
     """Score the ranking by the members' mean probabilities, before any decision.
 
     Over the classes that a member could learn, ``learnable (classes,)``. n_left_out: of classes
     that were kept out of the soundscapes, beside species that occur there and are not learnable.
+    calibrated: the same rows with calibrated probabilities, for their calibration error.
     """
     occurs, n_classes = predictions.labelled_truth.any(axis=0), len(predictions.classes)
     truth = predictions.labelled_truth[:, :n_classes] & learnable
@@ -95,8 +98,10 @@ def ranked_rows(
     }
     is_scored = truth.any(axis=0)
     if is_scored.any():
-        clipwise = average_members(predictions.clipwise)[predictions.labelled]
-        values["ece"] = expected_calibration_error(truth[:, is_scored], clipwise[:, is_scored])
+        for metric, item in (("ece", predictions), ("ece_calibrated", calibrated)):
+            if item is not None:
+                clipwise = average_members(item.clipwise)[item.labelled][:, is_scored]
+                values[metric] = expected_calibration_error(truth[:, is_scored], clipwise)
     n_left_out += int(occurs.sum() - is_scored.sum())
     n_recordings = len(set(predictions.recordings))
     return _rows(subject, values, len(truth), n_recordings, n_left_out=n_left_out)
@@ -108,7 +113,6 @@ def out_of_fold_rows(
     targets: np.ndarray,
     *,
     learnable: np.ndarray,
-    calibrated: np.ndarray | None = None,
 ) -> list[dict[str, object]]:
     """Score held-out recordings ``(recordings, classes)``; rows of NaN were held out by no run.
 
@@ -126,25 +130,23 @@ def out_of_fold_rows(
         "lwlrap": lwlrap((target != 0) & could_learn, probability),
         "top1": float(np.mean(is_right[is_true.any(axis=1)])) if is_true.any() else np.nan,
     }
-    for metric, predicted in (("ece", probabilities), ("ece_calibrated", calibrated)):
-        if predicted is not None and is_scored.any():
-            of_cells = predicted[known][is_scored][:, None]
-            cells = is_true[is_scored][:, None]
-            values[metric] = expected_calibration_error(cells, of_cells)
+    if is_scored.any():
+        cells, of_cells = is_true[is_scored][:, None], probability[is_scored][:, None]
+        values["ece"] = expected_calibration_error(cells, of_cells)
     n_left_out = int((target > 0).any(axis=0).sum() - is_true.any(axis=0).sum())
     n_recordings = len(probability)
     return _rows(subject, values, n_recordings, n_recordings, n_left_out=n_left_out)
 
 
 def event_rows(
-    name: str, labelled: LabelledSoundscapes, decision: Decision
+    name: str, labelled: LabelledSoundscapes, decisions: Mapping[str, Decision]
 ) -> list[dict[str, object]]:
-    """Score detected events against annotations: in segments of 1 s, and by onset and offset."""
+    """Score the events of each recording's decision: in segments of 1 s, and by their times."""
     segments, events = DetectionCounts(), DetectionCounts()
     classes = labelled.predictions.classes
     for recording, scores in labelled.frames.items():
         annotations = labelled.annotations[labelled.annotations["recording"] == recording]
-        detected = detect_events(scores, decision, classes)
+        detected = detect_events(scores, decisions[recording], classes)
         arguments = (
             annotations[["onset", "offset"]].to_numpy(float),
             list(annotations["ebird_code"]),
@@ -286,8 +288,8 @@ def reliability_table(
 ) -> pd.DataFrame:
     """Return how often a class is present, by the probability predicted for it.
 
-    probabilities, calibrated, targets: ``(recordings, classes)`` of held-out recordings. Columns:
-    probabilities ("predicted" or "calibrated"), mean_probability, share_true, cells.
+    probabilities, calibrated, targets: ``(rows, classes)``; NaN and `IGNORE_TARGET` do not count.
+    Columns: probabilities ("predicted" or "calibrated"), mean_probability, share_true, cells.
     """
     cells = (targets != IGNORE_TARGET) & ~np.isnan(probabilities)
     truth = targets[cells][:, None] > 0

@@ -38,9 +38,12 @@ class Decision:
     A row of site 3 is a whole recording: its species are those of any segment whose highest
     clipwise probability reaches ``file_threshold``.
 
+    floor: a clipwise probability of each class that sound of the site reaches without it (see
+    `evaluation.calibration.find_floor`): a name must reach this, too; empty where it is not known.
+
     classes: those of the members, in order; empty where the decision suits any. weights: the sha256
     of each member's weights. chosen_on: the rows that the rule was chosen on; score: its scores
-    there.
+    there, with the names per hour of sound that has no known bird.
     """
 
     clip_threshold: float = 0.5
@@ -55,6 +58,7 @@ class Decision:
     window_segments: int = 1  # these two are the `WindowConfig` of the members
     context_seconds: float = 0.0
     calibration: Calibration | None = None
+    floor: tuple[float, ...] = ()
     classes: tuple[str, ...] = ()
     members: tuple[str, ...] = ()
     weights: dict[str, str] = field(default_factory=dict)  # by member
@@ -72,6 +76,12 @@ class Decision:
                 isinstance(value, int) and value >= 1,
                 f"{name} is {value}; give an integer above 0",
             )
+        for value in self.floor:
+            require_share("floor", value)
+        require(
+            not (self.floor and self.classes) or len(self.floor) == len(self.classes),
+            f"the floor is of {len(self.floor)} classes, the decision of {len(self.classes)}",
+        )
         if self.calibration is not None and self.classes:
             n_calibrated = len(self.calibration.clip_scale)
             require(
@@ -90,6 +100,12 @@ class Decision:
         if self.combination != "votes":
             return 1
         return max(1, math.ceil(round(self.vote_share * n_voters, 9)))
+
+    def clip_thresholds(self, dtype: np.dtype) -> np.ndarray:
+        """Return the clip threshold ``()``, or with a floor that of each class ``(classes,)``."""
+        if not self.floor:
+            return np.asarray(self.clip_threshold, dtype)
+        return np.maximum(self.clip_threshold, self.floor).astype(dtype)
 
     @property
     def names_nothing(self) -> bool:
@@ -111,6 +127,9 @@ class Decision:
         else:
             parts = ["clip" if self.combination == "mean" else "root-mean-square clip"]
         parts[0] += f" probability >= {self.clip_threshold:g}"
+        n_above = sum(value > self.clip_threshold for value in self.floor)
+        if n_above:
+            parts.append(f"(the floor of {n_above} classes is higher, up to {max(self.floor):.2g})")
         parts.append(f"and frame probability >= {self.frame_threshold:g}")
         if self.recording_threshold > 0:
             parts.append(f"(>= {self.recording_threshold:g} anywhere in the recording)")
@@ -120,7 +139,20 @@ class Decision:
             parts.append("after calibration")
         if self.window_config != SINGLE_SEGMENT:
             parts.append(f"in windows of {self.window_config.window_seconds:g} s")
-        return f"{' '.join(parts)}, at most {self.max_birds} species"
+        parts[-1] += f", at most {self.max_birds} species"
+        counts = [
+            f"{self.score[key]:.3g} (in {self.score[f'{audio}_nocall_hours']:.2g} h of {audio} "
+            "soundscapes)"
+            for audio in ("simulated", "labelled")
+            if (key := f"{audio}_false_names_per_hour") in self.score
+        ]
+        if counts:
+            counts_text = " and ".join(counts)
+            parts[-1] += f", false names per hour without known birds: {counts_text}"
+        if "unlabelled_names_per_hour" in self.score:
+            names_per_hour = self.score["unlabelled_names_per_hour"]
+            parts[-1] += f", names per hour of unlabelled soundscapes: {names_per_hour:.3g}"
+        return " ".join(parts)
 
 
 _SHARES = (
@@ -281,7 +313,7 @@ def decide_recordings(
 
 def _apply_segment_thresholds(voters: VoterPredictions, decision: Decision) -> np.ndarray:
     """Return the species of each row, ``(rows, classes)``."""
-    passed = voters.clipwise >= decision.clip_threshold
+    passed = voters.clipwise >= decision.clip_thresholds(voters.clipwise.dtype)
     passed &= voters.framewise >= decision.frame_threshold
     if decision.recording_threshold > 0:
         passed &= voters.passes_gate(decision.recording_threshold)

@@ -211,7 +211,8 @@ class EventDetector:
             decided = slice(first, end)
             highest = voters.clipwise[:, decided].max(axis=1)
             self.highest = highest if self.highest is None else np.maximum(self.highest, highest)
-            passed = voters.clipwise[:, decided] >= self.decision.clip_threshold
+            clipwise = voters.clipwise[:, decided]
+            passed = clipwise >= self.decision.clip_thresholds(clipwise.dtype)
             passed &= voters.framewise[:, decided] >= self.decision.frame_threshold
             strength = voters.strength[decided]
             row, column = np.nonzero(self._can_be_chosen(passed, strength))

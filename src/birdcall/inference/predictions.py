@@ -193,6 +193,25 @@ class Calibration:
                 "a scale must be above 0, or it would reverse the ranking",
             )
 
+    @staticmethod
+    def identity(n_classes: int) -> Calibration:
+        """Return the calibration that changes nothing."""
+        ones, zeros = (1.0,) * n_classes, (0.0,) * n_classes
+        return Calibration(ones, zeros, ones, zeros)
+
+    def shifted(self, offset: float) -> Calibration:
+        """Return this calibration after an offset of all logits, as scores of a domain need it."""
+        shifts = {
+            f"{output}_offset": tuple(
+                round(b + a * offset, 6)
+                for a, b in zip(
+                    getattr(self, f"{output}_scale"), getattr(self, f"{output}_offset"), strict=True
+                )
+            )
+            for output in ("clip", "frame")
+        }
+        return replace(self, **shifts)
+
     def apply(self, clipwise: np.ndarray, framewise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Calibrate probabilities ``(…, classes)``; the results have their dtype."""
         return (

@@ -254,9 +254,9 @@ def chart_reliability(table: pd.DataFrame) -> Chart:
     figure.update_xaxes(range=[0, 1]).update_yaxes(range=[0, 1])
     return _make_chart(
         figure,
-        "Held-out recordings: how often a species is present, by its predicted probability. The "
-        "calibration was fitted on these recordings; the decision uses it only if it raised the "
-        "score.",
+        "Rows of simulated soundscapes: how often a species is present, by its predicted "
+        "probability. Each row is calibrated without its group of recordists; the decision uses a "
+        "calibration only if it raised the score.",
         table,
     )
 
