@@ -75,7 +75,7 @@ def ones(scores):
 @settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
-    combination=st.sampled_from(["mean", "rms", "votes"]),
+    combination=st.sampled_from(["mean", "rms", "geometric", "votes"]),
     vote_share=st.sampled_from([1 / 3, 0.5, 2 / 3, 1.0]),
     recording_threshold=st.sampled_from([0.0, 0.3, 0.7]),
     neighbour_weight=st.sampled_from([0.0, 0.25, 0.5]),
@@ -278,11 +278,13 @@ def test_the_gate_is_adopted_where_a_bird_is_once_sure_and_then_faint():
     assert choice.cross_validated_f1.mean() > 0.95
 
 
-def test_votes_are_adopted_where_one_member_shouts():
+def test_votes_are_adopted_where_one_member_shouts_and_another_misses_birds():
     generator = np.random.default_rng(0)
     truth = random_truth(generator, 12 * 40, 6)
     scores = np.where(truth, 0.3, 0.05) * np.ones((3, 1, 1))
-    for row in range(len(truth)):  # in every row another member is sure of a bird that is not there
+    for row in range(len(truth)):
+        # One member misses the birds, and one is sure of a bird that is perhaps not there.
+        scores[generator.integers(3), row, truth[row]] = 0.0
         scores[generator.integers(3), row, generator.integers(6)] = 1.0
     scores = soundscapes(truth, scores.astype(np.float32))
     choice = search_decision(scores, ones(scores))
@@ -290,6 +292,18 @@ def test_votes_are_adopted_where_one_member_shouts():
     assert choice.cross_validated_f1.mean() > 0.95
     alone = replace(choice.decision, combination="mean")
     assert scores.row_f1(alone).mean() < 0.8
+
+
+def test_the_geometric_mean_is_adopted_where_each_member_is_sure_of_other_wrong_birds():
+    generator = np.random.default_rng(0)
+    truth = random_truth(generator, 12 * 40, 6)
+    scores = np.where(truth, 0.4, 0.02) * np.ones((2, 1, 1))
+    for row in range(len(truth)):
+        scores[generator.integers(2), row, generator.integers(6)] = 0.95
+    scores = soundscapes(truth, scores.astype(np.float32))
+    choice = search_decision(scores, ones(scores))
+    assert choice.decision.combination == "geometric"
+    assert choice.cross_validated_f1.mean() > 0.95
 
 
 def test_calibration_is_adopted_where_classes_speak_at_different_levels():
@@ -367,7 +381,9 @@ def test_every_step_is_told_with_its_gain():
     assert list(dict.fromkeys(steps["step"])) == [
         "begin", "combination", "neighbours", "gate", "max_birds"
     ]  # fmt: skip
-    assert list(steps["alternative"][1:4]) == ["rms", "votes of 67%", "votes of 100%"]
+    assert list(steps["alternative"][1:5]) == [
+        "rms", "geometric", "votes of 67%", "votes of 100%"
+    ]  # fmt: skip
     kept = steps[steps["adopted"]].iloc[1:]
     assert (kept["gain"] > kept["standard_error"]).all()
 

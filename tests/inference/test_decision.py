@@ -66,7 +66,7 @@ def test_a_row_without_birds_says_nocall():
 
 def test_an_ensemble_of_one_is_its_member():
     scores = np.random.default_rng(0).random((1, 6, 4), dtype=np.float32)
-    for combination in ("mean", "rms"):
+    for combination in ("mean", "rms", "geometric"):
         assert np.allclose(average_members(scores, combination), scores[0], rtol=1e-6)
 
 
@@ -76,7 +76,16 @@ def test_the_root_mean_square_is_that():
     assert average_members(scores)[0, 0] == pytest.approx(0.6)
 
 
-@pytest.mark.parametrize("combination", ["mean", "rms", "votes"])
+def test_the_geometric_mean_is_that_and_a_zero_leaves_it_finite():
+    scores = np.array([[[0.3, 0.0]], [[0.9, 0.9]]])
+    combined = average_members(scores, "geometric")[0]
+    assert combined[0] == pytest.approx(np.sqrt(0.3 * 0.9))
+    assert 0 < combined[1] < 1e-3
+    chosen = decide_segments(scores, scores, Decision(combination="geometric"))
+    assert chosen.tolist() == [[True, False]]
+
+
+@pytest.mark.parametrize("combination", ["mean", "rms", "geometric", "votes"])
 def test_the_order_of_members_does_not_change_a_row(combination):
     scores = np.random.default_rng(0).random((5, 60, 4), dtype=np.float32)
     decision = Decision(combination=combination, neighbour_weight=0.25, recording_threshold=0.6)
@@ -115,7 +124,7 @@ def test_a_third_of_three_members_is_one_whatever_floats_say():
     assert Decision(combination="votes", vote_share=0.0).n_votes(4) == 1
 
 
-@pytest.mark.parametrize("combination", ["mean", "rms", "votes"])
+@pytest.mark.parametrize("combination", ["mean", "rms", "geometric", "votes"])
 def test_a_member_with_nan_is_refused(combination):
     scores = np.zeros((2, 3, 4))
     scores[1, 0, 0] = np.nan

@@ -24,7 +24,7 @@ from birdcall.inference.predictions import Calibration
 # With a threshold of 1 no species is ever predicted: a search can also result in all-nocall.
 THRESHOLDS = tuple(round(0.05 * step, 2) for step in range(1, 20)) + (1.0,)
 _VOTE_SHARES = (0.5, 2 / 3, 1.0)
-_NEIGHBOUR_WEIGHTS = (0.25, 0.5)
+_NEIGHBOUR_WEIGHTS = (0.25, 0.5, 1.0)
 _GATES = (0.3, 0.5, 0.7, 0.9)
 _MAX_BIRDS = (2, 5)  # beside the 3 of the simplest rule
 _FILE_MAX_BIRDS = (3, 5, 10)
@@ -259,7 +259,7 @@ class _ForwardSelection:
         n_members = len(self.predictions.member_names)
         combinations: dict[str, dict[str, object]] = {}
         if n_members > 1:
-            combinations["rms"] = {"combination": "rms"}
+            combinations |= {name: {"combination": name} for name in ("rms", "geometric")}
         if n_members > 2:  # votes of two members are the higher or the lower of their scores
             by_votes = {
                 Decision(combination="votes", vote_share=s).n_votes(n_members): s

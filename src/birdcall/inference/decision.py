@@ -17,11 +17,12 @@ from typing import NamedTuple
 import numpy as np
 
 from birdcall.config import NOCALL, config_from_dict, require, require_choice, require_share
-from birdcall.inference.predictions import Calibration
+from birdcall.inference.predictions import MIN_PROBABILITY, Calibration
 from birdcall.inference.windows import SINGLE_SEGMENT, WindowConfig
 from birdcall.storage.files import write_atomically
 
-_COMBINATIONS = ("mean", "rms", "votes")
+_AVERAGES = ("mean", "rms", "geometric")
+_COMBINATIONS = (*_AVERAGES, "votes")
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ class Decision:
     A species is in a segment if clip and frames agree (1st place): its clipwise probability reaches
     ``clip_threshold``, its framewise one ``frame_threshold``, and, if there is a gate (7th place),
     its highest clipwise probability in the whole recording ``recording_threshold``. Probabilities
-    are the members' ``mean`` or root mean square (``rms``, 2nd place), or thresholds apply to each
-    member alone and ``vote_share`` of the members must agree (``votes``, 1st place). Before that, a
+    are the members' ``mean``, root mean square (``rms``, 2nd place) or ``geometric`` mean, or
+    thresholds apply to each member alone and ``vote_share`` of the members must agree (``votes``,
+    1st place). Before that, a
     segment is averaged with its neighbours, which weigh ``neighbour_weight`` each (3rd place).
 
     A row of site 3 is a whole recording: its species are those of any segment whose highest
@@ -125,7 +127,8 @@ class Decision:
                 share = names.get(self.vote_share, f"{self.vote_share:.0%} of the")
             parts = [f"{share} members have clip"]
         else:
-            parts = ["clip" if self.combination == "mean" else "root-mean-square clip"]
+            kind = {"mean": "", "rms": "root-mean-square ", "geometric": "geometric-mean "}
+            parts = [f"{kind[self.combination]}clip"]
         parts[0] += f" probability >= {self.clip_threshold:g}"
         n_above = sum(value > self.clip_threshold for value in self.floor)
         if n_above:
@@ -207,9 +210,10 @@ class VoterPredictions(NamedTuple):
 def average_members(probabilities: np.ndarray, combination: str = "mean") -> np.ndarray:
     """Average members' probabilities: ``(members, rows, classes)`` → ``(rows, classes)``.
 
-    ``rms`` is the root of the mean of their squares: the most certain member counts most.
+    ``rms`` is the root of the mean of their squares: the most certain member counts most. In the
+    ``geometric`` mean the least certain member counts most: a class needs all members.
     """
-    require_choice("combination", combination, ("mean", "rms"))
+    require_choice("combination", combination, _AVERAGES)
     require(
         probabilities.ndim == 3,
         f"probabilities have shape {probabilities.shape}; give (members, rows, classes)",
@@ -224,6 +228,8 @@ def average_members(probabilities: np.ndarray, combination: str = "mean") -> np.
     ordered = np.sort(probabilities, axis=0)
     if combination == "mean":
         return ordered.mean(axis=0)
+    if combination == "geometric":
+        return np.exp(np.log(np.maximum(ordered, MIN_PROBABILITY)).mean(axis=0))
     return np.sqrt(np.square(ordered).mean(axis=0))
 
 
