@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from birdcall.cli import evaluation, kaggle, training
+from birdcall.cli import data, evaluation, kaggle, training
 
 # A command imports what it needs when it runs, so that `--help` answers at once.
 
@@ -20,6 +20,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(data.commands)
 app.add_typer(training.commands)
 app.add_typer(evaluation.commands)
 app.add_typer(kaggle.commands)

@@ -27,6 +27,18 @@ def find_experiment(name: str) -> Experiment:
     return EXPERIMENTS[name]
 
 
+def student_of(experiment: Experiment, number: int) -> Experiment:
+    """Return the student of an experiment in a round; ``ValueError`` if it has none."""
+    name = f"{experiment.name}_student{number}"
+    names = [known for known in EXPERIMENTS if known.endswith("_student1")]
+    require(
+        name in EXPERIMENTS,
+        f"{experiment.name} has no student of round {number}: there are {_N_ROUNDS} rounds of "
+        + ", ".join(known.removesuffix("_student1") for known in names),
+    )
+    return EXPERIMENTS[name]
+
+
 # For the real data and a GPU. They differ in input, backbone, temporal layer and head, as the
 # members of an ensemble should.
 _WIDE = FrontendConfig(n_mels=128, fmin=20.0, fmax=16_000.0)
@@ -184,22 +196,27 @@ _SMALL_VARIANTS = (
 )
 
 
+_N_ROUNDS = 3  # of students
+
+
 def _field_variants(base: Experiment) -> tuple[Experiment, ...]:
     """Return ``base`` with sound of the field: other birds, or soundscapes that others labelled."""
-    return (
+    students = (
         replace_nested(
             base,
-            name=f"{base.name}_open",
-            description=f"{base.description}, with clips of other birds",
-            augment={"other_birds_probability": 0.1},
-        ),
-        replace_nested(
-            base,
-            name=f"{base.name}_student",
-            description=f"{base.description}, half of its clips from pseudo-labelled soundscapes",
+            name=f"{base.name}_student{number}",
+            description=f"{base.description}, half of its clips from soundscapes, round {number}",
             train={"student": {"share": 0.5}},
-        ),
+        )
+        for number in range(1, _N_ROUNDS + 1)
     )
+    is_open = replace_nested(
+        base,
+        name=f"{base.name}_open",
+        description=f"{base.description}, with clips of other birds",
+        augment={"other_birds_probability": 0.1},
+    )
+    return (is_open, *students)
 
 
 _FAMILIES = (*_family(_SMALL), *_family(_LITE0))

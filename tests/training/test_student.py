@@ -16,6 +16,7 @@ from birdcall.config import NO_AUGMENT, StudentConfig, replace_nested
 from birdcall.data.clips import ClipDataset, SoundscapeTargets
 from birdcall.data.dataset import TrainingData
 from birdcall.data.targets import IGNORE_TARGET, ClipRequest, SoundscapeLabels, network_of
+from birdcall.experiments import EXPERIMENTS
 from birdcall.inference.predictions import CollapseLimits, LabelStatistics, scale_probabilities
 from birdcall.models.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from birdcall.models.sed import build_model
@@ -23,6 +24,7 @@ from birdcall.training.distributed import DistributedContext
 from birdcall.training.pseudo_labels import label_soundscapes
 from birdcall.training.resume import conditions_of
 from birdcall.training.runs import plan_runs, train_many
+from birdcall.training.student import StudentOptions, train_rounds
 from birdcall.training.trainer import RunOptions
 
 CLASSES = ("amecro", "bkcchi", "norcar")
@@ -266,7 +268,7 @@ def teachers(training_data, tiny_experiment, teacher, tmp_path):
         torch.nn.init.zeros_(model.head.detection.weight)
         with torch.no_grad():
             model.head.detection.bias[:] = torch.tensor(bias)
-        folders.append(tmp_path / "runs" / experiment.name)
+        folders.append(tmp_path / "runs" / experiment.name / "fold0")
         checkpoint = Checkpoint(experiment, training_data.classes, 0, trained_on={"code": {}})
         save_checkpoint(folders[-1], model, checkpoint)
     return folders
@@ -297,6 +299,47 @@ def test_an_ensemble_labels_soundscapes_and_another_network_is_trained_on_them(
     drift = replace(ANY, min_kept_share=100.0)
     with pytest.raises(ValueError, match="in round 2 have collapsed"):
         label_soundscapes([runs[0].folder], training_data, soundscapes, tmp_path, limits=drift)
+
+
+@pytest.fixture
+def student_rounds(monkeypatch, tiny_experiment, teacher):
+    """Two rounds of students of the tiny experiment and of its teacher."""
+    for base in (tiny_experiment, teacher):
+        for number in (1, 2):
+            name = f"{base.name}_student{number}"
+            item = replace_nested(base, name=name, train={"student": {"share": 0.5}})
+            monkeypatch.setitem(EXPERIMENTS, name, replace(item, augment=NO_AUGMENT))
+        monkeypatch.setitem(EXPERIMENTS, base.name, base)
+    return tiny_experiment, teacher
+
+
+def test_rounds_of_students_learn_from_the_round_before_and_are_resumed(
+    training_data, soundscapes, teachers, student_rounds, tmp_path
+):
+    runs = tmp_path / "runs"
+    options = StudentOptions(soundscapes, 2, 0, training=replace(OPTIONS, resume=True), limits=ANY)
+    given = {"output": tmp_path, "runs": runs, "options": options}
+    rounds = list(train_rounds(student_rounds, training_data, **given))
+    assert [item.labels.round for item in rounds] == [1, 2]
+    names = [[run.experiment.name for run in item.runs] for item in rounds]
+    assert names == [[f"{base.name}_student{k}" for base in student_rounds] for k in (1, 2)]
+    first, second = rounds
+    hashes = {checkpoint.weights_sha256 for checkpoint in first.checkpoints}
+    assert {member["weights_sha256"] for member in second.labels.members} == hashes
+    assert [item.trained_on["round"] for item in second.checkpoints] == [2, 2]
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
+    again = list(train_rounds(student_rounds, training_data, **given))
+    assert [item.labels.digest for item in again] == [item.labels.digest for item in rounds]
+    assert written == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
+
+
+def test_an_experiment_without_a_student_is_refused_before_it_labels(
+    training_data, soundscapes, student_rounds, tmp_path
+):
+    options = StudentOptions(soundscapes, 3, 0)
+    given = {"output": tmp_path, "runs": tmp_path / "runs", "options": options}
+    with pytest.raises(ValueError, match="no student of round 3"):
+        list(train_rounds(student_rounds, training_data, **given))
 
 
 def test_soundscapes_with_labels_are_refused_by_their_audio(

@@ -1,4 +1,4 @@
-"""Commands from the data to trained runs: demo, audit, folds, train, pseudo-label, ablate."""
+"""Commands that train: experiments, train, pseudo-label, student, ablate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -30,6 +30,9 @@ from birdcall.cli.options import (
 from birdcall.config import FULL
 from birdcall.experiments import EXPERIMENTS
 
+if TYPE_CHECKING:
+    from birdcall.data.targets import SoundscapeLabels as TargetsOfSoundscapes
+
 commands = typer.Typer()
 
 _Experiments = Annotated[
@@ -37,100 +40,14 @@ _Experiments = Annotated[
 ]
 _Workers = Annotated[int, typer.Option(min=0, help="Processes that decode recordings.")]
 _Jobs = Annotated[int, typer.Option(min=1, help="Runs trained at once; they share the cores.")]
+_Labelled = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Folder of labelled soundscapes that must not be among them. May be repeated.",
+        show_default="the examples in the data folder",
+    ),
+]
 _WORKERS = max(1, min(8, (os.cpu_count() or 2) - 1))
-
-
-@commands.command("demo")
-def _demo(
-    context: typer.Context,
-    data: Data,
-    seed: Annotated[int, typer.Option(help="Another seed gives other songs and recordings.")] = 0,
-    workers: _Workers = _WORKERS + 1,
-) -> None:
-    """Write a small data set of synthetic birdsong with all files of the competition."""
-    from birdcall.demo.plan import DemoConfig
-    from birdcall.demo.writer import make_demo
-    from birdcall.storage.locks import locked
-
-    context.with_resource(locked(data))
-    make_demo(data, DemoConfig(seed=seed), workers=workers, progress=True)
-    typer.echo(f"{data}: written")
-
-
-@commands.command("audit")
-def _audit(
-    data: Data,
-    output: Output = None,
-    cache: Annotated[
-        bool, typer.Option("--cache", help="Store decoded audio: training reads it faster.")
-    ] = False,
-    workers: _Workers = _WORKERS + 1,
-) -> None:
-    """Decode every recording; list the unreadable, truncated, silent and duplicate ones."""
-    from birdcall.data.audit import audit_recordings, describe_audit
-    from birdcall.data.cache import RecordingCache
-    from birdcall.data.recordings import check_recordings_exist, read_recordings
-    from birdcall.storage.files import write_atomically
-
-    folders = Folders(data, output)
-    recordings = read_recordings(data)
-    check_recordings_exist(recordings, data)
-    table = audit_recordings(
-        data,
-        recordings,
-        folders.audit,
-        workers=workers,
-        cache=RecordingCache(data, folders.cache) if cache else None,
-        progress=True,
-    )
-    write_atomically(folders.data_note, os.fsencode(data.resolve()))
-    typer.echo(describe_audit(table))
-
-
-@commands.command("folds")
-def _folds(
-    data: Data,
-    output: Output = None,
-    folds: Folds = None,
-    n_folds: Annotated[int, typer.Option(min=2, help="Number of folds.")] = 5,
-    seed: Annotated[int, typer.Option(help="Decides between splits of equal quality.")] = 0,
-    min_recordings: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Species with fewer recordings, or one recordist, are in every training part and "
-            "held out in no fold.",
-            show_default="1: all are held out",
-        ),
-    ] = 1,
-) -> None:
-    """Split the recordings into folds by species, each recordist in one fold only."""
-    from birdcall.data.audit import read_audit
-    from birdcall.data.folds import (
-        check_folds,
-        class_shares,
-        describe_training_only,
-        fold_report,
-        make_folds,
-        write_folds,
-    )
-    from birdcall.data.recordings import audio_hashes, read_recordings, usable_recordings
-    from birdcall.report.plots import plot_folds, save_figure
-
-    folders = Folders(data, output, folds)
-    audit = read_audit(folders.audit)
-    recordings = usable_recordings(read_recordings(data), audit)
-    hashes = audio_hashes(recordings, audit)
-    table = make_folds(recordings, n_folds, seed, hashes, min_recordings=min_recordings)
-    check_folds(table, recordings, hashes)
-    write_folds(table, folders.folds)
-    figure = folders.output / "folds.png"
-    report, sizes = fold_report(table, recordings), table["ebird_code"].value_counts()
-    save_figure(plot_folds(class_shares(table), sizes, report), figure)
-    typer.echo(report.round(3).to_string())
-    if training_only := describe_training_only(table):
-        typer.echo(training_only)
-    typer.echo(f"{folders.folds}: {len(table)} recordings in {n_folds} folds; figure: {figure}")
 
 
 @commands.command("experiments")
@@ -248,20 +165,13 @@ def _pseudo_label(
             show_default="none",
         ),
     ] = None,
-    labelled: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Folder of labelled soundscapes that must not be among them. May be repeated.",
-            show_default="the examples in the data folder",
-        ),
-    ] = None,
+    labelled: _Labelled = None,
 ) -> None:
     """Predict when each species sings in the recordings, by runs that did not train on them.
 
     With --soundscapes: how probably each species sings in each segment of unlabelled soundscapes.
     """
     from birdcall.inference.ensemble import default_device
-    from birdcall.inference.predictions import LabelStatistics
     from birdcall.storage.locks import locked
     from birdcall.training.pseudo_labels import label_soundscapes, write_pseudo_labels
     from birdcall.training.runs import find_runs
@@ -274,11 +184,7 @@ def _pseudo_label(
     if soundscapes is not None:
         options = {"labelled": labelled or (), "device": default_device(), "progress": True}
         path, made = label_soundscapes(runs, training_data, soundscapes, folders.output, **options)
-        typer.echo(
-            f"round {made.round}: {len(made.soundscape)} segments of {len(made.soundscapes)} "
-            f"soundscapes, by {len(made.members)} members of {len(made.families)} networks; "
-            f"{LabelStatistics(**made.statistics)}"
-        )
+        _print_labels(made)
         typer.echo(
             "the members have trained on recordings of every fold that one of them does not hold "
             "out: a student's score has seen a trace of its held-out fold"
@@ -290,6 +196,72 @@ def _pseudo_label(
     )
     typer.echo(summary)
     typer.echo(f"{labels}: written; to train on it: birdcall train --labels {labels}")
+
+
+@commands.command("student")
+def _student(
+    data: Data,
+    soundscapes: Annotated[
+        Path, typer.Option(help="Folder of soundscapes without labels.", show_default=False)
+    ],
+    experiment: _Experiments,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of labelling and training.")] = 1,
+    fold: Annotated[
+        str, typer.Option(help="Number of the held-out fold, all, or full: hold out nothing.")
+    ] = "all",
+    labelled: _Labelled = None,
+    output: Output = None,
+    folds: Folds = None,
+    noise: Noise = None,
+    other_birds: OtherBirds = None,
+    init: Init = None,
+    workers: _Workers = _WORKERS,
+    jobs: _Jobs = 1,
+) -> None:
+    """Train experiments on soundscapes that their runs label, in rounds; a second call resumes.
+
+    Round 1 trains <experiment>_student1 on labels by the runs of the other experiments, round 2
+    <experiment>_student2 on labels by these students. Give at least two experiments.
+    """
+    from birdcall.experiments import find_experiment
+    from birdcall.inference.ensemble import default_device
+    from birdcall.training.runs import runs_table
+    from birdcall.training.student import StudentOptions, train_rounds
+    from birdcall.training.trainer import RunOptions
+
+    chosen = [find_experiment(name) for name in experiment]
+    folders = Folders(data, output, folds)
+    training_data = folders.load_training_data(noise, other_birds=other_birds)
+    options = StudentOptions(
+        soundscapes=soundscapes,
+        n_rounds=rounds,
+        fold=parse_fold(fold),
+        labelled=labelled or (),
+        training=RunOptions(
+            workers=workers,
+            jobs=jobs,
+            device=default_device(),
+            init=init,
+            resume=True,
+            progress=True,
+        ),
+    )
+    with _report_interruption():
+        for done in train_rounds(
+            chosen, training_data, output=folders.output, runs=folders.runs, options=options
+        ):
+            _print_labels(done.labels)
+            typer.echo(runs_table(done.runs).to_string(index=False))
+
+
+def _print_labels(labels: TargetsOfSoundscapes) -> None:
+    from birdcall.inference.predictions import LabelStatistics
+
+    typer.echo(
+        f"round {labels.round}: {len(labels.soundscape)} segments of {len(labels.soundscapes)} "
+        f"soundscapes, by {len(labels.members)} members of {len(labels.families)} networks; "
+        f"{LabelStatistics(**labels.statistics)}"
+    )
 
 
 @commands.command("ablate")

@@ -269,7 +269,9 @@ def _intervals_of_missed(
 # --- soundscapes that nobody has labelled ---
 
 
-_LABELS_FILE = "soundscape_labels_{}.safetensors"  # of a round
+def labels_file(folder: Path, number: int) -> Path:
+    """Return the path of the labels of a round."""
+    return folder / f"soundscape_labels_{number}.safetensors"
 
 
 def label_soundscapes(
@@ -327,7 +329,7 @@ def label_soundscapes(
         probabilities=probabilities,
         soundscape=np.repeat(np.arange(len(parts)), [part.shape[1] for part in parts]),
     )
-    earlier, previous = output / _LABELS_FILE.format(number - 1), None
+    earlier, previous = labels_file(output, number - 1), None
     if earlier.is_file():
         previous = LabelStatistics(**read_arrays(earlier)[1]["statistics"])
     statistics.require_no_collapse(f"all members in round {number}", limits, previous)
@@ -335,6 +337,6 @@ def label_soundscapes(
         names = shorten_list([item["name"] for item in members if item["network"] == family])
         of_members = LabelStatistics.of(of_family, data.classes)
         of_members.require_no_collapse(f"{names} in round {number}", limits)
-    path = output / _LABELS_FILE.format(number)
+    path = labels_file(output, number)
     labels.write(path)
     return path, labels
