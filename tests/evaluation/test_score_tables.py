@@ -126,6 +126,28 @@ def test_rankings_are_those_of_scikit_learn_over_classes_that_occur(scores):
     assert found["lwlrap"] == pytest.approx(expected)
 
 
+def test_the_ranking_of_a_decision_is_that_of_smoothed_and_combined_probabilities(scores):
+    decision = Decision(combination="geometric", neighbour_weight=1.0)
+    decisions = dict.fromkeys(scores.groups, decision)
+    found = values_of(ranked_rows(LABELLED_X, scores, ALL_FIVE, decisions=decisions))
+    strengths = []
+    for probability in (scores.clipwise, scores.framewise):
+        combined = np.exp(np.log(probability.astype(float)).mean(axis=0))
+        smooth = []
+        for part in np.split(combined, scores.starts[1:]):
+            padded = np.pad(part, ((1, 1), (0, 0)), constant_values=np.nan)
+            smooth.append(np.nanmean([padded[:-2], padded[1:-1], padded[2:]], axis=0))
+        strengths.append(np.concatenate(smooth))
+    strength = (strengths[0] * strengths[1])[scores.labelled]
+    truth = scores.labelled_truth[:, :5]
+    occurs = np.flatnonzero(truth.any(axis=0))
+    expected = np.mean([average_precision_score(truth[:, k], strength[:, k]) for k in occurs])
+    assert found["decision_macro_ap"] == pytest.approx(expected)
+    expected = np.mean([roc_auc_score(truth[:, k], strength[:, k]) for k in occurs])
+    assert found["decision_macro_auc"] == pytest.approx(expected)
+    assert found["decision_macro_ap"] != pytest.approx(found["macro_ap"], abs=1e-3)
+
+
 def test_the_calibration_error_of_rows_is_told_before_and_after(scores):
     exact = scores.truth[None, :, :5].astype(np.float32)
     calibrated = scores.with_probabilities(exact, exact, ["exact"])

@@ -18,6 +18,7 @@ from birdcall.audio.reading import AudioError
 from birdcall.evaluation.metrics import row_f1_scores
 from birdcall.inference.decision import (
     Decision,
+    combine_members,
     decide_recordings,
     decide_segments,
 )
@@ -140,6 +141,19 @@ class LabelledPredictions:
         """Return the decided species of each labelled row, ``(labelled rows, species)``."""
         decided = decide_segments(self.clipwise, self.framewise, decision, self.starts)
         return self._pad(decided[self.labelled])
+
+    def strength(self, decisions: Mapping[str, Decision]) -> np.ndarray:
+        """Return how strongly each labelled row has each class, ``(labelled rows, classes)``.
+
+        That is `VoterPredictions.strength` under the decision of the row's group.
+        """
+        strength = np.empty(self.clipwise.shape[1:], self.clipwise.dtype)
+        for group, decision in decisions.items():
+            is_group = self.segments["group"].astype(str).to_numpy() == str(group)
+            part = self.select(is_group)
+            voters = combine_members(part.clipwise, part.framewise, decision, part.starts)
+            strength[is_group] = voters.strength
+        return strength[self.labelled]
 
     def row_f1(self, decision: Decision) -> np.ndarray:
         """Return the F1 of each labelled row under a decision."""

@@ -377,13 +377,22 @@ def _score(
         rows += _simulated_rows(subject, simulated, predicted, ensemble.weights)
         n_left_out = _count_unlearnable(targets, learnable, known)
         subject = subject._replace(audio=SIMULATED)
-        calibrated = ensemble.search.calibrated
-        rows += ranked_rows(subject, simulated, could_learn, n_left_out, calibrated=calibrated)
+        rows += ranked_rows(
+            subject,
+            simulated,
+            could_learn,
+            n_left_out,
+            calibrated=ensemble.search.calibrated,
+            decisions=ensemble.search.by_group,
+        )
     labelled = held_out.labelled_for(ensemble.experiments)
     if labelled is not None:
         subject = subject._replace(audio=LABELLED)
         rows += decided_rows(subject, labelled, ensemble.on_labelled.predicted)
-        rows += ranked_rows(subject, labelled, could_learn)
+        # Not those of `on_labelled`: recordings are ranked together, under one decision.
+        chosen = ensemble.decision if ensemble.search is None else ensemble.search.decision
+        decisions = dict.fromkeys(labelled.groups, chosen)
+        rows += ranked_rows(subject, labelled, could_learn, decisions=decisions)
     return rows
 
 

@@ -81,12 +81,14 @@ def ranked_rows(
     n_left_out: int = 0,
     *,
     calibrated: LabelledPredictions | None = None,
+    decisions: Mapping[str, Decision] | None = None,
 ) -> list[dict[str, object]]:
     """Score the ranking by the members' mean probabilities, before any decision.
 
     Over the classes that a member could learn, ``learnable (classes,)``. n_left_out: of classes
     that were kept out of the soundscapes, beside species that occur there and are not learnable.
-    calibrated: the same rows with calibrated probabilities, for their calibration error.
+    calibrated: the same rows with calibrated probabilities, for their calibration error. decisions:
+    of each group, for the ranking by what they compare with thresholds (``decision_macro_ap``).
     """
     occurs, n_classes = predictions.labelled_truth.any(axis=0), len(predictions.classes)
     truth = predictions.labelled_truth[:, :n_classes] & learnable
@@ -96,6 +98,10 @@ def ranked_rows(
         "macro_auc": roc_auc(truth, probability),
         "lwlrap": lwlrap(truth, probability),
     }
+    if decisions is not None:
+        strength = predictions.strength(decisions)
+        values["decision_macro_ap"] = average_precision(truth, strength)
+        values["decision_macro_auc"] = roc_auc(truth, strength)
     is_scored = truth.any(axis=0)
     if is_scored.any():
         for metric, item in (("ece", predictions), ("ece_calibrated", calibrated)):
