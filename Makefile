@@ -10,7 +10,14 @@ EXPERIMENTS ?= small_gru small_attention_normed
 N_FOLDS ?= 2
 TRAIN ?= --overwrite --jobs 2 --workers 0
 
-.PHONY: help install demo pipeline test test-slow lint format benchmark clean
+# Real recordings on two cores: two networks, which teach each other.
+REAL_EXPERIMENTS ?= lite0_gru lite0_attention
+REAL_FOLD ?= 4
+ROUNDS ?= 2
+UNLABELLED ?= $(wildcard $(DATA)/unlabelled_soundscapes)
+TRAIN_REAL = --fold $(REAL_FOLD) --jobs 2 --workers 0 $(REAL_EXPERIMENTS:%=--experiment %)
+
+.PHONY: help install demo pipeline real test test-slow lint format benchmark clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +41,16 @@ pipeline: $(INSTALLED)  ## The same on a data folder in the layout of the compet
 	$(BIN)/birdcall package --data $(DATA) --dry-run
 	@if [ -f $(DATA)/solution.csv ]; then \
 	    $(BIN)/birdcall score $(OUTPUT)/submission.csv --data $(DATA); fi
+	@echo "report: $(OUTPUT)/report.html"
+
+real: $(INSTALLED)  ## Real recordings and unlabelled soundscapes, resumed where it stopped: DATA=...
+	$(BIN)/birdcall audit --data $(DATA) --cache
+	$(BIN)/birdcall folds --data $(DATA) --min-recordings 2
+	$(BIN)/birdcall train --data $(DATA) $(TRAIN_REAL) --resume
+	$(if $(UNLABELLED),$(BIN)/birdcall student --data $(DATA) $(TRAIN_REAL) \
+	    --soundscapes $(UNLABELLED) --rounds $(ROUNDS))
+	$(BIN)/birdcall evaluate --data $(DATA) --context-seconds 2.5 $(UNLABELLED:%=--unlabelled %)
+	$(BIN)/birdcall package --data $(DATA) --dry-run
 	@echo "report: $(OUTPUT)/report.html"
 
 test: $(INSTALLED)  ## Run the tests that take seconds.

@@ -154,6 +154,10 @@ class AugmentConfig:
     short_noise_snr_db: tuple[float, float] = (0.0, 20.0)
     short_noise_seconds: tuple[float, float] = (0.1, 0.6)
     short_noise_count: tuple[int, int] = (1, 4)
+    # Each recorder, and each place, has another frequency response: a random equaliser of the whole
+    # clip with its noise. The gains of its nodes have this standard deviation.
+    equalizer_probability: float = 0.0
+    equalizer_db: float = 3.0
     # Some clips are noise with an empty target (7th place), to learn nocall from.
     noise_only_probability: float = 0.15
     # So are some clips of birds that are no class, changed as recordings are: fields have others.
@@ -195,6 +199,7 @@ class AugmentConfig:
             is_share, f"noise_only and other_birds make {without_class} of the clips; at most 1"
         )
         require(self.n_masks >= 0, f"n_masks is {self.n_masks}; it must not be negative")
+        require(self.equalizer_db >= 0, f"equalizer_db is {self.equalizer_db}; give 0 or more")
 
     def without(self, *names: str) -> AugmentConfig:
         """Return a copy without the named augmentations, such as ``noise``."""

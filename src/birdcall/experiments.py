@@ -173,7 +173,7 @@ _LITE0 = Experiment(
     description="EfficientNet-Lite0 from ImageNet, for two CPU cores",
     frontend=FrontendConfig(hop_length=512, fmin=200.0),
     model=ModelConfig(backbone="tf_efficientnet_lite0"),
-    augment=AugmentConfig().without("mp3"),
+    augment=replace(AugmentConfig().without("mp3"), equalizer_probability=0.7),
     train=TrainConfig(
         epochs=60, data=SamplingConfig(clip_seconds=5.0, batch_size=16), validate_every=10
     ),
@@ -219,13 +219,13 @@ def _field_variants(base: Experiment) -> tuple[Experiment, ...]:
     return (is_open, *students)
 
 
-_FAMILIES = (*_family(_SMALL), *_family(_LITE0))
+_SMALL_FAMILY, _LITE0_FAMILY = _family(_SMALL), _family(_LITE0)
 _FIELD = [
     variant
-    for base in _FAMILIES
-    if base.name.endswith(("_plain", "_gru"))
+    for base in _LITE0_FAMILY
+    if base.model.temporal in ("none", "gru", "attention") and base.augment.noise_probability
     for variant in _field_variants(base)
 ]
-_ALL = (*_REAL, *_FAMILIES, *_SMALL_VARIANTS, *_FIELD)
+_ALL = (*_REAL, *_SMALL_FAMILY, *_SMALL_VARIANTS, *_LITE0_FAMILY, *_FIELD)
 EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _ALL}
 require(len(EXPERIMENTS) == len(_ALL), "two experiments have the same name")

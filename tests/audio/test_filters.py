@@ -1,5 +1,6 @@
 """Filters have the magnitude of their curve, no delay, no seam; noise has its spectrum."""
 
+import librosa
 import numpy as np
 import pytest
 import scipy.signal
@@ -9,7 +10,9 @@ from birdcall.audio.filters import (
     NOISE_KINDS,
     NOISE_RMS,
     butterworth_curve,
+    equalizer_curve,
     fade_curve,
+    fade_ends,
     filter_waveform,
     make_noise,
     slope_curve,
@@ -47,6 +50,24 @@ def test_low_and_high_pass_have_the_magnitude_of_butterworth_filters(
 def test_the_fade_is_a_line_in_decibels():
     decibels = 20 * np.log10(magnitude(fade_curve(24.0, RATE)))
     np.testing.assert_allclose(decibels, -24 * HZ / 16_000, atol=0.05)
+
+
+def test_fades_rise_and_fall_along_a_cosine():
+    faded = fade_ends(np.ones(100, np.float32), 10)
+    expected = np.sin(np.pi / 2 * (np.arange(10) + 0.5) / 10) ** 2
+    np.testing.assert_allclose(faded[:10], expected, atol=1e-6)
+    np.testing.assert_allclose(faded[-10:], expected[::-1], atol=1e-6)
+    assert (faded[10:-10] == 1).all()
+    assert fade_ends(np.ones(1, np.float32), 10).tolist() == [1.0]
+
+
+def test_an_equalizer_has_its_gains_at_nodes_of_the_mel_scale_and_lines_between():
+    gains_db = np.array([0.0, 6.0, -3.0, 2.0])
+    decibels = 20 * np.log10(magnitude(equalizer_curve(gains_db, RATE)))
+    mel = librosa.hz_to_mel(HZ, htk=True)
+    nodes = np.linspace(0, librosa.hz_to_mel(16_000, htk=True), 4)
+    expected = np.interp(mel, nodes, gains_db)
+    np.testing.assert_allclose(decibels[50:], expected[50:], atol=0.35)
 
 
 @pytest.mark.parametrize("slope_db", [-6.0, -3.0, 2.0])

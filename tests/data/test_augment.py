@@ -13,13 +13,12 @@ from birdcall.data.augment import (
     ClipAugment,
     color_noise,
     encode_mp3,
-    fade_ends,
 )
 from birdcall.data.noise import NoiseFiles
 
 RATE = 32_000
 IN_BATCH = {"shift", "mixup", "mixup_third", "gain"}  # tests/test_batch_augment.py
-IN_DATASET = {"noise_only"}  # tests/test_dataset.py
+IN_DATASET = {"noise_only", "other_birds"}  # tests/test_dataset.py
 AT_READING = {"downmix"}
 NAMES = [
     item.name.removesuffix("_probability")
@@ -234,13 +233,20 @@ def test_a_burst_longer_than_the_clip_is_cut_to_it(noise_file):
     assert np.isfinite(augment_clip(config, tone(0.5), [noise_file])).all()
 
 
-def test_fades_rise_and_fall_along_a_cosine():
-    faded = fade_ends(np.ones(100, np.float32), 10)
-    expected = np.sin(np.pi / 2 * (np.arange(10) + 0.5) / 10) ** 2
-    np.testing.assert_allclose(faded[:10], expected, atol=1e-6)
-    np.testing.assert_allclose(faded[-10:], expected[::-1], atol=1e-6)
-    assert (faded[10:-10] == 1).all()
-    assert fade_ends(np.ones(1, np.float32), 10).tolist() == [1.0]
+def test_an_equalizer_changes_the_whole_clip_by_a_smooth_curve_of_the_stated_deviation():
+    noise = color_noise(5 * RATE, RATE, 0.0, np.random.default_rng(0))
+    config = only("equalizer", equalizer_db=3.0)
+    bands = []
+    for seed in range(60):
+        changed = augment_clip(config, noise, seed=seed)
+        _, before = scipy.signal.welch(noise, RATE, nperseg=2048)
+        hz, after = scipy.signal.welch(changed, RATE, nperseg=2048)
+        gain_db = 10 * np.log10(after / before)
+        # The second node of six: a fifth of the mel scale up to half the sample rate.
+        node_hz = 700 * (10 ** (np.log10(1 + 16_000 / 700) / 5) - 1)
+        bands.append(gain_db[np.abs(hz - node_hz).argmin()])
+    assert np.std(bands) == pytest.approx(3.0, rel=0.25)
+    assert np.mean(bands) == pytest.approx(0, abs=1.2)
 
 
 # --- spectrum ------------------------------------------------------------------------------------

@@ -36,6 +36,16 @@ def crop_or_pad(waveform: np.ndarray, n_samples: int, offset: int = 0) -> np.nda
     return np.pad(crop, [(0, 0)] * (crop.ndim - 1) + [(0, missing)])
 
 
+def fade_ends(waveform: np.ndarray, n_fade: int) -> np.ndarray:
+    """Fade the first ``n_fade`` samples in and the last ones out, along a cosine; at most half."""
+    n_fade = min(n_fade, len(waveform) // 2)
+    envelope = np.ones(len(waveform), np.float32)
+    rise = np.sin(np.pi / 2 * (np.arange(n_fade, dtype=np.float32) + 0.5) / max(1, n_fade)) ** 2
+    envelope[:n_fade] = rise
+    envelope[len(waveform) - n_fade :] = rise[::-1]
+    return waveform * envelope
+
+
 def butterworth_curve(kind: Literal["low", "high"], cutoff_hz: float, order: int) -> Curve:
     """Return the magnitude of a Butterworth low-pass or high-pass, 6 dB per octave and order."""
     if kind == "low":
@@ -46,6 +56,19 @@ def butterworth_curve(kind: Literal["low", "high"], cutoff_hz: float, order: int
 def fade_curve(fade_db: float, sample_rate: int) -> Curve:
     """Return a line in decibels from 0 at 0 Hz to ``-fade_db`` at half the sample rate."""
     return lambda hz: 10 ** (-fade_db / 20 * hz / (sample_rate / 2))
+
+
+def equalizer_curve(gains_db: np.ndarray, sample_rate: int) -> Curve:
+    """Return gains in decibels at nodes that are evenly spaced over the mel scale, from 0 Hz on.
+
+    Between the nodes the gain in decibels is linear (FilterAugment, Nam et al. 2022).
+    """
+    nodes = np.linspace(0, _mel(np.asarray(sample_rate / 2)), len(gains_db))
+    return lambda hz: 10 ** (np.interp(_mel(hz), nodes, gains_db) / 20)
+
+
+def _mel(hz: np.ndarray) -> np.ndarray:
+    return 2595 * np.log10(1 + hz / 700)
 
 
 def slope_curve(db_per_octave: float, flat_below_hz: float) -> Curve:

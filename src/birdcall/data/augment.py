@@ -12,7 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from birdcall.audio.filters import butterworth_curve, fade_curve, filter_waveform, slope_curve
+from birdcall.audio.filters import (
+    butterworth_curve,
+    equalizer_curve,
+    fade_curve,
+    fade_ends,
+    filter_waveform,
+    slope_curve,
+)
 from birdcall.audio.frontend import SpecAugment
 from birdcall.config import AugmentConfig
 from birdcall.data.cache import ReadFailure
@@ -27,6 +34,7 @@ _POOL_SEED = 0
 _FILTER_ORDERS = (2, 4)  # 12 to 24 dB per octave
 _COLOR_FLAT_BELOW_HZ = 50.0  # or steep noise would have its power where no front end has a band
 _SLOPE_STEP_DB = 0.5
+_EQUALIZER_NODES = 6
 _BURST_FADE_SECONDS = 0.02
 _MP3_MIN_SECONDS = 0.1  # of the encoder
 _FREED_BYTES = 31 << 20  # glibc's threshold adapts up to 32 MiB
@@ -86,6 +94,9 @@ class ClipAugment:
             waveform = mix_at_snr(waveform, noise, snr_db)
         if generator.random() < config.short_noise_probability:
             waveform = self._add_bursts(waveform, generator, failures)
+        if config.equalizer_probability and generator.random() < config.equalizer_probability:
+            gains_db = generator.normal(0, config.equalizer_db, _EQUALIZER_NODES)
+            waveform = filter_waveform(waveform, rate, [equalizer_curve(gains_db, rate)])
         if generator.random() < config.mp3_probability:
             waveform = encode_mp3(waveform, rate, config.mp3_kbps, generator)
         return waveform
@@ -162,16 +173,6 @@ def _color_pool(slope_steps: int, sample_rate: int) -> np.ndarray:
     white = np.random.default_rng(_POOL_SEED).standard_normal(_POOL_SAMPLES, dtype=np.float32)
     curve = slope_curve(slope_steps * _SLOPE_STEP_DB, _COLOR_FLAT_BELOW_HZ)
     return filter_waveform(white, sample_rate, [curve], edges="wrap")
-
-
-def fade_ends(waveform: np.ndarray, n_fade: int) -> np.ndarray:
-    """Fade the first ``n_fade`` samples in and the last ones out, along a cosine; at most half."""
-    n_fade = min(n_fade, len(waveform) // 2)
-    envelope = np.ones(len(waveform), np.float32)
-    rise = np.sin(np.pi / 2 * (np.arange(n_fade, dtype=np.float32) + 0.5) / max(1, n_fade)) ** 2
-    envelope[:n_fade] = rise
-    envelope[len(waveform) - n_fade :] = rise[::-1]
-    return waveform * envelope
 
 
 def _draw_filter(

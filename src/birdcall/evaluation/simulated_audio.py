@@ -15,10 +15,10 @@ from scipy.signal.windows import hann
 from birdcall.audio.filters import (
     butterworth_curve,
     fade_curve,
+    fade_ends,
     filter_waveform,
     make_noise,
 )
-from birdcall.data.augment import fade_ends
 from birdcall.data.cache import CropRequest, ReadCrops, ReadFailure
 from birdcall.data.dataset import TrainingData
 from birdcall.data.noise import NoiseFiles
