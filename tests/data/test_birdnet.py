@@ -5,6 +5,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
+import pandas as pd
 import pytest
 import soundfile
 from helpers import BIRDNET_LABELS, fake_birdnet
@@ -20,11 +21,13 @@ from birdcall.data.birdnet import (
     open_birdnet,
     predict_windows,
     read_embedding,
+    scientific_names,
 )
-from birdcall.taxonomy import all_species
+from birdcall.taxonomy import all_species, species_of
 
 RATE = 48_000
 CLASSES = ("amecro", "doccor", "norcar", "ruckin")
+NAMES = tuple(species_of(code).scientific_name for code in CLASSES)
 
 
 @pytest.fixture
@@ -49,17 +52,23 @@ def test_classes_are_matched_by_scientific_name_also_where_the_genus_has_changed
         "Corvus brachyrhynchos_American Crow",
         "Nannopterum auritum_Double-crested Cormorant",
         "Corthylio calendula_Ruby-crowned Kinglet",
+        "Setophaga townsendi_Townsend's Warbler",
     ]
-    assert find_columns(labels, CLASSES).tolist() == [1, 2, 0, 3]
+    label = "Setophaga townsendi_Townsend's Warbler"
+    recordings = pd.DataFrame(
+        {"ebird_code": ["towwar", "norcar", "xyz1"], "label": [label] + 2 * ["xyz1"]}
+    )
+    names = scientific_names((*CLASSES, "towwar", "xyz1"), recordings)
+    assert names[-2:] == ("Setophaga townsendi", "xyz1")
+    assert find_columns(labels, names).tolist() == [1, 2, 0, 3, 4, -1]
 
 
 def test_classes_that_the_model_does_not_know_are_named(caplog):
-    assert find_columns(["Corvus brachyrhynchos_Crow"], ("amecro", "norcar", "xyz1")).tolist() == [
-        *(0, -1, -1)
-    ]
-    assert "2 of 3 classes" in caplog.text and "norcar, xyz1" in caplog.text
-    with pytest.raises(ValueError, match="none of the 2 classes, such as norcar, xyz1"):
-        find_columns(["Corvus brachyrhynchos_Crow"], ("norcar", "xyz1"))
+    names = ("Corvus brachyrhynchos", "Nemo nemo", "xyz1")
+    assert find_columns(["Corvus brachyrhynchos_Crow"], names).tolist() == [0, -1, -1]
+    assert "2 of 3 classes" in caplog.text and "Nemo nemo, xyz1" in caplog.text
+    with pytest.raises(ValueError, match="none of the 2 classes, such as Nemo nemo, xyz1"):
+        find_columns(["Corvus brachyrhynchos_Crow"], names[1:])
 
 
 # --- windows and segments -----------------------------------------------------------------------
@@ -79,7 +88,7 @@ def test_a_segment_has_the_highest_of_the_windows_that_overlap_by_a_second():
 
 def test_a_recording_is_predicted_in_windows_of_three_seconds_that_start_every_second(steps):
     path = steps([0.1, 0.5, 0.2, 0.0, 0.8], last_seconds=0.5)
-    predictions = predict_windows(fake_birdnet(), path, find_columns(BIRDNET_LABELS, CLASSES))
+    predictions = predict_windows(fake_birdnet(), path, find_columns(BIRDNET_LABELS, NAMES))
     assert predictions.seconds == 4.5
     # The fake model's logit is ten times the highest sample, less five; its embedding begins with
     # the means of the window's seconds.
@@ -92,7 +101,7 @@ def test_a_recording_is_predicted_in_windows_of_three_seconds_that_start_every_s
 
 def test_a_short_recording_is_one_window_that_ends_in_silence(steps):
     path = steps([0.4], last_seconds=0.25)
-    predictions = predict_windows(fake_birdnet(), path, find_columns(BIRDNET_LABELS, CLASSES))
+    predictions = predict_windows(fake_birdnet(), path, find_columns(BIRDNET_LABELS, NAMES))
     assert predictions.embeddings[:, :3] == pytest.approx(np.array([[0.1, 0, 0]]), abs=1e-3)
     assert len(predictions.of_segments()) == 1
 
@@ -101,7 +110,7 @@ def test_a_short_recording_is_one_window_that_ends_in_silence(steps):
 
 
 def test_what_is_predicted_is_stored_until_the_recording_or_the_model_changes(steps, tmp_path):
-    model, store = fake_birdnet(), WindowStore(tmp_path / "store", CLASSES, "fake")
+    model, store = fake_birdnet(), WindowStore(tmp_path / "store", NAMES, "fake")
     files = {"a/1.wav": steps([0.1] * 4, "1.wav"), "2.wav": steps([0.3] * 4, "2.wav")}
     first = dict(store.predict(model, files))
     n_runs = len(model.run.n_windows)
@@ -115,14 +124,14 @@ def test_what_is_predicted_is_stored_until_the_recording_or_the_model_changes(st
     steps([0.2] * 5, "1.wav")
     dict(store.predict(model, files))
     assert model.run.n_windows[n_runs:] == [3, 2]
-    other = WindowStore(tmp_path / "store", CLASSES, "another model")
+    other = WindowStore(tmp_path / "store", NAMES, "another model")
     assert not other.path("2.wav", files["2.wav"]).is_file()
 
 
 def test_a_recording_that_cannot_be_read_costs_itself_only(steps, tmp_path):
     broken = tmp_path / "broken.wav"
     broken.write_bytes(b"<html>" * 100)
-    store = WindowStore(None, CLASSES)
+    store = WindowStore(None, NAMES)
     files = {"broken.wav": broken, "1.wav": steps([0.1] * 3)}
     results = dict(store.predict(fake_birdnet(), files))
     assert isinstance(results["broken.wav"], AudioError)
@@ -142,7 +151,7 @@ def test_a_recording_that_cannot_be_read_costs_itself_only(steps, tmp_path):
 def test_a_clip_has_the_mean_embedding_of_the_windows_in_it(
     steps, tmp_path, start, seconds, windows
 ):
-    store = WindowStore(tmp_path / "store", CLASSES)
+    store = WindowStore(tmp_path / "store", NAMES)
     path = steps(np.arange(10) / 10, last_seconds=0.5)
     (result,) = dict(store.predict(fake_birdnet(), {"1.wav": path})).values()
     assert len(result.embeddings) == 8
@@ -169,8 +178,8 @@ def test_birdnet_itself_knows_all_species_of_the_competition(steps, caplog):
     model = open_birdnet()
     assert "CC BY-NC-SA 4.0" in caplog.text
     assert (len(model.labels), model.sha256) == (6522, MODEL_SHA256)
-    codes = [species.ebird_code for species in all_species()]
-    columns = find_columns(model.labels, codes)
+    names = [species.scientific_name for species in all_species()]
+    columns = find_columns(model.labels, names)
     assert min(columns) >= 0 and len(set(columns)) == 264
     predictions = predict_windows(model, steps([0.0] * 4), columns)
     assert predictions.probabilities.shape == (2, 264)

@@ -76,6 +76,23 @@ Unlabelled = Annotated[
         show_default="none",
     ),
 ]
+Labelled = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Folder of labelled soundscapes: recordings with Raven selection tables, or the "
+        "example files of the competition. May be repeated.",
+        show_default="the examples in the data folder",
+    ),
+]
+BirdNET = Annotated[
+    bool,
+    typer.Option(
+        "--birdnet",
+        help="Predict with BirdNET 2.4 as well (pip install birdcall[birdnet]), whose weights are "
+        "under CC BY-NC-SA 4.0: labels and weights that come from it are derived, non-commercial "
+        "and share alike.",
+    ),
+]
 WindowSegments = Annotated[
     int, typer.Option(min=1, help="Number of 5-second segments in one input of the network.")
 ]

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from safetensors import safe_open
 from tqdm import tqdm
 
@@ -123,26 +124,37 @@ def open_birdnet() -> BirdNET:
     return BirdNET(tuple(labels), run)
 
 
-def find_columns(labels: Sequence[str], classes: Sequence[str]) -> np.ndarray:
-    """Return which of ``labels`` each class is, ``(classes,)``, by scientific name; -1: none.
+def scientific_names(classes: Sequence[str], recordings: pd.DataFrame) -> tuple[str, ...]:
+    """Return the name of each class: the competition's, else that of its recordings' labels.
 
-    The log names classes that the model does not know. ``ValueError`` where it knows none.
+    recordings: see `read_recordings`. A class without either is named by its code.
+    """
+    labels = recordings.drop_duplicates("ebird_code").set_index("ebird_code")["label"]
+    names = []
+    for code in classes:
+        species = species_of(code)
+        label = labels.get(code, code)
+        names.append(species.scientific_name if species else label.partition("_")[0])
+    return tuple(names)
+
+
+def find_columns(labels: Sequence[str], names: Sequence[str]) -> np.ndarray:
+    """Return which of ``labels`` each scientific name is, ``(names,)``; -1: none.
+
+    The log tells of names that the model does not know. ``ValueError`` where it knows none.
     """
     column_of = {label.partition("_")[0]: column for column, label in enumerate(labels)}
     column_of |= {old: column_of[new] for new, old in _RENAMED.items() if new in column_of}
-    species = [species_of(code) for code in classes]
-    columns = np.array(
-        [column_of.get(item.scientific_name, -1) if item else -1 for item in species]
-    )
-    unknown = [code for code, column in zip(classes, columns, strict=True) if column < 0]
+    columns = np.array([column_of.get(name, -1) for name in names])
+    unknown = [name for name in names if name not in column_of]
     require(
-        len(unknown) < len(classes),
-        f"{NAME} knows none of the {len(classes)} classes, such as {shorten_list(unknown)}; it "
-        "knows species of the competition by their scientific names",
+        len(unknown) < len(names),
+        f"{NAME} knows none of the {len(names)} classes, such as {shorten_list(unknown)}; it knows "
+        "species by their scientific names",
     )
     if unknown:
-        message = "%s does not know %d of %d classes; it never names them: %s"
-        logger.warning(message, NAME, len(unknown), len(classes), shorten_list(unknown))
+        message = "%s does not know %d of %d classes, and never names them: %s"
+        logger.warning(message, NAME, len(unknown), len(names), shorten_list(unknown))
     return columns
 
 
@@ -226,11 +238,11 @@ class WindowStore:
     """Keeps the `WindowPredictions` of recordings, a file each; an interrupted call resumes.
 
     A file is of the model, the classes, the recording's size and time, and the code that computes
-    it. folder: None keeps nothing.
+    it. folder: None keeps nothing. names: of the classes, see `scientific_names`.
     """
 
     folder: Path | None
-    classes: tuple[str, ...]
+    names: tuple[str, ...]
     sha256: str = MODEL_SHA256  # of the model
 
     def path(self, name: str, recording: Path) -> Path:
@@ -244,7 +256,7 @@ class WindowStore:
 
         What is stored is not predicted again.
         """
-        columns = find_columns(birdnet.labels, self.classes)
+        columns = find_columns(birdnet.labels, self.names)
         bar = tqdm(recordings.items(), NAME, disable=not progress, unit="recording")
         for name, recording in bar:
             try:
@@ -274,8 +286,8 @@ class WindowStore:
         return Store(self.folder, ".safetensors", ("data.birdnet",))
 
     def _made_from(self, recording: Path) -> dict[str, object]:
-        classes = digest("\n".join(self.classes))
-        return {"model": self.sha256, "classes": classes, **file_state(recording)}
+        names = digest("\n".join(self.names))
+        return {"model": self.sha256, "names": names, **file_state(recording)}
 
 
 def _read_windows(path: Path) -> WindowPredictions:

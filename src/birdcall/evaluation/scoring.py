@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from birdcall.config import FULL, NOCALL, SEGMENT_SECONDS, require
+from birdcall.data import birdnet
 from birdcall.data.targets import IGNORE_TARGET, make_targets
 from birdcall.evaluation.calibration import (
     LabelledChoice,
@@ -27,7 +28,7 @@ from birdcall.evaluation.decision_search import (
 from birdcall.evaluation.labelled import LabelledSoundscapes
 from birdcall.evaluation.metrics import (
     bootstrap_interval,
-    false_birds_per_nocall_row,
+    count_false_names,
     row_f1_scores,
 )
 from birdcall.evaluation.predict import HeldOutPredictions
@@ -142,6 +143,8 @@ def evaluate(
     if held_out.labelled is not None and len(held_out.labelled.frames):
         rows += event_rows(ENSEMBLE, held_out.labelled, ensemble.on_labelled.by_group)
     rows += _score_baselines(held_out, ensemble, targets)
+    if held_out.yardstick is not None:
+        rows += _score_yardstick(held_out.yardstick, held_out.learnable_by(held_out.experiments))
     scores = pd.DataFrame(rows).astype({"classes": "Int64", "left_out": "Int64"})
     return _gather(held_out, ensemble, targets, scores=scores)
 
@@ -264,7 +267,7 @@ def decide_ensemble(
         "nocall_share_expected": nocall_share,
         "nocall_share_named": np.average(~search.cross_validated.any(axis=1), weights=weights),
         "cross_validated_recording_f1": search.cross_validated_recording_f1.mean(),
-        **_count_false_names(simulated.labelled_truth, search.cross_validated, SIMULATED),
+        **count_false_names(simulated.labelled_truth, search.cross_validated, SIMULATED),
     }
     choice = None
     if labelled is not None:
@@ -341,18 +344,7 @@ def _score_on_labelled(
         "labelled_high": interval.high,
         "labelled_all_nocall": nocall,
         "labelled_offset": choice.offset,
-        **_count_false_names(labelled.labelled_truth, choice.predicted, LABELLED),
-    }
-
-
-def _count_false_names(truth: np.ndarray, predicted: np.ndarray, audio: str) -> dict[str, float]:
-    """Return names per hour of rows without a known bird, and how many hours these are."""
-    n_rows = int((~truth.any(axis=1)).sum())
-    rows_per_hour = 3600 / SEGMENT_SECONDS
-    return {
-        f"{audio}_false_names_per_hour": false_birds_per_nocall_row(truth, predicted)
-        * rows_per_hour,
-        f"{audio}_nocall_hours": n_rows / rows_per_hour,
+        **count_false_names(labelled.labelled_truth, choice.predicted, LABELLED),
     }
 
 
@@ -442,6 +434,19 @@ def _score_baselines(
         out_of_fold = np.where(known[:, None], frequency, np.nan)
         rows += out_of_fold_rows(prior, out_of_fold, targets, learnable=learnable)
     return rows
+
+
+def _score_yardstick(yardstick: LabelledPredictions, learnable: np.ndarray) -> list[dict]:
+    """Score BirdNET with its default threshold, and with a decision that is chosen as ours is."""
+    subject, n_classes = ScoreSubject(birdnet.NAME, 1, LABELLED), len(yardstick.classes)
+    threshold = birdnet.DEFAULT_THRESHOLD
+    default = Decision(threshold, threshold, max_birds=n_classes, classes=yardstick.classes)
+    choice = choose_on_labelled(default, yardstick, Calibration.identity(n_classes))
+    logger.info("%s: %g or more, %s", birdnet.NAME, threshold, choice.describe())
+    rows = decided_rows(subject, yardstick, yardstick.decide(default))
+    rows += ranked_rows(subject, yardstick, learnable)
+    subject = subject._replace(name=f"{birdnet.NAME}, decision chosen")
+    return rows + decided_rows(subject, yardstick, choice.predicted)
 
 
 def _count_unlearnable(targets: np.ndarray, learnable: np.ndarray, known: np.ndarray) -> int:
