@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from birdcall.cli import evaluation, kaggle, training
+from birdcall.cli import evaluation, kaggle, labels, training
 
 # A command imports what it needs when it runs, so that `--help` answers at once.
 
@@ -21,6 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(training.commands)
+app.add_typer(labels.commands)
 app.add_typer(evaluation.commands)
 app.add_typer(kaggle.commands)
 app.add_typer(evaluation.benchmarks, name="benchmark")

@@ -126,12 +126,14 @@ def test_what_is_predicted_is_stored_until_the_recording_or_the_model_changes(st
     assert model.run.n_windows[n_runs:] == [3, 2]
     other = WindowStore(tmp_path / "store", NAMES, "another model")
     assert not other.path("2.wav", files["2.wav"]).is_file()
+    with pytest.raises(ValueError, match="store is for another model"):
+        dict(other.predict(model, files))
 
 
 def test_a_recording_that_cannot_be_read_costs_itself_only(steps, tmp_path):
     broken = tmp_path / "broken.wav"
     broken.write_bytes(b"<html>" * 100)
-    store = WindowStore(None, NAMES)
+    store = WindowStore(None, NAMES, "fake")
     files = {"broken.wav": broken, "1.wav": steps([0.1] * 3)}
     results = dict(store.predict(fake_birdnet(), files))
     assert isinstance(results["broken.wav"], AudioError)
@@ -151,7 +153,7 @@ def test_a_recording_that_cannot_be_read_costs_itself_only(steps, tmp_path):
 def test_a_clip_has_the_mean_embedding_of_the_windows_in_it(
     steps, tmp_path, start, seconds, windows
 ):
-    store = WindowStore(tmp_path / "store", NAMES)
+    store = WindowStore(tmp_path / "store", NAMES, "fake")
     path = steps(np.arange(10) / 10, last_seconds=0.5)
     (result,) = dict(store.predict(fake_birdnet(), {"1.wav": path})).values()
     assert len(result.embeddings) == 8

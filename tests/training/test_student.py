@@ -9,10 +9,12 @@ import pandas as pd
 import pytest
 import soundfile
 import torch
-from helpers import RATE
+from helpers import RATE, fake_birdnet
 
+from birdcall.__main__ import main
 from birdcall.audio.reading import read_audio
 from birdcall.config import NO_AUGMENT, StudentConfig, replace_nested
+from birdcall.data.birdnet import WindowStore, predict_windows, scientific_names
 from birdcall.data.clips import ClipDataset, SoundscapeTargets
 from birdcall.data.dataset import TrainingData
 from birdcall.data.targets import IGNORE_TARGET, ClipRequest, SoundscapeLabels, network_of
@@ -297,6 +299,51 @@ def test_an_ensemble_labels_soundscapes_and_another_network_is_trained_on_them(
     drift = replace(ANY, min_kept_share=100.0)
     with pytest.raises(ValueError, match="in round 2 have collapsed"):
         label_soundscapes([runs[0].folder], training_data, soundscapes, tmp_path, limits=drift)
+
+
+def test_birdnet_labels_soundscapes_and_any_network_is_trained_on_them(
+    training_data, soundscapes, student, tmp_path
+):
+    names = scientific_names(training_data.classes, training_data.recordings)
+    model = fake_birdnet([f"{name}_Bird" for name in names])
+    data = replace(training_data, birdnet=WindowStore(tmp_path / "store", names, "fake"))
+    path, _ = label_soundscapes(model, data, soundscapes, tmp_path, limits=ANY)
+    assert path.name == "soundscape_labels_birdnet.safetensors"
+    labels = SoundscapeLabels.read(path, training_data.classes)
+    assert [item["name"] for item in labels.members] == ["BirdNET 2.4"]
+    assert (labels.members[0]["weights_sha256"], labels.round) == ("fake", 1)
+    expected = [
+        predict_windows(model, soundscapes / item["name"], np.arange(3)).of_segments()
+        for item in labels.soundscapes
+    ]
+    assert len(expected) == 2
+    assert np.array_equal(labels.probabilities, np.concatenate(expected)[None])
+    for experiment in (student, replace(student, name="BirdNET 2.5")):
+        assert labels.teachers_of(experiment).tolist() == [True]
+    data = replace(data, soundscape_labels=labels)
+    (checkpoint,) = train_many(plan_runs([student], data, 0, tmp_path / "runs"), data, OPTIONS)
+    assert checkpoint.trained_on["soundscapes"] == labels.digest
+    n_runs = len(model.run.n_windows)
+    label_soundscapes(model, data, soundscapes, tmp_path, limits=ANY)
+    assert len(model.run.n_windows) == n_runs  # the windows were stored
+    with pytest.raises(ValueError, match=r"in round 1 have collapsed"):
+        label_soundscapes(model, data, soundscapes, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_teacher_of_other_classes_is_refused(training_data, soundscapes, tmp_path):
+    other = fake_birdnet(["Nemo nemo_Nobody"])
+    with pytest.raises(ValueError, match=r"BirdNET 2\.4 knows none of the 3 classes, such as "):
+        label_soundscapes(other, training_data, soundscapes, tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [("--birdnet",), ("--birdnet", "--experiment", "small_gru")])
+def test_birdnet_labels_soundscapes_only_and_alone(arguments, tmp_path, capsys):
+    soundscapes = ["--soundscapes", str(tmp_path)] if len(arguments) > 1 else []
+    with pytest.raises(SystemExit) as ended:
+        main(["pseudo-label", "--data", str(tmp_path), *arguments, *soundscapes])
+    assert ended.value.code == 2
+    assert "--birdnet labels soundscapes" in capsys.readouterr().err
 
 
 def test_soundscapes_with_labels_are_refused_by_their_audio(

@@ -1,4 +1,4 @@
-"""Commands from the data to trained runs: demo, audit, folds, train, pseudo-label, ablate."""
+"""Commands from the data to trained runs: demo, audit, folds, train, ablate."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -24,7 +23,6 @@ from birdcall.cli.options import (
     OtherBirds,
     Output,
     SoundscapeLabels,
-    Trained,
     parse_fold,
 )
 from birdcall.config import FULL
@@ -232,64 +230,6 @@ def _report_interruption(deadline: float | None = None) -> Iterator[None]:
             return
         typer.echo(f"birdcall: {interruption}", err=True)
         raise typer.Exit(130) from None
-
-
-@commands.command("pseudo-label")
-def _pseudo_label(
-    context: typer.Context,
-    data: Data,
-    experiment: Trained = None,
-    output: Output = None,
-    folds: Folds = None,
-    soundscapes: Annotated[
-        Path | None,
-        typer.Option(
-            help="Label the soundscapes in this folder instead, which nobody has labelled.",
-            show_default="none",
-        ),
-    ] = None,
-    labelled: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Folder of labelled soundscapes that must not be among them. May be repeated.",
-            show_default="the examples in the data folder",
-        ),
-    ] = None,
-) -> None:
-    """Predict when each species sings in the recordings, by runs that did not train on them.
-
-    With --soundscapes: how probably each species sings in each segment of unlabelled soundscapes.
-    """
-    from birdcall.inference.ensemble import default_device
-    from birdcall.inference.predictions import LabelStatistics
-    from birdcall.storage.locks import locked
-    from birdcall.training.pseudo_labels import label_soundscapes, write_pseudo_labels
-    from birdcall.training.runs import find_runs
-
-    folders = Folders(data, output, folds)
-    labels = folders.output / "pseudo_labels.csv"
-    context.with_resource(locked(labels))
-    training_data = folders.load_training_data()
-    runs = find_runs(folders.runs, experiment)
-    if soundscapes is not None:
-        options = {"labelled": labelled or (), "device": default_device(), "progress": True}
-        path, made = label_soundscapes(runs, training_data, soundscapes, folders.output, **options)
-        typer.echo(
-            f"round {made.round}: {len(made.soundscape)} segments of {len(made.soundscapes)} "
-            f"soundscapes, by {len(made.members)} members of {len(made.families)} networks; "
-            f"{LabelStatistics(**made.statistics)}"
-        )
-        typer.echo(
-            "the members have trained on recordings of every fold that one of them does not hold "
-            "out: a student's score has seen a trace of its held-out fold"
-        )
-        typer.echo(f"{path}: written; to train on it: birdcall train --soundscape-labels {path}")
-        return
-    summary = write_pseudo_labels(
-        runs, training_data, labels, device=default_device(), progress=True
-    )
-    typer.echo(summary)
-    typer.echo(f"{labels}: written; to train on it: birdcall train --labels {labels}")
 
 
 @commands.command("ablate")

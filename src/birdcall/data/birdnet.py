@@ -14,7 +14,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -245,6 +245,10 @@ class WindowStore:
     names: tuple[str, ...]
     sha256: str = MODEL_SHA256  # of the model
 
+    def part(self, kind: str) -> WindowStore:
+        """Return the store of a kind of recordings: their names may be those of another kind."""
+        return replace(self, folder=None if self.folder is None else self.folder / kind)
+
     def path(self, name: str, recording: Path) -> Path:
         """Return the file of ``recording``, whether or not it exists; ``name``: a relative path."""
         return self._store.path(name, self._made_from(recording))
@@ -254,8 +258,12 @@ class WindowStore:
     ) -> Iterator[tuple[str, WindowPredictions | AudioError]]:
         """Yield what BirdNET predicts for each recording, by name; an error if it cannot be read.
 
-        What is stored is not predicted again.
+        What is stored is not predicted again. ``ValueError`` where the store is of another model.
         """
+        require(
+            birdnet.sha256 == self.sha256,
+            f"{self.folder} is for another model than this one (sha256 {birdnet.sha256[:16]})",
+        )
         columns = find_columns(birdnet.labels, self.names)
         bar = tqdm(recordings.items(), NAME, disable=not progress, unit="recording")
         for name, recording in bar:

@@ -16,6 +16,7 @@ from birdcall.audio.filters import generate_noise
 from birdcall.audio.reading import AudioError, hash_parts
 from birdcall.config import FULL, Experiment, require
 from birdcall.data.audit import Measurement, measure_recording, read_audit
+from birdcall.data.birdnet import WindowStore, scientific_names
 from birdcall.data.cache import ReadCrops, RecordingCache
 from birdcall.data.folds import TRAINING_ONLY, read_folds
 from birdcall.data.noise import digest_noise, find_noise, split_noise
@@ -55,6 +56,7 @@ class TrainingData:
     other_birds: Sequence[Path] = ()  # sound of birds that are no class: see `find_other_birds`
     soundscape_labels: SoundscapeLabels | None = None  # for experiments with `StudentConfig.share`
     soundscape_cache: Path | None = None  # folder of decoded soundscapes, see `RecordingCache`
+    birdnet: WindowStore | None = None  # what BirdNET predicts for recordings and soundscapes
 
     @property
     def folds(self) -> list[int]:
@@ -204,6 +206,7 @@ def load_training_data(
         other_birds=other_files,
         soundscape_labels=soundscapes,
         soundscape_cache=cache / "soundscapes",
+        birdnet=WindowStore(cache / "birdnet", scientific_names(classes, recordings)),
     )
 
 

@@ -1,0 +1,80 @@
+"""Commands that let models label or embed sound for a training: pseudo-label, embed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from birdcall.cli.options import BirdNET, Data, Folders, Folds, Output, Trained
+
+commands = typer.Typer()
+
+
+@commands.command("pseudo-label")
+def _pseudo_label(
+    context: typer.Context,
+    data: Data,
+    experiment: Trained = None,
+    birdnet: BirdNET = False,
+    output: Output = None,
+    folds: Folds = None,
+    soundscapes: Annotated[
+        Path | None,
+        typer.Option(
+            help="Label the soundscapes in this folder instead, which nobody has labelled.",
+            show_default="none",
+        ),
+    ] = None,
+    labelled: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder of labelled soundscapes that must not be among them. May be repeated.",
+            show_default="the examples in the data folder",
+        ),
+    ] = None,
+) -> None:
+    """Predict when each species sings in the recordings, by runs that did not train on them.
+
+    With --soundscapes: how probably each species sings in each segment of unlabelled soundscapes;
+    with --birdnet, too, by BirdNET 2.4 in place of trained runs. Models that are trained on its
+    labels are derived from it (CC BY-NC-SA 4.0): non-commercial, share alike.
+    """
+    from birdcall.data.birdnet import open_birdnet
+    from birdcall.inference.ensemble import default_device
+    from birdcall.inference.predictions import LabelStatistics
+    from birdcall.storage.locks import locked
+    from birdcall.training.pseudo_labels import label_soundscapes, write_pseudo_labels
+    from birdcall.training.runs import find_runs
+
+    if birdnet and (soundscapes is None or experiment):
+        raise ValueError("--birdnet labels soundscapes: give --soundscapes, and no --experiment")
+    model = open_birdnet() if birdnet else None
+    folders = Folders(data, output, folds)
+    labels = folders.output / "pseudo_labels.csv"
+    context.with_resource(locked(labels))
+    training_data = folders.load_training_data()
+    labellers = model or find_runs(folders.runs, experiment)
+    if soundscapes is not None:
+        options = {"labelled": labelled or (), "device": default_device(), "progress": True}
+        path, made = label_soundscapes(
+            labellers, training_data, soundscapes, folders.output, **options
+        )
+        typer.echo(
+            f"round {made.round}: {len(made.soundscape)} segments of {len(made.soundscapes)} "
+            f"soundscapes, by {len(made.members)} members of {len(made.families)} networks; "
+            f"{LabelStatistics(**made.statistics)}"
+        )
+        if not birdnet:
+            typer.echo(
+                "the members have trained on recordings of every fold that one of them does not "
+                "hold out: a student's score has seen a trace of its held-out fold"
+            )
+        typer.echo(f"{path}: written; to train on it: birdcall train --soundscape-labels {path}")
+        return
+    summary = write_pseudo_labels(
+        labellers, training_data, labels, device=default_device(), progress=True
+    )
+    typer.echo(summary)
+    typer.echo(f"{labels}: written; to train on it: birdcall train --labels {labels}")
