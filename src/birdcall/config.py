@@ -296,6 +296,17 @@ class StudentConfig:
 
 
 @dataclass(frozen=True)
+class TeacherConfig:
+    """How the network's features learn to tell BirdNET's embedding: see `step.BatchLoss`."""
+
+    # Of the cosine loss, as many classes of the labels' loss; 0: there is no teacher.
+    weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.weight >= 0, f"weight is {self.weight}; it must not be negative")
+
+
+@dataclass(frozen=True)
 class PseudoLabelConfig:
     """The thresholds between present, uncertain and absent, for the members' mean probability.
 
@@ -343,6 +354,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     validate_every: int = 5  # epochs; the last epoch is always validated
     patience: int | None = None  # validations without a better score before the run ends
     on_non_finite: Literal["stop", "skip"] = "stop"  # a loss that is not finite: the run, its batch

