@@ -169,6 +169,8 @@ def test_without_embeddings_a_taught_run_is_refused_before_the_first_run(
     with pytest.raises(ValueError, match=rf"1 of {n} recordings have none, such as {first}"):
         train_many(runs, data, OPTIONS)
     assert not list((tmp_path / "runs").rglob("*.safetensors"))
+    with pytest.raises(ValueError, match="taught cannot be taught in a kernel"):
+        replace(data, birdnet=None).require_sound_for(taught)
 
 
 def test_at_weight_0_it_trains_to_the_same_bits_as_without_embeddings(

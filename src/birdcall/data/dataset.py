@@ -160,7 +160,7 @@ class TrainingData:
 
         Raises ValueError where one is missing.
         """
-        require(self.birdnet is not None, f"{experiment.name} needs BirdNET's embeddings")
+        require(self.birdnet is not None, f"{experiment.name} cannot be taught in a kernel")
         stored = {}
         for kind, files in self.files_to_embed().items():
             if kind == "soundscapes" and experiment.train.student.share == 0:
