@@ -301,6 +301,55 @@ class StudentConfig:
 
 
 @dataclass(frozen=True)
+class TeacherConfig:
+    """How the network's features learn to tell BirdNET's embedding: see `step.BatchLoss`."""
+
+    # Of the cosine loss, as many classes of the labels' loss; 0: there is no teacher.
+    weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.weight >= 0, f"weight is {self.weight}; it must not be negative")
+
+
+@dataclass(frozen=True)
+class PseudoLabelConfig:
+    """The thresholds between present, uncertain and absent, for the members' mean probability.
+
+    After the 6th place's third stage, where the label of a clip is the recording's label AND the
+    prediction for a frame of the clip. Here a probability below the threshold makes a label
+    uncertain first, and only a very low probability removes it.
+    """
+
+    # The 6th place has a model for each threshold from 0.3 to 0.7; this is their middle.
+    present_threshold: float = 0.5
+    # Below that, a given label is ignored by the loss: background birds are quiet, and quiet birds
+    # are what models miss. Below this threshold it is absent: on the demo, 7 of 10 species that are
+    # not in a recording stay below 0.05 everywhere in it, and 1 of 20 that are listed.
+    uncertain_threshold: float = 0.05
+    # A species that is not listed: the 6th place adds it above 0.9; below, down to
+    # `present_threshold`, it is ignored by the loss. The clipwise probability must be as high as
+    # that of the frame: with attention pooling alone there are many false frames.
+    added_threshold: float = 0.9
+    # A pause in a song is no absence; nor is a single frame of the network, which is this long.
+    max_gap_seconds: float = 0.6
+    # A primary label that is predicted nowhere is present around its best frame, for this long.
+    anchor_seconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if item.name.endswith("_threshold"):
+                require_share(item.name, getattr(self, item.name))
+        require(
+            self.uncertain_threshold <= self.present_threshold <= self.added_threshold,
+            f"uncertain_threshold {self.uncertain_threshold}, present_threshold "
+            f"{self.present_threshold} and added_threshold {self.added_threshold} must rise in "
+            "this order",
+        )
+        require(self.max_gap_seconds >= 0, f"max_gap_seconds is {self.max_gap_seconds}; give >= 0")
+        require(self.anchor_seconds > 0, f"anchor_seconds is {self.anchor_seconds}; give > 0")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How an experiment is trained."""
 
@@ -310,6 +359,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     validate_every: int = 5  # epochs; the last epoch is always validated
     patience: int | None = None  # validations without a better score before the run ends
     on_non_finite: Literal["stop", "skip"] = "stop"  # a loss that is not finite: the run, its batch

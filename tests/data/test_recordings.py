@@ -93,6 +93,7 @@ def test_the_competitions_table_is_read(write: Callable[..., Path]) -> None:
             "duration": 0.0,
             "sample_rate": 48_000,
             "path": "train_audio/aldfly/XC1.mp3",
+            "label": "Empidonax alnorum_Alder Flycatcher",
         },
         {
             "filename": "XC2.mp3",
@@ -103,6 +104,7 @@ def test_the_competitions_table_is_read(write: Callable[..., Path]) -> None:
             "duration": 25.0,
             "sample_rate": 44_100,
             "path": "train_audio/amecro/XC2.mp3",
+            "label": "Corvus brachyrhynchos_American Crow",
         },
     ]
     assert classes_of(recordings) == ("aldfly", "amecro")

@@ -11,10 +11,11 @@ from sklearn.metrics import average_precision_score
 import birdcall.evaluation.scoring as scoring
 from birdcall.data.targets import IGNORE_TARGET
 from birdcall.evaluation.comparison import measure_held_out, score_submission
+from birdcall.evaluation.ensemble_decision import decide_ensemble
 from birdcall.evaluation.metrics import row_f1_scores, row_wise_f1
 from birdcall.evaluation.mistakes import MISSED, find_mistakes
 from birdcall.evaluation.predict import predict_held_out
-from birdcall.evaluation.scoring import decide_ensemble, describe_classes, evaluate
+from birdcall.evaluation.scoring import describe_classes, evaluate
 from birdcall.evaluation.simulation import plan_soundscapes
 from birdcall.inference.decision import (
     Decision,

@@ -38,7 +38,7 @@ from helpers import (
 )
 
 from birdcall.config import FULL
-from birdcall.evaluation.scoring import decide_for_full_runs
+from birdcall.evaluation.ensemble_decision import decide_for_full_runs
 from birdcall.inference.decision import Decision, write_decision
 from birdcall.inference.ensemble import load_member
 from birdcall.kaggle import packaging, submission

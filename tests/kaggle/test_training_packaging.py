@@ -193,6 +193,10 @@ def test_what_cannot_run_is_not_staged(stage, tmp_path, monkeypatch):
     monkeypatch.setitem(EXPERIMENTS, "small_gru", odd)
     with pytest.raises(ValueError, match="batch_size of 15"):
         stage()
+    taught = replace_nested(small, train={"teacher": {"weight": 1.0}})
+    monkeypatch.setitem(EXPERIMENTS, "small_gru", taught)
+    with pytest.raises(ValueError, match="small_gru cannot be taught in a kernel"):
+        stage()
     assert not (tmp_path / "build").exists()
 
 

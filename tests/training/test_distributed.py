@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import fake_birdnet
 from shortened import shorten_previews
 
 from birdcall.config import replace_nested
@@ -55,6 +56,7 @@ def experiment(tiny_experiment):
             "epochs": 4,
             "validate_every": 1,
             "data": {"clips_per_epoch": 40, "batch_size": 8},
+            "teacher": {"weight": 1.0},
             # Each step triples the difference of rounding; at 3e-3 it would reach 1e-3.
             "optimizer": {"ema_decay": 0.9, "average_best": 2, "learning_rate": 1e-3},
         },
@@ -62,7 +64,17 @@ def experiment(tiny_experiment):
 
 
 @pytest.fixture(scope="module")
-def one(experiment, training_data, tmp_path_factory):
+def embedded(training_data):
+    """The tiny demo with a teacher's embeddings beside its audit, where `birdcall train` looks."""
+    labels = [f"{name}_Bird" for name in training_data.birdnet.names]
+    teacher = replace(fake_birdnet(labels), sha256=training_data.birdnet.sha256)
+    for kind, files in training_data.files_to_embed().items():
+        dict(training_data.birdnet.part(kind).predict(teacher, files))
+    return training_data
+
+
+@pytest.fixture(scope="module")
+def one(experiment, embedded, tmp_path_factory):
     """The run's folder and the losses of the training in this process."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("one")
@@ -77,16 +89,16 @@ def one(experiment, training_data, tmp_path_factory):
         patch.setattr(Training, "step", recorded)
         shorten_previews(patch)
         options = RunOptions(workers=0, device=torch.device("cpu"))
-        train_run(Run(experiment, 0, folder), training_data, options)
+        train_run(Run(experiment, 0, folder), embedded, options)
     return SimpleNamespace(folder=folder, losses=losses)
 
 
 @pytest.fixture(scope="module")
-def two(experiment, training_data, demo_folder, tmp_path_factory):
+def two(experiment, embedded, demo_folder, tmp_path_factory):
     """The same of `torchrun -m birdcall train`, as in the README, and what it printed."""
     home = tmp_path_factory.mktemp("two")
     output = home / "output" / demo_folder.name
-    shutil.copytree(training_data.read_crops.folder.parent, output)
+    shutil.copytree(embedded.read_crops.folder.parent, output)
     (home / "experiment.json").write_text(json.dumps(asdict(experiment)))
     (home / "command.py").write_text(COMMAND)
     line = (

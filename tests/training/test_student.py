@@ -9,10 +9,12 @@ import pandas as pd
 import pytest
 import soundfile
 import torch
-from helpers import RATE
+from helpers import RATE, fake_birdnet
 
+from birdcall.__main__ import main
 from birdcall.audio.reading import read_audio
 from birdcall.config import NO_AUGMENT, StudentConfig, replace_nested
+from birdcall.data.birdnet import WindowStore, predict_windows, scientific_names
 from birdcall.data.clips import ClipDataset, SoundscapeTargets
 from birdcall.data.dataset import TrainingData
 from birdcall.data.targets import IGNORE_TARGET, ClipRequest, SoundscapeLabels, network_of
@@ -21,10 +23,9 @@ from birdcall.inference.predictions import CollapseLimits, LabelStatistics, scal
 from birdcall.models.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from birdcall.models.sed import build_model
 from birdcall.training.distributed import DistributedContext
-from birdcall.training.pseudo_labels import label_soundscapes
 from birdcall.training.resume import conditions_of
 from birdcall.training.runs import plan_runs, train_many
-from birdcall.training.student import StudentOptions, train_rounds
+from birdcall.training.student import StudentOptions, label_soundscapes, train_rounds
 from birdcall.training.trainer import RunOptions
 
 CLASSES = ("amecro", "bkcchi", "norcar")
@@ -340,6 +341,51 @@ def test_an_experiment_without_a_student_is_refused_before_it_labels(
     given = {"output": tmp_path, "runs": tmp_path / "runs", "options": options}
     with pytest.raises(ValueError, match="no student of round 3"):
         list(train_rounds(student_rounds, training_data, **given))
+
+
+def test_birdnet_labels_soundscapes_and_any_network_is_trained_on_them(
+    training_data, soundscapes, student, tmp_path
+):
+    names = scientific_names(training_data.classes, training_data.recordings)
+    model = fake_birdnet([f"{name}_Bird" for name in names])
+    data = replace(training_data, birdnet=WindowStore(tmp_path / "store", names, "fake"))
+    path, _ = label_soundscapes(model, data, soundscapes, tmp_path, limits=ANY)
+    assert path.name == "soundscape_labels_birdnet.safetensors"
+    labels = SoundscapeLabels.read(path, training_data.classes)
+    assert [item["name"] for item in labels.members] == ["BirdNET 2.4"]
+    assert (labels.members[0]["weights_sha256"], labels.round) == ("fake", 1)
+    expected = [
+        predict_windows(model, soundscapes / item["name"], np.arange(3)).of_segments()
+        for item in labels.soundscapes
+    ]
+    assert len(expected) == 2
+    assert np.array_equal(labels.probabilities, np.concatenate(expected)[None])
+    for experiment in (student, replace(student, name="BirdNET 2.5")):
+        assert labels.teachers_of(experiment).tolist() == [True]
+    data = replace(data, soundscape_labels=labels)
+    (checkpoint,) = train_many(plan_runs([student], data, 0, tmp_path / "runs"), data, OPTIONS)
+    assert checkpoint.trained_on["soundscapes"] == labels.digest
+    n_runs = len(model.run.n_windows)
+    label_soundscapes(model, data, soundscapes, tmp_path, limits=ANY)
+    assert len(model.run.n_windows) == n_runs  # the windows were stored
+    with pytest.raises(ValueError, match=r"in round 1 have collapsed"):
+        label_soundscapes(model, data, soundscapes, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_teacher_of_other_classes_is_refused(training_data, soundscapes, tmp_path):
+    other = fake_birdnet(["Nemo nemo_Nobody"])
+    with pytest.raises(ValueError, match=r"BirdNET 2\.4 knows none of the 3 classes, such as "):
+        label_soundscapes(other, training_data, soundscapes, tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [("--birdnet",), ("--birdnet", "--experiment", "small_gru")])
+def test_birdnet_labels_soundscapes_only_and_alone(arguments, tmp_path, capsys):
+    soundscapes = ["--soundscapes", str(tmp_path)] if len(arguments) > 1 else []
+    with pytest.raises(SystemExit) as ended:
+        main(["pseudo-label", "--data", str(tmp_path), *arguments, *soundscapes])
+    assert ended.value.code == 2
+    assert "--birdnet labels soundscapes" in capsys.readouterr().err
 
 
 def test_soundscapes_with_labels_are_refused_by_their_audio(

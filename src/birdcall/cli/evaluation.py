@@ -9,12 +9,14 @@ from typing import Annotated
 import typer
 
 from birdcall.cli.options import (
+    BirdNET,
     ContextSeconds,
     Data,
     Fold,
     Folders,
     Folds,
     LabelColumn,
+    Labelled,
     Noise,
     Output,
     Trained,
@@ -40,16 +42,10 @@ def _evaluate(
             show_default="all experiments as an ensemble",
         ),
     ] = None,
-    soundscapes: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Folder of labelled soundscapes: recordings with Raven selection tables, or the "
-            "example files of the competition. May be repeated.",
-            show_default="the examples in the data folder",
-        ),
-    ] = None,
+    soundscapes: Labelled = None,
     label_column: LabelColumn = None,
     unlabelled: Unlabelled = None,
+    birdnet: BirdNET = False,
     nocall_share: Annotated[
         float, typer.Option(help="Expected share of rows without a bird.")
     ] = 0.54,
@@ -71,6 +67,7 @@ def _evaluate(
         from birdcall.report.html import require_browser
 
         require_browser()  # before an hour of predictions, not after it
+    from birdcall.data.birdnet import open_birdnet
     from birdcall.data.folds import describe_training_only
     from birdcall.evaluation.mistakes import find_mistakes, predict_mistakes, write_labelled_pages
     from birdcall.evaluation.predict import HeldOutOptions, predict_held_out, write_oof_parquet
@@ -90,6 +87,7 @@ def _evaluate(
     from birdcall.storage.locks import locked
     from birdcall.training.runs import find_runs
 
+    yardstick = open_birdnet() if birdnet else None
     folders = Folders(data, output, folds)
     context.with_resource(locked(folders.prediction_cache))
     training_data = folders.load_training_data(noise)
@@ -99,6 +97,7 @@ def _evaluate(
         labelled_folders=soundscapes or (),
         label_column=label_column,
         unlabelled_folders=unlabelled or (),
+        yardstick=yardstick,
         window_config=WindowConfig(window_segments, context_seconds),
         cache_folder=folders.prediction_cache,
         progress=True,

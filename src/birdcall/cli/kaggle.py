@@ -64,7 +64,7 @@ def _package(
     folders = Folders(data, output)
     decision = read_decision(folders.decision)
     if full:
-        from birdcall.evaluation.scoring import decide_for_full_runs
+        from birdcall.evaluation.ensemble_decision import decide_for_full_runs
 
         decision = decide_for_full_runs(decision, folders.runs)
     # Names of members are <experiment>-<folder of the run>.

@@ -50,6 +50,13 @@ SoundscapeLabels = Annotated[
         show_default="none",
     ),
 ]
+Labelled = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Folder of labelled soundscapes that must not be among them. May be repeated.",
+        show_default="the examples in the data folder",
+    ),
+]
 OtherBirds = Annotated[
     Path | None,
     typer.Option(
@@ -74,6 +81,23 @@ Unlabelled = Annotated[
         help="Folder of soundscapes of the site without labels, or of other birds: a name must be "
         "more probable than its species is in them. May be repeated.",
         show_default="none",
+    ),
+]
+Labelled = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Folder of labelled soundscapes: recordings with Raven selection tables, or the "
+        "example files of the competition. May be repeated.",
+        show_default="the examples in the data folder",
+    ),
+]
+BirdNET = Annotated[
+    bool,
+    typer.Option(
+        "--birdnet",
+        help="Predict with BirdNET 2.4 as well (pip install birdcall[birdnet]), whose weights are "
+        "under CC BY-NC-SA 4.0: labels and weights that come from it are derived, non-commercial "
+        "and share alike.",
     ),
 ]
 WindowSegments = Annotated[

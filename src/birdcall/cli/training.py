@@ -1,4 +1,4 @@
-"""Commands that train: experiments, train, pseudo-label, student, ablate."""
+"""Commands that train: experiments, train, student, ablate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -19,19 +19,16 @@ from birdcall.cli.options import (
     Folders,
     Folds,
     Init,
+    Labelled,
     Labels,
     Noise,
     OtherBirds,
     Output,
     SoundscapeLabels,
-    Trained,
     parse_fold,
 )
 from birdcall.config import FULL
 from birdcall.experiments import EXPERIMENTS
-
-if TYPE_CHECKING:
-    from birdcall.data.targets import SoundscapeLabels as TargetsOfSoundscapes
 
 commands = typer.Typer()
 
@@ -40,13 +37,6 @@ _Experiments = Annotated[
 ]
 _Workers = Annotated[int, typer.Option(min=0, help="Processes that decode recordings.")]
 _Jobs = Annotated[int, typer.Option(min=1, help="Runs trained at once; they share the cores.")]
-_Labelled = Annotated[
-    list[Path] | None,
-    typer.Option(
-        help="Folder of labelled soundscapes that must not be among them. May be repeated.",
-        show_default="the examples in the data folder",
-    ),
-]
 _WORKERS = max(1, min(8, (os.cpu_count() or 2) - 1))
 
 
@@ -151,53 +141,6 @@ def _report_interruption(deadline: float | None = None) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-@commands.command("pseudo-label")
-def _pseudo_label(
-    context: typer.Context,
-    data: Data,
-    experiment: Trained = None,
-    output: Output = None,
-    folds: Folds = None,
-    soundscapes: Annotated[
-        Path | None,
-        typer.Option(
-            help="Label the soundscapes in this folder instead, which nobody has labelled.",
-            show_default="none",
-        ),
-    ] = None,
-    labelled: _Labelled = None,
-) -> None:
-    """Predict when each species sings in the recordings, by runs that did not train on them.
-
-    With --soundscapes: how probably each species sings in each segment of unlabelled soundscapes.
-    """
-    from birdcall.inference.ensemble import default_device
-    from birdcall.storage.locks import locked
-    from birdcall.training.pseudo_labels import label_soundscapes, write_pseudo_labels
-    from birdcall.training.runs import find_runs
-
-    folders = Folders(data, output, folds)
-    labels = folders.output / "pseudo_labels.csv"
-    context.with_resource(locked(labels))
-    training_data = folders.load_training_data()
-    runs = find_runs(folders.runs, experiment)
-    if soundscapes is not None:
-        options = {"labelled": labelled or (), "device": default_device(), "progress": True}
-        path, made = label_soundscapes(runs, training_data, soundscapes, folders.output, **options)
-        _print_labels(made)
-        typer.echo(
-            "the members have trained on recordings of every fold that one of them does not hold "
-            "out: a student's score has seen a trace of its held-out fold"
-        )
-        typer.echo(f"{path}: written; to train on it: birdcall train --soundscape-labels {path}")
-        return
-    summary = write_pseudo_labels(
-        runs, training_data, labels, device=default_device(), progress=True
-    )
-    typer.echo(summary)
-    typer.echo(f"{labels}: written; to train on it: birdcall train --labels {labels}")
-
-
 @commands.command("student")
 def _student(
     data: Data,
@@ -209,7 +152,7 @@ def _student(
     fold: Annotated[
         str, typer.Option(help="Number of the held-out fold, all, or full: hold out nothing.")
     ] = "all",
-    labelled: _Labelled = None,
+    labelled: Labelled = None,
     output: Output = None,
     folds: Folds = None,
     noise: Noise = None,
@@ -226,7 +169,7 @@ def _student(
     from birdcall.experiments import find_experiment
     from birdcall.inference.ensemble import default_device
     from birdcall.training.runs import runs_table
-    from birdcall.training.student import StudentOptions, train_rounds
+    from birdcall.training.student import StudentOptions, describe_labels, train_rounds
     from birdcall.training.trainer import RunOptions
 
     chosen = [find_experiment(name) for name in experiment]
@@ -250,18 +193,8 @@ def _student(
         for done in train_rounds(
             chosen, training_data, output=folders.output, runs=folders.runs, options=options
         ):
-            _print_labels(done.labels)
+            typer.echo(describe_labels(done.labels))
             typer.echo(runs_table(done.runs).to_string(index=False))
-
-
-def _print_labels(labels: TargetsOfSoundscapes) -> None:
-    from birdcall.inference.predictions import LabelStatistics
-
-    typer.echo(
-        f"round {labels.round}: {len(labels.soundscape)} segments of {len(labels.soundscapes)} "
-        f"soundscapes, by {len(labels.members)} members of {len(labels.families)} networks; "
-        f"{LabelStatistics(**labels.statistics)}"
-    )
 
 
 @commands.command("ablate")

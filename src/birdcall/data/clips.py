@@ -14,10 +14,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from birdcall.audio.decoder import AudioError, is_cut
+from birdcall.audio.decoder import AudioError, is_cut, warn_once
 from birdcall.audio.filters import crop_or_pad
 from birdcall.config import SEGMENT_SECONDS, Experiment, require
 from birdcall.data.augment import ClipAugment, mix_at_snr
+from birdcall.data.birdnet import EMBEDDING_SIZE, read_embedding
 from birdcall.data.cache import (
     MAX_TRIES,
     CropRequest,
@@ -35,6 +36,7 @@ from birdcall.data.targets import (
     rating_weights,
 )
 from birdcall.inference.predictions import scale_probabilities
+from birdcall.storage.store import DAMAGED
 
 # In place of a recording's path, and of its index.
 _NOISE, _NOISE_INDEX = "noise", -1
@@ -99,6 +101,7 @@ class Clip(NamedTuple):
     weight: float  # of its loss
     recording: str  # path; "noise" for bird-free noise alone; "other birds"
     failures: tuple[ReadFailure, ...]
+    embedding: Tensor | None = None  # (size,), of a teacher; zeros: it has none for this clip
 
 
 class ClipDataset:
@@ -133,6 +136,8 @@ class ClipDataset:
             folder = data.soundscape_labels.folder
             self.read_soundscape = RecordingCache(folder, data.soundscape_cache)
         self.augment = ClipAugment(experiment.augment, noise)
+        is_taught = experiment.train.teacher.weight > 0
+        self.embedding_files = data.embedding_files(experiment) if is_taught else None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -188,6 +193,7 @@ class ClipDataset:
         failures: list[ReadFailure] = []
         target, weight, recording = np.zeros(self.targets.shape[1], np.float32), 1.0, _NOISE
         waveform: Tensor | None = None
+        source: tuple[str, int, float] | None = None  # kind, index and start of what is embedded
         try:
             if draft.index == _NOISE_INDEX:
                 n_samples = self.experiment.clip_samples
@@ -198,24 +204,25 @@ class ClipDataset:
                 samples = self.other_birds.draw(n_samples, draft.generator, failures)
                 samples = self.augment(samples, draft.generator, failures)
             elif draft.index == _SOUNDSCAPE_INDEX:
-                recording, samples, target = self._read_soundscape(draft, failures)
+                recording, samples, target, source = self._read_soundscape(draft, failures)
             else:
                 recording = self.paths[draft.index]
                 index, samples = self._read_recording(draft, failures)
                 samples = self.augment(samples, draft.generator, failures)
                 recording, weight = self.paths[index], float(self.weights[index])
                 target = self.targets[index]
+                clip_seconds = self.experiment.train.data.clip_seconds
+                # Below 0 for a recording shorter than the clip, which lies somewhere within it.
+                start = draft.position * (self.seconds[index] - clip_seconds)
+                source = ("recordings", index, start)
                 if self.strong_targets is not None:
-                    clip_seconds = self.experiment.train.data.clip_seconds
-                    # Below 0 for a recording shorter than the clip, which lies somewhere within it.
-                    start = draft.position * (self.seconds[index] - clip_seconds)
                     strong_target = self.strong_targets.find(index, start, clip_seconds)
                     target = target if strong_target is None else strong_target
                 if draft.with_soundscape:
-                    _, soundscape, label = self._read_soundscape(draft, failures)
+                    _, soundscape, label, _ = self._read_soundscape(draft, failures)
                     mixed = mix_at_snr(samples, soundscape, snr_db=0.0)
                     if mixed is not samples:  # neither is silent
-                        samples, target = mixed, union_of(target, label)
+                        samples, target, source = mixed, union_of(target, label), None
             waveform = torch.from_numpy(np.ascontiguousarray(samples, dtype=np.float32))
         except NothingReadableError:
             weight = 0.0
@@ -225,7 +232,23 @@ class ClipDataset:
             weight=weight,
             recording=recording,
             failures=tuple(failures),
+            embedding=self._embed(source),
         )
+
+    def _embed(self, source: tuple[str, int, float] | None) -> Tensor | None:
+        """Return the teacher's embedding of a clip, zeros where it has none; None: no teacher."""
+        if self.embedding_files is None:
+            return None
+        embedding = np.zeros(EMBEDDING_SIZE, np.float32)
+        if source is not None:
+            kind, index, start = source
+            path = self.embedding_files[kind][index]
+            try:
+                seconds = self.experiment.train.data.clip_seconds
+                embedding = read_embedding(path, start, seconds)
+            except (OSError, *DAMAGED) as error:
+                warn_once(f"{path}: cannot be read, its clips are not taught: {error}")
+        return torch.from_numpy(embedding)
 
     def _read_recording(self, draft: _Draft, failures: list[ReadFailure]) -> tuple[int, np.ndarray]:
         """Read the draft's crop, or of another recording if that fails; return index and crop."""
@@ -240,8 +263,8 @@ class ClipDataset:
 
     def _read_soundscape(
         self, draft: _Draft, failures: list[ReadFailure]
-    ) -> tuple[str, np.ndarray, np.ndarray]:
-        """Return name, waveform ``(samples,)`` and soft target of a clip of a soundscape."""
+    ) -> tuple[str, np.ndarray, np.ndarray, tuple[str, int, float]]:
+        """Return name, waveform ``(samples,)``, soft target and source of a soundscape's clip."""
         generator = draft.generator.spawn(1)[0]  # the clip's later draws stay the same
         rate, labels = self.experiment.frontend.sample_rate, self.soundscapes.labels
         for _ in range(MAX_TRIES):
@@ -251,7 +274,8 @@ class ClipDataset:
             seconds = min(seconds, self.experiment.train.data.clip_seconds)
             try:
                 (crop,) = self.read_soundscape(CropRequest(name, rate, (start,), seconds))
-                return name, crop_or_pad(crop, self.experiment.clip_samples), target
+                waveform = crop_or_pad(crop, self.experiment.clip_samples)
+                return name, waveform, target, ("soundscapes", index, start)
             except (AudioError, OSError) as error:
                 failures.append(ReadFailure.of("soundscape", str(labels.folder / name), error))
         raise NothingReadableError(f"none of {MAX_TRIES} clips of soundscapes can be read")

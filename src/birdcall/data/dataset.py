@@ -16,6 +16,7 @@ from birdcall.audio.filters import generate_noise
 from birdcall.audio.reading import AudioError, hash_parts
 from birdcall.config import FULL, Experiment, require
 from birdcall.data.audit import Measurement, measure_recording, read_audit
+from birdcall.data.birdnet import WindowStore, scientific_names
 from birdcall.data.cache import ReadCrops, RecordingCache
 from birdcall.data.folds import TRAINING_ONLY, read_folds
 from birdcall.data.noise import digest_noise, find_noise, split_noise
@@ -55,6 +56,7 @@ class TrainingData:
     other_birds: Sequence[Path] = ()  # sound of birds that are no class: see `find_other_birds`
     soundscape_labels: SoundscapeLabels | None = None  # for experiments with `StudentConfig.share`
     soundscape_cache: Path | None = None  # folder of decoded soundscapes, see `RecordingCache`
+    birdnet: WindowStore | None = None  # what BirdNET predicts for recordings and soundscapes
 
     @property
     def folds(self) -> list[int]:
@@ -80,6 +82,7 @@ class TrainingData:
             "other_birds": digest_noise(self.other_birds) if self.other_birds else None,
             "soundscapes": None if soundscapes is None else soundscapes.digest,
             "round": None if soundscapes is None else soundscapes.round,
+            "teacher": None if self.birdnet is None else self.birdnet.sha256,
             "labels": None if labels is None else digest(labels.to_csv(index=False)),
         }
 
@@ -141,6 +144,39 @@ class TrainingData:
                 "with --soundscape-labels; `birdcall pseudo-label --soundscapes` makes them",
             )
             self.soundscape_labels.teachers_of(experiment)
+        if experiment.train.teacher.weight > 0:
+            self.embedding_files(experiment)
+
+    def files_to_embed(self) -> dict[str, dict[str, Path]]:
+        """Return the sound that a teacher embeds: by kind, the files by name in its store."""
+        files = {"recordings": {name: self.folder / name for name in self.recordings["path"]}}
+        if (labels := self.soundscape_labels) is not None:
+            names = [item["name"] for item in labels.soundscapes]
+            files["soundscapes"] = {name: labels.folder / name for name in names}
+        return files
+
+    def embedding_files(self, experiment: Experiment) -> dict[str, list[Path]]:
+        """Return the file of the embeddings of each recording, and of each soundscape if needed.
+
+        Raises ValueError where one is missing.
+        """
+        require(self.birdnet is not None, f"{experiment.name} cannot be taught in a kernel")
+        stored = {}
+        for kind, files in self.files_to_embed().items():
+            if kind == "soundscapes" and experiment.train.student.share == 0:
+                continue
+            store = self.birdnet.part(kind)
+            stored[kind] = [store.path(name, file) for name, file in files.items()]
+            pairs = zip(files.values(), stored[kind], strict=True)
+            missing = [file for file, path in pairs if not path.is_file()]
+            labels = " --soundscape-labels with these labels" if kind == "soundscapes" else ""
+            require(
+                not missing,
+                f"{experiment.name} learns from BirdNET's embeddings, and {len(missing)} of "
+                f"{len(files)} {kind} have none, such as {missing and missing[0]}: `birdcall embed "
+                f"--data {self.folder}`{labels} makes them",
+            )
+        return stored
 
 
 def load_training_data(
@@ -204,6 +240,7 @@ def load_training_data(
         other_birds=other_files,
         soundscape_labels=soundscapes,
         soundscape_cache=cache / "soundscapes",
+        birdnet=WindowStore(cache / "birdnet", scientific_names(classes, recordings)),
     )
 
 

@@ -45,6 +45,7 @@ class ClipBatch(NamedTuple):
     weight: Tensor  # (batch,)
     recordings: tuple[str, ...]  # of each clip, to name a batch that goes wrong
     failures: tuple[ReadFailure, ...]
+    embedding: Tensor | None = None  # (batch, size); None: no teacher
 
 
 def make_loader(
@@ -120,6 +121,7 @@ def _collate_clips(clips: Sequence[Clip], is_shared: bool) -> ClipBatch:
         weight=weight if is_shared else _Unshared(weight),
         recordings=tuple(clip.recording for clip in clips),
         failures=tuple(failure for clip in clips for failure in clip.failures),
+        embedding=None if clips[0].embedding is None else stack([clip.embedding for clip in clips]),
     )
 
 

@@ -90,11 +90,12 @@ class _Row(NamedTuple):
 def read_recordings(data: Path) -> pd.DataFrame:
     """Read one row per training recording, in the order of the tables.
 
-    Columns: filename (verbatim), ebird_code, secondary_codes (tuple of codes among the classes,
-    without the primary one), recordist ("" where unknown), rating (0 to 5, 0: none given), duration
-    (seconds by the metadata; 0: unknown or less than one), sample_rate (Hz, 0: unknown) and path
-    (relative to ``data``, posix). Raises FileNotFoundError for a folder in no known layout and
-    ValueError naming file, line and column for what cannot be read.
+    Columns: filename (verbatim), ebird_code, label (of the table: ``Scientific_Common``, or the
+    code), secondary_codes (tuple of codes among the classes, without the primary one), recordist
+    ("" where unknown), rating (0 to 5, 0: none given), duration (seconds by the metadata; 0:
+    unknown or less than one), sample_rate (Hz, 0: unknown) and path (relative to ``data``, posix).
+    Raises FileNotFoundError for a folder in no known layout and ValueError naming file, line and
+    column for what cannot be read.
     """
     records: dict[str, dict[str, object]] = {}
     labels: Counter[tuple[str, str]] = Counter()
@@ -103,7 +104,7 @@ def read_recordings(data: Path) -> pd.DataFrame:
             labels[label, str(record["ebird_code"])] += 1
             if filename in records:
                 logger.warning("%s: %s is in an earlier table too, which counts", table, filename)
-            records.setdefault(filename, record)
+            records.setdefault(filename, record | {"label": label})
     recordings = pd.DataFrame.from_records(list(records.values()))
     recordings["secondary_codes"] = _map_labels(recordings, labels)
     _check_links(data, recordings)

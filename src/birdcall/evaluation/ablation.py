@@ -22,8 +22,8 @@ from birdcall.evaluation.comparison import (
     rank_agreement,
     score_submission,
 )
+from birdcall.evaluation.ensemble_decision import decide_ensemble
 from birdcall.evaluation.predict import HeldOutOptions, predict_held_out
-from birdcall.evaluation.scoring import decide_ensemble
 from birdcall.evaluation.simulation import SimulationConfig
 from birdcall.inference.ensemble import default_device
 from birdcall.kaggle.submission import LoadedPackage, predict_test_set

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from birdcall.config import NOCALL
 from birdcall.data.folds import recordist_clusters
 from birdcall.data.targets import IGNORE_TARGET, make_targets
+from birdcall.evaluation.ensemble_decision import EnsembleDecision
 from birdcall.evaluation.metrics import (
     Interval,
     average_precision,
@@ -24,7 +25,6 @@ from birdcall.evaluation.metrics import (
 )
 from birdcall.evaluation.predict import HeldOutPredictions
 from birdcall.evaluation.predictions import LabelledPredictions
-from birdcall.evaluation.scoring import EnsembleDecision
 from birdcall.inference.decision import average_members
 from birdcall.kaggle.test_set import read_solution, read_submission, read_test_rows
 

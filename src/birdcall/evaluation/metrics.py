@@ -25,7 +25,7 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 from sklearn.metrics import label_ranking_average_precision_score, roc_auc_score
 
-from birdcall.config import NOCALL
+from birdcall.config import NOCALL, SEGMENT_SECONDS
 
 _TIME_TOLERANCE = 1e-6  # seconds; 0.9 - 0.7 is above 0.2 in floating point
 
@@ -82,6 +82,17 @@ def false_birds_per_nocall_row(truth: ArrayLike, predicted: ArrayLike) -> float:
     guess = _checked_decisions("predicted", predicted, true)
     nocall = ~true.any(axis=1)
     return _share(guess[nocall].sum(), nocall.sum())
+
+
+def count_false_names(truth: NDArray, predicted: NDArray, audio: str) -> dict[str, float]:
+    """Return names per hour of rows without a known bird, and how many hours these are."""
+    n_rows = int((~truth.any(axis=1)).sum())
+    rows_per_hour = 3600 / SEGMENT_SECONDS
+    return {
+        f"{audio}_false_names_per_hour": false_birds_per_nocall_row(truth, predicted)
+        * rows_per_hour,
+        f"{audio}_nocall_hours": n_rows / rows_per_hour,
+    }
 
 
 def _share(part: float, whole: float) -> float:

@@ -12,10 +12,11 @@ import numpy as np
 
 from birdcall.audio.reading import AudioError, read_audio
 from birdcall.config import SEGMENT_SECONDS
+from birdcall.evaluation.ensemble_decision import EnsembleDecision
 from birdcall.evaluation.labelled import LabelledSoundscapes
 from birdcall.evaluation.predict import HeldOutPredictions
 from birdcall.evaluation.predictions import LabelledPredictions
-from birdcall.evaluation.scoring import EnsembleDecision, Evaluation
+from birdcall.evaluation.scoring import Evaluation
 from birdcall.evaluation.simulated_audio import SoundscapeRenderer
 from birdcall.evaluation.simulation import SimulatedSoundscape
 from birdcall.evaluation.tables import LABELLED, SIMULATED

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import torch
 
 from birdcall.audio.reading import AudioError
-from birdcall.config import SEGMENT_SECONDS
+from birdcall.config import SEGMENT_SECONDS, require
+from birdcall.data.birdnet import NAME, BirdNET, WindowStore, scientific_names
 from birdcall.data.dataset import TrainingData
 from birdcall.data.folds import TRAINING_ONLY
 from birdcall.evaluation.labelled import (
@@ -60,7 +61,8 @@ class HeldOutOptions:
 
     labelled_folders: of labelled soundscapes; without any, the examples in the data folder.
     label_column: of their Raven tables. unlabelled_folders: of soundscapes of the same sites, of
-    which nothing is known: see `find_floor`.
+    which nothing is known: see `find_floor`. yardstick: a model of others that predicts the
+    labelled soundscapes too, to compare with.
     cache_folder: where predictions are stored; a second call for the same audio reads them there.
     """
 
@@ -72,6 +74,7 @@ class HeldOutOptions:
     unlabelled_folders: Sequence[Path] = ()
     cache_folder: Path | None = None
     progress: bool = False
+    yardstick: BirdNET | None = None
 
 
 _DEFAULTS = HeldOutOptions()
@@ -114,6 +117,7 @@ class HeldOutPredictions:
     simulated soundscapes. groups: the group of each recording of the data, as in the simulated
     soundscapes. labelled: with all runs, named as their checkpoints. soundscapes, config: of the
     simulation. ensemble: all runs. unlabelled: of all runs; None without such soundscapes.
+    yardstick: the labelled soundscapes as BirdNET predicts them; None where it was not asked.
     """
 
     data: TrainingData
@@ -128,6 +132,7 @@ class HeldOutPredictions:
     config: SimulationConfig
     ensemble: Ensemble
     unlabelled: SegmentPredictions | None = None
+    yardstick: LabelledPredictions | None = None
 
     def member_names(self, experiments: Sequence[str]) -> tuple[str, ...]:
         """Return the names of the runs of ``experiments``, as in their checkpoints."""
@@ -199,6 +204,10 @@ def predict_held_out(
     labelled = predict_labelled(
         ensemble, options.labelled_folders or examples, options.label_column, **storage
     )
+    yardstick = None
+    if options.yardstick is not None:
+        names = scientific_names(data.classes, data.recordings)
+        yardstick = predict_yardstick(options.yardstick, labelled, names, **storage)
     unlabelled = predict_unlabelled(ensemble, options.unlabelled_folders, labelled, **storage)
     out_of_fold = predict_out_of_fold(ensemble, data, **storage)
     readable = set().union(*(part.segments["path"] for part in out_of_fold.values()))
@@ -228,6 +237,7 @@ def predict_held_out(
         config=config,
         ensemble=ensemble,
         unlabelled=unlabelled,
+        yardstick=yardstick,
     )
 
 
@@ -347,6 +357,36 @@ def write_oof_parquet(
 
 
 # --- soundscapes ---
+
+
+def predict_yardstick(
+    birdnet: BirdNET,
+    labelled: LabelledSoundscapes | None,
+    names: tuple[str, ...],
+    *,
+    cache_folder: Path | None = None,
+    progress: bool = False,
+) -> LabelledPredictions:
+    """Predict labelled soundscapes with BirdNET, in place of all members.
+
+    names: the scientific names of the classes.
+    Raises ValueError where there is none, or where BirdNET knows none of the classes.
+    """
+    require(labelled is not None, f"{NAME} is a yardstick for labelled soundscapes: there are none")
+    ours = labelled.predictions
+    recordings = ours.segments["recording"].iloc[ours.starts]
+    folder = None if cache_folder is None else cache_folder / "birdnet"
+    store = WindowStore(folder, names, birdnet.sha256)
+    paths = {recording: labelled.paths[recording] for recording in recordings}
+    lengths = np.diff([*ours.starts, len(ours.segments)])
+    parts = []
+    results = store.predict(birdnet, paths, progress=progress)
+    for n_segments, (_, result) in zip(lengths, results, strict=True):
+        if isinstance(result, AudioError):
+            raise result
+        parts.append(result.of_segments(n_segments))
+    probabilities = np.concatenate(parts)[None]
+    return ours.with_probabilities(probabilities, probabilities, [NAME])
 
 
 def predict_unlabelled(

@@ -5,29 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from birdcall.config import FULL, NOCALL, SEGMENT_SECONDS, require
-from birdcall.data.targets import IGNORE_TARGET, make_targets
+from birdcall.config import NOCALL, require
+from birdcall.data import birdnet
+from birdcall.data.targets import make_targets
 from birdcall.evaluation.calibration import (
-    LabelledChoice,
     choose_on_labelled,
-    find_floor,
-    fit_calibration,
 )
 from birdcall.evaluation.decision_search import (
-    DecisionSearchResult,
     search_decision,
-    share_weights,
     votes_table,
 )
+from birdcall.evaluation.ensemble_decision import NOCALL_SHARE, EnsembleDecision, decide_ensemble
 from birdcall.evaluation.labelled import LabelledSoundscapes
 from birdcall.evaluation.metrics import (
-    bootstrap_interval,
-    false_birds_per_nocall_row,
     row_f1_scores,
 )
 from birdcall.evaluation.predict import HeldOutPredictions
@@ -48,33 +42,10 @@ from birdcall.evaluation.tables import (
     reliability_table,
     snr_table,
 )
-from birdcall.inference.decision import Decision, average_members, decide_segments
+from birdcall.inference.decision import Decision, average_members
 from birdcall.inference.predictions import Calibration
-from birdcall.models.checkpoint import read_checkpoint
-from birdcall.training.resume import describe_other_training
 
 logger = logging.getLogger(__name__)
-
-# Of the competition's public rows, by an all-nocall submission; the private rows: about (5th place)
-_NOCALL_SHARE = 0.54
-
-
-@dataclass(frozen=True, eq=False)
-class EnsembleDecision:
-    """The decision for the members of some experiments, and the predictions it was searched on.
-
-    search, simulated and weights are None where no soundscape was simulated for all experiments, or
-    all of one group: then the decision is the one that a search begins with. weights: of the
-    simulated rows ``(labelled rows,)``. on_labelled: None without labelled soundscapes.
-    """
-
-    name: str
-    experiments: tuple[str, ...]
-    decision: Decision
-    search: DecisionSearchResult | None = None
-    simulated: LabelledPredictions | None = None
-    weights: np.ndarray | None = None
-    on_labelled: LabelledChoice | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +75,7 @@ class Evaluation:
 def evaluate(
     held_out: HeldOutPredictions,
     ensembles: Sequence[Sequence[str]] = (),
-    nocall_share: float = _NOCALL_SHARE,
+    nocall_share: float = NOCALL_SHARE,
 ) -> Evaluation:
     """Score each experiment, each of ``ensembles`` and all experiments together.
 
@@ -142,6 +113,8 @@ def evaluate(
     if held_out.labelled is not None and len(held_out.labelled.frames):
         rows += event_rows(ENSEMBLE, held_out.labelled, ensemble.on_labelled.by_group)
     rows += _score_baselines(held_out, ensemble, targets)
+    if held_out.yardstick is not None:
+        rows += _score_yardstick(held_out.yardstick, held_out.learnable_by(held_out.experiments))
     scores = pd.DataFrame(rows).astype({"classes": "Int64", "left_out": "Int64"})
     return _gather(held_out, ensemble, targets, scores=scores)
 
@@ -198,162 +171,9 @@ def _gather(
     )
 
 
-# --- decisions ------------------------------------------------------------------------------------
-
-
-def decide_ensemble(
-    held_out: HeldOutPredictions,
-    experiments: Sequence[str],
-    nocall_share: float = _NOCALL_SHARE,
-    name: str = ENSEMBLE,
-) -> EnsembleDecision:
-    """Search for the decision of some experiments on the soundscapes simulated for them."""
-    names = tuple(experiments)
-    members = held_out.member_names(names)
-    start = Decision(
-        window_segments=held_out.ensemble.window_config.window_segments,
-        context_seconds=held_out.ensemble.window_config.context_seconds,
-        classes=held_out.data.classes,
-        members=members,
-        weights={
-            member.name: member.checkpoint.weights_sha256
-            for member in held_out.ensemble.members
-            if member.name in members
-        },
-    )
-    simulated, labelled = held_out.simulated_for(names), held_out.labelled_for(names)
-    unlabelled = held_out.unlabelled_for(names)
-    if simulated is None or simulated.segments["group"].nunique() < 2:
-        logger.warning(
-            "%s: its experiments share no held-out fold, or what can be simulated is of one "
-            "recordist: the default decision is used",
-            name,
-        )
-        decision, choice = find_floor(replace(start, chosen_on="nothing"), unlabelled), None
-        if labelled is not None:
-            choice = choose_on_labelled(decision, labelled, unlabelled=unlabelled)
-            decision = replace(choice.decision, chosen_on=f"nothing, {choice.describe()}")
-        return EnsembleDecision(name, names, decision, on_labelled=choice)
-    # Segments, as the decision takes them: the maxima of recordings have another level.
-    groups = simulated.segments["group"].to_numpy()
-    clipwise, framewise = map(average_members, (simulated.clipwise, simulated.framewise))
-
-    def fit(excluded: frozenset[str]) -> Calibration:
-        used = ~np.isin(groups, list(excluded))
-        truth = simulated.truth[used, : len(simulated.classes)]
-        # A class without a simulated row keeps what is common to all classes.
-        targets = np.where(truth.any(axis=0), truth, IGNORE_TARGET)
-        return fit_calibration(clipwise[used], framewise[used], targets)
-
-    weights = share_weights(simulated.labelled_truth, nocall_share)
-    search = search_decision(simulated, weights, start=start, fit_calibration=fit)
-    decision = search.decision
-    chosen_on = (
-        f"{len(simulated.recordings)} rows of {len(set(simulated.recordings))} soundscapes "
-        f"simulated from held-out recordings, scored nested over {len(set(simulated.groups))} "
-        "groups of recordists"
-    )
-    f1, positive = search.cross_validated_f1, np.maximum(weights, 1e-12)
-    interval = bootstrap_interval(f1, simulated.groups, weights=positive)
-    score = {
-        "cross_validated_row_wise_f1": np.average(f1, weights=weights),
-        "low": interval.low,
-        "high": interval.high,
-        "all_nocall": np.average(~simulated.labelled_truth.any(axis=1), weights=weights),
-        "in_sample_row_wise_f1": search.in_sample_f1,
-        "nocall_share_expected": nocall_share,
-        "nocall_share_named": np.average(~search.cross_validated.any(axis=1), weights=weights),
-        "cross_validated_recording_f1": search.cross_validated_recording_f1.mean(),
-        **_count_false_names(simulated.labelled_truth, search.cross_validated, SIMULATED),
-    }
-    choice = None
-    if labelled is not None:
-        choice = choose_on_labelled(decision, labelled, fit(frozenset()), unlabelled)
-        decision = choice.decision
-        chosen_on += f", {choice.describe()}"
-        score |= _score_on_labelled(choice, labelled, name)
-    else:
-        decision = find_floor(decision, unlabelled)
-    if unlabelled is not None:
-        arrays, starts = (unlabelled.clipwise, unlabelled.framewise), np.array(unlabelled.starts)
-        named = decide_segments(*arrays, decision, starts)
-        score["unlabelled_names_per_hour"] = named.sum() / (len(named) * SEGMENT_SECONDS / 3600)
-    # The interval of a single soundscape is NaN, which JSON does not have.
-    score = {key: round(float(value), 4) for key, value in score.items() if not np.isnan(value)}
-    return EnsembleDecision(
-        name=name,
-        experiments=names,
-        decision=replace(decision, chosen_on=chosen_on, score=score),
-        search=search,
-        simulated=simulated,
-        weights=weights,
-        on_labelled=choice,
-    )
-
-
-def decide_for_full_runs(decision: Decision, runs: Path) -> Decision:
-    """Return ``decision`` for the full runs of its experiments, in ``runs/<experiment>/full``.
-
-    They held out nothing that a rule could be chosen on: it stays the one that was chosen on the
-    runs of folds, which ``chosen_on`` then names. ValueError if weights of these have changed since
-    then, or if a full run was trained in another way.
-    """
-    weights = {}
-    for name in decision.members:
-        experiment, _, fold = name.rpartition("-")
-        of_fold = read_checkpoint(runs / experiment / fold)
-        full = read_checkpoint(runs / experiment / FULL)
-        differences = describe_other_training(of_fold, full)
-        if of_fold.weights_sha256 != decision.weights.get(name):
-            differences = f"the decision was chosen on other weights of {name}"
-        if differences:
-            raise ValueError(
-                f"{runs / experiment / FULL}: the decision does not suit it: {differences}; train "
-                "both in one way, and let `birdcall evaluate` choose a decision again"
-            )
-        weights[full.name] = full.weights_sha256
-    chosen_on = f"{decision.chosen_on}, predicted by {', '.join(decision.members)}"
-    logger.info("%s: with the decision chosen on %s", ", ".join(weights), chosen_on)
-    return replace(decision, members=tuple(weights), weights=weights, chosen_on=chosen_on)
-
-
 def _mean_of_rows(predictions: LabelledPredictions) -> np.ndarray:
     """Return the members' mean clipwise probability of labelled rows, ``(rows, classes)``."""
     return average_members(predictions.clipwise)[predictions.labelled]
-
-
-def _score_on_labelled(
-    choice: LabelledChoice, labelled: LabelledPredictions, name: str
-) -> dict[str, float]:
-    """Score the nested decisions of labelled soundscapes; warn where no bird scores higher."""
-    f1 = row_f1_scores(labelled.labelled_truth, choice.predicted)
-    interval = bootstrap_interval(f1, labelled.groups)
-    nocall = float((~labelled.labelled_truth.any(axis=1)).mean())
-    if f1.mean() < nocall:
-        logger.warning(
-            "%s: on labelled soundscapes its decision scores %.3f, less than naming no bird, %.3f; "
-            "do their species or their noise differ from the training data?",
-            *(name, f1.mean(), nocall),
-        )
-    return {
-        "labelled_row_wise_f1": float(f1.mean()),
-        "labelled_low": interval.low,
-        "labelled_high": interval.high,
-        "labelled_all_nocall": nocall,
-        "labelled_offset": choice.offset,
-        **_count_false_names(labelled.labelled_truth, choice.predicted, LABELLED),
-    }
-
-
-def _count_false_names(truth: np.ndarray, predicted: np.ndarray, audio: str) -> dict[str, float]:
-    """Return names per hour of rows without a known bird, and how many hours these are."""
-    n_rows = int((~truth.any(axis=1)).sum())
-    rows_per_hour = 3600 / SEGMENT_SECONDS
-    return {
-        f"{audio}_false_names_per_hour": false_birds_per_nocall_row(truth, predicted)
-        * rows_per_hour,
-        f"{audio}_nocall_hours": n_rows / rows_per_hour,
-    }
 
 
 # --- rows of the table of scores ------------------------------------------------------------------
@@ -451,6 +271,19 @@ def _score_baselines(
         out_of_fold = np.where(known[:, None], frequency, np.nan)
         rows += out_of_fold_rows(prior, out_of_fold, targets, learnable=learnable)
     return rows
+
+
+def _score_yardstick(yardstick: LabelledPredictions, learnable: np.ndarray) -> list[dict]:
+    """Score BirdNET with its default threshold, and with a decision that is chosen as ours is."""
+    subject, n_classes = ScoreSubject(birdnet.NAME, 1, LABELLED), len(yardstick.classes)
+    threshold = birdnet.DEFAULT_THRESHOLD
+    default = Decision(threshold, threshold, max_birds=n_classes, classes=yardstick.classes)
+    choice = choose_on_labelled(default, yardstick, Calibration.identity(n_classes))
+    logger.info("%s: %g or more, %s", birdnet.NAME, threshold, choice.describe())
+    rows = decided_rows(subject, yardstick, yardstick.decide(default))
+    rows += ranked_rows(subject, yardstick, learnable)
+    subject = subject._replace(name=f"{birdnet.NAME}, decision chosen")
+    return rows + decided_rows(subject, yardstick, choice.predicted)
 
 
 def _count_unlearnable(targets: np.ndarray, learnable: np.ndarray, known: np.ndarray) -> int:

@@ -295,7 +295,7 @@ def stage_training(
         other_birds=files.other_birds,
     )
     training.split(settings.fold)
-    training.require_sound_for(experiment)
+    replace(training, birdnet=None).require_sound_for(experiment)  # a kernel has no embeddings
     model = initialise(experiment, len(training.classes), files.init, classes=training.classes)
     needs_packages = any(getattr(experiment.augment, name) > 0 for name in _NEED_PACKAGES)
     if staging.wheels is None and needs_packages:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +13,13 @@ import torch
 from tqdm import tqdm
 
 from birdcall.audio.reading import AudioError
-from birdcall.config import SEGMENT_SECONDS, require, require_share
-from birdcall.data.dataset import TrainingData, find_unlabelled
+from birdcall.config import SEGMENT_SECONDS, PseudoLabelConfig
+from birdcall.data.dataset import TrainingData
 from birdcall.data.folds import TRAINING_ONLY
 from birdcall.data.targets import (
     PRESENT,
     STRONG_LABEL_COLUMNS,
     UNCERTAIN,
-    SoundscapeLabels,
-    network_of,
     write_strong_labels,
 )
 from birdcall.inference.decision import average_members
@@ -29,55 +27,12 @@ from birdcall.inference.engine import predict_files
 from birdcall.inference.ensemble import Ensemble, load_ensemble
 from birdcall.inference.events import Event, frames_to_events
 from birdcall.inference.predictions import (
-    CollapseLimits,
-    LabelStatistics,
     SegmentPredictions,
 )
 from birdcall.inference.windows import FRAME_SECONDS, FRAMES_PER_SEGMENT, WindowConfig
-from birdcall.models.checkpoint import read_checkpoint, require_same_classes
-from birdcall.storage.files import shorten_list
-from birdcall.storage.store import read_arrays
 from birdcall.training.resume import read_runs
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PseudoLabelConfig:
-    """The thresholds between present, uncertain and absent, for the members' mean probability.
-
-    After the 6th place's third stage, where the label of a clip is the recording's label AND the
-    prediction for a frame of the clip. Here a probability below the threshold makes a label
-    uncertain first, and only a very low probability removes it.
-    """
-
-    # The 6th place has a model for each threshold from 0.3 to 0.7; this is their middle.
-    present_threshold: float = 0.5
-    # Below that, a given label is ignored by the loss: background birds are quiet, and quiet birds
-    # are what models miss. Below this threshold it is absent: on the demo, 7 of 10 species that are
-    # not in a recording stay below 0.05 everywhere in it, and 1 of 20 that are listed.
-    uncertain_threshold: float = 0.05
-    # A species that is not listed: the 6th place adds it above 0.9; below, down to
-    # `present_threshold`, it is ignored by the loss. The clipwise probability must be as high as
-    # that of the frame: with attention pooling alone there are many false frames.
-    added_threshold: float = 0.9
-    # A pause in a song is no absence; nor is a single frame of the network, which is this long.
-    max_gap_seconds: float = 0.6
-    # A primary label that is predicted nowhere is present around its best frame, for this long.
-    anchor_seconds: float = 5.0
-
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            if item.name.endswith("_threshold"):
-                require_share(item.name, getattr(self, item.name))
-        require(
-            self.uncertain_threshold <= self.present_threshold <= self.added_threshold,
-            f"uncertain_threshold {self.uncertain_threshold}, present_threshold "
-            f"{self.present_threshold} and added_threshold {self.added_threshold} must rise in "
-            "this order",
-        )
-        require(self.max_gap_seconds >= 0, f"max_gap_seconds is {self.max_gap_seconds}; give >= 0")
-        require(self.anchor_seconds > 0, f"anchor_seconds is {self.anchor_seconds}; give > 0")
 
 
 @dataclass(frozen=True)
@@ -194,10 +149,10 @@ def _predict_held_out(
         recordings = data.recordings[data.recordings["fold"] == fold]
         files = zip(recordings["filename"], recordings["path"], strict=True)
         paths = {filename: data.folder / path for filename, path in files}
-        yield from predict_files(_load_with_context(by_fold[fold], device), paths)
+        yield from predict_files(load_with_context(by_fold[fold], device), paths)
 
 
-def _load_with_context(runs: Sequence[Path], device: torch.device | str) -> Ensemble:
+def load_with_context(runs: Sequence[Path], device: torch.device | str) -> Ensemble:
     """Load ``runs`` with windows as long as their shortest training clip."""
     ensemble = load_ensemble(runs, device)
     configs = [member.checkpoint.experiment.train.data for member in ensemble.members]
@@ -264,79 +219,3 @@ def _intervals_of_missed(
         offset = min(seconds, onset + config.anchor_seconds)
         intervals.append((Event(code, round(onset, 6), round(offset, 6), highest), PRESENT))
     return intervals
-
-
-# --- soundscapes that nobody has labelled ---
-
-
-def labels_file(folder: Path, number: int) -> Path:
-    """Return the path of the labels of a round."""
-    return folder / f"soundscape_labels_{number}.safetensors"
-
-
-def label_soundscapes(
-    runs: Sequence[Path],
-    data: TrainingData,
-    folder: Path,
-    output: Path,
-    *,
-    labelled: Sequence[Path] = (),
-    limits: CollapseLimits = CollapseLimits(),
-    device: torch.device | str = "cpu",
-    progress: bool = False,
-) -> tuple[Path, SoundscapeLabels]:
-    """Label the soundscapes below ``folder``; write them to a file of their round in ``output``.
-
-    All ``runs`` label, whatever their folds: soundscapes are in no fold. Soundscapes that cannot be
-    read whole are named and left out. ValueError where one has the same audio as a recording of the
-    data or a labelled soundscape (the data's examples, and all sound below ``labelled``), and where
-    the labels have collapsed: then nothing is written.
-    """
-    checkpoints = [read_checkpoint(run) for run in runs]
-    for run, checkpoint in zip(runs, checkpoints, strict=True):
-        require_same_classes(run, checkpoint, data.classes)
-    measured = find_unlabelled(folder, data, labelled)
-    networks = [network_of(checkpoint.experiment) for checkpoint in checkpoints]
-    families = list(dict.fromkeys(networks))
-    positions = [np.flatnonzero(np.array(networks) == family) for family in families]
-    soundscapes, parts = [], []
-    ensemble = _load_with_context(runs, device)
-    results = predict_files(ensemble, {name: folder / name for name in measured})
-    for name, result in tqdm(results, total=len(measured), disable=not progress):
-        if isinstance(result, AudioError):
-            logger.warning("%s; it is left out", result)
-            continue
-        parts.append(np.stack([result.clipwise[members].mean(axis=0) for members in positions]))
-        values = {key: getattr(measured[name], key) for key in ("seconds", "size", "audio_hash")}
-        soundscapes.append({"name": name, **values})
-    require(len(parts) > 0, f"{folder}: none of {len(measured)} soundscapes can be read")
-    probabilities = np.concatenate(parts, axis=1).astype(np.float32)
-    number = 1 + max(checkpoint.trained_on.get("round") or 0 for checkpoint in checkpoints)
-    members = [
-        {"name": item.name, "experiment": item.experiment.name, "network": network}
-        | {"weights_sha256": item.weights_sha256}
-        for item, network in zip(checkpoints, networks, strict=True)
-    ]
-    statistics = LabelStatistics.of(probabilities.mean(axis=0), data.classes)
-    labels = SoundscapeLabels(
-        folder=folder,
-        classes=data.classes,
-        soundscapes=soundscapes,
-        members=members,
-        families=families,
-        round=number,
-        statistics=asdict(statistics),
-        probabilities=probabilities,
-        soundscape=np.repeat(np.arange(len(parts)), [part.shape[1] for part in parts]),
-    )
-    earlier, previous = labels_file(output, number - 1), None
-    if earlier.is_file():
-        previous = LabelStatistics(**read_arrays(earlier)[1]["statistics"])
-    statistics.require_no_collapse(f"all members in round {number}", limits, previous)
-    for family, of_family in zip(families, probabilities, strict=True):
-        names = shorten_list([item["name"] for item in members if item["network"] == family])
-        of_members = LabelStatistics.of(of_family, data.classes)
-        of_members.require_no_collapse(f"{names} in round {number}", limits)
-    path = labels_file(output, number)
-    labels.write(path)
-    return path, labels

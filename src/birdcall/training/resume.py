@@ -128,6 +128,7 @@ _NAMES = {
     "labels": "the strong labels (--labels)",
     "soundscapes": "the labels of soundscapes (--soundscape-labels)",
     "other_birds": "the sound of other birds (--other-birds)",
+    "teacher": "the teacher's models (birdcall embed)",
     "init": "the initial weights (--init)",
 }
 # These change the rounding of the weights: a state cannot be resumed, a finished run can be kept.
@@ -150,6 +151,7 @@ def conditions_of(
     Sound that ``experiment`` does not draw from has no part in it.
     """
     unused = dict.fromkeys([] if experiment.augment.other_birds_probability else ["other_birds"])
+    unused |= dict.fromkeys([] if experiment.train.teacher.weight else ["teacher"])
     if experiment.train.student.share == 0:
         unused |= dict.fromkeys(["soundscapes", "round"])
     return {

@@ -17,6 +17,7 @@ from birdcall.audio.decoder import AudioError, warn_once
 from birdcall.audio.frontend import SpecAugment
 from birdcall.config import Experiment, LossConfig, OptimizerConfig
 from birdcall.data.augment import BatchDraws, augment_batch, mix_scale
+from birdcall.data.birdnet import EMBEDDING_SIZE
 from birdcall.data.dataset import TrainingData
 from birdcall.data.loader import ClipBatch
 from birdcall.data.targets import IGNORE_TARGET, make_targets
@@ -88,21 +89,53 @@ class BatchPreview(NamedTuple):
     recordings: tuple[str, ...]
 
 
-class _SpectrogramModel(nn.Module):
-    """``model.detect``, which starts at the log-mel, as a module to compile and distribute."""
+def cosine_loss(projected: Tensor, embedding: Tensor) -> Tensor:
+    """Return the mean over clips of 1 - cosine between both ``(batch, size)``.
 
-    def __init__(self, model: SEDModel) -> None:
+    A clip whose embedding is zeros adds nothing, and the mean is still over all clips.
+    """
+    loss = 1 - functional.cosine_similarity(projected.float(), embedding.float(), dim=1)
+    return torch.where(embedding.any(dim=1), loss, 0).mean()
+
+
+def mix_embeddings(embedding: Tensor, draws: BatchDraws, scale: Tensor) -> Tensor:
+    """Return the embeddings of mixed clips, ``(n, size)``; zeros where a part of a mix has none.
+
+    embedding: of the whole batch. The weights are the gains of the parts, 1 for the clip itself.
+    scale: see `mix_scale`.
+    """
+    index, partners = draws.index.to(scale.device), draws.partners.to(scale.device)
+    is_known, is_added = embedding.any(dim=1), scale > 0
+    gain = torch.where(is_added, draws.mix_gain.to(scale.device), 0)
+    mixed = embedding[index] + (gain[..., None] * embedding[partners]).sum(dim=1)
+    is_complete = is_known[index] & (is_known[partners] | ~is_added).all(dim=1)
+    return torch.where(is_complete[:, None], mixed, 0)
+
+
+class _SpectrogramModel(nn.Module):
+    """``model.detect``, which starts at the log-mel, as a module to compile and distribute.
+
+    With a ``projection`` also that of the head's input, averaged over frames, else None.
+    """
+
+    def __init__(self, model: SEDModel, projection: nn.Module | None) -> None:
         super().__init__()
         self.model = model
+        self.projection = projection
 
-    def forward(self, log_mel: Tensor) -> SEDOutput:
-        return self.model.detect(log_mel)
+    def forward(self, log_mel: Tensor) -> tuple[SEDOutput, Tensor | None]:
+        features = self.model.features(log_mel)
+        if self.projection is None:
+            return self.model.head(features), None
+        return self.model.head(features), self.projection(features.mean(dim=2))
 
 
 class BatchLoss:
     """Computes the loss of batches: augmentation, front end, network and `sed_loss`.
 
-    The network is compiled and distributed as ``experiment`` and ``distributed`` require.
+    The network is compiled and distributed as ``experiment`` and ``distributed`` require. With a
+    teacher, `cosine_loss` of a linear projection of the features is added. The projection is
+    trained and no part of the model: ``modules`` has both.
     """
 
     def __init__(
@@ -116,10 +149,25 @@ class BatchLoss:
         self.experiment = experiment
         self.device = device
         self.distributed = distributed
-        network = distributed.wrap(_SpectrogramModel(model), device)
+        self.modules: dict[str, nn.Module] = {"model": model}
+        self.projection: nn.Module | None = None
+        if experiment.train.teacher.weight > 0:
+            # From a generator of its own: everything else is drawn as without a teacher.
+            n_features = model.head.detection.in_channels
+            projection = torch.nn.utils.skip_init(nn.Linear, n_features, EMBEDDING_SIZE)
+            generator = torch.Generator().manual_seed(experiment.train.seed)
+            nn.init.xavier_uniform_(projection.weight, generator=generator)
+            nn.init.zeros_(projection.bias)
+            self.modules["projection"] = self.projection = projection.to(device)
+        network = distributed.wrap(_SpectrogramModel(model, self.projection), device)
         self._network = torch.compile(network) if experiment.train.compile else network
         augment = experiment.augment
         self._masks = SpecAugment(augment.time_mask_share, augment.mel_mask_share, augment.n_masks)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return all that is trained."""
+        modules = self.modules.values()
+        return [item for module in modules for item in module.parameters() if item.requires_grad]
 
     def __call__(
         self,
@@ -134,12 +182,12 @@ class BatchLoss:
         The loss is NaN where the network's output is not finite, because cross-entropy of NaN would
         end a CUDA process without naming the batch. ``preview`` receives the first clips.
         """
-        waveform, target, weight, masks = self._augment(batch, epoch, position)
+        waveform, target, weight, embedding, masks = self._augment(batch, epoch, position)
         log_mel = self._masks.hide(self.model.frontend(waveform), masks)
         config = self.experiment.train
         dtype = _DTYPES[config.precision]
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            output = self._network(log_mel)
+            output, projected = self._network(log_mel)
         if preview is not None:
             tensors = (log_mel, target, output.clipwise)
             first = [tensor[:_N_PREVIEW_CLIPS].detach().float().cpu() for tensor in tensors]
@@ -147,12 +195,16 @@ class BatchLoss:
         if not (output.framewise.isfinite().all() and output.clipwise.isfinite().all()):
             # Still a function of the weights: the other processes wait for its gradients.
             return output.framewise.sum() * math.nan
-        return sed_loss(output, target, config.loss, weight)
+        loss = sed_loss(output, target, config.loss, weight)
+        if self.projection is None:
+            return loss
+        share = config.teacher.weight / target.shape[1]  # the labels' loss is a mean over classes
+        return loss + share * cosine_loss(projected, embedding)
 
     def _augment(
         self, batch: ClipBatch, epoch: int, position: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return augmented waveforms, their targets and weights, and draws of SpecAugment masks."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+        """Return augmented waveforms, their targets, weights and embeddings, and draws of masks."""
         waveform, target, weight = (
             tensor.to(self.device, non_blocking=True)
             for tensor in (batch.waveform, batch.target, batch.weight)
@@ -163,9 +215,14 @@ class BatchLoss:
         generator = torch.Generator().manual_seed(int(seed[0] >> np.uint64(1)))
         draws = BatchDraws.draw(n_clips, self.experiment.augment, generator)
         waveforms, targets, weights = waveform, target, weight
+        embedding = None
+        if self.projection is not None:
+            embedding = batch.embedding.to(self.device, non_blocking=True)
         if self.distributed.world_size > 1:
             # A clip can be mixed with a clip of another process.
             waveforms, targets, weights = map(self.distributed.gather, (waveform, target, weight))
+            if embedding is not None:
+                embedding = self.distributed.gather(embedding)
             part = self.distributed.part(n_clips)
             draws = draws.part(part.start, part.stop)
         if self.experiment.train.loss.rating_weight:
@@ -173,8 +230,10 @@ class BatchLoss:
             is_added = mix_scale(waveforms, draws) > 0
             added = torch.where(is_added, weights[draws.partners.to(self.device)], 0)
             weight = (weight + added.sum(dim=1)) / (1 + is_added.sum(dim=1))
+        if embedding is not None:
+            embedding = mix_embeddings(embedding, draws, mix_scale(waveforms, draws))
         waveform, target = augment_batch(waveform, target, draws, (waveforms, targets))
-        return waveform, target, weight, draws.masks
+        return waveform, target, weight, embedding, draws.masks
 
 
 def warmup_cosine(config: OptimizerConfig, step: int, n_steps: int) -> float:

@@ -3,23 +3,164 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
+from birdcall.audio.reading import AudioError
 from birdcall.config import Experiment, require
-from birdcall.data.dataset import TrainingData
-from birdcall.data.targets import SoundscapeLabels
+from birdcall.data.birdnet import NAME, BirdNET, WindowStore, find_columns, scientific_names
+from birdcall.data.dataset import TrainingData, find_unlabelled
+from birdcall.data.targets import SoundscapeLabels, network_of
 from birdcall.experiments import student_of
-from birdcall.inference.predictions import CollapseLimits
-from birdcall.models.checkpoint import Checkpoint, read_checkpoint
-from birdcall.training.pseudo_labels import label_soundscapes, labels_file
+from birdcall.inference.engine import predict_files
+from birdcall.inference.predictions import CollapseLimits, LabelStatistics
+from birdcall.models.checkpoint import Checkpoint, read_checkpoint, require_same_classes
+from birdcall.storage.files import shorten_list
+from birdcall.storage.store import read_arrays
+from birdcall.training.pseudo_labels import load_with_context
 from birdcall.training.runs import find_runs, plan_runs, train_many
 from birdcall.training.trainer import Run, RunOptions
 
 logger = logging.getLogger(__name__)
+
+
+# --- labels of soundscapes that nobody has labelled ---
+
+
+def labels_file(folder: Path, source: int | str) -> Path:
+    """Return the path of the labels of a round, or of BirdNET."""
+    return folder / f"soundscape_labels_{source}.safetensors"
+
+
+@dataclass(frozen=True)
+class _Labellers:
+    """The models that label soundscapes, as a file of labels describes them.
+
+    predict: recordings by name to ``(families, segments, classes)`` each, or why not.
+    """
+
+    members: list[dict]
+    families: list[str]
+    round: int
+    source: int | str  # of the labels: the round, or birdnet
+    predict: Callable[[dict[str, Path]], Iterator[tuple[str, np.ndarray | AudioError]]]
+
+
+def label_soundscapes(
+    labellers: Sequence[Path] | BirdNET,
+    data: TrainingData,
+    folder: Path,
+    output: Path,
+    *,
+    labelled: Sequence[Path] = (),
+    limits: CollapseLimits = CollapseLimits(),
+    device: torch.device | str = "cpu",
+    progress: bool = False,
+) -> tuple[Path, SoundscapeLabels]:
+    """Label the soundscapes below ``folder``; write them to a file of their round in ``output``.
+
+    All runs label, whatever their folds: soundscapes are in no fold. Or BirdNET does, in a file of
+    its own. Soundscapes that cannot be read whole are named and left out. ValueError where one has
+    the same audio as a recording of the data or a labelled soundscape (the data's examples, and all
+    sound below ``labelled``), and where the labels have collapsed: then nothing is written.
+    """
+    if isinstance(labellers, BirdNET):
+        models = _birdnet_labeller(labellers, data)
+    else:
+        models = _labellers_of(labellers, data, device)
+    measured = find_unlabelled(folder, data, labelled)
+    soundscapes, parts = [], []
+    results = models.predict({name: folder / name for name in measured})
+    for name, result in tqdm(results, total=len(measured), disable=not progress):
+        if isinstance(result, AudioError):
+            logger.warning("%s; it is left out", result)
+            continue
+        parts.append(result)
+        values = {key: getattr(measured[name], key) for key in ("seconds", "size", "audio_hash")}
+        soundscapes.append({"name": name, **values})
+    require(len(parts) > 0, f"{folder}: none of {len(measured)} soundscapes can be read")
+    probabilities = np.concatenate(parts, axis=1).astype(np.float32)
+    statistics = LabelStatistics.of(probabilities.mean(axis=0), data.classes)
+    labels = SoundscapeLabels(
+        folder=folder,
+        classes=data.classes,
+        soundscapes=soundscapes,
+        members=models.members,
+        families=models.families,
+        round=models.round,
+        statistics=asdict(statistics),
+        probabilities=probabilities,
+        soundscape=np.repeat(np.arange(len(parts)), [part.shape[1] for part in parts]),
+    )
+    earlier, previous = labels_file(output, models.round - 1), None
+    if earlier.is_file():
+        previous = LabelStatistics(**read_arrays(earlier)[1]["statistics"])
+    statistics.require_no_collapse(f"all members in round {models.round}", limits, previous)
+    for family, of_family in zip(models.families, probabilities, strict=True):
+        names = shorten_list([item["name"] for item in models.members if item["network"] == family])
+        of_members = LabelStatistics.of(of_family, data.classes)
+        of_members.require_no_collapse(f"{names} in round {models.round}", limits)
+    path = labels_file(output, models.source)
+    labels.write(path)
+    return path, labels
+
+
+def _labellers_of(
+    runs: Sequence[Path], data: TrainingData, device: torch.device | str
+) -> _Labellers:
+    """Return runs as labellers: a family has the mean of the members of one network."""
+    checkpoints = [read_checkpoint(run) for run in runs]
+    for run, checkpoint in zip(runs, checkpoints, strict=True):
+        require_same_classes(run, checkpoint, data.classes)
+    networks = [network_of(checkpoint.experiment) for checkpoint in checkpoints]
+    families = list(dict.fromkeys(networks))
+    positions = [np.flatnonzero(np.array(networks) == family) for family in families]
+
+    def predict(files: dict[str, Path]) -> Iterator[tuple[str, np.ndarray | AudioError]]:
+        for name, result in predict_files(load_with_context(runs, device), files):
+            if not isinstance(result, AudioError):
+                means = [result.clipwise[members].mean(axis=0) for members in positions]
+                result = np.stack(means)
+            yield name, result
+
+    number = 1 + max(checkpoint.trained_on.get("round") or 0 for checkpoint in checkpoints)
+    members = [
+        {"name": item.name, "experiment": item.experiment.name, "network": network}
+        | {"weights_sha256": item.weights_sha256}
+        for item, network in zip(checkpoints, networks, strict=True)
+    ]
+    return _Labellers(members, families, number, number, predict=predict)
+
+
+def _birdnet_labeller(birdnet: BirdNET, data: TrainingData) -> _Labellers:
+    """Return BirdNET as the only labeller; no experiment has its network."""
+    store = data.birdnet or WindowStore(None, scientific_names(data.classes, data.recordings))
+
+    def predict(files: dict[str, Path]) -> Iterator[tuple[str, np.ndarray | AudioError]]:
+        for name, item in store.part("soundscapes").predict(birdnet, files):
+            yield name, item if isinstance(item, AudioError) else item.of_segments()[None]
+
+    find_columns(birdnet.labels, store.names)  # raises where it knows none of the classes
+    member = {"name": NAME, "experiment": NAME, "network": birdnet.sha256}
+    members = [member | {"weights_sha256": birdnet.sha256}]
+    return _Labellers(members, [birdnet.sha256], 1, "birdnet", predict=predict)
+
+
+def describe_labels(labels: SoundscapeLabels) -> str:
+    """Return how many labels there are, by whom, and how they are distributed."""
+    return (
+        f"round {labels.round}: {len(labels.soundscape)} segments of {len(labels.soundscapes)} "
+        f"soundscapes, by {len(labels.members)} members of {len(labels.families)} networks; "
+        f"{LabelStatistics(**labels.statistics)}"
+    )
+
+
+# --- rounds ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

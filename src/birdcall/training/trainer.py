@@ -164,7 +164,7 @@ class Training:
                 losses.append(loss)
         if losses:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
+            nn.utils.clip_grad_norm_(self.batch_loss.parameters(), config.gradient_clip)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if self.average is not None:
@@ -314,7 +314,7 @@ def start_training(
     batches_per_epoch = max(1, sampler.n_clips // config.data.batch_size)
     steps_per_epoch = math.ceil(batches_per_epoch / config.optimizer.accumulate)
     batch_loss = BatchLoss(model, experiment, device, distributed)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = batch_loss.parameters()
     matrices = [parameter for parameter in parameters if parameter.ndim > 1]
     vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
     # Biases, normalisations and GeM's power do not decay.
@@ -322,8 +322,7 @@ def start_training(
     optimizer = torch.optim.AdamW(
         groups, config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay
     )
-    modules: dict[str, nn.Module] = {"model": model}
-    average = None
+    modules, average = dict(batch_loss.modules), None
     if config.optimizer.ema_decay is not None:
         average = make_moving_average(model, config.optimizer.ema_decay)
         modules["average"] = average
