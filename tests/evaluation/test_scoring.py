@@ -196,7 +196,7 @@ def test_calibration_is_fitted_on_the_segments_of_the_other_groups(held_out, mon
         fitted.append((clipwise, targets))
         return real(clipwise, framewise, targets)
 
-    monkeypatch.setattr("birdcall.evaluation.scoring.fit_calibration", fit)
+    monkeypatch.setattr("birdcall.evaluation.ensemble_decision.fit_calibration", fit)
     simulated = held_out.simulated_for(held_out.experiments)
     # The first class is in one row: a fit without that row has nothing to tell of it.
     truth = simulated.truth.copy()
