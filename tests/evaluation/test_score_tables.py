@@ -236,7 +236,7 @@ def test_a_class_tells_how_many_of_its_recordings_are_not_scored(scores):
     learnable[:, 2] = False
     table = per_class_table(
         scores.classes, targets=targets, learnable=learnable, out_of_fold=out_of_fold,
-        simulated=None, predicted=None, labelled=None,
+        simulated=None, predicted=None, labelled=None, decision=Decision(),
     )  # fmt: skip
     assert list(table["left_out"]) == [0, 0, 8, 0, 0]
     assert list(table["oof_ap"].isna()) == [False, False, True, False, False]
@@ -311,6 +311,7 @@ def test_a_class_has_its_support_and_its_share_of_right_names(scores):
         simulated=scores,
         predicted=named,
         labelled=scores,
+        decision=Decision(),
     )
     truth = scores.labelled_truth[:, :5]
     assert list(table["recordings"]) == targets.sum(axis=0).tolist()
@@ -320,6 +321,11 @@ def test_a_class_has_its_support_and_its_share_of_right_names(scores):
     assert table["simulated_precision"][k] == pytest.approx(expected)
     expected = average_precision_score(truth[:, k], scores.framewise.mean(axis=0)[:, k])
     assert table["labelled_ap"][k] == pytest.approx(expected)
+    means = scores.clipwise.mean(axis=0) * scores.framewise.mean(axis=0)
+    strength = means[scores.labelled][:, k]
+    expected = average_precision_score(truth[:, k], strength)
+    assert table["labelled_decision_ap"][k] == pytest.approx(expected)
+    assert table["labelled_decision_auc"][k] == pytest.approx(roc_auc_score(truth[:, k], strength))
 
 
 def test_confusions_are_counted_by_hand():

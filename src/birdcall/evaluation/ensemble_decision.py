@@ -54,6 +54,11 @@ class EnsembleDecision:
     weights: np.ndarray | None = None
     on_labelled: LabelledChoice | None = None
 
+    @property
+    def base_decision(self) -> Decision:
+        """Return the decision before labelled soundscapes adapted it."""
+        return self.decision if self.search is None else self.search.decision
+
 
 def decide_ensemble(
     held_out: HeldOutPredictions,

@@ -155,6 +155,7 @@ def _gather(
             simulated=simulated,
             predicted=None if search is None else predicted,
             labelled=None if labelled is None else labelled.predictions,
+            decision=ensemble.base_decision,
         ),
         confusions=confusion_table(
             classes,
@@ -210,8 +211,7 @@ def _score(
         subject = subject._replace(audio=LABELLED)
         rows += decided_rows(subject, labelled, ensemble.on_labelled.predicted)
         # Not those of `on_labelled`: recordings are ranked together, under one decision.
-        chosen = ensemble.decision if ensemble.search is None else ensemble.search.decision
-        decisions = dict.fromkeys(labelled.groups, chosen)
+        decisions = dict.fromkeys(labelled.groups, ensemble.base_decision)
         rows += ranked_rows(subject, labelled, could_learn, decisions=decisions)
     return rows
 

@@ -230,12 +230,14 @@ def per_class_table(
     simulated: LabelledPredictions | None,
     predicted: np.ndarray | None,
     labelled: LabelledPredictions | None,
+    decision: Decision,
 ) -> pd.DataFrame:
     """Return a row per class: its recordings and rows, average precision, precision, recall.
 
     targets, learnable, out_of_fold: ``(recordings, classes)``, as `out_of_fold_rows` scores them;
     left_out: the class's recordings that are not scored, where there are some. predicted: the
-    species predicted in the labelled rows of ``simulated``, ``(rows, known species)``.
+    species predicted in the labelled rows of ``simulated``, ``(rows, known species)``. decision:
+    whose strengths rank labelled rows, beside the members' mean probability.
     """
     known = ~np.isnan(out_of_fold).any(axis=1)
     columns = {"ebird_code": list(classes), "recordings": (targets == 1).sum(axis=0)}
@@ -253,6 +255,11 @@ def per_class_table(
             columns[f"{title}_rows"] = truth.sum(axis=0)
             probability = average_members(predictions.framewise)[predictions.labelled]
             columns[f"{title}_ap"] = average_precision(truth, probability)
+    if labelled is not None:
+        truth = labelled.labelled_truth[:, : len(classes)]
+        strength = labelled.strength(dict.fromkeys(labelled.groups, decision))
+        columns["labelled_decision_ap"] = average_precision(truth, strength)
+        columns["labelled_decision_auc"] = roc_auc(truth, strength)
     if simulated is not None and predicted is not None:
         truth = simulated.labelled_truth[:, : len(classes)]
         predicted = predicted[:, : len(classes)]
