@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from helpers import SCRIPT
+from helpers import SCRIPT, fake_birdnet
 from shortened import shorten_simulation, shorten_training
 
 from birdcall.__main__ import main
@@ -23,6 +23,7 @@ from birdcall.kaggle import packaging
 from birdcall.models.checkpoint import Checkpoint, save_checkpoint
 from birdcall.models.sed import build_model
 from birdcall.storage.locks import locked
+from birdcall.taxonomy import all_species
 
 SHORTENED = """
 import sys
@@ -109,6 +110,21 @@ def test_the_kernel_writes_every_row_of_test_csv_in_order(pipeline, run):
 def test_evaluate_refuses_bad_input_in_one_line(pipeline, run, arguments, complaint):
     folder, demo = pipeline
     assert complaint in run(folder, "evaluate", "--data", demo, *arguments, fails=True)
+
+
+def test_evaluate_puts_birdnet_beside_the_ensemble(pipeline, run, monkeypatch):
+    folder, demo = pipeline
+    output = folder / "output" / "tiny"
+    before = pd.read_csv(output / "scores.csv")
+    labels = [f"{species.scientific_name}_Bird" for species in all_species()]
+    monkeypatch.setattr("birdcall.data.birdnet.open_birdnet", lambda: fake_birdnet(labels))
+    printed = run(folder, "evaluate", "--data", demo, "--context-seconds", 2.5, "--birdnet")
+    names = ("BirdNET 2.4", "BirdNET 2.4, decision chosen")
+    assert all(name in printed for name in names)
+    after = pd.read_csv(output / "scores.csv")
+    assert tuple(after["name"].unique()[-2:]) == names
+    pd.testing.assert_frame_equal(after[~after["name"].isin(names)], before)
+    assert "BirdNET 2.4 predicts labelled soundscapes only" in (output / "report.html").read_text()
 
 
 def test_predict_and_the_kernel_write_the_same_submission(pipeline, run):

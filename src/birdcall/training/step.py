@@ -124,9 +124,9 @@ class _SpectrogramModel(nn.Module):
         self.projection = projection
 
     def forward(self, log_mel: Tensor) -> tuple[SEDOutput, Tensor | None]:
-        features = self.model.features(log_mel)
         if self.projection is None:
-            return self.model.head(features), None
+            return self.model.detect(log_mel), None
+        features = self.model.features(log_mel)
         return self.model.head(features), self.projection(features.mean(dim=2))
 
 

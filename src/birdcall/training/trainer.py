@@ -97,6 +97,7 @@ class Training:
     checkpoint: Checkpoint  # without score
     model: SEDModel
     batch_loss: BatchLoss
+    parameters: list[nn.Parameter]  # all that is trained
     loader: DataLoader[ClipBatch]
     failures: FailureCounter
     batches_per_epoch: int
@@ -164,7 +165,7 @@ class Training:
                 losses.append(loss)
         if losses:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.batch_loss.parameters(), config.gradient_clip)
+            nn.utils.clip_grad_norm_(self.parameters, config.gradient_clip)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if self.average is not None:
@@ -295,8 +296,7 @@ def start_training(
     run: Run, data: TrainingData, recordings: pd.DataFrame, options: RunOptions
 ) -> Training:
     """Prepare a training on ``recordings`` before its first step. Seeds torch's generator."""
-    device = options.device or default_device()
-    distributed = options.distributed
+    device, distributed = options.device or default_device(), options.distributed
     experiment, config = run.experiment, run.experiment.train
     trained_on = conditions_of(data, experiment, options.init, device, distributed=distributed)
     seed = config.seed * 1000 + (len(data.folds) if run.fold == FULL else run.fold)
@@ -333,6 +333,7 @@ def start_training(
         checkpoint=Checkpoint(experiment, data.classes, run.fold, trained_on=trained_on),
         model=model,
         batch_loss=batch_loss,
+        parameters=parameters,
         loader=loader,
         failures=FailureCounter(loader.dataset),
         batches_per_epoch=batches_per_epoch,
