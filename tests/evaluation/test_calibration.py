@@ -220,7 +220,7 @@ def test_names_that_are_worth_less_than_silence_are_not_given():
     assert choice.gain == pytest.approx(-11 / 12)
 
 
-def test_a_gain_that_one_soundscape_contradicts_is_not_certain_enough():
+def test_each_soundscape_is_decided_by_the_other_whatever_both_together_choose():
     """By hand: +6/12 on one soundscape, -3/12 on the other, so the interval is [-0.25, 0.5]."""
     truth = np.zeros((24, 2), dtype=bool)
     truth[:6, 0] = True
@@ -230,7 +230,7 @@ def test_a_gain_that_one_soundscape_contradicts_is_not_certain_enough():
     choice = choose_on_labelled(Decision(), labelled)
     assert choice.gain == pytest.approx(0.125)
     assert choice.interval == pytest.approx((-0.25, 0.5))
-    assert choice.is_silent
+    assert not choice.is_silent
     # Each is decided by the other alone: the first falls silent, the second names birds.
     assert not choice.predicted[:12].any()
     assert choice.predicted[12:].sum() == 3

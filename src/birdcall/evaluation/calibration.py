@@ -101,8 +101,8 @@ class LabelledChoice:
     """What labelled soundscapes make of a decision that simulated ones chose.
 
     decision: chosen on all of them. offset: of the logits, part of its calibration. is_silent:
-    whether it names nothing because what it gains over naming nothing may be below zero. gain: that
-    gain before, with its interval. by_group: for each soundscape the decision that was chosen on
+    whether it names nothing because naming nothing scores higher. gain: that of the names before,
+    with its interval. by_group: for each soundscape the decision that was chosen on
     the others. predicted: what these predict, ``(labelled rows, known species)``.
     """
 
@@ -175,8 +175,8 @@ def choose_on_labelled(
     """Adapt a decision to labelled soundscapes, and score it nested by soundscape.
 
     The scores are shifted by the most likely offset under a ``calibration`` fitted elsewhere, if
-    that gains more than a standard error of row-wise F1. Then silence is chosen, unless the gain
-    over it is above zero with its 95 % interval. Of a single soundscape, rows are resampled. With
+    that gains more than a standard error of row-wise F1. Then silence is chosen if it scores higher
+    on them: labelled soundscapes are few, and certainty would need many. Of a single soundscape, rows are resampled. With
     no other soundscape to choose on, a soundscape is scored by ``decision`` as it is. The floor of
     ``unlabelled`` soundscapes (`find_floor`) stays unless it loses more than a standard error.
     """
@@ -214,8 +214,7 @@ def choose_on_labelled(
             has_floor = not bootstrap_interval(gain, units, level=_ONE_ERROR).high < 0
         gain = (predict(offset, has_floor)[2] - silence_f1)[rows]
         interval = bootstrap_interval(gain, units)
-        # An interval of NaN is silent, too.
-        return offset, has_floor, not interval.low >= 0, float(gain.mean()), interval
+        return offset, has_floor, not gain.mean() >= 0, float(gain.mean()), interval
 
     predicted = np.zeros_like(truth)
     by_group: dict[str, Decision] = {}
