@@ -102,8 +102,8 @@ class LabelledChoice:
 
     decision: chosen on all of them. offset: of the logits, part of its calibration. is_silent:
     whether it names nothing because naming nothing scores higher. gain: that of the names before,
-    with its interval. by_group: for each soundscape the decision that was chosen on
-    the others. predicted: what these predict, ``(labelled rows, known species)``.
+    with its interval. by_group: for each soundscape the decision that was chosen on the others.
+    predicted: what these predict, ``(labelled rows, known species)``.
     """
 
     decision: Decision
@@ -176,9 +176,10 @@ def choose_on_labelled(
 
     The scores are shifted by the most likely offset under a ``calibration`` fitted elsewhere, if
     that gains more than a standard error of row-wise F1. Then silence is chosen if it scores higher
-    on them: labelled soundscapes are few, and certainty would need many. Of a single soundscape, rows are resampled. With
-    no other soundscape to choose on, a soundscape is scored by ``decision`` as it is. The floor of
-    ``unlabelled`` soundscapes (`find_floor`) stays unless it loses more than a standard error.
+    on them: labelled soundscapes are few, and a certain gain would need many. Of a single
+    soundscape, rows are resampled. With no other soundscape to choose on, a soundscape is scored by
+    ``decision`` as it is. The floor of ``unlabelled`` soundscapes (`find_floor`) stays unless it
+    loses more than a standard error.
     """
     truth, groups = labelled.labelled_truth, labelled.groups
     silence_f1 = (~truth.any(axis=1)).astype(float)
