@@ -18,6 +18,7 @@ from birdcall.evaluation.calibration import (
 from birdcall.evaluation.labelled import segment_table
 from birdcall.evaluation.metrics import expected_calibration_error, row_f1_scores
 from birdcall.evaluation.predictions import LabelledPredictions
+from birdcall.inference.background import Background
 from birdcall.inference.decision import Decision, decide_segments
 from birdcall.inference.predictions import Calibration, SegmentPredictions, calibrate
 
@@ -244,6 +245,31 @@ def test_scores_by_chance_stay_near_silence(seed):
     choice = choose_on_labelled(Decision(0.3, 0.3), labelled, calibration_of(ranked(40)))
     silence = (~truth.any(axis=1)).mean()
     assert row_f1_scores(truth, choice.predicted).mean() >= silence - 0.01
+
+
+def test_classes_that_a_site_raises_are_brought_to_their_background():
+    """Two sites raise another class each by four logits in all rows."""
+    simulated = ranked(40)
+    background = Background.of(simulated.clipwise, simulated.framewise, simulated.starts)
+    generator = np.random.default_rng(1)
+    truth = generator.random((480, 5)) < 0.08
+    logits = generator.normal(-3, 1, truth.shape) + 5.0 * truth
+    logits[:240, 0] += 4
+    logits[240:, 1] += 4
+    labelled = soundscapes(truth, logits, n_rows=120)
+    given = (Decision(0.4, 0.4), labelled, calibration_of(simulated))
+    raw, choice = choose_on_labelled(*given), choose_on_labelled(*given, background=background)
+    assert raw.decision.background is None and choice.decision.background == background
+    assert all(decision.background for decision in choice.by_group.values())
+    f1 = [row_f1_scores(truth, item.predicted).mean() for item in (raw, choice)]
+    assert f1[1] > f1[0] + 0.1
+    unshifted = ranked(4, seed=3)
+    given = (Decision(0.4, 0.4), unshifted, calibration_of(simulated))
+    kept, aligned = choose_on_labelled(*given), choose_on_labelled(*given, background=background)
+    f1 = [
+        row_f1_scores(unshifted.labelled_truth, item.predicted).mean() for item in (kept, aligned)
+    ]
+    assert f1[1] >= f1[0] - 0.02
 
 
 def test_a_single_soundscape_is_scored_by_the_decision_as_it_was():

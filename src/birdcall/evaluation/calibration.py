@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from scipy.stats import norm
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.evaluation.metrics import Interval, bootstrap_interval, row_f1_scores
 from birdcall.evaluation.predictions import LabelledPredictions
+from birdcall.inference.background import Background
 from birdcall.inference.decision import Decision, average_members, combine_members
 from birdcall.inference.predictions import MIN_PROBABILITY, Calibration, SegmentPredictions
 
@@ -117,11 +119,21 @@ class LabelledChoice:
     def describe(self) -> str:
         """Return in words what was chosen, and on how many soundscapes."""
         text = f"with {len(self.by_group)} labelled soundscapes"
-        if self.offset:
-            text += f": an offset of {self.offset:+g} logits"
+        changes = ["the background of each class"] if self.decision.background else []
+        changes += [f"an offset of {self.offset:+g} logits"] if self.offset else []
+        if changes:
+            text += f": {' and '.join(changes)}"
         low, high = self.interval
         text += f" (gain over naming no bird {self.gain:+.3f} [{low:+.3f}, {high:+.3f}]"
         return text + (", so it names none)" if self.is_silent else ")")
+
+
+class _Adaptation(NamedTuple):
+    """What is changed in a decision for labelled soundscapes."""
+
+    is_aligned: bool = False  # each class is brought to the background of simulated soundscapes
+    offset: float = 0.0  # of all logits
+    has_floor: bool = False
 
 
 def log_likelihood_by_offset(
@@ -171,66 +183,92 @@ def choose_on_labelled(
     labelled: LabelledPredictions,
     calibration: Calibration | None = None,
     unlabelled: SegmentPredictions | None = None,
+    background: Background | None = None,
 ) -> LabelledChoice:
     """Adapt a decision to labelled soundscapes, and score it nested by soundscape.
 
-    The scores are shifted by the most likely offset under a ``calibration`` fitted elsewhere, if
-    that gains more than a standard error of row-wise F1. Then silence is chosen if it scores higher
-    on them: labelled soundscapes are few, and a certain gain would need many. Of a single
-    soundscape, rows are resampled. With no other soundscape to choose on, a soundscape is scored by
-    ``decision`` as it is. The floor of ``unlabelled`` soundscapes (`find_floor`) stays unless it
-    loses more than a standard error.
+    Each class is brought to a ``background`` (of the soundscapes that ``calibration`` was fitted
+    on) if the labels are then more likely, and no F1 is certainly lost. The scores are shifted by
+    the most likely offset, if that gains more than a standard error of row-wise F1. Then silence is
+    chosen if it scores higher on them: labelled soundscapes are few, and a certain gain would need
+    many. Of a single soundscape, rows are resampled. With no other soundscape to choose on, a
+    soundscape is scored by ``decision`` as it is. The floor of ``unlabelled`` soundscapes
+    (`find_floor`) stays unless it loses more than a standard error.
     """
     truth, groups = labelled.labelled_truth, labelled.groups
     silence_f1 = (~truth.any(axis=1)).astype(float)
     silent = replace(
-        decision, clip_threshold=1.0, frame_threshold=1.0, file_threshold=1.0, calibration=None
+        decision,
+        clip_threshold=1.0,
+        frame_threshold=1.0,
+        file_threshold=1.0,
+        calibration=None,
+        background=None,
     )
     base = decision.calibration or Calibration.identity(len(labelled.classes))
-    likelihood = None if calibration is None else log_likelihood_by_offset(labelled, calibration)
+    likelihood = {}  # of each row at each of OFFSETS, aligned or not
+    if calibration is not None:
+        likelihood[False] = log_likelihood_by_offset(labelled, calibration)
+        if background is not None:
+            arrays = background.apply(labelled.clipwise, labelled.framewise, labelled.starts)
+            aligned = labelled.with_probabilities(*arrays)
+            likelihood[True] = log_likelihood_by_offset(aligned, calibration)
 
     @cache
-    def predict(offset: float, has_floor: bool) -> tuple[Decision, np.ndarray, np.ndarray]:
-        adapted = replace(decision, calibration=base.shifted(offset)) if offset else decision
-        if has_floor:
+    def predict(change: _Adaptation) -> tuple[Decision, np.ndarray, np.ndarray]:
+        adapted = decision
+        if change.is_aligned:
+            adapted = replace(adapted, background=background)
+        if change.offset:
+            adapted = replace(adapted, calibration=base.shifted(change.offset))
+        if change.has_floor:
             adapted = find_floor(adapted, unlabelled)
         predicted = labelled.decide(adapted)
         return adapted, predicted, row_f1_scores(truth, predicted)
 
-    def choose(rows: np.ndarray) -> tuple[float, bool, bool, float, Interval]:
-        """Return offset, whether there is a floor, whether it is silent, gain and interval."""
+    def choose(rows: np.ndarray) -> tuple[_Adaptation, bool, float, Interval]:
+        """Return the adaptation, whether silence scores higher, the gain over it, its interval."""
         units = groups[rows] if len(set(groups[rows])) > 1 else np.flatnonzero(rows)
-        offset = 0.0
-        if likelihood is not None:
-            total = likelihood[:, rows].sum(axis=1)
+
+        def gain_of(new: _Adaptation, old: _Adaptation) -> Interval:
+            gain = (predict(new)[2] - predict(old)[2])[rows]
+            return bootstrap_interval(gain, units, level=_ONE_ERROR)
+
+        chosen = _Adaptation()
+        totals = {key: value[:, rows].sum(axis=1) for key, value in likelihood.items()}
+        if totals and max(totals, key=lambda key: (totals[key].max(), not key)):
+            aligned = chosen._replace(is_aligned=True)
+            if not gain_of(aligned, chosen).high < 0:
+                chosen = aligned
+        if totals:
+            total = totals[chosen.is_aligned]
             # Of equal ones the smallest: where the scores tell nothing, they stay.
             likely = min(np.flatnonzero(total >= total.max() - 1e-9), key=lambda k: abs(OFFSETS[k]))
-            offset = OFFSETS[likely]
-        gain = (predict(offset, False)[2] - predict(0.0, False)[2])[rows]
-        if not bootstrap_interval(gain, units, level=_ONE_ERROR).low > 0:
-            offset = 0.0
-        has_floor = unlabelled is not None
-        if has_floor:
-            gain = (predict(offset, True)[2] - predict(offset, False)[2])[rows]
-            has_floor = not bootstrap_interval(gain, units, level=_ONE_ERROR).high < 0
-        gain = (predict(offset, has_floor)[2] - silence_f1)[rows]
+            shifted = chosen._replace(offset=OFFSETS[likely])
+            if gain_of(shifted, chosen).low > 0:
+                chosen = shifted
+        if unlabelled is not None:
+            floored = chosen._replace(has_floor=True)
+            if not gain_of(floored, chosen).high < 0:
+                chosen = floored
+        gain = (predict(chosen)[2] - silence_f1)[rows]
         interval = bootstrap_interval(gain, units)
-        return offset, has_floor, not gain.mean() >= 0, float(gain.mean()), interval
+        return chosen, not gain.mean() >= 0, float(gain.mean()), interval
 
     predicted = np.zeros_like(truth)
     by_group: dict[str, Decision] = {}
     for group in labelled.segments["group"].unique():  # perhaps without a labelled row
         others = groups != group
-        offset, has_floor, is_silent = 0.0, unlabelled is not None, False
+        chosen, is_silent = _Adaptation(has_floor=unlabelled is not None), False
         if others.any():
-            offset, has_floor, is_silent, *_ = choose(others)
-        by_group[group] = silent if is_silent else predict(offset, has_floor)[0]
+            chosen, is_silent, *_ = choose(others)
+        by_group[group] = silent if is_silent else predict(chosen)[0]
         if not is_silent:
-            predicted[~others] = predict(offset, has_floor)[1][~others]
-    offset, has_floor, is_silent, gain, interval = choose(np.ones(len(truth), dtype=bool))
+            predicted[~others] = predict(chosen)[1][~others]
+    chosen, is_silent, gain, interval = choose(np.ones(len(truth), dtype=bool))
     return LabelledChoice(
-        decision=silent if is_silent else predict(offset, has_floor)[0],
-        offset=0.0 if is_silent else offset,
+        decision=silent if is_silent else predict(chosen)[0],
+        offset=0.0 if is_silent else chosen.offset,
         is_silent=is_silent,
         gain=gain,
         interval=interval,

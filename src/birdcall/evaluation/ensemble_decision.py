@@ -26,6 +26,7 @@ from birdcall.evaluation.metrics import bootstrap_interval, count_false_names, r
 from birdcall.evaluation.predict import HeldOutPredictions
 from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.evaluation.tables import ENSEMBLE, LABELLED, SIMULATED
+from birdcall.inference.background import Background
 from birdcall.inference.decision import Decision, average_members, decide_segments
 from birdcall.inference.predictions import Calibration
 from birdcall.models.checkpoint import read_checkpoint
@@ -53,11 +54,14 @@ class EnsembleDecision:
     simulated: LabelledPredictions | None = None
     weights: np.ndarray | None = None
     on_labelled: LabelledChoice | None = None
+    background: Background | None = None  # of each class in simulated soundscapes
 
     @property
-    def base_decision(self) -> Decision:
-        """Return the decision before labelled soundscapes adapted it."""
-        return self.decision if self.search is None else self.search.decision
+    def ranking(self) -> Decision:
+        """Return the decision whose strengths rank labelled rows; no label has a part in it."""
+        if self.search is None:
+            return self.decision
+        return replace(self.search.decision, background=self.background)
 
 
 def decide_ensemble(
@@ -104,6 +108,7 @@ def decide_ensemble(
         targets = np.where(truth.any(axis=0), truth, IGNORE_TARGET)
         return fit_calibration(clipwise[used], framewise[used], targets)
 
+    background = Background.of(simulated.clipwise, simulated.framewise, simulated.starts)
     weights = share_weights(simulated.labelled_truth, nocall_share)
     search = search_decision(simulated, weights, start=start, fit_calibration=fit)
     decision = search.decision
@@ -127,7 +132,9 @@ def decide_ensemble(
     }
     choice = None
     if labelled is not None:
-        choice = choose_on_labelled(decision, labelled, fit(frozenset()), unlabelled)
+        choice = choose_on_labelled(
+            decision, labelled, fit(frozenset()), unlabelled, background=background
+        )
         decision = choice.decision
         chosen_on += f", {choice.describe()}"
         score |= _score_on_labelled(choice, labelled, name)
@@ -147,6 +154,7 @@ def decide_ensemble(
         simulated=simulated,
         weights=weights,
         on_labelled=choice,
+        background=background,
     )
 
 

@@ -155,7 +155,7 @@ def _gather(
             simulated=simulated,
             predicted=None if search is None else predicted,
             labelled=None if labelled is None else labelled.predictions,
-            decision=ensemble.base_decision,
+            decision=ensemble.ranking,
         ),
         confusions=confusion_table(
             classes,
@@ -211,7 +211,7 @@ def _score(
         subject = subject._replace(audio=LABELLED)
         rows += decided_rows(subject, labelled, ensemble.on_labelled.predicted)
         # Not those of `on_labelled`: recordings are ranked together, under one decision.
-        decisions = dict.fromkeys(labelled.groups, ensemble.base_decision)
+        decisions = dict.fromkeys(labelled.groups, ensemble.ranking)
         rows += ranked_rows(subject, labelled, could_learn, decisions=decisions)
     return rows
 

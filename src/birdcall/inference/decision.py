@@ -1,8 +1,9 @@
 """Turn probabilities into labels: the one rule that evaluation chooses and the kernel applies.
 
-In this order: calibrate each member's probabilities, combine the members, smooth over neighbouring
-segments, compare each segment's clipwise and framewise probability with thresholds, and the highest
-one of the whole recording (the gate), limit the number of species.
+In this order: bring each class's background to a common level, calibrate each member, combine the
+members, smooth over neighbouring segments, compare each segment's clipwise and framewise
+probability with thresholds, and the highest one of the whole recording (the gate), limit the
+number of species.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from birdcall.config import NOCALL, config_from_dict, require, require_choice, require_share
+from birdcall.inference.background import Background
 from birdcall.inference.predictions import MIN_PROBABILITY, Calibration
 from birdcall.inference.windows import SINGLE_SEGMENT, WindowConfig
 from birdcall.storage.files import write_atomically
@@ -59,6 +61,7 @@ class Decision:
     file_max_birds: int = 10
     window_segments: int = 1  # these two are the `WindowConfig` of the members
     context_seconds: float = 0.0
+    background: Background | None = None
     calibration: Calibration | None = None
     floor: tuple[float, ...] = ()
     classes: tuple[str, ...] = ()
@@ -80,16 +83,16 @@ class Decision:
             )
         for value in self.floor:
             require_share("floor", value)
-        require(
-            not (self.floor and self.classes) or len(self.floor) == len(self.classes),
-            f"the floor is of {len(self.floor)} classes, the decision of {len(self.classes)}",
-        )
-        if self.calibration is not None and self.classes:
-            n_calibrated = len(self.calibration.clip_scale)
+        parts = {
+            "floor": self.floor or None,
+            "calibration": self.calibration and self.calibration.clip_scale,
+            "background": self.background and self.background.clip,
+        }
+        for name, values in parts.items():
+            n_own, n_classes = len(values or ()), len(self.classes)
             require(
-                n_calibrated == len(self.classes),
-                f"the calibration is for {n_calibrated} classes, the decision for "
-                f"{len(self.classes)}",
+                values is None or n_classes in (0, n_own),
+                f"the {name} is for {n_own} classes, the decision for {n_classes}",
             )
 
     @property
@@ -138,6 +141,8 @@ class Decision:
             parts.append(f"(>= {self.recording_threshold:g} anywhere in the recording)")
         if self.neighbour_weight > 0:
             parts.append(f"smoothed over neighbours that weigh {self.neighbour_weight:g}")
+        if self.background is not None:
+            parts.append("above each class's background in the recording")
         if self.calibration is not None:
             parts.append("after calibration")
         if self.window_config != SINGLE_SEGMENT:
@@ -150,8 +155,7 @@ class Decision:
             if (key := f"{audio}_false_names_per_hour") in self.score
         ]
         if counts:
-            counts_text = " and ".join(counts)
-            parts[-1] += f", false names per hour without known birds: {counts_text}"
+            parts[-1] += ", false names per hour without known birds: " + " and ".join(counts)
         if "unlabelled_names_per_hour" in self.score:
             names_per_hour = self.score["unlabelled_names_per_hour"]
             parts[-1] += f", names per hour of unlabelled soundscapes: {names_per_hour:.3g}"
@@ -174,8 +178,9 @@ def read_decision(path: Path) -> Decision:
         raise FileNotFoundError(f"{path}: no such decision; `birdcall evaluate` writes one")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if values.get("calibration") is not None:
-            values["calibration"] = config_from_dict(Calibration, values["calibration"])
+        for name, kind in (("calibration", Calibration), ("background", Background)):
+            if values.get(name) is not None:
+                values[name] = config_from_dict(kind, values[name])
         return config_from_dict(Decision, values)
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a readable decision: {error}") from error
@@ -239,12 +244,14 @@ def combine_members(
     decision: Decision,
     starts: np.ndarray | None = None,
 ) -> VoterPredictions:
-    """Calibrate, combine and smooth ``(members, rows, classes)``: all that precedes thresholds.
+    """Align, calibrate, combine and smooth ``(members, rows, classes)``: all before thresholds.
 
     Rows are all segments of one recording after another; ``starts`` are the recordings' first rows
     (None: there is one recording).
     """
     starts = np.zeros(1, np.intp) if starts is None else np.asarray(starts)
+    if decision.background is not None:
+        clipwise, framewise = decision.background.apply(clipwise, framewise, starts)
     if decision.calibration is not None:
         clipwise, framewise = decision.calibration.apply(clipwise, framewise)
     if decision.combination != "votes":

@@ -220,6 +220,17 @@ class Calibration:
         )
 
 
+def to_logits(probabilities: np.ndarray) -> np.ndarray:
+    """Return finite logits of probabilities, also of 0 and 1, in their dtype."""
+    clipped = np.clip(probabilities, MIN_PROBABILITY, 1 - MIN_PROBABILITY)
+    return np.log(clipped / (1 - clipped))
+
+
+def to_probabilities(logits: np.ndarray) -> np.ndarray:
+    """Return the sigmoid of ``logits``, in their dtype."""
+    return 1 / (1 + np.exp(-logits))
+
+
 def calibrate(
     probabilities: np.ndarray, scale: Sequence[float], offset: Sequence[float]
 ) -> np.ndarray:
@@ -230,10 +241,8 @@ def calibrate(
         f"the calibration is for {len(scale)} classes, the probabilities are of {n_classes}",
     )
     dtype = probabilities.dtype
-    clipped = np.clip(probabilities, MIN_PROBABILITY, 1 - MIN_PROBABILITY)
-    logit = np.log(clipped / (1 - clipped))
-    logit = logit * np.asarray(scale, dtype) + np.asarray(offset, dtype)
-    return (1 / (1 + np.exp(-logit))).astype(dtype, copy=False)
+    logits = to_logits(probabilities) * np.asarray(scale, dtype) + np.asarray(offset, dtype)
+    return to_probabilities(logits).astype(dtype, copy=False)
 
 
 # --- soft labels ---
