@@ -235,7 +235,7 @@ def _taught(base: Experiment) -> Experiment:
 
 _SMALL_FAMILY, _LITE0_FAMILY = _family(_SMALL), _family(_LITE0)
 _LITE0_OF = {base.model.temporal: base for base in _LITE0_FAMILY if base.augment.noise_probability}
-_TAUGHT = [_taught(_LITE0_OF[temporal]) for temporal in ("gru", "attention")]
+_TAUGHT = [_taught(_LITE0_OF[temporal]) for temporal in ("none", "gru")]
 _FIELD = [
     variant
     for base in (*map(_LITE0_OF.get, ("none", "gru", "attention")), *_TAUGHT)

@@ -10,6 +10,7 @@ from sklearn.metrics import average_precision_score
 
 import birdcall.evaluation.scoring as scoring
 from birdcall.data.targets import IGNORE_TARGET
+from birdcall.evaluation.calibration import fit_calibration
 from birdcall.evaluation.comparison import measure_held_out, score_submission
 from birdcall.evaluation.ensemble_decision import decide_ensemble
 from birdcall.evaluation.metrics import row_f1_scores, row_wise_f1
@@ -100,10 +101,11 @@ def test_thresholds_are_not_chosen_on_the_labelled_soundscapes(held_out, evaluat
 
 
 def test_a_labelled_soundscape_is_scored_by_what_the_others_chose(held_out, evaluation):
-    """Where all others are loud and empty, the first is scored as silent, whatever it is."""
+    """Where all others are loud at times and empty, the first is silent, whatever it is."""
     predictions = held_out.labelled.predictions
     first = predictions.segments["recording"] == predictions.recordings[0]
-    truth, high = predictions.truth.copy(), np.full_like(predictions.clipwise, 0.99)
+    truth, high = predictions.truth.copy(), np.zeros_like(predictions.clipwise)
+    high[:, ::2] = 0.99  # in every second row, so that it is no background
     truth[~first] = False
     high[:, first] = np.where(truth[first, : high.shape[2]], 0.99, 0.0)
     predictions = replace(predictions, truth=truth).with_probabilities(high, high)
@@ -121,7 +123,8 @@ def test_members_that_name_everything_are_silent_where_labelled_soundscapes_tell
     held_out, caplog, is_labelled
 ):
     predictions = held_out.labelled.predictions
-    high = np.full_like(predictions.clipwise, 0.99)  # all species in all segments
+    high = np.zeros_like(predictions.clipwise)
+    high[:, ::2] = 0.99  # all species in every second segment, so that it is no background
     predictions = predictions.with_probabilities(high, high)
     labelled = replace(held_out.labelled, predictions=predictions) if is_labelled else None
     changed = replace(held_out, labelled=labelled)
@@ -190,7 +193,7 @@ def test_members_of_the_best_experiment_come_first(held_out, best, monkeypatch):
 
 def test_calibration_is_fitted_on_the_segments_of_the_other_groups(held_out, monkeypatch):
     fitted = []
-    real = scoring.fit_calibration
+    real = fit_calibration
 
     def fit(clipwise, framewise, targets):
         fitted.append((clipwise, targets))
@@ -401,28 +404,38 @@ def test_a_sentence_says_over_how_many_classes_the_macro_scores_are(evaluation, 
 
 
 def test_random_predictions_score_no_more_than_all_nocall(held_out):
-    """The whole procedure on random probabilities: search, calibration, scores."""
-    generator = np.random.default_rng(0)
+    """The whole procedure on random probabilities: search, calibration, scores, of four draws.
 
-    def randomize(part):
-        shape = part.predictions.clipwise.shape
-        clipwise = generator.random(shape, dtype=np.float32)
-        framewise = generator.random(shape, dtype=np.float32)
-        predictions = replace(part.predictions, clipwise=clipwise, framewise=framewise)
-        return replace(part, predictions=predictions)
+    Of a single draw scores are up to 0.03 higher by chance: these soundscapes are few.
+    """
 
-    out_of_fold = {name: randomize(part) for name, part in held_out.out_of_fold.items()}
-    labelled = replace(
-        held_out.labelled, predictions=randomize(held_out.labelled.predictions), frames={}
-    )
-    simulated = {fold: randomize(part) for fold, part in held_out.simulated.items()}
-    evaluation = evaluate(
-        replace(held_out, simulated=simulated, labelled=labelled, out_of_fold=out_of_fold)
-    )
+    def evaluate_at_random(generator):
+        def randomize(part):
+            shape = part.predictions.clipwise.shape
+            clipwise = generator.random(shape, dtype=np.float32)
+            framewise = generator.random(shape, dtype=np.float32)
+            predictions = replace(part.predictions, clipwise=clipwise, framewise=framewise)
+            return replace(part, predictions=predictions)
+
+        labelled = randomize(held_out.labelled.predictions)
+        return evaluate(
+            replace(
+                held_out,
+                out_of_fold={name: randomize(part) for name, part in held_out.out_of_fold.items()},
+                labelled=replace(held_out.labelled, predictions=labelled, frames={}),
+                simulated={fold: randomize(part) for fold, part in held_out.simulated.items()},
+            )
+        )
+
+    evaluations = [evaluate_at_random(np.random.default_rng(seed)) for seed in range(4)]
     for name in ("tiny", "other", "ensemble"):
         for audio in ("simulated", "labelled"):
-            nocall = value(evaluation, "all nocall", audio, "row_wise_f1")
-            assert value(evaluation, name, audio, "row_wise_f1") <= nocall + 0.01
+            gains = [
+                value(evaluation, name, audio, "row_wise_f1")
+                - value(evaluation, "all nocall", audio, "row_wise_f1")
+                for evaluation in evaluations
+            ]
+            assert np.mean(gains) <= 0.01
 
 
 def test_a_second_evaluation_predicts_nothing_again(

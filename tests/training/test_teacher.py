@@ -26,9 +26,9 @@ from birdcall.experiments import EXPERIMENTS
 from birdcall.inference.predictions import CollapseLimits
 from birdcall.models.checkpoint import read_checkpoint
 from birdcall.models.sed import build_model
-from birdcall.training.pseudo_labels import label_soundscapes
 from birdcall.training.runs import TrainingInterrupted, plan_runs, train_many, train_run
 from birdcall.training.step import BatchLoss, cosine_loss, mix_embeddings, sed_loss
+from birdcall.training.student import label_soundscapes
 from birdcall.training.trainer import Run, RunOptions, start_training
 
 CPU = torch.device("cpu")
@@ -267,7 +267,7 @@ def test_embed_stores_what_taught_experiments_need(
 
 
 def test_taught_experiments_differ_in_their_teacher_only():
-    for name in ("lite0_plain", "lite0_gru", "lite0_gru_student"):
+    for name in ("lite0_plain", "lite0_gru"):
         base, experiment = EXPERIMENTS[name], EXPERIMENTS[f"{name}_taught"]
         assert experiment.train.teacher.weight > 0
         plain = replace_nested(experiment, train={"teacher": {"weight": 0.0}})
