@@ -166,6 +166,7 @@ def test_each_step_writes_the_files_of_the_readme(pipeline):
     for name in (
         "audit.csv",
         "scores.csv",
+        "per_class.csv",
         "oof.parquet",
         "decision.json",
         "report.html",

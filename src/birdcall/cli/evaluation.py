@@ -108,6 +108,7 @@ def _evaluate(
     output, report = folders.output, folders.output / "report.html"
     write_decision(folders.decision, evaluation.ensemble.decision)
     write_atomically(output / "scores.csv", evaluation.scores.to_csv(index=False))
+    write_atomically(output / "per_class.csv", evaluation.per_class.to_csv(index=False))
     write_oof_parquet(
         output / "oof.parquet", list(predictions.out_of_fold.values()), evaluation.classes
     )
