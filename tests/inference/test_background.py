@@ -5,7 +5,7 @@ import pytest
 from scipy.special import expit, logit
 
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.inference.background import BLOCK_SEGMENTS, Background
+from birdcall.inference.background import BLOCK_SEGMENTS, Background, BackgroundAligner
 from birdcall.inference.decision import Decision, decide_segments, read_decision, write_decision
 from birdcall.inference.events import EventDetector
 from birdcall.inference.predictions import SegmentPredictions
@@ -79,6 +79,27 @@ def test_parts_of_a_long_recording_give_the_events_of_the_whole():
     expected = decide_segments(clipwise, clipwise, decision)
     assert 20 < expected.sum() < 100
     assert np.array_equal(named, expected)
+
+
+def test_frames_are_aligned_as_segments_are_whatever_parts_they_come_in():
+    clipwise = soundscape(200, (-1, -4))
+    member_frames = np.repeat(clipwise.swapaxes(1, 2), FRAMES_PER_SEGMENT, axis=2)
+    frames = member_frames.mean(axis=0)
+    aligner, parts = BackgroundAligner(LEVEL), []
+    for first in range(0, 200, 33):
+        span = slice(first * FRAMES_PER_SEGMENT, (first + 33) * FRAMES_PER_SEGMENT)
+        part = clipwise[:, first : first + 33]
+        given = SegmentPredictions(part, part, frames[:, span], member_frames[:, :, span])
+        parts += aligner.add(given)
+    parts += aligner.finish()
+    assert [part.n_segments for part in parts] == [120, 80]
+    clip, frame = LEVEL.apply(clipwise, clipwise, [0])
+    whole = SegmentPredictions.concatenate(parts)
+    assert np.array_equal(whole.clipwise, clip) and np.array_equal(whole.framewise, frame)
+    of_segments = whole.member_frames.reshape(2, 2, 200, FRAMES_PER_SEGMENT)
+    np.testing.assert_allclose(of_segments.max(axis=3).swapaxes(1, 2), frame, rtol=1e-4)
+    assert whole.frames.shape == frames.shape
+    assert BackgroundAligner(None).add(given) == [given]
 
 
 def test_a_decision_keeps_its_background_on_disk_and_refuses_other_classes(tmp_path):

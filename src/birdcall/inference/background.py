@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from birdcall.config import require
-from birdcall.inference.predictions import to_logits, to_probabilities
+from birdcall.inference.predictions import SegmentPredictions, to_logits, to_probabilities
+from birdcall.inference.windows import FRAMES_PER_SEGMENT
 
 BLOCK_SEGMENTS = 120  # ten minutes: the background changes over a day
 _QUANTILE = 0.25
@@ -66,6 +67,55 @@ class Background:
         return (
             _align(clipwise, self.clip, starts),
             _align(framewise, self.frame, starts),
+        )
+
+
+@dataclass(eq=False)
+class BackgroundAligner:
+    """Takes a recording part by part and returns its blocks aligned, as `Background.apply` does.
+
+    A part is returned as it is where there is no background. Else memory holds up to ten minutes of
+    predictions, with frames.
+    """
+
+    background: Background | None
+    pending: SegmentPredictions | None = None  # of a block that is not complete
+
+    def add(self, part: SegmentPredictions) -> list[SegmentPredictions]:
+        """Take the next segments; return the complete blocks, together."""
+        if self.background is None:
+            return [part]
+        rows = part
+        if self.pending is not None:
+            rows = SegmentPredictions.concatenate([self.pending, part])
+        n_complete = rows.n_segments // BLOCK_SEGMENTS * BLOCK_SEGMENTS
+        self.pending = rows.copy_from(n_complete) if n_complete < rows.n_segments else None
+        return [self._align(rows.select(slice(0, n_complete)))] if n_complete else []
+
+    def finish(self) -> list[SegmentPredictions]:
+        """Return what is left."""
+        rest, self.pending = self.pending, None
+        return [] if rest is None else [self._align(rest)]
+
+    def _align(self, rows: SegmentPredictions) -> SegmentPredictions:
+        """Align complete blocks, or the rest of a recording.
+
+        Frames are shifted as each member's highest ones are, their mean as these are on average.
+        """
+        clipwise, framewise = self.background.apply(rows.clipwise, rows.framewise, [0])
+        shifts = to_logits(framewise) - to_logits(rows.framewise)
+        shifts = np.repeat(shifts.swapaxes(1, 2), FRAMES_PER_SEGMENT, axis=2)
+        frames, member_frames = rows.frames, rows.member_frames
+        if frames is not None:
+            frames = to_probabilities(to_logits(frames) + shifts.mean(axis=0))
+        if member_frames is not None:
+            member_frames = to_probabilities(to_logits(member_frames) + shifts)
+        return replace(
+            rows,
+            clipwise=clipwise,
+            framewise=framewise,
+            frames=frames,
+            member_frames=member_frames,
         )
 
 

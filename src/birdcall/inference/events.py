@@ -11,13 +11,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.inference.background import BLOCK_SEGMENTS
+from birdcall.inference.background import BackgroundAligner
 from birdcall.inference.decision import Decision, combine_members, limit_species
 from birdcall.inference.predictions import (
     SegmentPredictions,
     calibrate,
-    to_logits,
-    to_probabilities,
 )
 from birdcall.inference.windows import FRAME_SECONDS, FRAMES_PER_SEGMENT
 
@@ -155,36 +153,24 @@ class EventDetector:
     decision: Decision
     classes: Sequence[str]
     n_decided: int = field(default=0, init=False)  # rows
-    # Rows of a block of ten minutes that is not complete, whose background is not known.
-    unaligned: SegmentPredictions | None = field(default=None, init=False)
+    aligner: BackgroundAligner = field(init=False)
     # The last decided row, for smoothing, and those not yet decided.
     pending: SegmentPredictions | None = field(default=None, init=False)
     highest: np.ndarray | None = field(default=None, init=False)  # clipwise, (voters, classes)
     candidates: list[_Candidates] = field(default_factory=list, init=False)
 
+    def __post_init__(self) -> None:
+        self.aligner = BackgroundAligner(self.decision.background)
+
     def add(self, part: SegmentPredictions) -> None:
         """Take the next segments of the recording, with their frames."""
-        if self.decision.background is None:
-            self._add_aligned(part)
-            return
-        rows = _join(self.unaligned, part)
-        n_complete = rows.n_segments // BLOCK_SEGMENTS * BLOCK_SEGMENTS
-        if n_complete:
-            self._add_aligned(self._align(rows.select(slice(0, n_complete))))
-        self.unaligned = _copy_rows(rows, n_complete) if n_complete < rows.n_segments else None
-
-    def _align(self, rows: SegmentPredictions) -> SegmentPredictions:
-        """Bring complete blocks, or the rest of a recording, to the decision's background."""
-        clipwise, framewise = self.decision.background.apply(rows.clipwise, rows.framewise, [0])
-        # The frames are the members' mean, and are shifted as their highest ones are on average.
-        shift = (to_logits(framewise) - to_logits(rows.framewise)).mean(axis=0).T
-        frames = to_probabilities(
-            to_logits(rows.frames) + np.repeat(shift, FRAMES_PER_SEGMENT, axis=1)
-        )
-        return replace(rows, clipwise=clipwise, framewise=framewise, frames=frames)
+        for aligned in self.aligner.add(part):
+            self._add_aligned(aligned)
 
     def _add_aligned(self, part: SegmentPredictions) -> None:
-        rows = _join(self.pending, part)
+        rows = (
+            part if self.pending is None else SegmentPredictions.concatenate([self.pending, part])
+        )
         self._decide(rows, end=rows.n_segments - 1)  # the last row waits for its neighbour
 
     def finish(self, seconds: float) -> list[Event]:
@@ -194,9 +180,8 @@ class EventDetector:
         species of a row has an event in it: where the members' mean over time stays below the
         threshold, its highest frames count.
         """
-        if self.unaligned is not None:
-            self._add_aligned(self._align(self.unaligned))
-            self.unaligned = None
+        for aligned in self.aligner.finish():
+            self._add_aligned(aligned)
         if self.pending is None:
             return []
         self._decide(self.pending, end=self.pending.n_segments)
@@ -264,7 +249,7 @@ class EventDetector:
             )
             self.n_decided += end - first
         n_dropped = max(0, end - 1) if self.n_decided else 0
-        self.pending = _copy_rows(rows, n_dropped)
+        self.pending = rows.copy_from(n_dropped)
 
     def _can_be_chosen(self, passed: np.ndarray, strength: np.ndarray) -> np.ndarray:
         """Return which of ``(voters, rows, classes)`` can be among the strongest of their row.
@@ -296,16 +281,6 @@ class EventDetector:
                 agreed[None, row], candidates.strength[None, row], self.decision.max_birds
             )[0]
         return chosen
-
-
-def _join(rows: SegmentPredictions | None, part: SegmentPredictions) -> SegmentPredictions:
-    return part if rows is None else SegmentPredictions.concatenate([rows, part])
-
-
-def _copy_rows(rows: SegmentPredictions, first: int) -> SegmentPredictions:
-    """Return the rows from ``first`` on, copied, so that the rest of the arrays is freed."""
-    rest = rows.select(slice(first, None))
-    return SegmentPredictions(rest.clipwise.copy(), rest.framewise.copy(), rest.frames.copy())
 
 
 def detect_events(

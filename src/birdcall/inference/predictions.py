@@ -83,6 +83,13 @@ class SegmentPredictions:
             recording_seconds=seconds,
         )
 
+    def copy_from(self, first: int) -> SegmentPredictions:
+        """Return copies of the segments from ``first`` on, so that the other arrays are freed."""
+        rest = self.select(slice(first, None))
+        arrays = ("clipwise", "framewise", "frames", "member_frames", "embedding")
+        copies = {name: getattr(rest, name) for name in arrays}
+        return replace(rest, **{k: None if v is None else v.copy() for k, v in copies.items()})
+
     def split(self) -> list[SegmentPredictions]:
         """Return the predictions of each recording, as views."""
         ends = [*self.starts[1:], self.n_segments]
@@ -218,6 +225,11 @@ class Calibration:
             calibrate(clipwise, self.clip_scale, self.clip_offset),
             calibrate(framewise, self.frame_scale, self.frame_offset),
         )
+
+    def apply_over_time(self, frames: np.ndarray) -> np.ndarray:
+        """Calibrate framewise probabilities ``(…, classes, frames)``."""
+        over_classes = frames.swapaxes(-1, -2)
+        return calibrate(over_classes, self.frame_scale, self.frame_offset).swapaxes(-1, -2)
 
 
 def to_logits(probabilities: np.ndarray) -> np.ndarray:

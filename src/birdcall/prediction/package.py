@@ -19,6 +19,7 @@ import torch
 
 from birdcall.audio.reading import AudioError
 from birdcall.config import SEGMENT_SECONDS
+from birdcall.inference.background import BackgroundAligner
 from birdcall.inference.decision import average_members
 from birdcall.inference.engine import open_recording, predict_stream
 from birdcall.inference.ensemble import default_device
@@ -290,7 +291,7 @@ class Package:
         The values are embeddings, if ``outputs`` asks for them, else probabilities. Frames are not
         stored: memory grows only with the number of segments.
         """
-        calibration = self.loaded.decision.calibration
+        aligner = BackgroundAligner(self.loaded.decision.background)
         parts: list[np.ndarray] = []  # of the recording that is being predicted
 
         def collect(_: Recording, item: SegmentPredictions | RecordingResult) -> None:
@@ -299,10 +300,14 @@ class Package:
             if outputs.embedding:
                 parts.append(item.embedding)
                 return
-            clipwise = item.clipwise
-            if calibration is not None:
-                clipwise = calibration.apply(clipwise, item.framewise)[0]
-            parts.append(average_members(clipwise))
+            add(aligner.add(item))
+
+        def add(aligned: list[SegmentPredictions]) -> None:
+            for item in aligned:
+                clipwise = item.clipwise
+                if calibration := self.loaded.decision.calibration:
+                    clipwise, _ = calibration.apply(clipwise, item.framewise)
+                parts.append(average_members(clipwise))
 
         recordings = find_recordings([paths] if isinstance(paths, str | Path) else list(paths))
         segments: dict[str, np.ndarray] = {}
@@ -310,6 +315,7 @@ class Package:
         failed: dict[str, str] = {}
         for recording, result in detect_recordings(recordings, self.loaded, [collect], outputs):
             path = str(recording.path)
+            add(aligner.finish())
             if result.reason:
                 logger.warning("%s: %s", path, result.reason)
                 failed[path] = result.reason

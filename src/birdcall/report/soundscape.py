@@ -16,9 +16,10 @@ import numpy as np
 import pandas as pd
 
 from birdcall.audio.reading import AudioError, iterate_audio
+from birdcall.inference.background import BackgroundAligner
 from birdcall.inference.decision import Decision
 from birdcall.inference.events import Event
-from birdcall.inference.predictions import SegmentPredictions, calibrate
+from birdcall.inference.predictions import SegmentPredictions
 from birdcall.inference.windows import FRAME_SECONDS
 from birdcall.report.html import (
     MAX_HZ,
@@ -70,38 +71,39 @@ _NO_FRAMES = PartFrames((), 0, zlib.compress(b""))
 
 
 class FrameCollector:
-    """Collects the framewise predictions that the pages of one recording need, part by part.
-
-    The memory used grows with the length of the recording, not with the number of classes.
-    """
+    """Collects a recording's frames for its pages; memory does not grow with the classes."""
 
     def __init__(self, decision: Decision, classes: Sequence[str]) -> None:
         self.decision, self.classes = decision, tuple(classes)
+        self.aligner = BackgroundAligner(decision.background)
         self.pending: list[np.ndarray] = []  # levels (outputs, classes, frames) of this part
         self.n_pending = 0  # frames
         self.parts: list[PartFrames] = []
 
     def add(self, predictions: SegmentPredictions) -> None:
         """Add the next segments, with frames and member_frames."""
-        outputs = np.concatenate([predictions.frames[None], predictions.member_frames])
-        if not np.isfinite(outputs).all():
-            raise ValueError("framewise output contains NaN or infinity: did a model diverge?")
-        if self.decision.calibration is not None:
-            scale = self.decision.calibration.frame_scale
-            offset = self.decision.calibration.frame_offset
-            outputs = calibrate(outputs.swapaxes(1, 2), scale, offset).swapaxes(1, 2)
-        levels = np.floor(outputs * LEVELS).astype(np.uint8)
-        n_part = round(PART_SECONDS / FRAME_SECONDS)
-        while levels.shape[2]:
-            head = levels[:, :, : n_part - self.n_pending]
-            self.pending.append(head)
-            self.n_pending += head.shape[2]
-            levels = levels[:, :, head.shape[2] :]
-            if self.n_pending == n_part:
-                self._pack()
+        self._add_aligned(self.aligner.add(predictions))
+
+    def _add_aligned(self, parts: list[SegmentPredictions]) -> None:
+        for predictions in parts:
+            outputs = np.concatenate([predictions.frames[None], predictions.member_frames])
+            if not np.isfinite(outputs).all():
+                raise ValueError("framewise output contains NaN or infinity: did a model diverge?")
+            if self.decision.calibration is not None:
+                outputs = self.decision.calibration.apply_over_time(outputs)
+            levels = np.floor(outputs * LEVELS).astype(np.uint8)
+            n_part = round(PART_SECONDS / FRAME_SECONDS)
+            while levels.shape[2]:
+                head = levels[:, :, : n_part - self.n_pending]
+                self.pending.append(head)
+                self.n_pending += head.shape[2]
+                levels = levels[:, :, head.shape[2] :]
+                if self.n_pending == n_part:
+                    self._pack()
 
     def finish(self) -> list[PartFrames]:
         """Return all parts of the recording."""
+        self._add_aligned(self.aligner.finish())
         if self.n_pending:
             self._pack()
         return self.parts
