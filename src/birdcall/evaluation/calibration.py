@@ -188,7 +188,7 @@ def choose_on_labelled(
     """Adapt a decision to labelled soundscapes, and score it nested by soundscape.
 
     Each class is brought to a ``background`` (of the soundscapes that ``calibration`` was fitted
-    on) if the labels are then more likely, and no F1 is certainly lost. The scores are shifted by
+    on) if the labels are then more likely, and F1 is not lower. The scores are shifted by
     the most likely offset, if that gains more than a standard error of row-wise F1. Then silence is
     chosen if it scores higher on them: labelled soundscapes are few, and a certain gain would need
     many. Of a single soundscape, rows are resampled. With no other soundscape to choose on, a
@@ -238,7 +238,7 @@ def choose_on_labelled(
         totals = {key: value[:, rows].sum(axis=1) for key, value in likelihood.items()}
         if totals and max(totals, key=lambda key: (totals[key].max(), not key)):
             aligned = chosen._replace(is_aligned=True)
-            if not gain_of(aligned, chosen).high < 0:
+            if predict(aligned)[2][rows].mean() >= predict(chosen)[2][rows].mean():
                 chosen = aligned
         if totals:
             total = totals[chosen.is_aligned]
