@@ -172,7 +172,8 @@ def find_weaknesses(scores: pd.DataFrame) -> list[Weakness]:
                 f". The ranking is low: macro AUC {auc:.2f} (0.5 is chance), macro AP "
                 f"{value[ENSEMBLE, audio, 'macro_ap']:.3f} (prior "
                 f"{value[PRIOR, audio, 'macro_ap']:.3f}). No threshold mends it. Next: more "
-                "recordings of these species, longer training, or other initial weights."
+                "recordings of these species, soundscapes without labels (birdcall student), "
+                "longer training, or other initial weights."
             )
         weaknesses.append(Weakness(audio, low, text))
     return weaknesses
