@@ -205,6 +205,7 @@ def _ablate(experiments, data, folder, options):
         ({"reference": "c"}, "reference 'c' is none of the experiments: a, bbb"),
         ({"folds": [5]}, "fold 5 is out of range; the folds are 0, 1"),
         ({"folds": [1, 1]}, "fold 1 is given twice"),
+        ({"folds": ["full"]}, "give it folds, not full"),
         ({"folds": []}, "an ablation needs at least one fold"),
     ],
 )
