@@ -25,7 +25,7 @@ from birdcall.models.sed import build_model
 from birdcall.training.distributed import DistributedContext
 from birdcall.training.resume import conditions_of
 from birdcall.training.runs import plan_runs, train_many
-from birdcall.training.student import StudentOptions, label_soundscapes, train_rounds
+from birdcall.training.student import StudentOptions, label_soundscapes, labels_file, train_rounds
 from birdcall.training.trainer import RunOptions
 
 CLASSES = ("amecro", "bkcchi", "norcar")
@@ -332,6 +332,11 @@ def test_rounds_of_students_learn_from_the_round_before_and_are_resumed(
     again = list(train_rounds(student_rounds, training_data, **given))
     assert [item.labels.digest for item in again] == [item.labels.digest for item in rounds]
     assert written == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
+    first_labels = labels_file(tmp_path, 1)
+    first_labels.write_bytes(b"damaged")  # is labelled again, to the same labels
+    one_round = {**given, "options": replace(options, n_rounds=1)}
+    (repaired,) = train_rounds(student_rounds, training_data, **one_round)
+    assert repaired.labels.digest == first.labels.digest
 
 
 def test_an_experiment_without_a_student_is_refused_before_it_labels(

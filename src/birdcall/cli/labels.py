@@ -12,7 +12,7 @@ from birdcall.cli.options import (
     Data,
     Folders,
     Folds,
-    Labelled,
+    MustNotOverlap,
     Output,
     SoundscapeLabels,
     Trained,
@@ -36,13 +36,13 @@ def _pseudo_label(
             show_default="none",
         ),
     ] = None,
-    labelled: Labelled = None,
+    labelled: MustNotOverlap = None,
 ) -> None:
-    """Predict when each species sings in the recordings, by runs that did not train on them.
+    """Predict when each species is present in the recordings, by runs that did not train on them.
 
-    With --soundscapes: how probably each species sings in each segment of unlabelled soundscapes;
-    with --birdnet, too, by BirdNET 2.4 in place of trained runs. Models that are trained on its
-    labels are derived from it (CC BY-NC-SA 4.0): non-commercial, share alike.
+    With --soundscapes: how probably it is present in each segment of unlabelled soundscapes; with
+    --birdnet, too, by BirdNET 2.4 in place of trained runs. Models that are trained on its labels
+    are derived from it (CC BY-NC-SA 4.0): non-commercial, share alike.
     """
     from birdcall.data.birdnet import open_birdnet
     from birdcall.inference.ensemble import default_device

@@ -50,10 +50,11 @@ SoundscapeLabels = Annotated[
         show_default="none",
     ),
 ]
-Labelled = Annotated[
+MustNotOverlap = Annotated[
     list[Path] | None,
     typer.Option(
-        help="Folder of labelled soundscapes that must not be among them. May be repeated.",
+        help="Folder of labelled soundscapes that must share no sound with the unlabelled ones. "
+        "May be repeated.",
         show_default="the examples in the data folder",
     ),
 ]

@@ -19,8 +19,8 @@ from birdcall.cli.options import (
     Folders,
     Folds,
     Init,
-    Labelled,
     Labels,
+    MustNotOverlap,
     Noise,
     OtherBirds,
     Output,
@@ -152,7 +152,7 @@ def _student(
     fold: Annotated[
         str, typer.Option(help="Number of the held-out fold, all, or full: hold out nothing.")
     ] = "all",
-    labelled: Labelled = None,
+    labelled: MustNotOverlap = None,
     output: Output = None,
     folds: Folds = None,
     noise: Noise = None,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
-from scipy.special import expit, logit
+from scipy.special import expit
 from scipy.stats import norm
 
 from birdcall.config import SEGMENT_SECONDS
@@ -18,7 +18,7 @@ from birdcall.evaluation.metrics import Interval, bootstrap_interval, row_f1_sco
 from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.inference.background import Background
 from birdcall.inference.decision import Decision, average_members, combine_members
-from birdcall.inference.predictions import MIN_PROBABILITY, Calibration, SegmentPredictions
+from birdcall.inference.predictions import Calibration, SegmentPredictions, to_logits
 
 OFFSETS = tuple(round(0.25 * step, 2) for step in range(-24, 25))  # of logits, for a domain
 # Of normal logits: what one row of an hour exceeds lies so many times as far above the median as
@@ -68,7 +68,7 @@ def fit_scale_and_offset(
         raise ValueError("no row to fit a calibration on")
     n_classes = probabilities.shape[1]
     filled = np.where(known, probabilities, 0.5).astype(float)
-    z = logit(np.clip(filled, MIN_PROBABILITY, 1 - MIN_PROBABILITY))
+    z = to_logits(filled)
     y = np.where(known, targets > 0, 0).astype(float)
     spreads = np.array([[log_scale_spread], [offset_spread]])
 
@@ -148,7 +148,7 @@ def log_likelihood_by_offset(
     result = np.zeros((len(OFFSETS), len(truth)))
     for output in ("clip", "frame"):
         probability = average_members(getattr(predictions, f"{output}wise"))[predictions.labelled]
-        z = logit(np.clip(probability, MIN_PROBABILITY, 1 - MIN_PROBABILITY))
+        z = to_logits(probability)
         scale, offset = (
             np.array(getattr(calibration, f"{output}_{part}"), z.dtype)
             for part in ("scale", "offset")
@@ -172,7 +172,7 @@ def find_floor(decision: Decision, unlabelled: SegmentPredictions | None) -> Dec
     starts = np.array(unlabelled.starts)
     voters = combine_members(unlabelled.clipwise, unlabelled.framewise, decision, starts).clipwise
     decisive = np.sort(voters, axis=0)[-decision.n_votes(len(voters))].astype(float)
-    logits = logit(np.clip(decisive, MIN_PROBABILITY, 1 - MIN_PROBABILITY))
+    logits = to_logits(decisive)
     lower, median = np.quantile(logits, [0.25, 0.5], axis=0)
     floor = expit(median + _FLOOR_QUARTILES * (median - lower))
     return replace(decision, floor=tuple(np.round(floor, 6).tolist()))
@@ -188,12 +188,12 @@ def choose_on_labelled(
     """Adapt a decision to labelled soundscapes, and score it nested by soundscape.
 
     Each class is brought to a ``background`` (of the soundscapes that ``calibration`` was fitted
-    on) if the labels are then more likely, and F1 is not lower. The scores are shifted by
-    the most likely offset, if that gains more than a standard error of row-wise F1. Then silence is
-    chosen if it scores higher on them: labelled soundscapes are few, and a certain gain would need
-    many. Of a single soundscape, rows are resampled. With no other soundscape to choose on, a
-    soundscape is scored by ``decision`` as it is. The floor of ``unlabelled`` soundscapes
-    (`find_floor`) stays unless it loses more than a standard error.
+    on) if the labels are then more likely, and F1 is not lower. The scores are shifted by the most
+    likely offset, if that gains more than a standard error of row-wise F1. The floor of
+    ``unlabelled`` soundscapes (`find_floor`) stays unless it loses more than a standard error. Then
+    silence is chosen if it scores higher: labelled soundscapes are few, and a certain gain would
+    need many. Of a single soundscape, rows are resampled. With no other soundscape to choose on, a
+    soundscape is scored by ``decision`` as it is.
     """
     truth, groups = labelled.labelled_truth, labelled.groups
     silence_f1 = (~truth.any(axis=1)).astype(float)

@@ -176,7 +176,7 @@ _N_FFT, _HOP_LENGTH = 1024, 640  # 50 columns a second
 _N_ROWS = 256
 _TILE_COLUMNS = 3000  # a minute; a WebP picture is at most 16,383 pixels wide
 # The background of a frequency is the level that it exceeds for most of a minute. The median would
-# be too high: a bird that sings for half of a five-second picture would count as background.
+# be too high: a bird that is present in half of a five-second spectrogram would be background.
 _BACKGROUND_PERCENTILE = 30.0
 _LINE_ROWS = 9  # a whistle or a hum fills fewer than half of these rows, and is no background
 _WHITE_DB = 4.0  # above the background; noise is lighter than the faintest bird

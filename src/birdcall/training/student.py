@@ -231,10 +231,14 @@ def train_rounds(
 def _find_labels(
     path: Path, members: Sequence[Path], data: TrainingData, soundscapes: Path
 ) -> SoundscapeLabels | None:
-    """Return the labels in ``path`` if these members made them; None if there are none."""
+    """Return the labels in ``path`` if these members made them of these soundscapes, else None."""
     if not path.is_file():
         return None
-    labels = SoundscapeLabels.read(path, data.classes)
+    try:
+        labels = SoundscapeLabels.read(path, data.classes)
+    except (ValueError, OSError) as error:
+        logger.warning("%s; the soundscapes are labelled again", error)
+        return None
     weights = sorted(read_checkpoint(member).weights_sha256 for member in members)
     made_by = sorted(member["weights_sha256"] for member in labels.members)
     if made_by != weights or labels.folder != soundscapes.resolve():
