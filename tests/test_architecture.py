@@ -159,6 +159,19 @@ def test_nothing_is_unpickled_or_evaluated():
                 assert "allow_pickle=True" not in ast.unparse(call), where
 
 
+def test_a_module_defines_a_name_once():
+    """A second option of one name silently replaced the first, with its help."""
+    for module, tree in sources().items():
+        names = []
+        for node in tree.body:
+            if isinstance(node, ast.Assign):
+                names += [item.id for item in node.targets if isinstance(item, ast.Name)]
+            elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.append(node.name)
+        twice = {name for name in names if names.count(name) > 1}
+        assert not twice, f"{module}: {sorted(twice)}"
+
+
 # --- how much -----------------------------------------------------------------------------------
 
 

@@ -174,7 +174,7 @@ class SoundscapeLabels:
     members: list[dict]  # name, experiment, network, weights_sha256
     families: list[str]  # the `network_of` each
     round: int  # 1: of members that were trained without such labels
-    statistics: dict  # see `training.pseudo_labels.LabelStatistics`
+    statistics: dict  # see `inference.predictions.LabelStatistics`
     probabilities: np.ndarray
     soundscape: np.ndarray
 
