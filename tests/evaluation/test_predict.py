@@ -8,26 +8,36 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import soundfile
 
 from birdcall.audio.reading import AudioError, read_audio
 from birdcall.data.folds import TRAINING_ONLY
 from birdcall.data.targets import IGNORE_TARGET, make_targets
-from birdcall.evaluation.labelled import predict_labelled
 from birdcall.evaluation.metrics import average_precision, macro_average
 from birdcall.evaluation.predict import (
+    find_all_unlabelled,
+    held_out_birds,
     predict_held_out,
     predict_out_of_fold,
     predict_unlabelled,
     write_oof_parquet,
 )
 from birdcall.evaluation.scoring import evaluate
-from birdcall.evaluation.simulation import SalientSegment, describe_events, plan_soundscapes
+from birdcall.evaluation.simulated_audio import SoundscapeRenderer, salient_segment_finder
+from birdcall.evaluation.simulation import (
+    SalientSegment,
+    SimulationConfig,
+    describe_events,
+    plan_soundscapes,
+)
 from birdcall.evaluation.tables import RECORDINGS
 from birdcall.inference.engine import predict_files, predict_waveforms
 from birdcall.inference.ensemble import load_ensemble
 from birdcall.models.checkpoint import SETTINGS_FILE, read_checkpoint
 from birdcall.training.resume import read_runs
 from birdcall.training.step import VALIDATION_SECONDS, validate
+
+RATE = 32_000
 
 
 @pytest.fixture(scope="module")
@@ -240,31 +250,75 @@ def test_recordings_of_every_training_part_are_scored_nowhere(held_out, training
 # --- unlabelled soundscapes ---
 
 
-def test_unlabelled_soundscapes_are_predicted_except_those_that_do_not_decode(
-    trained_runs, demo_folder, tmp_path, caplog
-):
-    ensemble = load_ensemble(trained_runs[:1])
-    example, *_ = sorted((demo_folder / "example_test_audio").iterdir())
+@pytest.fixture
+def site(demo_folder, tmp_path):
+    """A folder with a soundscape, and one that does not decode."""
+    example, *_ = sorted((demo_folder / "test_audio").iterdir())
     (tmp_path / "site").mkdir()
     shutil.copy(example, tmp_path / "site" / f"night{example.suffix}")
     (tmp_path / "site" / "torn.wav").write_bytes(b"RIFF")
-    predicted = predict_unlabelled(ensemble, [tmp_path, tmp_path / "site"])  # each file once
-    assert "torn.wav" in caplog.text
-    assert predicted.starts == (0,)
-    expected = dict(predict_files(ensemble, {"example": example}))["example"]
-    np.testing.assert_allclose(predicted.clipwise, expected.clipwise, atol=1e-6)
-    assert predict_unlabelled(ensemble, []) is None
+    return tmp_path / "site"
 
 
-def test_an_unlabelled_soundscape_that_is_labelled_is_refused(trained_runs, demo_folder, tmp_path):
+def test_unlabelled_soundscapes_are_predicted_except_those_that_do_not_decode(
+    training_data, trained_runs, site, caplog
+):
     ensemble = load_ensemble(trained_runs[:1])
-    labelled = predict_labelled(ensemble, [demo_folder])
-    name, path = next(iter(labelled.paths.items()))
+    files = find_all_unlabelled([site.parent, site], training_data, [])  # each file once
+    assert "torn.wav" in caplog.text
+    predicted = predict_unlabelled(ensemble, files)
+    assert predicted.starts == (0,)
+    (path,) = site.glob("night*")
+    expected = dict(predict_files(ensemble, {"night": path}))["night"]
+    np.testing.assert_allclose(predicted.clipwise, expected.clipwise, atol=1e-6)
+    assert predict_unlabelled(ensemble, {}) is None
+
+
+def test_unlabelled_soundscapes_are_the_background_of_simulated_ones(
+    training_data, trained_runs, held_out_options, site
+):
+    options = replace(held_out_options, unlabelled_folders=[site])
+    held_out = predict_held_out(trained_runs[:1], training_data, options)
+    renderer = SoundscapeRenderer.for_fold(held_out.data, 0, held_out.config)
+    assert [path.name for path in renderer.field.paths] == ["night.mp3"]
+    assert held_out.unlabelled is not None
+
+
+def test_an_unlabelled_soundscape_that_is_labelled_is_refused(training_data, demo_folder, tmp_path):
+    path, *_ = sorted((demo_folder / "example_test_audio").iterdir())
     shutil.copy(path, tmp_path / f"renamed{path.suffix}")
-    with pytest.raises(ValueError, match=rf"renamed.*{name}"):
-        predict_unlabelled(ensemble, [tmp_path], labelled)
+    with pytest.raises(ValueError, match=rf"renamed.*{path.name}"):
+        find_all_unlabelled([tmp_path], training_data, [])
 
 
-def test_a_folder_of_unlabelled_soundscapes_without_sound_is_refused(trained_runs, tmp_path):
+def test_a_folder_of_unlabelled_soundscapes_without_sound_is_refused(training_data, tmp_path):
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
-        predict_unlabelled(load_ensemble(trained_runs[:1]), [tmp_path])
+        find_all_unlabelled([tmp_path], training_data, [])
+
+
+def test_distractors_are_other_birds_that_no_run_of_the_fold_has_heard(
+    training_data, tmp_path, caplog
+):
+    files = [tmp_path / "bird1" / f"{number}.wav" for number in range(6)]
+    files[0].parent.mkdir()
+    time = np.arange(RATE) / RATE
+    for number, file in enumerate(files):
+        soundfile.write(file, np.sin(2 * np.pi * (2000 + 300 * number) * time), RATE)
+    files[0].write_bytes(b"<html>no audio</html>" * 50)
+    data = replace(training_data, other_birds=files)
+    find_segment = salient_segment_finder(data, RATE)
+    of_folds = []
+    for fold in data.folds:
+        birds = held_out_birds(data, fold, find_segment)
+        used = {(data.folder / path).resolve() for path in birds["path"]}
+        assert used == set(data.split_other_birds(fold)[1]) - {files[0]}
+        of_folds.append(birds)
+    assert "0.wav" in caplog.text
+    config = SimulationConfig(n_soundscapes=8, distractor_every_seconds=5.0)
+    birds = of_folds[1]
+    planned = plan_soundscapes(data.recordings, 1, config, find_segment, other_birds=birds)
+    distractors = [event for item in planned for event in item.distractors]
+    assert {event.path for event in distractors} == set(birds["path"])
+    assert {event.transposition for event in distractors} == {1.0}
+    renderer = SoundscapeRenderer.for_fold(data, 1, config)
+    assert np.abs(renderer.read_event(distractors[0])).max() > 0.1

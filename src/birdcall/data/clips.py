@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from birdcall.audio.decoder import AudioError, is_cut, warn_once
 from birdcall.audio.filters import crop_or_pad
-from birdcall.config import SEGMENT_SECONDS, Experiment, require
+from birdcall.config import Experiment
 from birdcall.data.augment import ClipAugment, mix_at_snr
 from birdcall.data.birdnet import EMBEDDING_SIZE, read_embedding
 from birdcall.data.cache import (
@@ -28,63 +27,19 @@ from birdcall.data.cache import (
 )
 from birdcall.data.dataset import TrainingData
 from birdcall.data.noise import NoiseFiles
+from birdcall.data.soundscapes import SoundscapeTargets
 from birdcall.data.targets import (
     ClipRequest,
-    SoundscapeLabels,
     StrongTargets,
     make_targets,
     rating_weights,
 )
-from birdcall.inference.predictions import scale_probabilities
 from birdcall.storage.store import DAMAGED
 
 # In place of a recording's path, and of its index.
 _NOISE, _NOISE_INDEX = "noise", -1
 _OTHER_BIRDS, _OTHER_BIRDS_INDEX = "other birds", -2
 _SOUNDSCAPE_INDEX = -3
-
-
-class SoundscapeTargets:
-    """Soft targets of clips that start with a segment of a soundscape.
-
-    A clip's label is the highest of its segments; where they exceed ``max_sum`` together, they are
-    reduced in proportion. Clips are drawn in proportion to their largest label.
-    """
-
-    def __init__(self, labels: SoundscapeLabels, experiment: Experiment) -> None:
-        self.config = experiment.train.student
-        self.clip_seconds = experiment.train.data.clip_seconds
-        self.labels = labels
-        mean = labels.probabilities[labels.teachers_of(experiment)].mean(axis=0)
-        of_segments = scale_probabilities(mean, self.config)
-        n_segments = np.bincount(labels.soundscape, minlength=len(labels.soundscapes))
-        self.first = np.cumsum(n_segments) - n_segments  # of each soundscape
-        n_in_clip = max(1, math.ceil(self.clip_seconds / SEGMENT_SECONDS))
-        number = np.arange(len(of_segments)) - self.first[labels.soundscape]
-        last = n_segments[labels.soundscape] - 1
-        # A soundscape shorter than a clip has one clip, from its start.
-        self.segments = np.flatnonzero(number <= np.maximum(0, last + 1 - n_in_clip))
-        targets = of_segments[self.segments]
-        for step in range(1, n_in_clip):
-            later = np.minimum(number[self.segments] + step, last[self.segments])
-            targets = np.maximum(
-                targets, of_segments[self.first[labels.soundscape[self.segments]] + later]
-            )
-        total = np.maximum(targets.sum(axis=1, keepdims=True), 1e-9)
-        self.targets = (targets * np.minimum(1, self.config.max_sum / total)).astype(np.float32)
-        self.cumulative = np.cumsum(self.targets.max(axis=1), dtype=np.float64)
-        require(bool(self.cumulative[-1] > 0), "all labels of the soundscapes are 0")
-
-    def draw(self, generator: np.random.Generator) -> tuple[int, float, np.ndarray]:
-        """Return index of the soundscape, start in seconds and target ``(classes,)`` of a clip."""
-        drawn = generator.random() * self.cumulative[-1]
-        clip = int(np.searchsorted(self.cumulative, drawn, side="right"))
-        segment = self.segments[min(clip, len(self.segments) - 1)]
-        soundscape = int(self.labels.soundscape[segment])
-        start = float(SEGMENT_SECONDS * (segment - self.first[soundscape]))
-        spare = min(SEGMENT_SECONDS, self.labels.soundscapes[soundscape]["seconds"] - start)
-        start += generator.random() * max(0.0, spare - self.clip_seconds)
-        return soundscape, start, self.targets[min(clip, len(self.segments) - 1)]
 
 
 def union_of(target: np.ndarray, label: np.ndarray) -> np.ndarray:

@@ -13,9 +13,8 @@ import numpy as np
 import pandas as pd
 
 from birdcall.audio.filters import generate_noise
-from birdcall.audio.reading import AudioError, hash_parts
 from birdcall.config import FULL, Experiment, require
-from birdcall.data.audit import Measurement, measure_recording, read_audit
+from birdcall.data.audit import Measurement, read_audit
 from birdcall.data.birdnet import WindowStore, scientific_names
 from birdcall.data.cache import ReadCrops, RecordingCache
 from birdcall.data.folds import TRAINING_ONLY, read_folds
@@ -26,7 +25,8 @@ from birdcall.data.recordings import (
     read_recordings,
     usable_recordings,
 )
-from birdcall.data.targets import SoundscapeLabels, read_strong_labels
+from birdcall.data.soundscapes import SoundscapeLabels, find_unlabelled
+from birdcall.data.targets import read_strong_labels
 from birdcall.kaggle.test_set import CompetitionFile
 from birdcall.storage.files import (
     digest,
@@ -55,6 +55,7 @@ class TrainingData:
     noise_store: Path | None = None  # folder of decoded noise, see `noise.NoiseFiles`
     other_birds: Sequence[Path] = ()  # sound of birds that are no class: see `find_other_birds`
     soundscape_labels: SoundscapeLabels | None = None  # for experiments with `StudentConfig.share`
+    unlabelled: Sequence[Path] = ()  # soundscapes of which nothing is known, to evaluate with
     soundscape_cache: Path | None = None  # folder of decoded soundscapes, see `RecordingCache`
     birdnet: WindowStore | None = None  # what BirdNET predicts for recordings and soundscapes
 
@@ -111,18 +112,39 @@ class TrainingData:
         """Return the sound of other birds to train and to validate with, as `split_noise`."""
         return self._split_files(self.other_birds, fold)
 
+    def find_unlabelled(
+        self, folder: Path, labelled: Sequence[Path] = ()
+    ) -> dict[str, Measurement]:
+        """Return the soundscapes below ``folder``, as `find_unlabelled`; examples are labelled."""
+        examples = self.folder / CompetitionFile.EXAMPLE_AUDIO
+        return find_unlabelled(
+            folder, self.recordings, [examples, *labelled], self.soundscape_cache
+        )
+
+    def split_soundscapes(
+        self, fold: int | str, files: Sequence[Path]
+    ) -> tuple[list[Path], list[Path]]:
+        """Return which unlabelled soundscapes are to train and to evaluate with, likewise."""
+        return self._split_files(files, fold)
+
     def _split_files(self, files: Sequence[Path], fold: int | str) -> tuple[list[Path], list[Path]]:
         if fold == FULL:
             return list(files), []
         return split_noise(files, self.folds.index(fold), len(self.folds))
 
-    def training_part(self, fold: int | str, recordings: pd.DataFrame) -> TrainingData:
-        """Return what a run that holds out ``fold`` learns from, of ``recordings``."""
+    def training_part(
+        self, fold: int | str, recordings: pd.DataFrame, experiment: Experiment
+    ) -> TrainingData:
+        """Return what ``experiment`` learns from of ``recordings`` if it holds out ``fold``."""
+        labels = self.soundscape_labels
+        if labels is not None and experiment.train.student.share > 0:
+            labels = labels.of_files(self.split_soundscapes(fold, labels.files)[0])
         return replace(
             self,
             recordings=recordings,
             noise_files=self.split_noise(fold)[0],
             other_birds=self.split_other_birds(fold)[0],
+            soundscape_labels=labels,
         )
 
     def require_sound_for(self, experiment: Experiment) -> None:
@@ -265,52 +287,6 @@ def find_other_birds(folder: Path, classes: Sequence[str], audit: pd.DataFrame) 
             *(len(left_out), shorten_list(left_out)),
         )
     return [path for path in files if path not in left_out]
-
-
-def find_unlabelled(
-    folder: Path, data: TrainingData, labelled: Sequence[Path] = ()
-) -> dict[str, Measurement]:
-    """Decode the soundscapes below ``folder``, by name, and store them in `soundscape_cache`.
-
-    What cannot be read whole, or is there twice, is left out and named in the log. ValueError where
-    one is a recording of ``data``, or shares sound with a labelled soundscape: the data's examples,
-    and all sound below the folders ``labelled``.
-    """
-    store = data.soundscape_cache
-    cache = None if store is None else RecordingCache(folder, store)
-    paths = readable_sound(find_files(folder), "an unlabelled soundscape")
-    by_hash: dict[str, Measurement] = {}
-    for path in paths:
-        item = measure_recording(folder, path.relative_to(folder).as_posix(), cache)
-        if item.error or item.audio_hash in by_hash:
-            reason = item.error or f"the same as {by_hash[item.audio_hash].path}"
-            logger.warning("%s is left out: %s", path, reason)
-        else:
-            by_hash[item.audio_hash] = item
-    if not by_hash:
-        raise FileNotFoundError(f"{folder}: no sound in this folder of soundscapes can be read")
-    recordings = dict(zip(data.recordings["sha256"], data.recordings["path"], strict=True))
-    known = [
-        f"{item.path} is the recording {recordings[item.sha256]}"
-        for item in by_hash.values()
-        if item.sha256 in recordings
-    ]
-    parts: dict[int, Path] = {}  # of labelled soundscapes
-    for folder_of_labelled in (data.folder / CompetitionFile.EXAMPLE_AUDIO, *labelled):
-        for path in readable_sound(find_files(folder_of_labelled), "a labelled soundscape"):
-            try:
-                parts |= dict.fromkeys(hash_parts(path), path)
-            except AudioError as error:
-                logger.warning("%s; whether soundscapes overlap with it is not known", error)
-    for item in by_hash.values() if parts else ():
-        if shared := hash_parts(folder / item.path) & parts.keys():
-            known.append(f"{item.path} has sound of {min(parts[part] for part in shared)}")
-    require(
-        not known,
-        f"soundscapes that are to be labelled have labels: {shorten_list(known)}; remove them, or "
-        "scores would be of sound that was trained on",
-    )
-    return {item.path: item for item in by_hash.values()}
 
 
 def _hash_file(path: Path) -> str:

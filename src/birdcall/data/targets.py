@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +11,8 @@ import numpy as np
 import pandas as pd
 from torch.utils.data import Sampler
 
-from birdcall.config import Experiment, SamplingConfig, require
-from birdcall.storage.files import atomic_path, digest, read_table, write_atomically
-from birdcall.storage.store import DAMAGED, read_arrays, write_arrays
+from birdcall.config import SamplingConfig, require
+from birdcall.storage.files import read_table, write_atomically
 
 # Target of a class that may or may not be in the clip: the loss and the metrics leave it out.
 IGNORE_TARGET = -1.0
@@ -147,81 +145,6 @@ def read_strong_labels(
                 "add one, or remove the recording from the file to keep its weak labels"
             )
     return table.reset_index(drop=True)
-
-
-# --- soft labels of soundscapes ---
-
-
-_ARRAYS = ("probabilities", "soundscape")
-
-
-def network_of(experiment: Experiment) -> str:
-    """Return a digest of front end and network: runs that differ in training only share it."""
-    return digest(json.dumps([asdict(experiment.frontend), asdict(experiment.model)]))
-
-
-@dataclass(frozen=True, eq=False)
-class SoundscapeLabels:
-    """What an ensemble predicts for the segments of soundscapes that nobody has labelled.
-
-    probabilities: ``(families, segments, classes)``, the mean of the members of one network each.
-    soundscape: ``(segments,)``, index in ``soundscapes``.
-    """
-
-    folder: Path
-    classes: tuple[str, ...]
-    soundscapes: list[dict]  # name below the folder, seconds, size, audio_hash
-    members: list[dict]  # name, experiment, network, weights_sha256
-    families: list[str]  # the `network_of` each
-    round: int  # 1: of members that were trained without such labels
-    statistics: dict  # see `inference.predictions.LabelStatistics`
-    probabilities: np.ndarray
-    soundscape: np.ndarray
-
-    def write(self, path: Path) -> None:
-        """Write the labels as one safetensors file, whole or not at all."""
-        values = {name: value for name, value in vars(self).items() if name not in _ARRAYS}
-        with atomic_path(path) as temporary:
-            arrays = {name: getattr(self, name) for name in _ARRAYS}
-            write_arrays(temporary, arrays, values | {"folder": str(self.folder.resolve())})
-
-    @classmethod
-    def read(cls, path: Path, classes: Sequence[str]) -> SoundscapeLabels:
-        """Read what `write` wrote; errors name the file, or the soundscape that has changed."""
-        try:
-            arrays, values = read_arrays(path)
-            folder, known = Path(values.pop("folder")), tuple(values.pop("classes"))
-            labels = cls(folder=folder, classes=known, **values, **arrays)
-        except (OSError, *DAMAGED) as error:
-            raise ValueError(f"{path}: not a file of soundscape labels: {error}") from error
-        require(known == tuple(classes), f"{path}: labels of other classes than those of the data")
-        for item in labels.soundscapes:
-            file = folder / item["name"]
-            if not file.is_file() or file.stat().st_size != item["size"]:
-                raise FileNotFoundError(
-                    f"{file} is not there as when {path} was made; label the soundscapes again"
-                )
-        return labels
-
-    @property
-    def digest(self) -> str:
-        """Return a digest of what a training learns from the labels, wherever the files lie."""
-        described = json.dumps([self.soundscapes, self.members, self.round])
-        return digest(described.encode() + self.probabilities.tobytes())
-
-    def teachers_of(self, experiment: Experiment) -> np.ndarray:
-        """Return which families may teach ``experiment``, boolean ``(families,)``; or ValueError.
-
-        Not its own: neither members of its name, nor of its network under another name.
-        """
-        own = {item["network"] for item in self.members if item["experiment"] == experiment.name}
-        is_teacher = ~np.isin(self.families, [*own, network_of(experiment)])
-        require(
-            bool(is_teacher.any()),
-            f"{experiment.name} would learn from its own predictions: all members that labelled "
-            "soundscapes are of this experiment or have its network; label with another one",
-        )
-        return is_teacher
 
 
 # --- sampling ---

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from birdcall.audio.reading import AudioError
+from birdcall.audio.reading import AudioError, probe_audio
 from birdcall.config import SEGMENT_SECONDS, require
 from birdcall.data.birdnet import NAME, BirdNET, WindowStore, scientific_names
 from birdcall.data.dataset import TrainingData
@@ -28,6 +29,7 @@ from birdcall.evaluation.labelled import (
 from birdcall.evaluation.predictions import LabelledPredictions, PredictionCache
 from birdcall.evaluation.simulated_audio import SoundscapeRenderer, salient_segment_finder
 from birdcall.evaluation.simulation import (
+    SalientSegment,
     SimulatedSoundscape,
     SimulationConfig,
     describe_events,
@@ -43,8 +45,6 @@ from birdcall.storage.files import (
     atomic_path,
     digest,
     digest_files,
-    find_files,
-    is_sound,
     unique_names,
     utf8_text,
 )
@@ -208,7 +208,9 @@ def predict_held_out(
     if options.yardstick is not None:
         names = scientific_names(data.classes, data.recordings)
         yardstick = predict_yardstick(options.yardstick, labelled, names, **storage)
-    unlabelled = predict_unlabelled(ensemble, options.unlabelled_folders, labelled, **storage)
+    files = find_all_unlabelled(options.unlabelled_folders, data, options.labelled_folders)
+    unlabelled = predict_unlabelled(ensemble, files, **storage)
+    data = replace(data, unlabelled=list(files.values()))
     out_of_fold = predict_out_of_fold(ensemble, data, **storage)
     readable = set().union(*(part.segments["path"] for part in out_of_fold.values()))
     planned, simulated = [], {}
@@ -216,7 +218,12 @@ def predict_held_out(
         logger.info("fold %d: simulating soundscapes for %d members", fold, len(subset.members))
         find_segment = salient_segment_finder(data, config.sample_rate)
         soundscapes = plan_soundscapes(
-            data.recordings, fold, config, find_segment=find_segment, readable=readable
+            data.recordings,
+            fold,
+            config,
+            find_segment=find_segment,
+            readable=readable,
+            other_birds=held_out_birds(data, fold, find_segment),
         )
         if not soundscapes:
             logger.warning("fold %d: nothing is simulated: no other fold has its species", fold)
@@ -389,39 +396,58 @@ def predict_yardstick(
     return ours.with_probabilities(probabilities, probabilities, [NAME])
 
 
+def find_all_unlabelled(
+    folders: Sequence[Path], data: TrainingData, labelled: Sequence[Path]
+) -> dict[str, Path]:
+    """Return the soundscapes below ``folders`` by a name of their own, each once.
+
+    Raises as `data.soundscapes.find_unlabelled`, which decodes them.
+    """
+    paths: dict[Path, None] = {}
+    for folder in folders:
+        names = data.find_unlabelled(folder, labelled)
+        paths |= dict.fromkeys((folder / name).resolve() for name in names)
+    return dict(zip(unique_names([utf8_text(path.name) for path in paths]), paths, strict=True))
+
+
 def predict_unlabelled(
     ensemble: Ensemble,
-    folders: Sequence[Path],
-    labelled: LabelledSoundscapes | None = None,
+    files: Mapping[str, Path],
     *,
     cache_folder: Path | None = None,
     progress: bool = False,
 ) -> SegmentPredictions | None:
-    """Predict the recordings in ``folders``, of which nothing is known; None without folders.
+    """Predict soundscapes of which nothing is known, by name; None where there are none.
 
-    Raises FileNotFoundError for a folder without recordings, and ValueError for a recording whose
-    content is that of a labelled soundscape, which would no longer be held out. One that does not
-    decode is left out with a warning.
+    One that does not decode is left out with a warning.
     """
-    paths: dict[Path, Path] = {}
-    for folder in folders:
-        if not (sounds := list(filter(is_sound, find_files(folder)))):
-            raise FileNotFoundError(f"{folder}: no recording in this folder of unlabelled sound")
-        paths |= {path.resolve(): path for path in sounds}
-    if not paths:
+    if not files:
         return None
-    known = {} if labelled is None else {digest(p.read_bytes()): p for p in labelled.paths.values()}
-    sizes = {path.stat().st_size for path in known.values()}
-    for path in paths.values():
-        if path.stat().st_size in sizes and (same := known.get(digest(path.read_bytes()))):
-            raise ValueError(
-                f"{path}: is the labelled soundscape {same}; take it out of the folder"
-            )
-    names = unique_names([utf8_text(path.name) for path in paths.values()])
-    sources = dict(zip(names, map(open_recording, paths.values()), strict=True))
-    cache = PredictionCache(cache_folder, "unlabelled", digest_files(paths.values()))
+    sources = {name: open_recording(path) for name, path in files.items()}
+    cache = PredictionCache(cache_folder, "unlabelled", digest_files(files.values()))
     readable = _predict_readable(ensemble, sources, cache, progress=progress)
     return SegmentPredictions.concatenate(list(readable.values()))
+
+
+def held_out_birds(
+    data: TrainingData, fold: int, find_segment: Callable[[pd.Series], SalientSegment]
+) -> pd.DataFrame:
+    """Return the recordings of other birds that no run of ``fold`` has trained with.
+
+    With ``path`` (from the data folder), ``ebird_code`` (the folder's name) and ``seconds``. Those
+    that cannot be read are left out with a warning.
+    """
+    rows = []
+    for file in data.split_other_birds(fold)[1]:
+        path = os.path.relpath(file, data.folder)
+        try:
+            seconds = probe_audio(file).seconds
+            row = {"path": path, "ebird_code": file.parent.name, "seconds": seconds}
+            find_segment(pd.Series(row))
+            rows.append(row)
+        except (AudioError, OSError) as error:
+            logger.warning("%s; no soundscape is simulated with it", error)
+    return pd.DataFrame(rows, columns=["path", "ebird_code", "seconds"])
 
 
 def predict_simulated(
@@ -444,8 +470,9 @@ def predict_simulated(
                 f"{member.name} has trained on the recordings of {soundscapes[0].name}"
             )
     renderer = SoundscapeRenderer.for_fold(data, fold, config)
-    files = [data.folder / path for path in describe_events(soundscapes)["path"].unique()]
-    made_from = repr(soundscapes), digest_files(files), digest_files(renderer.noise.paths)
+    events = [event for item in soundscapes for event in (*item.events, *item.distractors)]
+    files = [data.folder / path for path in dict.fromkeys(event.path for event in events)]
+    made_from = repr(soundscapes), digest_files(files), digest_files(renderer.files)
     name, modules = f"simulated-fold{fold}", ("evaluation.simulated_audio",)
     cache = PredictionCache(cache_folder, name, digest(repr(made_from)), modules)
     sources = {item.name: partial(renderer.render, item) for item in soundscapes}

@@ -43,7 +43,7 @@ class SimulationConfig:
     # Attenuation by air and leaves at half the sample rate, falling to 0 dB at 0 Hz.
     high_fade_db: tuple[float, float] = (0.0, 12.0)
     noise_spread_db: float = 5.0  # standard deviation of the levels of noise clips
-    # A distractor is an animal of no class: a bird's recording, transposed in frequency.
+    # A distractor is an animal of no class: another bird, else one of a class, transposed.
     distractor_every_seconds: float = 40.0  # on average
     distractor_octaves: tuple[float, float] = (0.4, 0.8)  # of transposition, up or down
     max_species: int = 3  # in a segment
@@ -114,11 +114,13 @@ def plan_soundscapes(
     config: SimulationConfig,
     find_segment: Callable[[pd.Series], SalientSegment],
     readable: Container[str] | None = None,
+    other_birds: pd.DataFrame | None = None,
 ) -> list[SimulatedSoundscape]:
     """Plan the soundscapes of a held-out fold, for each share of nocall.
 
     ``find_segment`` returns the salient segment of a recording, given its row of the table.
-    ``readable``: the paths of recordings to use, None for all.
+    ``readable``: the paths of recordings to use, None for all. ``other_birds``: recordings of birds
+    that are no class, for the distractors, with ``path``, ``ebird_code`` and ``seconds``.
     Recordings with secondary labels are used only for species that have no others. Within a share
     a recording is used again only after all of its group, and species alternate. Species that no
     other fold has are no events: no run of this fold could learn them. Where there are no others,
@@ -139,15 +141,21 @@ def plan_soundscapes(
     planned: list[SimulatedSoundscape] = []
     if of_events.empty:
         return planned
+    has_others = other_birds is not None and len(other_birds) > 0
+    of_distractors = candidates
+    if has_others:  # all groups have the same
+        groups = of_events["group"].unique()
+        of_distractors = pd.concat([other_birds.assign(group=group) for group in groups])
     for share in config.nocall_shares:
         key = (config.seed, fold, round(1000 * share))
         event_queues = _open_queues(of_events, (*key, 0))
-        distractor_queues = _open_queues(candidates, (*key, 1))
+        distractor_queues = _open_queues(of_distractors, (*key, 1))
         n_empty = _draw_empty_segments(config, share, np.random.default_rng((*key, 2)))
         for index, n_empty_segments in enumerate(n_empty):
             group = sorted(event_queues)[index % len(event_queues)]
             seed = (*key, 3, index)
-            planner = _EventPlanner(config, find_segment, np.random.default_rng(seed))
+            generator = np.random.default_rng(seed)
+            planner = _EventPlanner(config, find_segment, generator, transposes=not has_others)
             events = planner.plan_events(event_queues[group], n_empty_segments)
             distractors = planner.plan_distractors(distractor_queues[group])
             soundscape = SimulatedSoundscape(
@@ -260,6 +268,7 @@ class _EventPlanner:
     config: SimulationConfig
     find_segment: Callable[[pd.Series], SalientSegment]
     generator: np.random.Generator
+    transposes: bool  # distractors
 
     def plan_events(self, queue: _RecordingQueue, n_empty: int) -> list[SimulatedEvent]:
         """Add choruses until ``n_empty`` or ``n_empty + 1`` segments are empty."""
@@ -281,24 +290,23 @@ class _EventPlanner:
         return sorted(events, key=lambda event: (event.onset, event.path))
 
     def plan_distractors(self, queue: _RecordingQueue) -> list[SimulatedEvent]:
-        """Draw animals of no class: birds, transposed to a pitch at which they do not sing."""
+        """Draw animals of no class: other birds, or birds at a pitch at which they do not sing."""
         config, generator = self.config, self.generator
         distractors = []
         n_expected = config.soundscape_seconds / config.distractor_every_seconds
         for _ in range(generator.poisson(n_expected)):
             recording = queue.take()
             event = self._draw_event(recording, generator.uniform(0, config.soundscape_seconds))
+            if not self.transposes:
+                distractors.append(event)
+                continue
             direction = generator.choice([-1, 1])
             octaves = direction * generator.uniform(*config.distractor_octaves)
             factor = 2 ** float(octaves)
             seconds = (event.offset - event.onset) / factor
-            distractor = replace(
-                event,
-                offset=round(min(event.onset + seconds, config.soundscape_seconds), 4),
-                band_hz=(event.band_hz[0] * factor, event.band_hz[1] * factor),
-                transposition=factor,
-            )
-            distractors.append(distractor)
+            offset = round(min(event.onset + seconds, config.soundscape_seconds), 4)
+            band_hz = (event.band_hz[0] * factor, event.band_hz[1] * factor)
+            distractors.append(replace(event, offset=offset, band_hz=band_hz, transposition=factor))
         return distractors
 
     def _add_chorus(

@@ -14,8 +14,8 @@ from tqdm import tqdm
 from birdcall.audio.reading import AudioError
 from birdcall.config import Experiment, require
 from birdcall.data.birdnet import NAME, BirdNET, WindowStore, find_columns, scientific_names
-from birdcall.data.dataset import TrainingData, find_unlabelled
-from birdcall.data.targets import SoundscapeLabels, network_of
+from birdcall.data.dataset import TrainingData
+from birdcall.data.soundscapes import SoundscapeLabels, network_of
 from birdcall.experiments import student_of
 from birdcall.inference.engine import predict_files
 from birdcall.inference.predictions import CollapseLimits, LabelStatistics
@@ -73,7 +73,7 @@ def label_soundscapes(
         models = _birdnet_labeller(labellers, data)
     else:
         models = _labellers_of(labellers, data, device)
-    measured = find_unlabelled(folder, data, labelled)
+    measured = data.find_unlabelled(folder, labelled)
     soundscapes, parts = [], []
     results = models.predict({name: folder / name for name in measured})
     for name, result in tqdm(results, total=len(measured), disable=not progress):

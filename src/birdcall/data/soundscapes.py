@@ -1,0 +1,204 @@
+"""Find soundscapes of which nothing is known; hold the labels that models made of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from birdcall.audio.reading import AudioError, hash_parts
+from birdcall.config import SEGMENT_SECONDS, Experiment, require
+from birdcall.data.audit import Measurement, measure_recording
+from birdcall.data.cache import RecordingCache
+from birdcall.inference.predictions import scale_probabilities
+from birdcall.storage.files import atomic_path, digest, find_files, readable_sound, shorten_list
+from birdcall.storage.store import DAMAGED, read_arrays, write_arrays
+
+logger = logging.getLogger(__name__)
+
+
+def find_unlabelled(
+    folder: Path, recordings: pd.DataFrame, labelled: Sequence[Path], store: Path | None = None
+) -> dict[str, Measurement]:
+    """Decode the soundscapes below ``folder``, by name, and cache them in the folder ``store``.
+
+    What cannot be read whole, or is there twice, is left out and named in the log. ValueError where
+    one is among the ``recordings``, or shares sound with a labelled soundscape: all sound below the
+    folders ``labelled``.
+    """
+    cache = None if store is None else RecordingCache(folder, store)
+    paths = readable_sound(find_files(folder), "an unlabelled soundscape")
+    by_hash: dict[str, Measurement] = {}
+    for path in paths:
+        item = measure_recording(folder, path.relative_to(folder).as_posix(), cache)
+        if item.error or item.audio_hash in by_hash:
+            reason = item.error or f"the same as {by_hash[item.audio_hash].path}"
+            logger.warning("%s is left out: %s", path, reason)
+        else:
+            by_hash[item.audio_hash] = item
+    if not by_hash:
+        raise FileNotFoundError(f"{folder}: no sound in this folder of soundscapes can be read")
+    of_hash = dict(zip(recordings["sha256"], recordings["path"], strict=True))
+    known = [
+        f"{item.path} is the recording {of_hash[item.sha256]}"
+        for item in by_hash.values()
+        if item.sha256 in of_hash
+    ]
+    parts: dict[int, Path] = {}  # of labelled soundscapes
+    for folder_of_labelled in labelled:
+        for path in readable_sound(find_files(folder_of_labelled), "a labelled soundscape"):
+            try:
+                parts |= dict.fromkeys(hash_parts(path), path)
+            except AudioError as error:
+                logger.warning("%s; whether soundscapes overlap with it is not known", error)
+    for item in by_hash.values() if parts else ():
+        if shared := hash_parts(folder / item.path) & parts.keys():
+            known.append(f"{item.path} has sound of {min(parts[part] for part in shared)}")
+    require(
+        not known,
+        f"soundscapes that are to be labelled have labels: {shorten_list(known)}; remove them, or "
+        "scores would be of sound that was trained on",
+    )
+    return {item.path: item for item in by_hash.values()}
+
+
+# --- soft labels ---
+
+
+_ARRAYS = ("probabilities", "soundscape")
+
+
+def network_of(experiment: Experiment) -> str:
+    """Return a digest of front end and network: runs that differ in training only share it."""
+    return digest(json.dumps([asdict(experiment.frontend), asdict(experiment.model)]))
+
+
+@dataclass(frozen=True, eq=False)
+class SoundscapeLabels:
+    """What an ensemble predicts for the segments of soundscapes that nobody has labelled.
+
+    probabilities: ``(families, segments, classes)``, the mean of the members of one network each.
+    soundscape: ``(segments,)``, index in ``soundscapes``.
+    """
+
+    folder: Path
+    classes: tuple[str, ...]
+    soundscapes: list[dict]  # name below the folder, seconds, size, audio_hash
+    members: list[dict]  # name, experiment, network, weights_sha256
+    families: list[str]  # the `network_of` each
+    round: int  # 1: of members that were trained without such labels
+    statistics: dict  # see `inference.predictions.LabelStatistics`
+    probabilities: np.ndarray
+    soundscape: np.ndarray
+
+    def write(self, path: Path) -> None:
+        """Write the labels as one safetensors file, whole or not at all."""
+        values = {name: value for name, value in vars(self).items() if name not in _ARRAYS}
+        with atomic_path(path) as temporary:
+            arrays = {name: getattr(self, name) for name in _ARRAYS}
+            write_arrays(temporary, arrays, values | {"folder": str(self.folder.resolve())})
+
+    @classmethod
+    def read(cls, path: Path, classes: Sequence[str]) -> SoundscapeLabels:
+        """Read what `write` wrote; errors name the file, or the soundscape that has changed."""
+        try:
+            arrays, values = read_arrays(path)
+            folder, known = Path(values.pop("folder")), tuple(values.pop("classes"))
+            labels = cls(folder=folder, classes=known, **values, **arrays)
+        except (OSError, *DAMAGED) as error:
+            raise ValueError(f"{path}: not a file of soundscape labels: {error}") from error
+        require(known == tuple(classes), f"{path}: labels of other classes than those of the data")
+        for item in labels.soundscapes:
+            file = folder / item["name"]
+            if not file.is_file() or file.stat().st_size != item["size"]:
+                raise FileNotFoundError(
+                    f"{file} is not there as when {path} was made; label the soundscapes again"
+                )
+        return labels
+
+    @property
+    def files(self) -> list[Path]:
+        """Return the files of the soundscapes, in order."""
+        return [self.folder / item["name"] for item in self.soundscapes]
+
+    def of_files(self, files: Collection[Path]) -> SoundscapeLabels:
+        """Return the labels of the soundscapes in ``files`` only."""
+        kept = np.array([file in files for file in self.files])
+        of_kept = kept[self.soundscape]
+        return replace(
+            self,
+            soundscapes=[
+                item for item, is_kept in zip(self.soundscapes, kept, strict=True) if is_kept
+            ],
+            probabilities=self.probabilities[:, of_kept],
+            soundscape=(np.cumsum(kept) - 1)[self.soundscape[of_kept]],
+        )
+
+    @property
+    def digest(self) -> str:
+        """Return a digest of what a training learns from the labels, wherever the files lie."""
+        described = json.dumps([self.soundscapes, self.members, self.round])
+        return digest(described.encode() + self.probabilities.tobytes())
+
+    def teachers_of(self, experiment: Experiment) -> np.ndarray:
+        """Return which families may teach ``experiment``, boolean ``(families,)``; or ValueError.
+
+        Not its own: neither members of its name, nor of its network under another name.
+        """
+        own = {item["network"] for item in self.members if item["experiment"] == experiment.name}
+        is_teacher = ~np.isin(self.families, [*own, network_of(experiment)])
+        require(
+            bool(is_teacher.any()),
+            f"{experiment.name} would learn from its own predictions: all members that labelled "
+            "soundscapes are of this experiment or have its network; label with another one",
+        )
+        return is_teacher
+
+
+class SoundscapeTargets:
+    """Soft targets of clips that start with a segment of a soundscape.
+
+    A clip's label is the highest of its segments; where they exceed ``max_sum`` together, they are
+    reduced in proportion. Clips are drawn in proportion to their largest label.
+    """
+
+    def __init__(self, labels: SoundscapeLabels, experiment: Experiment) -> None:
+        self.config = experiment.train.student
+        self.clip_seconds = experiment.train.data.clip_seconds
+        self.labels = labels
+        mean = labels.probabilities[labels.teachers_of(experiment)].mean(axis=0)
+        of_segments = scale_probabilities(mean, self.config)
+        n_segments = np.bincount(labels.soundscape, minlength=len(labels.soundscapes))
+        self.first = np.cumsum(n_segments) - n_segments  # of each soundscape
+        n_in_clip = max(1, math.ceil(self.clip_seconds / SEGMENT_SECONDS))
+        number = np.arange(len(of_segments)) - self.first[labels.soundscape]
+        last = n_segments[labels.soundscape] - 1
+        # A soundscape shorter than a clip has one clip, from its start.
+        self.segments = np.flatnonzero(number <= np.maximum(0, last + 1 - n_in_clip))
+        targets = of_segments[self.segments]
+        for step in range(1, n_in_clip):
+            later = np.minimum(number[self.segments] + step, last[self.segments])
+            targets = np.maximum(
+                targets, of_segments[self.first[labels.soundscape[self.segments]] + later]
+            )
+        total = np.maximum(targets.sum(axis=1, keepdims=True), 1e-9)
+        self.targets = (targets * np.minimum(1, self.config.max_sum / total)).astype(np.float32)
+        self.cumulative = np.cumsum(self.targets.max(axis=1), dtype=np.float64)
+        require(bool(self.cumulative[-1] > 0), "all labels of the soundscapes are 0")
+
+    def draw(self, generator: np.random.Generator) -> tuple[int, float, np.ndarray]:
+        """Return index of the soundscape, start in seconds and target ``(classes,)`` of a clip."""
+        drawn = generator.random() * self.cumulative[-1]
+        clip = int(np.searchsorted(self.cumulative, drawn, side="right"))
+        segment = self.segments[min(clip, len(self.segments) - 1)]
+        soundscape = int(self.labels.soundscape[segment])
+        start = float(SEGMENT_SECONDS * (segment - self.first[soundscape]))
+        spare = min(SEGMENT_SECONDS, self.labels.soundscapes[soundscape]["seconds"] - start)
+        start += generator.random() * max(0.0, spare - self.clip_seconds)
+        return soundscape, start, self.targets[min(clip, len(self.segments) - 1)]
