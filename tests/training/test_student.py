@@ -365,6 +365,22 @@ def test_rounds_of_students_learn_from_the_round_before_and_are_resumed(
     assert repaired.labels.digest == first.labels.digest
 
 
+def test_labels_are_made_again_for_other_soundscapes_and_refused_where_these_have_labels(
+    training_data, soundscapes, teachers, tmp_path
+):
+    given = (teachers, training_data, soundscapes, tmp_path)
+    _, labels = label_soundscapes(*given, limits=ANY)
+    cut = tmp_path / "labelled" / "cut.wav"
+    cut.parent.mkdir()
+    shutil.copyfile(soundscapes / "night" / "0.wav", cut)
+    with pytest.raises(ValueError, match=r"night/0\.wav has sound of"):
+        label_soundscapes(*given, limits=ANY, labelled=[cut.parent])
+    sound, rate = soundfile.read(soundscapes / "night" / "0.wav")
+    soundfile.write(soundscapes / "night" / "added.wav", sound[::-1], rate)
+    _, with_added = label_soundscapes(*given, limits=ANY)
+    assert len(with_added.soundscapes) == len(labels.soundscapes) + 1
+
+
 def test_an_experiment_without_a_student_is_refused_before_it_labels(
     training_data, soundscapes, student_rounds, tmp_path
 ):

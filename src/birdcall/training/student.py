@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from birdcall.audio.reading import AudioError
 from birdcall.config import Experiment, require
+from birdcall.data.audit import Measurement
 from birdcall.data.birdnet import NAME, BirdNET, WindowStore, find_columns, scientific_names
 from birdcall.data.dataset import TrainingData
 from birdcall.data.soundscapes import SoundscapeLabels, network_of
@@ -64,6 +65,7 @@ def label_soundscapes(
 ) -> tuple[Path, SoundscapeLabels]:
     """Label the soundscapes below ``folder``; write them to a file of their round in ``output``.
 
+    Labels of the same soundscapes by the same members that are in the file already are used again.
     All runs label, whatever their folds: soundscapes are in no fold. Or BirdNET does, in a file of
     its own. Soundscapes that cannot be read whole are named and left out. ValueError where one has
     the same audio as a recording of the data or a labelled soundscape (the data's examples, and all
@@ -74,6 +76,13 @@ def label_soundscapes(
     else:
         models = _labellers_of(labellers, data, device)
     measured = data.find_unlabelled(folder, labelled)
+    described = {name: _describe(item) for name, item in measured.items()}
+    path = labels_file(output, models.source)
+    labels = _read_labels(path, data.classes, models)
+    made_of = folder.resolve(), list(described.values())
+    if labels is not None and (labels.folder, labels.soundscapes) == made_of:
+        logger.info("%s: made by these members already, used again", path)
+        return path, labels
     soundscapes, parts = [], []
     results = models.predict({name: folder / name for name in measured})
     for name, result in tqdm(results, total=len(measured), disable=not progress):
@@ -81,8 +90,7 @@ def label_soundscapes(
             logger.warning("%s; it is left out", result)
             continue
         parts.append(result)
-        values = {key: getattr(measured[name], key) for key in ("seconds", "size", "audio_hash")}
-        soundscapes.append({"name": name, **values})
+        soundscapes.append(described[name])
     require(len(parts) > 0, f"{folder}: none of {len(measured)} soundscapes can be read")
     probabilities = np.concatenate(parts, axis=1).astype(np.float32)
     statistics = LabelStatistics.of(probabilities.mean(axis=0), data.classes)
@@ -105,9 +113,27 @@ def label_soundscapes(
         names = shorten_list([item["name"] for item in models.members if item["network"] == family])
         of_members = LabelStatistics.of(of_family, data.classes)
         of_members.require_no_collapse(f"{names} in round {models.round}", limits)
-    path = labels_file(output, models.source)
     labels.write(path)
     return path, labels
+
+
+def _describe(item: Measurement) -> dict:
+    """Return what labels say about a soundscape."""
+    values = {key: getattr(item, key) for key in ("seconds", "size", "audio_hash")}
+    return {"name": item.path, **values}
+
+
+def _read_labels(path: Path, classes: Sequence[str], models: _Labellers) -> SoundscapeLabels | None:
+    """Return the labels in ``path`` if these models have made them, else None."""
+    if not path.is_file():
+        return None
+    try:
+        labels = SoundscapeLabels.read(path, classes)
+    except (ValueError, OSError) as error:
+        logger.warning("%s; the soundscapes are labelled again", error)
+        return None
+    made_by = (labels.members, labels.round)
+    return labels if made_by == (models.members, models.round) else None
 
 
 def _labellers_of(
@@ -200,48 +226,26 @@ def train_rounds(
 
     In round 1 all runs of ``experiments`` below ``runs`` label the soundscapes, in later rounds
     those of the students before. Labels are written to ``output``, see `label_soundscapes`, which
-    raises where they have collapsed: the rounds before it stay. Labels that the same weights have
-    made are used again. Raises ValueError where an experiment has no student of a round, or where
-    its student has nobody to learn from.
+    raises where they have collapsed: the rounds before it stay. Raises ValueError where an
+    experiment has no student of a round, or where its student has nobody to learn from.
     """
     require(options.n_rounds >= 1, f"rounds is {options.n_rounds}; give at least 1")
     rounds = [[student_of(item, n + 1) for item in experiments] for n in range(options.n_rounds)]
     teachers = experiments
-    for number, students in enumerate(rounds, start=1):
+    for students in rounds:
         members = find_runs(runs, [item.name for item in teachers])
-        labels = _find_labels(labels_file(output, number), members, data, options.soundscapes)
-        if labels is None:
-            _, labels = label_soundscapes(
-                members,
-                data,
-                options.soundscapes,
-                output,
-                labelled=options.labelled,
-                limits=options.limits,
-                device=options.training.device or torch.device("cpu"),
-                progress=options.training.progress,
-            )
+        _, labels = label_soundscapes(
+            members,
+            data,
+            options.soundscapes,
+            output,
+            labelled=options.labelled,
+            limits=options.limits,
+            device=options.training.device or torch.device("cpu"),
+            progress=options.training.progress,
+        )
         of_round = replace(data, soundscape_labels=labels)
         planned = plan_runs(students, of_round, options.fold, runs)
         checkpoints = train_many(planned, of_round, options.training)
         yield StudentRound(labels, planned, checkpoints)
         teachers = students
-
-
-def _find_labels(
-    path: Path, members: Sequence[Path], data: TrainingData, soundscapes: Path
-) -> SoundscapeLabels | None:
-    """Return the labels in ``path`` if these members made them of these soundscapes, else None."""
-    if not path.is_file():
-        return None
-    try:
-        labels = SoundscapeLabels.read(path, data.classes)
-    except (ValueError, OSError) as error:
-        logger.warning("%s; the soundscapes are labelled again", error)
-        return None
-    weights = sorted(read_checkpoint(member).weights_sha256 for member in members)
-    made_by = sorted(member["weights_sha256"] for member in labels.members)
-    if made_by != weights or labels.folder != soundscapes.resolve():
-        return None
-    logger.info("%s: made by these members already, used again", path)
-    return labels
