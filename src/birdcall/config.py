@@ -269,12 +269,17 @@ class OptimizerConfig:
     accumulate: int = 1  # batches per step of the optimizer
     ema_decay: float | None = None  # moving average of the weights over steps (6th place)
     average_best: int = 0  # average so many of the best validated epochs; 0: the last epoch
+    # So many stages of the backbone, from the image on, keep their pretrained weights: edges and
+    # blobs are the same in photographs and spectrograms, and their gradients cost the most time.
+    frozen_stages: int = 0
 
     def __post_init__(self) -> None:
         _require_above_zero(self, "learning_rate gradient_clip accumulate")
         require_share("warmup_share", self.warmup_share)
-        n_best, decay = self.average_best, self.ema_decay
-        require(n_best >= 0, f"average_best is {n_best}; it must not be negative")
+        for name in ("average_best", "frozen_stages"):
+            value = getattr(self, name)
+            require(value >= 0, f"{name} is {value}; it must not be negative")
+        decay = self.ema_decay
         is_share = decay is None or 0 < decay < 1
         require(is_share, f"ema_decay is {decay}; give a share in (0, 1), or None")
 

@@ -167,15 +167,19 @@ _SMALL = Experiment(
         optimizer=OptimizerConfig(learning_rate=3e-3),
     ),
 )
-# From ImageNet on two cores: a hundred recordings are too few to learn from random weights.
+# From ImageNet on two cores: a hundred recordings are too few to learn from random weights. Frames
+# of 32 ms and frozen stages allow 2.5 times as many epochs in the same time as frames of 16 ms.
 _LITE0 = Experiment(
     name="lite0",
     description="EfficientNet-Lite0 from ImageNet, for two CPU cores",
-    frontend=FrontendConfig(hop_length=512, fmin=200.0),
+    frontend=FrontendConfig(n_fft=2048, hop_length=1024, fmin=200.0),
     model=ModelConfig(backbone="tf_efficientnet_lite0"),
     augment=replace(AugmentConfig().without("mp3"), equalizer_probability=0.7),
     train=TrainConfig(
-        epochs=60, data=SamplingConfig(clip_seconds=5.0, batch_size=16), validate_every=10
+        epochs=150,
+        data=SamplingConfig(clip_seconds=5.0, batch_size=16),
+        optimizer=OptimizerConfig(frozen_stages=3),
+        validate_every=25,
     ),
 )
 _SMALL_VARIANTS = (

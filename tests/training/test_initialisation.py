@@ -11,13 +11,16 @@ import timm
 import timm.data
 import torch
 from helpers import CNN14_NAMES, norm_names, resnet38_names
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from birdcall.config import FrontendConfig
+from birdcall.config import FrontendConfig, replace_nested
 from birdcall.experiments import find_experiment
+from birdcall.models.backbones import freeze_stages
 from birdcall.models.checkpoint import WEIGHTS_FILE, Checkpoint, save_checkpoint
 from birdcall.models.sed import build_model
 from birdcall.training.initialisation import initialise, read_state_dict, rename_lite0
+from birdcall.training.runs import plan_runs, train_many
+from birdcall.training.trainer import RunOptions
 
 CLASSES = ("aldfly", "ameavo", "amebit")
 
@@ -423,3 +426,51 @@ def test_a_folder_and_a_missing_file_are_named(scratch, tmp_path):
         initialise(scratch, 3, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"none\.pth: no such file to initialise from"):
         initialise(scratch, 3, tmp_path / "none.pth")
+
+
+# --- frozen stages ---
+
+
+def frozen(experiment, n_stages):
+    return replace_nested(experiment, train={"optimizer": {"frozen_stages": n_stages}})
+
+
+@pytest.mark.parametrize(
+    ("backbone", "first", "second"),
+    [
+        ("tf_efficientnet_lite0", ("conv_stem.", "bn1.", "blocks.0."), "blocks.1."),
+        ("resnet10t", ("conv1.", "bn1.", "layer1."), "layer2."),
+    ],
+)
+def test_the_first_stages_are_not_trained(scratch, tmp_path, backbone, first, second):
+    experiment = of_backbone(scratch, backbone)
+    save_checkpoint(tmp_path, build_model(experiment, 3), Checkpoint(experiment, CLASSES, 0))
+    model = initialise(frozen(experiment, 2), 3, tmp_path / WEIGHTS_FILE)
+    for name, parameter in model.named_parameters():
+        inside = name.removeprefix("backbone.")
+        assert parameter.requires_grad != (inside != name and inside.startswith(first)), name
+    assert any(name.startswith(f"backbone.{second}") for name, _ in model.named_parameters())
+
+
+def test_stages_with_random_weights_are_not_frozen_nor_all_stages(scratch, finished):
+    with pytest.raises(ValueError, match="tiny: 1 frozen stages would keep random weights"):
+        initialise(frozen(scratch, 1), 3, None)
+    with pytest.raises(ValueError, match=r"test_byobnet.* stages; frozen_stages is 9"):
+        initialise(frozen(scratch, 9), 3, finished[1])
+    with pytest.raises(ValueError, match=r"panns_cnn14.*no stages"):
+        freeze_stages(finished[0].backbone, "panns_cnn14", 1)
+
+
+def test_a_training_leaves_frozen_stages_as_they_were(
+    scratch, training_data, tmp_path, blank_previews
+):
+    experiment = frozen(scratch, 1)
+    model = build_model(experiment, len(training_data.classes))
+    save_checkpoint(tmp_path, model, Checkpoint(experiment, training_data.classes, 0))
+    runs = plan_runs([experiment], training_data, 0, tmp_path / "runs")
+    train_many(runs, training_data, RunOptions(workers=0, init=tmp_path / WEIGHTS_FILE))
+    trained = load_file(runs[0].folder / WEIGHTS_FILE)
+    weights = dict(model.named_parameters())
+    unchanged = {name for name, value in weights.items() if torch.equal(trained[name], value)}
+    stem = {name for name in weights if name.startswith("backbone.stem.")}
+    assert stem and unchanged == stem

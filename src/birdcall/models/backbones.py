@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from birdcall.config import FrontendConfig, ModelConfig
+from birdcall.config import FrontendConfig, ModelConfig, require
 
 MIN_FRAMES = 32  # the stride of nearly every backbone: from 32 frames on, one frame comes out
 
@@ -48,6 +48,28 @@ def build_backbone(config: ModelConfig, in_chans: int, *, pretrained: bool) -> n
         )
     except TypeError as error:
         raise ValueError(f"backbone {name!r}: backbone_options: {error}") from error
+
+
+def freeze_stages(backbone: nn.Module, name: str, n_stages: int) -> None:
+    """Train no weight of the first ``n_stages`` of a backbone of timm; the stem is the first.
+
+    Their normalisations still follow the statistics of the batches. ``ValueError`` where the
+    backbone has not so many stages, or one of PANNs', which have none.
+    """
+    if n_stages == 0:
+        return
+    require(name not in PANNS, f"backbone {name!r} has no stages; its frozen_stages must be 0")
+    from timm.models import group_parameters
+
+    stages = list(group_parameters(backbone, backbone.group_matcher(coarse=True)).values())
+    require(
+        n_stages < len(stages),
+        f"backbone {name!r} has {len(stages)} stages; frozen_stages is {n_stages}",
+    )
+    parameters = dict(backbone.named_parameters())
+    for stage in stages[:n_stages]:
+        for parameter in stage:
+            parameters[parameter].requires_grad_(False)
 
 
 def count_features(backbone: nn.Module, name: str, frontend: FrontendConfig) -> int:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from birdcall.config import Experiment, Feature, require
-from birdcall.models.backbones import PANNS
+from birdcall.models.backbones import PANNS, freeze_stages
 from birdcall.models.checkpoint import SETTINGS_FILE, read_checkpoint
 from birdcall.models.sed import SEDModel, build_model
 
@@ -68,9 +68,22 @@ def initialise(
     ``init`` is a state dict: of the backbone, with the names of timm, PANNs or the package of
     EfficientNet-Lite0, or of a run of ours. Without it, an experiment with ``pretrained`` gets
     timm's weights. ``classes`` are the ebird_codes of the outputs: the head of a run is used only
-    if it was trained on the same classes. ValueError in one line if weights are missing or do not
-    fit.
+    if it was trained on the same classes. Stages that the experiment freezes are not trained.
+    ValueError in one line if weights are missing or do not fit.
     """
+    n_frozen, backbone = experiment.train.optimizer.frozen_stages, experiment.model.backbone
+    require(
+        n_frozen == 0 or init is not None or experiment.model.pretrained,
+        f"{experiment.name}: {n_frozen} frozen stages would keep random weights; give --init FILE",
+    )
+    model = _build_initial(experiment, n_classes, init, classes)
+    freeze_stages(model.backbone, backbone, n_frozen)
+    return model
+
+
+def _build_initial(
+    experiment: Experiment, n_classes: int, init: Path | None, classes: Sequence[str] | None
+) -> SEDModel:
     model_config = experiment.model
     if init is not None or not model_config.pretrained:
         model = build_model(experiment, n_classes)
