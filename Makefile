@@ -12,7 +12,8 @@ TRAIN ?= --overwrite --jobs 2 --workers 0
 
 # Real recordings on two cores: two networks, which teach each other.
 REAL_EXPERIMENTS ?= lite0_gru lite0_attention
-REAL_FOLD ?= 4
+REAL_FOLDS ?= 10
+REAL_FOLD ?= 1
 ROUNDS ?= 1
 UNLABELLED ?= $(wildcard $(DATA)/unlabelled_soundscapes)
 TRAIN_REAL = --fold $(REAL_FOLD) --jobs 2 --workers 0 $(REAL_EXPERIMENTS:%=--experiment %)
@@ -45,7 +46,7 @@ pipeline: $(INSTALLED)  ## The same on a data folder in the layout of the compet
 
 real: $(INSTALLED)  ## Real recordings and unlabelled soundscapes, resumed where it stopped: DATA=...
 	$(BIN)/birdcall audit --data $(DATA) --cache
-	$(BIN)/birdcall folds --data $(DATA) --min-recordings 2
+	$(BIN)/birdcall folds --data $(DATA) --n-folds $(REAL_FOLDS) --min-recordings 2
 	$(BIN)/birdcall train --data $(DATA) $(TRAIN_REAL) --resume
 	$(if $(UNLABELLED),$(BIN)/birdcall student --data $(DATA) $(TRAIN_REAL) \
 	    --soundscapes $(UNLABELLED) --rounds $(ROUNDS))

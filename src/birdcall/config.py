@@ -244,6 +244,9 @@ class LossConfig:
     label_smoothing: float = 0.0  # 2nd place of 2021: 0.01 to 0.025
     # Of the loss of the loudest frame, beside the clip's (6th place): fewer false frames.
     framewise_weight: float = 0.5
+    # Of a cross-entropy of the softmax over the classes, times their number. Where most of 222
+    # classes have one or two recordings, binary losses mostly teach that a class is absent.
+    softmax_weight: float = 0.0
     # Target of secondary labels (2nd place of 2020: 0.3). None: the loss ignores them.
     secondary_label_weight: float | None = 0.3
     rating_weight: bool = False  # weight a clip's loss by the rating of its recording
@@ -253,7 +256,7 @@ class LossConfig:
         require_share("label_smoothing", self.label_smoothing)
         if self.secondary_label_weight is not None:
             require_share("secondary_label_weight", self.secondary_label_weight)
-        for name in ("framewise_weight", "focal_gamma"):
+        for name in ("framewise_weight", "softmax_weight", "focal_gamma"):
             value = getattr(self, name)
             require(value >= 0, f"{name} is {value}; it must not be negative")
 
@@ -295,11 +298,13 @@ class StudentConfig:
     # This quantile of the segments' largest probabilities becomes a label of 1: probabilities of
     # models of few recordings are low, and a power alone would erase them.
     reference_quantile: float = 0.95
+    # ... but not a lower probability than this: there may be no bird of the classes at all.
+    min_reference: float = 0.3
     power: float = 1.5  # of the scaled probabilities (2025: 1 / 0.65 to 1 / 0.55): less noise
     max_sum: float = 3.0  # of a clip's labels: rows with more than three species are rare
 
     def __post_init__(self) -> None:
-        _require_above_zero(self, "power max_sum")
+        _require_above_zero(self, "power max_sum min_reference")
         _require_choices(self)
         require_share("share", self.share)
         require_share("reference_quantile", self.reference_quantile)

@@ -178,6 +178,7 @@ _LITE0 = Experiment(
     train=TrainConfig(
         epochs=150,
         data=SamplingConfig(clip_seconds=5.0, batch_size=16),
+        loss=LossConfig(softmax_weight=2.0),
         optimizer=OptimizerConfig(frozen_stages=3),
         validate_every=25,
     ),

@@ -37,6 +37,42 @@ def test_cross_entropy_is_that_of_clip_and_loudest_frame():
     torch.testing.assert_close(sed_loss(output_of(logits), TARGET, BCE), expected + 0.5 * peak)
 
 
+def test_the_softmax_loss_is_torchs_cross_entropy_of_targets_that_sum_to_one():
+    logits = draw_logits()
+    config = replace(BCE, softmax_weight=2.0)
+    sums = TARGET.sum(dim=1, keepdim=True)
+    has_bird = sums[:, 0] > 0
+    ranking = torch.zeros(4)
+    ranking[has_bird] = functional.cross_entropy(
+        logits[has_bird][..., 3], (TARGET / sums)[has_bird], reduction="none"
+    )
+    for settings in (config, replace(config, label_smoothing=0.1)):
+        without = sed_loss(output_of(logits), TARGET, replace(settings, softmax_weight=0.0))
+        expected = without + 2 / 4 * ranking.mean()
+        torch.testing.assert_close(sed_loss(output_of(logits), TARGET, settings), expected)
+    faint = torch.full((4, 4), 0.1)  # targets below 1 count by their sum
+    faint_loss = sed_loss(output_of(logits), faint, config)
+    without = sed_loss(output_of(logits), faint, BCE)
+    assert faint_loss - without == pytest.approx(
+        0.5 * functional.cross_entropy(logits[..., 3], faint).item(), abs=1e-6
+    )
+
+
+def test_unknown_classes_take_no_part_in_the_softmax_and_its_gradient_is_finite():
+    logits = draw_logits().requires_grad_()
+    config = replace(BCE, framewise_weight=0.0, softmax_weight=1.0)
+    target = TARGET.clone()
+    target[:, 1] = IGNORE_TARGET
+    target[3] = IGNORE_TARGET
+    sed_loss(output_of(logits), target, config).backward()
+    assert logits.grad.isfinite().all()
+    assert not logits.grad[:, 1].any() and not logits.grad[3].any()
+    certain = draw_logits().detach()
+    certain[0, 0] = 100.0  # a probability of one, and its class is there
+    loss = sed_loss(output_of(certain), target, config)
+    assert loss.isfinite()
+
+
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
 def test_focal_loss_equals_torchvisions_on_logits(gamma):
     logits = draw_logits()

@@ -17,10 +17,17 @@ from birdcall.config import FULL, NO_AUGMENT, StudentConfig, replace_nested
 from birdcall.data.birdnet import WindowStore, predict_windows, scientific_names
 from birdcall.data.clips import ClipDataset
 from birdcall.data.dataset import TrainingData
-from birdcall.data.soundscapes import SoundscapeLabels, SoundscapeTargets, network_of
+from birdcall.data.soundscapes import (
+    CollapseLimits,
+    LabelStatistics,
+    SoundscapeLabels,
+    SoundscapeTargets,
+    network_of,
+    remove_background,
+    scale_probabilities,
+)
 from birdcall.data.targets import IGNORE_TARGET, ClipRequest
 from birdcall.experiments import EXPERIMENTS
-from birdcall.inference.predictions import CollapseLimits, LabelStatistics, scale_probabilities
 from birdcall.models.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from birdcall.models.sed import build_model
 from birdcall.training.distributed import DistributedContext
@@ -83,11 +90,27 @@ def student(tiny_experiment):
 def test_the_highest_probabilities_become_labels_of_one_before_the_power():
     """By hand: 0.28 is the highest of few recordings; a square alone would make it 0.08."""
     probabilities = np.array([[0.28, 0.0, 0.07], [0.0, 0.14, 0.07]])
-    scaled = scale_probabilities(probabilities, StudentConfig(reference_quantile=1.0, power=2.0))
+    settings = StudentConfig(reference_quantile=1.0, power=2.0, min_reference=0.1)
+    scaled = scale_probabilities(probabilities, settings)
     assert scaled == pytest.approx(np.array([[1.0, 0.0, 0.0625], [0.0, 0.25, 0.0625]]))
-    median = scale_probabilities(probabilities, StudentConfig(reference_quantile=0.5, power=1.0))
+    median = StudentConfig(reference_quantile=0.5, power=1.0, min_reference=0.01)
+    median = scale_probabilities(probabilities, median)
     assert median == pytest.approx(np.array([[1.0, 0.0, 1 / 3], [0.0, 2 / 3, 1 / 3]]))
     assert not scale_probabilities(np.zeros((2, 3)), StudentConfig()).any()
+    faint = scale_probabilities(probabilities / 10, replace(settings, power=1.0, min_reference=0.3))
+    assert faint == pytest.approx(probabilities / 3), "no bird at all: no label of one"
+
+
+def test_what_a_site_raises_in_all_segments_is_taken_off_and_a_song_is_not():
+    generator = np.random.default_rng(0)
+    logits = generator.normal(-6, 0.5, (240, 5))
+    logits[:120, 0] += 5.0  # wind that sounds like a dove, at one site
+    logits[30:40, 1] += 6.0  # a song
+    sites = ["night"] * 120 + ["day"] * 120
+    cleaned = remove_background(1 / (1 + np.exp(-logits)), sites)
+    change = np.log(cleaned / (1 - cleaned)) - logits
+    assert change[:120, 0] == pytest.approx(-5 * 120 / 132, abs=0.3)
+    assert np.abs(change[:120, 1:]).max() < 0.3 and np.abs(change[120:]).max() < 0.3
 
 
 def test_a_clip_has_the_highest_labels_of_its_segments_up_to_their_cap(tmp_path, teacher, student):
@@ -312,8 +335,9 @@ def test_an_ensemble_labels_soundscapes_and_another_network_is_trained_on_them(
     assert labels.soundscape.tolist() == [0, 0, 1, 1]
     hashes = [read_checkpoint(run).weights_sha256 for run in teachers]
     assert [item["weights_sha256"] for item in labels.members] == hashes
-    first, second = 1 / (1 + np.exp(-2.0)), 1 / (1 + np.exp(9.0))
-    assert labels.probabilities[:, 0, 0] == pytest.approx([first, second], abs=1e-4)
+    logit = np.log(labels.probabilities / (1 - labels.probabilities))
+    # In all four segments of the site: a quarter of what is above the other classes is taken off.
+    assert logit[:, 0, 0] == pytest.approx([2.0 - 11 / 4, -9.0], abs=1e-3)
     data = replace(training_data, soundscape_labels=labels)
     runs = plan_runs([student], data, 0, tmp_path / "runs")
     (checkpoint,) = train_many(runs, data, OPTIONS)

@@ -21,9 +21,9 @@ from birdcall.data.birdnet import (
 )
 from birdcall.data.clips import ClipDataset
 from birdcall.data.loader import ClipBatch
+from birdcall.data.soundscapes import CollapseLimits
 from birdcall.data.targets import ClipRequest
 from birdcall.experiments import EXPERIMENTS
-from birdcall.inference.predictions import CollapseLimits
 from birdcall.models.checkpoint import read_checkpoint
 from birdcall.models.sed import build_model
 from birdcall.training.runs import TrainingInterrupted, plan_runs, train_many, train_run

@@ -13,14 +13,17 @@ import numpy as np
 import pandas as pd
 
 from birdcall.audio.reading import AudioError, hash_parts
-from birdcall.config import SEGMENT_SECONDS, Experiment, require
+from birdcall.config import SEGMENT_SECONDS, Experiment, StudentConfig, require
 from birdcall.data.audit import Measurement, measure_recording
 from birdcall.data.cache import RecordingCache
-from birdcall.inference.predictions import scale_probabilities
+from birdcall.inference.predictions import to_logits, to_probabilities
 from birdcall.storage.files import atomic_path, digest, find_files, readable_sound, shorten_list
 from birdcall.storage.store import DAMAGED, read_arrays, write_arrays
 
 logger = logging.getLogger(__name__)
+
+_PRIOR_SEGMENTS = 12  # a minute: so many segments bring a background down by half
+_EMPTY_WEIGHT = 0.1  # of a clip without labels among those that are drawn by their largest label
 
 
 def find_unlabelled(
@@ -71,6 +74,105 @@ def find_unlabelled(
 # --- soft labels ---
 
 
+def scale_probabilities(probabilities: np.ndarray, config: StudentConfig) -> np.ndarray:
+    """Return soft labels ``(segments, classes)`` from 0 to 1, without the cap on their sum."""
+    reference = np.quantile(probabilities.max(axis=1), config.reference_quantile)
+    return np.minimum(1, probabilities / max(reference, config.min_reference)) ** config.power
+
+
+def remove_background(probabilities: np.ndarray, sites: Sequence[str]) -> np.ndarray:
+    """Lower the classes that a site raises in all of its segments, ``(segments, classes)``.
+
+    sites: of each segment. The background of a class is its lower quartile of logits at a site. One
+    above the median class's is brought down to that: a site's wind or insects, not a bird, raise a
+    class in three of four segments. Of few segments it is brought down in part.
+    """
+    logits, sites = to_logits(probabilities), np.array(sites)
+    for site in np.unique(sites):
+        of_site = logits[sites == site]
+        background = np.quantile(of_site, 0.25, axis=0)
+        excess = np.maximum(0, background - np.median(background))
+        weight = len(of_site) / (len(of_site) + _PRIOR_SEGMENTS)
+        logits[sites == site] = of_site - weight * excess
+    return to_probabilities(logits)
+
+
+@dataclass(frozen=True)
+class CollapseLimits:
+    """What soft labels must keep to: students of a collapsed teacher learn its mistake."""
+
+    min_probability: float = 0.01  # that becomes a label of 1; below, the members name nothing
+    max_class_share: float = 0.8  # of all labels; above, they name one species
+    # Labels of a segment together, and at most so many of the classes; above, they name all.
+    max_mean_sum: float = 10.0
+    max_sum_share: float = 0.5
+    # Of the previous round's number of species, below which the labels drift to few of them.
+    min_kept_share: float = 0.5
+
+
+@dataclass(frozen=True)
+class LabelStatistics:
+    """How soft labels are distributed, scaled as `StudentConfig` has it by default."""
+
+    probability: float  # that becomes a label of 1
+    largest_class: str
+    largest_share: float  # of the largest class, of all labels
+    n_species: float  # exp(entropy of the mean label): so many species in equal shares
+    mean_sum: float  # of a segment's labels
+    n_classes: int
+
+    @classmethod
+    def of(cls, probabilities: np.ndarray, classes: Sequence[str]) -> LabelStatistics:
+        """Measure ``probabilities`` ``(segments, classes)``."""
+        config = StudentConfig()
+        labels = scale_probabilities(probabilities, config)
+        share = labels.mean(axis=0) / max(labels.mean(axis=0).sum(), 1e-9)
+        entropy = -np.sum(share * np.log(np.maximum(share, 1e-12)))
+        return cls(
+            probability=float(np.quantile(probabilities.max(axis=1), config.reference_quantile)),
+            largest_class=classes[int(share.argmax())],
+            largest_share=float(share.max()),
+            n_species=float(np.exp(entropy)),
+            mean_sum=float(labels.sum(axis=1).mean()),
+            n_classes=len(classes),
+        )
+
+    def require_no_collapse(
+        self, source: str, limits: CollapseLimits, previous: LabelStatistics | None = None
+    ) -> None:
+        """Raise ValueError where the labels of ``source`` name nothing, one species or all.
+
+        Also where they drift to few species since the ``previous`` round.
+        """
+        max_sum = min(limits.max_mean_sum, limits.max_sum_share * self.n_classes)
+        reason = ""
+        if self.probability < limits.min_probability:
+            reason = f"they name nothing, their high probabilities are {self.probability:.2g}"
+        elif self.largest_share > limits.max_class_share:
+            reason = f"{self.largest_share:.0%} of them are {self.largest_class}"
+        elif self.mean_sum > max_sum:
+            reason = f"they name {self.mean_sum:.1f} of {self.n_classes} species in a mean segment"
+        elif previous and self.n_species < limits.min_kept_share * previous.n_species:
+            reason = (
+                f"they are as varied as {self.n_species:.1f} species in equal shares, and were as "
+                f"{previous.n_species:.1f} in the round before"
+            )
+        require(
+            not reason,
+            f"the labels of {source} have collapsed: {reason}; nothing is written: train longer, "
+            "or name other experiments",
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.mean_sum:.2f} species per segment, as varied as {self.n_species:.1f} in equal "
+            f"shares; most is {self.largest_class}, {self.largest_share:.0%}"
+        )
+
+
+# --- labels of an ensemble ---
+
+
 _ARRAYS = ("probabilities", "soundscape")
 
 
@@ -83,6 +185,7 @@ def network_of(experiment: Experiment) -> str:
 class SoundscapeLabels:
     """What an ensemble predicts for the segments of soundscapes that nobody has labelled.
 
+    Each site's background is taken off: see `remove_background`.
     probabilities: ``(families, segments, classes)``, the mean of the members of one network each.
     soundscape: ``(segments,)``, index in ``soundscapes``.
     """
@@ -189,8 +292,8 @@ class SoundscapeTargets:
             )
         total = np.maximum(targets.sum(axis=1, keepdims=True), 1e-9)
         self.targets = (targets * np.minimum(1, self.config.max_sum / total)).astype(np.float32)
-        self.cumulative = np.cumsum(self.targets.max(axis=1), dtype=np.float64)
-        require(bool(self.cumulative[-1] > 0), "all labels of the soundscapes are 0")
+        largest = np.maximum(self.targets.max(axis=1), _EMPTY_WEIGHT)
+        self.cumulative = np.cumsum(largest, dtype=np.float64)
 
     def draw(self, generator: np.random.Generator) -> tuple[int, float, np.ndarray]:
         """Return index of the soundscape, start in seconds and target ``(classes,)`` of a clip."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from birdcall.config import StudentConfig, require
+from birdcall.config import require
 from birdcall.inference.windows import FRAMES_PER_SEGMENT
 
 MIN_PROBABILITY = 1e-7  # a probability of 0 or 1 has no logit
@@ -255,85 +255,3 @@ def calibrate(
     dtype = probabilities.dtype
     logits = to_logits(probabilities) * np.asarray(scale, dtype) + np.asarray(offset, dtype)
     return to_probabilities(logits).astype(dtype, copy=False)
-
-
-# --- soft labels ---
-
-
-def scale_probabilities(probabilities: np.ndarray, config: StudentConfig) -> np.ndarray:
-    """Return soft labels ``(segments, classes)`` from 0 to 1, without the cap on their sum."""
-    reference = np.quantile(probabilities.max(axis=1), config.reference_quantile)
-    return np.minimum(1, probabilities / max(reference, 1e-9)) ** config.power
-
-
-@dataclass(frozen=True)
-class CollapseLimits:
-    """What soft labels must keep to: students of a collapsed teacher learn its mistake."""
-
-    min_probability: float = 0.01  # that becomes a label of 1; below, the members name nothing
-    max_class_share: float = 0.8  # of all labels; above, they name one species
-    # Labels of a segment together, and at most so many of the classes; above, they name all.
-    max_mean_sum: float = 10.0
-    max_sum_share: float = 0.5
-    # Of the previous round's number of species, below which the labels drift to few of them.
-    min_kept_share: float = 0.5
-
-
-@dataclass(frozen=True)
-class LabelStatistics:
-    """How soft labels are distributed, scaled as `StudentConfig` has it by default."""
-
-    probability: float  # that becomes a label of 1
-    largest_class: str
-    largest_share: float  # of the largest class, of all labels
-    n_species: float  # exp(entropy of the mean label): so many species in equal shares
-    mean_sum: float  # of a segment's labels
-    n_classes: int
-
-    @classmethod
-    def of(cls, probabilities: np.ndarray, classes: Sequence[str]) -> LabelStatistics:
-        """Measure ``probabilities`` ``(segments, classes)``."""
-        config = StudentConfig()
-        labels = scale_probabilities(probabilities, config)
-        share = labels.mean(axis=0) / max(labels.mean(axis=0).sum(), 1e-9)
-        entropy = -np.sum(share * np.log(np.maximum(share, 1e-12)))
-        return cls(
-            probability=float(np.quantile(probabilities.max(axis=1), config.reference_quantile)),
-            largest_class=classes[int(share.argmax())],
-            largest_share=float(share.max()),
-            n_species=float(np.exp(entropy)),
-            mean_sum=float(labels.sum(axis=1).mean()),
-            n_classes=len(classes),
-        )
-
-    def require_no_collapse(
-        self, source: str, limits: CollapseLimits, previous: LabelStatistics | None = None
-    ) -> None:
-        """Raise ValueError where the labels of ``source`` name nothing, one species or all.
-
-        Also where they drift to few species since the ``previous`` round.
-        """
-        max_sum = min(limits.max_mean_sum, limits.max_sum_share * self.n_classes)
-        reason = ""
-        if self.probability < limits.min_probability:
-            reason = f"they name nothing, their high probabilities are {self.probability:.2g}"
-        elif self.largest_share > limits.max_class_share:
-            reason = f"{self.largest_share:.0%} of them are {self.largest_class}"
-        elif self.mean_sum > max_sum:
-            reason = f"they name {self.mean_sum:.1f} of {self.n_classes} species in a mean segment"
-        elif previous and self.n_species < limits.min_kept_share * previous.n_species:
-            reason = (
-                f"they are as varied as {self.n_species:.1f} species in equal shares, and were as "
-                f"{previous.n_species:.1f} in the round before"
-            )
-        require(
-            not reason,
-            f"the labels of {source} have collapsed: {reason}; nothing is written: train longer, "
-            "or name other experiments",
-        )
-
-    def __str__(self) -> str:
-        return (
-            f"{self.mean_sum:.2f} species per segment, as varied as {self.n_species:.1f} in equal "
-            f"shares; most is {self.largest_class}, {self.largest_share:.0%}"
-        )

@@ -29,6 +29,7 @@ from birdcall.training.distributed import DistributedContext
 VALIDATION_SECONDS = 30.0  # of each recording: most birds sing early, some recordings last an hour
 
 _N_PREVIEW_CLIPS = 8
+_EXCLUDED_LOGIT = -1e4  # finite: the gradient of a clip without a known class is 0, not NaN
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -39,7 +40,7 @@ def sed_loss(
 
     A clip's loss is the mean over classes of loss(clipwise) + ``framewise_weight`` x loss(loudest
     frame). The second term is the 6th place's: attention pooling alone leaves false frames, the
-    maximum alone follows single impulses.
+    maximum alone follows single impulses. `softmax_loss` is added with its weight.
 
     target: ``(batch, classes)`` in [0, 1], or IGNORE_TARGET: such a class adds nothing, and the
     mean is still over all classes, so that a batch's loss is the mean of its halves' losses.
@@ -48,17 +49,33 @@ def sed_loss(
     """
     with torch.autocast(target.device.type, enabled=False):
         is_known = target != IGNORE_TARGET
+        target = target.float().clamp(min=0)
         # Label smoothing as in Keras, for independent classes: 0 becomes smoothing / 2, and 1
         # becomes 1 - smoothing / 2. The 2nd place of 2021 adds its 0.01 to 0.025 to all targets,
         # also to ones, which no probability can reach; at twice the value, absent classes (nearly
         # all) get the same target here.
         smoothing = config.label_smoothing
-        target = target.float().clamp(min=0) * (1 - smoothing) + smoothing / 2
+        smoothed = target * (1 - smoothing) + smoothing / 2
         loudest = output.framewise.float().amax(dim=-1)
-        loss = _class_loss(output.clipwise.float(), target, config)
-        loss = loss + config.framewise_weight * _class_loss(loudest, target, config)
+        loss = _class_loss(output.clipwise.float(), smoothed, config)
+        loss = loss + config.framewise_weight * _class_loss(loudest, smoothed, config)
         clip_loss = torch.where(is_known, loss, 0).mean(dim=1)
+        if config.softmax_weight > 0:
+            ranking = softmax_loss(output.clipwise.float(), target, is_known)
+            clip_loss = clip_loss + config.softmax_weight / target.shape[1] * ranking
         return (clip_loss if weight is None else weight.float() * clip_loss).mean()
+
+
+def softmax_loss(probability: Tensor, target: Tensor, is_known: Tensor) -> Tensor:
+    """Return the cross-entropy ``(batch,)`` of the softmax of the logits and the targets.
+
+    All ``(batch, classes)``. Targets of a sum above 1 are divided by it. Targets of 0 have a loss
+    of 0: a softmax cannot tell that no bird sings. Classes that are not known take no part.
+    """
+    logits = torch.logit(probability, torch.finfo(torch.float32).eps)
+    logits = logits.masked_fill(~is_known, _EXCLUDED_LOGIT)
+    entropy = -(target * torch.log_softmax(logits, dim=1)).sum(dim=1)
+    return entropy / target.sum(dim=1).clamp(min=1)
 
 
 def _class_loss(probability: Tensor, target: Tensor, config: LossConfig) -> Tensor:

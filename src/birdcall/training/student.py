@@ -16,10 +16,15 @@ from birdcall.config import Experiment, require
 from birdcall.data.audit import Measurement
 from birdcall.data.birdnet import NAME, BirdNET, WindowStore, find_columns, scientific_names
 from birdcall.data.dataset import TrainingData
-from birdcall.data.soundscapes import SoundscapeLabels, network_of
+from birdcall.data.soundscapes import (
+    CollapseLimits,
+    LabelStatistics,
+    SoundscapeLabels,
+    network_of,
+    remove_background,
+)
 from birdcall.experiments import student_of
 from birdcall.inference.engine import predict_files
-from birdcall.inference.predictions import CollapseLimits, LabelStatistics
 from birdcall.models.checkpoint import Checkpoint, read_checkpoint, require_same_classes
 from birdcall.storage.files import shorten_list
 from birdcall.storage.store import read_arrays
@@ -92,7 +97,12 @@ def label_soundscapes(
         parts.append(result)
         soundscapes.append(described[name])
     require(len(parts) > 0, f"{folder}: none of {len(measured)} soundscapes can be read")
-    probabilities = np.concatenate(parts, axis=1).astype(np.float32)
+    lengths = [part.shape[1] for part in parts]
+    sites = [Path(item["name"]).parent.as_posix() for item in soundscapes]  # a folder is a site
+    sites = np.repeat(sites, lengths)
+    predicted = np.concatenate(parts, axis=1)
+    probabilities = np.stack([remove_background(part, sites) for part in predicted])
+    probabilities = probabilities.astype(np.float32)
     statistics = LabelStatistics.of(probabilities.mean(axis=0), data.classes)
     labels = SoundscapeLabels(
         folder=folder,
@@ -103,7 +113,7 @@ def label_soundscapes(
         round=models.round,
         statistics=asdict(statistics),
         probabilities=probabilities,
-        soundscape=np.repeat(np.arange(len(parts)), [part.shape[1] for part in parts]),
+        soundscape=np.repeat(np.arange(len(parts)), lengths),
     )
     earlier, previous = labels_file(output, models.round - 1), None
     if earlier.is_file():
