@@ -238,6 +238,40 @@ def _taught(base: Experiment) -> Experiment:
     )
 
 
+def _levers(base: Experiment) -> tuple[Experiment, ...]:
+    """Return ``base`` with one thing changed each, for an ablation on real sound."""
+    changes = {
+        "scratch": (
+            "from random weights",
+            {"model": {"pretrained": False}, "train": {"optimizer": {"frozen_stages": 0}}},
+        ),
+        "thawed": ("no stage frozen", {"train": {"optimizer": {"frozen_stages": 0}}}),
+        "binary": ("binary losses only", {"train": {"loss": {"softmax_weight": 0.0}}}),
+        "10s": ("clips of 10 s", {"train": {"data": {"clip_seconds": 10.0}}}),
+        "20s": ("clips of 20 s", {"train": {"data": {"clip_seconds": 20.0}}}),
+        "unmixed": ("no mixup", {"augment": {"mixup_probability": 0.0}}),
+        "flat": ("no random equaliser", {"augment": {"equalizer_probability": 0.0}}),
+        "primary": (
+            "secondary labels are absent birds",
+            {"train": {"loss": {"secondary_label_weight": 0.0}}},
+        ),
+        "student1_25": (
+            "a quarter of its clips from soundscapes, round 1",
+            {"train": {"student": {"share": 0.25}}},
+        ),
+        "student1_75": (
+            "three quarters of its clips from soundscapes, round 1",
+            {"train": {"student": {"share": 0.75}}},
+        ),
+    }
+    return tuple(
+        replace_nested(
+            base, name=f"{base.name}_{name}", description=f"{base.description}; {what}", **change
+        )
+        for name, (what, change) in changes.items()
+    )
+
+
 _SMALL_FAMILY, _LITE0_FAMILY = _family(_SMALL), _family(_LITE0)
 _LITE0_OF = {base.model.temporal: base for base in _LITE0_FAMILY if base.augment.noise_probability}
 _TAUGHT = [_taught(_LITE0_OF[temporal]) for temporal in ("none", "gru")]
@@ -246,6 +280,14 @@ _FIELD = [
     for base in (*map(_LITE0_OF.get, ("none", "gru", "attention")), *_TAUGHT)
     for variant in _field_variants(base)
 ]
-_ALL = (*_REAL, *_SMALL_FAMILY, *_SMALL_VARIANTS, *_LITE0_FAMILY, *_TAUGHT, *_FIELD)
+_ALL = (
+    *_REAL,
+    *_SMALL_FAMILY,
+    *_SMALL_VARIANTS,
+    *_LITE0_FAMILY,
+    *_levers(_LITE0_OF["gru"]),
+    *_TAUGHT,
+    *_FIELD,
+)
 EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _ALL}
 require(len(EXPERIMENTS) == len(_ALL), "two experiments have the same name")

@@ -71,7 +71,7 @@ class FakeTraining:
             (run.folder / SETTINGS_FILE).touch()
             write_log(run.folder, log_of([1.0] * 10))
 
-    def score_seed(self, runs, data, simulation):
+    def score_seed(self, runs, data, options):
         self.now += 5.0
         experiment = runs[0].experiment
         score = 0.5 + 0.1 * len(experiment.name) + 0.01 * experiment.train.seed
@@ -302,7 +302,10 @@ def real(training_data, tiny_experiment, tmp_path_factory):
     short = replace(tiny_experiment, train=replace(tiny_experiment.train, epochs=2))
     other = replace(short, name="plain", model=replace(short.model, temporal="none"))
     options = AblationOptions(
-        n_seeds=2, budget_seconds=600, training=RunOptions(workers=0), simulation=SIMULATION
+        n_seeds=2,
+        budget_seconds=600,
+        training=RunOptions(workers=0),
+        evaluation=HeldOutOptions(simulation=SIMULATION),
     )
     with pytest.MonkeyPatch.context() as patch:
         # Pictures of batches would take a quarter of the time.

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from birdcall.cli.options import (
+    ContextSeconds,
     Data,
     Fold,
     Folders,
@@ -25,6 +26,7 @@ from birdcall.cli.options import (
     OtherBirds,
     Output,
     SoundscapeLabels,
+    Unlabelled,
     parse_fold,
 )
 from birdcall.config import FULL
@@ -220,13 +222,18 @@ def _ablate(
     noise: Noise = None,
     other_birds: OtherBirds = None,
     soundscape_labels: SoundscapeLabels = None,
+    unlabelled: Unlabelled = None,
+    context_seconds: ContextSeconds = 0.0,
     init: Init = None,
     workers: _Workers = _WORKERS,
     jobs: _Jobs = 1,
 ) -> None:
     """Compare experiments over several seeds within a time budget; a second call resumes."""
     from birdcall.evaluation.ablation import AblationOptions, ablate
+    from birdcall.evaluation.predict import HeldOutOptions
     from birdcall.experiments import find_experiment
+    from birdcall.inference.ensemble import default_device
+    from birdcall.inference.windows import WindowConfig
     from birdcall.report.ablation import describe_ablation, plot_ablation
     from birdcall.report.plots import save_figure
     from birdcall.storage.files import inside, write_atomically
@@ -246,6 +253,11 @@ def _ablate(
             folds=None if held_out is None else (held_out,),
             reference=reference,
             training=RunOptions(workers=workers, jobs=jobs, init=init, progress=True),
+            evaluation=HeldOutOptions(
+                default_device(),
+                window_config=WindowConfig(1, context_seconds),
+                unlabelled_folders=unlabelled or (),
+            ),
         )
         ablation = ablate(chosen, training_data, folder, options)
     page = describe_ablation(ablation, shlex.join(["birdcall", *sys.argv[1:]]))

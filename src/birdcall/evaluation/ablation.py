@@ -24,8 +24,6 @@ from birdcall.evaluation.comparison import (
 )
 from birdcall.evaluation.ensemble_decision import decide_ensemble
 from birdcall.evaluation.predict import HeldOutOptions, predict_held_out
-from birdcall.evaluation.simulation import SimulationConfig
-from birdcall.inference.ensemble import default_device
 from birdcall.kaggle.submission import LoadedPackage, predict_test_set
 from birdcall.kaggle.test_set import CompetitionFile
 from birdcall.models.checkpoint import SETTINGS_FILE
@@ -47,8 +45,8 @@ class AblationOptions:
 
     folds: held-out folds that are trained (None: all). n_seeds: of each experiment and fold.
     budget_seconds: for training and scoring of all. reference: the experiment that the others are
-    compared with (None: the first). training: of all runs, which are always resumed. simulation: of
-    the soundscapes on which each decision is searched.
+    compared with (None: the first). training: of all runs, which are always resumed. evaluation: of
+    all runs; the cache is that of the seed, whatever it says.
     """
 
     budget_seconds: float
@@ -56,7 +54,7 @@ class AblationOptions:
     folds: tuple[int, ...] | None = None
     reference: str | None = None
     training: RunOptions = RunOptions()
-    simulation: SimulationConfig = field(default_factory=SimulationConfig)
+    evaluation: HeldOutOptions = field(default_factory=HeldOutOptions)
 
     def __post_init__(self) -> None:
         require(self.n_seeds >= 1, f"n_seeds is {self.n_seeds}; give at least 1")
@@ -133,7 +131,7 @@ def ablate(
             with times.measure(seed, runs):
                 train_many(runs, data, replace(options.training, resume=True))
                 for name, group in runs_of.items():
-                    scored = score_seed(group, data, options.simulation)
+                    scored = score_seed(group, data, options.evaluation)
                     rows.append({"experiment": name, "seed": seed} | _table_row(group, scored))
                     for key, (measure, of_seed) in scored.items():
                         measures.setdefault(key, measure)
@@ -257,7 +255,7 @@ class _BlockTimes:
 
 
 def score_seed(
-    runs: Sequence[Run], data: TrainingData, simulation: SimulationConfig
+    runs: Sequence[Run], data: TrainingData, options: HeldOutOptions
 ) -> dict[str, tuple[Measure, np.ndarray]]:
     """Score one experiment and seed on all audio that its runs did not train on, by measure.
 
@@ -266,9 +264,7 @@ def score_seed(
     rows with their solution, recordings of the folds that were trained.
     """
     folder = runs[0].folder.parent
-    options = HeldOutOptions(
-        default_device(), simulation=simulation, cache_folder=folder / "predictions"
-    )
+    options = replace(options, cache_folder=folder / "predictions")
     held_out = predict_held_out([run.folder for run in runs], data, options)
     ensemble = decide_ensemble(held_out, held_out.experiments)
     score = None
