@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -134,6 +133,7 @@ class _Adaptation(NamedTuple):
     is_aligned: bool = False  # each class is brought to the background of simulated soundscapes
     offset: float = 0.0  # of all logits
     has_floor: bool = False
+    is_silent: bool = False  # nothing is named, whatever the others are
 
 
 def log_likelihood_by_offset(
@@ -195,83 +195,116 @@ def choose_on_labelled(
     need many. Of a single soundscape, rows are resampled. With no other soundscape to choose on, a
     soundscape is scored by ``decision`` as it is.
     """
-    truth, groups = labelled.labelled_truth, labelled.groups
-    silence_f1 = (~truth.any(axis=1)).astype(float)
-    silent = replace(
+    search = _LabelledSearch(
         decision,
-        clip_threshold=1.0,
-        frame_threshold=1.0,
-        file_threshold=1.0,
-        calibration=None,
-        background=None,
+        labelled,
+        calibration=calibration,
+        unlabelled=unlabelled,
+        background=background,
     )
-    base = decision.calibration or Calibration.identity(len(labelled.classes))
-    likelihood = {}  # of each row at each of OFFSETS, aligned or not
-    if calibration is not None:
-        likelihood[False] = log_likelihood_by_offset(labelled, calibration)
-        if background is not None:
-            arrays = background.apply(labelled.clipwise, labelled.framewise, labelled.starts)
-            aligned = labelled.with_probabilities(*arrays)
-            likelihood[True] = log_likelihood_by_offset(aligned, calibration)
+    groups = labelled.groups
+    predicted = np.zeros_like(labelled.labelled_truth)
+    by_group: dict[str, Decision] = {}
+    for group in labelled.segments["group"].unique():  # perhaps without a labelled row
+        others = groups != group
+        chosen = _Adaptation(has_floor=unlabelled is not None)
+        if others.any():
+            chosen, *_ = search.choose(others)
+        by_group[group], of_all, _ = search.predict(chosen)
+        predicted[~others] = of_all[~others]
+    chosen, gain, interval = search.choose(np.ones(len(predicted), dtype=bool))
+    return LabelledChoice(
+        decision=search.predict(chosen)[0],
+        offset=chosen.offset,
+        is_silent=chosen.is_silent,
+        gain=gain,
+        interval=interval,
+        by_group=by_group,
+        predicted=predicted,
+    )
 
-    @cache
-    def predict(change: _Adaptation) -> tuple[Decision, np.ndarray, np.ndarray]:
-        adapted = decision
+
+class _LabelledSearch:
+    """The search of `choose_on_labelled`, whose arguments these are, on any of the labelled rows.
+
+    likelihood: of the labels of each row at each of OFFSETS, by whether classes are aligned.
+    """
+
+    def __init__(
+        self,
+        decision: Decision,
+        labelled: LabelledPredictions,
+        calibration: Calibration | None,
+        unlabelled: SegmentPredictions | None,
+        background: Background | None,
+    ) -> None:
+        self.decision = decision
+        self.labelled = labelled
+        self.unlabelled = unlabelled
+        self.background = background
+        self.truth, self.groups = labelled.labelled_truth, labelled.groups
+        self.likelihood: dict[bool, np.ndarray] = {}
+        if calibration is not None:
+            self.likelihood[False] = log_likelihood_by_offset(labelled, calibration)
+            if background is not None:
+                arrays = background.apply(labelled.clipwise, labelled.framewise, labelled.starts)
+                aligned = labelled.with_probabilities(*arrays)
+                self.likelihood[True] = log_likelihood_by_offset(aligned, calibration)
+        self._predicted: dict[_Adaptation, tuple[Decision, np.ndarray, np.ndarray]] = {}
+
+    def predict(self, change: _Adaptation) -> tuple[Decision, np.ndarray, np.ndarray]:
+        """Return the adapted decision, what it names ``(rows, classes)`` and the rows' F1."""
+        if change not in self._predicted:
+            adapted = self._adapt(change)
+            predicted = self.labelled.decide(adapted)
+            self._predicted[change] = adapted, predicted, row_f1_scores(self.truth, predicted)
+        return self._predicted[change]
+
+    def _adapt(self, change: _Adaptation) -> Decision:
+        if change.is_silent:
+            thresholds = dict.fromkeys(("clip_threshold", "frame_threshold", "file_threshold"), 1.0)
+            return replace(self.decision, **thresholds, calibration=None, background=None)
+        adapted = self.decision
         if change.is_aligned:
-            adapted = replace(adapted, background=background)
+            adapted = replace(adapted, background=self.background)
         if change.offset:
+            n_classes = len(self.labelled.classes)
+            base = self.decision.calibration or Calibration.identity(n_classes)
             adapted = replace(adapted, calibration=base.shifted(change.offset))
-        if change.has_floor:
-            adapted = find_floor(adapted, unlabelled)
-        predicted = labelled.decide(adapted)
-        return adapted, predicted, row_f1_scores(truth, predicted)
+        return find_floor(adapted, self.unlabelled) if change.has_floor else adapted
 
-    def choose(rows: np.ndarray) -> tuple[_Adaptation, bool, float, Interval]:
-        """Return the adaptation, whether silence scores higher, the gain over it, its interval."""
-        units = groups[rows] if len(set(groups[rows])) > 1 else np.flatnonzero(rows)
-
-        def gain_of(new: _Adaptation, old: _Adaptation) -> Interval:
-            gain = (predict(new)[2] - predict(old)[2])[rows]
-            return bootstrap_interval(gain, units, level=_ONE_ERROR)
-
+    def choose(self, rows: np.ndarray) -> tuple[_Adaptation, float, Interval]:
+        """Return the adaptation for ``rows``; before silence, its gain over it and the interval."""
         chosen = _Adaptation()
-        totals = {key: value[:, rows].sum(axis=1) for key, value in likelihood.items()}
+        totals = {key: value[:, rows].sum(axis=1) for key, value in self.likelihood.items()}
         if totals and max(totals, key=lambda key: (totals[key].max(), not key)):
             aligned = chosen._replace(is_aligned=True)
-            if predict(aligned)[2][rows].mean() >= predict(chosen)[2][rows].mean():
+            if self._f1(aligned, rows).mean() >= self._f1(chosen, rows).mean():
                 chosen = aligned
         if totals:
             total = totals[chosen.is_aligned]
             # Of equal ones the smallest: where the scores tell nothing, they stay.
             likely = min(np.flatnonzero(total >= total.max() - 1e-9), key=lambda k: abs(OFFSETS[k]))
             shifted = chosen._replace(offset=OFFSETS[likely])
-            if gain_of(shifted, chosen).low > 0:
+            if self._gain(shifted, chosen, rows, level=_ONE_ERROR).low > 0:
                 chosen = shifted
-        if unlabelled is not None:
+        if self.unlabelled is not None:
             floored = chosen._replace(has_floor=True)
-            if not gain_of(floored, chosen).high < 0:
+            if not self._gain(floored, chosen, rows, level=_ONE_ERROR).high < 0:
                 chosen = floored
-        gain = (predict(chosen)[2] - silence_f1)[rows]
-        interval = bootstrap_interval(gain, units)
-        return chosen, not gain.mean() >= 0, float(gain.mean()), interval
+        silent = _Adaptation(is_silent=True)
+        gain = float((self._f1(chosen, rows) - self._f1(silent, rows)).mean())
+        interval = self._gain(chosen, silent, rows)
+        return (chosen if gain >= 0 else silent), gain, interval
 
-    predicted = np.zeros_like(truth)
-    by_group: dict[str, Decision] = {}
-    for group in labelled.segments["group"].unique():  # perhaps without a labelled row
-        others = groups != group
-        chosen, is_silent = _Adaptation(has_floor=unlabelled is not None), False
-        if others.any():
-            chosen, is_silent, *_ = choose(others)
-        by_group[group] = silent if is_silent else predict(chosen)[0]
-        if not is_silent:
-            predicted[~others] = predict(chosen)[1][~others]
-    chosen, is_silent, gain, interval = choose(np.ones(len(truth), dtype=bool))
-    return LabelledChoice(
-        decision=silent if is_silent else predict(chosen)[0],
-        offset=0.0 if is_silent else chosen.offset,
-        is_silent=is_silent,
-        gain=gain,
-        interval=interval,
-        by_group=by_group,
-        predicted=predicted,
-    )
+    def _f1(self, change: _Adaptation, rows: np.ndarray) -> np.ndarray:
+        return self.predict(change)[2][rows]
+
+    def _gain(
+        self, new: _Adaptation, old: _Adaptation, rows: np.ndarray, *, level: float = 0.95
+    ) -> Interval:
+        units = self.groups[rows]
+        if len(set(units)) == 1:
+            units = np.flatnonzero(rows)
+        gain = self._f1(new, rows) - self._f1(old, rows)
+        return bootstrap_interval(gain, units, level=level)
