@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -97,17 +97,7 @@ def decide_ensemble(
             choice = choose_on_labelled(decision, labelled, unlabelled=unlabelled)
             decision = replace(choice.decision, chosen_on=f"nothing, {choice.describe()}")
         return EnsembleDecision(name, names, decision, on_labelled=choice)
-    # Segments, as the decision takes them: the maxima of recordings have another level.
-    groups = simulated.segments["group"].to_numpy()
-    clipwise, framewise = map(average_members, (simulated.clipwise, simulated.framewise))
-
-    def fit(excluded: frozenset[str]) -> Calibration:
-        used = ~np.isin(groups, list(excluded))
-        truth = simulated.truth[used, : len(simulated.classes)]
-        # A class without a simulated row keeps what is common to all classes.
-        targets = np.where(truth.any(axis=0), truth, IGNORE_TARGET)
-        return fit_calibration(clipwise[used], framewise[used], targets)
-
+    fit = _segment_calibration(simulated)
     background = Background.of(simulated.clipwise, simulated.framewise, simulated.starts)
     weights = share_weights(simulated.labelled_truth, nocall_share)
     search = search_decision(simulated, weights, start=start, fit_calibration=fit)
@@ -117,19 +107,7 @@ def decide_ensemble(
         f"simulated from held-out recordings, scored nested over {len(set(simulated.groups))} "
         "groups of recordists"
     )
-    f1, positive = search.cross_validated_f1, np.maximum(weights, 1e-12)
-    interval = bootstrap_interval(f1, simulated.groups, weights=positive)
-    score = {
-        "cross_validated_row_wise_f1": np.average(f1, weights=weights),
-        "low": interval.low,
-        "high": interval.high,
-        "all_nocall": np.average(~simulated.labelled_truth.any(axis=1), weights=weights),
-        "in_sample_row_wise_f1": search.in_sample_f1,
-        "nocall_share_expected": nocall_share,
-        "nocall_share_named": np.average(~search.cross_validated.any(axis=1), weights=weights),
-        "cross_validated_recording_f1": search.cross_validated_recording_f1.mean(),
-        **count_false_names(simulated.labelled_truth, search.cross_validated, SIMULATED),
-    }
+    score = _score_on_simulated(search, simulated, weights, nocall_share)
     choice = None
     if labelled is not None:
         choice = choose_on_labelled(
@@ -156,6 +134,48 @@ def decide_ensemble(
         on_labelled=choice,
         background=background,
     )
+
+
+def _segment_calibration(
+    simulated: LabelledPredictions,
+) -> Callable[[frozenset[str]], Calibration]:
+    """Return a function that fits the calibration of the mean of members without some groups.
+
+    On segments, as the decision takes them: the maxima of recordings have another level.
+    """
+    groups = simulated.segments["group"].to_numpy()
+    clipwise, framewise = map(average_members, (simulated.clipwise, simulated.framewise))
+
+    def fit(excluded: frozenset[str]) -> Calibration:
+        used = ~np.isin(groups, list(excluded))
+        truth = simulated.truth[used, : len(simulated.classes)]
+        # A class without a simulated row keeps what is common to all classes.
+        targets = np.where(truth.any(axis=0), truth, IGNORE_TARGET)
+        return fit_calibration(clipwise[used], framewise[used], targets)
+
+    return fit
+
+
+def _score_on_simulated(
+    search: DecisionSearchResult,
+    simulated: LabelledPredictions,
+    weights: np.ndarray,
+    nocall_share: float,
+) -> dict[str, float]:
+    """Return the scores of a decision on rows that had no part in its choice."""
+    f1, positive = search.cross_validated_f1, np.maximum(weights, 1e-12)
+    interval = bootstrap_interval(f1, simulated.groups, weights=positive)
+    return {
+        "cross_validated_row_wise_f1": np.average(f1, weights=weights),
+        "low": interval.low,
+        "high": interval.high,
+        "all_nocall": np.average(~simulated.labelled_truth.any(axis=1), weights=weights),
+        "in_sample_row_wise_f1": search.in_sample_f1,
+        "nocall_share_expected": nocall_share,
+        "nocall_share_named": np.average(~search.cross_validated.any(axis=1), weights=weights),
+        "cross_validated_recording_f1": search.cross_validated_recording_f1.mean(),
+        **count_false_names(simulated.labelled_truth, search.cross_validated, SIMULATED),
+    }
 
 
 def decide_for_full_runs(decision: Decision, runs: Path) -> Decision:
