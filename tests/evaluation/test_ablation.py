@@ -385,7 +385,7 @@ def test_one_fold_scores_only_the_recordings_it_held_out(real, training_data):
     folder, ablation = real
     run = Run(ablation.experiments[0], 1, folder / "tiny" / "seed0" / "fold1")
     assert (run.folder / SETTINGS_FILE).is_file()
-    _, values = score_seed([run], training_data, SIMULATION)["oof_top1"]
+    _, values = score_seed([run], training_data, HeldOutOptions(simulation=SIMULATION))["oof_top1"]
     assert len(values) == (training_data.recordings["fold"] == 1).sum()
 
 
