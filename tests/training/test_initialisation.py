@@ -13,12 +13,17 @@ import torch
 from helpers import CNN14_NAMES, norm_names, resnet38_names
 from safetensors.torch import load_file, save_file
 
-from birdcall.config import FrontendConfig, replace_nested
+from birdcall.config import FULL, FrontendConfig, replace_nested
 from birdcall.experiments import find_experiment
 from birdcall.models.backbones import freeze_stages
 from birdcall.models.checkpoint import WEIGHTS_FILE, Checkpoint, save_checkpoint
 from birdcall.models.sed import build_model
-from birdcall.training.initialisation import initialise, read_state_dict, rename_lite0
+from birdcall.training.initialisation import (
+    initialise,
+    read_state_dict,
+    rename_lite0,
+    require_unseen,
+)
 from birdcall.training.runs import plan_runs, train_many
 from birdcall.training.trainer import RunOptions
 
@@ -474,3 +479,22 @@ def test_a_training_leaves_frozen_stages_as_they_were(
     unchanged = {name for name, value in weights.items() if torch.equal(trained[name], value)}
     stem = {name for name in weights if name.startswith("backbone.stem.")}
     assert stem and unchanged == stem
+
+
+# --- a run that has heard what is held out ---
+
+
+def test_a_run_that_was_trained_on_what_is_held_out_starts_no_other(
+    trained_runs, training_data, tiny_experiment, tmp_path
+):
+    of_fold = {run.name: run / WEIGHTS_FILE for run in trained_runs if run.parent.name == "tiny"}
+    runs = plan_runs([tiny_experiment], training_data, 0, tmp_path)
+    with pytest.raises(ValueError, match=r"fold1.*trained on recordings that fold 0 holds out"):
+        train_many(runs, training_data, RunOptions(workers=0, init=of_fold["fold1"]))
+    require_unseen(of_fold["fold0"], training_data, 0)
+    require_unseen(of_fold["fold1"], training_data, FULL)
+    moved = training_data.recordings.assign(fold=1 - training_data.recordings["fold"])
+    with pytest.raises(ValueError, match="holds out"):
+        require_unseen(of_fold["fold0"], replace(training_data, recordings=moved), 0)
+    others = training_data.recordings[1:]
+    require_unseen(of_fold["fold1"], replace(training_data, recordings=others), 0)

@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from birdcall.config import Experiment, Feature, require
+from birdcall.config import FULL, Experiment, Feature, require
+from birdcall.data.dataset import TrainingData
 from birdcall.models.backbones import PANNS, freeze_stages
 from birdcall.models.checkpoint import SETTINGS_FILE, read_checkpoint
 from birdcall.models.sed import SEDModel, build_model
@@ -110,6 +111,24 @@ def _build_initial(
             f"cannot fetch the pretrained weights of {name} ({type(error).__name__}); "
             f"give them with --init FILE{hint}"
         ) from error
+
+
+def require_unseen(init: Path | None, data: TrainingData, fold: int | str) -> None:
+    """Raise ValueError where ``init`` is of a run that was trained on recordings of ``fold``.
+
+    The scores of a run that starts from it would be too high.
+    """
+    if init is None or fold == FULL or not (init.parent / SETTINGS_FILE).is_file():
+        return
+    run = read_checkpoint(init.parent)
+    if run.trained_on.get("audio") != data.digests["audio"]:
+        return
+    has_held_out = run.fold == fold and run.trained_on.get("folds") == data.digests["folds"]
+    require(
+        has_held_out,
+        f"{init}: this run has trained on recordings that fold {fold} holds out; start from a run "
+        "that holds out the same fold",
+    )
 
 
 def _load_weights(

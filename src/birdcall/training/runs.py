@@ -34,7 +34,7 @@ from birdcall.models.checkpoint import (
 )
 from birdcall.storage.files import shorten_list
 from birdcall.storage.locks import locked
-from birdcall.training.initialisation import initialise
+from birdcall.training.initialisation import initialise, require_unseen
 from birdcall.training.log import (
     TensorBoard,
     plot_preview,
@@ -238,8 +238,8 @@ def train_many(
             with locked(run.folder):
                 pass  # raises where another command trains it
         check_worker_memory(options.workers * jobs, run.experiment, world_size)
-        finished = None if options.overwrite else _find_finished(run, data, options)
-        if finished is not None:
+        require_unseen(options.init, data, run.fold)
+        if not options.overwrite and (finished := _find_finished(run, data, options)):
             checkpoints[run] = finished
     pending = [run for run in runs if run not in checkpoints]
     if options.overwrite:
