@@ -53,6 +53,10 @@ def test_a_clip_is_described_by_target_and_prediction():
     ]
     nothing = describe_clip(np.zeros(4), np.zeros(4), CLASSES)
     assert nothing.startswith("true: no bird\npredicted: amecro 0.00")
+    classes = [f"bird{index}" for index in range(222)]
+    soft = describe_clip(np.linspace(0.001, 0.5, 222), np.zeros(222), classes)
+    first, *_, last = soft.splitlines()[0].split(", ")
+    assert (first, last) == ("true: bird221 0.5", "218 more")
 
 
 def test_the_epochs_that_are_drawn_become_rarer(training_data, tiny_experiment, tmp_path):

@@ -17,6 +17,7 @@ from birdcall.training.step import BatchPreview, EpochLog
 _LOG_FILE = "log.csv"
 _N_COLUMNS = 4
 _N_PREDICTIONS = 3  # named of each clip
+_MAX_TARGETS = 4  # likewise
 _DPI = 80
 _MAX_LETTERS = 44  # of a recording's path in a title
 
@@ -132,13 +133,18 @@ def plot_preview(preview: BatchPreview, classes: Sequence[str]) -> np.ndarray:
 def describe_clip(target: np.ndarray, clipwise: np.ndarray, classes: Sequence[str]) -> str:
     """Return two lines: the targets of a clip, and the species with the highest probabilities.
 
-    A number after a species is a target below 1; ``?`` marks a species that the loss ignores.
+    A number after a species is a target below 1; ``?`` marks a species that the loss ignores. Soft
+    labels have a target for every class: the highest are listed.
     """
+    highest = np.argsort(-target, kind="stable")
     true = [
         classes[index] if target[index] == 1 else f"{classes[index]} {target[index]:.2g}"
-        for index in np.flatnonzero(target > 0)
+        for index in highest
+        if target[index] > 0
     ]
     true += [f"{classes[index]}?" for index in np.flatnonzero(target == IGNORE_TARGET)]
+    if len(true) > _MAX_TARGETS:
+        true = [*true[:_MAX_TARGETS], f"{len(true) - _MAX_TARGETS} more"]
     likeliest = np.argsort(-clipwise, kind="stable")[:_N_PREDICTIONS]
     predicted = [f"{classes[index]} {clipwise[index]:.2f}" for index in likeliest]
     return f"true: {', '.join(true) or 'no bird'}\npredicted: {', '.join(predicted)}"
