@@ -13,7 +13,7 @@ TRAIN ?= --overwrite --jobs 2 --workers 0
 # Real recordings on two cores: two networks, which teach each other.
 REAL_EXPERIMENTS ?= lite0_gru lite0_attention
 REAL_FOLDS ?= 10
-REAL_FOLD ?= 1
+REAL_FOLD ?= 3
 ROUNDS ?= 1
 UNLABELLED ?= $(wildcard $(DATA)/unlabelled_soundscapes)
 TRAIN_REAL = --fold $(REAL_FOLD) --jobs 2 --workers 0 $(REAL_EXPERIMENTS:%=--experiment %)

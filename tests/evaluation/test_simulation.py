@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import soundfile
 
@@ -193,6 +194,14 @@ def test_no_recordist_is_in_two_groups(training_data):
         assert group.startswith(f"fold{fold}-part")
         assert of_recordist.setdefault(name, group) == group
     assert len(set(groups)) > 2
+
+
+def test_a_fold_of_one_recordist_has_groups_of_his_species(training_data):
+    recordings = training_data.recordings
+    alone = recordings.assign(author="me", recordist="me", fold=0)
+    groups = pd.Series(group_recordings(alone, 3), index=alone.index)
+    assert groups.nunique() == 3
+    assert (groups.groupby(alone["ebird_code"]).nunique() == 1).all()
 
 
 def test_a_soundscape_is_made_from_its_group_alone(training_data, plan):

@@ -89,7 +89,7 @@ def decide_ensemble(
     if simulated is None or simulated.segments["group"].nunique() < 2:
         logger.warning(
             "%s: its experiments share no held-out fold, or what can be simulated is of one "
-            "recordist: the default decision is used",
+            "species: the default decision is used",
             name,
         )
         decision, choice = find_floor(replace(start, chosen_on="nothing"), unlabelled), None

@@ -141,11 +141,9 @@ def plan_soundscapes(
     planned: list[SimulatedSoundscape] = []
     if of_events.empty:
         return planned
-    has_others = other_birds is not None and len(other_birds) > 0
-    of_distractors = candidates
-    if has_others:  # all groups have the same
-        groups = of_events["group"].unique()
-        of_distractors = pd.concat([other_birds.assign(group=group) for group in groups])
+    others = candidates[:0] if other_birds is None else other_birds
+    of_groups = [others.assign(group=group) for group in of_events["group"].unique()]
+    of_distractors = candidates if others.empty else pd.concat(of_groups)
     for share in config.nocall_shares:
         key = (config.seed, fold, round(1000 * share))
         event_queues = _open_queues(of_events, (*key, 0))
@@ -155,7 +153,7 @@ def plan_soundscapes(
             group = sorted(event_queues)[index % len(event_queues)]
             seed = (*key, 3, index)
             generator = np.random.default_rng(seed)
-            planner = _EventPlanner(config, find_segment, generator, transposes=not has_others)
+            planner = _EventPlanner(config, find_segment, generator, transposes=others.empty)
             events = planner.plan_events(event_queues[group], n_empty_segments)
             distractors = planner.plan_distractors(distractor_queues[group])
             soundscape = SimulatedSoundscape(
@@ -175,12 +173,14 @@ def plan_soundscapes(
 def group_recordings(recordings: pd.DataFrame, groups_per_fold: int) -> np.ndarray:
     """Return the group of each recording, ``(recordings,)``: a part of its fold, by recordist.
 
-    Recordists with many recordings are assigned first, each to the smallest group so far. A
-    recording without a recordist's name counts as that of a further recordist.
+    Recordists with many recordings are assigned first, each to the smallest group so far. Without a
+    name each counts as a further one. A fold of one recordist has groups of his species instead.
     """
     names = recordist_clusters(recordings)
     groups = pd.Series("", index=recordings.index)
     for fold, recordists in names.groupby(recordings["fold"]):
+        if recordists.nunique() == 1:
+            recordists = recordings["ebird_code"][recordists.index]
         counts = recordists.value_counts()
         sizes = [0] * min(groups_per_fold, len(counts))
         group_of = {}
