@@ -221,6 +221,18 @@ def test_names_that_are_worth_less_than_silence_are_not_given():
     assert choice.gain == pytest.approx(-11 / 12)
 
 
+def test_a_decision_that_named_none_of_the_birds_names_nothing_elsewhere():
+    """But where no bird sings, that it names none is no reason to silence it."""
+    truth = np.zeros((24, 2), dtype=bool)
+    truth[:6, 0] = True
+    seems = np.full((24, 2), -4.0)
+    seems[15, 1] = 3.0  # one false name in the second soundscape; none of the birds in the first
+    choice = choose_on_labelled(Decision(), soundscapes(truth, seems))
+    assert choice.by_group["s1"].names_nothing and not choice.predicted.any()
+    without_birds = choose_on_labelled(Decision(), soundscapes(truth & False, seems - 9.0))
+    assert not without_birds.is_silent
+
+
 def test_each_soundscape_is_decided_by_the_other_whatever_both_together_choose():
     """By hand: +6/12 on one soundscape, -3/12 on the other, so the interval is [-0.25, 0.5]."""
     truth = np.zeros((24, 2), dtype=bool)

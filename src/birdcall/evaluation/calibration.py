@@ -187,13 +187,14 @@ def choose_on_labelled(
 ) -> LabelledChoice:
     """Adapt a decision to labelled soundscapes, and score it nested by soundscape.
 
-    Each class is brought to a ``background`` (of the soundscapes that ``calibration`` was fitted
-    on) if the labels are then more likely, and F1 is not lower. The scores are shifted by the most
-    likely offset, if that gains more than a standard error of row-wise F1. The floor of
-    ``unlabelled`` soundscapes (`find_floor`) stays unless it loses more than a standard error. Then
-    silence is chosen if it scores higher: labelled soundscapes are few, and a certain gain would
-    need many. Of a single soundscape, rows are resampled. With no other soundscape to choose on, a
-    soundscape is scored by ``decision`` as it is.
+    Each class is brought to a ``background`` (of the soundscapes that ``calibration`` was
+    fitted on) if the labels are then more likely, and F1 is not lower. The scores are shifted
+    by the most likely offset, if that gains more than a standard error of row-wise F1. The
+    floor of ``unlabelled`` soundscapes (`find_floor`) stays unless it loses more than a
+    standard error. Then silence is chosen if it scores as high or higher (where no bird sings:
+    higher): labelled soundscapes are few, and a certain gain would need many. Of a single
+    soundscape, rows are resampled. With no other soundscape to choose on, a soundscape is
+    scored by ``decision`` as it is.
     """
     search = _LabelledSearch(
         decision,
@@ -295,7 +296,10 @@ class _LabelledSearch:
         silent = _Adaptation(is_silent=True)
         gain = float((self._f1(chosen, rows) - self._f1(silent, rows)).mean())
         interval = self._gain(chosen, silent, rows)
-        return (chosen if gain >= 0 else silent), gain, interval
+        # Names that gain nothing where birds sing will gain nothing elsewhere.
+        has_birds = bool(self.truth[rows].any())
+        is_better = gain > 0 or (gain == 0 and not has_birds)
+        return (chosen if is_better else silent), gain, interval
 
     def _f1(self, change: _Adaptation, rows: np.ndarray) -> np.ndarray:
         return self.predict(change)[2][rows]
