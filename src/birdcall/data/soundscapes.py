@@ -65,8 +65,8 @@ def find_unlabelled(
             known.append(f"{item.path} has sound of {min(parts[part] for part in shared)}")
     require(
         not known,
-        f"soundscapes that are to be labelled have labels: {shorten_list(known)}; remove them, or "
-        "scores would be of sound that was trained on",
+        f"soundscapes that are taken for unlabelled have labels: {shorten_list(known)}; remove "
+        "them, or scores would be of sound that was trained on",
     )
     return {item.path: item for item in by_hash.values()}
 

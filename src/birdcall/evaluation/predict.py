@@ -61,8 +61,8 @@ class HeldOutOptions:
 
     labelled_folders: of labelled soundscapes; without any, the examples in the data folder.
     label_column: of their Raven tables. unlabelled_folders: of soundscapes of the same sites, of
-    which nothing is known: see `find_floor`. yardstick: a model of others that predicts the
-    labelled soundscapes too, to compare with.
+    which nothing is known: for `find_floor`, and for the background of simulated ones.
+    yardstick: a model of others that predicts the labelled soundscapes too, to compare with.
     cache_folder: where predictions are stored; a second call for the same audio reads them there.
     """
 
