@@ -342,7 +342,7 @@ def test_clips_of_other_birds_are_changed_as_recordings_are(
 
 
 def test_other_birds_are_no_class_and_no_recording_of_the_data(
-    training_data, demo_folder, tables, other_birds, tiny_experiment, caplog
+    training_data, demo_folder, tables, other_birds, caplog
 ):
     code, copied = training_data.classes[0], training_data.recordings["path"][0]
     (other_birds / code).mkdir()
@@ -363,7 +363,7 @@ def test_other_birds_are_no_class_and_no_recording_of_the_data(
         assert left_out in caplog.text
     training, held_out = data.split_other_birds(0)
     assert sorted(training + held_out) == list(data.other_birds)
-    assert training == list(data.training_part(0, data.split(0)[0], tiny_experiment).other_birds)
+    assert training == list(data.training_part(0, data.split(0)[0]).other_birds)
     assert data.digests["other_birds"] != training_data.digests["other_birds"] is None
 
 

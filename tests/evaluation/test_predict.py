@@ -274,16 +274,6 @@ def test_unlabelled_soundscapes_are_predicted_except_those_that_do_not_decode(
     assert predict_unlabelled(ensemble, {}) is None
 
 
-def test_unlabelled_soundscapes_are_the_background_of_simulated_ones(
-    training_data, trained_runs, held_out_options, site
-):
-    options = replace(held_out_options, unlabelled_folders=[site])
-    held_out = predict_held_out(trained_runs[:1], training_data, options)
-    renderer = SoundscapeRenderer.for_fold(held_out.data, 0, held_out.config)
-    assert [path.name for path in renderer.field.paths] == ["night.mp3"]
-    assert held_out.unlabelled is not None
-
-
 def test_an_unlabelled_soundscape_that_is_labelled_is_refused(training_data, demo_folder, tmp_path):
     path, *_ = sorted((demo_folder / "example_test_audio").iterdir())
     shutil.copy(path, tmp_path / f"renamed{path.suffix}")

@@ -404,23 +404,6 @@ def test_only_noise_that_no_run_has_trained_with_is_used(training_data):
     )
 
 
-def test_sound_of_the_field_that_no_run_has_trained_with_is_in_the_background(
-    planned, training_data, tmp_path
-):
-    tones = [tmp_path / f"{number}.wav" for number in range(5)]
-    for number, file in enumerate(tones):
-        soundfile.write(file, np.sin(np.arange(RATE) * (1 + 0.01 * number)), RATE)
-    data = replace(training_data, unlabelled=tones)
-    renderer = SoundscapeRenderer.for_fold(data, 0, CONFIG)
-    training, held_out = data.split_soundscapes(0, tones)
-    assert renderer.field.paths == held_out and training
-    assert set(held_out) < set(renderer.files)
-    spectrum = np.abs(np.fft.rfft(renderer.mix_background(planned[0])))
-    hertz = np.fft.rfftfreq(30 * RATE, 1 / RATE)
-    tone = np.abs(hertz - RATE / (2 * np.pi)) < 200
-    assert np.square(spectrum[tone]).sum() > 0.2 * np.square(spectrum).sum()
-
-
 def test_the_background_is_never_silent_and_has_no_clicks(planned, renderer):
     background = renderer.mix_background(planned[0])
     power = np.square(background).reshape(-1, RATE // 10).mean(axis=1)

@@ -13,7 +13,7 @@ from helpers import RATE, fake_birdnet
 
 from birdcall.__main__ import main
 from birdcall.audio.reading import read_audio
-from birdcall.config import FULL, NO_AUGMENT, StudentConfig, replace_nested
+from birdcall.config import NO_AUGMENT, StudentConfig, replace_nested
 from birdcall.data.birdnet import WindowStore, predict_windows, scientific_names
 from birdcall.data.clips import ClipDataset
 from birdcall.data.dataset import TrainingData
@@ -129,31 +129,6 @@ def test_a_clip_has_the_highest_labels_of_its_segments_up_to_their_cap(tmp_path,
     assert set(shares.index) == {(0, 0.0), (0, 5.0), (1, 0.0)}
     for clip, largest in (((0, 0.0), 0.6), ((0, 5.0), 1.0), ((1, 0.0), 0.5)):
         assert shares[clip] == pytest.approx(largest / 2.1, abs=0.04)
-
-
-def test_a_run_does_not_learn_from_the_soundscapes_of_its_fold(
-    tmp_path, training_data, teacher, student
-):
-    for number in range(6):
-        soundfile.write(tmp_path / f"{number}.wav", np.full(5 * RATE, number / 10), RATE)
-    n_segments, seconds = [1, 2, 1, 2, 1, 2], [5.0, 10.0] * 3
-    number = np.repeat(np.arange(6), n_segments)
-    probabilities = np.repeat(number[:, None] / 10, len(training_data.classes), axis=1)
-    labels = labels_of(tmp_path, [probabilities], seconds, [teacher], training_data.classes)
-    data = replace(training_data, soundscape_labels=labels)
-    kept = []
-    for fold in data.folds:
-        of_run = data.training_part(fold, data.split(fold)[0], student).soundscape_labels
-        assert set(of_run.files) == set(data.split_soundscapes(fold, labels.files)[0])
-        numbers = [int(item["name"][0]) for item in of_run.soundscapes]
-        expected = np.array(numbers)[of_run.soundscape] / 10
-        assert of_run.probabilities[0, :, 0] == pytest.approx(expected)
-        assert len(of_run.soundscape) == sum(n_segments[number] for number in numbers)
-        kept.append(set(numbers))
-    assert all(0 < len(numbers) < 6 for numbers in kept)
-    assert (
-        data.training_part(FULL, data.recordings, student).soundscape_labels.files == labels.files
-    )
 
 
 def test_labels_are_read_as_they_were_written(tmp_path, teacher):

@@ -80,8 +80,7 @@ Unlabelled = Annotated[
     list[Path] | None,
     typer.Option(
         help="Folder of soundscapes of the site without labels, or of other birds: a name must be "
-        "more probable than its species is in them. Simulated soundscapes have their sound, too. "
-        "May be repeated.",
+        "more probable than its species is in them. May be repeated.",
         show_default="none",
     ),
 ]

@@ -55,7 +55,6 @@ class TrainingData:
     noise_store: Path | None = None  # folder of decoded noise, see `noise.NoiseFiles`
     other_birds: Sequence[Path] = ()  # sound of birds that are no class: see `find_other_birds`
     soundscape_labels: SoundscapeLabels | None = None  # for experiments with `StudentConfig.share`
-    unlabelled: Sequence[Path] = ()  # soundscapes of which nothing is known, to evaluate with
     soundscape_cache: Path | None = None  # folder of decoded soundscapes, see `RecordingCache`
     birdnet: WindowStore | None = None  # what BirdNET predicts for recordings and soundscapes
 
@@ -121,30 +120,18 @@ class TrainingData:
             folder, self.recordings, [examples, *labelled], self.soundscape_cache
         )
 
-    def split_soundscapes(
-        self, fold: int | str, files: Sequence[Path]
-    ) -> tuple[list[Path], list[Path]]:
-        """Return which unlabelled soundscapes are to train and to evaluate with, likewise."""
-        return self._split_files(files, fold)
-
     def _split_files(self, files: Sequence[Path], fold: int | str) -> tuple[list[Path], list[Path]]:
         if fold == FULL:
             return list(files), []
         return split_noise(files, self.folds.index(fold), len(self.folds))
 
-    def training_part(
-        self, fold: int | str, recordings: pd.DataFrame, experiment: Experiment
-    ) -> TrainingData:
-        """Return what ``experiment`` learns from of ``recordings`` if it holds out ``fold``."""
-        labels = self.soundscape_labels
-        if labels is not None and experiment.train.student.share > 0:
-            labels = labels.of_files(self.split_soundscapes(fold, labels.files)[0])
+    def training_part(self, fold: int | str, recordings: pd.DataFrame) -> TrainingData:
+        """Return what a run that holds out ``fold`` learns from, of ``recordings``."""
         return replace(
             self,
             recordings=recordings,
             noise_files=self.split_noise(fold)[0],
             other_birds=self.split_other_birds(fold)[0],
-            soundscape_labels=labels,
         )
 
     def require_sound_for(self, experiment: Experiment) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -224,24 +224,6 @@ class SoundscapeLabels:
                     f"{file} is not there as when {path} was made; label the soundscapes again"
                 )
         return labels
-
-    @property
-    def files(self) -> list[Path]:
-        """Return the files of the soundscapes, in order."""
-        return [self.folder / item["name"] for item in self.soundscapes]
-
-    def of_files(self, files: Collection[Path]) -> SoundscapeLabels:
-        """Return the labels of the soundscapes in ``files`` only."""
-        kept = np.array([file in files for file in self.files])
-        of_kept = kept[self.soundscape]
-        return replace(
-            self,
-            soundscapes=[
-                item for item, is_kept in zip(self.soundscapes, kept, strict=True) if is_kept
-            ],
-            probabilities=self.probabilities[:, of_kept],
-            soundscape=(np.cumsum(kept) - 1)[self.soundscape[of_kept]],
-        )
 
     @property
     def digest(self) -> str:

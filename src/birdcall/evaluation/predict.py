@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -61,8 +61,8 @@ class HeldOutOptions:
 
     labelled_folders: of labelled soundscapes; without any, the examples in the data folder.
     label_column: of their Raven tables. unlabelled_folders: of soundscapes of the same sites, of
-    which nothing is known: for `find_floor`, and for the background of simulated ones.
-    yardstick: a model of others that predicts the labelled soundscapes too, to compare with.
+    which nothing is known: see `find_floor`. yardstick: a model of others that predicts the
+    labelled soundscapes too, to compare with.
     cache_folder: where predictions are stored; a second call for the same audio reads them there.
     """
 
@@ -210,7 +210,6 @@ def predict_held_out(
         yardstick = predict_yardstick(options.yardstick, labelled, names, **storage)
     files = find_all_unlabelled(options.unlabelled_folders, data, options.labelled_folders)
     unlabelled = predict_unlabelled(ensemble, files, **storage)
-    data = replace(data, unlabelled=list(files.values()))
     out_of_fold = predict_out_of_fold(ensemble, data, **storage)
     readable = set().union(*(part.segments["path"] for part in out_of_fold.values()))
     planned, simulated = [], {}
@@ -472,7 +471,7 @@ def predict_simulated(
     renderer = SoundscapeRenderer.for_fold(data, fold, config)
     events = [event for item in soundscapes for event in (*item.events, *item.distractors)]
     files = [data.folder / path for path in dict.fromkeys(event.path for event in events)]
-    made_from = repr(soundscapes), digest_files(files), digest_files(renderer.files)
+    made_from = repr(soundscapes), digest_files(files), digest_files(renderer.noise.paths)
     name, modules = f"simulated-fold{fold}", ("evaluation.simulated_audio",)
     cache = PredictionCache(cache_folder, name, digest(repr(made_from)), modules)
     sources = {item.name: partial(renderer.render, item) for item in soundscapes}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -154,43 +153,24 @@ def _loudest_run(power: np.ndarray, active: np.ndarray, hop: float) -> tuple[int
 
 @dataclass(frozen=True)
 class SoundscapeRenderer:
-    """Makes the waveforms of planned soundscapes from recordings, noise and sound of the field."""
+    """Makes the waveforms of planned soundscapes from recordings and noise."""
 
     read_crops: ReadCrops
     noise: NoiseFiles
     config: SimulationConfig
-    field: NoiseFiles | None = None  # unlabelled soundscapes
 
     @classmethod
     def for_fold(
         cls, data: TrainingData, fold: int, config: SimulationConfig
     ) -> SoundscapeRenderer:
-        """Return the renderer for a fold, with noise that no run of this fold has trained with.
-
-        So are the unlabelled soundscapes, if there are any.
-        """
+        """Return the renderer for a fold, with noise that no run of this fold has trained with."""
         training, held_out = data.split_noise(fold)
         if not held_out:
             logger.warning(
                 "fold %d has no held-out noise: simulated with that of its training", fold
             )
         noise = NoiseFiles(held_out or training, config.sample_rate, data.noise_store)
-        field = None
-        if data.unlabelled:
-            training, held_out = data.split_soundscapes(fold, data.unlabelled)
-            if not held_out:
-                logger.warning(
-                    "fold %d has no held-out soundscapes: simulated with those of its training",
-                    fold,
-                )
-            files, kind = held_out or training, "unlabelled soundscape"
-            field = NoiseFiles(files, config.sample_rate, data.noise_store, kind=kind)
-        return cls(data.read_crops, noise, config, field)
-
-    @property
-    def files(self) -> list[Path]:
-        """Return the files of the background."""
-        return [*self.noise.paths, *(self.field.paths if self.field is not None else ())]
+        return cls(data.read_crops, noise, config)
 
     def render(
         self, soundscape: SimulatedSoundscape, sample_rates: Sequence[int]
@@ -231,8 +211,7 @@ class SoundscapeRenderer:
     def mix_background(self, soundscape: SimulatedSoundscape) -> np.ndarray:
         """Return the background ``(samples,)``: layers of noise clips, each faded into the next.
 
-        The level of each clip is drawn; faint pink noise lies below all of them. With unlabelled
-        soundscapes one layer is of their sound, with the animals that no recording of noise has.
+        The level of each clip is drawn; faint pink noise lies below all of them.
         """
         rate = self.config.sample_rate
         generator = np.random.default_rng((*soundscape.seed, 1))
@@ -240,16 +219,13 @@ class SoundscapeRenderer:
         background = _scale_to_level(make_noise("pink", n_samples, rate, generator), _HISS_DB)
         n_fade = round(_CROSSFADE_SECONDS * rate)
         failures: list[ReadFailure] = []
-        layers = [self.noise] * _BACKGROUND_LAYERS
-        if self.field is not None:
-            layers[-1] = self.field
-        for layer in layers:
+        for _ in range(_BACKGROUND_LAYERS):
             start = -n_fade
             while start < n_samples:
                 length = round(generator.uniform(*_NOISE_SECONDS) * rate)
                 spread_db = self.config.noise_spread_db
                 level_db = spread_db * np.clip(generator.standard_normal(), -2, 2)
-                noise = layer.draw(length, generator, failures)
+                noise = self.noise.draw(length, generator, failures)
                 clip = fade_ends(_scale_to_level(noise, level_db), n_fade)
                 n_skipped = max(0, -start)
                 span = background[max(0, start) : start + length]

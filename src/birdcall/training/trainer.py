@@ -305,7 +305,7 @@ def start_training(
     model = initialise(experiment, n_classes, options.init, classes=data.classes).to(device)
     # All processes start from the same weights, but draw different dropout.
     torch.manual_seed(seed + 7919 * distributed.rank)
-    subset = data.training_part(run.fold, recordings, experiment)
+    subset = data.training_part(run.fold, recordings)
     share = ProcessShare(distributed.rank, distributed.world_size)
     sampler = ClipSampler(recordings, config.data, config.seed, share)
     clips = ClipDataset(subset, experiment)
