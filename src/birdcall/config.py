@@ -244,7 +244,7 @@ class LossConfig:
     label_smoothing: float = 0.0  # 2nd place of 2021: 0.01 to 0.025
     # Of the loss of the loudest frame, beside the clip's (6th place): fewer false frames.
     framewise_weight: float = 0.5
-    # Of a cross-entropy of the softmax over the classes, times their number. Where most of 222
+    # Of the softmax cross-entropy, which is divided by the number of classes. Where most of 222
     # classes have one or two recordings, binary losses mostly teach that a class is absent.
     softmax_weight: float = 0.0
     # Target of secondary labels (2nd place of 2020: 0.3). None: the loss ignores them.

@@ -222,7 +222,7 @@ def test_names_that_are_worth_less_than_silence_are_not_given():
 
 
 def test_a_decision_that_named_none_of_the_birds_names_nothing_elsewhere():
-    """But where no bird sings, that it names none is no reason to silence it."""
+    """Without labelled birds, a decision that names none stays as it is."""
     truth = np.zeros((24, 2), dtype=bool)
     truth[:6, 0] = True
     seems = np.full((24, 2), -4.0)

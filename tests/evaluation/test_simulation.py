@@ -196,7 +196,7 @@ def test_no_recordist_is_in_two_groups(training_data):
     assert len(set(groups)) > 2
 
 
-def test_a_fold_of_one_recordist_has_groups_of_his_species(training_data):
+def test_a_fold_of_one_recordist_is_divided_by_species(training_data):
     recordings = training_data.recordings
     alone = recordings.assign(author="me", recordist="me", fold=0)
     groups = pd.Series(group_recordings(alone, 3), index=alone.index)

@@ -481,7 +481,7 @@ def test_a_training_leaves_frozen_stages_as_they_were(
     assert stem and unchanged == stem
 
 
-# --- a run that has heard what is held out ---
+# --- a run that was trained on what is held out ---
 
 
 def test_a_run_that_was_trained_on_what_is_held_out_starts_no_other(

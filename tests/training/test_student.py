@@ -23,11 +23,11 @@ from birdcall.data.soundscapes import (
     SoundscapeLabels,
     SoundscapeTargets,
     network_of,
-    remove_background,
     scale_probabilities,
 )
 from birdcall.data.targets import IGNORE_TARGET, ClipRequest
 from birdcall.experiments import EXPERIMENTS
+from birdcall.inference.background import remove_background
 from birdcall.models.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from birdcall.models.sed import build_model
 from birdcall.training.distributed import DistributedContext

@@ -16,13 +16,11 @@ from birdcall.audio.reading import AudioError, hash_parts
 from birdcall.config import SEGMENT_SECONDS, Experiment, StudentConfig, require
 from birdcall.data.audit import Measurement, measure_recording
 from birdcall.data.cache import RecordingCache
-from birdcall.inference.predictions import to_logits, to_probabilities
 from birdcall.storage.files import atomic_path, digest, find_files, readable_sound, shorten_list
 from birdcall.storage.store import DAMAGED, read_arrays, write_arrays
 
 logger = logging.getLogger(__name__)
 
-_PRIOR_SEGMENTS = 12  # a minute: so many segments bring a background down by half
 _EMPTY_WEIGHT = 0.1  # of a clip without labels among those that are drawn by their largest label
 
 
@@ -78,23 +76,6 @@ def scale_probabilities(probabilities: np.ndarray, config: StudentConfig) -> np.
     """Return soft labels ``(segments, classes)`` from 0 to 1, without the cap on their sum."""
     reference = np.quantile(probabilities.max(axis=1), config.reference_quantile)
     return np.minimum(1, probabilities / max(reference, config.min_reference)) ** config.power
-
-
-def remove_background(probabilities: np.ndarray, sites: Sequence[str]) -> np.ndarray:
-    """Lower the classes that a site raises in all of its segments, ``(segments, classes)``.
-
-    sites: of each segment. The background of a class is its lower quartile of logits at a site. One
-    above the median class's is brought down to that: a site's wind or insects, not a bird, raise a
-    class in three of four segments. Of few segments it is brought down in part.
-    """
-    logits, sites = to_logits(probabilities), np.array(sites)
-    for site in np.unique(sites):
-        of_site = logits[sites == site]
-        background = np.quantile(of_site, 0.25, axis=0)
-        excess = np.maximum(0, background - np.median(background))
-        weight = len(of_site) / (len(of_site) + _PRIOR_SEGMENTS)
-        logits[sites == site] = of_site - weight * excess
-    return to_probabilities(logits)
 
 
 @dataclass(frozen=True)
@@ -185,7 +166,7 @@ def network_of(experiment: Experiment) -> str:
 class SoundscapeLabels:
     """What an ensemble predicts for the segments of soundscapes that nobody has labelled.
 
-    Each site's background is taken off: see `remove_background`.
+    Each site's background is taken off: see `inference.background.remove_background`.
     probabilities: ``(families, segments, classes)``, the mean of the members of one network each.
     soundscape: ``(segments,)``, index in ``soundscapes``.
     """
@@ -196,7 +177,7 @@ class SoundscapeLabels:
     members: list[dict]  # name, experiment, network, weights_sha256
     families: list[str]  # the `network_of` each
     round: int  # 1: of members that were trained without such labels
-    statistics: dict  # see `inference.predictions.LabelStatistics`
+    statistics: dict  # see `LabelStatistics`
     probabilities: np.ndarray
     soundscape: np.ndarray
 
@@ -250,7 +231,8 @@ class SoundscapeTargets:
     """Soft targets of clips that start with a segment of a soundscape.
 
     A clip's label is the highest of its segments; where they exceed ``max_sum`` together, they are
-    reduced in proportion. Clips are drawn in proportion to their largest label.
+    reduced in proportion. Clips are drawn in proportion to their largest label, clips without
+    labels as if it were ``_EMPTY_WEIGHT``.
     """
 
     def __init__(self, labels: SoundscapeLabels, experiment: Experiment) -> None:

@@ -46,7 +46,7 @@ class AblationOptions:
     folds: held-out folds that are trained (None: all). n_seeds: of each experiment and fold.
     budget_seconds: for training and scoring of all. reference: the experiment that the others are
     compared with (None: the first). training: of all runs, which are always resumed. evaluation: of
-    all runs; the cache is that of the seed, whatever it says.
+    all runs; its ``cache_folder`` is not used, each seed has one of its own.
     """
 
     budget_seconds: float

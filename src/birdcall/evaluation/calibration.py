@@ -191,8 +191,8 @@ def choose_on_labelled(
     fitted on) if the labels are then more likely, and F1 is not lower. The scores are shifted
     by the most likely offset, if that gains more than a standard error of row-wise F1. The
     floor of ``unlabelled`` soundscapes (`find_floor`) stays unless it loses more than a
-    standard error. Then silence is chosen if it scores as high or higher (where no bird sings:
-    higher): labelled soundscapes are few, and a certain gain would need many. Of a single
+    standard error. Then silence is chosen if it scores as high or higher (without labelled
+    birds: higher): labelled soundscapes are few, and a certain gain would need many. Of a single
     soundscape, rows are resampled. With no other soundscape to choose on, a soundscape is
     scored by ``decision`` as it is.
     """
@@ -296,7 +296,7 @@ class _LabelledSearch:
         silent = _Adaptation(is_silent=True)
         gain = float((self._f1(chosen, rows) - self._f1(silent, rows)).mean())
         interval = self._gain(chosen, silent, rows)
-        # Names that gain nothing where birds sing will gain nothing elsewhere.
+        # A decision that gains nothing on labelled birds is not expected to elsewhere.
         has_birds = bool(self.truth[rows].any())
         is_better = gain > 0 or (gain == 0 and not has_birds)
         return (chosen if is_better else silent), gain, interval

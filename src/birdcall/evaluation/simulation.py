@@ -174,7 +174,7 @@ def group_recordings(recordings: pd.DataFrame, groups_per_fold: int) -> np.ndarr
     """Return the group of each recording, ``(recordings,)``: a part of its fold, by recordist.
 
     Recordists with many recordings are assigned first, each to the smallest group so far. Without a
-    name each counts as a further one. A fold of one recordist has groups of his species instead.
+    name each counts as a further one. A fold of one recordist is divided by species instead.
     """
     names = recordist_clusters(recordings)
     groups = pd.Series("", index=recordings.index)
@@ -290,7 +290,7 @@ class _EventPlanner:
         return sorted(events, key=lambda event: (event.onset, event.path))
 
     def plan_distractors(self, queue: _RecordingQueue) -> list[SimulatedEvent]:
-        """Draw animals of no class: other birds, or birds at a pitch at which they do not sing."""
+        """Draw events of no class: of other birds, or of birds transposed in frequency."""
         config, generator = self.config, self.generator
         distractors = []
         n_expected = config.soundscape_seconds / config.distractor_every_seconds

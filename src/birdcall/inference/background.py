@@ -119,6 +119,28 @@ class BackgroundAligner:
         )
 
 
+def remove_background(probabilities: np.ndarray, sites: Sequence[str]) -> np.ndarray:
+    """Lower the classes that a site raises in all of its segments, ``(segments, classes)``.
+
+    sites: of each segment. A class whose background at a site is above that of the median class is
+    brought down to it, by the part that `Background.apply` shifts of so many segments.
+    """
+    logits, sites = to_logits(probabilities), np.array(sites)
+    for site in np.unique(sites):
+        of_site = logits[sites == site]
+        background, weight = _measure(of_site)
+        excess = np.maximum(0, background - np.median(background))
+        logits[sites == site] = of_site - weight * excess
+    return to_probabilities(logits)
+
+
+def _measure(logits: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return the background of ``(…, segments, classes)``, and the part of it that counts."""
+    n_segments = logits.shape[-2]
+    background = np.quantile(logits, _QUANTILE, axis=-2, keepdims=True)
+    return background, n_segments / (n_segments + _PRIOR_SEGMENTS)
+
+
 def _align(probabilities: np.ndarray, level: Sequence[float], starts: Sequence[int]) -> np.ndarray:
     n_classes = probabilities.shape[2]
     require(
@@ -128,8 +150,7 @@ def _align(probabilities: np.ndarray, level: Sequence[float], starts: Sequence[i
     dtype = probabilities.dtype
     aligned = []
     for block in _blocks(to_logits(probabilities), starts):
-        weight = block.shape[1] / (block.shape[1] + _PRIOR_SEGMENTS)
-        background = np.quantile(block, _QUANTILE, axis=1, keepdims=True)
+        background, weight = _measure(block)
         shift = (weight * (background - np.array(level))).astype(dtype)
         aligned.append(to_probabilities(block - shift))
     return np.concatenate(aligned, axis=1) if aligned else probabilities

@@ -70,7 +70,7 @@ def softmax_loss(probability: Tensor, target: Tensor, is_known: Tensor) -> Tenso
     """Return the cross-entropy ``(batch,)`` of the softmax of the logits and the targets.
 
     All ``(batch, classes)``. Targets of a sum above 1 are divided by it. Targets of 0 have a loss
-    of 0: a softmax cannot tell that no bird sings. Classes that are not known take no part.
+    of 0: a softmax cannot predict nocall. Classes that are not known take no part.
     """
     logits = torch.logit(probability, torch.finfo(torch.float32).eps)
     logits = logits.masked_fill(~is_known, _EXCLUDED_LOGIT)

@@ -21,9 +21,9 @@ from birdcall.data.soundscapes import (
     LabelStatistics,
     SoundscapeLabels,
     network_of,
-    remove_background,
 )
 from birdcall.experiments import student_of
+from birdcall.inference.background import remove_background
 from birdcall.inference.engine import predict_files
 from birdcall.models.checkpoint import Checkpoint, read_checkpoint, require_same_classes
 from birdcall.storage.files import shorten_list
