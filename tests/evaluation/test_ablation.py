@@ -14,7 +14,7 @@ from birdcall.evaluation.ablation import (
     AblationOptions,
     ablate,
     loss_of_last_fifth,
-    score_seed,
+    score_block,
 )
 from birdcall.evaluation.comparison import Measure, score_submission
 from birdcall.evaluation.predict import HeldOutOptions, predict_held_out
@@ -71,19 +71,21 @@ class FakeTraining:
             (run.folder / SETTINGS_FILE).touch()
             write_log(run.folder, log_of([1.0] * 10))
 
-    def score_seed(self, runs, data, options):
-        self.now += 5.0
-        experiment = runs[0].experiment
-        score = 0.5 + 0.1 * len(experiment.name) + 0.01 * experiment.train.seed
+    def score_block(self, runs_of, data, options):
         measure = Measure("soundscapes: F1", ("a", "a", "b", "b"), "soundscapes")
-        return {"soundscape_f1": (measure, np.full(4, score))}
+        scored = {}
+        for name, runs in runs_of.items():
+            self.now += 5.0
+            score = 0.5 + 0.1 * len(name) + 0.01 * runs[0].experiment.train.seed
+            scored[name] = {"soundscape_f1": (measure, np.full(4, score))}
+        return scored
 
 
 @pytest.fixture
 def fake(monkeypatch):
     fake = FakeTraining()
     monkeypatch.setattr(ablation_module, "train_many", fake.train_many)
-    monkeypatch.setattr(ablation_module, "score_seed", fake.score_seed)
+    monkeypatch.setattr(ablation_module, "score_block", fake.score_block)
     monkeypatch.setattr(ablation_module, "time", SimpleNamespace(monotonic=lambda: fake.now))
     return fake
 
@@ -319,8 +321,8 @@ def real(training_data, tiny_experiment, tmp_path_factory):
 def test_every_measure_is_there_for_each_experiment_and_seed(real, training_data):
     _, ablation = real
     assert list(ablation.measures) == [
-        "simulated_f1", "simulated_ap", "soundscape_f1", "soundscape_ap", "hidden_f1", "oof_ap",
-        "oof_top1",
+        "simulated_f1", "simulated_ap", "soundscape_f1", "soundscape_ap", "soundscape_decision_ap",
+        "soundscape_decision_auc", "hidden_f1", "oof_ap", "oof_top1",
     ]  # fmt: skip
     assert ablation.table[["experiment", "seed"]].to_numpy().tolist() == [
         ["tiny", 0], ["plain", 0], ["tiny", 1], ["plain", 1]
@@ -349,6 +351,9 @@ def test_scores_are_those_of_evaluate_and_of_the_submission(real, training_data,
         assert row["oof_top1"] == pytest.approx(expected["recordings", "top1"])
         assert row["soundscape_f1"] == pytest.approx(expected["labelled", "row_wise_f1"])
         assert row["soundscape_ap"] == pytest.approx(expected["labelled", "macro_ap"])
+        for metric in ("decision_ap", "decision_auc"):
+            in_table = expected["labelled", metric.replace("_", "_macro_")]
+            assert row[f"soundscape_{metric}"] == pytest.approx(in_table)
         submission = score_submission(demo_folder, seed_folder / "submission.csv")
         assert row["hidden_f1"] == pytest.approx(submission.row_wise_f1)
         assert ablation.measures["hidden_f1"].all_nocall == pytest.approx(submission.all_nocall)
@@ -385,7 +390,8 @@ def test_one_fold_scores_only_the_recordings_it_held_out(real, training_data):
     folder, ablation = real
     run = Run(ablation.experiments[0], 1, folder / "tiny" / "seed0" / "fold1")
     assert (run.folder / SETTINGS_FILE).is_file()
-    _, values = score_seed([run], training_data, HeldOutOptions(simulation=SIMULATION))["oof_top1"]
+    options = HeldOutOptions(simulation=SIMULATION)
+    _, values = score_block({"tiny": [run]}, training_data, options)["tiny"]["oof_top1"]
     assert len(values) == (training_data.recordings["fold"] == 1).sum()
 
 

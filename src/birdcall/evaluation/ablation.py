@@ -37,6 +37,7 @@ from birdcall.training.trainer import Run, RunOptions
 logger = logging.getLogger(__name__)
 
 _JOURNAL_FILE = "ablation.jsonl"
+_PREDICTIONS_FOLDER = "predictions"  # of all seeds
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class AblationOptions:
     folds: held-out folds that are trained (None: all). n_seeds: of each experiment and fold.
     budget_seconds: for training and scoring of all. reference: the experiment that the others are
     compared with (None: the first). training: of all runs, which are always resumed. evaluation: of
-    all runs; its ``cache_folder`` is not used, each seed has one of its own.
+    all runs; its ``cache_folder`` is not used, an ablation has one of its own.
     """
 
     budget_seconds: float
@@ -130,9 +131,11 @@ def ablate(
             logger.info("seed %d of %d: %d runs", seed, options.n_seeds, len(runs))
             with times.measure(seed, runs):
                 train_many(runs, data, replace(options.training, resume=True))
-                for name, group in runs_of.items():
-                    scored = score_seed(group, data, options.evaluation)
-                    rows.append({"experiment": name, "seed": seed} | _table_row(group, scored))
+                stored = replace(options.evaluation, cache_folder=folder / _PREDICTIONS_FOLDER)
+                for name, scored in score_block(runs_of, data, stored).items():
+                    rows.append(
+                        {"experiment": name, "seed": seed} | _table_row(runs_of[name], scored)
+                    )
                     for key, (measure, of_seed) in scored.items():
                         measures.setdefault(key, measure)
                         values.setdefault(key, {}).setdefault(name, []).append(of_seed)
@@ -254,27 +257,30 @@ class _BlockTimes:
 # --- scores -------------------------------------------------------------------------------------
 
 
-def score_seed(
-    runs: Sequence[Run], data: TrainingData, options: HeldOutOptions
-) -> dict[str, tuple[Measure, np.ndarray]]:
-    """Score one experiment and seed on all audio that its runs did not train on, by measure.
+def score_block(
+    runs_of: Mapping[str, Sequence[Run]], data: TrainingData, options: HeldOutOptions
+) -> dict[str, dict[str, tuple[Measure, np.ndarray]]]:
+    """Score the runs of each experiment, of one seed, on all audio that they did not train on.
 
-    The decision is searched on simulated soundscapes; labelled and hidden ones are predicted by all
-    runs together and decided by it. The measures depend on the data: labelled soundscapes, hidden
-    rows with their solution, recordings of the folds that were trained.
+    Returns the measures of each experiment: see `measure_held_out`. All runs predict together: a
+    soundscape is simulated, and read, once. The decision of an experiment is searched on simulated
+    soundscapes; labelled and hidden ones are predicted by all of its runs and decided by it.
     """
-    folder = runs[0].folder.parent
-    options = replace(options, cache_folder=folder / "predictions")
-    held_out = predict_held_out([run.folder for run in runs], data, options)
-    ensemble = decide_ensemble(held_out, held_out.experiments)
-    score = None
+    folders = [run.folder for runs in runs_of.values() for run in runs]
+    held_out = predict_held_out(folders, data, options)
     solution, audio = CompetitionFile.SOLUTION, CompetitionFile.TEST_AUDIO
-    if (data.folder / solution).is_file() and (data.folder / audio).is_dir():
-        submission = folder / "submission.csv"
-        package = LoadedPackage(held_out.ensemble, ensemble.decision)
-        predict_test_set(data.folder, submission, lambda: package)
-        score = score_submission(data.folder, submission)
-    return measure_held_out(held_out, ensemble, score)
+    is_solved = (data.folder / solution).is_file() and (data.folder / audio).is_dir()
+    measured = {}
+    for name, runs in runs_of.items():
+        decided = decide_ensemble(held_out, (name,))
+        score = None
+        if is_solved:
+            submission = runs[0].folder.parent / "submission.csv"
+            package = LoadedPackage(held_out.ensemble_of((name,)), decided.decision)
+            predict_test_set(data.folder, submission, lambda package=package: package)
+            score = score_submission(data.folder, submission)
+        measured[name] = measure_held_out(held_out, decided, score)
+    return measured
 
 
 def _table_row(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from birdcall.evaluation.metrics import (
     bootstrap_interval,
     bootstrap_rows,
     macro_average,
+    roc_auc,
     row_f1_scores,
     row_wise_f1,
 )
@@ -41,8 +42,8 @@ class Measure:
 
     clusters: the recording or recordist of each row, ``(rows,)``; rows of the same cluster are not
     independent. Without ``truth`` the score is the mean of a value per row; with ``truth`` ``(rows,
-    classes)`` it is the macro average precision of probabilities ``(rows, classes)``. all_nocall:
-    the score of predicting no bird.
+    classes)`` it is the mean over classes of ``score_classes``, average precision or area under the
+    ROC curve, of probabilities ``(rows, classes)``. all_nocall: the score of predicting no bird.
     """
 
     title: str
@@ -50,6 +51,7 @@ class Measure:
     cluster_kind: str  # plural
     truth: NDArray[np.bool_] | None = None
     known: NDArray[np.bool_] | None = None  # cells of the truth that count; None: all
+    score_classes: Callable[..., NDArray] = average_precision
     all_nocall: float | None = None
     n_left_out: int = 0  # classes that occur but are not in the truth: no member could learn them
 
@@ -71,9 +73,9 @@ class Measure:
         if self.truth is None:
             return float(values[rows].mean())
         truth = self.truth[rows]
-        occurs = truth.any(axis=0)  # the others have no average precision
+        occurs = truth.any(axis=0)  # the others have no score
         known = None if self.known is None else self.known[rows][:, occurs]
-        return macro_average(average_precision(truth[:, occurs], values[rows][:, occurs], known))
+        return macro_average(self.score_classes(truth[:, occurs], values[rows][:, occurs], known))
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,15 +269,16 @@ def score_submission(data: Path, submission: Path) -> SubmissionScore:
 def measure_held_out(
     held_out: HeldOutPredictions, ensemble: EnsembleDecision, hidden: SubmissionScore | None
 ) -> dict[str, tuple[Measure, np.ndarray]]:
-    """Measure all experiments together on the audio that their runs did not train on.
+    """Measure the experiments of ``ensemble`` together on audio that their runs did not train on.
 
     Returns each measure with its values, one per row; see `Measure`. The measures depend on the
-    data: F1 and macro AP of simulated and of labelled soundscapes; F1 of ``hidden`` rows; macro AP
-    and top-1 accuracy of the recordings of the held-out folds.
+    data: F1 and macro AP of simulated and of labelled soundscapes, and of labelled ones the macro
+    AUC and AP as the decision ranks (see `EnsembleDecision.ranking`); F1 of ``hidden`` rows; macro
+    AP and top-1 accuracy of the recordings of the held-out folds.
     """
     measured: dict[str, tuple[Measure, np.ndarray]] = {}
     simulated, weights = ensemble.simulated, ensemble.weights
-    could_learn = held_out.learnable_by(held_out.experiments)
+    could_learn = held_out.learnable_by(ensemble.experiments)
     if simulated is not None:
         nocall = ~simulated.labelled_truth.any(axis=1)
         all_nocall = float(weights[nocall].sum() / weights.sum())
@@ -284,38 +287,48 @@ def measure_held_out(
         # Weighted so that their plain mean is the score.
         values = ensemble.search.cross_validated_f1 * weights / weights.mean()
         measured["simulated_f1"] = f1, values
-        measured["simulated_ap"] = _measure_average_precision(f1, simulated, could_learn)
-    labelled = held_out.labelled_for(held_out.experiments)
+        probabilities = average_members(simulated.framewise)[simulated.labelled]
+        ap = _measure_ranking(f1, "macro AP", simulated, could_learn)
+        measured["simulated_ap"] = ap, probabilities
+    labelled = held_out.labelled_for(ensemble.experiments)
     if labelled is not None:
         all_nocall = float((~labelled.labelled_truth.any(axis=1)).mean())
         clusters = tuple(labelled.recordings)
         f1 = Measure("soundscapes: F1", clusters, "soundscapes", all_nocall=all_nocall)
         predicted = ensemble.on_labelled.predicted
         measured["soundscape_f1"] = f1, row_f1_scores(labelled.labelled_truth, predicted)
-        if (labelled.labelled_truth[:, : len(labelled.classes)] & could_learn).any():
-            measured["soundscape_ap"] = _measure_average_precision(f1, labelled, could_learn)
+        ap = _measure_ranking(f1, "macro AP", labelled, could_learn)
+        if ap.truth.any():
+            probabilities = average_members(labelled.framewise)[labelled.labelled]
+            strength = labelled.strength(dict.fromkeys(labelled.groups, ensemble.ranking))
+            by_decision = replace(ap, title="soundscapes: macro AP, decision")
+            auc = replace(ap, title="soundscapes: macro AUC, decision", score_classes=roc_auc)
+            measured["soundscape_ap"] = ap, probabilities
+            measured["soundscape_decision_ap"] = by_decision, strength
+            measured["soundscape_decision_auc"] = auc, strength
     if hidden is not None:
         f1 = Measure(
             "hidden rows: F1", hidden.recordings, "soundscapes", all_nocall=hidden.all_nocall
         )
         measured[_HIDDEN] = f1, hidden.f1
-    return measured | _measure_recordings(held_out)
+    return measured | _measure_recordings(held_out, ensemble.experiments)
 
 
-def _measure_average_precision(
-    f1: Measure, predictions: LabelledPredictions, learnable: np.ndarray
-) -> tuple[Measure, np.ndarray]:
-    """Measure the macro AP of the soundscapes whose F1 is measured, of ``learnable`` classes."""
+def _measure_ranking(
+    f1: Measure, score: str, predictions: LabelledPredictions, learnable: np.ndarray
+) -> Measure:
+    """Return a macro score of the soundscapes whose F1 is measured, of ``learnable`` classes."""
     truth = predictions.labelled_truth[:, : len(predictions.classes)] & learnable
     n_left_out = int(predictions.labelled_truth.any(axis=0).sum() - truth.any(axis=0).sum())
-    title = f1.title.replace("F1", "macro AP")
-    measure = replace(f1, title=title, truth=truth, all_nocall=None, n_left_out=n_left_out)
-    return measure, average_members(predictions.framewise)[predictions.labelled]
+    title = f1.title.replace("F1", score)
+    return replace(f1, title=title, truth=truth, all_nocall=None, n_left_out=n_left_out)
 
 
-def _measure_recordings(held_out: HeldOutPredictions) -> dict[str, tuple[Measure, np.ndarray]]:
+def _measure_recordings(
+    held_out: HeldOutPredictions, experiments: Sequence[str]
+) -> dict[str, tuple[Measure, np.ndarray]]:
     """Measure the recordings of the folds that were held out, each by the run of its fold."""
-    probabilities, _ = held_out.out_of_fold_for(held_out.experiments)
+    probabilities, _ = held_out.out_of_fold_for(experiments)
     known = ~np.isnan(probabilities).any(axis=1)
     classes = held_out.data.classes
     probabilities, recordings = probabilities[known], held_out.data.recordings[known]

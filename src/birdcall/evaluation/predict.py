@@ -148,6 +148,11 @@ class HeldOutPredictions:
         by_fold[TRAINING_ONLY] = np.zeros(len(self.data.classes), dtype=bool)
         return np.array([by_fold[fold] for fold in self.data.recordings["fold"]])
 
+    def ensemble_of(self, experiments: Sequence[str]) -> Ensemble:
+        """Return the runs of ``experiments``."""
+        members = self.ensemble.members
+        return self.ensemble.for_members([members[n] for n in self._positions(experiments)])
+
     def learnable_by(self, experiments: Sequence[str]) -> np.ndarray:
         """Return which classes at least one run of ``experiments`` could learn, ``(classes,)``."""
         folds = {fold for name, fold in self.runs if name in experiments}
