@@ -312,13 +312,22 @@ class StudentConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """How the network's features learn to tell BirdNET's embedding: see `step.BatchLoss`."""
+    """What a network learns from BirdNET beside the labels; both 0: there is no teacher."""
 
-    # Of the cosine loss, as many classes of the labels' loss; 0: there is no teacher.
+    # Of the cosine loss of its embedding, as many classes of the labels' loss: `step.BatchLoss`.
     weight: float = 0.0
+    # Of its probabilities in the targets of recordings' clips; the rest are the labels. It knows
+    # where in a recording the bird is, and which others are in the background.
+    label_share: float = 0.0
 
     def __post_init__(self) -> None:
         require(self.weight >= 0, f"weight is {self.weight}; it must not be negative")
+        require_share("label_share", self.label_share)
+
+    @property
+    def is_used(self) -> bool:
+        """Return whether there is a teacher."""
+        return self.weight > 0 or self.label_share > 0
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from birdcall.data.birdnet import (
     find_columns,
     open_birdnet,
     predict_windows,
-    read_embedding,
+    read_clip,
     scientific_names,
 )
 from birdcall.taxonomy import all_species, species_of
@@ -150,16 +150,17 @@ def test_a_recording_that_cannot_be_read_costs_itself_only(steps, tmp_path):
         (-1.0, 12.0, list(range(8))),  # the clip is longer than the recording
     ],
 )
-def test_a_clip_has_the_mean_embedding_of_the_windows_in_it(
+def test_a_clip_has_the_mean_embedding_and_highest_probabilities_of_the_windows_in_it(
     steps, tmp_path, start, seconds, windows
 ):
     store = WindowStore(tmp_path / "store", NAMES, "fake")
     path = steps(np.arange(10) / 10, last_seconds=0.5)
     (result,) = dict(store.predict(fake_birdnet(), {"1.wav": path})).values()
     assert len(result.embeddings) == 8
-    embedding = read_embedding(store.path("1.wav", path), start, seconds)
+    embedding, probabilities = read_clip(store.path("1.wav", path), start, seconds)
     assert embedding.shape == (EMBEDDING_SIZE,) and embedding.dtype == np.float32
     assert embedding == pytest.approx(result.embeddings[windows].astype(float).mean(axis=0))
+    assert (probabilities == result.probabilities[windows].max(axis=0)).all()
 
 
 # --- the extra ----------------------------------------------------------------------------------

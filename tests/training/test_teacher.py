@@ -16,13 +16,13 @@ from birdcall.data.birdnet import (
     EMBEDDING_SIZE,
     MODEL_SHA256,
     WindowStore,
-    read_embedding,
+    read_clip,
     scientific_names,
 )
-from birdcall.data.clips import ClipDataset
+from birdcall.data.clips import ClipDataset, mix_targets
 from birdcall.data.loader import ClipBatch
 from birdcall.data.soundscapes import CollapseLimits
-from birdcall.data.targets import ClipRequest
+from birdcall.data.targets import IGNORE_TARGET, ClipRequest
 from birdcall.experiments import EXPERIMENTS
 from birdcall.models.checkpoint import read_checkpoint
 from birdcall.models.sed import build_model
@@ -116,9 +116,11 @@ def test_the_cosine_loss_of_the_mean_features_is_added_by_its_weight(taught):
     torch.testing.assert_close(BatchLoss(model, plain, CPU)(batch, epoch=0, position=0), labels)
 
 
-def test_a_weight_below_zero_is_refused():
+def test_a_weight_below_zero_and_a_share_above_one_are_refused():
     with pytest.raises(ValueError, match=r"weight is -1\.0; it must not be negative"):
         TeacherConfig(weight=-1.0)
+    with pytest.raises(ValueError, match=r"label_share is 1\.5"):
+        TeacherConfig(label_share=1.5)
 
 
 # --- clips --------------------------------------------------------------------------------------
@@ -138,7 +140,7 @@ def test_a_clip_of_a_recording_has_the_embedding_of_its_part_of_it(embedded, tau
         path = embedded.birdnet.part("recordings").path(
             clip.recording, embedded.folder / clip.recording
         )
-        expected = read_embedding(path, start, clip_seconds)
+        expected, _ = read_clip(path, start, clip_seconds)
         assert expected.any() and clip.embedding.numpy() == pytest.approx(expected)
 
 
@@ -150,6 +152,34 @@ def test_noise_has_no_embedding_and_plain_clips_have_none_at_all(embedded, taugh
     plain = replace_nested(noisy, train={"teacher": {"weight": 0.0}})
     (clip,) = ClipDataset(embedded, plain).make_clips([ClipRequest(0, 0, 0)])
     assert clip.embedding is None
+
+
+def test_targets_have_a_share_of_what_the_teacher_finds_in_the_clip():
+    """By hand: present and not found, ignored, found beside the labels, unknown to the teacher."""
+    target = np.array([1.0, IGNORE_TARGET, 0.0, 0.5, IGNORE_TARGET], np.float32)
+    probabilities = np.array([0.25, 0.5, 0.75, 0.0, 0.0], np.float32)
+    expected = [0.25 * 1.0 + 0.75 * 0.25, 0.5, 0.75 * 0.75, 0.5, IGNORE_TARGET]
+    assert mix_targets(target, probabilities, 0.75).tolist() == expected
+    assert mix_targets(target, probabilities, 0.0) is target
+
+
+def test_a_clip_of_a_recording_is_labelled_by_the_teacher_too(embedded, taught):
+    plain = replace(taught, augment=NO_AUGMENT)
+    told = replace_nested(plain, train={"teacher": {"weight": 0.0, "label_share": 0.5}})
+    requests = [ClipRequest(0, position, position % 5) for position in range(10)]
+    pairs = zip(
+        *(ClipDataset(embedded, each).make_clips(requests) for each in (plain, told)), strict=True
+    )
+    for clip, labelled in pairs:
+        assert torch.equal(clip.waveform, labelled.waveform)
+        store = embedded.birdnet.part("recordings")
+        stored = store.path(clip.recording, embedded.folder / clip.recording)
+        (index,) = np.flatnonzero(embedded.recordings["path"] == clip.recording)
+        every = read_clip(stored, 0.0, embedded.recordings["seconds"][index])[1]
+        change = labelled.target.numpy() - clip.target.numpy()
+        assert np.abs(change).max() > 0.01
+        # No clip has more of a class than the whole recording.
+        assert (labelled.target.numpy() <= 0.5 * clip.target.numpy() + 0.5 * every + 1e-6).all()
 
 
 # --- runs ---------------------------------------------------------------------------------------

@@ -312,12 +312,13 @@ def _read_windows(path: Path) -> WindowPredictions:
     return WindowPredictions(**arrays, **values)
 
 
-def read_embedding(path: Path, start: float, seconds: float) -> np.ndarray:
-    """Return the mean embedding ``(EMBEDDING_SIZE,)``, float32, of a clip of a recording.
+def read_clip(path: Path, start: float, seconds: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean embedding ``(EMBEDDING_SIZE,)`` and highest probabilities ``(classes,)``.
 
-    path: of a `WindowStore`. start: of the clip, seconds; a clip that is longer than its recording
-    may start before it. The mean is over the windows whose sound lies in the clip; where there is
-    none, it is the window in its middle. Raises what `read_arrays` raises.
+    Both float32, of a clip of a recording. path: of a `WindowStore`. start: of the clip, seconds; a
+    clip that is longer than its recording may start before it. They are of the windows whose sound
+    lies in the clip; where there is none, of the window in its middle. Raises what `read_arrays`
+    raises.
     """
     with safe_open(path, framework="numpy") as file:
         length = json.loads(file.metadata()["values"])["seconds"]
@@ -330,4 +331,6 @@ def read_embedding(path: Path, start: float, seconds: float) -> np.ndarray:
         if stop < first:
             middle = round(((start + end) - WINDOW_SECONDS) / 2 / HOP_SECONDS)
             first = stop = min(max(0, middle), last)
-        return embeddings[first : stop + 1].astype(np.float32).mean(axis=0)
+        windows = slice(first, stop + 1)
+        probabilities = file.get_slice("probabilities")[windows]
+        return embeddings[windows].astype(np.float32).mean(axis=0), probabilities.max(axis=0)

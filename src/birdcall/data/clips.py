@@ -17,7 +17,7 @@ from birdcall.audio.decoder import AudioError, is_cut, warn_once
 from birdcall.audio.filters import crop_or_pad
 from birdcall.config import Experiment
 from birdcall.data.augment import ClipAugment, mix_at_snr
-from birdcall.data.birdnet import EMBEDDING_SIZE, read_embedding
+from birdcall.data.birdnet import EMBEDDING_SIZE, read_clip
 from birdcall.data.cache import (
     MAX_TRIES,
     CropRequest,
@@ -29,6 +29,7 @@ from birdcall.data.dataset import TrainingData
 from birdcall.data.noise import NoiseFiles
 from birdcall.data.soundscapes import SoundscapeTargets
 from birdcall.data.targets import (
+    IGNORE_TARGET,
     ClipRequest,
     StrongTargets,
     make_targets,
@@ -46,6 +47,19 @@ def union_of(target: np.ndarray, label: np.ndarray) -> np.ndarray:
     """Return the higher of both, IGNORE_TARGET (-1) where one is so and none is positive."""
     highest = np.maximum(target, label)
     return np.where(highest > 0, highest, np.minimum(target, label))
+
+
+def mix_targets(target: np.ndarray, probabilities: np.ndarray, share: float) -> np.ndarray:
+    """Return targets ``(classes,)`` with a share of a teacher's probabilities, float32.
+
+    A target that the loss would ignore is the teacher's alone. A class of probability 0 is one that
+    the teacher does not know: its target stays.
+    """
+    if share == 0:
+        return target
+    labels = np.where(target == IGNORE_TARGET, probabilities, target)
+    mixed = (1 - share) * labels + share * probabilities
+    return np.where(probabilities > 0, mixed, target).astype(np.float32)
 
 
 class Clip(NamedTuple):
@@ -91,8 +105,8 @@ class ClipDataset:
             folder = data.soundscape_labels.folder
             self.read_soundscape = RecordingCache(folder, data.soundscape_cache)
         self.augment = ClipAugment(experiment.augment, noise)
-        is_taught = experiment.train.teacher.weight > 0
-        self.embedding_files = data.embedding_files(experiment) if is_taught else None
+        is_taught = experiment.train.teacher.is_used
+        self.teacher_files = data.teacher_files(experiment) if is_taught else None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -148,7 +162,7 @@ class ClipDataset:
         failures: list[ReadFailure] = []
         target, weight, recording = np.zeros(self.targets.shape[1], np.float32), 1.0, _NOISE
         waveform: Tensor | None = None
-        source: tuple[str, int, float] | None = None  # kind, index and start of what is embedded
+        source: tuple[str, int, float] | None = None  # kind, index and start, for the teacher
         try:
             if draft.index == _NOISE_INDEX:
                 n_samples = self.experiment.clip_samples
@@ -181,29 +195,38 @@ class ClipDataset:
             waveform = torch.from_numpy(np.ascontiguousarray(samples, dtype=np.float32))
         except NothingReadableError:
             weight = 0.0
+        embedding, probabilities = self._ask_teacher(source)
+        if probabilities is not None and source is not None and source[0] == "recordings":
+            share = self.experiment.train.teacher.label_share
+            target = mix_targets(target, probabilities, share)
         return Clip(
             waveform=waveform,
             target=torch.from_numpy(target),
             weight=weight,
             recording=recording,
             failures=tuple(failures),
-            embedding=self._embed(source),
+            embedding=embedding,
         )
 
-    def _embed(self, source: tuple[str, int, float] | None) -> Tensor | None:
-        """Return the teacher's embedding of a clip, zeros where it has none; None: no teacher."""
-        if self.embedding_files is None:
-            return None
-        embedding = np.zeros(EMBEDDING_SIZE, np.float32)
+    def _ask_teacher(
+        self, source: tuple[str, int, float] | None
+    ) -> tuple[Tensor | None, np.ndarray | None]:
+        """Return the teacher's embedding of a clip and its probabilities; None: no teacher.
+
+        The embedding is zeros, and there are no probabilities, where it does not know the clip.
+        """
+        if self.teacher_files is None:
+            return None, None
+        embedding, probabilities = np.zeros(EMBEDDING_SIZE, np.float32), None
         if source is not None:
             kind, index, start = source
-            path = self.embedding_files[kind][index]
+            path = self.teacher_files[kind][index]
             try:
                 seconds = self.experiment.train.data.clip_seconds
-                embedding = read_embedding(path, start, seconds)
+                embedding, probabilities = read_clip(path, start, seconds)
             except (OSError, *DAMAGED) as error:
                 warn_once(f"{path}: cannot be read, its clips are not taught: {error}")
-        return torch.from_numpy(embedding)
+        return torch.from_numpy(embedding), probabilities
 
     def _read_recording(self, draft: _Draft, failures: list[ReadFailure]) -> tuple[int, np.ndarray]:
         """Read the draft's crop, or of another recording if that fails; return index and crop."""

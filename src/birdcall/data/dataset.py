@@ -153,8 +153,8 @@ class TrainingData:
                 "with --soundscape-labels; `birdcall pseudo-label --soundscapes` makes them",
             )
             self.soundscape_labels.teachers_of(experiment)
-        if experiment.train.teacher.weight > 0:
-            self.embedding_files(experiment)
+        if experiment.train.teacher.is_used:
+            self.teacher_files(experiment)
 
     def files_to_embed(self) -> dict[str, dict[str, Path]]:
         """Return the sound that a teacher embeds: by kind, the files by name in its store."""
@@ -164,7 +164,7 @@ class TrainingData:
             files["soundscapes"] = {name: labels.folder / name for name in names}
         return files
 
-    def embedding_files(self, experiment: Experiment) -> dict[str, list[Path]]:
+    def teacher_files(self, experiment: Experiment) -> dict[str, list[Path]]:
         """Return the file of the embeddings of each recording, and of each soundscape if needed.
 
         Raises ValueError where one is missing.

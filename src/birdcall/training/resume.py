@@ -151,7 +151,7 @@ def conditions_of(
     Sound that ``experiment`` does not draw from has no part in it.
     """
     unused = dict.fromkeys([] if experiment.augment.other_birds_probability else ["other_birds"])
-    unused |= dict.fromkeys([] if experiment.train.teacher.weight else ["teacher"])
+    unused |= dict.fromkeys([] if experiment.train.teacher.is_used else ["teacher"])
     if experiment.train.student.share == 0:
         unused |= dict.fromkeys(["soundscapes", "round"])
     return {
