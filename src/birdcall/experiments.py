@@ -238,22 +238,13 @@ def _taught(base: Experiment) -> Experiment:
     )
 
 
-def _taught_variants(base: Experiment) -> tuple[Experiment, ...]:
-    """Return the taught ``base`` with more from its teacher."""
-    teachers = {
-        "taught40": {"weight": 40.0},
-        "taught160": {"weight": 160.0},
-        "told": {"weight": 10.0, "label_share": 0.7},
-        "told40": {"weight": 40.0, "label_share": 0.7},
-    }
-    return tuple(
-        replace_nested(
-            base,
-            name=base.name.replace("taught", name),
-            description=base.description + name,
-            train={"teacher": teacher},
-        )
-        for name, teacher in teachers.items()
+def _distilled(base: Experiment) -> Experiment:
+    """Return ``base`` with BirdNET's embeddings, and its probabilities in the targets."""
+    return replace_nested(
+        base,
+        name=f"{base.name}_distilled",
+        description=f"{base.description}, distilled from BirdNET 2.4 (CC BY-NC-SA 4.0)",
+        train={"teacher": {"weight": 10.0, "label_share": 0.7}},
     )
 
 
@@ -273,12 +264,6 @@ def _levers(base: Experiment) -> tuple[Experiment, ...]:
         "primary": (
             "secondary labels are absent birds",
             {"train": {"loss": {"secondary_label_weight": 0.0}}},
-        ),
-        "normed": ("each mel bin normalised", {"frontend": {"normalization": "bin"}}),
-        "128": ("128 mel bins", {"frontend": {"n_mels": 128}}),
-        "noisy": (
-            "more noise",
-            {"augment": {"noise_probability": 0.9, "noise_snr_db": (-5.0, 15.0)}},
         ),
         "student1_25": (
             "a quarter of its clips from soundscapes, round 1",
@@ -312,7 +297,7 @@ _ALL = (
     *_LITE0_FAMILY,
     *_levers(_LITE0_OF["gru"]),
     *_TAUGHT,
-    *_taught_variants(_TAUGHT[1]),
+    *(_distilled(_LITE0_OF[temporal]) for temporal in ("gru", "attention")),
     *_FIELD,
 )
 EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _ALL}

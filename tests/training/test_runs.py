@@ -1,11 +1,13 @@
 """Many runs: nothing is overwritten unasked, finished runs are kept, parallel runs are the same."""
 
+import logging
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
 import pandas as pd
@@ -298,6 +300,15 @@ def test_a_signal_stops_runs_that_are_trained_at_once(training_data, tiny_experi
         train_many(runs, training_data, replace(OPTIONS, jobs=2))
     assert all((run.folder / STATE_FILE).is_file() for run in runs)
     assert not multiprocessing.active_children()
+
+
+def test_a_signal_does_not_end_a_process_that_waits_for_its_next_run():
+    """It would keep the lock of the pool's queue, and the others would wait for it forever."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, runs_module._prepare_process, (1, logging.INFO)) as pool:
+        process = pool.submit(os.getpid).result()
+        os.kill(process, signal.SIGTERM)
+        assert pool.submit(os.getpid).result() == process
 
 
 def test_runs_that_are_not_finished_are_named(tmp_path, caplog):

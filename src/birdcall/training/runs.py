@@ -332,7 +332,10 @@ def _train_at_once(
 
 def _prepare_process(jobs: int, level: int) -> None:
     logging.basicConfig(level=level, format="%(levelname)s %(message)s")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # between two runs; `train_run` handles it
+    # Between two runs; `train_run` handles them. A process that a signal ends while it waits for
+    # its next run keeps the lock of the pool's queue, and the others wait for it forever.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
 
 
