@@ -21,6 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 DROP = "drop"  # a fault: the connection ends in the middle of the request
+SIGNATURE = "s3cret"  # of an upload's address: whoever has it may write the file
 
 
 class KaggleStandIn:
@@ -38,7 +39,7 @@ class KaggleStandIn:
         self.datasets = defaultdict(list)  # by owner/name: each version's request
         self.kernels = defaultdict(list)  # by owner/name: each version's request
         self.waiting = {}  # by owner/name: the statuses to answer before it is ready
-        self.url = ""
+        self.url = self.storage = ""  # of the API; of the uploads
 
     def names(self) -> list[str]:
         """The names of the requests that came."""
@@ -75,7 +76,10 @@ class KaggleStandIn:
     def answer_StartBlobUpload(self, body):  # noqa: N802
         token = f"blob{len(self.blobs)}"
         self.blobs[token] = [body["name"], int(body["contentLength"]), b""]
-        return 200, {"token": token, "createUrl": f"{self.url}/upload/{token}?signature=s3cret"}
+        return 200, {
+            "token": token,
+            "createUrl": f"{self.storage}/upload/{token}?signature={SIGNATURE}",
+        }
 
     def answer_CreateDataset(self, body):  # noqa: N802
         if body["ownerSlug"] != self.user:
@@ -129,7 +133,7 @@ class KaggleStandIn:
         """Serve in a thread until the block ends, at ``url``."""
         server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         server.kaggle, server.daemon_threads = self, True
-        self.url = f"http://127.0.0.1:{server.server_port}"
+        self.url = self.storage = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         try:

@@ -6,12 +6,13 @@ import os
 import shutil
 import sys
 import tempfile
+from base64 import b64encode
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from helpers import SCRIPT
-from kaggle_stand_in import DROP, KaggleStandIn, slug_of
+from kaggle_stand_in import DROP, SIGNATURE, KaggleStandIn, slug_of
 
 from birdcall.__main__ import main
 from birdcall.experiments import find_experiment
@@ -114,8 +115,8 @@ def package(capsys):
             main(["package", *map(str, arguments)])
         printed = capsys.readouterr()
         assert ended.value.code == (2 if fails else 0), printed.err
-        assert KEY not in printed.out + printed.err
-        assert TOKEN not in printed.out + printed.err
+        for secret in (KEY, TOKEN, b64encode(f"jane-doe:{KEY}".encode()).decode(), SIGNATURE):
+            assert secret not in printed.out + printed.err
         if not fails:
             return printed.out
         line = printed.err.splitlines()[-1]
@@ -405,14 +406,20 @@ def test_an_upload_that_breaks_resumes(kaggle, package, build):
     assert find_changes(kaggle.folder / DATASET / "1") == {}
 
 
-def test_a_storage_that_refuses_makes_no_version(kaggle, package, build):
-    kaggle.faults["PUT"] = [403]
-    line = package("--build", build, "--upload", fails=True)
-    assert str(build / "dataset") in line
-    assert "s3cret" not in line
+@pytest.mark.parametrize("faults", [[403], [DROP] * 100])
+def test_a_storage_that_refuses_makes_no_version(kaggle, package, build, faults):
+    kaggle.faults["PUT"] = faults
+    assert str(build / "dataset") in package("--build", build, "--upload", fails=True)
     assert not kaggle.datasets
+    kaggle.faults.clear()
     package("--build", build, "--upload")
     assert find_changes(kaggle.folder / DATASET / "1") == {}
+
+
+def test_the_secret_address_of_an_upload_is_not_shown(kaggle, package, build):
+    """It is in the client's own message."""
+    kaggle.storage = "http://127.0.0.1:9"
+    assert "/upload/" in package("--build", build, "--upload", fails=True)  # looks for secrets
 
 
 @pytest.mark.parametrize("step", ["--upload", "--push"])
@@ -456,8 +463,9 @@ def test_the_key_is_not_printed_where_the_client_tells_all(kaggle, package, buil
     from kaggle.api.kaggle_api_extended import KaggleApi
 
     monkeypatch.setattr(KaggleApi, "args", ["--local", "--verbose"])  # VERBOSE=1
-    printed = package("--build", build, "--upload", "--push")  # looks for the key
-    assert "Authorization" not in printed
+    assert "Authorization" not in package("--build", build, "--upload", "--push")
+    kaggle.faults["PUT"] = [403]
+    assert "-----" not in package("--build", build, "--upload", fails=True)  # lines of its print
     kaggle.key = "another"
     assert "401" in package("--build", build, "--upload", fails=True)
 
