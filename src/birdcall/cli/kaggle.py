@@ -1,14 +1,13 @@
-"""Commands that use trained runs: package, package-training, export, predict."""
+"""Commands that use trained runs: package, package-training, predict."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from birdcall.cli.options import (
-    ContextSeconds,
     Data,
     Folders,
     Folds,
@@ -18,10 +17,14 @@ from birdcall.cli.options import (
     Noise,
     OtherBirds,
     Output,
-    WindowSegments,
     parse_fold,
 )
 from birdcall.experiments import EXPERIMENTS
+
+if TYPE_CHECKING:
+    from kaggle.api.kaggle_api_extended import KaggleApi
+
+    from birdcall.kaggle.packaging import StagingOptions
 
 commands = typer.Typer()
 
@@ -37,9 +40,63 @@ _TRAINING_SCRIPT = Path("kernels/training/training.py")
 _BUILD = Path("kernels/build")
 
 
+def _stage(folders: Folders, staging: StagingOptions, *, full: bool, dry_run: bool) -> None:
+    """Stage the submission kernel and its dataset, and run it if asked to."""
+    from birdcall.inference.decision import read_decision
+    from birdcall.kaggle.dry_run import dry_run_submission
+    from birdcall.kaggle.packaging import stage_package
+
+    decision = read_decision(folders.decision)
+    if full:
+        from birdcall.evaluation.ensemble_decision import decide_for_full_runs
+
+        decision = decide_for_full_runs(decision, folders.runs)
+    # Names of members are <experiment>-<folder of the run>.
+    members = [folders.runs / Path(*name.rsplit("-", 1)) for name in decision.members]
+    dataset = stage_package(members, decision, staging)
+    size = sum(path.stat().st_size for path in dataset.rglob("*") if path.is_file())
+    typer.echo(f"{dataset}: {len(members)} members, {size / 1e6:.1f} MB")
+    if dry_run:
+        typer.echo(dry_run_submission(staging.build, folders.data, folders.submission).rstrip())
+        typer.echo(f"{folders.submission}: written by the kernel, valid")
+
+
+def _send(client: KaggleApi, build: Path, *, upload: bool, push: bool) -> None:
+    """Upload the dataset, push the kernel, and say what to do next."""
+    from birdcall.kaggle.test_set import COMPETITION
+    from birdcall.kaggle.upload import push_kernel, upload_dataset
+
+    command = "birdcall package --push" + (f" --build {build}" if build != _BUILD else "")
+    if upload:
+        dataset = upload_dataset(client, build)
+        typer.echo(
+            f"{dataset.id}: version {dataset.version} is ready, {dataset.url}"
+            + ("" if push else f"; next: {command}")
+        )
+    if not push:
+        return
+    kernel = push_kernel(client, build)
+    typer.echo(f"{kernel.id}: Kaggle runs version {kernel.version}, {kernel.url}")
+    typer.echo(f"when `kaggle kernels status {kernel.id}` says complete:")
+    if kernel.sees_own_output:
+        typer.echo(f"    {command}    # resumes, until the log says finished; then")
+        typer.echo(f"    kaggle kernels output {kernel.id} -p output/{COMPETITION}")
+    else:
+        typer.echo(
+            f"    kaggle competitions submit {COMPETITION} -f submission.csv -k {kernel.id} "
+            f"-v {kernel.version} -m TEXT"
+        )
+
+
 @commands.command("package")
 def _package(
-    data: Data,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Data folder in the layout of the competition.",
+            show_default="none: upload or push what is staged",
+        ),
+    ] = None,
     output: Output = None,
     build: Annotated[Path, typer.Option(help="Folder to be uploaded.")] = _BUILD,
     script: _Script = _SUBMISSION_SCRIPT,
@@ -55,26 +112,45 @@ def _package(
         bool,
         typer.Option("--dry-run", help="Then run the kernel on --data, offline as on Kaggle."),
     ] = False,
+    upload: Annotated[
+        bool,
+        typer.Option(
+            "--upload",
+            help="Then upload the dataset, its first version or the next (the extra kaggle).",
+        ),
+    ] = False,
+    push: Annotated[
+        bool, typer.Option("--push", help="Then push the kernel, which runs it (the extra kaggle).")
+    ] = False,
 ) -> None:
-    """Write the submission kernel and its dataset, with the members of the decision."""
-    from birdcall.inference.decision import read_decision
-    from birdcall.kaggle.dry_run import dry_run_submission
-    from birdcall.kaggle.packaging import StagingOptions, stage_package
+    """Write the submission kernel and its dataset, with the members of the decision.
 
-    folders = Folders(data, output)
-    decision = read_decision(folders.decision)
-    if full:
-        from birdcall.evaluation.ensemble_decision import decide_for_full_runs
+    With --upload and --push it goes to Kaggle; without --data, what was staged before, of
+    package-training too.
+    """
+    if data is None and not (upload or push):
+        raise ValueError("give --data DIR to stage a package, --upload or --push to send one")
+    options = (output, script, owner, wheels, full, dry_run)
+    if data is None and options != (None, _SUBMISSION_SCRIPT, _OWNER, None, False, False):
+        raise ValueError(
+            "--output, --script, --owner, --wheels, --full and --dry-run need --data DIR: without "
+            f"it, what is staged in {build} goes to Kaggle as it is"
+        )
+    client = None
+    if upload or push:
+        from birdcall.kaggle.upload import connect, require_uploadable, user_of
 
-        decision = decide_for_full_runs(decision, folders.runs)
-    # Names of members are <experiment>-<folder of the run>.
-    members = [folders.runs / Path(*name.rsplit("-", 1)) for name in decision.members]
-    dataset = stage_package(members, decision, StagingOptions(script, build, owner, wheels))
-    size = sum(path.stat().st_size for path in dataset.rglob("*") if path.is_file())
-    typer.echo(f"{dataset}: {len(members)} members, {size / 1e6:.1f} MB")
-    if dry_run:
-        typer.echo(dry_run_submission(build, data, folders.submission).rstrip())
-        typer.echo(f"{folders.submission}: written by the kernel, valid")
+        if data is None:
+            require_uploadable(build)
+        client = connect(None if owner == _OWNER else owner)  # before minutes of staging
+        owner = user_of(client)
+    if data is not None:
+        from birdcall.kaggle.packaging import StagingOptions
+
+        staging = StagingOptions(script, build, owner, wheels)
+        _stage(Folders(data, output), staging, full=full, dry_run=dry_run)
+    if client is not None:
+        _send(client, build, upload=upload, push=push)
 
 
 @commands.command("package-training")
@@ -134,39 +210,6 @@ def _package_training(
         sessions = folders.output / "dry_run" / settings.name
         typer.echo(dry_run_training(build, data, sessions).rstrip())
         typer.echo(f"{sessions}: two sessions; the second resumed the training of the first")
-
-
-@commands.command("export")
-def _export(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a run or of a packaged member.")],
-    to: Annotated[
-        Path | None,
-        typer.Option(help="File to write.", show_default="model.onnx in the folder"),
-    ] = None,
-    source: Annotated[
-        str,
-        typer.Option(
-            "--input",
-            help="Input of the exported network: log_mel, for the kernel and evaluate, or "
-            "waveform, for other programs.",
-        ),
-    ] = "log_mel",
-    window_segments: WindowSegments = 1,
-    context_seconds: ContextSeconds = 0.0,
-) -> None:
-    """Export a network to ONNX, and check that ONNX Runtime predicts the same as torch."""
-    from birdcall.inference.windows import ONNX_FILE, WindowConfig, export_checkpoint
-
-    path = to or checkpoint / ONNX_FILE
-    if source != "log_mel" and to is None:
-        raise ValueError(f"--input waveform needs --to FILE: {path} must have log_mel as its input")
-    difference = export_checkpoint(
-        checkpoint, path, WindowConfig(window_segments, context_seconds), source
-    )
-    typer.echo(
-        f"{path}: {path.stat().st_size / 1e6:.1f} MB; probabilities differ from torch's by at "
-        f"most {difference:.1g}"
-    )
 
 
 @commands.command("predict")

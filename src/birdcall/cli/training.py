@@ -1,4 +1,4 @@
-"""Commands that train: experiments, train, student, ablate."""
+"""Commands that train: experiments, train, student, ablate; and export what was trained."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from birdcall.cli.options import (
     Output,
     SoundscapeLabels,
     Unlabelled,
+    WindowSegments,
     parse_fold,
 )
 from birdcall.config import FULL
@@ -265,3 +266,36 @@ def _ablate(
     save_figure(plot_ablation(ablation), folder / "ablation.png")
     write_atomically(folder / "ablation.md", page)
     typer.echo(page)
+
+
+@commands.command("export")
+def _export(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a run or of a packaged member.")],
+    to: Annotated[
+        Path | None,
+        typer.Option(help="File to write.", show_default="model.onnx in the folder"),
+    ] = None,
+    source: Annotated[
+        str,
+        typer.Option(
+            "--input",
+            help="Input of the exported network: log_mel, for the kernel and evaluate, or "
+            "waveform, for other programs.",
+        ),
+    ] = "log_mel",
+    window_segments: WindowSegments = 1,
+    context_seconds: ContextSeconds = 0.0,
+) -> None:
+    """Export a network to ONNX, and check that ONNX Runtime predicts the same as torch."""
+    from birdcall.inference.windows import ONNX_FILE, WindowConfig, export_checkpoint
+
+    path = to or checkpoint / ONNX_FILE
+    if source != "log_mel" and to is None:
+        raise ValueError(f"--input waveform needs --to FILE: {path} must have log_mel as its input")
+    difference = export_checkpoint(
+        checkpoint, path, WindowConfig(window_segments, context_seconds), source
+    )
+    typer.echo(
+        f"{path}: {path.stat().st_size / 1e6:.1f} MB; probabilities differ from torch's by at "
+        f"most {difference:.1g}"
+    )

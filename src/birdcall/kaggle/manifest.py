@@ -15,9 +15,10 @@ from birdcall import __version__
 from birdcall.storage.files import inside
 
 MANIFEST_FILE = "manifest.json"
+DATASET_METADATA, KERNEL_METADATA = "dataset-metadata.json", "kernel-metadata.json"  # Kaggle's
 WHEELS_FOLDER = "wheels"
 _CODE_FILE = "birdcall/__init__.py"  # every package has it
-_NOT_MOUNTED = (MANIFEST_FILE, "dataset-metadata.json")  # Kaggle does not mount the metadata
+_NOT_MOUNTED = (MANIFEST_FILE, DATASET_METADATA)  # Kaggle does not mount the metadata
 
 
 def make_manifest(package: Path) -> dict[str, object]:

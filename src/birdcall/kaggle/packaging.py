@@ -20,14 +20,17 @@ from birdcall.data.dataset import load_training_data
 from birdcall.experiments import find_experiment
 from birdcall.inference.decision import Decision, write_decision
 from birdcall.inference.windows import ONNX_FILE, export_checkpoint
-from birdcall.kaggle.manifest import MANIFEST_FILE, WHEELS_FOLDER, make_manifest, read_manifest
+from birdcall.kaggle.manifest import (
+    DATASET_METADATA,
+    KERNEL_METADATA,
+    MANIFEST_FILE,
+    WHEELS_FOLDER,
+    make_manifest,
+    read_manifest,
+)
 from birdcall.kaggle.submission import DECISION_FILE, MEMBERS_FOLDER
 from birdcall.kaggle.test_set import COMPETITION
-from birdcall.kaggle.training_kernel import (
-    PackagedFile,
-    TrainingSettings,
-    write_settings,
-)
+from birdcall.kaggle.training_kernel import PackagedFile, TrainingSettings, write_settings
 from birdcall.models.checkpoint import (
     SETTINGS_FILE,
     WEIGHTS_FILE,
@@ -47,8 +50,6 @@ _SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _SLUG_PREFIX = "birdcall-"  # of all that is staged
 _TEMPORARY = ".birdcall-staging-"  # begins the name of the folder in which a package is staged
 _MAX_TITLE = 50  # characters
-_DATASET_METADATA, _KERNEL_METADATA = "dataset-metadata.json", "kernel-metadata.json"
-_UNREADABLE_METADATA = (ValueError, OSError, KeyError, TypeError, AttributeError)
 _MAX_DATASET_BYTES = 100 * 2**30  # Kaggle's limit on one dataset
 _N_GPUS = 2  # of Kaggle's sessions with T4s; the kernel shares each batch between them
 
@@ -194,12 +195,12 @@ def _require_staged_files(build: Path) -> None:
     dataset, kernel = build / "dataset", build / "kernel"
     expected: set[Path] = set()
     with suppress(ValueError, OSError):
-        names = [*read_manifest(dataset), MANIFEST_FILE, _DATASET_METADATA]
+        names = [*read_manifest(dataset), MANIFEST_FILE, DATASET_METADATA]
         expected |= {dataset / name for name in names}
-    with suppress(*_UNREADABLE_METADATA):
-        metadata = json.loads((kernel / _KERNEL_METADATA).read_text(encoding="utf-8"))
+    with suppress(ValueError, OSError, KeyError, TypeError, AttributeError):
+        metadata = json.loads((kernel / KERNEL_METADATA).read_text(encoding="utf-8"))
         if metadata["id"].rpartition("/")[2].startswith(_SLUG_PREFIX):
-            expected |= {kernel / _KERNEL_METADATA, kernel / metadata["code_file"]}
+            expected |= {kernel / KERNEL_METADATA, kernel / metadata["code_file"]}
     present = [path for path in (dataset, kernel) if path.exists() or path.is_symlink()]
     for path in [*present, *sorted(dataset.rglob("*")), *sorted(kernel.rglob("*"))]:
         is_folder = path.is_dir() and not path.is_symlink()
@@ -213,13 +214,14 @@ def _require_staged_files(build: Path) -> None:
 
 def _write_metadata(dataset: Path, kernel: Path, script: Path, upload: Upload) -> None:
     """Write the kernel, the metadata of both folders, and the dataset's manifest."""
-    dataset_id, kernel_id = (f"{upload.owner}/{name}" for name in (upload.dataset, upload.kernel))
+    owner = upload.owner.lower()  # as in addresses and mounts, however the profile writes it
+    dataset_id, kernel_id = f"{owner}/{upload.dataset}", f"{owner}/{upload.kernel}"
     metadata: dict[str, object] = {
         "title": upload.dataset.replace("-", " "),
         "id": dataset_id,
         "licenses": [{"name": "CC-BY-NC-SA-4.0"}],  # as most of the recordings
     }
-    _write_json(dataset / _DATASET_METADATA, metadata)
+    _write_json(dataset / DATASET_METADATA, metadata)
     kernel.mkdir()
     shutil.copyfile(script, kernel / script.name)
     metadata = {
@@ -240,7 +242,7 @@ def _write_metadata(dataset: Path, kernel: Path, script: Path, upload: Upload) -
     if upload.sees_own_output:
         metadata["kernel_sources"] = [kernel_id]
         metadata["docker_image_pinning_type"] = "original"  # to resume under the same torch
-    _write_json(kernel / _KERNEL_METADATA, metadata)
+    _write_json(kernel / KERNEL_METADATA, metadata)
     _write_json(dataset / MANIFEST_FILE, make_manifest(dataset))
     size = sum(path.stat().st_size for path in dataset.rglob("*") if path.is_file())
     if size > _MAX_DATASET_BYTES:
