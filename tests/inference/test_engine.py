@@ -147,6 +147,69 @@ def test_context_changes_a_segment_and_is_not_predicted_itself(members):
         assert after.frames.shape == (3, 4 * FRAMES_PER_SEGMENT)
 
 
+def test_a_segment_is_the_mean_of_the_shifted_windows_that_overlap_with_it(members):
+    """The reference: without its first half segment, a recording has the windows between."""
+    sound, half = noise(22.3), FRAMES_PER_SEGMENT // 2
+    plain = Ensemble(members)
+    own = predict_waveforms(plain, {RATE: sound})
+    between = predict_waveforms(plain, {RATE: sound[round(2.5 * RATE) :]})
+    assert (own.n_segments, between.n_segments) == (5, 4)
+    shifted = predict_waveforms(plain.with_windows(WindowConfig(shifts=2)), {RATE: sound})
+    assert shifted.seconds == own.seconds
+    for name in ("clipwise", "framewise"):
+        windows, later = getattr(own, name), getattr(between, name)
+        expected = [
+            np.mean([*later[:, max(0, k - 1) : k + 1].swapaxes(0, 1), windows[:, k]], axis=0)
+            for k in range(5)
+        ]
+        actual = getattr(shifted, name)
+        np.testing.assert_allclose(actual, np.stack(expected, axis=1), atol=1e-6)
+        assert not np.allclose(actual, windows, atol=1e-3)
+    # The first half segment is in one window only, each other one in two.
+    expected = own.frames.copy()
+    expected[:, half : half + between.frames.shape[1]] += between.frames
+    expected[:, half : half + between.frames.shape[1]] /= 2
+    np.testing.assert_allclose(shifted.frames, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("shifts", [2, 5])
+def test_batches_and_blocks_do_not_change_shifted_windows(members, shifts):
+    ensemble = Ensemble(members[:1], window_config=WindowConfig(1, 0.5, shifts))
+    sound = noise(17.0)
+    expected = predict_waveforms(ensemble, {RATE: sound})
+    assert expected.n_segments == 4
+    blocks = [
+        {RATE: sound[: 3 * RATE]},
+        {RATE: sound[3 * RATE : 9 * RATE]},
+        {RATE: sound[9 * RATE :]},
+    ]
+    both = {"a": lambda _: iter(blocks), "b": source(3.0), "c": lambda _: {RATE: sound}}
+    predicted = dict(predict_audio(ensemble, both))
+    assert_same(predicted["a"], expected)
+    assert_same(predicted["c"], expected)
+    assert predicted["b"].n_segments == 1
+    ensemble.batch_windows = 1  # other shapes, other rounding
+    alone = predict_waveforms(ensemble, {RATE: sound})
+    for name in ("clipwise", "framewise", "frames"):
+        np.testing.assert_allclose(getattr(alone, name), getattr(expected, name), atol=1e-6)
+
+
+def test_shifted_windows_cost_as_many_times_as_much(members):
+    sounds = {}
+    for shifts in (1, 2):
+        ensemble = Ensemble(members[:1], window_config=WindowConfig(shifts=shifts))
+        predict_waveforms(ensemble, {RATE: noise(20.0)})
+        sounds[shifts] = ensemble.costs.audio_seconds["m0"]
+    assert sounds == {1: 20.0, 2: 7 * 2.5}
+
+
+def test_an_export_suits_shifted_windows_too(members):
+    (member,) = members[:1]
+    exported = Ensemble([replace(member, export=lambda log_mel, outputs: None)])
+    assert exported.with_windows(WindowConfig(shifts=2)).members[0].export is not None
+    assert exported.with_windows(WindowConfig(1, 2.5, 2)).members[0].export is None
+
+
 def test_frames_are_where_the_shout_is_in_windows_of_any_length(members):
     """A shout changes most where it is."""
     waveform = 1e-3 * noise(20)

@@ -60,15 +60,28 @@ def test_a_window_contains_the_context_before_and_after_its_segments():
         assert np.array_equal(window.waveforms[RATE], padded[start : start + 1300])
 
 
+@pytest.mark.parametrize("seconds, n_windows", [(0.01, 1), (5, 1), (5.01, 3), (12.3, 5)])
+@pytest.mark.parametrize("context", [0.0, 1.5])
+def test_two_windows_begin_in_each_segment_but_the_last(seconds, n_windows, context):
+    windows, _ = cut({RATE: ramp(seconds)}, WindowConfig(1, context, shifts=2))
+    assert [window.n_segments for window in windows] == [1] * n_windows
+    n_context = round(context * RATE)
+    padded = np.concatenate([np.zeros(n_context), ramp(seconds), np.zeros(2000)]).astype("f4")
+    for number, window in enumerate(windows):
+        start = number * 250
+        assert np.array_equal(window.waveforms[RATE], padded[start : start + 500 + 2 * n_context])
+
+
 @given(
     st.integers(1, 4000),
     st.lists(st.integers(1, 900), min_size=1, max_size=6),
-    st.integers(1, 3),
+    st.sampled_from([(1, 1), (2, 1), (3, 1), (1, 2), (1, 5)]),
     st.sampled_from([0.0, 0.1, 2.5, 7.0]),
 )
-def test_blocks_do_not_change_the_windows(n_samples, cuts, window_segments, context):
+def test_blocks_do_not_change_the_windows(n_samples, cuts, segments_and_shifts, context):
     """Two rates, cut into blocks of the same length in time."""
-    window_config = WindowConfig(window_segments, context)
+    window_segments, shifts = segments_and_shifts
+    window_config = WindowConfig(window_segments, context, shifts)
     sound = {RATE: ramp(n_samples / RATE), 2 * RATE: ramp(n_samples / RATE, 2 * RATE)}
     edges = np.unique(np.minimum(np.cumsum([0, *cuts, n_samples]), n_samples))
     blocks = [
@@ -96,6 +109,12 @@ def test_context_is_a_whole_number_of_frames(context):
 def test_a_window_has_at_least_one_segment(n):
     with pytest.raises(ValueError, match="window_segments"):
         WindowConfig(n)
+
+
+@pytest.mark.parametrize("window_segments, shifts", [(1, 0), (1, 3), (1, 2.0), (2, 2)])
+def test_shifts_are_whole_numbers_of_frames_of_windows_of_one_segment(window_segments, shifts):
+    with pytest.raises(ValueError, match="shifts"):
+        WindowConfig(window_segments, 0.0, shifts)
 
 
 class LateBackbone(nn.Module):

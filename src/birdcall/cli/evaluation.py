@@ -19,6 +19,7 @@ from birdcall.cli.options import (
     Labelled,
     Noise,
     Output,
+    Shifts,
     Trained,
     Unlabelled,
     WindowSegments,
@@ -51,6 +52,7 @@ def _evaluate(
     ] = 0.54,
     window_segments: WindowSegments = 1,
     context_seconds: ContextSeconds = 0.0,
+    shifts: Shifts = 1,
     output: Output = None,
     folds: Folds = None,
     noise: Noise = None,
@@ -90,15 +92,15 @@ def _evaluate(
     yardstick = open_birdnet() if birdnet else None
     folders = Folders(data, output, folds)
     context.with_resource(locked(folders.prediction_cache))
-    training_data = folders.load_training_data(noise)
     runs = find_runs(folders.runs, experiment, parse_fold(fold))
+    training_data = folders.load_training_data(noise)
     options = HeldOutOptions(
         device=default_device(),
         labelled_folders=soundscapes or (),
         label_column=label_column,
         unlabelled_folders=unlabelled or (),
         yardstick=yardstick,
-        window_config=WindowConfig(window_segments, context_seconds),
+        window_config=WindowConfig(window_segments, context_seconds, shifts),
         cache_folder=folders.prediction_cache,
         progress=True,
     )
@@ -109,9 +111,8 @@ def _evaluate(
     write_decision(folders.decision, evaluation.ensemble.decision)
     write_atomically(output / "scores.csv", evaluation.scores.to_csv(index=False))
     write_atomically(output / "per_class.csv", evaluation.per_class.to_csv(index=False))
-    write_oof_parquet(
-        output / "oof.parquet", list(predictions.out_of_fold.values()), evaluation.classes
-    )
+    out_of_fold = list(predictions.out_of_fold.values())
+    write_oof_parquet(output / "oof.parquet", out_of_fold, evaluation.classes)
     page_writer = SoundscapePageWriter(
         folder=output / PAGES_FOLDER,
         decision=evaluation.ensemble.decision,

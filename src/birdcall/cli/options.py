@@ -108,6 +108,11 @@ ContextSeconds = Annotated[
     float, typer.Option(min=0, help="Seconds of audio before and after the window, also input.")
 ]
 
+Shifts = Annotated[
+    int,
+    typer.Option(min=1, help="Average each segment over windows that begin so often in its 5 s."),
+]
+
 LabelColumn = Annotated[
     str | None,
     typer.Option(

@@ -25,6 +25,7 @@ from birdcall.cli.options import (
     Noise,
     OtherBirds,
     Output,
+    Shifts,
     SoundscapeLabels,
     Unlabelled,
     WindowSegments,
@@ -225,6 +226,7 @@ def _ablate(
     soundscape_labels: SoundscapeLabels = None,
     unlabelled: Unlabelled = None,
     context_seconds: ContextSeconds = 0.0,
+    shifts: Shifts = 1,
     init: Init = None,
     workers: _Workers = _WORKERS,
     jobs: _Jobs = 1,
@@ -256,7 +258,7 @@ def _ablate(
             training=RunOptions(workers=workers, jobs=jobs, init=init, progress=True),
             evaluation=HeldOutOptions(
                 default_device(),
-                window_config=WindowConfig(1, context_seconds),
+                window_config=WindowConfig(1, context_seconds, shifts),
                 unlabelled_folders=unlabelled or (),
             ),
         )

@@ -248,8 +248,7 @@ def score_submission(data: Path, submission: Path) -> SubmissionScore:
     rows = read_test_rows(data)
     predicted = read_submission(submission, list(rows["row_id"]))["birds"]
     solution = read_solution(data).set_index("row_id")["birds"]
-    missing = [row_id for row_id in rows["row_id"] if row_id not in solution.index]
-    if missing:
+    if missing := [row_id for row_id in rows["row_id"] if row_id not in solution.index]:
         raise ValueError(f"{data / 'solution.csv'}: no row {missing[0]}, which test.csv has")
     truth = list(solution.loc[rows["row_id"]])
     f1 = [row_wise_f1([true], [birds]) for true, birds in zip(truth, predicted, strict=True)]
@@ -272,9 +271,8 @@ def measure_held_out(
     """Measure the experiments of ``ensemble`` together on audio that their runs did not train on.
 
     Returns each measure with its values, one per row; see `Measure`. The measures depend on the
-    data: F1 and macro AP of simulated and of labelled soundscapes, and of labelled ones the macro
-    AUC and AP as the decision ranks (see `EnsembleDecision.ranking`); F1 of ``hidden`` rows; macro
-    AP and top-1 accuracy of the recordings of the held-out folds.
+    data: F1 and macro AP of simulated and of labelled soundscapes, of these also both macro scores
+    as `EnsembleDecision.ranking` ranks; F1 of ``hidden`` rows; macro AP and top-1 of recordings.
     """
     measured: dict[str, tuple[Measure, np.ndarray]] = {}
     simulated, weights = ensemble.simulated, ensemble.weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -74,8 +74,7 @@ def decide_ensemble(
     names = tuple(experiments)
     members = held_out.member_names(names)
     start = Decision(
-        window_segments=held_out.ensemble.window_config.window_segments,
-        context_seconds=held_out.ensemble.window_config.context_seconds,
+        **asdict(held_out.ensemble.window_config),
         classes=held_out.data.classes,
         members=members,
         weights={

@@ -36,8 +36,7 @@ class Decision:
     its highest clipwise probability in the whole recording ``recording_threshold``. Probabilities
     are the members' ``mean``, root mean square (``rms``, 2nd place) or ``geometric`` mean, or
     thresholds apply to each member alone and ``vote_share`` of the members must agree (``votes``,
-    1st place). Before that, a
-    segment is averaged with its neighbours, which weigh ``neighbour_weight`` each (3rd place).
+    1st place). Before, a segment is averaged with its neighbours' ``neighbour_weight`` (3rd place).
 
     A row of site 3 is a whole recording: its species are those of any segment whose highest
     clipwise probability reaches ``file_threshold``.
@@ -59,8 +58,9 @@ class Decision:
     max_birds: int = 3
     file_threshold: float = 0.5
     file_max_birds: int = 10
-    window_segments: int = 1  # these two are the `WindowConfig` of the members
+    window_segments: int = 1  # these three are the `WindowConfig` of the members
     context_seconds: float = 0.0
+    shifts: int = 1
     background: Background | None = None
     calibration: Calibration | None = None
     floor: tuple[float, ...] = ()
@@ -74,7 +74,7 @@ class Decision:
         require_choice("combination", self.combination, _COMBINATIONS)
         for name in _SHARES:
             require_share(name, getattr(self, name))
-        WindowConfig(self.window_segments, self.context_seconds)  # raises for wrong values
+        _ = self.window_config  # raises for wrong values
         for name in ("max_birds", "file_max_birds"):
             value = getattr(self, name)
             require(
@@ -98,7 +98,7 @@ class Decision:
     @property
     def window_config(self) -> WindowConfig:
         """Return the windows that the members must predict."""
-        return WindowConfig(self.window_segments, self.context_seconds)
+        return WindowConfig(self.window_segments, self.context_seconds, self.shifts)
 
     def n_votes(self, n_voters: int) -> int:
         """Return how many of ``n_voters`` must agree; 1 where members do not vote."""
@@ -122,8 +122,7 @@ class Decision:
         if self.names_nothing:
             return "names no bird, since only a probability of 1 would pass"
         if self.combination == "votes":
-            n_members = len(self.members)
-            if n_members:
+            if n_members := len(self.members):
                 share = f"{self.n_votes(n_members)} of {n_members}"
             else:
                 names = {0.5: "half of the", 1.0: "all"}
@@ -133,8 +132,7 @@ class Decision:
             kind = {"mean": "", "rms": "root-mean-square ", "geometric": "geometric-mean "}
             parts = [f"{kind[self.combination]}clip"]
         parts[0] += f" probability >= {self.clip_threshold:g}"
-        n_above = sum(value > self.clip_threshold for value in self.floor)
-        if n_above:
+        if n_above := sum(value > self.clip_threshold for value in self.floor):
             parts.append(f"(the floor of {n_above} classes is higher, up to {max(self.floor):.2g})")
         parts.append(f"and frame probability >= {self.frame_threshold:g}")
         if self.recording_threshold > 0:
@@ -146,7 +144,8 @@ class Decision:
         if self.calibration is not None:
             parts.append("after calibration")
         if self.window_config != SINGLE_SEGMENT:
-            parts.append(f"in windows of {self.window_config.window_seconds:g} s")
+            length, hop = self.window_config.window_seconds, self.window_config.hop_seconds
+            parts.append(f"in windows of {length:g} s every {hop:g} s")
         parts[-1] += f", at most {self.max_birds} species"
         counts = [
             f"{self.score[key]:.3g} (in {self.score[f'{audio}_nocall_hours']:.2g} h of {audio} "
@@ -157,8 +156,8 @@ class Decision:
         if counts:
             parts[-1] += ", false names per hour without known birds: " + " and ".join(counts)
         if "unlabelled_names_per_hour" in self.score:
-            names_per_hour = self.score["unlabelled_names_per_hour"]
-            parts[-1] += f", names per hour of unlabelled soundscapes: {names_per_hour:.3g}"
+            count = self.score["unlabelled_names_per_hour"]
+            parts[-1] += f", names per hour of unlabelled soundscapes: {count:.3g}"
         return " ".join(parts)
 
 

@@ -25,9 +25,13 @@ import numpy as np
 import torch
 
 from birdcall.audio.reading import AudioError, iterate_rates
-from birdcall.config import SEGMENT_SECONDS
 from birdcall.inference.ensemble import READING, Ensemble
-from birdcall.inference.predictions import SEGMENTS_ONLY, OutputOptions, SegmentPredictions
+from birdcall.inference.predictions import (
+    SEGMENTS_ONLY,
+    OutputOptions,
+    SegmentPredictions,
+    average_windows,
+)
 from birdcall.inference.windows import (
     AudioSource,
     End,
@@ -58,6 +62,18 @@ def predict_stream(
 
     A source that does not decode ends with its `AudioError`, perhaps after some parts.
     """
+    shifts = ensemble.window_config.shifts
+    with closing(_predict_windows(ensemble, sources, outputs, limit_members)) as stream:
+        yield from stream if shifts == 1 else average_shifted(stream, shifts)
+
+
+def _predict_windows(
+    ensemble: Ensemble,
+    sources: Mapping[str, AudioSource],
+    outputs: OutputOptions,
+    limit_members: _MemberLimit | None,
+) -> Iterator[tuple[str, SegmentPredictions | End | AudioError]]:
+    """Yield what `predict_stream` yields, or with shifts a segment for each window."""
     running: deque[tuple[_Batch, Future[SegmentPredictions] | None]] = deque()
     with closing(_read_ahead(ensemble, sources)) as items:
         for number, batch in enumerate(_make_batches(ensemble, items, limit_members)):
@@ -81,6 +97,35 @@ def predict_stream(
                 yield from _split_batch(ensemble, *running.popleft())
         while running:
             yield from _split_batch(ensemble, *running.popleft())
+
+
+def average_shifted(
+    stream: Iterable[tuple[str, SegmentPredictions | End | AudioError]], shifts: int
+) -> Iterator[tuple[str, SegmentPredictions | End | AudioError]]:
+    """Yield the segments of a stream whose windows begin ``shifts`` times in a segment's length.
+
+    A segment's probabilities and embedding are the mean over the windows that overlap with it, by
+    more than nothing: 2 * shifts - 1 of them, fewer at the beginning and the end of a recording.
+    Its frames are the mean over the windows that hold them. Memory holds a few windows.
+    """
+    windows: SegmentPredictions | None = None  # those that later segments need
+    first = n_yielded = 0  # number of the first of them; segments that have been yielded
+    for name, item in stream:
+        if isinstance(item, SegmentPredictions):
+            parts = [item] if windows is None else [windows, item]
+            windows = SegmentPredictions.concatenate(parts)
+            n_windows = first + windows.n_segments
+            n_complete = n_windows // shifts  # the last window that it needs is there
+        else:
+            n_complete = 0 if windows is None else (first + windows.n_segments - 1) // shifts + 1
+        if n_complete > n_yielded:
+            yield name, average_windows(windows, first, range(n_yielded, n_complete), shifts)
+            n_yielded = n_complete
+            n_unneeded = max(0, shifts * (n_yielded - 1) + 1 - first)
+            windows, first = windows.copy_from(n_unneeded), first + n_unneeded
+        if not isinstance(item, SegmentPredictions):
+            yield name, item
+            windows, first, n_yielded = None, 0, 0
 
 
 @dataclass
@@ -191,7 +236,7 @@ class _Reader:
         self.thread.start()
 
     def _read(self) -> None:
-        window_seconds = self.ensemble.window_config.window_segments * SEGMENT_SECONDS
+        window_seconds = self.ensemble.window_config.hop_seconds
         for source in self.sources:
             windows = self._cut(source)
             while True:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from birdcall.audio.frontend import LogMel
 from birdcall.audio.spectrogram import exact_float32, worker_pool
-from birdcall.config import SEGMENT_SECONDS, FrontendConfig, require
+from birdcall.config import FrontendConfig, require
 from birdcall.inference.predictions import SEGMENTS_ONLY, OutputOptions, SegmentPredictions
 from birdcall.inference.windows import (
     SINGLE_SEGMENT,
@@ -169,10 +169,12 @@ class Ensemble:
         return Ensemble(members, self.device, self.window_config)
 
     def with_windows(self, window_config: WindowConfig) -> Ensemble:
-        """Return the same members on other windows; exports are for one window config only."""
+        """Return the same members on other windows; exports are for windows of one length."""
         if window_config == self.window_config:
             return self
-        members = [replace(member, export=None) for member in self.members]
+        members = self.members
+        if replace(window_config, shifts=self.window_config.shifts) != self.window_config:
+            members = [replace(member, export=None) for member in members]
         return Ensemble(members, self.device, window_config)
 
     def _open_network(
@@ -215,7 +217,7 @@ class Ensemble:
         """
         clock = time.thread_time if replica.device.type == "cpu" else time.perf_counter
         n_windows = len(next(iter(waveforms.values())))
-        audio_seconds = n_windows * self.window_config.window_segments * SEGMENT_SECONDS
+        audio_seconds = n_windows * self.window_config.hop_seconds
         log_mels: dict[FrontendConfig, Tensor] = {}
         names = ["clipwise", "framewise"]
         if outputs.frames or outputs.member_frames:

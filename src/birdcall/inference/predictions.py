@@ -158,6 +158,50 @@ class SegmentPredictions:
         )
 
 
+def average_windows(
+    windows: SegmentPredictions, first: int, segments: range, shifts: int
+) -> SegmentPredictions:
+    """Return ``segments`` as means over ``windows``, of which ``first`` is the first one's number.
+
+    Window number shifts * s begins with segment s.
+    """
+    n_windows, n_cells = windows.n_segments, FRAMES_PER_SEGMENT // shifts
+    own = [shifts * segment - first for segment in segments]
+    near = [slice(max(0, w - shifts + 1), min(n_windows, w + shifts)) for w in own]
+
+    def mean_of(array: np.ndarray | None, axis: int) -> np.ndarray | None:
+        if array is None:
+            return None
+        moved = np.moveaxis(array, axis, 0)
+        return np.stack([moved[part].mean(axis=0) for part in near], axis=axis)
+
+    def mean_over_time(frames: np.ndarray | None) -> np.ndarray | None:
+        """Average each part of a segment's frames over the windows that hold it."""
+        if frames is None:
+            return None
+        parts = frames.reshape(*frames.shape[:-1], n_windows, shifts, n_cells)
+        means = []
+        for window in own:
+            for part in range(shifts):
+                # Of window w the part k is where window w + 1 has its part k - 1.
+                holders = [
+                    parts[..., window + step, part - step, :]
+                    for step in range(part - shifts + 1, part + 1)
+                    if 0 <= window + step < n_windows
+                ]
+                means.append(np.mean(holders, axis=0))
+        return np.concatenate(means, axis=-1)
+
+    return SegmentPredictions(
+        clipwise=mean_of(windows.clipwise, 1),
+        framewise=mean_of(windows.framewise, 1),
+        frames=mean_over_time(windows.frames),
+        member_frames=mean_over_time(windows.member_frames),
+        embedding=mean_of(windows.embedding, 0),
+        starts=(),
+    )
+
+
 def _select_frames(frames: np.ndarray | None, segments: slice | np.ndarray) -> np.ndarray | None:
     if frames is None:
         return None

@@ -50,10 +50,15 @@ class WindowConfig:
 
     The network takes the context as input, but nothing is predicted for it. Before the beginning
     and after the end of a recording the context is silence.
+
+    With ``shifts`` above 1 windows of one segment begin so many times in each segment's length, and
+    a segment's prediction is the mean of the windows that overlap with it (test-time augmentation):
+    see `engine.average_shifted`. Only windows that begin within the recording's segments count.
     """
 
     window_segments: int = 1
     context_seconds: float = 0.0
+    shifts: int = 1
 
     def __post_init__(self) -> None:
         require(
@@ -66,17 +71,42 @@ class WindowConfig:
             f"context_seconds is {self.context_seconds}; give a multiple of {FRAME_SECONDS:g}, "
             "0 or more",
         )
+        require(
+            isinstance(self.shifts, int)
+            and self.shifts >= 1
+            and FRAMES_PER_SEGMENT % self.shifts == 0,
+            f"shifts is {self.shifts}; give a divisor of {FRAMES_PER_SEGMENT}, such as 1, 2 or 5",
+        )
+        require(
+            self.shifts == 1 or self.window_segments == 1,
+            f"shifts is {self.shifts}, window_segments {self.window_segments}: one of them must be "
+            "1, since windows of several segments are not shifted",
+        )
 
     @property
     def window_seconds(self) -> float:
         return self.window_segments * SEGMENT_SECONDS + 2 * self.context_seconds
+
+    @property
+    def hop_seconds(self) -> float:
+        """Return the time between the starts of two windows."""
+        return self.window_segments * SEGMENT_SECONDS / self.shifts
+
+    def count_windows(self, n_segments: int) -> int:
+        """Return how many windows a recording of ``n_segments`` has."""
+        if self.shifts > 1:
+            return self.shifts * (n_segments - 1) + 1
+        return -(-n_segments // self.window_segments)
 
 
 SINGLE_SEGMENT = WindowConfig()
 
 
 class Window(NamedTuple):
-    """The input of a network, ``(samples,)`` at each rate; n_segments: those not all padding."""
+    """The input of a network, ``(samples,)`` at each rate; n_segments: those not all padding.
+
+    A shifted window counts as one segment, until `engine.average_shifted`.
+    """
 
     waveforms: dict[int, np.ndarray]
     n_segments: int
@@ -114,11 +144,12 @@ def cut_windows(
             yield Window(windows, window_config.window_segments)
     rate, leader = next(iter(buffers.items()))  # lengths at other rates differ by rounding
     seconds = leader.n_added / rate
-    missing = count_segments(leader.n_added, rate) - leader.n_taken * window_config.window_segments
-    while missing > 0:
+    n_segments = count_segments(leader.n_added, rate)
+    n_windows, n_own = window_config.count_windows(n_segments), window_config.window_segments
+    for number in range(leader.n_taken, n_windows):
         windows = {rate: buffer.take() for rate, buffer in buffers.items()}
-        yield Window(windows, min(missing, window_config.window_segments))
-        missing -= window_config.window_segments
+        n_left = n_segments - number * window_config.window_segments
+        yield Window(windows, 1 if window_config.shifts > 1 else min(n_left, n_own))
     yield End(seconds)
 
 
@@ -127,7 +158,7 @@ class _Buffer:
 
     def __init__(self, sample_rate: int, window_config: WindowConfig) -> None:
         self.n_window = round(window_config.window_seconds * sample_rate)
-        self.n_hop = window_config.window_segments * SEGMENT_SECONDS * sample_rate
+        self.n_hop = round(window_config.hop_seconds * sample_rate)
         self.n_added = self.n_taken = 0  # samples, windows
         self.n_held = round(window_config.context_seconds * sample_rate)
         self.held = [np.zeros(self.n_held, np.float32)]
@@ -173,17 +204,18 @@ class SegmentModel(nn.Module):
     def __init__(self, model: SEDModel, window_config: WindowConfig = SINGLE_SEGMENT) -> None:
         super().__init__()
         self.model, self.window_config = model, window_config
+        self._is_single = replace(window_config, shifts=1) == SINGLE_SEGMENT
         self._times: FrameTimes | None = None
 
     def forward(self, log_mel: Tensor, *, with_frames: bool = True) -> SegmentOutput:
         """with_frames: if not, ``frames`` may be empty, and no times need to be measured."""
         n_segments = self.window_config.window_segments
         features = self.model.features(log_mel)
-        if self.window_config != SINGLE_SEGMENT:
+        if not self._is_single:
             parts = self._resample(features, log_mel).unflatten(2, (n_segments, -1))
             features = parts.transpose(1, 2).flatten(0, 1)
         clipwise, framewise = self.model.head(features)
-        if self.window_config != SINGLE_SEGMENT:
+        if not self._is_single:
             frames = framewise
         else:
             frames = self._resample(framewise, log_mel) if with_frames else framewise[..., :0]
@@ -267,11 +299,18 @@ def _describe_export(
         "experiment": asdict(checkpoint.experiment),
         "fold": checkpoint.fold,
         "classes": checkpoint.classes,
-        "window_config": asdict(window_config),
+        "window_config": _describe_windows(window_config),
         "input": source,
         "frame_times": "measured",  # exports without this have the times of equal parts
     }
     return {_METADATA_KEY: json.dumps(about)}
+
+
+def _describe_windows(window_config: WindowConfig) -> dict[str, int | float]:
+    """Return what an export depends on: not the shifts, which are of the windows' starts."""
+    values = asdict(window_config)
+    del values["shifts"]
+    return values
 
 
 def find_export(

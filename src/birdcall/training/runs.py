@@ -184,9 +184,8 @@ def find_runs(
 ) -> list[Path]:
     """Return the folders of trained runs below ``folder``, of some or all experiments and folds.
 
-    Runs that hold out nothing (FULL) are left out: they have nothing to be scored on.
-    The log names runs that are not finished. Raises FileNotFoundError where a named experiment has
-    no trained run, and where there is none.
+    Runs that hold out nothing (FULL) are left out: nothing can score them. The log names unfinished
+    runs. Raises FileNotFoundError where a named experiment has no trained run, or nothing is.
     """
     experiments = list(experiments or ())
     for name in experiments:
@@ -300,13 +299,12 @@ def _train_alone(
 def _train_at_once(
     runs: Sequence[Run], data: TrainingData, options: RunOptions
 ) -> dict[Run, Checkpoint]:
-    jobs = options.jobs
-    options = replace(options, device=None)
+    jobs, options = options.jobs, replace(options, device=None)
     spawn = multiprocessing.get_context("spawn")  # a fork inherits torch's threads and hangs
-    level = logger.getEffectiveLevel()
+    settings = jobs, logger.getEffectiveLevel()
     with (
         _stop_requests() as stop,
-        ProcessPoolExecutor(jobs, spawn, _prepare_process, (jobs, level)) as pool,
+        ProcessPoolExecutor(jobs, spawn, _prepare_process, settings) as pool,
     ):
         futures = [
             pool.submit(_train_alone, run, data, options, bar_position=number % jobs)
@@ -327,13 +325,12 @@ def _train_at_once(
                 # Ctrl-C in a terminal reaches the children too, a signal to this process does not.
                 os.kill(child.pid, signal.SIGTERM)  # each child saves its state
             raise
-        return {run: future.result() for run, future in zip(runs, futures, strict=True)}
+        return dict(zip(runs, (future.result() for future in futures), strict=True))
 
 
 def _prepare_process(jobs: int, level: int) -> None:
     logging.basicConfig(level=level, format="%(levelname)s %(message)s")
-    # Between two runs; `train_run` handles them. A process that a signal ends while it waits for
-    # its next run keeps the lock of the pool's queue, and the others wait for it forever.
+    # `train_run` handles them. A process that ends between two runs keeps the lock of the queue.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
