@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
 from torch.utils.data import Sampler
 
-from birdcall.config import SamplingConfig, require
+from birdcall.config import SEGMENT_SECONDS, SamplingConfig, require
 from birdcall.storage.files import read_table, write_atomically
 
 # Target of a class that may or may not be in the clip: the loss and the metrics leave it out.
@@ -21,6 +21,7 @@ PRESENT, UNCERTAIN = "present", "uncertain"  # the states of a strong label
 STRONG_LABEL_COLUMNS = ("filename", "ebird_code", "onset", "offset", "state", "probability")
 MIN_OVERLAP_SECONDS = 0.5  # an interval counts in a clip with so much of it, or half of it
 _END_TOLERANCE = 0.05  # seconds; offsets are rounded, and so are the lengths of recordings
+_TIME_TOLERANCE = 1e-6  # seconds
 
 
 def make_targets(
@@ -40,6 +41,41 @@ def make_targets(
             targets[row, column[code]] = others
         targets[row, column[primary]] = 1.0
     return targets
+
+
+class _TimedLabel(Protocol):
+    """An event of `inference.events`, a simulated event, or a row of a table of annotations."""
+
+    onset: float  # seconds from the start of its recording
+    offset: float
+    ebird_code: str
+
+
+def label_segments(
+    events: Iterable[_TimedLabel], species: Sequence[str], n_segments: int
+) -> np.ndarray:
+    """Return which species are present in each segment, boolean, ``(segments, species)``.
+
+    An event is present in a segment that holds half a second of it, or half of it. The code of each
+    event must be in ``species``.
+    """
+    column_of = {code: column for column, code in enumerate(species)}
+    rows = [(event.onset, event.offset, column_of[event.ebird_code]) for event in events]
+    onset, offset, column = np.array(rows, dtype=float).reshape(-1, 3).T
+    truth = np.zeros((n_segments, len(species)), dtype=bool)
+    first = np.maximum(onset // SEGMENT_SECONDS, 0).astype(int)
+    last = np.minimum(offset // SEGMENT_SECONDS, n_segments - 1).astype(int)
+    n_touched = np.maximum(last - first + 1, 0)
+    event = np.repeat(np.arange(len(rows)), n_touched)  # a pair for each segment that it touches
+    number = np.arange(len(event)) - np.repeat(np.cumsum(n_touched) - n_touched, n_touched)
+    segment = first[event] + number
+    start = SEGMENT_SECONDS * segment
+    ends = np.minimum(offset[event], start + SEGMENT_SECONDS)
+    overlap = ends - np.maximum(onset[event], start)
+    enough = np.minimum(MIN_OVERLAP_SECONDS, (offset - onset) / 2) - _TIME_TOLERANCE
+    is_present = overlap >= enough[event]
+    truth[segment[is_present], column[event[is_present]].astype(int)] = True
+    return truth
 
 
 class _Intervals(NamedTuple):
