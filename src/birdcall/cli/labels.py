@@ -12,6 +12,7 @@ from birdcall.cli.options import (
     Data,
     Folders,
     Folds,
+    LabelColumn,
     MustNotOverlap,
     Output,
     SoundscapeLabels,
@@ -37,20 +38,36 @@ def _pseudo_label(
         ),
     ] = None,
     labelled: MustNotOverlap = None,
+    annotated: Annotated[
+        bool,
+        typer.Option(
+            "--annotated",
+            help="Take the labels of people from tables in the folder --soundscapes: the formats "
+            "of `birdcall evaluate --soundscapes`, but the examples of the competition.",
+        ),
+    ] = False,
+    label_column: LabelColumn = None,
 ) -> None:
     """Predict when each species is present in the recordings, by runs that did not train on them.
 
     With --soundscapes: how probably it is present in each segment of unlabelled soundscapes; with
     --birdnet, too, by BirdNET 2.4 in place of trained runs. Models that are trained on its labels
-    are derived from it (CC BY-NC-SA 4.0): non-commercial, share alike.
+    are derived from it (CC BY-NC-SA 4.0): non-commercial, share alike. With --annotated: no model
+    labels them, people have.
     """
     from birdcall.data.birdnet import open_birdnet
     from birdcall.inference.ensemble import default_device
     from birdcall.storage.locks import locked
     from birdcall.training.pseudo_labels import write_pseudo_labels
     from birdcall.training.runs import find_runs
-    from birdcall.training.student import describe_labels, label_soundscapes
+    from birdcall.training.student import (
+        describe_labels,
+        label_soundscapes,
+        write_labels_of_people,
+    )
 
+    if annotated and (soundscapes is None or experiment or birdnet):
+        raise ValueError("--annotated takes labels from tables: give --soundscapes and no model")
     if birdnet and (soundscapes is None or experiment):
         raise ValueError("--birdnet labels soundscapes: give --soundscapes, and no --experiment")
     model = open_birdnet() if birdnet else None
@@ -58,6 +75,12 @@ def _pseudo_label(
     labels = folders.output / "pseudo_labels.csv"
     context.with_resource(locked(labels))
     training_data = folders.load_training_data()
+    if annotated:
+        options = {"labelled": labelled or (), "label_column": label_column}
+        path, made = write_labels_of_people(training_data, soundscapes, folders.output, **options)
+        typer.echo(describe_labels(made))
+        typer.echo(f"{path}: written; to train on it: birdcall train --soundscape-labels {path}")
+        return
     labellers = model or find_runs(folders.runs, experiment)
     if soundscapes is not None:
         options = {"labelled": labelled or (), "device": default_device(), "progress": True}

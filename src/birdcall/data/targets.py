@@ -91,8 +91,9 @@ class StrongTargets:
     """Targets of clips from strong labels: by what is present in the clip's part of a recording.
 
     A class is 1 where a present interval lies in the clip; IGNORE_TARGET where an uncertain one
-    does, or only the edge of a present one (see MIN_OVERLAP_SECONDS); else 0. ``strong_labels`` is
-    a table as `read_strong_labels` returns it; recordings that are not in it have weak labels only.
+    does, or only the edge of a present one (see MIN_OVERLAP_SECONDS); else 0. An interval of
+    UNKNOWN_BIRD may be of any class. ``strong_labels`` is a table as `read_strong_labels` returns
+    it; recordings that are not in it have weak labels only.
     """
 
     def __init__(
@@ -121,10 +122,37 @@ class StrongTargets:
         overlap = ends - np.maximum(intervals.onset, start_seconds)
         length = intervals.offset - intervals.onset
         is_enough = overlap >= np.minimum(MIN_OVERLAP_SECONDS, length / 2)
-        target = np.zeros(self.n_classes, dtype=np.float32)
-        target[intervals.column[overlap > 0]] = IGNORE_TARGET
-        target[intervals.column[is_enough & intervals.is_present]] = 1.0
+        is_class = intervals.column >= 0
+        unknown = IGNORE_TARGET if (overlap[~is_class] > 0).any() else 0
+        target = np.full(self.n_classes, unknown, dtype=np.float32)
+        target[intervals.column[is_class & (overlap > 0)]] = IGNORE_TARGET
+        target[intervals.column[is_class & is_enough & intervals.is_present]] = 1.0
         return target
+
+    def find_frames(
+        self, index: int, start_seconds: float, n_frames: int, frame_seconds: float
+    ) -> np.ndarray:
+        """Return the targets of a clip's frames ``(classes, frames)``, with the states of `find`.
+
+        A frame that an interval touches has its state.
+        """
+        frames = np.zeros((self.n_classes, n_frames), dtype=np.float32)
+        intervals = self.intervals.get(self.filenames[index])
+        if intervals is None:
+            return frames
+        edges = np.stack((intervals.onset, intervals.offset)) - start_seconds
+        edges = (edges / frame_seconds).round(6)
+        first = np.floor(edges[0]).clip(0, n_frames).astype(int)
+        end = np.ceil(edges[1]).clip(0, n_frames).astype(int)
+        touching = np.flatnonzero(end > first)
+        # Unknown birds first, then uncertain classes: what is present is known in spite of them.
+        certainty = np.where(intervals.column < 0, 0, 1 + intervals.is_present)
+        for number in touching[np.argsort(certainty[touching], kind="stable")]:
+            column = intervals.column[number]
+            rows = slice(None) if column < 0 else column
+            state = 1.0 if certainty[number] == 2 else IGNORE_TARGET
+            frames[rows, first[number] : end[number]] = state
+        return frames
 
 
 def write_strong_labels(path: Path, strong_labels: pd.DataFrame) -> None:

@@ -19,6 +19,7 @@ import pandas as pd
 from birdcall.audio.reading import AudioError
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.data.annotations import PUBLISHED, read_annotated_soundscapes
+from birdcall.data.audit import measure_recording
 from birdcall.data.targets import label_segments
 from birdcall.evaluation.predictions import LabelledPredictions, PredictionCache
 from birdcall.inference.engine import open_recording
@@ -88,7 +89,8 @@ def predict_labelled(
     """Predict the labelled soundscapes in ``folders`` (see `read_truth`); None if there are none.
 
     A soundscape whose recording is missing or does not decode is left out with a warning. Segments
-    that nobody has labelled are predicted and not scored.
+    that nobody has labelled are predicted and not scored. ValueError where a member was trained on
+    the labels of one.
     """
     if not folders:
         return None
@@ -96,6 +98,7 @@ def predict_labelled(
     truth = read_truth(folders, species, label_column)
     if not truth.paths:
         return None
+    _refuse_trained_on(ensemble, truth.paths)
     sources = {name: open_recording(path) for name, path in truth.paths.items()}
     cache = PredictionCache(cache_folder, "labelled", digest_files(truth.paths.values()))
     predictions: dict[str, SegmentPredictions] = {}
@@ -128,6 +131,21 @@ def predict_labelled(
         paths=truth.paths,
         n_unknown=truth.n_unknown,
     )
+
+
+def _refuse_trained_on(ensemble: Ensemble, paths: Mapping[str, Path]) -> None:
+    """Raise ValueError where a member was trained on the labels of a soundscape to score."""
+    trained_on: dict[str, str] = {}
+    for member in ensemble.members:
+        hashes = member.checkpoint.trained_on.get("annotated") or ()
+        trained_on |= dict.fromkeys(hashes, member.name)
+    for path in paths.values() if trained_on else ():
+        audio_hash = measure_recording(path.parent, path.name, None).audio_hash
+        if audio_hash in trained_on:
+            raise ValueError(
+                f"{path}: {trained_on[audio_hash]} was trained on the labels of this soundscape; "
+                "it cannot be scored on it"
+            )
 
 
 def segment_table(
