@@ -259,16 +259,36 @@ def test_results_of_a_model_are_no_truth_until_they_are_renamed(tmp_path, caplog
     assert rows_of(read_truth([tmp_path], KNOWN)) == LABELLED
 
 
+def test_the_detections_that_a_page_saves_for_audacity_are_no_truth(tmp_path, caplog):
+    write_noise(tmp_path / "dawn.wav")
+    write_noise(tmp_path / "dusk.wav")
+    write_audacity_labels(tmp_path / "dawn.audacity.txt", EVENTS)
+    write_audacity_labels(tmp_path / "dusk.txt", EVENTS)
+    assert list(read_truth([tmp_path], KNOWN).paths) == ["dusk"]
+    assert "dawn.audacity.txt" in caplog.text
+
+
 def test_a_table_without_rows_says_that_its_recording_has_no_bird(tmp_path):
     write_noise(tmp_path / "dawn.wav", 10)
     write_csv(tmp_path / "dawn.csv", "Start (s),End (s),Common name")
     assert rows_of(read_truth([tmp_path], KNOWN)) == [(5.0, []), (10.0, [])]
 
 
-def test_a_recording_in_a_folder_is_called_by_its_path_as_predict_does(tmp_path):
+@pytest.mark.parametrize("path", ["site/dawn.wav", "field/site/dawn.wav", "/home/me/site/dawn.wav"])
+def test_a_recording_may_be_called_by_its_path_on_any_machine(tmp_path, path):
     write_noise(tmp_path / "site" / "dawn.wav")
-    write_detections(tmp_path / "selections.csv", {"site/dawn.wav": EVENTS})
+    write_noise(tmp_path / "dusk" / "dawn.wav")
+    write_detections(tmp_path / "selections.csv", {path: EVENTS})
     assert rows_of(read_truth([tmp_path], KNOWN), "site/dawn") == LABELLED
+
+
+def test_a_path_that_leads_out_of_the_folder_names_nothing_there(tmp_path, caplog):
+    write_noise(tmp_path / "mine" / "dusk.wav")
+    write_noise(tmp_path / "dawn.wav")
+    write_audacity_labels(tmp_path / "mine" / "dusk.txt", EVENTS)
+    write_detections(tmp_path / "mine" / "selections.csv", {"../dawn.wav": EVENTS})
+    assert list(read_truth([tmp_path / "mine"], KNOWN).paths) == ["dusk"]
+    assert "dawn.wav" in caplog.text
 
 
 def test_an_unknown_bird_is_unknown_in_other_formats_too(tmp_path):

@@ -52,10 +52,9 @@ _COLUMNS = ["name", "onset", "offset", "label"]
 class AnnotatedSoundscape:
     """What people have labelled in a recording.
 
-    events: ``onset``, ``offset`` (seconds within the recording) and ``ebird_code``: one of the
-    codes that were asked for, or UNKNOWN_BIRD. labelled: which of its segments have labels, perhaps
-    that there is no bird, boolean, ``(segments,)``. has_times: whether events have times of their
-    own; without, they are as long as their rows. foreign: counts of the labels that are no code.
+    events: ``onset``, ``offset`` (seconds), ``ebird_code``, one that was asked for or UNKNOWN_BIRD.
+    labelled: which segments have labels, if only that there is no bird, boolean, ``(segments,)``.
+    has_times: else events are as long as their rows. foreign: counts of labels that are no code.
     """
 
     path: Path
@@ -126,8 +125,7 @@ def _annotate(
         seconds = probe_audio(path).seconds
     except (AudioError, OSError) as error:
         advice = conversion_advice(path)
-        message = "%s; this labelled soundscape is left out%s"
-        logger.warning(message, error, advice and f"; {advice}")
+        logger.warning("%s; this soundscape is left out%s", error, advice and f"; {advice}")
         return None
     n_segments = count_segments(round(seconds * 1000), 1000)
     table = labels.table[labels.table["label"] != NOCALL]
@@ -198,8 +196,7 @@ def _find_recordings(
         while not find_audio(path.parent, name, listed[0][1]) and "." in name:
             name = name.rpartition(".")[0]
         groups = [(name, labels.table)]
-    lost: dict[str, int] = {}
-    names: dict[Path, str] = {}
+    lost, names = Counter[str](), dict[Path, str]()
     for name, rows in groups:
         try:
             recording = _find_recording(str(name), listed)
@@ -214,7 +211,7 @@ def _find_recordings(
             yield recording, rows
     if lost:
         message = "%s: no recording of %d names, their %d rows are left out: %s"
-        logger.warning(message, path, len(lost), sum(lost.values()), shorten_list(list(lost)))
+        logger.warning(message, path, len(lost), lost.total(), shorten_list(list(lost)))
 
 
 def _find_recording(
@@ -224,10 +221,9 @@ def _find_recording(
 
     ``7019_COR``, of BirdCLEF 2021, is the file ``7019_COR_20190904.ogg``.
     """
-    if Path(name).name != name:  # `predict` names recordings in folders by their path there
-        path = inside(listed[0][0], name)
-        return path if path.is_file() and is_sound(path) else None
     dated = re.compile(re.escape(name) + r"_\d{8}")
+    if "/" in name and (path := inside(listed[0][0], name)).is_file():  # of `_path_below`
+        return path
     for folder, names in listed:
         if path := find_audio(folder, name if name in names else Path(name).stem, names):
             return path
@@ -237,6 +233,13 @@ def _find_recording(
         if files:
             return inside(folder, files.pop())
     return None
+
+
+def _path_below(folder: Path, name: str) -> str:
+    """Return as much of the end of a path, of some machine, as there is below ``folder``."""
+    parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..")]
+    ends = ["/".join(parts[number:]) for number in range(len(parts))]
+    return next((end for end in ends if inside(folder, end).is_file()), ends[-1] if ends else name)
 
 
 def _find_format(path: Path) -> Callable[[Path, str | None], _Labels] | None:
@@ -259,17 +262,16 @@ def _read_times(path: Path, label_column: str | None) -> _Labels:
     offset = _numbers(path, end)
     _require(path, end, offset >= onset, "it ends before it begins")
     wanted = (label_column,) if label_column else LABEL_COLUMNS
-    label = _column(path, table, wanted).copy()
-    for name in wanted[1:]:
-        if letters_of(name) in table:
-            label = label.where(label != "", table[letters_of(name)])
+    label = _column(path, table, wanted)
+    for name in filter(set(table).__contains__, map(letters_of, wanted)):
+        label = label.where(label != "", table[name])
     is_of_one = path.name not in PUBLISHED and not set(map(letters_of, _FILES)) & set(table)
     file: pd.Series | str = ""
     if not is_of_one:
         file = _column(path, table, _FILES)
         _require(path, file, file != "", "it must not be empty")
-        if file.name == "file":  # BirdNET-Analyzer writes the path on its machine
-            file = file.str.split(r"[/\\]", regex=True).str[-1]
+        if file.name != "filename":  # BirdNET-Analyzer and `predict` write paths
+            file = file.map({name: _path_below(path.parent, name) for name in file.unique()})
     labels = pd.DataFrame({"name": file, "onset": onset, "offset": offset, "label": label})
     return _Labels(str(path), _drop_duplicates(path, labels), True, is_of_one)
 
@@ -315,9 +317,8 @@ def _rows(
 def _drop_duplicates(path: Path, labels: pd.DataFrame) -> pd.DataFrame:
     again = labels.duplicated()
     if again.any():
-        lines = labels.index[again].unique()
         message = "%s: %d labels are there twice and count once, such as that of line %d"
-        logger.warning(message, path, again.sum(), lines[0])
+        logger.warning(message, path, again.sum(), labels.index[again][0])
     return labels[~again]
 
 
@@ -326,8 +327,7 @@ def _column(path: Path, table: pd.DataFrame, names: Sequence[str]) -> pd.Series:
     for name in names:
         if letters_of(name) in table:
             return table[letters_of(name)]
-    others = f" or {', '.join(names[1:])}" if names[1:] else ""
-    raise ValueError(f"{path}: no column {names[0]}{others}; it has {', '.join(table)}")
+    raise ValueError(f"{path}: no column {' or '.join(names)}; it has {', '.join(table)}")
 
 
 def _require(path: Path, cells: pd.Series, is_valid: pd.Series, why: str) -> None:

@@ -44,7 +44,9 @@ _TIMES = {"begintimes": "Begin Time (s)", "endtimes": "End Time (s)"}
 _SECONDS = _TIMES | {"fileoffsets": "File Offset (s)"}
 # What follows the recording's name in the names of tables that a model has predicted: BirdNET, and
 # our pages. What a person has checked ends with .selections.txt.
-_OF_MODELS = re.compile(r"(?!.*\.selections\.txt$).*(birdnet|\.detections\.)", re.IGNORECASE)
+_OF_MODELS = re.compile(
+    r"(?!.*\.selections\.txt$).*(birdnet|\.(detections|audacity)\.)", re.IGNORECASE
+)
 _CONFIDENCE = re.compile(r"(?<=\S) +([01]\.[0-9]+)$")  # see `write_audacity_labels`
 _NUMBER = re.compile(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
 _TIME_TOLERANCE = 0.01  # seconds; Raven rounds
