@@ -1,4 +1,4 @@
-"""Commands that let models label or embed sound for a training: pseudo-label, embed."""
+"""Commands that label or embed sound for a training: pseudo-label, embed; benchmark labels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from birdcall.cli.evaluation import benchmarks
 from birdcall.cli.options import (
     BirdNET,
     Data,
@@ -132,3 +133,19 @@ def _embed(
         typer.echo(f"{len(files) - len(errors)} of {len(files)} {kind} have embeddings")
         if errors:
             raise ValueError(f"not embedded, since they cannot be read: {shorten_list(errors)}")
+
+
+@benchmarks.command("labels")
+def _benchmark_labels(
+    annotations: Annotated[int, typer.Option(min=1, help="Number of annotations.")] = 100_000,
+    recordings: Annotated[int, typer.Option(min=1, help="Number of recordings.")] = 300,
+    hours: Annotated[float, typer.Option(help="Hours of sound, of all together.")] = 300.0,
+) -> None:
+    """Time reading annotations of soundscapes and matching them to segments; measure the memory."""
+    from tempfile import TemporaryDirectory
+
+    from birdcall.benchmark.scale import benchmark_labels
+
+    with TemporaryDirectory() as folder:
+        table = benchmark_labels(Path(folder) / "labels", annotations, recordings, hours)
+    typer.echo(table.to_string(index=False))
