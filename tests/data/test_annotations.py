@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from birdcall.data.targets import label_segments
 from birdcall.evaluation.labelled import predict_labelled, read_truth
 from birdcall.evaluation.metrics import row_f1_scores
+from birdcall.evaluation.tables import LABELLED, ScoreSubject, decided_rows, ranked_rows
+from birdcall.inference.decision import Decision
 from birdcall.inference.ensemble import load_ensemble
 from birdcall.inference.events import Event
 from birdcall.inference.tables import (
@@ -113,6 +115,27 @@ def test_a_segment_with_an_unknown_bird_is_predicted_and_not_scored(
     assert soundscapes.n_unknown == 1 and not soundscapes.frames
 
 
+def test_no_score_depends_on_what_is_predicted_where_a_bird_is_unknown(
+    cornell, trained_runs, training_data
+):
+    predictions = predict_labelled(load_ensemble(trained_runs[:1]), [cornell]).predictions
+    clipwise, framewise = predictions.clipwise.copy(), predictions.framewise.copy()
+    clipwise[:, 2], framewise[:, 2] = 1 - clipwise[:, 2], 1 - framewise[:, 2]
+    others = predictions.with_probabilities(clipwise, framewise)
+    subject = ScoreSubject("x", 1, LABELLED)
+    learnable = np.ones(len(predictions.classes), dtype=bool)
+    decision = Decision(0.5, 0.5, max_birds=3, classes=predictions.classes)
+    before, after = (
+        pd.DataFrame(
+            decided_rows(subject, item, item.decide(decision))
+            + ranked_rows(subject, item, learnable)
+        )
+        for item in (predictions, others)
+    )
+    assert set(before["rows"]) == {3}
+    pd.testing.assert_frame_equal(before, after)
+
+
 def test_a_recording_whose_segments_all_have_unknown_birds_is_left_out(cornell, caplog):
     write_noise(cornell / "soundscape_data" / "SSW_002.flac", 5)
     with (cornell / "annotations.csv").open("a") as file:
@@ -186,7 +209,7 @@ def test_segments_without_rows_are_predicted_and_not_scored(clef_2026, trained_r
 
 
 EVENTS = [Event("amecro", 1.0, 2.0, 0.25), Event("norcar", 4.0, 6.0, 0.9)]
-LABELLED = [(5.0, ["amecro", "norcar"]), (10.0, ["norcar"]), (15.0, []), (20.0, [])]
+OF_EVENTS = [(5.0, ["amecro", "norcar"]), (10.0, ["norcar"]), (15.0, []), (20.0, [])]
 
 
 def audacity(folder):
@@ -240,7 +263,7 @@ def test_labels_with_times_are_the_same_in_every_format(tmp_path, write):
     write_noise(tmp_path / "dawn.wav")
     write(tmp_path)
     truth = read_truth([tmp_path], KNOWN)
-    assert rows_of(truth) == LABELLED
+    assert rows_of(truth) == OF_EVENTS
     assert events_of(truth) == [("dawn", 1.0, 2.0, "amecro"), ("dawn", 4.0, 6.0, "norcar")]
     assert truth.annotated == ["dawn"]
     # Half of the birds, a bird too many, right, right: (2 / 3 + 2 / 3 + 1 + 1) / 4.
@@ -256,7 +279,7 @@ def test_results_of_a_model_are_no_truth_until_they_are_renamed(tmp_path, caplog
         read_truth([tmp_path], KNOWN)
     assert "detections.csv" in caplog.text and "selections.csv" in caplog.text
     path.rename(tmp_path / "selections.csv")
-    assert rows_of(read_truth([tmp_path], KNOWN)) == LABELLED
+    assert rows_of(read_truth([tmp_path], KNOWN)) == OF_EVENTS
 
 
 def test_the_detections_that_a_page_saves_for_audacity_are_no_truth(tmp_path, caplog):
@@ -279,7 +302,7 @@ def test_a_recording_may_be_called_by_its_path_on_any_machine(tmp_path, path):
     write_noise(tmp_path / "site" / "dawn.wav")
     write_noise(tmp_path / "dusk" / "dawn.wav")
     write_detections(tmp_path / "selections.csv", {path: EVENTS})
-    assert rows_of(read_truth([tmp_path], KNOWN), "site/dawn") == LABELLED
+    assert rows_of(read_truth([tmp_path], KNOWN), "site/dawn") == OF_EVENTS
 
 
 def test_a_path_that_leads_out_of_the_folder_names_nothing_there(tmp_path, caplog):
@@ -295,7 +318,7 @@ def test_an_unknown_bird_is_unknown_in_other_formats_too(tmp_path):
     write_noise(tmp_path / "dawn.wav")
     write_raven_table(tmp_path / "dawn.txt", [*EVENTS, Event("????", 11, 12)])
     truth = read_truth([tmp_path], KNOWN)
-    assert rows_of(truth) == [row for row in LABELLED if row[0] != 15.0]
+    assert rows_of(truth) == [row for row in OF_EVENTS if row[0] != 15.0]
     assert truth.n_unknown == 1
 
 
@@ -386,7 +409,7 @@ def test_two_formats_in_a_folder_are_both_read(cornell, caplog):
     write_noise(cornell / "mine" / "dawn.wav", 10)
     write_audacity_labels(cornell / "mine" / "dawn.txt", EVENTS)
     truth = read_truth([cornell], KNOWN)
-    assert rows_of(truth, "mine/dawn") == LABELLED[:2]
+    assert rows_of(truth, "mine/dawn") == OF_EVENTS[:2]
     assert len(rows_of(truth)) == 3 + 2
 
 

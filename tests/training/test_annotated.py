@@ -1,5 +1,6 @@
 """Soundscapes that people have labelled are trained on: clips and their frames have targets."""
 
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -236,3 +237,21 @@ def test_annotated_needs_soundscapes_and_no_model(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["pseudo-label", "--data", str(tmp_path), "--annotated"])
     assert "--soundscapes" in capsys.readouterr().err
+
+
+def test_the_command_writes_labels_that_a_training_reads(
+    annotated, demo_folder, tables, training_data, tmp_path, capsys
+):
+    folds, audit = tables
+    output = tmp_path / "output"
+    output.mkdir()
+    shutil.copy(audit, output)
+    arguments = ["--data", str(demo_folder), "--folds", str(folds), "--output", str(output)]
+    with pytest.raises(SystemExit) as end:
+        main(["pseudo-label", *arguments, "--soundscapes", str(annotated), "--annotated"])
+    assert not end.value.code, capsys.readouterr().err
+    path = output / "soundscape_labels_people.safetensors"
+    assert str(path) in capsys.readouterr().out
+    labels = SoundscapeLabels.read(path, training_data.classes)
+    assert [item["name"] for item in labels.soundscapes] == ["soundscape_data/a.wav"]
+    assert len(labels.events) > 0
