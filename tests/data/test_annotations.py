@@ -408,7 +408,9 @@ def test_other_tables_in_the_folder_are_no_labels(cornell):
 def test_two_formats_in_a_folder_are_both_read(cornell, caplog):
     write_noise(cornell / "mine" / "dawn.wav", 10)
     write_audacity_labels(cornell / "mine" / "dawn.txt", EVENTS)
+    caplog.set_level("INFO")
     truth = read_truth([cornell], KNOWN)
+    assert "annotations.csv" in caplog.text
     assert rows_of(truth, "mine/dawn") == OF_EVENTS[:2]
     assert len(rows_of(truth)) == 3 + 2
 

@@ -15,14 +15,15 @@ from birdcall.__main__ import main
 from birdcall.config import NO_AUGMENT, LossConfig, replace_nested
 from birdcall.data.clips import ClipDataset, mix_frame_targets
 from birdcall.data.dataset import TrainingData
+from birdcall.data.loader import ClipBatch
 from birdcall.data.soundscapes import SoundscapeLabels, SoundscapeTargets
 from birdcall.data.targets import IGNORE_TARGET, PRESENT, ClipRequest, StrongTargets
 from birdcall.evaluation.labelled import predict_labelled
 from birdcall.inference.ensemble import load_ensemble
 from birdcall.models.checkpoint import read_checkpoint
-from birdcall.models.sed import SEDOutput
+from birdcall.models.sed import SEDOutput, build_model
 from birdcall.training.runs import plan_runs, train_many
-from birdcall.training.step import sed_loss
+from birdcall.training.step import BatchLoss, sed_loss
 from birdcall.training.student import write_labels_of_people
 from birdcall.training.trainer import RunOptions
 
@@ -197,6 +198,27 @@ def test_the_loss_of_frames_is_the_cross_entropy_of_those_with_targets():
     assert sed_loss(output, target, config, frames=unknown) == without
     twice = frames.repeat_interleave(2, dim=-1)  # finer than the network's frames
     assert sed_loss(output, target, config, frames=twice) == with_frames
+
+
+def test_a_training_step_adds_the_loss_of_the_frames(student):
+    torch.manual_seed(0)
+    loss_of = BatchLoss(build_model(student, 3).eval(), student, torch.device("cpu"))
+    n_samples = student.clip_samples
+    batch = ClipBatch(
+        waveform=0.1 * torch.randn(2, n_samples),
+        target=torch.zeros(2, 3),
+        weight=torch.ones(2),
+        recordings=("a", "b"),
+        failures=(),
+    )
+    frames = torch.full((2, 3, 50), IGNORE_TARGET)
+    with torch.no_grad():
+        without, unknown = (
+            float(loss_of(batch._replace(frames=item), 0, 0)) for item in (None, frames)
+        )
+        frames[0, 1, 10:20] = 1.0
+        known = float(loss_of(batch._replace(frames=frames), 0, 0))
+    assert unknown == without < known
 
 
 # --- leakage --------------------------------------------------------------------------------------

@@ -93,6 +93,7 @@ def read_annotated_soundscapes(
     sound = list(filter(is_sound, files))
     by_path: dict[Path, _Labels] = {}
     beside = read_labels_beside(sound, codes, label_column, is_strict=True)
+    logger.info("%s: %d recordings have labels beside them", folder, len(beside))
     for path, events in beside.items():
         rows = [(path.name, event.onset, event.offset, event.ebird_code) for event in events]
         by_path[path] = _Labels("tables beside it", pd.DataFrame(rows, columns=_COLUMNS), True)
@@ -160,10 +161,7 @@ def _read_csv_tables(
     label_column: str | None,
     audio: Path | None = None,
 ) -> None:
-    """Add the labels of the recordings in CSV ``tables``; others are named in the log.
-
-    audio: the folder of the recordings, else that of the table and the folders in it.
-    """
+    """Add the labels in CSV ``tables`` of recordings in ``audio``; None: beside the table."""
     for path in tables:
         read = _find_format(path)
         if read is None:
@@ -177,7 +175,9 @@ def _read_csv_tables(
         published = path.parent / PUBLISHED.get(path.name, "")
         beside = sorted(item for item in path.parent.iterdir() if item.is_dir())
         folders = [audio] if audio else [path.parent, published, *beside]
-        for recording, rows in _find_recordings(path, labels, folders):
+        found = list(_find_recordings(path, labels, folders))
+        logger.info("%s: labels of %d recordings", path, len(found))
+        for recording, rows in found:
             if recording in by_path:
                 raise ValueError(
                     f"{path}: {recording} has labels in {by_path[recording].source} too; remove one"
