@@ -2,7 +2,14 @@
 
 import pytest
 
-from birdcall.taxonomy import all_species, display_name, find_species, match_code, species_of
+from birdcall.taxonomy import (
+    all_species,
+    display_name,
+    find_species,
+    is_unknown_bird,
+    match_code,
+    species_of,
+)
 
 
 def test_there_are_264_species_in_the_competitions_class_order() -> None:
@@ -54,3 +61,37 @@ def test_a_label_means_a_class_in_any_spelling(label: str) -> None:
 def test_classes_outside_the_264_are_matched_by_their_code() -> None:
     assert match_code(" Gretit1", ["gretit1", "saypho"]) == "gretit1"
     assert match_code("Great Tit", ["gretit1"]) is None
+
+
+@pytest.mark.parametrize(
+    "label, code",
+    [
+        ("reevir", "reevir1"),
+        ("redpol1", "comred"),  # lumped in 2024
+        ("AMHGUL1", "hergul"),  # split in 2024
+        ("American Herring Gull", "hergul"),
+        ("Larus smithsonianus_American Herring Gull", "hergul"),
+        ("eawvir1", "warvir"),  # split in 2025
+        ("wewvir2", "warvir"),
+        ("yelwar1", "yelwar"),
+        ("Western Flycatcher", "pasfly"),
+        ("Nannopterum auritum", "doccor"),
+        ("Corthylio calendula, Ruby-crowned Kinglet", "ruckin"),
+    ],
+)
+def test_codes_and_names_of_other_taxonomies_are_those_of_the_competition(label, code) -> None:
+    assert find_species(label) == species_of(code)
+    assert match_code(label, ["amecro", code]) == code
+
+
+def test_a_class_with_a_later_code_is_that_class() -> None:
+    assert match_code("redpol1", ["comred", "redpol1"]) == "redpol1"
+
+
+def test_question_marks_are_a_bird_that_nobody_could_name() -> None:
+    assert [
+        label for label in ("????", " ? ", "", "saypho", "saypho?") if is_unknown_bird(label)
+    ] == [
+        "????",
+        " ? ",
+    ]

@@ -9,6 +9,24 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import resources
 
+# Codes and names of eBird's other taxonomies (before 2020; 2021 to 2025) by the competition's code.
+# A species that was split is the one of North America, lumped species are the one of the 264.
+_OTHER_NAMES = {
+    "comred": ("redpol1", "Redpoll"),
+    "coohaw": ("Astur cooperii",),
+    "doccor": ("Nannopterum auritum",),
+    "hergul": ("amhgul1", "American Herring Gull", "Larus smithsonianus"),
+    "houwre": ("Northern House Wren",),
+    "leabit": ("Botaurus exilis",),
+    "pasfly": ("wesfly", "Western Flycatcher"),
+    "reevir1": ("reevir",),
+    "ruckin": ("Corthylio calendula",),
+    "warvir": ("eawvir1", "Eastern Warbling Vireo", "wewvir2", "Western Warbling Vireo")
+    + ("Vireo swainsoni",),
+    "yelwar": ("yelwar1", "Northern Yellow Warbler", "Setophaga aestiva"),
+}
+UNKNOWN_BIRD = "????"  # the label of a bird that nobody could name, in the Cornell Lab's tables
+
 
 @dataclass(frozen=True, order=True)
 class Species:
@@ -47,11 +65,12 @@ def known_species(classes: Iterable[str]) -> list[str]:
 def find_species(name: str) -> Species | None:
     """Return the species of a ``Scientific_Common`` label, a name or a code, in any case.
 
-    If the scientific name of a label has changed since 2020, its common name decides, and the
-    other way round. None: not among the 264.
+    Codes and names of eBird's later taxonomies count too. If the scientific name of a label has
+    changed since 2020, its common name decides, and the other way round; BirdNET-Analyzer has a
+    comma between them. None: not among the 264.
     """
     options = _normal(name)
-    scientific, _, common = options.partition("_")
+    scientific, _, common = options.replace(", ", "_").partition("_")
     names = _by_name()
     return names.get(options) or species_of(options) or names.get(scientific) or names.get(common)
 
@@ -68,6 +87,11 @@ def match_code(label: str, codes: Collection[str]) -> str | None:
     return next((code for code in codes if _normal(code) in wanted), None)
 
 
+def is_unknown_bird(label: str) -> bool:
+    """Return whether a label says that there is a bird, and that nobody could name it: ``????``."""
+    return set(label.strip("\"' ")) == {"?"}
+
+
 def display_name(ebird_code: str) -> str:
     """Return the common name, or the code itself where it is outside the 264."""
     species = species_of(ebird_code)
@@ -78,7 +102,8 @@ def display_name(ebird_code: str) -> str:
 def _by_name() -> dict[str, Species]:
     names = {}
     for species in all_species():
-        for name in (species.label, species.scientific_name, species.common_name):
+        others = _OTHER_NAMES.get(species.ebird_code, ())
+        for name in (species.label, species.scientific_name, species.common_name, *others):
             names[_normal(name)] = species
     return names
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from birdcall.benchmark import scale
-from birdcall.benchmark.scale import benchmark_evaluation, random_truth
+from birdcall.benchmark.scale import benchmark_evaluation, benchmark_labels, random_truth
 
 
 def run_in_this_process(command, check):
@@ -46,3 +46,13 @@ def test_random_truth_resembles_the_rows_of_the_competition():
 def test_more_classes_than_species_are_refused(tmp_path):
     with pytest.raises(ValueError, match="n_classes is 300; there are 264 species"):
         benchmark_evaluation(tmp_path, n_classes=300)
+
+
+def test_annotations_are_read_and_matched_in_little_time(tmp_path):
+    """A hundredth of 100,000 annotations of 300 hours, which may take 30 s and 2 GB."""
+    table = benchmark_labels(tmp_path / "labels", 1000, n_recordings=3, hours=3.0)
+    row = table.iloc[0]
+    # Of 266 labels one is a bird that nobody could name: some 4 of the annotations.
+    assert 2140 < row["rows"] < 3 * 720
+    assert 0 < row["seconds"] < 5
+    assert row["peak_gigabytes"] < 2

@@ -17,7 +17,7 @@ from birdcall.data.cache import CropRequest
 from birdcall.data.dataset import load_training_data
 from birdcall.data.folds import make_folds, write_folds
 from birdcall.data.recordings import read_recordings, usable_recordings
-from birdcall.evaluation.labelled import label_segments
+from birdcall.data.targets import label_segments
 from birdcall.evaluation.predict import predict_simulated
 from birdcall.evaluation.simulated_audio import (
     SoundscapeRenderer,

@@ -59,6 +59,13 @@ def test_hostile_names_are_inert(evaluation, tmp_path):
     assert page.count("&lt;img src=x onerror=alert(1)&gt;") >= 3
 
 
+def test_segments_with_birds_that_nobody_could_name_are_counted(evaluation, page, tmp_path):
+    unknown = replace(evaluation, labelled=replace(evaluation.labelled, n_unknown=123))
+    write_report(tmp_path / "r.html", "unknown", unknown)
+    assert "????" not in page
+    assert re.search(r"123 segments[^<]*\?\?\?\?", (tmp_path / "r.html").read_text())
+
+
 def test_the_curves_of_a_mistake_reach_the_top_at_the_probability_beside_the_name(page):
     """The scale is written; the highest point of a drawing of 44 pixels is at 7."""
     drawings = re.findall(r"<small>up to [\d.]+</small>(.*?)</svg>", page, flags=re.DOTALL)

@@ -1,4 +1,4 @@
-"""Commands that let models label or embed sound for a training: pseudo-label, embed."""
+"""Commands that label or embed sound for a training: pseudo-label, embed; benchmark labels."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from birdcall.cli.evaluation import benchmarks
 from birdcall.cli.options import (
     BirdNET,
     Data,
     Folders,
     Folds,
+    LabelColumn,
     MustNotOverlap,
     Output,
     SoundscapeLabels,
@@ -37,20 +39,36 @@ def _pseudo_label(
         ),
     ] = None,
     labelled: MustNotOverlap = None,
+    annotated: Annotated[
+        bool,
+        typer.Option(
+            "--annotated",
+            help="Take the labels of people from tables in the folder --soundscapes: the formats "
+            "of `birdcall evaluate --soundscapes`, but the examples of the competition.",
+        ),
+    ] = False,
+    label_column: LabelColumn = None,
 ) -> None:
     """Predict when each species is present in the recordings, by runs that did not train on them.
 
     With --soundscapes: how probably it is present in each segment of unlabelled soundscapes; with
     --birdnet, too, by BirdNET 2.4 in place of trained runs. Models that are trained on its labels
-    are derived from it (CC BY-NC-SA 4.0): non-commercial, share alike.
+    are derived from it (CC BY-NC-SA 4.0): non-commercial, share alike. With --annotated: no model
+    labels them, people have.
     """
     from birdcall.data.birdnet import open_birdnet
     from birdcall.inference.ensemble import default_device
     from birdcall.storage.locks import locked
     from birdcall.training.pseudo_labels import write_pseudo_labels
     from birdcall.training.runs import find_runs
-    from birdcall.training.student import describe_labels, label_soundscapes
+    from birdcall.training.student import (
+        describe_labels,
+        label_soundscapes,
+        write_labels_of_people,
+    )
 
+    if annotated and (soundscapes is None or experiment or birdnet):
+        raise ValueError("--annotated takes labels from tables: give --soundscapes and no model")
     if birdnet and (soundscapes is None or experiment):
         raise ValueError("--birdnet labels soundscapes: give --soundscapes, and no --experiment")
     model = open_birdnet() if birdnet else None
@@ -58,6 +76,12 @@ def _pseudo_label(
     labels = folders.output / "pseudo_labels.csv"
     context.with_resource(locked(labels))
     training_data = folders.load_training_data()
+    if annotated:
+        options = {"labelled": labelled or (), "label_column": label_column}
+        path, made = write_labels_of_people(training_data, soundscapes, folders.output, **options)
+        typer.echo(describe_labels(made))
+        typer.echo(f"{path}: written; to train on it: birdcall train --soundscape-labels {path}")
+        return
     labellers = model or find_runs(folders.runs, experiment)
     if soundscapes is not None:
         options = {"labelled": labelled or (), "device": default_device(), "progress": True}
@@ -109,3 +133,19 @@ def _embed(
         typer.echo(f"{len(files) - len(errors)} of {len(files)} {kind} have embeddings")
         if errors:
             raise ValueError(f"not embedded, since they cannot be read: {shorten_list(errors)}")
+
+
+@benchmarks.command("labels")
+def _benchmark_labels(
+    annotations: Annotated[int, typer.Option(min=1, help="Number of annotations.")] = 100_000,
+    recordings: Annotated[int, typer.Option(min=1, help="Number of recordings.")] = 300,
+    hours: Annotated[float, typer.Option(help="Hours of sound, of all together.")] = 300.0,
+) -> None:
+    """Time reading annotations of soundscapes and matching them to segments; measure the memory."""
+    from tempfile import TemporaryDirectory
+
+    from birdcall.benchmark.scale import benchmark_labels
+
+    with TemporaryDirectory() as folder:
+        table = benchmark_labels(Path(folder) / "labels", annotations, recordings, hours)
+    typer.echo(table.to_string(index=False))

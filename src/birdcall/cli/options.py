@@ -87,8 +87,9 @@ Unlabelled = Annotated[
 Labelled = Annotated[
     list[Path] | None,
     typer.Option(
-        help="Folder of labelled soundscapes: recordings with Raven selection tables, or the "
-        "example files of the competition. May be repeated.",
+        help="Folder of labelled soundscapes: the examples of the competition, recordings with "
+        "Raven or Audacity tables or CSV (BirdNET-Analyzer, birdcall predict), annotations.csv of "
+        "the Cornell Lab's collections, or the labels of BirdCLEF 2021 or 2026. May be repeated.",
         show_default="the examples in the data folder",
     ),
 ]
@@ -116,7 +117,7 @@ Shifts = Annotated[
 LabelColumn = Annotated[
     str | None,
     typer.Option(
-        help="Column of Raven tables with the labels.",
+        help="Column of Raven and CSV tables with the labels.",
         show_default="Species Code, Species, Annotation, ...",
     ),
 ]

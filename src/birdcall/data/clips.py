@@ -16,7 +16,7 @@ from torch import Tensor
 from birdcall.audio.decoder import AudioError, is_cut, warn_once
 from birdcall.audio.filters import crop_or_pad
 from birdcall.config import Experiment
-from birdcall.data.augment import ClipAugment, mix_at_snr
+from birdcall.data.augment import BatchDraws, ClipAugment, mix_at_snr
 from birdcall.data.birdnet import EMBEDDING_SIZE, read_clip
 from birdcall.data.cache import (
     MAX_TRIES,
@@ -35,6 +35,7 @@ from birdcall.data.targets import (
     make_targets,
     rating_weights,
 )
+from birdcall.inference.windows import FRAME_SECONDS
 from birdcall.storage.store import DAMAGED
 
 # In place of a recording's path, and of its index.
@@ -62,6 +63,21 @@ def mix_targets(target: np.ndarray, probabilities: np.ndarray, share: float) -> 
     return np.where(probabilities > 0, mixed, target).astype(np.float32)
 
 
+def mix_frame_targets(frames: Tensor, draws: BatchDraws, scale: Tensor) -> Tensor:
+    """Return the frame targets ``(n, classes, frames)`` of clips that `augment_batch` makes.
+
+    frames: of the whole batch. scale: of `mix_scale`; a partner at 0 is silent and adds nothing.
+    """
+    own = frames[draws.index.to(frames.device)]
+    partners = frames[draws.partners.to(frames.device)]
+    added = torch.where((scale > 0)[..., None, None], partners, own[:, None])
+    together = torch.cat((own[:, None], added), dim=1)
+    highest = together.amax(dim=1)
+    union = torch.where(highest > 0, highest, together.amin(dim=1))
+    n_shift = [round(share * frames.shape[-1]) for share in draws.shift.tolist()]
+    return torch.stack([row.roll(n, -1) for row, n in zip(union, n_shift, strict=True)])
+
+
 class Clip(NamedTuple):
     """A training clip, and the files that could not be read for it."""
 
@@ -71,6 +87,7 @@ class Clip(NamedTuple):
     recording: str  # path; "noise" for bird-free noise alone; "other birds"
     failures: tuple[ReadFailure, ...]
     embedding: Tensor | None = None  # (size,), of a teacher; zeros: it has none for this clip
+    frames: Tensor | None = None  # (classes, frames), targets; None: no clip of the data has any
 
 
 class ClipDataset:
@@ -206,7 +223,19 @@ class ClipDataset:
             recording=recording,
             failures=tuple(failures),
             embedding=embedding,
+            frames=self._find_frames(source),
         )
+
+    def _find_frames(self, source: tuple[str, int, float] | None) -> Tensor | None:
+        """Return the targets of a clip's frames, IGNORE_TARGET where its labels have no times."""
+        if self.soundscapes is None or self.soundscapes.strong is None:
+            return None
+        kind, index, start = source or ("", 0, 0.0)
+        found = self.soundscapes.find_frames(index, start) if kind == "soundscapes" else None
+        if found is None:
+            n_frames = round(self.experiment.train.data.clip_seconds / FRAME_SECONDS)
+            found = np.full((self.targets.shape[1], n_frames), IGNORE_TARGET, np.float32)
+        return torch.from_numpy(found)
 
     def _ask_teacher(
         self, source: tuple[str, int, float] | None

@@ -68,11 +68,16 @@ class TrainingData:
         """Digests of all that a training learns from, by name; the folder has no part in them.
 
         recordings: what the tables say about them. audio: their files, as audited. lengths: as
-        decoded. labels: the strong labels, None without them; other_birds: likewise. Recordings are
+        decoded. labels: the strong labels, None without them; other_birds: likewise. annotated:
+        the hashes of soundscapes that people have labelled, which no score may use. Recordings are
         not read for them.
         """
         table, labels = self.recordings, self.strong_labels
         soundscapes = self.soundscape_labels
+        is_annotated = soundscapes is not None and soundscapes.events is not None
+        annotated = (
+            [item["audio_hash"] for item in soundscapes.soundscapes] if is_annotated else None
+        )
         return {
             "recordings": digest(table[_LEARNT].to_csv(index=False)),
             "audio": digest("\n".join(table["sha256"])) if "sha256" in table else None,
@@ -81,6 +86,7 @@ class TrainingData:
             "noise": digest_noise(self.noise_files),
             "other_birds": digest_noise(self.other_birds) if self.other_birds else None,
             "soundscapes": None if soundscapes is None else soundscapes.digest,
+            "annotated": annotated,
             "round": None if soundscapes is None else soundscapes.round,
             "teacher": None if self.birdnet is None else self.birdnet.sha256,
             "labels": None if labels is None else digest(labels.to_csv(index=False)),

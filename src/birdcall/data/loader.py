@@ -46,6 +46,7 @@ class ClipBatch(NamedTuple):
     recordings: tuple[str, ...]  # of each clip, to name a batch that goes wrong
     failures: tuple[ReadFailure, ...]
     embedding: Tensor | None = None  # (batch, size); None: no teacher
+    frames: Tensor | None = None  # (batch, classes, frames), targets; None: there are none
 
 
 def make_loader(
@@ -122,6 +123,7 @@ def _collate_clips(clips: Sequence[Clip], is_shared: bool) -> ClipBatch:
         recordings=tuple(clip.recording for clip in clips),
         failures=tuple(failure for clip in clips for failure in clip.failures),
         embedding=None if clips[0].embedding is None else stack([clip.embedding for clip in clips]),
+        frames=None if clips[0].frames is None else stack([clip.frames for clip in clips]),
     )
 
 

@@ -1,4 +1,4 @@
-"""Find soundscapes of which nothing is known; hold the labels that models made of them."""
+"""Find soundscapes to train on; hold the labels that models or people made of them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from birdcall.audio.reading import AudioError, hash_parts
 from birdcall.config import SEGMENT_SECONDS, Experiment, StudentConfig, require
 from birdcall.data.audit import Measurement, measure_recording
 from birdcall.data.cache import RecordingCache
+from birdcall.data.targets import IGNORE_TARGET, PRESENT, StrongTargets
+from birdcall.inference.windows import FRAME_SECONDS
 from birdcall.storage.files import atomic_path, digest, find_files, readable_sound, shorten_list
 from birdcall.storage.store import DAMAGED, read_arrays, write_arrays
+from birdcall.taxonomy import UNKNOWN_BIRD
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +66,7 @@ def find_unlabelled(
             known.append(f"{item.path} has sound of {min(parts[part] for part in shared)}")
     require(
         not known,
-        f"soundscapes that are taken for unlabelled have labels: {shorten_list(known)}; remove "
+        f"soundscapes to learn from have labels to score with: {shorten_list(known)}; remove "
         "them, or scores would be of sound that was trained on",
     )
     return {item.path: item for item in by_hash.values()}
@@ -154,7 +157,8 @@ class LabelStatistics:
 # --- labels of an ensemble ---
 
 
-_ARRAYS = ("probabilities", "soundscape")
+PEOPLE = "people"  # in place of a network, for the labels of tables
+_ARRAYS = ("probabilities", "soundscape", "events")
 
 
 def network_of(experiment: Experiment) -> str:
@@ -169,23 +173,28 @@ class SoundscapeLabels:
     Each site's background is taken off: see `inference.background.remove_background`.
     probabilities: ``(families, segments, classes)``, the mean of the members of one network each.
     soundscape: ``(segments,)``, index in ``soundscapes``.
+    Or what PEOPLE have labelled. Then probabilities are 0 or 1, IGNORE_TARGET in segments without
+    labels, and ``events`` has a row per event: soundscape, class (-1: any, see UNKNOWN_BIRD),
+    onset and offset in seconds.
     """
 
     folder: Path
     classes: tuple[str, ...]
-    soundscapes: list[dict]  # name below the folder, seconds, size, audio_hash
+    soundscapes: list[dict]  # name below the folder, seconds, size, audio_hash; has_times
     members: list[dict]  # name, experiment, network, weights_sha256
     families: list[str]  # the `network_of` each
     round: int  # 1: of members that were trained without such labels
     statistics: dict  # see `LabelStatistics`
     probabilities: np.ndarray
     soundscape: np.ndarray
+    events: np.ndarray | None = None
 
     def write(self, path: Path) -> None:
         """Write the labels as one safetensors file, whole or not at all."""
         values = {name: value for name, value in vars(self).items() if name not in _ARRAYS}
         with atomic_path(path) as temporary:
             arrays = {name: getattr(self, name) for name in _ARRAYS}
+            arrays = {name: array for name, array in arrays.items() if array is not None}
             write_arrays(temporary, arrays, values | {"folder": str(self.folder.resolve())})
 
     @classmethod
@@ -210,7 +219,8 @@ class SoundscapeLabels:
     def digest(self) -> str:
         """Return a digest of what a training learns from the labels, wherever the files lie."""
         described = json.dumps([self.soundscapes, self.members, self.round])
-        return digest(described.encode() + self.probabilities.tobytes())
+        events = b"" if self.events is None else self.events.tobytes()
+        return digest(described.encode() + self.probabilities.tobytes() + events)
 
     def teachers_of(self, experiment: Experiment) -> np.ndarray:
         """Return which families may teach ``experiment``, boolean ``(families,)``; or ValueError.
@@ -228,11 +238,11 @@ class SoundscapeLabels:
 
 
 class SoundscapeTargets:
-    """Soft targets of clips that start with a segment of a soundscape.
+    """Targets of clips that start with a segment of a soundscape.
 
-    A clip's label is the highest of its segments; where they exceed ``max_sum`` together, they are
-    reduced in proportion. Clips are drawn in proportion to their largest label, clips without
-    labels as if it were ``_EMPTY_WEIGHT``.
+    A clip's soft label is the highest of its segments; where they exceed ``max_sum`` together, they
+    are reduced in proportion. The labels of people are hard: see `StrongTargets`. Clips are drawn
+    in proportion to their largest label, clips without labels as if it were ``_EMPTY_WEIGHT``.
     """
 
     def __init__(self, labels: SoundscapeLabels, experiment: Experiment) -> None:
@@ -240,14 +250,16 @@ class SoundscapeTargets:
         self.clip_seconds = experiment.train.data.clip_seconds
         self.labels = labels
         mean = labels.probabilities[labels.teachers_of(experiment)].mean(axis=0)
-        of_segments = scale_probabilities(mean, self.config)
+        self.strong = None if labels.events is None else _strong_targets(labels)
+        of_segments = mean if self.strong else scale_probabilities(mean, self.config)
         n_segments = np.bincount(labels.soundscape, minlength=len(labels.soundscapes))
         self.first = np.cumsum(n_segments) - n_segments  # of each soundscape
         n_in_clip = max(1, math.ceil(self.clip_seconds / SEGMENT_SECONDS))
         number = np.arange(len(of_segments)) - self.first[labels.soundscape]
         last = n_segments[labels.soundscape] - 1
         # A soundscape shorter than a clip has one clip, from its start.
-        self.segments = np.flatnonzero(number <= np.maximum(0, last + 1 - n_in_clip))
+        is_start = number <= np.maximum(0, last + 1 - n_in_clip)
+        self.segments = np.flatnonzero(is_start & (of_segments.max(axis=1) != IGNORE_TARGET))
         targets = of_segments[self.segments]
         for step in range(1, n_in_clip):
             later = np.minimum(number[self.segments] + step, last[self.segments])
@@ -268,4 +280,32 @@ class SoundscapeTargets:
         start = float(SEGMENT_SECONDS * (segment - self.first[soundscape]))
         spare = min(SEGMENT_SECONDS, self.labels.soundscapes[soundscape]["seconds"] - start)
         start += generator.random() * max(0.0, spare - self.clip_seconds)
-        return soundscape, start, self.targets[min(clip, len(self.segments) - 1)]
+        target = self.targets[min(clip, len(self.segments) - 1)]
+        if self.strong is not None:
+            found = self.strong.find(soundscape, start, self.clip_seconds)
+            target = np.zeros_like(target) if found is None else found
+        return soundscape, start, target
+
+    def find_frames(self, soundscape: int, start: float) -> np.ndarray | None:
+        """Return the targets of a clip's frames ``(classes, frames)``; None: they are not known."""
+        if self.strong is None or not self.labels.soundscapes[soundscape]["has_times"]:
+            return None
+        n_frames = round(self.clip_seconds / FRAME_SECONDS)
+        return self.strong.find_frames(soundscape, start, n_frames, FRAME_SECONDS)
+
+
+def _strong_targets(labels: SoundscapeLabels) -> StrongTargets:
+    """Return the targets of clips of soundscapes that people have labelled."""
+    soundscape, column, onset, offset = labels.events.T
+    codes = np.array([*labels.classes, UNKNOWN_BIRD], dtype=object)  # -1 is the last
+    names = [item["name"] for item in labels.soundscapes]
+    table = pd.DataFrame(
+        {
+            "filename": np.array(names, dtype=object)[soundscape.astype(int)],
+            "ebird_code": codes[column.astype(int)],
+            "onset": onset,
+            "offset": offset,
+            "state": PRESENT,
+        }
+    )
+    return StrongTargets(pd.DataFrame({"filename": names}), labels.classes, table)

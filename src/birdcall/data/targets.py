@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
 from torch.utils.data import Sampler
 
-from birdcall.config import SamplingConfig, require
+from birdcall.config import SEGMENT_SECONDS, SamplingConfig, require
 from birdcall.storage.files import read_table, write_atomically
 
 # Target of a class that may or may not be in the clip: the loss and the metrics leave it out.
@@ -21,6 +21,7 @@ PRESENT, UNCERTAIN = "present", "uncertain"  # the states of a strong label
 STRONG_LABEL_COLUMNS = ("filename", "ebird_code", "onset", "offset", "state", "probability")
 MIN_OVERLAP_SECONDS = 0.5  # an interval counts in a clip with so much of it, or half of it
 _END_TOLERANCE = 0.05  # seconds; offsets are rounded, and so are the lengths of recordings
+_TIME_TOLERANCE = 1e-6  # seconds
 
 
 def make_targets(
@@ -42,6 +43,41 @@ def make_targets(
     return targets
 
 
+class _TimedLabel(Protocol):
+    """An event of `inference.events`, a simulated event, or a row of a table of annotations."""
+
+    onset: float  # seconds from the start of its recording
+    offset: float
+    ebird_code: str
+
+
+def label_segments(
+    events: Iterable[_TimedLabel], species: Sequence[str], n_segments: int
+) -> np.ndarray:
+    """Return which species are present in each segment, boolean, ``(segments, species)``.
+
+    An event is present in a segment that holds half a second of it, or half of it. The code of each
+    event must be in ``species``.
+    """
+    column_of = {code: column for column, code in enumerate(species)}
+    rows = [(event.onset, event.offset, column_of[event.ebird_code]) for event in events]
+    onset, offset, column = np.array(rows, dtype=float).reshape(-1, 3).T
+    truth = np.zeros((n_segments, len(species)), dtype=bool)
+    first = np.maximum(onset // SEGMENT_SECONDS, 0).astype(int)
+    last = np.minimum(offset // SEGMENT_SECONDS, n_segments - 1).astype(int)
+    n_touched = np.maximum(last - first + 1, 0)
+    event = np.repeat(np.arange(len(rows)), n_touched)  # a pair for each segment that it touches
+    number = np.arange(len(event)) - np.repeat(np.cumsum(n_touched) - n_touched, n_touched)
+    segment = first[event] + number
+    start = SEGMENT_SECONDS * segment
+    ends = np.minimum(offset[event], start + SEGMENT_SECONDS)
+    overlap = ends - np.maximum(onset[event], start)
+    enough = np.minimum(MIN_OVERLAP_SECONDS, (offset - onset) / 2) - _TIME_TOLERANCE
+    is_present = overlap >= enough[event]
+    truth[segment[is_present], column[event[is_present]].astype(int)] = True
+    return truth
+
+
 class _Intervals(NamedTuple):
     """The strong labels of one recording, ``(intervals,)`` each."""
 
@@ -55,8 +91,9 @@ class StrongTargets:
     """Targets of clips from strong labels: by what is present in the clip's part of a recording.
 
     A class is 1 where a present interval lies in the clip; IGNORE_TARGET where an uncertain one
-    does, or only the edge of a present one (see MIN_OVERLAP_SECONDS); else 0. ``strong_labels`` is
-    a table as `read_strong_labels` returns it; recordings that are not in it have weak labels only.
+    does, or only the edge of a present one (see MIN_OVERLAP_SECONDS); else 0. An interval of
+    UNKNOWN_BIRD may be of any class. ``strong_labels`` is a table as `read_strong_labels` returns
+    it; recordings that are not in it have weak labels only.
     """
 
     def __init__(
@@ -85,10 +122,37 @@ class StrongTargets:
         overlap = ends - np.maximum(intervals.onset, start_seconds)
         length = intervals.offset - intervals.onset
         is_enough = overlap >= np.minimum(MIN_OVERLAP_SECONDS, length / 2)
-        target = np.zeros(self.n_classes, dtype=np.float32)
-        target[intervals.column[overlap > 0]] = IGNORE_TARGET
-        target[intervals.column[is_enough & intervals.is_present]] = 1.0
+        is_class = intervals.column >= 0
+        unknown = IGNORE_TARGET if (overlap[~is_class] > 0).any() else 0
+        target = np.full(self.n_classes, unknown, dtype=np.float32)
+        target[intervals.column[is_class & (overlap > 0)]] = IGNORE_TARGET
+        target[intervals.column[is_class & is_enough & intervals.is_present]] = 1.0
         return target
+
+    def find_frames(
+        self, index: int, start_seconds: float, n_frames: int, frame_seconds: float
+    ) -> np.ndarray:
+        """Return the targets of a clip's frames ``(classes, frames)``, with the states of `find`.
+
+        A frame that an interval touches has its state.
+        """
+        frames = np.zeros((self.n_classes, n_frames), dtype=np.float32)
+        intervals = self.intervals.get(self.filenames[index])
+        if intervals is None:
+            return frames
+        edges = np.stack((intervals.onset, intervals.offset)) - start_seconds
+        edges = (edges / frame_seconds).round(6)
+        first = np.floor(edges[0]).clip(0, n_frames).astype(int)
+        end = np.ceil(edges[1]).clip(0, n_frames).astype(int)
+        touching = np.flatnonzero(end > first)
+        # Unknown birds first, then uncertain classes: what is present is known in spite of them.
+        certainty = np.where(intervals.column < 0, 0, 1 + intervals.is_present)
+        for number in touching[np.argsort(certainty[touching], kind="stable")]:
+            column = intervals.column[number]
+            rows = slice(None) if column < 0 else column
+            state = 1.0 if certainty[number] == 2 else IGNORE_TARGET
+            frames[rows, first[number] : end[number]] = state
+        return frames
 
 
 def write_strong_labels(path: Path, strong_labels: pd.DataFrame) -> None:

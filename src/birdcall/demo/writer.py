@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import soundfile
 from tqdm import tqdm
 
 from birdcall.config import NOCALL
@@ -30,6 +32,7 @@ from birdcall.demo.plan import (
 )
 from birdcall.demo.rendering import Plan, write_file
 from birdcall.demo.schedule import plan_demo
+from birdcall.taxonomy import UNKNOWN_BIRD, all_species
 
 TRAIN_COLUMNS = (
     *("rating", "playback_used", "ebird_code", "channels", "date", "pitch", "duration", "filename"),
@@ -86,6 +89,32 @@ def make_demo(
         shutil.rmtree(folder, ignore_errors=True)
     n_soundscapes = len(plan.examples) + len(plan.tests)
     logger.info("%s: %d recordings, %d soundscapes", data, len(plan.recordings), n_soundscapes)
+
+
+def write_annotations(folder: Path, n_annotations: int, n_recordings: int, hours: float) -> None:
+    """Write random annotations of silent recordings, in the Cornell Lab's layout, to a new folder.
+
+    The recordings are one file under many names: to read annotations, only its length counts.
+    """
+    folder.mkdir(parents=True)
+    seconds, rate = round(3600 * hours / n_recordings), 8000
+    names = [f"soundscape{number:04d}.wav" for number in range(n_recordings)]
+    silence = np.zeros(seconds * rate, np.int16)
+    soundfile.write(folder / names[0], silence, rate, subtype="PCM_U8")
+    for name in names[1:]:
+        (folder / name).hardlink_to(folder / names[0])
+    generator = np.random.default_rng(0)
+    codes = [*(species.ebird_code for species in all_species()), UNKNOWN_BIRD, "foreign"]
+    onset = generator.uniform(0, seconds, n_annotations).round(3)
+    table = {
+        "Filename": generator.choice(names, n_annotations),
+        "Start Time (s)": onset,
+        "End Time (s)": (onset + generator.gamma(2, 1, n_annotations)).round(3),
+        "Low Freq (Hz)": 0,
+        "High Freq (Hz)": 4000,
+        "Species eBird Code": generator.choice(codes, n_annotations),
+    }
+    pd.DataFrame(table).to_csv(folder / "annotations.csv", index=False)
 
 
 def _write_audio(folder: Path, plan: DemoPlan, workers: int | None, progress: bool) -> None:

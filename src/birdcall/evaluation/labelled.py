@@ -1,31 +1,30 @@
 """Read soundscapes that people have labelled, and predict them.
 
-Two layouts are read: the competition's example files (a row for every 5 seconds, and annotations
-with times), and recordings with Raven selection tables beside them.
+These are the competition's example files (a row for every 5 seconds, and annotations with times),
+and what `data.annotations` reads: published collections, Raven, Audacity and CSV tables.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import pandas as pd
 
-from birdcall.audio.reading import AudioError, probe_audio
+from birdcall.audio.reading import AudioError
 from birdcall.config import SEGMENT_SECONDS
-from birdcall.data.targets import MIN_OVERLAP_SECONDS
+from birdcall.data.annotations import PUBLISHED, read_annotated_soundscapes
+from birdcall.data.audit import measure_recording
+from birdcall.data.targets import label_segments
 from birdcall.evaluation.predictions import LabelledPredictions, PredictionCache
 from birdcall.inference.engine import open_recording
 from birdcall.inference.ensemble import Ensemble
-from birdcall.inference.events import Event
 from birdcall.inference.predictions import SegmentPredictions
-from birdcall.inference.tables import read_labels_beside
-from birdcall.inference.windows import count_segments
 from birdcall.kaggle.test_set import (
     CompetitionFile,
     find_audio,
@@ -33,31 +32,13 @@ from birdcall.kaggle.test_set import (
     read_annotations,
     read_labelled_soundscapes,
 )
-from birdcall.storage.files import (
-    conversion_advice,
-    digest_files,
-    find_files,
-    is_sound,
-    shorten_list,
-    unique_names,
-    utf8_text,
-)
-from birdcall.taxonomy import known_species, match_code
+from birdcall.storage.files import digest_files, shorten_list, unique_names, utf8_text
+from birdcall.taxonomy import UNKNOWN_BIRD, known_species, match_code
 
 logger = logging.getLogger(__name__)
 
-_TIME_TOLERANCE = 1e-6  # seconds
-_MAX_EXCESS = 0.25  # seconds; a selection that ends so little after its recording needs no warning
 _ROW_COLUMNS = ["recording", "seconds", "birds"]
 _ANNOTATION_COLUMNS = ["recording", "onset", "offset", "ebird_code"]
-
-
-class _TimedLabel(Protocol):
-    """An event of `inference.events`, a simulated event, or a row of a table of annotations."""
-
-    onset: float  # seconds from the start of its recording
-    offset: float
-    ebird_code: str
 
 
 @dataclass
@@ -67,7 +48,8 @@ class Truth:
     paths: the file of each recording. rows: ``recording``, ``seconds`` (the segment's end),
     ``birds`` (known codes, none for nocall). annotations: ``recording``, ``onset``, ``offset``,
     ``ebird_code``. annotated: the recordings whose annotations are complete, perhaps without any.
-    foreign: counts of the labels that are no known species; they count as no bird.
+    foreign: counts of the labels that are no known species; they count as no bird. n_unknown: the
+    number of segments that are not scored, since they have a bird that nobody could name.
     """
 
     paths: dict[str, Path] = field(default_factory=dict)
@@ -77,6 +59,7 @@ class Truth:
     )
     annotated: list[str] = field(default_factory=list)
     foreign: Counter[str] = field(default_factory=Counter)
+    n_unknown: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +67,7 @@ class LabelledSoundscapes:
     """Labelled soundscapes with the predictions of all members.
 
     predictions: each recording is a group. frames: `SegmentPredictions` with ``frames``
-    of the recordings whose annotations are complete. annotations, foreign, paths: see `Truth`.
+    of the recordings whose annotations are complete. The other fields: see `Truth`.
     """
 
     predictions: LabelledPredictions
@@ -92,6 +75,7 @@ class LabelledSoundscapes:
     frames: Mapping[str, SegmentPredictions]
     foreign: Counter[str]
     paths: Mapping[str, Path]
+    n_unknown: int = 0
 
 
 def predict_labelled(
@@ -105,7 +89,8 @@ def predict_labelled(
     """Predict the labelled soundscapes in ``folders`` (see `read_truth`); None if there are none.
 
     A soundscape whose recording is missing or does not decode is left out with a warning. Segments
-    that nobody has labelled are predicted and not scored.
+    that nobody has labelled are predicted and not scored. ValueError where a member was trained on
+    the labels of one.
     """
     if not folders:
         return None
@@ -113,6 +98,7 @@ def predict_labelled(
     truth = read_truth(folders, species, label_column)
     if not truth.paths:
         return None
+    _refuse_trained_on(ensemble, truth.paths)
     sources = {name: open_recording(path) for name, path in truth.paths.items()}
     cache = PredictionCache(cache_folder, "labelled", digest_files(truth.paths.values()))
     predictions: dict[str, SegmentPredictions] = {}
@@ -143,7 +129,23 @@ def predict_labelled(
         frames={name: replace(predictions[name], frames=array) for name, array in frames.items()},
         foreign=truth.foreign,
         paths=truth.paths,
+        n_unknown=truth.n_unknown,
     )
+
+
+def _refuse_trained_on(ensemble: Ensemble, paths: Mapping[str, Path]) -> None:
+    """Raise ValueError where a member was trained on the labels of a soundscape to score."""
+    trained_on: dict[str, str] = {}
+    for member in ensemble.members:
+        hashes = member.checkpoint.trained_on.get("annotated") or ()
+        trained_on |= dict.fromkeys(hashes, member.name)
+    for path in paths.values() if trained_on else ():
+        audio_hash = measure_recording(path.parent, path.name, None).audio_hash
+        if audio_hash in trained_on:
+            raise ValueError(
+                f"{path}: {trained_on[audio_hash]} was trained on the labels of this soundscape; "
+                "it cannot be scored on it"
+            )
 
 
 def segment_table(
@@ -160,40 +162,20 @@ def segment_table(
     )
 
 
-def label_segments(
-    events: Iterable[_TimedLabel], species: Sequence[str], n_segments: int
-) -> np.ndarray:
-    """Return which species are present in each segment, boolean, ``(segments, species)``.
-
-    An event is present in a segment that holds half a second of it, or half of it. The code of each
-    event must be in ``species``.
-    """
-    truth = np.zeros((n_segments, len(species)), dtype=bool)
-    column_of = {code: column for column, code in enumerate(species)}
-    starts = SEGMENT_SECONDS * np.arange(n_segments)
-    for event in events:
-        onset, offset = event.onset, event.offset
-        overlap = np.minimum(offset, starts + SEGMENT_SECONDS) - np.maximum(onset, starts)
-        touches = (onset < starts + SEGMENT_SECONDS) & (offset >= starts)
-        enough = min(MIN_OVERLAP_SECONDS, (offset - onset) / 2) - _TIME_TOLERANCE
-        truth[touches & (overlap >= enough), column_of[event.ebird_code]] = True
-    return truth
-
-
 def read_truth(
     folders: Sequence[Path], species: Sequence[str], label_column: str | None = None
 ) -> Truth:
     """Read all labelled soundscapes in ``folders``; ``species`` are the known codes.
 
     A recording is named by its path in its folder without suffix; where two have one name, the
-    second gets a number. A file that is in two folders counts once. ``label_column``: of Raven
+    second gets a number. A file that is in two folders counts once. ``label_column``: of
     tables, see `read_raven_table`. Raises FileNotFoundError for a folder without any, and
     ValueError for impossible rows and selections, naming file and line.
     """
     truths = [
         _read_examples(folder, species)
         if (folder / CompetitionFile.EXAMPLE_LABELS).is_file()
-        else _read_raven_folder(folder, species, label_column)
+        else _read_annotated(folder, species, label_column)
         for folder in {path.resolve(): path for path in folders}.values()
     ]
     first: dict[Path, tuple[int, str]] = {}  # number of the folder and name, by real path
@@ -210,6 +192,7 @@ def read_truth(
         result.paths |= {new: truth.paths[name] for name, new in names.items()}
         result.annotated += [names[name] for name in truth.annotated if name in names]
         result.foreign += truth.foreign
+        result.n_unknown += truth.n_unknown
         for parts, table in ((rows, truth.rows), (annotations, truth.annotations)):
             renamed = table.assign(recording=table["recording"].map(names))
             parts.append(renamed[renamed["recording"].notna()])
@@ -247,6 +230,9 @@ def _label_recording(
 
 
 def _read_examples(folder: Path, species: Sequence[str]) -> Truth:
+    if others := [name for name in PUBLISHED if (folder / name).is_file()]:
+        message = "%s: the competition's examples are read, not %s: give it in a folder of its own"
+        logger.warning(message, folder, shorten_list(others))
     rows = read_labelled_soundscapes(folder, species)
     audio = folder / CompetitionFile.EXAMPLE_AUDIO
     paths = {}
@@ -275,47 +261,41 @@ def _read_examples(folder: Path, species: Sequence[str]) -> Truth:
     )
 
 
-def _read_raven_folder(folder: Path, species: Sequence[str], label_column: str | None) -> Truth:
-    """Read recordings with tables beside them: each is labelled from its start to its end."""
+def _read_annotated(folder: Path, species: Sequence[str], label_column: str | None) -> Truth:
+    """Read recordings that tables label.
+
+    A segment with a bird that nobody could name may have any species. It has no row, so that it is
+    scored for none; and the annotations of its recording are not complete.
+    """
     truth = Truth()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder of labelled soundscapes")
-    paths = list(filter(is_sound, find_files(folder)))
-    labels = read_labels_beside(paths, species, label_column, is_strict=True)
-    if unlabelled := [path for path in paths if path not in labels]:
-        message = "%s: %d recordings have no Raven selection table beside them and are left out: %s"
-        logger.warning(message, folder, len(unlabelled), shorten_list(unlabelled))
-    names = unique_names(
-        [utf8_text(path.relative_to(folder).with_suffix("").as_posix()) for path in labels]
-    )
+    soundscapes = read_annotated_soundscapes(folder, species, label_column)
+    paths = [item.path.relative_to(folder).with_suffix("").as_posix() for item in soundscapes]
     rows, annotations = [], []
-    for name, (path, selections) in zip(names, labels.items(), strict=True):
-        try:
-            seconds = probe_audio(path).seconds
-        except (AudioError, OSError) as error:
-            advice = conversion_advice(path)
-            logger.warning(
-                "%s; this labelled soundscape is left out%s", error, advice and f"; {advice}"
-            )
+    for name, item in zip(unique_names(list(map(utf8_text, paths))), soundscapes, strict=True):
+        columns = [*species, UNKNOWN_BIRD]
+        present = label_segments(item.events.itertuples(), columns, len(item.labelled))
+        is_unknown = present[:, -1] & item.labelled
+        truth.foreign += item.foreign
+        truth.n_unknown += int(is_unknown.sum())
+        scored = np.flatnonzero(item.labelled & ~is_unknown)
+        if not len(scored):
+            logger.warning("%s: no segment has known labels; it is left out", item.path)
             continue
-        truth.foreign.update(
-            event.ebird_code for event in selections if event.ebird_code not in species
-        )
-        events = _known_events(path, selections, seconds, species)
-        present = label_segments(events, species, count_segments(round(seconds * 1000), 1000))
-        birds = [tuple(species[column] for column in np.flatnonzero(row)) for row in present]
-        ends = SEGMENT_SECONDS * np.arange(1.0, len(birds) + 1)
-        truth.paths[name] = path
-        rows += [(name, *row) for row in zip(ends, birds, strict=True)]
-        annotations += [(name, event.onset, event.offset, event.ebird_code) for event in events]
+        truth.paths[name] = item.path
+        birds = (tuple(species[column] for column in np.flatnonzero(present[n])) for n in scored)
+        rows += zip(repeat(name), SEGMENT_SECONDS * (scored + 1.0), birds, strict=False)
+        if item.has_times:
+            known = item.events[item.events["ebird_code"] != UNKNOWN_BIRD]
+            annotations.append(known.assign(recording=name)[_ANNOTATION_COLUMNS])
+            truth.annotated += [name] * (not is_unknown.any())
     if not truth.paths:
-        raise FileNotFoundError(
-            f"{folder}: neither {CompetitionFile.EXAMPLE_LABELS} nor a recording with a Raven "
-            "selection table"
-        )
+        raise FileNotFoundError(f"{folder}: no labelled soundscape can be read")
     truth.rows = pd.DataFrame(rows, columns=_ROW_COLUMNS)
-    truth.annotations = pd.DataFrame(annotations, columns=_ANNOTATION_COLUMNS)
-    truth.annotated = list(truth.paths)
+    if annotations:
+        truth.annotations = pd.concat(annotations, ignore_index=True)
+    if truth.n_unknown:
+        message = "%s: %d segments have a bird that nobody could name (%s) and are not scored"
+        logger.warning(message, folder, truth.n_unknown, UNKNOWN_BIRD)
     _log_foreign(folder, truth.foreign)
     return truth
 
@@ -325,17 +305,3 @@ def _log_foreign(source: Path, foreign: Counter[str]) -> None:
         counts = [f"{label or '(no label)'} {count}" for label, count in foreign.most_common()]
         message = "%s: labels that are no class and count as no bird: %s"
         logger.warning(message, source, shorten_list(counts, 20))
-
-
-def _known_events(
-    path: Path, labels: Iterable[Event], seconds: float, species: Sequence[str]
-) -> list[Event]:
-    """Return the events of known species in a recording of ``seconds``, none after its end."""
-    known = [event for event in labels if event.ebird_code in species]
-    late = [item for item in known if item.onset >= seconds or item.offset > seconds + _MAX_EXCESS]
-    if late:
-        message = "%s: selections beyond the end of the recording (%g s) are cut or left out: %s"
-        times = [f"{event.onset:g} to {event.offset:g} s" for event in late]
-        logger.warning(message, path, seconds, shorten_list(times))
-    inside = [event for event in known if event.onset < seconds]
-    return [replace(event, offset=min(event.offset, seconds)) for event in inside]

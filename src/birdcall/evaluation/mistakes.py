@@ -295,7 +295,7 @@ def write_labelled_pages(
 
 def _true_events(labelled: LabelledSoundscapes, recording: str) -> list[Event]:
     """Return the events of a labelled soundscape: annotations, or rows where there are no times."""
-    if recording in labelled.frames:
+    if recording in labelled.frames or recording in set(labelled.annotations["recording"]):
         return _annotated_events(labelled, recording)
     predictions = labelled.predictions
     is_here = (predictions.segments["recording"] == recording).to_numpy()

@@ -20,9 +20,9 @@ from birdcall.config import SEGMENT_SECONDS, require
 from birdcall.data.birdnet import NAME, BirdNET, WindowStore, scientific_names
 from birdcall.data.dataset import TrainingData
 from birdcall.data.folds import TRAINING_ONLY
+from birdcall.data.targets import label_segments
 from birdcall.evaluation.labelled import (
     LabelledSoundscapes,
-    label_segments,
     predict_labelled,
     segment_table,
 )

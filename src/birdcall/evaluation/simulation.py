@@ -16,7 +16,7 @@ import pandas as pd
 
 from birdcall.config import SEGMENT_SECONDS, require, require_range, require_share
 from birdcall.data.folds import recordist_clusters
-from birdcall.evaluation.labelled import label_segments
+from birdcall.data.targets import label_segments
 
 # Of a chorus of 1, 2 and 3 species: in the competition's examples these are 54, 20 and 4 rows.
 _CHORUS_PROBABILITIES = (0.70, 0.25, 0.05)

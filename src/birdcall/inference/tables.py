@@ -1,4 +1,4 @@
-"""Write detections as tables, for Raven and for Audacity; read the labels of Raven tables."""
+"""Write detections as tables, for Raven and for Audacity; read the labels of both."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from birdcall.storage.files import (
     csv_text,
     folded_name,
     is_sound,
+    letters_of,
     list_folder,
     read_tab_rows,
     shorten_list,
@@ -35,22 +36,21 @@ _RAVEN_COLUMNS = (
     *("Selection", "View", "Channel", "Begin Time (s)", "End Time (s)"),
     *("Low Freq (Hz)", "High Freq (Hz)", "Species Code", "Common Name", "Confidence"),
 )
-_LABEL_COLUMNS = (
-    *("Species Code", "ebird_code", "Code", "Species", "Annotation", "Label"),
-    *("Common Name", "Scientific Name"),
+LABEL_COLUMNS = (  # of labels; the first that has text counts
+    *("Species eBird Code", "Species Code", "ebird_code", "Code", "Species", "Annotation"),
+    *("Label", "Common Name", "Scientific Name"),
 )
 _TIMES = {"begintimes": "Begin Time (s)", "endtimes": "End Time (s)"}
 _SECONDS = _TIMES | {"fileoffsets": "File Offset (s)"}
 # What follows the recording's name in the names of tables that a model has predicted: BirdNET, and
 # our pages. What a person has checked ends with .selections.txt.
-_OF_MODELS = re.compile(r"(?!.*\.selections\.txt$).*(birdnet|\.detections\.)", re.IGNORECASE)
+_OF_MODELS = re.compile(
+    r"(?!.*\.selections\.txt$).*(birdnet|\.(detections|audacity)\.)", re.IGNORECASE
+)
+_CONFIDENCE = re.compile(r"(?<=\S) +([01]\.[0-9]+)$")  # see `write_audacity_labels`
 _NUMBER = re.compile(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
-_NO_LETTER = re.compile(r"[\W_]+")
 _TIME_TOLERANCE = 0.01  # seconds; Raven rounds
 _Detections = Mapping[str, Sequence[Event]]  # recording -> its events
-
-
-# --- event files: one combined table, or one file per recording ---------------------------------
 
 
 def write_detections(
@@ -109,9 +109,7 @@ def write_raven_table(
     names = common_names or {}
     rows = [
         (
-            number,
-            "Spectrogram 1",
-            1,
+            *(number, "Spectrogram 1", 1),
             _decimal(event.onset),
             _decimal(event.offset),
             *map(_decimal, band_hz),
@@ -126,9 +124,9 @@ def write_raven_table(
 
 
 def read_raven_table(path: Path, label_column: str | None = None) -> list[Event]:
-    """Return the selections of a Raven table, ours or one drawn by hand in Raven.
+    """Return the selections of a Raven table, or the labels of an Audacity track.
 
-    The label is in ``label_column``, else in the first of ``_LABEL_COLUMNS`` that has text; a
+    The label is in ``label_column``, else in the first of ``LABEL_COLUMNS`` that has text; a
     confidence that is no number is 1. Columns are found by their letters, in any case. Raven saves
     a selection once per view (waveform and spectrogram): of those with the same label and times,
     the first is taken. Raises ``ValueError`` with the line of an invalid selection.
@@ -143,7 +141,7 @@ def read_labels_beside(
     *,
     is_strict: bool = False,
 ) -> dict[Path, list[Event]]:
-    """Return the labels of the recordings that have Raven tables beside them (`_find_tables`).
+    """Return the labels of recordings with Raven or Audacity tables beside them (`_find_tables`).
 
     A label that means one of ``codes`` is that code (`match_code`), any other is as it was written.
     A table without selections says that its recording has none. A table of several files, with
@@ -227,13 +225,12 @@ class _Selection(NamedTuple):
 
 
 def _read_selections(path: Path, label_column: str | None) -> list[_Selection]:
-    (_, header), *lines = read_tab_rows(path) or [(1, [])]
-    # By letters and digits, in lower case: R calls Begin Time (s) Begin.Time..s.
-    letters = [_NO_LETTER.sub("", name.casefold()) for name in header]
+    rows = _with_header(read_tab_rows(path), label_column or "Label")
+    (_, header), *lines = rows or [(1, [])]
+    letters = list(map(letters_of, header))
     columns = {name: letters.index(name) for name in letters}
-    wanted = (label_column,) if label_column else _LABEL_COLUMNS
-    labels = [_NO_LETTER.sub("", name.casefold()) for name in wanted]
-    labels = [name for name in labels if name in columns]
+    wanted = (label_column,) if label_column else LABEL_COLUMNS
+    labels = [name for name in map(letters_of, wanted) if name in columns]
     if not _TIMES.keys() & columns.keys():
         raise _NoTableError(f"{path}: no column 'Begin Time (s)'; it has {', '.join(header)}")
     if lines and not (labels and _TIMES.keys() <= columns.keys()):
@@ -279,6 +276,15 @@ def _read_selections(path: Path, label_column: str | None) -> list[_Selection]:
             "measurements of the table in Raven and save the table again"
         )
     return list(selections.values())
+
+
+def _with_header(rows: list[tuple[int, list[str]]], label: str) -> list[tuple[int, list[str]]]:
+    """Return the rows of a table as they are, those of an Audacity track with a header."""
+    if not (rows and rows[0][1][2:] and all(map(_NUMBER.fullmatch, rows[0][1][:2]))):
+        return rows
+    labels = [(line, cells) for line, cells in rows if cells[0] != "\\"]  # else: frequencies
+    split = [(line, [*cells[:-1], *_CONFIDENCE.split(cells[-1])[:2]]) for line, cells in labels]
+    return [(0, ["Begin Time (s)", "End Time (s)", label, "Confidence"]), *split]
 
 
 def _assign_selections(
@@ -337,9 +343,6 @@ def write_audacity_labels(path: Path, events: Iterable[Event]) -> None:
         for event in events
     ]
     write_atomically(path, "".join(lines))
-
-
-# --- text ---------------------------------------------------------------------------------------
 
 
 def _decimal(number: float) -> str:

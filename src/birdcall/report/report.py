@@ -100,6 +100,7 @@ def write_report(
         confusions=_confusions(evaluation.confusions),
         mistakes=_group_mistakes(mistakes),
         foreign_labels={} if labelled is None else dict(labelled.foreign.most_common()),
+        n_unknown=0 if labelled is None else labelled.n_unknown,
         soundscapes=_soundscapes(evaluation.soundscapes, path.parent, pages or {}),
         species=_species(evaluation.per_class),
     )

@@ -21,6 +21,7 @@ import pandas as pd
 logger = logging.getLogger(__name__)
 
 _MAX_NAME_BYTES = 200  # of a file; what file systems take is 255
+_NO_LETTER = re.compile(r"[\W_]+")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 # What libsndfile reads, the usual formats first. Not .mat and .raw: most of those are no sound.
@@ -263,6 +264,24 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
                 "is the file cut short?"
             )
     return pd.DataFrame(rows, columns=header, index=pd.Index(lines, name="line"), dtype=str)
+
+
+def read_loose_table(path: Path) -> pd.DataFrame:
+    """Read a CSV as `read_table`, whatever the case, blanks and signs in its header.
+
+    Columns are called by `letters_of` their names; cells have no blanks around them.
+    """
+    table = read_table(path, ())
+    letters = list(map(letters_of, table))
+    if again := [name for name in table if letters.count(letters_of(name)) > 1]:
+        raise ValueError(f"{path}: more than one column {again[0]!r}")
+    table.columns = letters
+    return table.apply(lambda column: column.str.strip()) if len(table) else table
+
+
+def letters_of(name: str) -> str:
+    """Return the letters and digits of a column's name in lower case: R says Begin.Time..s."""
+    return _NO_LETTER.sub("", name.casefold())
 
 
 def csv_text(rows: Iterable[Iterable[object]]) -> str:

@@ -153,7 +153,7 @@ def conditions_of(
     unused = dict.fromkeys([] if experiment.augment.other_birds_probability else ["other_birds"])
     unused |= dict.fromkeys([] if experiment.train.teacher.is_used else ["teacher"])
     if experiment.train.student.share == 0:
-        unused |= dict.fromkeys(["soundscapes", "round"])
+        unused |= dict.fromkeys(["soundscapes", "annotated", "round"])
     return {
         **data.digests,
         **unused,

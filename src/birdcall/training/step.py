@@ -18,6 +18,7 @@ from birdcall.audio.frontend import SpecAugment
 from birdcall.config import Experiment, LossConfig, OptimizerConfig
 from birdcall.data.augment import BatchDraws, augment_batch, mix_scale
 from birdcall.data.birdnet import EMBEDDING_SIZE
+from birdcall.data.clips import mix_frame_targets
 from birdcall.data.dataset import TrainingData
 from birdcall.data.loader import ClipBatch
 from birdcall.data.targets import IGNORE_TARGET, make_targets
@@ -34,13 +35,18 @@ _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def sed_loss(
-    output: SEDOutput, target: Tensor, config: LossConfig, weight: Tensor | None = None
+    output: SEDOutput,
+    target: Tensor,
+    config: LossConfig,
+    weight: Tensor | None = None,
+    frames: Tensor | None = None,
 ) -> Tensor:
     """Return the loss of a batch, a scalar: the mean of the clips' losses times their ``weight``.
 
     A clip's loss is the mean over classes of loss(clipwise) + ``framewise_weight`` x loss(loudest
     frame). The second term is the 6th place's: attention pooling alone leaves false frames, the
-    maximum alone follows single impulses. `softmax_loss` is added with its weight.
+    maximum alone follows single impulses. `softmax_loss` is added with its weight, and the mean of
+    the ``frames`` ``(batch, classes, n)`` that have targets with ``framewise_weight``.
 
     target: ``(batch, classes)`` in [0, 1], or IGNORE_TARGET: such a class adds nothing, and the
     mean is still over all classes, so that a batch's loss is the mean of its halves' losses.
@@ -60,6 +66,12 @@ def sed_loss(
         loss = _class_loss(output.clipwise.float(), smoothed, config)
         loss = loss + config.framewise_weight * _class_loss(loudest, smoothed, config)
         clip_loss = torch.where(is_known, loss, 0).mean(dim=1)
+        if frames is not None:
+            wanted = functional.adaptive_max_pool1d(frames.float(), output.framewise.shape[-1])
+            is_timed = wanted != IGNORE_TARGET
+            loss = _class_loss(output.framewise.float(), wanted.clamp(min=0), config)
+            loss = torch.where(is_timed, loss, 0).sum(dim=-1) / is_timed.sum(dim=-1).clamp(min=1)
+            clip_loss = clip_loss + config.framewise_weight * loss.mean(dim=1)
         if config.softmax_weight > 0:
             ranking = softmax_loss(output.clipwise.float(), target, is_known)
             clip_loss = clip_loss + config.softmax_weight / target.shape[1] * ranking
@@ -107,10 +119,7 @@ class BatchPreview(NamedTuple):
 
 
 def cosine_loss(projected: Tensor, embedding: Tensor) -> Tensor:
-    """Return the mean over clips of 1 - cosine between both ``(batch, size)``.
-
-    A clip whose embedding is zeros adds nothing, and the mean is still over all clips.
-    """
+    """Return the mean over clips of 1 - cosine of both ``(batch, size)``; zeros add nothing."""
     loss = 1 - functional.cosine_similarity(projected.float(), embedding.float(), dim=1)
     return torch.where(embedding.any(dim=1), loss, 0).mean()
 
@@ -199,7 +208,7 @@ class BatchLoss:
         The loss is NaN where the network's output is not finite, because cross-entropy of NaN would
         end a CUDA process without naming the batch. ``preview`` receives the first clips.
         """
-        waveform, target, weight, embedding, masks = self._augment(batch, epoch, position)
+        waveform, target, weight, embedding, frames, masks = self._augment(batch, epoch, position)
         log_mel = self._masks.hide(self.model.frontend(waveform), masks)
         config = self.experiment.train
         dtype = _DTYPES[config.precision]
@@ -212,7 +221,7 @@ class BatchLoss:
         if not (output.framewise.isfinite().all() and output.clipwise.isfinite().all()):
             # Still a function of the weights: the other processes wait for its gradients.
             return output.framewise.sum() * math.nan
-        loss = sed_loss(output, target, config.loss, weight)
+        loss = sed_loss(output, target, config.loss, weight, frames=frames)
         if self.projection is None:
             return loss
         share = config.teacher.weight / target.shape[1]  # the labels' loss is a mean over classes
@@ -220,8 +229,8 @@ class BatchLoss:
 
     def _augment(
         self, batch: ClipBatch, epoch: int, position: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-        """Return augmented waveforms, their targets, weights and embeddings, and draws of masks."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+        """Return augmented waveforms, their targets, weights, embeddings and frames, and masks."""
         waveform, target, weight = (
             tensor.to(self.device, non_blocking=True)
             for tensor in (batch.waveform, batch.target, batch.weight)
@@ -232,14 +241,17 @@ class BatchLoss:
         generator = torch.Generator().manual_seed(int(seed[0] >> np.uint64(1)))
         draws = BatchDraws.draw(n_clips, self.experiment.augment, generator)
         waveforms, targets, weights = waveform, target, weight
-        embedding = None
-        if self.projection is not None:
-            embedding = batch.embedding.to(self.device, non_blocking=True)
+        embedding, frames = (
+            None if tensor is None else tensor.to(self.device, non_blocking=True)
+            for tensor in (batch.embedding, batch.frames)
+        )
         if self.distributed.world_size > 1:
             # A clip can be mixed with a clip of another process.
             waveforms, targets, weights = map(self.distributed.gather, (waveform, target, weight))
-            if embedding is not None:
-                embedding = self.distributed.gather(embedding)
+            embedding, frames = (
+                None if tensor is None else self.distributed.gather(tensor)
+                for tensor in (embedding, frames)
+            )
             part = self.distributed.part(n_clips)
             draws = draws.part(part.start, part.stop)
         if self.experiment.train.loss.rating_weight:
@@ -249,8 +261,10 @@ class BatchLoss:
             weight = (weight + added.sum(dim=1)) / (1 + is_added.sum(dim=1))
         if embedding is not None:
             embedding = mix_embeddings(embedding, draws, mix_scale(waveforms, draws))
+        if frames is not None:
+            frames = mix_frame_targets(frames, draws, mix_scale(waveforms, draws))
         waveform, target = augment_batch(waveform, target, draws, (waveforms, targets))
-        return waveform, target, weight, embedding, draws.masks
+        return waveform, target, weight, embedding, frames, draws.masks
 
 
 def warmup_cosine(config: OptimizerConfig, step: int, n_steps: int) -> float:

@@ -8,26 +8,31 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from tqdm import tqdm
 
 from birdcall.audio.reading import AudioError
-from birdcall.config import Experiment, require
+from birdcall.config import SEGMENT_SECONDS, Experiment, require
+from birdcall.data.annotations import read_annotated_soundscapes
 from birdcall.data.audit import Measurement
 from birdcall.data.birdnet import NAME, BirdNET, WindowStore, find_columns, scientific_names
 from birdcall.data.dataset import TrainingData
 from birdcall.data.soundscapes import (
+    PEOPLE,
     CollapseLimits,
     LabelStatistics,
     SoundscapeLabels,
     network_of,
 )
+from birdcall.data.targets import IGNORE_TARGET, label_segments
 from birdcall.experiments import student_of
 from birdcall.inference.background import remove_background
 from birdcall.inference.engine import predict_files
 from birdcall.models.checkpoint import Checkpoint, read_checkpoint, require_same_classes
 from birdcall.storage.files import shorten_list
 from birdcall.storage.store import read_arrays
+from birdcall.taxonomy import UNKNOWN_BIRD, known_species
 from birdcall.training.pseudo_labels import load_with_context
 from birdcall.training.runs import find_runs, plan_runs, train_many
 from birdcall.training.trainer import Run, RunOptions
@@ -39,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 def labels_file(folder: Path, source: int | str) -> Path:
-    """Return the path of the labels of a round, or of BirdNET."""
+    """Return the path of the labels of a round, of BirdNET, or of people."""
     return folder / f"soundscape_labels_{source}.safetensors"
 
 
@@ -127,6 +132,58 @@ def label_soundscapes(
     return path, labels
 
 
+def write_labels_of_people(
+    data: TrainingData,
+    folder: Path,
+    output: Path,
+    *,
+    labelled: Sequence[Path] = (),
+    label_column: str | None = None,
+) -> tuple[Path, SoundscapeLabels]:
+    """Write what people have labelled in the soundscapes below ``folder``; return file and labels.
+
+    See `read_annotated_soundscapes`. Birds of no class are left out. ValueError as of
+    `label_soundscapes`: what is trained on is not scored.
+    """
+    annotated = read_annotated_soundscapes(folder, known_species(data.classes), label_column)
+    measured = data.find_unlabelled(folder, labelled)
+    columns = [*data.classes, UNKNOWN_BIRD]
+    soundscapes, probabilities, events = [], [], []
+    for item in annotated:
+        name = item.path.relative_to(folder).as_posix()
+        if name not in measured:
+            continue  # damaged, or there twice: the log names it
+        starts = SEGMENT_SECONDS * np.flatnonzero(~item.labelled)
+        nobody_knows = pd.DataFrame({"onset": starts, "offset": starts + SEGMENT_SECONDS})
+        parts = [item.events, nobody_knows.assign(ebird_code=UNKNOWN_BIRD)]
+        table = pd.concat([part for part in parts if len(part)] or parts)
+        table = table[table["ebird_code"].isin(columns)]
+        present = label_segments(table.itertuples(), columns, len(item.labelled))
+        is_known = present[:, :-1].any(axis=1) | ~present[:, -1]
+        probabilities.append(np.where(is_known[:, None], present[:, :-1], IGNORE_TARGET))
+        column = pd.Index(data.classes).get_indexer(table["ebird_code"])
+        number = np.full(len(table), len(soundscapes))
+        events.append(np.column_stack([number, column, table["onset"], table["offset"]]))
+        soundscapes.append(_describe(measured[name]) | {"has_times": item.has_times})
+    require(len(soundscapes) > 0, f"{folder}: no labelled soundscape can be read")
+    together = np.concatenate(probabilities).astype(np.float32)
+    labels = SoundscapeLabels(
+        folder=folder,
+        classes=data.classes,
+        soundscapes=soundscapes,
+        members=[dict.fromkeys(("name", "experiment", "network", "weights_sha256"), PEOPLE)],
+        families=[PEOPLE],
+        round=0,
+        statistics=asdict(LabelStatistics.of(together.clip(min=0), data.classes)),
+        probabilities=together[None],
+        soundscape=np.repeat(np.arange(len(soundscapes)), list(map(len, probabilities))),
+        events=np.concatenate(events).astype(np.float64),
+    )
+    path = labels_file(output, PEOPLE)
+    labels.write(path)
+    return path, labels
+
+
 def _describe(item: Measurement) -> dict:
     """Return what labels say about a soundscape."""
     values = {key: getattr(item, key) for key in ("seconds", "size", "audio_hash")}
@@ -189,6 +246,11 @@ def _birdnet_labeller(birdnet: BirdNET, data: TrainingData) -> _Labellers:
 
 def describe_labels(labels: SoundscapeLabels) -> str:
     """Return how many labels there are, by whom, and how they are distributed."""
+    if labels.events is not None:
+        return (
+            f"{len(labels.events)} labels by people in {len(labels.soundscape)} segments of "
+            f"{len(labels.soundscapes)} soundscapes; {LabelStatistics(**labels.statistics)}"
+        )
     return (
         f"round {labels.round}: {len(labels.soundscape)} segments of {len(labels.soundscapes)} "
         f"soundscapes, by {len(labels.members)} members of {len(labels.families)} networks; "
