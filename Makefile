@@ -50,7 +50,7 @@ real: $(INSTALLED)  ## Real recordings and unlabelled soundscapes, resumed where
 	$(BIN)/birdcall train --data $(DATA) $(TRAIN_REAL) --resume
 	$(if $(UNLABELLED),$(BIN)/birdcall student --data $(DATA) $(TRAIN_REAL) \
 	    --soundscapes $(UNLABELLED) --rounds $(ROUNDS))
-	$(BIN)/birdcall evaluate --data $(DATA) --context-seconds 2.5 $(UNLABELLED:%=--unlabelled %)
+	$(BIN)/birdcall evaluate --data $(DATA) --shifts 2 $(UNLABELLED:%=--unlabelled %)
 	$(BIN)/birdcall package --data $(DATA) --dry-run
 	@echo "report: $(OUTPUT)/report.html"
 

@@ -74,6 +74,9 @@ def run(monkeypatch, capsys):
     return run_here
 
 
+WINDOWS = ("--context-seconds", 2.5, "--shifts", 2)  # of the decision, and of the kernel
+
+
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory, demo_folder):
     """A folder in which all steps of the pipeline have run on the tiny demo, and the demo."""
@@ -83,7 +86,7 @@ def pipeline(tmp_path_factory, demo_folder):
     run_in_fresh_process(folder, "folds", *data, "--n-folds", 2)
     experiments = ("--experiment", "small_gru", "--experiment", "small_attention_normed")
     run_in_fresh_process(folder, "train", *data, *experiments, "--workers", 0)
-    run_in_fresh_process(folder, "evaluate", *data, "--context-seconds", 2.5)
+    run_in_fresh_process(folder, "evaluate", *data, *WINDOWS)
     run_in_fresh_process(folder, "package", *data, "--script", SCRIPT, "--dry-run")
     return folder, demo_folder
 
@@ -118,7 +121,7 @@ def test_evaluate_puts_birdnet_beside_the_ensemble(pipeline, run, monkeypatch):
     before = pd.read_csv(output / "scores.csv")
     labels = [f"{species.scientific_name}_Bird" for species in all_species()]
     monkeypatch.setattr("birdcall.data.birdnet.open_birdnet", lambda: fake_birdnet(labels))
-    printed = run(folder, "evaluate", "--data", demo, "--context-seconds", 2.5, "--birdnet")
+    printed = run(folder, "evaluate", "--data", demo, *WINDOWS, "--birdnet")
     names = ("BirdNET 2.4", "BirdNET 2.4, decision chosen")
     assert all(name in printed for name in names)
     after = pd.read_csv(output / "scores.csv")
@@ -299,10 +302,12 @@ def test_the_package_uses_the_window_of_evaluate(pipeline, run):
     written = folder / "output" / "tiny" / "decision.json"
     decision = json.loads(written.read_text())
     assert (decision["window_segments"], decision["context_seconds"]) == (1, 2.5)
+    assert decision["shifts"] == 2
     packaged = folder / "kernels" / "build" / "dataset" / written.name
     assert packaged.read_bytes() == written.read_bytes()
     error = run(folder, "evaluate", "--data", demo, "--context-seconds", 0.33, fails=True)
     assert "context_seconds" in error
+    assert "shifts is 3" in run(folder, "evaluate", "--data", demo, "--shifts", 3, fails=True)
 
 
 def test_without_options_a_window_is_a_segment_and_only_the_named_experiment_is_scored(
@@ -320,6 +325,7 @@ def test_without_options_a_window_is_a_segment_and_only_the_named_experiment_is_
     assert all(html.unescape(text) in printed for _, text in weaknesses)
     decision = json.loads((tmp_path / "decision.json").read_text())
     assert (decision["window_segments"], decision["context_seconds"]) == (1, 0.0)
+    assert decision["shifts"] == 1
     assert decision["members"] == ["small_gru-fold0", "small_gru-fold1"]
     names = set(pd.read_csv(tmp_path / "scores.csv")["name"])
     assert "small_gru" in names
