@@ -973,3 +973,21 @@ def test_a_worker_imports_no_librosa_and_has_one_thread(noise_file, tmp_path):
         assert worker["torch"] == 1
         assert worker["pools"]
         assert set(worker["pools"]) == {1}
+
+
+def test_recordings_that_the_cache_lacks_are_counted(demo_folder, tables, tmp_path, caplog):
+    folds, audit = tables
+    places = {"folds": folds, "audit": audit, "cache": tmp_path / "cache"}
+    data = load_training_data(demo_folder, **places)
+    count = f"1 of {len(data.recordings)} recordings"
+    first, *others = data.recordings["path"]
+    assert "cache" not in caplog.text  # nobody has asked for one
+    for path in others:
+        data.read_crops.write(path, [np.ones(10, np.float32)])
+    caplog.clear()
+    load_training_data(demo_folder, **places)
+    assert count in caplog.text
+    data.read_crops.write(first, [np.ones(10, np.float32)])
+    caplog.clear()
+    load_training_data(demo_folder, **places)
+    assert "cache" not in caplog.text

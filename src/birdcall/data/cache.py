@@ -88,6 +88,12 @@ class RecordingCache:
             if not write_waveform(temporary, blocks):
                 raise AudioError(self.data / name, "has no samples; empty or damaged")
 
+    def count_missing(self, names: Iterable[str]) -> int:
+        """Return how many recordings would be decoded for each clip; 0 where nothing is cached."""
+        if not (self.folder / str(self.sample_rate)).is_dir():
+            return 0
+        return sum(not self.path(name).is_file() for name in names)
+
     def prepare(self, seconds: float) -> None:
         """Delete temporary files that a killed process has left, and check the free space.
 

@@ -231,6 +231,13 @@ def load_training_data(
             "again, which decodes those only",
             *(len(changed), len(paths), audit, changed[0]),
         )
+    read_crops = RecordingCache(folder, cache)
+    if n_missing := read_crops.count_missing(paths):
+        logger.warning(
+            "%d of %d recordings are not in the cache in %s as this version decodes them, which "
+            "takes several times as long for each clip: `birdcall audit --cache` stores them",
+            *(n_missing, len(paths), cache),
+        )
     folders = [noise] if noise is not None else [folder / "noise", folder.parent / "noise"]
     noise_files = next((files for path in folders if (files := find_noise(path))), [])
     if not noise_files:
@@ -248,7 +255,7 @@ def load_training_data(
         folder=folder,
         recordings=recordings,
         classes=classes,
-        read_crops=RecordingCache(folder, cache),
+        read_crops=read_crops,
         noise_files=noise_files,
         strong_labels=None if labels is None else read_strong_labels(labels, recordings, classes),
         noise_store=cache / "noise",
