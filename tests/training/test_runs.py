@@ -20,13 +20,12 @@ from birdcall.models.checkpoint import SETTINGS_FILE, STATE_FILE, read_checkpoin
 from birdcall.storage.locks import locked
 from birdcall.training import runs as runs_module
 from birdcall.training.distributed import DistributedContext
-from birdcall.training.log import find_best_epochs, read_log
+from birdcall.training.log import find_best_epochs, read_log, runs_table
 from birdcall.training.resume import conditions_of, read_runs
 from birdcall.training.runs import (
     TrainingInterrupted,
     find_runs,
     plan_runs,
-    runs_table,
     train_many,
 )
 from birdcall.training.trainer import RunOptions

@@ -81,16 +81,25 @@ def _train(
         float | None,
         typer.Option(help="Save the state and stop after these seconds.", show_default="none"),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a Ray cluster that trains the runs, or auto: --jobs on each node, or "
+            "on each GPU where there are some.",
+            show_default="this machine",
+        ),
+    ] = None,
 ) -> None:
     """Train experiments, each on all folds except the held-out fold; --fold full: on everything.
 
-    On several GPUs: torchrun --nproc_per_node=2 -m birdcall train ...
+    A run on several GPUs: torchrun --nproc_per_node=2 -m birdcall train ...
     """
     from birdcall.experiments import find_experiment
     from birdcall.inference.ensemble import default_device
+    from birdcall.training.cluster import RayCluster
     from birdcall.training.distributed import distributed_context
-    from birdcall.training.log import find_best_epochs
-    from birdcall.training.runs import plan_runs, runs_table, train_many
+    from birdcall.training.log import find_best_epochs, runs_table
+    from birdcall.training.runs import plan_runs, train_many
     from birdcall.training.trainer import RunOptions
 
     if resume and overwrite:
@@ -118,7 +127,8 @@ def _train(
             deadline=deadline,
             progress=True,
         )
-        train_many(runs, training_data, options)
+        cluster = None if ray is None else RayCluster(ray)
+        train_many(runs, training_data, options, cluster)
         if distributed.is_first:
             typer.echo(runs_table(runs).to_string(index=False))
             for run in (run for run in runs if run.fold == FULL):
@@ -172,7 +182,7 @@ def _student(
     """
     from birdcall.experiments import find_experiment
     from birdcall.inference.ensemble import default_device
-    from birdcall.training.runs import runs_table
+    from birdcall.training.log import runs_table
     from birdcall.training.student import StudentOptions, describe_labels, train_rounds
     from birdcall.training.trainer import RunOptions
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from birdcall.data.cluster import connect_to_ray, live_nodes, require_ray
 from birdcall.inference.ensemble import default_device
 from birdcall.inference.predictions import OutputOptions
 from birdcall.inference.tables import write_detections
@@ -78,24 +77,10 @@ def predict_on_ray(
     a lost one. Raises ValueError where Ray is not installed, ConnectionError where no cluster
     answers.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no report over the network
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise ValueError(f"--ray needs more: {error}; pip install birdcall[ray]") from error
+    require_ray()
 
     def predict(recordings: Sequence[Recording]) -> Iterator[tuple[Recording, RecordingResult]]:
-        if not ray.is_initialized():
-            host, _, port = address.rpartition(":")
-            if host and port.isdigit():  # else auto, or a kind of address that Ray knows
-                try:  # Ray itself would try for minutes
-                    socket.create_connection((host, int(port)), timeout=10).close()
-                except OSError as error:
-                    raise ConnectionError(
-                        f"--ray {address}: no cluster answers there: {error}"
-                    ) from error
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        connect_to_ray(address)
         # As bytes: a path need not be UTF-8, which Arrow's strings are.
         paths = [os.fsencode(item.path.resolve()) for item in recordings]
         rows = [
@@ -115,10 +100,9 @@ def _run_tasks(
     rows: list[dict[str, bytes | str]], package: Path, output: Path, *, embeddings: bool
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows with their results, as the workers of the connected cluster finish them."""
-    import ray
     import ray.data
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in live_nodes()]
     n_gpus = int(sum(node.get("GPU", 0) for node in nodes))
     cores = [int(node.get("CPU", 0)) for node in nodes if node.get("CPU", 0) >= 1]
     if not cores:

@@ -1,18 +1,31 @@
-"""Record a training: ``log.csv``, TensorBoard, and previews of the batches."""
+"""Record a training: ``log.csv``, TensorBoard, previews, a table of runs, reports."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from birdcall.data.targets import IGNORE_TARGET
+from birdcall.models.checkpoint import read_checkpoint
 from birdcall.storage.files import write_atomically
 from birdcall.training.step import BatchPreview, EpochLog
+from birdcall.training.trainer import Run, Training
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+logger = logging.getLogger(__name__)
 
 _LOG_FILE = "log.csv"
 _N_COLUMNS = 4
@@ -20,6 +33,8 @@ _N_PREDICTIONS = 3  # named of each clip
 _MAX_TARGETS = 4  # likewise
 _DPI = 80
 _MAX_LETTERS = 44  # of a recording's path in a title
+_REPORT_SECONDS = 1.0  # between two reports of a run: it stops so long after it was told to
+_ANSWER_SECONDS = 60.0  # without an answer from the board; then the run is given up
 
 
 def write_log(folder: Path, log: Sequence[EpochLog]) -> None:
@@ -53,6 +68,16 @@ def read_log(folder: Path) -> list[EpochLog]:
     ]
 
 
+def describe_epoch(training: Training) -> str:
+    """Return the epoch, the mean loss and the speed of the epoch so far."""
+    progress = training.progress
+    seconds = max(progress.seconds, 1e-9)
+    return (
+        f"epoch {progress.epoch + 1}, loss {progress.loss_sum / max(progress.n_batches, 1):.3f}, "
+        f"{progress.n_clips / seconds:.0f} clips/s, waiting {progress.waiting / seconds:.0%}"
+    )
+
+
 def summarize_log(log: Sequence[EpochLog]) -> dict[str, Any]:
     """Return the number of epochs and the speed of a whole run."""
     seconds = sum(entry.seconds for entry in log)
@@ -75,6 +100,20 @@ def find_best_epochs(folder: Path) -> dict[str, int]:
         if scores:
             best[path.parent.name] = max(scores, key=scores.__getitem__)
     return best
+
+
+def runs_table(runs: Sequence[Run]) -> pd.DataFrame:
+    """Return a row per finished run: its scores, and the time it took if its log tells."""
+    rows = []
+    for run in runs:
+        summary = {}
+        try:
+            summary = summarize_log(read_log(run.folder))
+        except (ValueError, OSError) as error:
+            logger.warning("%s", error)
+        score = read_checkpoint(run.folder).score
+        rows.append({"experiment": run.experiment.name, "fold": run.fold} | score | summary)
+    return pd.DataFrame(rows)
 
 
 class TensorBoard:
@@ -148,3 +187,114 @@ def describe_clip(target: np.ndarray, clipwise: np.ndarray, classes: Sequence[st
     likeliest = np.argsort(-clipwise, kind="stable")[:_N_PREDICTIONS]
     predicted = [f"{classes[index]} {clipwise[index]:.2f}" for index in likeliest]
     return f"true: {', '.join(true) or 'no bird'}\npredicted: {', '.join(predicted)}"
+
+
+# --- reports from another machine ---
+
+
+class Answer(Enum):
+    """What a run does after a report."""
+
+    CONTINUE = 1
+    STOP = 2  # after saving its state
+    LEAVE = 3  # without writing anything: another node has taken the run
+
+
+class Report(NamedTuple):
+    """How far an attempt at a run is, and what it has logged since its last report."""
+
+    index: int  # of the run
+    attempt: int  # 0: the first
+    step: int  # 0: before the first
+    messages: list[tuple[int, str]]  # level and text
+
+
+class Board:
+    """A Ray actor where runs report, and learn what to do.
+
+    It keeps a run to one node: a node that is cut off from the others, and taken for lost, cannot
+    report, and so its training ends. Locks of files do that on some shared file systems only.
+    """
+
+    def __init__(self) -> None:
+        self._attempts: dict[int, int] = {}  # at each run, the last
+        self._reports: list[Report] = []
+        self._stops = False
+
+    def begin(self, index: int, attempt: int) -> None:
+        """Listen to this ``attempt`` at the run ``index``, and to no earlier one."""
+        self._attempts[index] = attempt
+
+    def add(self, report: Report) -> Answer:
+        """Keep a report for `take`."""
+        if self._attempts[report.index] != report.attempt:
+            return Answer.LEAVE
+        self._reports.append(report)
+        return Answer.STOP if self._stops else Answer.CONTINUE
+
+    def stop(self) -> None:
+        """Tell all runs to stop at their next report."""
+        self._stops = True
+
+    def take(self) -> list[Report]:
+        """Return the reports since the last call."""
+        reports, self._reports = self._reports, []
+        return reports
+
+
+class Reporter(logging.Handler):
+    """Sends the step and the log of an attempt at a run to a `Board`, and does what it answers."""
+
+    def __init__(
+        self, board: ActorHandle, run: Run, *, index: int, attempt: int, line_seconds: float
+    ) -> None:
+        """Report also a line of progress every ``line_seconds``."""
+        super().__init__()
+        self._board = board
+        self._run = run
+        self._report = Report(index, attempt, 0, [])
+        self._line_seconds = line_seconds
+        self._next_report = self._next_line = -math.inf
+
+    @contextmanager
+    def attached(self, level: int) -> Iterator[None]:
+        """Send what is logged in the block from this level on."""
+        package = logging.getLogger("birdcall")
+        before = package.level
+        package.addHandler(self)
+        package.setLevel(level)
+        try:
+            yield
+        finally:
+            package.removeHandler(self)
+            package.setLevel(before)
+            self.send()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a record for the next report, with the name of the run."""
+        text, name = record.getMessage(), self._run.name
+        text = text if text.startswith(name) else f"{name}: {text}"
+        self._report.messages.append((record.levelno, text))
+
+    def on_step(self, training: Training) -> None:
+        """Report a step, if it is time to; see `train_run`."""
+        now, step = time.monotonic(), training.progress.step
+        self._report = self._report._replace(step=step)
+        if now >= self._next_line:
+            self._next_line = now + self._line_seconds
+            text = describe_epoch(training)
+            logger.info("%s: step %d of %d, %s", self._run.name, step, training.n_steps, text)
+        if now >= self._next_report:
+            self._next_report = now + min(_REPORT_SECONDS, self._line_seconds)
+            if self.send() == Answer.STOP:
+                signal.raise_signal(signal.SIGTERM)  # `train_run` saves its state and stops
+
+    def send(self) -> Answer:
+        """Report to the board. RuntimeError where another attempt at the run has begun."""
+        import ray
+
+        report, self._report = self._report, self._report._replace(messages=[])
+        answer = ray.get(self._board.add.remote(report), timeout=_ANSWER_SECONDS)
+        if answer == Answer.LEAVE:
+            raise RuntimeError(f"{self._run.name}: another node has taken it")
+        return answer

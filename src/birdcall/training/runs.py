@@ -1,4 +1,4 @@
-"""Train runs, one after another or several at once, and list their results."""
+"""Train runs: one after another, several at once, or on a cluster; find those that are trained."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 import pandas as pd
 import torch
@@ -30,18 +31,11 @@ from birdcall.models.checkpoint import (
     Checkpoint,
     find_checkpoints,
     fold_name,
-    read_checkpoint,
 )
 from birdcall.storage.files import shorten_list
 from birdcall.storage.locks import locked
 from birdcall.training.initialisation import initialise, require_unseen
-from birdcall.training.log import (
-    TensorBoard,
-    plot_preview,
-    read_log,
-    summarize_log,
-    write_log,
-)
+from birdcall.training.log import TensorBoard, describe_epoch, plot_preview, write_log
 from birdcall.training.resume import conditions_of, require_finished
 from birdcall.training.trainer import Run, RunOptions, Training, start_training
 
@@ -59,8 +53,10 @@ def train_run(
     data: TrainingData,
     options: RunOptions = RunOptions(),
     bar_position: int | None = None,
+    *,
+    on_step: Callable[[Training], None] = lambda _training: None,
 ) -> Checkpoint:
-    """Train ``run`` and write its checkpoint and log to its folder.
+    """Train ``run`` and write its checkpoint and log to its folder; ``on_step`` follows each step.
 
     Two calls with the same arguments give the same weights (on a CPU), also if a call was
     interrupted in any way and then resumed. Seeds torch's global generator. Raises
@@ -86,7 +82,7 @@ def train_run(
         )
     n_steps = training.n_steps
     with (
-        _stop_requests() as stop,
+        stop_requests() as stop,
         tqdm(
             total=n_steps,
             initial=progress.step,
@@ -99,7 +95,8 @@ def train_run(
         while not training.is_finished:
             for _ in training.steps():
                 bar.update()
-                bar.set_postfix_str(_describe_epoch(training), refresh=False)
+                bar.set_postfix_str(describe_epoch(training), refresh=False)
+                on_step(training)
                 is_late = options.deadline is not None and time.monotonic() >= options.deadline
                 if options.distributed.any(stop.is_set() or is_late, training.device):
                     training.save()
@@ -130,17 +127,8 @@ def _split(run: Run, data: TrainingData) -> tuple[pd.DataFrame, pd.DataFrame]:
     return data.split(run.fold)
 
 
-def _describe_epoch(training: Training) -> str:
-    progress = training.progress
-    seconds = max(progress.seconds, 1e-9)
-    return (
-        f"epoch {progress.epoch + 1}, loss {progress.loss_sum / max(progress.n_batches, 1):.3f}, "
-        f"{progress.n_clips / seconds:.0f} clips/s, waiting {progress.waiting / seconds:.0%}"
-    )
-
-
 @contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
+def stop_requests() -> Iterator[threading.Event]:
     """Yield an event that SIGTERM or Ctrl-C sets; a second Ctrl-C stops at once."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -212,16 +200,26 @@ def find_runs(
     return runs
 
 
+class Cluster(Protocol):
+    """Other machines that train runs; `check` raises what keeps them from it: see `RayCluster`."""
+
+    check: Callable[[Sequence[Run], TrainingData, RunOptions], None]
+    train: Callable[[Sequence[Run], TrainingData, RunOptions], dict[Run, Checkpoint]]
+
+
 def train_many(
-    runs: Sequence[Run], data: TrainingData, options: RunOptions = RunOptions()
+    runs: Sequence[Run],
+    data: TrainingData,
+    options: RunOptions = RunOptions(),
+    cluster: Cluster | None = None,
 ) -> list[Checkpoint]:
     """Train ``runs`` and return their checkpoints, in order.
 
     ``jobs`` runs are trained at the same time, each in a process with its share of the cores: on a
-    CPU, two networks on one core each are faster than one network on two cores. With ``resume``,
-    finished runs are kept and unfinished runs are continued. Raises ValueError before the first run
-    starts if a run would be overwritten without ``overwrite``, OSError where another command trains
-    one of them, and TrainingInterrupted as `train_run`.
+    CPU, two networks on one core each are faster than one network on two cores. Or ``cluster``
+    trains them. With ``resume``, finished runs are kept and unfinished runs are continued. Raises
+    ValueError before the first run starts if a run would be overwritten without ``overwrite``,
+    OSError where another command trains one of them, and TrainingInterrupted as `train_run`.
     """
     jobs, world_size = options.jobs, options.distributed.world_size
     require(
@@ -229,6 +227,8 @@ def train_many(
         f"{jobs} runs at once cannot be combined with {world_size} processes for each run: "
         "leave --jobs at 1 under torchrun",
     )
+    alone = cluster is None or world_size == 1
+    require(alone, f"--ray trains a run in one process, not in {world_size}: leave out torchrun")
     checkpoints = {}
     for run in runs:
         _split(run, data)  # raises for a fold out of range
@@ -236,11 +236,14 @@ def train_many(
         if options.distributed.is_first:
             with locked(run.folder):
                 pass  # raises where another command trains it
-        check_worker_memory(options.workers * jobs, run.experiment, world_size)
+        if cluster is None:
+            check_worker_memory(options.workers * jobs, run.experiment, world_size)
         require_unseen(options.init, data, run.fold)
         if not options.overwrite and (finished := _find_finished(run, data, options)):
             checkpoints[run] = finished
     pending = [run for run in runs if run not in checkpoints]
+    if cluster is not None and pending:
+        cluster.check(pending, data, options)
     if options.overwrite:
         # An error of initial weights that cannot be had comes before anything is deleted.
         for experiment in {run.experiment.name: run.experiment for run in pending}.values():
@@ -248,7 +251,9 @@ def train_many(
         # Else `resume` after an interruption would keep the runs whose turn had not come.
         for run in pending if options.distributed.is_first else []:
             (run.folder / SETTINGS_FILE).unlink(missing_ok=True)
-    if jobs == 1 or len(pending) <= 1:
+    if cluster is not None and pending:
+        checkpoints |= cluster.train(pending, data, options)
+    elif jobs == 1 or len(pending) <= 1:
         for run in pending:
             checkpoints[run] = _train_alone(run, data, options)
     else:
@@ -282,9 +287,18 @@ def _find_finished(run: Run, data: TrainingData, options: RunOptions) -> Checkpo
 def _train_alone(
     run: Run, data: TrainingData, options: RunOptions, bar_position: int | None = None
 ) -> Checkpoint:
-    """Train a run that no other command trains, or has trained since this one has begun."""
     if not options.distributed.is_first:
         return train_run(run, data, options, bar_position)
+    with claimed(run, options):
+        return train_run(run, data, options, bar_position)
+
+
+@contextmanager
+def claimed(run: Run, options: RunOptions) -> Iterator[None]:
+    """Lock a run that no other command trains, or has trained since this one has begun.
+
+    Raises OSError or ValueError where another does or has.
+    """
     with locked(run.folder):
         has_state = (run.folder / STATE_FILE).exists()
         is_new = not has_state and not (run.folder / SETTINGS_FILE).exists()
@@ -293,7 +307,7 @@ def _train_alone(
                 f"{run.folder}: another command has trained this run since this one has started; "
                 "--resume keeps what is finished and continues the rest"
             )
-        return train_run(run, data, options, bar_position)
+        yield
 
 
 def _train_at_once(
@@ -303,7 +317,7 @@ def _train_at_once(
     spawn = multiprocessing.get_context("spawn")  # a fork inherits torch's threads and hangs
     settings = jobs, logger.getEffectiveLevel()
     with (
-        _stop_requests() as stop,
+        stop_requests() as stop,
         ProcessPoolExecutor(jobs, spawn, _prepare_process, settings) as pool,
     ):
         futures = [
@@ -334,17 +348,3 @@ def _prepare_process(jobs: int, level: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
-
-
-def runs_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """Return a row per finished run: its scores, and the time it took if its log tells."""
-    rows = []
-    for run in runs:
-        summary = {}
-        try:
-            summary = summarize_log(read_log(run.folder))
-        except (ValueError, OSError) as error:
-            logger.warning("%s", error)
-        score = read_checkpoint(run.folder).score
-        rows.append({"experiment": run.experiment.name, "fold": run.fold} | score | summary)
-    return pd.DataFrame(rows)
