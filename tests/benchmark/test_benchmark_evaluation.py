@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from birdcall.benchmark import scale
+from birdcall.benchmark.frontend import peak_megabytes
 from birdcall.benchmark.scale import benchmark_evaluation, benchmark_labels, random_truth
 
 
@@ -50,9 +51,10 @@ def test_more_classes_than_species_are_refused(tmp_path):
 
 def test_annotations_are_read_and_matched_in_little_time(tmp_path):
     """A hundredth of 100,000 annotations of 300 hours, which may take 30 s and 2 GB."""
+    before = peak_megabytes()  # of the tests that ran in this process
     table = benchmark_labels(tmp_path / "labels", 1000, n_recordings=3, hours=3.0)
     row = table.iloc[0]
     # Of 266 labels one is a bird that nobody could name: some 4 of the annotations.
     assert 2140 < row["rows"] < 3 * 720
     assert 0 < row["seconds"] < 5
-    assert row["peak_gigabytes"] < 2
+    assert 0 < row["peak_gigabytes"] < before / 1000 + 0.5

@@ -24,10 +24,10 @@ from birdcall.experiments import EXPERIMENTS
 if TYPE_CHECKING:
     from kaggle.api.kaggle_api_extended import KaggleApi
 
+    from birdcall.inference.decision import Decision
     from birdcall.kaggle.packaging import StagingOptions
 
 commands = typer.Typer()
-
 _Owner = Annotated[str, typer.Option(help="Your user name on Kaggle.")]
 _Script = Annotated[Path, typer.Option(help="Script of the kernel.")]
 _Wheels = Annotated[
@@ -40,25 +40,25 @@ _TRAINING_SCRIPT = Path("kernels/training/training.py")
 _BUILD = Path("kernels/build")
 
 
-def _stage(folders: Folders, staging: StagingOptions, *, full: bool, dry_run: bool) -> None:
+def _stage(
+    folders: Folders, decision: Decision, staging: StagingOptions, *, full: bool, dry_run: bool
+) -> None:
     """Stage the submission kernel and its dataset, and run it if asked to."""
-    from birdcall.inference.decision import read_decision
     from birdcall.kaggle.dry_run import dry_run_submission
     from birdcall.kaggle.packaging import stage_package
 
-    decision = read_decision(folders.decision)
     if full:
         from birdcall.evaluation.ensemble_decision import decide_for_full_runs
 
         decision = decide_for_full_runs(decision, folders.runs)
-    # Names of members are <experiment>-<folder of the run>.
+    # A member's name is <experiment>-<folder of the run>.
     members = [folders.runs / Path(*name.rsplit("-", 1)) for name in decision.members]
     dataset = stage_package(members, decision, staging)
     size = sum(path.stat().st_size for path in dataset.rglob("*") if path.is_file())
     typer.echo(f"{dataset}: {len(members)} members, {size / 1e6:.1f} MB")
     if dry_run:
-        typer.echo(dry_run_submission(staging.build, folders.data, folders.submission).rstrip())
-        typer.echo(f"{folders.submission}: written by the kernel, valid")
+        log = dry_run_submission(staging.build, folders.data, folders.submission).rstrip()
+        typer.echo(f"{log}\n{folders.submission}: written by the kernel, valid")
 
 
 def _send(client: KaggleApi, build: Path, *, upload: bool, push: bool) -> None:
@@ -145,10 +145,12 @@ def _package(
         client = connect(None if owner == _OWNER else owner)  # before minutes of staging
         owner = user_of(client)
     if data is not None:
+        from birdcall.inference.decision import read_decision
         from birdcall.kaggle.packaging import StagingOptions
 
+        decision = read_decision(Folders(data, output).decision)  # a missing step is named first
         staging = StagingOptions(script, build, owner, wheels)
-        _stage(Folders(data, output), staging, full=full, dry_run=dry_run)
+        _stage(Folders(data, output), decision, staging, full=full, dry_run=dry_run)
     if client is not None:
         _send(client, build, upload=upload, push=push)
 
