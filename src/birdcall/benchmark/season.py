@@ -324,7 +324,8 @@ def measure_season(season: _Season, hours: float, kernel: Path) -> Iterator[dict
 
     usage, resumed = season.audit()
     yield row_of(_AUDIT, usage, **resumed)
-    usage = season.run("folds", "--folds", season.folds, "--n-folds", str(_N_FOLDS))
+    options = ("--folds", season.folds, "--n-folds", str(_N_FOLDS))
+    usage = season.run("folds", *options)
     yield row_of("folds", usage)
     yield row_of(_TRAINING, season.call(_train_shortly))
     _store_runs(season)
