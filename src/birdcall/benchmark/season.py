@@ -361,8 +361,7 @@ def benchmark_season(
             rows.append(row)
             write_atomically(folder / _RESULTS, compare_sizes(rows).to_csv(index=False))
         if size == min(sizes):
-            trained = read_log(season.output / "training")
-            clips_per_second = float(trained["clips_per_second"].iloc[-1])
+            clips_per_second = read_log(season.output / "training")[-1].clips_per_second
             shutil.rmtree(season.folder)
             hours = write_season(season.data, chosen, bank, _N_REPEATS)
             usage = season.run("audit", "--cache")
