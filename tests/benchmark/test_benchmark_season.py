@@ -135,5 +135,5 @@ def test_every_step_has_a_row_for_each_size(sounds, few_names, tmp_path):
     assert (audits["again"] == 0).all()
     measured = table[table["step"] != "stored predictions"]
     assert (measured["cpu_seconds"] > 0).all()
-    assert len(machines) == 3
+    assert machines is None  # of such small sizes nothing can be estimated
     assert not (tmp_path / "season" / "240").exists()

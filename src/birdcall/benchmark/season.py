@@ -339,14 +339,15 @@ def measure_season(season: _Season, hours: float, kernel: Path) -> Iterator[dict
 
 def benchmark_season(
     data: Path, folder: Path, kernel: Path, *, names: Path | None, sizes: Sequence[int]
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+) -> tuple[pd.DataFrame, pd.DataFrame | None]:
     """Measure the steps for some sizes of a season, each in a new process; return two tables.
 
     ``data``: a data folder whose sound is repeated, at lengths of about a second. ``names``: see
     `season_names`. ``kernel``: the script of the submission. The data sets are written to
     ``folder``/season, one after another, and deleted; ``season.csv`` beside it has a row per step
     and size (see `measure_season` and `compare_sizes`), ``season_machines.csv`` what the real
-    season takes on known machines. ValueError for more recordings than there are names.
+    season takes on known machines (None for small sizes). ValueError for more recordings than
+    there are names.
     """
     table = season_names(names)
     for size in sizes:
@@ -370,6 +371,9 @@ def benchmark_season(
         shutil.rmtree(season.folder)
         compared = compare_sizes(rows)
         write_atomically(folder / _RESULTS, compared.to_csv(index=False))
+    if max(sizes) < _MIN_ESTIMATED:
+        logger.warning("nothing is estimated for the season: no size is %d or more", _MIN_ESTIMATED)
+        return compared, None
     costs = SeasonCosts.of(compared, clips_per_second)
     machines = pd.DataFrame([costs.estimate(machine) for machine in MACHINES])
     write_atomically(folder / "season_machines.csv", machines.to_csv(index=False))
@@ -401,6 +405,7 @@ def compare_sizes(rows: Sequence[dict[str, object]]) -> pd.DataFrame:
 
 # --- the real season ------------------------------------------------------------------------------
 
+_MIN_ESTIMATED = 1000  # recordings; fewer take less time than Python's start
 _RECORDING_SECONDS = 52.6  # mean length: 72 GB of wav at 32 kHz for the competition's 21,375
 _CACHE_BYTES = 64_000  # a second
 _MP3_BYTES = 16_000

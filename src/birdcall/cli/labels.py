@@ -184,4 +184,5 @@ def _benchmark_season(
         sizes=[int(part) for part in parts],
     )
     typer.echo(table.to_string(index=False))
-    typer.echo(machines.T.to_string(header=False))
+    if machines is not None:
+        typer.echo(machines.T.to_string(header=False))
