@@ -31,7 +31,7 @@ NOT_IN_KERNEL = {
     *("jinja2", "plotly", "itables", "tensorboard"),
 }
 
-MAX_FILES = 99
+MAX_FILES = 100
 MAX_LINES = 500
 MANY_LINES, MAX_LONG_FILES = 350, 10
 MAX_POSITIONAL = 4

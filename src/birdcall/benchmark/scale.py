@@ -39,7 +39,7 @@ _HIDDEN_HOURS = 25.0  # 150 soundscapes of ten minutes
 _LIMIT_SECONDS = 2 * 3600.0
 _MP3_MEGABYTES_PER_HOUR = 28.8  # 64 kbit/s
 _ROW_BYTES = 20.0  # of a detection in a Parquet shard: `predict` on the demo, 607 detections
-_BUSY_SHARE = 0.9  # of a core's time; the rest is waiting and Python
+BUSY_SHARE = 0.9  # of a core's time; the rest is waiting and Python
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,15 @@ class Machine:
         reading = costs.reading
         networks = costs.front_end + n_members * costs.network
         if not self.gpus:
-            return (reading + networks) / (self.cores * _BUSY_SHARE)
+            return (reading + networks) / (self.cores * BUSY_SHARE)
         on_gpus = 3600 * n_members / (self.gpu_x_real_time * self.gpus)
         # Half of the cores read (see `inference.engine`): the slower of the two decides.
-        return max(reading / (max(1, self.cores // 2) * _BUSY_SHARE), on_gpus)
+        return max(reading / (max(1, self.cores // 2) * BUSY_SHARE), on_gpus)
 
 
 # A T4 has 8.1 TFLOP/s in float32, an H100 51; there five networks took 0.2 s each for an hour of
 # audio, most of it for starting small kernels. The estimate takes a tenth of that speed.
-_MACHINES = (
+MACHINES = (
     Machine("two cores", 2),
     Machine("Kaggle: T4 x2, four cores", 4, 2, 1_800.0),
     Machine("16 cores", 16),
@@ -171,7 +171,7 @@ def benchmark_scale(
     """
     costs = InferenceCosts.read(folder / "inference.csv")
     rows = []
-    for machine in _MACHINES:
+    for machine in MACHINES:
         for count in (1, 5, 13):
             seconds = _HIDDEN_HOURS * machine.seconds_per_hour(costs, count)
             rows.append(
@@ -184,7 +184,7 @@ def benchmark_scale(
                 }
             )
     hidden = pd.DataFrame(rows)
-    seconds_per_hour = _MACHINES[0].seconds_per_hour(costs, n_members)
+    seconds_per_hour = MACHINES[0].seconds_per_hour(costs, n_members)
     archive_table = pd.DataFrame([archive.simulate(seconds_per_hour)])
     write_atomically(folder / "scale_hidden.csv", hidden.to_csv(index=False))
     write_atomically(folder / "scale_archive.csv", archive_table.to_csv(index=False))

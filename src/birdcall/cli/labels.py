@@ -1,4 +1,4 @@
-"""Commands that label or embed sound for a training: pseudo-label, embed; benchmark labels."""
+"""Commands that label or embed sound for a training; benchmarks of tables: labels, season."""
 
 from __future__ import annotations
 
@@ -149,3 +149,40 @@ def _benchmark_labels(
     with TemporaryDirectory() as folder:
         table = benchmark_labels(Path(folder) / "labels", annotations, recordings, hours)
     typer.echo(table.to_string(index=False))
+
+
+@benchmarks.command("season")
+def _benchmark_season(
+    data: Data,
+    output: Output = None,
+    names: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV of the season's recordings: filename, ebird_code, background_codes.",
+            show_default="43,934 names are made up",
+        ),
+    ] = None,
+    sizes: Annotated[
+        str, typer.Option(help="Numbers of recordings that are measured.")
+    ] = "1000,10000,43934",
+    script: Annotated[Path, typer.Option(help="Script of the kernel.")] = Path(
+        "kernels/submission/submission.py"
+    ),
+) -> None:
+    """Measure all steps for a whole season's recordings: time, memory, disk; is it linear?
+
+    The sound of --data is repeated under all names, a second of it in each, never the same.
+    """
+    from birdcall.benchmark.season import benchmark_season
+
+    parts = sizes.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise ValueError(f"--sizes is {sizes!r}; give numbers such as 1000,10000")
+    table, machines = benchmark_season(
+        *(data, Folders(data, output).benchmark, script),
+        names=names,
+        sizes=[int(part) for part in parts],
+    )
+    typer.echo(table.to_string(index=False))
+    if machines is not None:
+        typer.echo(machines.T.to_string(header=False))

@@ -10,22 +10,8 @@ import pandas as pd
 
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.data.targets import IGNORE_TARGET
+from birdcall.evaluation import metrics
 from birdcall.evaluation.labelled import LabelledSoundscapes
-from birdcall.evaluation.metrics import (
-    DetectionCounts,
-    average_precision,
-    bootstrap_interval,
-    event_based_counts,
-    expected_calibration_error,
-    false_birds_per_nocall_row,
-    lwlrap,
-    macro_average,
-    precision_recall,
-    reliability,
-    roc_auc,
-    row_f1_scores,
-    segment_based_counts,
-)
 from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.inference.decision import Decision, average_members
 from birdcall.inference.events import detect_events
@@ -58,16 +44,16 @@ def decided_rows(
 ) -> list[dict[str, object]]:
     """Score the species predicted in each labelled row, boolean ``(rows, known species)``."""
     truth = predictions.labelled_truth
-    f1 = row_f1_scores(truth, predicted)
+    f1 = metrics.row_f1_scores(truth, predicted)
     # A recording is used in several simulated soundscapes of its group: groups are resampled.
     positive = None if weights is None else np.maximum(weights, 1e-12)
-    interval = bootstrap_interval(f1, predictions.groups, weights=positive)
-    precision, recall = precision_recall(truth, predicted)
+    interval = metrics.bootstrap_interval(f1, predictions.groups, weights=positive)
+    precision, recall = metrics.precision_recall(truth, predicted)
     values = {
         "row_wise_f1": float(np.average(f1, weights=weights)),
         "precision": precision,
         "recall": recall,
-        "false_birds_per_nocall_row": false_birds_per_nocall_row(truth, predicted),
+        "false_birds_per_nocall_row": metrics.false_birds_per_nocall_row(truth, predicted),
         "nocall_share_named": float(np.average(~predicted.any(axis=1), weights=weights)),
     }
     f1_row, *rows = _rows(subject, values, len(truth), len(set(predictions.recordings)))
@@ -94,20 +80,20 @@ def ranked_rows(
     truth = predictions.labelled_truth[:, :n_classes] & learnable
     probability = average_members(predictions.framewise)[predictions.labelled]
     values = {
-        "macro_ap": average_precision(truth, probability),
-        "macro_auc": roc_auc(truth, probability),
-        "lwlrap": lwlrap(truth, probability),
+        "macro_ap": metrics.average_precision(truth, probability),
+        "macro_auc": metrics.roc_auc(truth, probability),
+        "lwlrap": metrics.lwlrap(truth, probability),
     }
     if decisions is not None:
         strength = predictions.strength(decisions)
-        values["decision_macro_ap"] = average_precision(truth, strength)
-        values["decision_macro_auc"] = roc_auc(truth, strength)
+        values["decision_macro_ap"] = metrics.average_precision(truth, strength)
+        values["decision_macro_auc"] = metrics.roc_auc(truth, strength)
     is_scored = truth.any(axis=0)
     if is_scored.any():
         for metric, item in (("ece", predictions), ("ece_calibrated", calibrated)):
             if item is not None:
                 clipwise = average_members(item.clipwise)[item.labelled][:, is_scored]
-                values[metric] = expected_calibration_error(truth[:, is_scored], clipwise)
+                values[metric] = metrics.expected_calibration_error(truth[:, is_scored], clipwise)
     n_left_out += int(occurs.sum() - is_scored.sum())
     n_recordings = len(set(predictions.recordings))
     return _rows(subject, values, len(truth), n_recordings, n_left_out=n_left_out)
@@ -131,14 +117,14 @@ def out_of_fold_rows(
     is_scored, is_true = (target != IGNORE_TARGET) & could_learn, (target > 0) & could_learn
     is_right = probability.argmax(axis=1) == target.argmax(axis=1)
     values = {
-        "macro_ap": average_precision(is_true, probability, is_scored),
-        "macro_auc": roc_auc(is_true, probability, is_scored),
-        "lwlrap": lwlrap((target != 0) & could_learn, probability),
+        "macro_ap": metrics.average_precision(is_true, probability, is_scored),
+        "macro_auc": metrics.roc_auc(is_true, probability, is_scored),
+        "lwlrap": metrics.lwlrap((target != 0) & could_learn, probability),
         "top1": float(np.mean(is_right[is_true.any(axis=1)])) if is_true.any() else np.nan,
     }
     if is_scored.any():
         cells, of_cells = is_true[is_scored][:, None], probability[is_scored][:, None]
-        values["ece"] = expected_calibration_error(cells, of_cells)
+        values["ece"] = metrics.expected_calibration_error(cells, of_cells)
     n_left_out = int((target > 0).any(axis=0).sum() - is_true.any(axis=0).sum())
     n_recordings = len(probability)
     return _rows(subject, values, n_recordings, n_recordings, n_left_out=n_left_out)
@@ -148,7 +134,7 @@ def event_rows(
     name: str, labelled: LabelledSoundscapes, decisions: Mapping[str, Decision]
 ) -> list[dict[str, object]]:
     """Score the events of each recording's decision: in segments of 1 s, and by their times."""
-    segments, events = DetectionCounts(), DetectionCounts()
+    segments, events = metrics.DetectionCounts(), metrics.DetectionCounts()
     classes = labelled.predictions.classes
     for recording, scores in labelled.frames.items():
         annotations = labelled.annotations[labelled.annotations["recording"] == recording]
@@ -159,8 +145,10 @@ def event_rows(
             [(event.onset, event.offset) for event in detected],
             [event.ebird_code for event in detected],
         )
-        segments += segment_based_counts(*arguments, segment_seconds=_SEGMENT_SECONDS_OF_EVENTS)
-        events += event_based_counts(*arguments, onset_collar_seconds=_ONSET_COLLAR_SECONDS)
+        segments += metrics.segment_based_counts(
+            *arguments, segment_seconds=_SEGMENT_SECONDS_OF_EVENTS
+        )
+        events += metrics.event_based_counts(*arguments, onset_collar_seconds=_ONSET_COLLAR_SECONDS)
     subject = ScoreSubject(name, len(labelled.predictions.member_names), LABELLED)
     values = {"segment_f1": segments.f1, "event_f1": events.f1}
     return _rows(subject, values, len(labelled.annotations), len(labelled.frames))
@@ -183,7 +171,7 @@ def _rows(
     for metric, value in values.items():
         n_classes = pd.NA
         if is_macro := isinstance(value, np.ndarray):
-            n_classes, value = int((~np.isnan(value)).sum()), macro_average(value)
+            n_classes, value = int((~np.isnan(value)).sum()), metrics.macro_average(value)
         rows.append(
             subject._asdict()
             | {"metric": metric, "value": value, "low": np.nan, "high": np.nan}
@@ -246,7 +234,7 @@ def per_class_table(
         n_left_out = ((target > 0) & ~could_learn).sum(axis=0)
         if n_left_out.any():
             columns["left_out"] = n_left_out
-        columns["oof_ap"] = average_precision(
+        columns["oof_ap"] = metrics.average_precision(
             (target > 0) & could_learn, out_of_fold[known], (target != IGNORE_TARGET) & could_learn
         )
     for title, predictions in (("simulated", simulated), ("labelled", labelled)):
@@ -254,12 +242,12 @@ def per_class_table(
             truth = predictions.labelled_truth[:, : len(classes)]
             columns[f"{title}_rows"] = truth.sum(axis=0)
             probability = average_members(predictions.framewise)[predictions.labelled]
-            columns[f"{title}_ap"] = average_precision(truth, probability)
+            columns[f"{title}_ap"] = metrics.average_precision(truth, probability)
     if labelled is not None:
         truth = labelled.labelled_truth[:, : len(classes)]
         strength = labelled.strength(dict.fromkeys(labelled.groups, decision))
-        columns["labelled_decision_ap"] = average_precision(truth, strength)
-        columns["labelled_decision_auc"] = roc_auc(truth, strength)
+        columns["labelled_decision_ap"] = metrics.average_precision(truth, strength)
+        columns["labelled_decision_auc"] = metrics.roc_auc(truth, strength)
     if simulated is not None and predicted is not None:
         truth = simulated.labelled_truth[:, : len(classes)]
         predicted = predicted[:, : len(classes)]
@@ -309,7 +297,7 @@ def reliability_table(
     tables = []
     for name, values in (("predicted", probabilities), ("calibrated", calibrated)):
         if values is not None:
-            curve = reliability(truth, values[cells][:, None], _RELIABILITY_BINS)
+            curve = metrics.reliability(truth, values[cells][:, None], _RELIABILITY_BINS)
             columns = zip(("mean_probability", "share_true", "cells"), curve, strict=True)
             tables.append(pd.DataFrame({"probabilities": name} | dict(columns)))
     return pd.concat(tables, ignore_index=True)
