@@ -118,6 +118,25 @@ def test_the_real_season_is_what_its_costs_make_of_a_machine():
     assert gpu["epoch_minutes"] == pytest.approx(8000 * 5 / (2 * 1800 / 3) / 60, abs=0.06)
 
 
+def test_only_what_grows_is_scaled_to_the_season():
+    """By hand: folds and evaluation take 4 s at the start and 1 s for each thousand, both."""
+    rows = [
+        {"step": step, "recordings": size, "hours": size / 1000, "seconds": 1.0, "cpu_seconds": cpu}
+        for size, grown in ((1000, 1.0), (2000, 2.0))
+        for step, cpu in (
+            ("audit --cache", 6 + 3 * grown), ("folds", 4 + grown), ("evaluate", 4 + grown),
+            ("package", 60.0),
+        )
+    ]  # fmt: skip
+    long = {"step": "audit --cache, 10 x as long", "recordings": 1000, "hours": 10.0}
+    table = compare_sizes([*rows, long | {"seconds": 1.0, "cpu_seconds": 27.0}])
+    costs = SeasonCosts.of(table, clips_per_second=10.0)
+    assert costs.tables == pytest.approx(2 * (4 + 43.934))
+    assert (costs.hour, costs.package) == (2.0, 60.0)
+    alone = SeasonCosts.of(table[table["recordings"] == 1000].assign(added_per_1000=np.nan), 10.0)
+    assert alone.tables == pytest.approx(2 * 5 * 43.934)
+
+
 def test_a_size_beyond_the_names_is_refused(sounds, few_names, tmp_path):
     with pytest.raises(ValueError, match="a size is 241; there are 240 names"):
         benchmark_season(sounds, tmp_path, SCRIPT, names=few_names, sizes=[241])

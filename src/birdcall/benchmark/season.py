@@ -115,7 +115,7 @@ def measure_command(
 ) -> Usage:
     """Run a command in a new process and measure it; SIGKILL it once ``kill_when`` says so.
 
-    Memory is counted on Linux alone (NaN elsewhere), five times a second. Its output goes to
+    Memory is counted on Linux alone (NaN elsewhere), four times a second. Its output goes to
     ``log``. RuntimeError with the end of the log where the command fails.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -439,11 +439,14 @@ class SeasonCosts:
         hour = (long["cpu_seconds"] - short["cpu_seconds"]) / (long["hours"] - short["hours"])
         audit = largest.loc[_AUDIT]
         n_recordings = audit["recordings"]
-        tables = largest.loc[["folds", _EVALUATE], "cpu_seconds"].sum()
+        tables = largest.loc[["folds", _EVALUATE]]
+        # With a single size all of it is taken to grow.
+        growing = tables["added_per_1000"].fillna(1000 * tables["cpu_seconds"] / n_recordings)
+        n_thousands = max(0, _N_SEASON - n_recordings) / 1000
         return cls(
             recording=(audit["cpu_seconds"] - hour * audit["hours"]) / n_recordings,
             hour=hour,
-            tables=tables * max(1.0, _N_SEASON / n_recordings),
+            tables=(tables["cpu_seconds"] + n_thousands * growing.clip(lower=0)).sum(),
             package=largest.loc["package", "cpu_seconds"],
             clip=torch.get_num_threads() / clips_per_second,
         )

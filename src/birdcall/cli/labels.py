@@ -44,7 +44,7 @@ def _pseudo_label(
         typer.Option(
             "--annotated",
             help="Take the labels of people from tables in the folder --soundscapes: the formats "
-            "of `birdcall evaluate --soundscapes`, but the examples of the competition.",
+            "of `birdcall evaluate --soundscapes`, except the examples of the competition.",
         ),
     ] = False,
     label_column: LabelColumn = None,

@@ -179,7 +179,7 @@ class ClipDataset:
         failures: list[ReadFailure] = []
         target, weight, recording = np.zeros(self.targets.shape[1], np.float32), 1.0, _NOISE
         waveform: Tensor | None = None
-        source: tuple[str, int, float] | None = None  # kind, index and start, for the teacher
+        source: tuple[str, int, float] | None = None  # kind, index and start in it
         try:
             if draft.index == _NOISE_INDEX:
                 n_samples = self.experiment.clip_samples

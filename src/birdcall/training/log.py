@@ -222,7 +222,7 @@ class Board:
         self._stops = False
 
     def begin(self, index: int, attempt: int) -> None:
-        """Listen to this ``attempt`` at the run ``index``, and to no earlier one."""
+        """Take reports of this ``attempt`` at the run ``index``, and of no earlier one."""
         self._attempts[index] = attempt
 
     def add(self, report: Report) -> Answer:

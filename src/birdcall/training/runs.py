@@ -173,7 +173,7 @@ def find_runs(
     """Return the folders of trained runs below ``folder``, of some or all experiments and folds.
 
     Runs that hold out nothing (FULL) are left out: nothing can score them. The log names unfinished
-    runs. Raises FileNotFoundError where a named experiment has no trained run, or nothing is.
+    runs. Raises FileNotFoundError where a named experiment has no trained run, or there is none.
     """
     experiments = list(experiments or ())
     for name in experiments:
