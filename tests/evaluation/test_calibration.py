@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.optimize import minimize
 from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 
@@ -73,6 +74,40 @@ def test_with_a_wide_prior_it_is_a_logistic_regression_of_each_class():
         reference.fit(z, targets[:, column])
         assert scale[column] == pytest.approx(reference.coef_[0, 0], rel=0.01)
         assert offset[column] == pytest.approx(reference.intercept_[0], abs=0.02)
+
+
+def highest_posterior(scores, targets, log_scale_spread=0.2, offset_spread=0.5):
+    """Scale and offset by a general method and a gradient by differences of the definition."""
+    n_classes = scores.shape[1]
+    z = logit(np.clip(scores.astype(float), 1e-7, 1 - 1e-7))
+
+    def unpack(values):
+        deviations = values[2:].reshape(2, n_classes)
+        scale = np.exp(values[0] + log_scale_spread * deviations[0])
+        return scale, values[1] + offset_spread * deviations[1], deviations
+
+    def loss(values):
+        scale, offset, deviations = unpack(values)
+        x = scale * z + offset
+        likelihood = (np.logaddexp(0, x) - targets * x).sum()
+        return likelihood + 0.5 * np.square(deviations).sum()
+
+    start = np.zeros(2 + 2 * n_classes)
+    bounds = [(-3, 3)] + [(None, None)] * (1 + 2 * n_classes)
+    options = {"maxiter": 10_000, "maxfun": 1_000_000, "ftol": 1e-14, "gtol": 1e-6}
+    found = minimize(loss, start, method="L-BFGS-B", bounds=bounds, options=options)
+    return unpack(found.x)[:2]
+
+
+@pytest.mark.parametrize("kind", ["distorted", "few rows", "at random", "the wrong way round"])
+def test_it_is_the_highest_posterior(kind):
+    scores, targets, _, _ = distorted(40 if kind == "few rows" else 400, 4)
+    if kind == "at random":
+        scores = np.random.default_rng(1).random(scores.shape)
+    elif kind == "the wrong way round":
+        scores = 1 - scores
+    expected = highest_posterior(scores, targets)
+    assert np.allclose(fit_scale_and_offset(scores, targets), expected, atol=1e-3)
 
 
 def test_a_class_without_birds_moves_less_than_its_data_alone_would_say():

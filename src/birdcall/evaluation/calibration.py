@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from scipy.special import expit
 from scipy.stats import norm
 
@@ -23,6 +22,8 @@ OFFSETS = tuple(round(0.25 * step, 2) for step in range(-24, 25))  # of logits, 
 # Of normal logits: what one row of an hour exceeds lies so many times as far above the median as
 # the lower quartile lies below.
 _FLOOR_QUARTILES = float(norm.isf(SEGMENT_SECONDS / 3600) / norm.isf(0.25))
+_LOG_SCALES = (-3.0, 3.0)
+_LONGEST_STEP, _TOLERANCE, _MAX_STEPS = 1.0, 1e-7, 200
 _ONE_ERROR = 0.683  # the level of an interval of a standard error on either side
 
 
@@ -61,37 +62,49 @@ def fit_scale_and_offset(
     rows stays near it. On the demo's held-out recordings its log loss is 0.039, that of
     scikit-learn's LogisticRegression of each class 0.039 (C=1) or 0.049 (no penalty) and of its
     IsotonicRegression 0.052; with 10 recordings per class 0.043, 0.046, 0.061 and 0.064.
+
+    By Fisher scoring: 264 classes of 3,600 rows take 0.3 s of a core. SciPy's L-BFGS-B took 5 to 8
+    s, and stopped where offsets were still 0.03 from the optimum.
     """
     known = ~np.isnan(probabilities) & (targets >= 0)
     if not known.any():
         raise ValueError("no row to fit a calibration on")
-    n_classes = probabilities.shape[1]
-    filled = np.where(known, probabilities, 0.5).astype(float)
-    z = to_logits(filled)
+    z = to_logits(np.where(known, probabilities, 0.5).astype(float))
     y = np.where(known, targets > 0, 0).astype(float)
-    spreads = np.array([[log_scale_spread], [offset_spread]])
-
-    def loss(values: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        """Return the negative log posterior and its gradient."""
-        deviations = values[2:].reshape(2, n_classes)
-        log_scale, offset = values[:2, None] + spreads * deviations
-        scale = np.exp(log_scale)
-        x = scale * z + offset
-        likelihood = (np.logaddexp(0, x) - y * x)[known].sum()
-        residual = np.where(known, expit(x) - y, 0)
-        by_log_scale, by_offset = (residual * z).sum(axis=0) * scale, residual.sum(axis=0)
-        shared = [by_log_scale.sum(), by_offset.sum()]
-        by_class = [log_scale_spread * by_log_scale, offset_spread * by_offset] + deviations
-        gradient = np.concatenate([shared, by_class.ravel()])
-        return float(likelihood + 0.5 * np.square(deviations).sum()), gradient
-
-    # Bounded, since predictions at random have a scale of 0, which leaves no ranking.
-    bounds = [(-3.0, 3.0), (None, None)] + [(-5.0, 5.0)] * (2 * n_classes)
-    options = {"maxiter": 500}
-    start = np.zeros(2 + 2 * n_classes)
-    fitted = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
-    log_scale, offset = fitted.x[:2, None] + spreads * fitted.x[2:].reshape(2, n_classes)
-    return np.exp(log_scale), offset
+    precision = np.array([log_scale_spread, offset_spread]) ** -2.0
+    shared = np.zeros(2)  # log scale and offset
+    values = np.zeros((probabilities.shape[1], 2))  # of each class
+    for _ in range(_MAX_STEPS):
+        # Fisher scoring: the expected second derivatives, which are never negative.
+        scale = np.exp(values[:, 0])
+        probability = expit(scale * z + values[:, 1])
+        residual = np.where(known, probability - y, 0)
+        weight = np.where(known, probability * (1 - probability), 0)
+        by_scale, mixed = z * scale, (weight * z).sum(axis=0) * scale
+        curvature = np.empty((len(values), 2, 2))
+        curvature[:, 0, 0] = (weight * by_scale**2).sum(axis=0) + precision[0]
+        curvature[:, 0, 1] = curvature[:, 1, 0] = mixed
+        curvature[:, 1, 1] = weight.sum(axis=0) + precision[1]
+        gradient = np.stack([(residual * by_scale).sum(axis=0), residual.sum(axis=0)], axis=1)
+        gradient += precision * (values - shared)
+        # Classes are tied by what they share alone: eliminated, two equations remain.
+        inverse = np.linalg.inv(curvature)
+        alone = -(inverse @ gradient[:, :, None])[:, :, 0]
+        tie = inverse * precision
+        system = len(values) * np.eye(2) - tie.sum(axis=0)
+        right = (values - shared + alone).sum(axis=0)
+        shared_step = np.linalg.solve(system, right)
+        # Bounded, since predictions at random have a scale of 0, which leaves no ranking.
+        bounded = np.clip(shared[0] + shared_step[0], *_LOG_SCALES) - shared[0]
+        if bounded != shared_step[0]:
+            shared_step = np.array([bounded, (right[1] - system[1, 0] * bounded) / system[1, 1]])
+        step = alone + tie @ shared_step
+        # No step is long: far from the optimum the curvature is not that of the way there.
+        limit = min(1.0, _LONGEST_STEP / np.abs([*step, shared_step]).max())
+        values, shared = values + limit * step, shared + limit * shared_step
+        if np.abs(step).max() < _TOLERANCE:
+            break
+    return np.exp(values[:, 0]), values[:, 1]
 
 
 # --- labelled soundscapes ---
