@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from birdcall.cli import data, evaluation, kaggle, labels, training
+from birdcall.cli import benchmarks, data, evaluation, kaggle, training
 
 # A command imports what it needs when it runs, so that `--help` answers at once.
 
@@ -22,10 +22,9 @@ app = typer.Typer(
 )
 app.add_typer(data.commands)
 app.add_typer(training.commands)
-app.add_typer(labels.commands)
 app.add_typer(evaluation.commands)
 app.add_typer(kaggle.commands)
-app.add_typer(evaluation.benchmarks, name="benchmark")
+app.add_typer(benchmarks.benchmarks, name="benchmark")
 
 
 @app.callback()
