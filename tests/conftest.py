@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 # Tests run side by side; more threads than cores make each of them many times slower. Libraries
 # read this when they are imported, here and in the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +58,29 @@ def cornell_mini() -> Path:
 
 
 @pytest.fixture(scope="session")
+def make_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Return a function that makes a folder once for all test processes; tests leave it as it is.
+
+    The process that comes second waits for the folder, and uses it.
+    """
+    together = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        together = together.parent
+
+    def make_once(name: str, make: Callable[[Path], object]) -> Path:
+        folder, made = together / name, together / f"{name}.made"
+        with FileLock(together / f"{name}.lock"):
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # what a failure has left
+                folder.mkdir()
+                make(folder)
+                made.touch()
+        return folder
+
+    return make_once
+
+
+@pytest.fixture(scope="session")
 def tiny_experiment() -> Experiment:
     """A network of a few thousand weights on two-second clips."""
     small = find_experiment("small_gru")
@@ -74,9 +99,8 @@ def tiny_experiment() -> Experiment:
 
 
 @pytest.fixture(scope="session")
-def demo_folder(tmp_path_factory) -> Path:
+def demo_folder(make_once) -> Path:
     """A demo of three species: some minutes of sound in every file of the competition."""
-    folder = tmp_path_factory.mktemp("input") / "tiny"
     config = DemoConfig(
         n_species=3,
         recordings_per_species=(5, 7),
@@ -90,19 +114,25 @@ def demo_folder(tmp_path_factory) -> Path:
         site_3_seconds=20.0,
         n_noise=2,
     )
-    make_demo(folder, config, workers=1)
-    return folder
+    return make_once("input", lambda made: make_demo(made / "tiny", config, workers=1)) / "tiny"
 
 
 @pytest.fixture(scope="session")
-def tables(demo_folder, tmp_path_factory) -> tuple[Path, Path]:
-    """The paths of the folds (two) and of the audit of the tiny demo."""
+def tables(demo_folder, make_once, tmp_path_factory) -> tuple[Path, Path]:
+    """The paths of the folds (two) and of the audit of the tiny demo.
+
+    Beside them lies the cache of recordings, which each process has for itself.
+    """
+
+    def write_tables(folder: Path) -> None:
+        recordings = read_recordings(demo_folder)
+        audit = audit_recordings(demo_folder, recordings, folder / "audit.csv", workers=1)
+        usable = usable_recordings(recordings, audit)
+        folds = make_folds(usable, 2, audio_hashes=audio_hashes(usable, audit))
+        write_folds(folds, folder / "folds.csv")
+
     output = tmp_path_factory.mktemp("output")
-    recordings = read_recordings(demo_folder)
-    audit = audit_recordings(demo_folder, recordings, output / "audit.csv", workers=1)
-    usable = usable_recordings(recordings, audit)
-    folds = make_folds(usable, 2, audio_hashes=audio_hashes(usable, audit))
-    write_folds(folds, output / "folds.csv")
+    shutil.copytree(make_once("tables", write_tables), output, dirs_exist_ok=True)
     return output / "folds.csv", output / "audit.csv"
 
 
@@ -114,24 +144,32 @@ def training_data(demo_folder, tables) -> TrainingData:
 
 
 @pytest.fixture(scope="session")
-def trained_runs(training_data, tiny_experiment, tmp_path_factory) -> list[Path]:
+def trained_runs(training_data, tiny_experiment, make_once) -> list[Path]:
     """The folders of two tiny experiments' runs on both folds, in order of name."""
-    torch.set_num_threads(1)
-    runs = tmp_path_factory.mktemp("runs")
-    other = replace(tiny_experiment, name="other", train=replace(tiny_experiment.train, seed=4))
-    planned = plan_runs([tiny_experiment, other], training_data, None, runs)
-    with pytest.MonkeyPatch.context() as patch:
-        shorten_previews(patch)
-        train_many(planned, training_data, RunOptions(workers=0))
-    return sorted(path for path in runs.glob("*/*"))
+
+    def train(runs: Path) -> None:
+        torch.set_num_threads(1)
+        other = replace(tiny_experiment, name="other", train=replace(tiny_experiment.train, seed=4))
+        planned = plan_runs([tiny_experiment, other], training_data, None, runs)
+        with pytest.MonkeyPatch.context() as patch:
+            shorten_previews(patch)
+            train_many(planned, training_data, RunOptions(workers=0))
+
+    return sorted(make_once("runs", train).glob("*/*"))
 
 
 @pytest.fixture(scope="session")
-def held_out_options(tmp_path_factory) -> HeldOutOptions:
+def held_out_options(trained_runs, training_data, make_once, tmp_path_factory) -> HeldOutOptions:
     """Short simulated soundscapes, and a cache that tests share: audio is predicted once."""
-    config = SimulationConfig(n_soundscapes=4, soundscape_seconds=30.0)
+    simulation = SimulationConfig(n_soundscapes=4, soundscape_seconds=30.0)
+    options = HeldOutOptions(simulation=simulation)
+
+    def predict(folder: Path) -> None:
+        predict_held_out(trained_runs, training_data, replace(options, cache_folder=folder))
+
     folder = tmp_path_factory.mktemp("predictions")
-    return HeldOutOptions(simulation=config, cache_folder=folder)
+    shutil.copytree(make_once("predictions", predict), folder, dirs_exist_ok=True)
+    return replace(options, cache_folder=folder)
 
 
 @pytest.fixture(scope="session")
@@ -141,11 +179,8 @@ def held_out(trained_runs, training_data, held_out_options) -> HeldOutPrediction
 
 
 @pytest.fixture(scope="session")
-def package(trained_runs, tmp_path_factory) -> Path:
-    """The dataset folder of a package of two members; tests leave it as it is.
-
-    Staged once for all test processes: exporting the members takes seconds.
-    """
+def package(trained_runs, make_once) -> Path:
+    """The dataset folder of a package of two members; tests leave it as it is."""
     runs = trained_runs[:2]
     checkpoints = [read_checkpoint(run) for run in runs]
     decision = Decision(
@@ -156,15 +191,11 @@ def package(trained_runs, tmp_path_factory) -> Path:
         members=tuple(item.name for item in checkpoints),
         weights={item.name: item.weights_sha256 for item in checkpoints},
     )
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    with FileLock(folder / "package.lock"):
-        build = folder / "package"
-        if not build.is_dir():
-            staged = tmp_path_factory.mktemp("build")
-            stage_package(runs, decision, StagingOptions(SCRIPT, staged, "somebody"))
-            staged.rename(build)
-    return build / "dataset"
+
+    def stage(folder: Path) -> None:
+        stage_package(runs, decision, StagingOptions(SCRIPT, folder / "build", "somebody"))
+
+    return make_once("package", stage) / "build" / "dataset"
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,19 @@
 """What tests of several layers share: names in PANNs' files, a competition, tables."""
 
+import io
 import json
+import logging
+import resource
+import runpy
+import subprocess
+import sys
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 import soundfile
 
 from birdcall.data.birdnet import EMBEDDING_SIZE, BirdNET
@@ -96,6 +105,35 @@ def read_labels(working, data):
 
 def read_summary(working):
     return json.loads((working / SUMMARY_FILE).read_text())
+
+
+def run_script_here(command, env, max_bytes=None, **_):
+    """Run a kernel's script as `subprocess.run` does, but in this process.
+
+    ``max_bytes`` of each file that the script writes: as on a full disk.
+    """
+    log, root, code = io.StringIO(), logging.getLogger(), 0
+    handler, level = logging.StreamHandler(log), root.level
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(log), redirect_stderr(log):
+        for name, value in env.items():
+            if name.startswith("KAGGLE"):
+                patch.setenv(name, value)
+        patch.setattr(sys, "path", [*sys.path])
+        try:
+            if max_bytes is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, hard))
+            runpy.run_path(command[1], run_name="__main__")
+        except Exception:
+            traceback.print_exc()
+            code = 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            root.setLevel(level)
+            root.removeHandler(handler)
+    return subprocess.CompletedProcess(command, code, log.getvalue())
 
 
 # --- tables that other programs read --------------------------------------------------------------

@@ -37,3 +37,8 @@ def shorten_simulation(patch: pytest.MonkeyPatch) -> None:
     simulation = SimulationConfig(n_soundscapes=2, soundscape_seconds=30.0)
     options = partial(predict.HeldOutOptions, simulation=simulation)
     patch.setattr(predict, "HeldOutOptions", options)
+
+
+def shorten_packaging(patch: pytest.MonkeyPatch) -> None:
+    """Let `birdcall package` export no member: it takes seconds for each; see test_kernel.py."""
+    patch.setattr("birdcall.kaggle.packaging.is_onnx_installed", lambda: False)

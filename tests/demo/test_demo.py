@@ -9,7 +9,6 @@ import logging
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,7 +45,6 @@ TINY = DemoConfig(
     site_3_seconds=20,
     n_noise=2,
 )
-CORNELL_MINI = Path(__file__).parents[3] / "shared" / "data" / "cornell-mini"
 
 
 def read_csv(path):
@@ -94,7 +92,6 @@ def test_train_csv_has_the_35_columns_in_order(tiny):
     assert header == list(TRAIN_COLUMNS)
 
 
-@pytest.mark.skipif(not CORNELL_MINI.is_dir(), reason="../shared/data/cornell-mini is absent")
 @pytest.mark.parametrize(
     "name",
     [
@@ -105,8 +102,8 @@ def test_train_csv_has_the_35_columns_in_order(tiny):
         "example_test_audio_metadata.csv",
     ],
 )
-def test_the_tables_have_the_columns_of_the_real_ones(tiny, name):
-    real, demo = ((folder / name).read_text().splitlines()[0] for folder in (CORNELL_MINI, tiny))
+def test_the_tables_have_the_columns_of_the_real_ones(tiny, cornell_mini, name):
+    real, demo = ((folder / name).read_text().splitlines()[0] for folder in (cornell_mini, tiny))
     assert demo == real
 
 

@@ -8,6 +8,7 @@ import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
+from shortened import shorten_previews
 
 from birdcall.evaluation import ablation as ablation_module
 from birdcall.evaluation.ablation import (
@@ -24,7 +25,6 @@ from birdcall.models.checkpoint import SETTINGS_FILE, read_checkpoint
 from birdcall.report.ablation import describe_ablation, difference_table, plot_ablation
 from birdcall.report.plots import save_figure
 from birdcall.storage.store import Journal
-from birdcall.training import runs as runs_module
 from birdcall.training.log import write_log
 from birdcall.training.step import EpochLog
 from birdcall.training.trainer import Run, RunOptions
@@ -310,8 +310,7 @@ def real(training_data, tiny_experiment, tmp_path_factory):
         evaluation=HeldOutOptions(simulation=SIMULATION),
     )
     with pytest.MonkeyPatch.context() as patch:
-        # Pictures of batches would take a quarter of the time.
-        patch.setattr(runs_module, "plot_preview", lambda *_: np.zeros((8, 8, 3), np.uint8))
+        shorten_previews(patch)
         ablation = ablate([short, other], training_data, folder, options)
     ablation.write_tables(folder)
     save_figure(plot_ablation(ablation), folder / "ablation.png")

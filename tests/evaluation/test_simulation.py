@@ -482,7 +482,7 @@ def real_data(cornell_mini, tmp_path_factory):
     """The real recordings' audit and folds."""
     folder = tmp_path_factory.mktemp("real")
     recordings = read_recordings(cornell_mini)
-    audit = audit_recordings(cornell_mini, recordings, folder / "audit.csv", workers=2)
+    audit = audit_recordings(cornell_mini, recordings, folder / "audit.csv", workers=0)
     write_folds(make_folds(usable_recordings(recordings, audit), 2), folder / "folds.csv")
     return cornell_mini, folder / "folds.csv", folder / "audit.csv", folder / "cache"
 

@@ -9,6 +9,7 @@ import torch
 from helpers import NETWORKS
 
 import birdcall.inference.windows as windows_module
+from birdcall.__main__ import main
 from birdcall.benchmark.inference import spread_outputs
 from birdcall.experiments import EXPERIMENTS
 from birdcall.inference.engine import predict_waveforms
@@ -134,10 +135,13 @@ def test_an_export_is_not_opened_for_a_device_that_runs_torch(run, caplog):
     assert not caplog.records
 
 
-def test_a_waveform_goes_in_where_that_is_asked_for(run, tmp_path):
+def test_a_waveform_goes_in_where_that_is_asked_for(run, tmp_path, capsys):
     """As another program would use it: nothing but ONNX Runtime and samples."""
     path = tmp_path / "whole.onnx"
-    export_checkpoint(run, path, source="waveform")
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(run), "--input", "waveform", "--to", str(path)])
+    assert ended.value.code == 0
+    assert f"{path}: " in (printed := capsys.readouterr().out) and "torch" in printed
     waveforms = np.stack([noise(5, seed) for seed in range(3)])
     network = OnnxModel(path)
     clipwise, framewise = network(waveforms, ["clipwise", "framewise"])

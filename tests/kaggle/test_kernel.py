@@ -1,22 +1,17 @@
-"""The kernel on data and packages with faults, twice as the real script in a fresh process.
+"""The kernel on data and packages with faults, once as the real script in a fresh process.
 
 Each fault ends in a valid submission, or in a non-zero exit code with a line that says why; where a
 file can be written at all, a valid all-nocall one lies there even then.
 """
 
 import hashlib
-import io
 import json
 import logging
 import os
 import pickle
-import resource
-import runpy
 import shutil
-import subprocess
 import sys
-import traceback
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,15 +28,17 @@ from helpers import (
     read_labels,
     read_summary,
     rows_of,
+    run_script_here,
     write_noise_file,
     write_rows,
 )
+from shortened import shorten_packaging
 
 from birdcall.config import FULL
 from birdcall.evaluation.ensemble_decision import decide_for_full_runs
 from birdcall.inference.decision import Decision, write_decision
 from birdcall.inference.ensemble import load_member
-from birdcall.kaggle import packaging, submission
+from birdcall.kaggle import submission
 from birdcall.kaggle.dry_run import dry_run_submission, run_as_kaggle
 from birdcall.kaggle.manifest import MANIFEST_FILE, find_changes, make_manifest
 from birdcall.kaggle.packaging import StagingOptions, stage_package
@@ -113,34 +110,9 @@ def script_here(max_bytes=None):
     ``max_bytes`` of each file that the script writes: as on a full disk.
     """
     with pytest.MonkeyPatch.context() as patch:
-        run_script = partial(_run_script_here, max_bytes=max_bytes)
+        run_script = partial(run_script_here, max_bytes=max_bytes)
         patch.setattr("birdcall.kaggle.dry_run.subprocess.run", run_script)
         yield
-
-
-def _run_script_here(command, env, max_bytes, **_):
-    log, root, code = io.StringIO(), logging.getLogger(), 0
-    handler, level = logging.StreamHandler(log), root.level
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(log), redirect_stderr(log):
-        for name, value in env.items():
-            if name.startswith("KAGGLE"):
-                patch.setenv(name, value)
-        patch.setattr(sys, "path", [*sys.path])
-        try:
-            if max_bytes is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, hard))
-            runpy.run_path(command[1], run_name="__main__")
-        except Exception:
-            traceback.print_exc()
-            code = 1
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-            root.setLevel(level)
-            root.removeHandler(handler)
-    return subprocess.CompletedProcess(command, code, log.getvalue())
 
 
 def exits(build, data, working, message, **options):
@@ -209,7 +181,7 @@ def test_full_runs_are_packaged_with_the_decision_that_was_chosen_on_folds(
     assert decision.weights == {"tiny-full": checkpoints[2].weights_sha256}
     assert "tiny-fold0, tiny-fold1" in decision.chosen_on
     assert decision.clip_threshold == chosen.clip_threshold
-    monkeypatch.setattr(packaging, "is_onnx_installed", lambda: False)
+    shorten_packaging(monkeypatch)
     options = StagingOptions(SCRIPT, tmp_path / "build", "somebody")
     dataset = stage_package([runs / "tiny" / FULL], decision, options)
     opened = open_package(dataset, "cpu", all_members=True)
@@ -548,17 +520,14 @@ def test_a_budget_of_zero_fails_and_leaves_nocall(built, data, tmp_path):
     assert read_summary(tmp_path / "working")["late"] == ["aa", "bb", "cc"]
 
 
-def test_a_disk_that_is_full_when_all_is_labelled_leaves_nocall(built, data, tmp_path, monkeypatch):
+def test_a_disk_that_is_full_when_all_is_labelled_leaves_nocall(built, data, tmp_path):
     write_rows(data, [row for name in ("aa", "bb") for row in rows_of(name, 300)])
     run(built, data, tmp_path / "first")  # the recordings last ten seconds
     for name in ("aa", "bb"):
         write_noise_file(data / "test_audio" / f"{name}.wav", 300)
     size = (tmp_path / "first" / "submission.csv").stat().st_size
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nulimit -f {-(-size // 512)}\nexec "{sys.executable}" "$@"\n')
-    python.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(python))
-    exits(built, data, tmp_path / "working", "File too large")
+    with script_here(max_bytes=size):
+        exits(built, data, tmp_path / "working", "File too large")
     assert set(read_labels(tmp_path / "working", data).values()) == {"nocall"}
     assert [path.name for path in (tmp_path / "working").iterdir()] == ["submission.csv"]
 

@@ -356,7 +356,8 @@ def test_two_sessions_the_second_of_which_gets_further(stage, demo_folder, tmp_p
 
 def test_a_session_that_fails_ends_the_dry_run_with_its_last_line(stage, demo_folder, tmp_path):
     dataset = stage()
-    change_code(dataset, "__main__", f"{STAND_IN}print('no birds'); sys.exit(3)\n")
+    kernel = dataset.parent / "kernel" / SCRIPT.name
+    kernel.write_text("print('no birds')\nraise SystemExit(3)\n")
     with pytest.raises(ValueError, match=r"exit code 3: no birds$"):
         dry_run_training(dataset.parent, demo_folder, tmp_path / "dry_run")
     assert not (tmp_path / "dry_run").exists()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from helpers import SCRIPT
 from kaggle_stand_in import DROP, SIGNATURE, KaggleStandIn, slug_of
+from shortened import shorten_packaging
 
 from birdcall.__main__ import main
 from birdcall.experiments import find_experiment
@@ -48,7 +49,7 @@ def staged(output, tmp_path_factory):
     build = tmp_path_factory.mktemp("staged") / "build"
     run = output / "runs" / "tiny" / "fold0"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packaging, "is_onnx_installed", lambda: False)  # an export takes seconds
+        shorten_packaging(patch)
         stage_package([run], Decision(), StagingOptions(SCRIPT, build, "Jane-Doe"))
     return build
 
@@ -144,7 +145,7 @@ def change(path, **values):
 
 def test_one_command_stages_uploads_and_pushes(kaggle, package, output, tmp_path, monkeypatch):
     """With the name of the owner taken from the credentials."""
-    monkeypatch.setattr(packaging, "is_onnx_installed", lambda: False)
+    shorten_packaging(monkeypatch)
     build = tmp_path / "build"
     paths = ("--data", tmp_path, "--output", output, "--script", SCRIPT, "--build", build)
     printed = package(*paths, "--upload", "--push")

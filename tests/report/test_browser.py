@@ -57,6 +57,16 @@ def _one_thread():
     """Training is over: the browser has threads of its own."""
 
 
+@pytest.fixture(autouse=True)
+def _close_pages(browser):
+    """What a test opens is closed behind it: each page keeps a process."""
+    shared = browser.contexts
+    yield
+    for context in browser.contexts:
+        if context not in shared:
+            context.close()
+
+
 class OpenPage:
     """A page whose errors and requests are recorded."""
 
@@ -141,7 +151,6 @@ def opened(browser, written_soundscape):
     opened_page.page.evaluate("player.muted = true")
     yield opened_page
     opened_page.check()
-    opened_page.page.context.close()
 
 
 def write_index(folder: Path, table: pd.DataFrame, title: str = "Recordings") -> Path:

@@ -72,7 +72,7 @@ def _evaluate(
     from birdcall.data.folds import describe_training_only
     from birdcall.evaluation.mistakes import find_mistakes, predict_mistakes, write_labelled_pages
     from birdcall.evaluation.predict import HeldOutOptions, predict_held_out, write_oof_parquet
-    from birdcall.evaluation.scoring import describe_classes, evaluate
+    from birdcall.evaluation.scoring import check_request, describe_classes, evaluate
     from birdcall.evaluation.tables import wide_table
     from birdcall.inference.decision import write_decision
     from birdcall.inference.ensemble import default_device
@@ -92,6 +92,8 @@ def _evaluate(
     folders = Folders(data, output, folds)
     context.with_resource(locked(folders.prediction_cache))
     runs = find_runs(folders.runs, experiment, parse_fold(fold))
+    ensembles = [tuple(names.split("+")) for names in ensemble or []]
+    check_request(sorted({run.parent.name for run in runs}), ensembles, nocall_share)
     training_data = folders.load_training_data(noise)
     options = HeldOutOptions(
         device=default_device(),
@@ -104,7 +106,6 @@ def _evaluate(
         progress=True,
     )
     predictions = predict_held_out(runs, training_data, options)
-    ensembles = [tuple(names.split("+")) for names in ensemble or []]
     evaluation = evaluate(predictions, ensembles, nocall_share)
     output, report = folders.output, folders.output / "report.html"
     write_decision(folders.decision, evaluation.ensemble.decision)

@@ -72,6 +72,21 @@ class Evaluation:
     labelled: LabelledSoundscapes | None
 
 
+def check_request(
+    experiments: Sequence[str], ensembles: Sequence[Sequence[str]], nocall_share: float
+) -> None:
+    """Raise ``ValueError`` for an ensemble with an experiment without runs, or no possible share.
+
+    Experiments are those that have runs. A command asks before it predicts, which takes long.
+    """
+    require(0 <= nocall_share <= 1, f"nocall share is {nocall_share:g}; give one from 0 to 1")
+    unknown = [name for names in ensembles for name in names if name not in experiments]
+    require(
+        not unknown,
+        f"there is no run of {', '.join(unknown)}; there are runs of {', '.join(experiments)}",
+    )
+
+
 def evaluate(
     held_out: HeldOutPredictions,
     ensembles: Sequence[Sequence[str]] = (),
@@ -79,18 +94,12 @@ def evaluate(
 ) -> Evaluation:
     """Score each experiment, each of ``ensembles`` and all experiments together.
 
-    A decision is searched for each of them, for rows of which ``nocall_share`` have no bird.
+    A decision is searched for each of them, for rows of which ``nocall_share`` have no bird. Raises
+    what `check_request` does.
     """
-    require(0 <= nocall_share <= 1, f"nocall share is {nocall_share:g}; give one from 0 to 1")
+    check_request(held_out.experiments, ensembles, nocall_share)
     experiments_of = {name: (name,) for name in held_out.experiments}
-    for names in ensembles:
-        unknown = [name for name in names if name not in held_out.experiments]
-        require(
-            not unknown,
-            f"there is no run of {', '.join(unknown)}; there are runs of "
-            f"{', '.join(held_out.experiments)}",
-        )
-        experiments_of["+".join(names)] = tuple(names)
+    experiments_of |= {"+".join(names): tuple(names) for names in ensembles}
     decisions = [
         decide_ensemble(held_out, names, nocall_share, name)
         for name, names in experiments_of.items()
