@@ -142,7 +142,12 @@ def run_script_here(command, env, max_bytes=None, **_):
 def read_detections(path):
     """The events by recording in a detections.csv or .jsonl."""
     is_csv = path.suffix == ".csv"
-    frame = pd.read_csv(path) if is_csv else pd.DataFrame(map(json.loads, path.open()))
+    # Below 3.0 pandas reads the last digit of a number otherwise than Python unless it is told.
+    frame = (
+        pd.read_csv(path, float_precision="round_trip")
+        if is_csv
+        else pd.DataFrame(map(json.loads, path.open()))
+    )
     detections = {}
     for row in frame.itertuples():
         event = Event(row.ebird_code, row.onset, row.offset, row.confidence)

@@ -233,7 +233,7 @@ def test_a_recording_with_secondary_labels_is_left_out_where_its_species_has_one
     recordings = training_data.recordings.copy()
     first = recordings[recordings["fold"] == 0].groupby("ebird_code").head(1).index
     recordings.loc[:, "secondary_codes"] = [("norcar",)] * len(recordings)
-    recordings.loc[first, "secondary_codes"] = [()] * len(first)
+    recordings.loc[first, "secondary_codes"] = pd.Series([()] * len(first), index=first)
     planned = plan(recordings)
     used = {event.path for soundscape in planned for event in soundscape.events}
     assert used <= set(recordings.loc[first, "path"])

@@ -55,6 +55,10 @@ from birdcall.models.sed import SEDModel
 from birdcall.training.runs import plan_runs, train_many
 from birdcall.training.trainer import RunOptions
 
+needs_onnx = pytest.mark.skipif(
+    not is_onnx_installed(), reason="members are exported with onnx, onnxscript and onnxruntime"
+)
+
 
 @pytest.fixture(scope="module")
 def built(package, tmp_path_factory):
@@ -357,6 +361,7 @@ def warnings_of(caplog):
     return [record.message for record in caplog.records if record.levelno >= logging.WARNING]
 
 
+@needs_onnx
 @pytest.mark.parametrize("fault", ["as packaged", "changed", "missing"])
 def test_an_export_that_cannot_be_used_costs_no_member(build, data, tmp_path, fault, caplog):
     export = member_folders(build)[0] / "model.onnx"
@@ -371,6 +376,7 @@ def test_an_export_that_cannot_be_used_costs_no_member(build, data, tmp_path, fa
     assert str(export) in warning
 
 
+@needs_onnx
 def test_a_runtime_that_cannot_be_imported_costs_no_member(
     built, data, tmp_path, caplog, monkeypatch
 ):
@@ -386,6 +392,7 @@ def test_a_runtime_that_cannot_be_imported_costs_no_member(
     assert "libfoo.so" in warning
 
 
+@needs_onnx
 def test_a_runtime_that_fails_at_work_costs_no_member(built, data, tmp_path, caplog, monkeypatch):
     def fail(self, inputs, outputs):
         raise RuntimeError("illegal instruction")
@@ -450,7 +457,7 @@ def test_a_member_that_returns_nan_is_left_out(build, data, tmp_path, caplog):
     with torch.no_grad():
         model.head.detection.bias.fill_(float("nan"))
     save_checkpoint(folder, model, checkpoint)
-    (folder / "model.onnx").unlink()
+    (folder / "model.onnx").unlink(missing_ok=True)
     sign(build)
     run(build, data, tmp_path / "working")
     assert all(len(t.split()) == 2 for t in read_labels(tmp_path / "working", data).values())
@@ -545,6 +552,7 @@ def test_a_working_folder_that_cannot_be_written_fails(built, data):
         exits(built, data, Path("/proc"), "submission")
 
 
+@needs_onnx
 def test_members_are_safetensors_and_onnx_alone(built):
     """What is uploaded holds nothing that would have to be unpickled."""
     suffixes = {path.suffix for path in (built / "dataset" / "members").rglob("*.*")}

@@ -386,8 +386,9 @@ def _count_matches(
     for i, j, offset, collar in zip(first, end, true[:, 1], offset_collars, strict=True):
         is_near = np.abs(predicted[i:j, 1] - offset) <= collar + _TIME_TOLERANCE
         candidates.append(i + np.flatnonzero(is_near))
-    columns = np.concatenate(candidates)
-    row_bounds = np.cumsum([0, *map(len, candidates)])
+    # Below 1.13 scipy matches with indices of 32 bits only.
+    columns = np.concatenate(candidates).astype(np.int32)
+    row_bounds = np.cumsum([0, *map(len, candidates)], dtype=np.int32)
     is_pair = np.ones(len(columns), dtype=bool)
     pairs = csr_array((is_pair, columns, row_bounds), shape=(len(true), len(predicted)))
     return int((maximum_bipartite_matching(pairs) >= 0).sum())

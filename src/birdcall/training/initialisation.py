@@ -261,9 +261,11 @@ def _adapt_channels(value: Tensor, current: Tensor | None) -> Tensor:
     is_image = n_theirs in (1, 3) and n_ours <= len(get_args(Feature))
     if not fits_otherwise or not is_image or n_theirs == n_ours:
         return value
+    if n_theirs == 1:  # as timm does from 1.0.31 on
+        return value.float().repeat(1, n_ours, 1, 1).mul(1 / n_ours).to(value.dtype)
     from timm.models import adapt_input_conv
 
-    return adapt_input_conv(n_ours, value, base_chans=n_theirs)
+    return adapt_input_conv(n_ours, value)
 
 
 # --- files ---

@@ -61,10 +61,13 @@ def read_log(folder: Path) -> list[EpochLog]:
         table[names].astype(float)
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path}: not a readable log of a training: {error}") from error
-    scores = table.drop(columns=names).to_dict("records")
+    scores = [name for name in table if name not in names]
     return [
-        EpochLog(**values, validation={k: score for k, score in row.items() if pd.notna(score)})
-        for values, row in zip(table[names].to_dict("records"), scores, strict=True)
+        EpochLog(
+            **{name: row[name] for name in names},
+            validation={name: row[name] for name in scores if pd.notna(row[name])},
+        )
+        for row in table.to_dict("records")
     ]
 
 
