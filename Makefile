@@ -4,6 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
+# Cells of the version matrix: one after another, since an environment takes 6 GB.
+VERSIONS = 3.11 3.12 3.13
+CELLS ?= $(VERSIONS:%=%-lowest) $(VERSIONS:%=%-newest) kaggle
+
 DATA ?= input/demo
 OUTPUT = output/$(notdir $(abspath $(DATA)))
 EXPERIMENTS ?= small_gru small_attention_normed
@@ -18,7 +22,7 @@ ROUNDS ?= 1
 UNLABELLED ?= $(wildcard $(DATA)/unlabelled_soundscapes)
 TRAIN_REAL = --fold $(REAL_FOLD) --jobs 2 --workers 0 $(REAL_EXPERIMENTS:%=--experiment %)
 
-.PHONY: help install demo pipeline real test test-slow lint format benchmark clean
+.PHONY: help install demo pipeline real test test-slow matrix lint format benchmark clean
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,6 +63,17 @@ test: $(INSTALLED)  ## Run the tests that take seconds.
 
 test-slow: $(INSTALLED)  ## Run the tests that take minutes.
 	$(BIN)/pytest -m slow
+
+matrix: .tox/tool  ## Run the tests on every Python with lowest and newest versions (docs/versions.md).
+	@status=0; for cell in $(CELLS); do cache=cache-$${cell#*-}; \
+	    find .tox -maxdepth 1 -name 'cache-*' ! -name $$cache -exec rm -rf {} +; \
+	    UV_CACHE_DIR=.tox/$$cache .tox/tool/bin/tox run -e $$cell || status=1; \
+	    rm -rf .tox/$$cell; \
+	done; rm -rf .tox/cache-*; exit $$status
+
+.tox/tool:
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet "tox>=4.60" "tox-uv>=1.30"
 
 lint: $(INSTALLED)  ## Check format and style.
 	$(BIN)/ruff format --check .
