@@ -108,7 +108,7 @@ OFFLINE = ("kaggle.submission", "kaggle.training_kernel", "inference.engine")
 WITHOUT_TORCH = (
     *("config", "experiments", "storage.files", "storage.store", "audio.reading"),
     *("kaggle.test_set", "data.recordings", "demo.writer", "__main__"),
-    "evaluation.metrics",
+    *("evaluation.comparison", "report.html"),
 )
 
 

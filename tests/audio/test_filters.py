@@ -172,6 +172,18 @@ def test_every_kind_has_the_same_level_no_offset_and_follows_its_seed(kind):
     assert np.abs(first - other).max() > 0.01
 
 
+def test_noise_of_one_length_rate_and_kind_is_shaped_by_no_curve_of_others():
+    curves = {"pink": lambda hz: hz**-0.5, "brown": lambda hz: 1 / hz}
+    items = [("pink", 64_000, RATE), ("pink", 64_000, 8_000), ("brown", 64_000, RATE)]
+    for kind, n_samples, rate in [*items, ("pink", 50_000, RATE), *items]:
+        noise = make_noise(kind, n_samples, rate, np.random.default_rng(2))
+        spectrum = np.fft.rfft(np.random.default_rng(2).standard_normal(n_samples, np.float32))
+        hz = np.maximum(np.fft.rfftfreq(n_samples, 1 / rate), 20)
+        expected = np.fft.irfft(spectrum * curves[kind](hz))
+        expected = (expected - expected.mean()) * (NOISE_RMS / expected.std())
+        np.testing.assert_allclose(noise, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", NOISE_KINDS)
 @pytest.mark.parametrize("n_samples", [1, 2, 127])
 def test_very_short_noise_is_finite(kind, n_samples):

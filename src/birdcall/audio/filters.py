@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -195,9 +196,14 @@ def shape_spectrum(waveform: np.ndarray, sample_rate: int, curve: Curve) -> np.n
     """Filter a whole ``waveform`` in one transform; below 20 Hz with the gain at 20 Hz."""
     n_fft = fft.next_fast_len(len(waveform), real=True)
     spectrum = fft.rfft(waveform, n_fft)
-    hz = np.maximum(fft.rfftfreq(n_fft, 1 / sample_rate), _FLAT_BELOW_HZ)
-    spectrum *= curve(hz).astype(np.float32)
+    spectrum *= _gains(n_fft, sample_rate, curve)
     return fft.irfft(spectrum, n_fft)[: len(waveform)]
+
+
+@lru_cache(maxsize=2)  # simulated soundscapes have one length; the gains of a minute take 4 MB
+def _gains(n_fft: int, sample_rate: int, curve: Curve) -> np.ndarray:
+    hz = np.maximum(fft.rfftfreq(n_fft, 1 / sample_rate), _FLAT_BELOW_HZ)
+    return curve(hz).astype(np.float32)
 
 
 def slow_fluctuation(

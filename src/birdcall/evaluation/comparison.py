@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -12,22 +13,13 @@ from numpy.typing import NDArray
 
 from birdcall.config import NOCALL
 from birdcall.data.folds import recordist_clusters
-from birdcall.data.targets import IGNORE_TARGET, make_targets
-from birdcall.evaluation.ensemble_decision import EnsembleDecision
-from birdcall.evaluation.metrics import (
-    Interval,
-    average_precision,
-    bootstrap_interval,
-    bootstrap_rows,
-    macro_average,
-    roc_auc,
-    row_f1_scores,
-    row_wise_f1,
-)
-from birdcall.evaluation.predict import HeldOutPredictions
-from birdcall.evaluation.predictions import LabelledPredictions
-from birdcall.inference.decision import average_members
+from birdcall.evaluation import metrics
 from birdcall.kaggle.test_set import read_solution, read_submission, read_test_rows
+
+if TYPE_CHECKING:  # `birdcall score` needs no torch
+    from birdcall.evaluation.ensemble_decision import EnsembleDecision
+    from birdcall.evaluation.predict import HeldOutPredictions
+    from birdcall.evaluation.predictions import LabelledPredictions
 
 _FloatArray = NDArray[np.float64]
 
@@ -51,7 +43,7 @@ class Measure:
     cluster_kind: str  # plural
     truth: NDArray[np.bool_] | None = None
     known: NDArray[np.bool_] | None = None  # cells of the truth that count; None: all
-    score_classes: Callable[..., NDArray] = average_precision
+    score_classes: Callable[..., NDArray] = metrics.average_precision
     all_nocall: float | None = None
     n_left_out: int = 0  # classes that occur but are not in the truth: no member could learn them
 
@@ -75,7 +67,9 @@ class Measure:
         truth = self.truth[rows]
         occurs = truth.any(axis=0)  # the others have no score
         known = None if self.known is None else self.known[rows][:, occurs]
-        return macro_average(self.score_classes(truth[:, occurs], values[rows][:, occurs], known))
+        return metrics.macro_average(
+            self.score_classes(truth[:, occurs], values[rows][:, occurs], known)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +100,7 @@ class Resampled:
         means = (self.resampled * weights).sum(axis=1)
         return means[~np.isnan(means)]
 
-    def interval(self) -> Interval:
+    def interval(self) -> metrics.Interval:
         """Return the percentile interval of the mean over seeds; NaN for a single cluster.
 
         Simulated (10 rows a cluster, 400 trials), it holds the truth in 84 to 93 % of cases with 3
@@ -115,9 +109,9 @@ class Resampled:
         """
         means = self.means()
         if self.n_clusters < 2 or len(means) == 0:
-            return Interval(float("nan"), float("nan"))
+            return metrics.Interval(float("nan"), float("nan"))
         low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return Interval(float(low), float(high))
+        return metrics.Interval(float(low), float(high))
 
     def compare(self, reference: Resampled) -> dict[str, float]:
         """Return the mean over seeds of the difference, its interval, how often it is positive.
@@ -126,11 +120,9 @@ class Resampled:
         """
         by_seed = self.scores - reference.scores
         differences = Resampled(by_seed, self.resampled - reference.resampled, self.n_clusters)
-        interval = differences.interval()
         return {
             "difference": float(by_seed.mean()),
-            "low": interval.low,
-            "high": interval.high,
+            **differences.interval()._asdict(),
             "seeds": len(by_seed),
             "positive_seeds": int((by_seed > 0).sum()),
             "positive_share": float((by_seed > 0).mean()),
@@ -149,7 +141,7 @@ def resample_scores(
             )
     resampled = [
         [measure.score(of_seed, rows) for of_seed in values]
-        for rows in bootstrap_rows(measure.clusters, n_resamples, seed)
+        for rows in metrics.bootstrap_rows(measure.clusters, n_resamples, seed)
     ]
     scores = [measure.score(of_seed) for of_seed in values]
     return Resampled(np.array(scores), np.array(resampled), measure.n_clusters)
@@ -179,12 +171,10 @@ def compare_all(
         }
         for name, resampled in scored.items():
             n_seeds = len(resampled.scores)
-            interval = resampled.interval()
             mean = {
                 "mean": float(resampled.scores.mean()),
                 "sd": float(resampled.scores.std(ddof=1)) if n_seeds > 1 else float("nan"),
-                "low": interval.low,
-                "high": interval.high,
+                **resampled.interval()._asdict(),
                 "seeds": n_seeds,
             }
             means.append({"experiment": name} | mean | rows)
@@ -228,7 +218,7 @@ class SubmissionScore:
     f1: np.ndarray
     recordings: tuple[str, ...]
     row_wise_f1: float
-    interval: Interval
+    interval: metrics.Interval
     all_nocall: float
 
     def __str__(self) -> str:
@@ -251,14 +241,16 @@ def score_submission(data: Path, submission: Path) -> SubmissionScore:
     if missing := [row_id for row_id in rows["row_id"] if row_id not in solution.index]:
         raise ValueError(f"{data / 'solution.csv'}: no row {missing[0]}, which test.csv has")
     truth = list(solution.loc[rows["row_id"]])
-    f1 = [row_wise_f1([true], [birds]) for true, birds in zip(truth, predicted, strict=True)]
+    f1 = [
+        metrics.row_wise_f1([true], [birds]) for true, birds in zip(truth, predicted, strict=True)
+    ]
     recordings = tuple(rows["audio_id"])
     return SubmissionScore(
         f1=np.array(f1),
         recordings=recordings,
         row_wise_f1=float(np.mean(f1)),
-        interval=bootstrap_interval(f1, recordings),
-        all_nocall=float(np.mean([row_wise_f1([true], [NOCALL]) for true in truth])),
+        interval=metrics.bootstrap_interval(f1, recordings),
+        all_nocall=float(np.mean([metrics.row_wise_f1([true], [NOCALL]) for true in truth])),
     )
 
 
@@ -274,6 +266,8 @@ def measure_held_out(
     data: F1 and macro AP of simulated and of labelled soundscapes, of these also both macro scores
     as `EnsembleDecision.ranking` ranks; F1 of ``hidden`` rows; macro AP and top-1 of recordings.
     """
+    from birdcall.inference.decision import average_members
+
     measured: dict[str, tuple[Measure, np.ndarray]] = {}
     simulated, weights = ensemble.simulated, ensemble.weights
     could_learn = held_out.learnable_by(ensemble.experiments)
@@ -294,13 +288,15 @@ def measure_held_out(
         clusters = tuple(labelled.recordings)
         f1 = Measure("soundscapes: F1", clusters, "soundscapes", all_nocall=all_nocall)
         predicted = ensemble.on_labelled.predicted
-        measured["soundscape_f1"] = f1, row_f1_scores(labelled.labelled_truth, predicted)
+        measured["soundscape_f1"] = f1, metrics.row_f1_scores(labelled.labelled_truth, predicted)
         ap = _measure_ranking(f1, "macro AP", labelled, could_learn)
         if ap.truth.any():
             probabilities = average_members(labelled.framewise)[labelled.labelled]
             strength = labelled.strength(dict.fromkeys(labelled.groups, ensemble.ranking))
             by_decision = replace(ap, title="soundscapes: macro AP, decision")
-            auc = replace(ap, title="soundscapes: macro AUC, decision", score_classes=roc_auc)
+            auc = replace(
+                ap, title="soundscapes: macro AUC, decision", score_classes=metrics.roc_auc
+            )
             measured["soundscape_ap"] = ap, probabilities
             measured["soundscape_decision_ap"] = by_decision, strength
             measured["soundscape_decision_auc"] = auc, strength
@@ -326,6 +322,8 @@ def _measure_recordings(
     held_out: HeldOutPredictions, experiments: Sequence[str]
 ) -> dict[str, tuple[Measure, np.ndarray]]:
     """Measure the recordings of the folds that were held out, each by the run of its fold."""
+    from birdcall.data.targets import IGNORE_TARGET, make_targets
+
     probabilities, _ = held_out.out_of_fold_for(experiments)
     known = ~np.isnan(probabilities).any(axis=1)
     classes = held_out.data.classes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -138,13 +139,14 @@ def decide_ensemble(
 def _segment_calibration(
     simulated: LabelledPredictions,
 ) -> Callable[[frozenset[str]], Calibration]:
-    """Return a function that fits the calibration of the mean of members without some groups.
+    """Return a function that fits the calibration of the mean of members without some groups, once.
 
     On segments, as the decision takes them: the maxima of recordings have another level.
     """
     groups = simulated.segments["group"].to_numpy()
     clipwise, framewise = map(average_members, (simulated.clipwise, simulated.framewise))
 
+    @cache
     def fit(excluded: frozenset[str]) -> Calibration:
         used = ~np.isin(groups, list(excluded))
         truth = simulated.truth[used, : len(simulated.classes)]

@@ -21,14 +21,12 @@ import itables.options
 import numpy as np
 import pandas as pd
 import soundfile
-import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 from plotly.offline import get_plotlyjs
 from scipy.ndimage import median_filter
 
-from birdcall.audio.spectrogram import Spectrogram
 from birdcall.storage.files import write_atomically
 
 if TYPE_CHECKING:
@@ -230,9 +228,12 @@ def draw_spectrogram(waveform: np.ndarray) -> np.ndarray:
 
 def _levels_db(waveform: np.ndarray) -> np.ndarray:
     """Return decibels ``(_N_ROWS, columns)``, high frequencies first."""
-    padded = np.pad(waveform, (0, max(0, _N_FFT - len(waveform))))
-    spectrogram = Spectrogram(n_fft=_N_FFT, hop_length=_HOP_LENGTH)
-    power = spectrogram(torch.from_numpy(padded)[None])[0, 0].numpy()
+    import torch  # here: a figure without a spectrogram, such as that of the folds, needs none
+
+    from birdcall.audio.spectrogram import Spectrogram
+
+    padded = torch.from_numpy(np.pad(waveform, (0, max(0, _N_FFT - len(waveform)))))
+    power = Spectrogram(n_fft=_N_FFT, hop_length=_HOP_LENGTH)(padded[None])[0, 0].numpy()
     # Tiles stand side by side, so a tile has no column for its padding.
     power = power[: max(1, -(-len(waveform) // _HOP_LENGTH)), :-1]
     rows = power.reshape(len(power), _N_ROWS, -1).mean(axis=2)
