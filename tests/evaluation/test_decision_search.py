@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from birdcall.evaluation.calibration import calibrate_by_group
 from birdcall.evaluation.decision_search import (
     THRESHOLDS,
-    calibrate_by_group,
     find_flat_optimum,
     score_threshold_pairs,
     search_decision,

@@ -13,7 +13,7 @@ from sklearn.metrics import (
 )
 
 from birdcall.data.targets import IGNORE_TARGET
-from birdcall.evaluation.decision_search import share_weights, votes_table
+from birdcall.evaluation.ensemble_decision import share_weights, votes_table
 from birdcall.evaluation.labelled import LabelledSoundscapes, segment_table
 from birdcall.evaluation.metrics import row_f1_scores
 from birdcall.evaluation.predictions import LabelledPredictions

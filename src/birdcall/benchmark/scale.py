@@ -19,7 +19,8 @@ from birdcall.benchmark.frontend import peak_megabytes
 from birdcall.config import SEGMENT_SECONDS, require
 from birdcall.demo.writer import write_annotations
 from birdcall.evaluation import tables
-from birdcall.evaluation.decision_search import search_decision, share_weights
+from birdcall.evaluation.decision_search import search_decision
+from birdcall.evaluation.ensemble_decision import share_weights
 from birdcall.evaluation.labelled import read_truth, segment_table
 from birdcall.evaluation.predictions import LabelledPredictions, PredictionCache
 from birdcall.experiments import find_experiment
@@ -331,8 +332,7 @@ def _evaluate_stored(folder: str) -> None:
         classes=ensemble.classes,
     )
     weights = share_weights(labelled.labelled_truth, _NOCALL_SHARE)
-    rows = []
-    scores = {}
+    rows, scores = [], {}
     subsets = {f"member {number}": [number] for number in range(size.n_members)}
     for name, positions in {**subsets, tables.ENSEMBLE: range(size.n_members)}.items():
         subset = labelled.for_members(list(positions))

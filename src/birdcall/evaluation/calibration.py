@@ -45,6 +45,23 @@ def fit_calibration(
     return Calibration(*(tuple(round(float(v), 6) for v in values) for values in fitted))
 
 
+def calibrate_by_group(
+    predictions: LabelledPredictions, calibrations: Mapping[str, Calibration]
+) -> LabelledPredictions:
+    """Return predictions of which each group's are calibrated by the calibration of that group.
+
+    A calibration that is tried on the recordings it was fitted on would be adopted too easily.
+    """
+    clipwise, framewise = np.empty_like(predictions.clipwise), np.empty_like(predictions.framewise)
+    groups = predictions.segments["group"].to_numpy().astype(str)
+    for name, calibration in calibrations.items():
+        is_group = groups == name
+        clipwise[:, is_group], framewise[:, is_group] = calibration.apply(
+            predictions.clipwise[:, is_group], predictions.framewise[:, is_group]
+        )
+    return predictions.with_probabilities(clipwise, framewise)
+
+
 def fit_scale_and_offset(
     probabilities: NDArray[np.floating],
     targets: NDArray[np.floating],

@@ -16,6 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter, uniform_filter1d
 
+from birdcall.evaluation.calibration import calibrate_by_group
 from birdcall.evaluation.metrics import row_f1_scores
 from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.inference.decision import Decision, average_members, combine_members
@@ -44,8 +45,7 @@ class DecisionSearchResult:
     cross_validated_recording_f1: ``(recordings,)``, of whole recordings, as site 3 is scored.
     grid_scores: weighted row-wise F1 of each pair of `THRESHOLDS`, ``(clip, frame)``; grid_index:
     of the chosen pair. calibrated: the predictions, each group's by a calibration that was fitted
-    without it. steps: the alternatives of the forward selection, a row each, with step,
-    alternative, score, gain, standard_error, adopted. by_group: the cross-validated decisions.
+    without it. steps: the alternatives of the selection. by_group: the cross-validated decisions.
     """
 
     decision: Decision
@@ -58,19 +58,6 @@ class DecisionSearchResult:
     steps: pd.DataFrame
     calibrated: LabelledPredictions | None
     by_group: Mapping[str, Decision]
-
-
-def share_weights(truth: np.ndarray, nocall_share: float) -> np.ndarray:
-    """Return weights of rows ``(rows,)``, mean 1, that give nocall rows a share of the total.
-
-    Row-wise F1 is a mean over rows: at any share of nocall it is a mixture of the mean over nocall
-    rows and the mean over rows with birds. Where all rows are of one kind, each weight is 1.
-    """
-    nocall = ~truth.any(axis=1)
-    share = nocall.mean()
-    if share in (0.0, 1.0):
-        return np.ones(len(truth))
-    return np.where(nocall, nocall_share / share, (1 - nocall_share) / (1 - share))
 
 
 def search_decision(
@@ -126,39 +113,6 @@ def search_decision(
         calibrated=calibrated,
         by_group=by_group,
     )
-
-
-def calibrate_by_group(
-    predictions: LabelledPredictions, calibrations: Mapping[str, Calibration]
-) -> LabelledPredictions:
-    """Return predictions of which each group's are calibrated by the calibration of that group.
-
-    A calibration that is tried on the recordings it was fitted on would be adopted too easily.
-    """
-    clipwise, framewise = np.empty_like(predictions.clipwise), np.empty_like(predictions.framewise)
-    groups = predictions.segments["group"].to_numpy().astype(str)
-    for name, calibration in calibrations.items():
-        is_group = groups == name
-        clipwise[:, is_group], framewise[:, is_group] = calibration.apply(
-            predictions.clipwise[:, is_group], predictions.framewise[:, is_group]
-        )
-    return predictions.with_probabilities(clipwise, framewise)
-
-
-def votes_table(
-    predictions: LabelledPredictions, weights: np.ndarray, decision: Decision
-) -> pd.DataFrame:
-    """Return weighted row-wise F1 by the number of members that must agree: votes, row_wise_f1.
-
-    All else is as in ``decision``. weights: ``(labelled rows,)``.
-    """
-    n_members = len(predictions.member_names)
-    rows = []
-    for votes in range(1, n_members + 1):
-        share = votes / n_members
-        rule = replace(decision, combination="votes", vote_share=share, members=())
-        rows.append((votes, float(np.average(predictions.row_f1(rule), weights=weights))))
-    return pd.DataFrame(rows, columns=["votes", "row_wise_f1"])
 
 
 # --- forward selection ----------------------------------------------------------------------------
@@ -347,9 +301,6 @@ def find_flat_optimum(grid: NDArray[np.floating]) -> tuple[tuple[int, int], floa
     best = np.argwhere(rounded == rounded.max())
     clip, frame = max(map(tuple, best), key=lambda index: (sum(index), index))
     return (int(clip), int(frame)), float(flat[clip, frame])
-
-
-# --- all pairs of thresholds at once --------------------------------------------------------------
 
 
 def score_threshold_pairs(

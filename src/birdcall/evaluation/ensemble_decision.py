@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from birdcall.config import FULL, SEGMENT_SECONDS
 from birdcall.data.targets import IGNORE_TARGET
@@ -18,11 +19,7 @@ from birdcall.evaluation.calibration import (
     find_floor,
     fit_calibration,
 )
-from birdcall.evaluation.decision_search import (
-    DecisionSearchResult,
-    search_decision,
-    share_weights,
-)
+from birdcall.evaluation.decision_search import DecisionSearchResult, search_decision
 from birdcall.evaluation.metrics import bootstrap_interval, count_false_names, row_f1_scores
 from birdcall.evaluation.predict import HeldOutPredictions
 from birdcall.evaluation.predictions import LabelledPredictions
@@ -134,6 +131,35 @@ def decide_ensemble(
         on_labelled=choice,
         background=background,
     )
+
+
+def share_weights(truth: np.ndarray, nocall_share: float) -> np.ndarray:
+    """Return weights of rows ``(rows,)``, mean 1, that give nocall rows a share of the total.
+
+    Row-wise F1 is a mean over rows: at any share of nocall it is a mixture of the mean over nocall
+    rows and the mean over rows with birds. Where all rows are of one kind, each weight is 1.
+    """
+    nocall = ~truth.any(axis=1)
+    share = nocall.mean()
+    if share in (0.0, 1.0):
+        return np.ones(len(truth))
+    return np.where(nocall, nocall_share / share, (1 - nocall_share) / (1 - share))
+
+
+def votes_table(
+    predictions: LabelledPredictions, weights: np.ndarray, decision: Decision
+) -> pd.DataFrame:
+    """Return weighted row-wise F1 by the number of members that must agree: votes, row_wise_f1.
+
+    All else is as in ``decision``. weights: ``(labelled rows,)``.
+    """
+    n_members = len(predictions.member_names)
+    rows = []
+    for votes in range(1, n_members + 1):
+        share = votes / n_members
+        rule = replace(decision, combination="votes", vote_share=share, members=())
+        rows.append((votes, float(np.average(predictions.row_f1(rule), weights=weights))))
+    return pd.DataFrame(rows, columns=["votes", "row_wise_f1"])
 
 
 def _segment_calibration(

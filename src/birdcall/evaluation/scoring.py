@@ -15,11 +15,13 @@ from birdcall.data.targets import make_targets
 from birdcall.evaluation.calibration import (
     choose_on_labelled,
 )
-from birdcall.evaluation.decision_search import (
-    search_decision,
+from birdcall.evaluation.decision_search import search_decision
+from birdcall.evaluation.ensemble_decision import (
+    NOCALL_SHARE,
+    EnsembleDecision,
+    decide_ensemble,
     votes_table,
 )
-from birdcall.evaluation.ensemble_decision import NOCALL_SHARE, EnsembleDecision, decide_ensemble
 from birdcall.evaluation.labelled import LabelledSoundscapes
 from birdcall.evaluation.metrics import (
     row_f1_scores,

@@ -162,7 +162,7 @@ def chart_threshold_curves(search: DecisionSearchResult) -> Chart:
 
 
 def chart_votes(votes: pd.DataFrame, search: DecisionSearchResult) -> Chart | None:
-    """Draw `decision_search.votes_table` beside the chosen rule; None for a single member."""
+    """Draw `ensemble_decision.votes_table` beside the chosen rule; None for a single member."""
     n_members, decision = len(votes), search.decision
     if n_members < 2:
         return None
