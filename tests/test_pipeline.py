@@ -304,6 +304,8 @@ def test_export_refuses_bad_input_in_one_line(pipeline, run, tmp_path):
     assert "--input waveform needs --to" in run(
         folder, "export", member, "--input", "waveform", fails=True
     )
+    given = ("--input", "waveform", "--to", tmp_path / "a.onnx", "--int8", tmp_path)
+    assert "--int8 takes" in run(folder, "export", member, *given, fails=True)
     assert "no such checkpoint" in run(folder, "export", tmp_path, fails=True)
 
 

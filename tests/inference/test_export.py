@@ -1,19 +1,22 @@
 """An exported model says what the model says, or there is no file."""
 
 import json
+import logging
 import shutil
+from importlib.metadata import version
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from helpers import NETWORKS
 
 import birdcall.inference.windows as windows_module
 from birdcall.__main__ import main
 from birdcall.benchmark.inference import spread_outputs
-from birdcall.experiments import EXPERIMENTS
-from birdcall.inference.engine import predict_waveforms
-from birdcall.inference.ensemble import load_ensemble, load_member
+from birdcall.experiments import EXPERIMENTS, find_experiment
+from birdcall.inference.engine import predict_audio, predict_waveforms, sample_log_mels
+from birdcall.inference.ensemble import Ensemble, load_ensemble, load_member
 from birdcall.inference.windows import (
     ONNX_FILE,
     ExportError,
@@ -21,7 +24,14 @@ from birdcall.inference.windows import (
     export_checkpoint,
     probe_windows,
 )
-from birdcall.models.checkpoint import Checkpoint, OnnxModel, load_model, save_checkpoint
+from birdcall.models.checkpoint import (
+    Checkpoint,
+    OnnxModel,
+    QuantizationError,
+    load_model,
+    quantize_onnx,
+    save_checkpoint,
+)
 from birdcall.models.sed import build_model
 
 pytest.importorskip("onnxruntime")
@@ -114,9 +124,65 @@ def test_an_export_of_another_state_is_not_taken(exported, change, caplog):
         with torch.no_grad():
             model.head.detection.bias.add_(1)
         save_checkpoint(exported, model, checkpoint)
-    member = load_member(exported, WindowConfig(2) if change == "window_config" else WindowConfig())
+    windows = WindowConfig(2) if change == "window_config" else WindowConfig()
+    (member,) = load_ensemble([exported], window_config=windows).members
     assert member.export is None
     assert "torch runs in its place" in caplog.text
+
+
+@pytest.fixture
+def pair(package, tmp_path):
+    """Two members with an export each, and what torch alone predicts of a sound."""
+    folders = [tmp_path / folder.name for folder in (package / "members").iterdir()]
+    for folder in folders:
+        shutil.copytree(package / "members" / folder.name, folder)
+    members = [load_member(folder, with_export=False) for folder in folders]
+    return folders, predict_waveforms(Ensemble(members), {RATE: noise(12)})
+
+
+def require_torch_alone(ensemble, expected, caplog):
+    """One warning for both members, and what torch predicts, to the bit."""
+    predictions = predict_waveforms(ensemble, {RATE: noise(12)})
+    for name in ("clipwise", "framewise", "frames"):
+        assert np.array_equal(getattr(predictions, name), getattr(expected, name))
+    (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "torch runs in its place" in record.message
+    return record.message
+
+
+def test_a_runtime_that_is_missing_is_named_once_and_torch_takes_over(pair, monkeypatch, caplog):
+    folders, expected = pair
+    monkeypatch.setattr(windows_module, "find_onnx_fault", lambda: "onnxruntime is not installed")
+    message = require_torch_alone(load_ensemble(folders), expected, caplog)
+    assert "onnxruntime is not installed" in message
+    assert str(folders[0] / ONNX_FILE) in message
+
+
+def test_a_runtime_older_than_the_opset_is_named_once_and_torch_takes_over(pair, caplog):
+    onnx = pytest.importorskip("onnx")
+    folders, expected = pair
+    for folder in folders:
+        network = onnx.load(folder / ONNX_FILE)
+        network.opset_import[0].version = 99
+        onnx.save(network, folder / ONNX_FILE)
+    assert "99" in require_torch_alone(load_ensemble(folders), expected, caplog)
+
+
+def test_a_runtime_that_fails_at_work_is_named_once_and_torch_takes_over(pair, monkeypatch, caplog):
+    def fail(self, inputs, outputs):
+        raise RuntimeError("illegal instruction")
+
+    folders, expected = pair
+    monkeypatch.setattr(OnnxModel, "__call__", fail)
+    assert "illegal instruction" in require_torch_alone(load_ensemble(folders), expected, caplog)
+
+
+def test_the_log_names_the_runtime_once(pair, caplog):
+    folders, _ = pair
+    caplog.set_level(logging.INFO)
+    load_ensemble(folders)
+    (record,) = caplog.records
+    assert version("onnxruntime") in record.message
 
 
 def test_torch_takes_over_where_the_export_is_no_model(run, caplog):
@@ -175,3 +241,98 @@ def test_every_experiment_can_be_exported(name, tmp_path):
     spread_outputs(model, probe_windows(experiment.frontend.sample_rate))
     save_checkpoint(tmp_path, model, Checkpoint(experiment, classes, 0))
     assert export_checkpoint(tmp_path, tmp_path / ONNX_FILE) <= 1e-4
+
+
+# --- int8 -----------------------------------------------------------------------------------------
+
+THRESHOLDS = np.array([0.3, 0.5, 0.7])
+
+
+def log_mels_of(path, n_windows):
+    """Random log-mels in decibels, loud and quiet, even and uneven."""
+    generator = np.random.default_rng(n_windows)
+    levels = generator.uniform(-60, -10, (n_windows, 1, 1, 1))
+    scales = generator.uniform(2, 22, (n_windows, 1, 1, 1))
+    frontend = load_model(path.parent)[0].frontend
+    shape = frontend(torch.zeros(1, 5 * RATE)).shape
+    return (levels + scales * generator.standard_normal((n_windows, *shape[1:]))).astype("f4")
+
+
+def lowest(path, log_mels):
+    """The lower of clipwise and framewise probability, (windows, classes): labels exceed it."""
+    outputs = [OnnxModel(path)(window[None], ["clipwise", "framewise"]) for window in log_mels]
+    return np.stack([np.minimum(clip[0, 0], frame[0, 0]) for clip, frame in outputs])
+
+
+def test_int8_predicts_the_same_labels_from_a_smaller_file(exported, caplog):
+    path = exported / ONNX_FILE
+    size, log_mels = path.stat().st_size, log_mels_of(path, 200)
+    expected = lowest(path, log_mels)
+    is_clear = (np.abs(expected[..., None] - THRESHOLDS) > 0.02).all(axis=(1, 2))
+    assert is_clear.sum() > 50
+    parity = quantize_onnx(path, log_mels[~is_clear], log_mels[is_clear])
+    actual = lowest(path, log_mels[is_clear])
+    assert 1e-6 < np.abs(actual - expected[is_clear]).max() < 0.1
+    for threshold in THRESHOLDS:
+        is_equal = ((actual >= threshold) == (expected[is_clear] >= threshold)).all(axis=1)
+        assert is_equal.mean() >= parity.rows_equal >= 0.99
+    assert path.stat().st_size < size
+    caplog.set_level(logging.INFO)
+    ensemble = load_ensemble([exported])
+    assert ensemble.members[0].export.is_int8
+    assert "1 in int8" in caplog.text
+    one = predict_waveforms(ensemble, {RATE: noise(42)})
+    other = dict(
+        predict_audio(ensemble, {"a": lambda _: {RATE: noise(7)}, "b": lambda _: {RATE: noise(42)}})
+    )
+    assert np.array_equal(one.clipwise, other["b"].clipwise)
+
+
+def test_int8_that_predicts_other_labels_is_refused_and_the_export_stays(exported):
+    """The held-out rows are those whose probabilities are nearest to a threshold."""
+    path = exported / ONNX_FILE
+    before, log_mels = path.read_bytes(), log_mels_of(path, 600)
+    distances = np.abs(lowest(path, log_mels)[..., None] - THRESHOLDS).min(axis=(1, 2))
+    held_out = log_mels[np.argsort(distances)[:60]]
+    with pytest.raises(QuantizationError, match=r"% of 60 rows"):
+        quantize_onnx(path, log_mels_of(path, 50), held_out)
+    assert path.read_bytes() == before
+    assert load_member(exported).export.identity == "onnx"
+
+
+def test_a_calibration_set_that_is_too_small_is_refused(exported, tmp_path):
+    path = exported / ONNX_FILE
+    before = path.read_bytes()
+    for number in range(6):  # of 40 s: three recordings and 24 windows in each half
+        soundfile.write(tmp_path / f"{number}.wav", noise(40, number), RATE)
+    recordings = sorted(tmp_path.glob("*.wav"))
+    frontend = load_model(exported)[1].experiment.frontend
+    halves = sample_log_mels(recordings, frontend, WindowConfig())
+    assert [len(half) for half in halves] == [24, 24]
+    with pytest.raises(QuantizationError, match="24 and 24"):
+        quantize_onnx(path, *halves)
+    assert path.read_bytes() == before
+
+
+def test_labels_are_not_compared_where_no_species_is_predicted(exported):
+    onnx = pytest.importorskip("onnx")
+    path = exported / ONNX_FILE
+    network = onnx.load(path)
+    (bias,) = (t for t in network.graph.initializer if t.name.endswith("detection.bias"))
+    values = onnx.numpy_helper.to_array(bias) - np.float32(9)
+    bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+    onnx.save(network, path)
+    log_mels = log_mels_of(path, 60)
+    with pytest.raises(QuantizationError, match="0 of 60 rows"):
+        quantize_onnx(path, log_mels, log_mels)
+
+
+def test_both_halves_of_a_sample_are_of_other_recordings(tmp_path):
+    for number in range(2):  # a constant level tells the recordings apart
+        soundfile.write(tmp_path / f"{number}.wav", noise(20, number) * 10.0**-number, RATE)
+    config = find_experiment("small_gru").frontend
+    recordings = sorted(tmp_path.glob("*.wav"))
+    levels = [half.mean() for half in sample_log_mels(recordings, config, WindowConfig())]
+    assert abs(levels[0] - levels[1]) == pytest.approx(20, abs=0.5)  # decibels
+    again = [half.mean() for half in sample_log_mels(recordings, config, WindowConfig())]
+    assert again == levels

@@ -18,13 +18,16 @@ from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from birdcall.audio.frontend import LogMel
 from birdcall.audio.reading import AudioError, iterate_rates
+from birdcall.config import FrontendConfig
 from birdcall.inference.ensemble import READING, Ensemble
 from birdcall.inference.predictions import (
     SEGMENTS_ONLY,
@@ -37,6 +40,7 @@ from birdcall.inference.windows import (
     End,
     Waveforms,
     Window,
+    WindowConfig,
     cut_windows,
 )
 
@@ -44,6 +48,7 @@ _WITH_FRAMES = OutputOptions(frames=True)
 _BLOCK_SECONDS = 30.0  # of a recording, decoded at once
 _MAX_READERS = 8
 _READ_AHEAD_SEGMENTS = 32  # of each reader
+_N_SAMPLED, _MIN_EACH = 200, 4  # windows of `sample_log_mels`, and of each recording
 
 # Returns how many members predict a recording that begins, the first ones; at 0 all ends there.
 _MemberLimit = Callable[[str], int]
@@ -323,3 +328,23 @@ def predict_waveforms(ensemble: Ensemble, waveforms: Waveforms) -> SegmentPredic
     """Return the predictions, with frames, of ``{sample_rate: waveform (samples,)}``."""
     ((_, predictions),) = predict_audio(ensemble, {"": lambda _: waveforms})
     return predictions
+
+
+@torch.inference_mode()
+def sample_log_mels(
+    paths: Sequence[Path], config: FrontendConfig, window_config: WindowConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return log-mels of 200 windows of some recordings, and of other ones, or of all there are."""
+    frontend, halves = LogMel(config), ([], [])
+    n_each = max(_MIN_EACH, -(-2 * _N_SAMPLED // max(1, len(paths))))
+    for index in np.random.default_rng(0).permutation(len(paths)):
+        half = min(halves, key=len)
+        with closing(open_recording(paths[index])([config.sample_rate])) as blocks:
+            for window in islice(cut_windows(blocks, window_config), n_each):
+                if isinstance(window, Window) and len(half) < _N_SAMPLED:
+                    waveform = torch.from_numpy(window.waveforms[config.sample_rate])
+                    half.append(frontend(waveform[None]).numpy())
+        if min(map(len, halves)) == _N_SAMPLED:
+            break
+    first, second = (np.concatenate(half) if half else np.empty(0) for half in halves)
+    return first, second

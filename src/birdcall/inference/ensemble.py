@@ -45,12 +45,16 @@ _SegmentNetwork = Callable[[Tensor, Sequence[str]], list[np.ndarray]]
 
 @dataclass(frozen=True)
 class Member:
-    """One trained model of an ensemble; export: the same for ONNX Runtime, where there is one."""
+    """One trained model of an ensemble; export: the same for ONNX Runtime, where there is one.
+
+    export_fault: the file of an export that is not used, a colon, and why.
+    """
 
     name: str
     model: SEDModel
     checkpoint: Checkpoint
     export: OnnxModel | None = None
+    export_fault: str = ""
 
 
 class MemberError(UserError):
@@ -120,8 +124,8 @@ class Ensemble:
     """Members of the same classes, ready on their devices, for windows as ``window_config`` says.
 
     On a CPU each of torch's threads runs batches of its own: by ONNX Runtime where a member has an
-    export, else by torch. ``cuda`` without a number is all GPUs; each has all members. Raises
-    MemberError for a member that a device does not take.
+    export that does not fail, else by torch. ``cuda`` without a number is all GPUs; each has all
+    members. Raises MemberError for a member that a device does not take.
     """
 
     def __init__(
@@ -150,6 +154,7 @@ class Ensemble:
         self.batch_windows = max(1, batch // window_config.window_segments)
         self.mixes_recordings = self.device.type != "cpu"  # within a batch, see `engine`
         n_threads = torch.get_num_threads() if self.device.type == "cpu" else 1
+        self._runtime_faults: dict[str, object] = {}  # each is named once
         self.replicas = []
         for index, device in enumerate(list_devices(self.device)):
             replica = _Replica(
@@ -193,10 +198,10 @@ class Ensemble:
                 try:
                     return member.export(log_mel.numpy(), outputs)
                 except Exception as error:  # whatever the runtime raises: the weights are the same
-                    is_export_used = False
-                    logger.warning(
-                        "%s: ONNX Runtime fails, torch runs in its place: %s", member.name, error
-                    )
+                    is_export_used, this_call = False, object()
+                    if self._runtime_faults.setdefault(str(error), this_call) is this_call:
+                        text = "%s: ONNX Runtime fails; where it does, torch runs in its place: %s"
+                        logger.warning(text, member.name, error)
             with exact_float32(device):  # TF32 is off by 3e-3 in probability
                 result: SegmentOutput = network(log_mel, with_frames="frames" in outputs)
             return [getattr(result, name).cpu().numpy() for name in outputs]
@@ -309,8 +314,28 @@ def load_member(
 ) -> Member:
     """Load the checkpoint in ``folder``; also its export, where it can be used."""
     model, checkpoint = load_model(folder)
-    export = find_export(folder, checkpoint, window_config) if with_export else None
-    return Member(checkpoint.name, model, checkpoint, export)
+    export, fault = None, ""
+    if with_export:
+        try:
+            export = find_export(folder, checkpoint, window_config)
+        except ValueError as error:
+            fault = str(error)
+    return Member(checkpoint.name, model, checkpoint, export, export_fault=fault)
+
+
+def log_runtimes(members: Sequence[Member]) -> None:
+    """Log which exports ONNX Runtime runs, and each reason once why torch runs in its place."""
+    by_reason: dict[str, list[str]] = {}
+    for fault in filter(None, (member.export_fault for member in members)):
+        path, _, reason = fault.partition(": ")
+        by_reason.setdefault(reason, []).append(path)
+    for reason, (first, *others) in by_reason.items():
+        more = f" and {len(others)} more" if others else ""
+        logger.warning("%s%s: %s; torch runs in its place", first, more, reason)
+    if exports := [member.export for member in members if member.export is not None]:
+        text = "ONNX Runtime %s runs %s members, %d in int8: faster than torch on a CPU"
+        share, n_int8 = f"{len(exports)} of {len(members)}", sum(item.is_int8 for item in exports)
+        logger.info(text, exports[0].version, share, n_int8)
 
 
 def load_ensemble(
@@ -321,4 +346,5 @@ def load_ensemble(
     """Load the checkpoints in ``folders`` as one ensemble; their classes must agree."""
     on_cpu = torch.device(device).type == "cpu"  # exports do not run elsewhere
     members = [load_member(folder, window_config, with_export=on_cpu) for folder in folders]
+    log_runtimes(members)
     return Ensemble(members, device, window_config)

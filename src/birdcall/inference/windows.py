@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,15 +19,13 @@ from birdcall.models.checkpoint import (
     Checkpoint,
     OnnxModel,
     export_onnx,
-    is_onnx_installed,
+    find_onnx_fault,
     largest_difference,
     load_model,
 )
 from birdcall.models.sed import SEDModel
 from birdcall.models.summary import FrameTimes, measure_frame_times
 from birdcall.storage.files import UserError, atomic_path
-
-logger = logging.getLogger(__name__)
 
 FRAMES_PER_SEGMENT = 50  # of predictions over time: finer than the frames of any member
 FRAME_SECONDS = SEGMENT_SECONDS / FRAMES_PER_SEGMENT
@@ -316,22 +313,19 @@ def _describe_windows(window_config: WindowConfig) -> dict[str, int | float]:
 def find_export(
     folder: Path, checkpoint: Checkpoint, window_config: WindowConfig
 ) -> OnnxModel | None:
-    """Load the checkpoint's exported model, if it is of these weights and these windows.
+    """Load the checkpoint's exported model; None where there is none.
 
-    None, with a warning, where the file cannot be used: torch runs the weights themselves.
+    ``ValueError`` if it is of other weights or other windows, or ONNX Runtime cannot run it.
     """
     path = folder / ONNX_FILE
-    if not path.is_file() or not is_onnx_installed():
+    if not path.is_file():
         return None
-    try:
-        export = OnnxModel(path)
-    except ValueError as error:
-        logger.warning("%s; torch runs in its place", error)
-        return None
+    if fault := find_onnx_fault():
+        raise ValueError(f"{path}: {fault}")
+    export = OnnxModel(path)
     expected = _describe_export(checkpoint, window_config, "log_mel")
     if export.metadata.get(_METADATA_KEY) != expected[_METADATA_KEY]:
-        logger.warning("%s: of other weights or other windows; torch runs in its place", path)
-        return None
+        raise ValueError(f"{path}: of other weights or other windows")
     return export
 
 

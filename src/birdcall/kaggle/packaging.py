@@ -19,6 +19,7 @@ from birdcall.config import Experiment, require
 from birdcall.data.dataset import load_training_data
 from birdcall.experiments import find_experiment
 from birdcall.inference.decision import Decision, write_decision
+from birdcall.inference.ensemble import load_member
 from birdcall.inference.windows import ONNX_FILE, export_checkpoint
 from birdcall.kaggle.manifest import (
     DATASET_METADATA,
@@ -35,7 +36,6 @@ from birdcall.models.checkpoint import (
     SETTINGS_FILE,
     WEIGHTS_FILE,
     is_onnx_installed,
-    load_model,
     read_checkpoint,
 )
 from birdcall.models.sed import SEDModel
@@ -117,7 +117,7 @@ def stage_package(members: Sequence[Path], decision: Decision, staging: StagingO
     """Write ``build/dataset`` (code, members, decision) and ``build/kernel`` (script, metadata).
 
     What an earlier call wrote there is replaced when all is staged. Every member is loaded once, so
-    that what cannot run is not uploaded, and exported for ONNX Runtime, where that is installed.
+    that what cannot run is not uploaded. For ONNX Runtime its int8 export is copied, or one made.
     Returns the dataset's folder. ValueError if the decision was chosen on other weights of a
     member.
     """
@@ -136,14 +136,15 @@ def stage_package(members: Sequence[Path], decision: Decision, staging: StagingO
         if not can_export:
             logger.warning("no onnxruntime to use: a kernel without GPU will run torch, slowly")
         for folder in members:
-            _, checkpoint = load_model(folder)
-            target = dataset / MEMBERS_FOLDER / checkpoint.name
+            member = load_member(folder, decision.window_config, with_export=can_export)
+            target = dataset / MEMBERS_FOLDER / member.name
             target.mkdir(parents=True)
-            for name in (WEIGHTS_FILE, SETTINGS_FILE):
+            is_int8 = member.export is not None and member.export.is_int8
+            for name in [WEIGHTS_FILE, SETTINGS_FILE] + ([ONNX_FILE] if is_int8 else []):
                 shutil.copyfile(folder / name, target / name)
-            if can_export:
+            if can_export and not is_int8:
                 difference = export_checkpoint(target, target / ONNX_FILE, decision.window_config)
-                logger.info("%s: exported, within %.1g of torch", checkpoint.name, difference)
+                logger.info("%s: exported, within %.1g of torch", member.name, difference)
         write_decision(dataset / DECISION_FILE, decision)
     return staging.build / "dataset"
 
@@ -254,7 +255,6 @@ def _write_json(path: Path, values: Mapping[str, object]) -> None:
 
 
 # --- the training kernel --------------------------------------------------------------------------
-
 
 # What Kaggle's image lacks; only augmentations with these probabilities use it.
 _MISSING_PACKAGES = "audiomentations numpy-minmax numpy-rms python-stretch fast-mp3-augment"

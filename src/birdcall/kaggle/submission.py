@@ -33,6 +33,7 @@ from birdcall.inference.ensemble import (
     MemberError,
     default_device,
     load_member,
+    log_runtimes,
 )
 from birdcall.inference.predictions import SEGMENTS_ONLY, SegmentPredictions
 from birdcall.inference.windows import ONNX_FILE, Waveforms
@@ -107,6 +108,7 @@ def open_package(
             members.append(member)
         except Exception as error:  # whatever it is, the other members can still run
             refused[name] = str(error) or repr(error)
+    log_runtimes(members)
     ensemble = None
     while members and ensemble is None:
         try:
