@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import logging
@@ -181,9 +182,11 @@ def inside(folder: Path, name: str) -> Path:
         raise ValueError(f"{name!r} is not a name inside {folder}; give a relative path without ..")
     path = folder / name
     try:
-        target = path.resolve()
-    except RuntimeError as error:  # of Python 3.11 and 3.12, for a circle of links
-        raise OSError(f"{name!r} leads nowhere in {folder}: its links form a circle") from error
+        path.stat()
+    except OSError as error:  # of other kinds: it need not exist
+        if error.errno == errno.ELOOP:
+            raise OSError(f"{name!r} leads nowhere in {folder}: its links form a circle") from error
+    target = path.resolve()
     if not target.is_relative_to(folder.resolve()):
         raise ValueError(f"{name!r} leads out of {folder} through a link, to {target}")
     return path
