@@ -323,7 +323,7 @@ def test_the_package_uses_the_window_of_evaluate(pipeline, run):
 
 
 def test_without_options_a_window_is_a_segment_and_only_the_named_experiment_is_scored(
-    pipeline, run, tmp_path
+    pipeline, run, tmp_path, monkeypatch
 ):
     folder, demo = pipeline
     runs = Path("runs") / "small_gru"
@@ -342,6 +342,11 @@ def test_without_options_a_window_is_a_segment_and_only_the_named_experiment_is_
     names = set(pd.read_csv(tmp_path / "scores.csv")["name"])
     assert "small_gru" in names
     assert "small_attention_normed" not in names
+    # Of several numbers of shifts the better one is part of the decision.
+    gain = "birdcall.evaluation.ensemble_decision.compare_decisions"
+    monkeypatch.setattr(gain, lambda *_: (0.02, 0.01))
+    run(folder, "evaluate", "--data", demo, *options, "--shifts", 1, "--shifts", 2)
+    assert json.loads((tmp_path / "decision.json").read_text())["shifts"] == 2
 
 
 @pytest.fixture

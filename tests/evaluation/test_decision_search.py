@@ -1,6 +1,7 @@
 """The decision is found by a fast search that equals the rule, and scored on other groups."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,11 +16,17 @@ from birdcall.evaluation.decision_search import (
     score_threshold_pairs,
     search_decision,
 )
+from birdcall.evaluation.ensemble_decision import (
+    compare_decisions,
+    predict_with_best_windows,
+)
 from birdcall.evaluation.labelled import segment_table
 from birdcall.evaluation.metrics import row_f1_scores
+from birdcall.evaluation.predict import HeldOutOptions
 from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.inference.decision import Decision
 from birdcall.inference.predictions import Calibration, SegmentPredictions
+from birdcall.inference.windows import WindowConfig
 
 
 def soundscapes(truth, clipwise, framewise=None, n_groups=4, n_rows=12):
@@ -425,3 +432,44 @@ def test_outputs_of_another_class_order_are_not_joined():
     turned = replace(scores, classes=scores.classes[::-1])
     with pytest.raises(ValueError, match="classes of m0, m1 are not those of m0, m1"):
         LabelledPredictions.concatenate([scores, turned])
+
+
+# --- windows --------------------------------------------------------------------------------------
+
+
+def decided(f1, weights=(1, 1, 1, 1), recordings=("a", "a", "b", "b")):
+    """A stand-in of a decision that was searched: its nested F1 of four rows of two recordings."""
+    return SimpleNamespace(
+        search=SimpleNamespace(cross_validated_f1=np.array(f1, float)),
+        simulated=SimpleNamespace(recordings=np.array(recordings)),
+        weights=np.array(weights, float),
+    )
+
+
+def test_the_gain_of_other_windows_is_a_mean_over_rows_with_the_error_of_recordings():
+    first, second = decided([0, 0, 1, 1]), decided([1, 0, 1, 1])
+    # Recordings gain 1/2 and 0, which is 1/4 on average; their standard deviation is sqrt(1/8).
+    assert compare_decisions(first, second) == pytest.approx((0.25, 0.25))
+    weighted = decided([0, 0, 1, 1], weights=(2, 0, 1, 1)), decided([1, 0, 1, 1])
+    assert compare_decisions(*weighted)[0] == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="other simulated soundscapes"):
+        compare_decisions(first, decided([1, 0, 1, 1], recordings=("a", "a", "c", "c")))
+
+
+@pytest.mark.parametrize(
+    "f1, chosen",
+    [
+        ({1: [0, 0, 0, 0], 2: [1, 1, 1, 1]}, 2),
+        ({1: [0, 0, 0, 0], 2: [1, 0, 0, 0]}, 1),  # no more than its standard error
+        ({1: [1, 1, 1, 1], 2: [0, 0, 0, 0]}, 1),
+    ],
+)
+def test_shifted_windows_are_taken_where_they_score_clearly_higher(monkeypatch, f1, chosen):
+    def predict(folders, data, options):
+        return SimpleNamespace(shifts=options.window_config.shifts, experiments=("e",))
+
+    module = "birdcall.evaluation.ensemble_decision"
+    monkeypatch.setattr(f"{module}.predict_held_out", predict)
+    monkeypatch.setattr(f"{module}.decide_ensemble", lambda held, *_: decided(f1[held.shifts]))
+    candidates = [HeldOutOptions(window_config=WindowConfig(shifts=number)) for number in (1, 2)]
+    assert predict_with_best_windows([], None, candidates).shifts == chosen

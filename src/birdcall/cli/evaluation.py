@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +20,6 @@ from birdcall.cli.options import (
     Labelled,
     Noise,
     Output,
-    Shifts,
     Trained,
     Unlabelled,
     WindowSegments,
@@ -51,7 +51,15 @@ def _evaluate(
     ] = 0.54,
     window_segments: WindowSegments = 1,
     context_seconds: ContextSeconds = 0.0,
-    shifts: Shifts = 1,
+    shifts: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            help="Average each segment over windows that begin so often in its 5 s. Of several "
+            "numbers (the option repeated) the first, or a later one that scores clearly higher.",
+            show_default="1",
+        ),
+    ] = None,
     output: Output = None,
     folds: Folds = None,
     noise: Noise = None,
@@ -70,8 +78,9 @@ def _evaluate(
         require_browser()  # before an hour of predictions, not after it
     from birdcall.data.birdnet import open_birdnet
     from birdcall.data.folds import describe_training_only
+    from birdcall.evaluation.ensemble_decision import predict_with_best_windows
     from birdcall.evaluation.mistakes import find_mistakes, predict_mistakes, write_labelled_pages
-    from birdcall.evaluation.predict import HeldOutOptions, predict_held_out, write_oof_parquet
+    from birdcall.evaluation.predict import HeldOutOptions, write_oof_parquet
     from birdcall.evaluation.scoring import check_request, describe_classes, evaluate
     from birdcall.evaluation.tables import wide_table
     from birdcall.inference.decision import write_decision
@@ -101,11 +110,12 @@ def _evaluate(
         label_column=label_column,
         unlabelled_folders=unlabelled or (),
         yardstick=yardstick,
-        window_config=WindowConfig(window_segments, context_seconds, shifts),
         cache_folder=folders.prediction_cache,
         progress=True,
     )
-    predictions = predict_held_out(runs, training_data, options)
+    windows = [WindowConfig(window_segments, context_seconds, number) for number in shifts or (1,)]
+    candidates = [replace(options, window_config=item) for item in windows]
+    predictions = predict_with_best_windows(runs, training_data, candidates, nocall_share)
     evaluation = evaluate(predictions, ensembles, nocall_share)
     output, report = folders.output, folders.output / "report.html"
     write_decision(folders.decision, evaluation.ensemble.decision)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter, uniform_filter1d
 
 from birdcall.evaluation.calibration import calibrate_by_group
-from birdcall.evaluation.metrics import row_f1_scores
+from birdcall.evaluation.metrics import mean_and_error, row_f1_scores
 from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.inference.decision import Decision, average_members, combine_members
 from birdcall.inference.predictions import Calibration
@@ -177,7 +177,6 @@ class _ForwardSelection:
             max_birds=3, calibration=None,
         )  # fmt: skip
         weights = self.recording_weights[recordings]
-        total = weights.sum()
         best = self._score_rule(simplest, recordings)
         steps = [("begin", "mean of the members", best.score, 0.0, 0.0, True)]
         for step, alternatives in self._alternatives(calibration).items():
@@ -189,14 +188,9 @@ class _ForwardSelection:
             highest = max(scored.values(), key=lambda item: item.score, default=base)
             for text, candidate in scored.items():
                 difference = (candidate.by_recording - base.by_recording)[recordings]
-                gain = difference.sum() / total
-                residual = difference - gain * weights
-                spread = np.square(residual).sum() * len(weights) / max(len(weights) - 1, 1)
-                error = np.sqrt(spread) / total  # standard error of the gain over recordings
+                gain, error = mean_and_error(difference, weights)
                 is_adopted = candidate is highest and gain > error
-                steps.append(
-                    (step, text, candidate.score, float(gain), float(error), bool(is_adopted))
-                )
+                steps.append((step, text, candidate.score, gain, error, is_adopted))
                 if is_adopted:
                     best = candidate
         clip, frame = best.grid_index

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from birdcall.config import FULL, SEGMENT_SECONDS
+from birdcall.data.dataset import TrainingData
 from birdcall.data.targets import IGNORE_TARGET
 from birdcall.evaluation.calibration import (
     LabelledChoice,
@@ -20,8 +21,13 @@ from birdcall.evaluation.calibration import (
     fit_calibration,
 )
 from birdcall.evaluation.decision_search import DecisionSearchResult, search_decision
-from birdcall.evaluation.metrics import bootstrap_interval, count_false_names, row_f1_scores
-from birdcall.evaluation.predict import HeldOutPredictions
+from birdcall.evaluation.metrics import (
+    bootstrap_interval,
+    count_false_names,
+    mean_and_error,
+    row_f1_scores,
+)
+from birdcall.evaluation.predict import HeldOutOptions, HeldOutPredictions, predict_held_out
 from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.evaluation.tables import ENSEMBLE, LABELLED, SIMULATED
 from birdcall.inference.background import Background
@@ -130,6 +136,58 @@ def decide_ensemble(
         weights=weights,
         on_labelled=choice,
         background=background,
+    )
+
+
+def predict_with_best_windows(
+    folders: Sequence[Path],
+    data: TrainingData,
+    candidates: Sequence[HeldOutOptions],
+    nocall_share: float = NOCALL_SHARE,
+) -> HeldOutPredictions:
+    """Predict held-out audio with the first options, or with later ones that are clearly better.
+
+    candidates: they differ in their windows. As any step of the decision search, others are adopted
+    where row-wise F1 of simulated soundscapes, each scored by a decision that did not see its
+    group, is higher by more than a standard error over soundscapes.
+    """
+    best, *others = candidates
+    held_out = predict_held_out(folders, data, best)
+    if not others:
+        return held_out
+    decided = decide_ensemble(held_out, held_out.experiments, nocall_share)
+    for candidate in others:
+        other = predict_held_out(folders, data, candidate)
+        other_decided = decide_ensemble(other, other.experiments, nocall_share)
+        gain, error = compare_decisions(decided, other_decided)
+        logger.info(
+            "windows with %s: F1 of simulated soundscapes is higher by %+.4f +- %.4f: %s",
+            *(_describe_windows(candidate), gain, error),
+            "adopted" if gain > error else "not adopted",
+        )
+        if gain > error:
+            held_out, decided = other, other_decided
+    return held_out
+
+
+def _describe_windows(options: HeldOutOptions) -> str:
+    return ", ".join(f"{key} {value:g}" for key, value in asdict(options.window_config).items())
+
+
+def compare_decisions(first: EnsembleDecision, second: EnsembleDecision) -> tuple[float, float]:
+    """Return how much higher the second scores on the same simulated rows, and its standard error.
+
+    Nested row-wise F1, weighted as in the search. 0 and 0 where nothing was simulated.
+    """
+    if first.search is None or second.search is None:
+        return 0.0, 0.0
+    recordings, index = np.unique(first.simulated.recordings, return_inverse=True)
+    if not np.array_equal(first.simulated.recordings, second.simulated.recordings):
+        raise ValueError("the decisions are of other simulated soundscapes: not comparable")
+    gains = first.weights * (second.search.cross_validated_f1 - first.search.cross_validated_f1)
+    return mean_and_error(
+        np.bincount(index, gains, minlength=len(recordings)),
+        np.bincount(index, first.weights, minlength=len(recordings)),
     )
 
 

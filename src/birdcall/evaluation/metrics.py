@@ -219,6 +219,17 @@ class Interval(NamedTuple):
     high: float
 
 
+def mean_and_error(sums: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    """Return a weighted mean over recordings and its standard error.
+
+    sums, weights: ``(recordings,)``, of the weighted values and of the weights of each one's rows.
+    """
+    total, n_recordings = weights.sum(), len(weights)
+    mean = sums.sum() / total
+    spread = np.square(sums - mean * weights).sum() * n_recordings / max(n_recordings - 1, 1)
+    return float(mean), float(np.sqrt(spread) / total)
+
+
 def bootstrap_interval(
     values: ArrayLike,
     groups: Sequence[object],
