@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from birdcall.audio.reading import AudioError, iterate_audio
 from birdcall.benchmark.frontend import peak_megabytes, time_in_turns, torchlibrosa_frontend
 from birdcall.benchmark.inference import predict_naively, write_soundscapes
-from birdcall.config import SEGMENT_SECONDS
+from birdcall.config import SEGMENT_SECONDS, require
 from birdcall.data import birdnet
 from birdcall.data.recordings import read_recordings
 from birdcall.evaluation import metrics
@@ -260,9 +260,9 @@ def _open_opensoundscape(setting: Setting) -> tuple[_Predict, None]:
     cnn.preprocessor.insert_action("to_tensor", Action(_to_tensor))
 
     def predict(paths: Sequence[Path]) -> list[np.ndarray]:
-        table = cnn.predict(
-            list(map(str, paths)), batch_size=_BATCH, raise_errors=True, progress_bar=False
-        )
+        # Not with raise_errors, in which 0.13.2 fails: what cannot be read is NaN.
+        table = cnn.predict(list(map(str, paths)), batch_size=_BATCH, progress_bar=False)
+        require(not table.isna().any(axis=None), "cannot read all of the soundscapes")
         by_file = dict(iter(table.groupby(level="file", sort=False)))
         return [by_file[str(path)].to_numpy() for path in paths]
 
