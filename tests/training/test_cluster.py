@@ -13,11 +13,16 @@ import pytest
 
 from birdcall.__main__ import main
 from birdcall.config import replace_nested
-from birdcall.data.cluster import Requirements, Share, choose_share, connect_to_ray
 from birdcall.models.checkpoint import SETTINGS_FILE, STATE_FILE, read_checkpoint
 from birdcall.storage.locks import locked
 from birdcall.training.cluster import RayCluster
-from birdcall.training.distributed import DistributedContext
+from birdcall.training.distributed import (
+    DistributedContext,
+    Requirements,
+    Share,
+    choose_share,
+    connect_to_ray,
+)
 from birdcall.training.log import Answer, Board, Report, Reporter, runs_table
 from birdcall.training.resume import read_state
 from birdcall.training.runs import TrainingInterrupted, plan_runs, train_many, train_run

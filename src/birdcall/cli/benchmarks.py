@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from birdcall.cli.options import Data, Folders, Folds, Output
+from birdcall.cli.options import Data, Folders, Folds, Labelled, Output
 
 benchmarks = typer.Typer(help="Measure birdcall and its peers.", no_args_is_help=True)
 
@@ -119,6 +119,38 @@ def _benchmark_inference(
         repeats=repeats,
     )
     typer.echo(table.T.to_string(header=False))
+
+
+@benchmarks.command("peers")
+def _benchmark_peers(
+    data: Data,
+    output: Output = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a trained run.", show_default="the first of the data's runs"),
+    ] = None,
+    soundscapes: Labelled = None,
+    minutes: Annotated[float, typer.Option(help="Minutes of audio that are timed.")] = 5.0,
+    repeats: Annotated[int, typer.Option(min=1, help="Repetitions; the median counts.")] = 5,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Probability from which a class is predicted.")
+    ] = 0.5,
+) -> None:
+    """Measure a run beside torch, librosa, opensoundscape and BirdNET: speed, memory, scores."""
+    from birdcall.benchmark.peers import benchmark_peers
+    from birdcall.training.runs import find_runs
+
+    folders = Folders(data, output)
+    table = benchmark_peers(
+        data,
+        run or find_runs(folders.runs)[0],
+        folders.benchmark,
+        soundscapes=soundscapes or (),
+        minutes=minutes,
+        repeats=repeats,
+        threshold=threshold,
+    )
+    typer.echo(table.to_string(index=False, na_rep=""))
 
 
 @benchmarks.command("memory")

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from birdcall.data.cluster import connect_to_ray, live_nodes, require_ray
 from birdcall.inference.ensemble import default_device
 from birdcall.inference.predictions import OutputOptions
 from birdcall.inference.tables import write_detections
@@ -27,6 +26,7 @@ from birdcall.prediction.package import (
 )
 from birdcall.storage.files import digest
 from birdcall.taxonomy import display_name
+from birdcall.training.distributed import connect_to_ray, live_nodes, require_ray
 
 _SHARDS_FOLDER = "shards"
 _RECORDINGS_PER_TASK = 16

@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from birdcall.data.cluster import (
+from birdcall.data.dataset import TrainingData
+from birdcall.data.loader import check_worker_memory
+from birdcall.models.checkpoint import SETTINGS_FILE, STATE_FILE, Checkpoint, read_checkpoint
+from birdcall.storage.files import shorten_list
+from birdcall.training.distributed import (
     Requirements,
     Share,
     choose_share,
@@ -22,10 +26,6 @@ from birdcall.data.cluster import (
     describe_node,
     live_nodes,
 )
-from birdcall.data.dataset import TrainingData
-from birdcall.data.loader import check_worker_memory
-from birdcall.models.checkpoint import SETTINGS_FILE, STATE_FILE, Checkpoint, read_checkpoint
-from birdcall.storage.files import shorten_list
 from birdcall.training.log import Answer, Board, Reporter
 from birdcall.training.runs import TrainingInterrupted, claimed, stop_requests, train_run
 from birdcall.training.trainer import Run, RunOptions
