@@ -288,6 +288,9 @@ def test_a_log_that_cannot_be_read_is_named_and_leaves_the_scores(
 def test_a_signal_stops_runs_that_are_trained_at_once(training_data, tiny_experiment, tmp_path):
     long = replace(tiny_experiment, train=replace(tiny_experiment.train, epochs=10_000))
     runs = plan_runs([long], training_data, None, tmp_path)
+    # A process takes its next run before it ends the first one.
+    next_one = replace(long, name="next", train=replace(long.train, epochs=500))
+    waiting = plan_runs([next_one], training_data, None, tmp_path)
 
     def stop_when_both_run():
         while len(list(tmp_path.glob(f"*/*/{STATE_FILE}"))) < 2:
@@ -296,8 +299,9 @@ def test_a_signal_stops_runs_that_are_trained_at_once(training_data, tiny_experi
 
     threading.Thread(target=stop_when_both_run, daemon=True).start()
     with pytest.raises(TrainingInterrupted, match="--resume"):
-        train_many(runs, training_data, replace(OPTIONS, jobs=2))
+        train_many([*runs, *waiting], training_data, replace(OPTIONS, jobs=2))
     assert all((run.folder / STATE_FILE).is_file() for run in runs)
+    assert not any((run.folder / SETTINGS_FILE).is_file() for run in waiting)
     assert not multiprocessing.active_children()
 
 

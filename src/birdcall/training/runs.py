@@ -333,11 +333,11 @@ def _train_at_once(
                 if stop.is_set():
                     raise TrainingInterrupted("stopped; the same command with --resume continues")
         except BaseException:
-            for future in futures:
-                future.cancel()
-            for child in multiprocessing.active_children():
-                # Ctrl-C in a terminal reaches the children too, a signal to this process does not.
-                os.kill(child.pid, signal.SIGTERM)  # each child saves its state
+            # Again and again: a child that saves one run may have taken its next one before.
+            while running := [item for item in futures if not (item.cancel() or item.done())]:
+                for child in multiprocessing.active_children():
+                    os.kill(child.pid, signal.SIGTERM)  # each child saves its state
+                wait(running, timeout=0.5)
             raise
         return dict(zip(runs, (future.result() for future in futures), strict=True))
 
