@@ -94,7 +94,7 @@ def benchmark_peers(
     ``state``. Columns: x_real_time, of ``minutes`` of the data's soundscapes as mp3, the median of
     ``repeats`` turns; core_seconds_per_hour, the time of all cores for an hour of audio;
     peak_megabytes, of a new process that predicts them; rows, classes, macro_ap, macro_auc and
-    row_wise_f1 at ``threshold``: see `score_peers`. Labelled soundscapes are those of
+    row_wise_f1 at ``threshold``: see `score_rows`. Labelled soundscapes are those of
     ``soundscapes``, else the examples in the data folder; without any there are no scores.
     """
     checkpoint, recordings = read_checkpoint(run), read_recordings(data)
@@ -160,7 +160,8 @@ def _warm_up(
     logger.info("%s predicts the labelled soundscapes", peer.name)
     try:
         if labelled is None:
-            return peer.run(paths[:1]) and None
+            peer.run(paths[:1])
+            return None
         segments, starts = labelled.predictions.segments, labelled.predictions.starts
         results = peer.run([labelled.paths[name] for name in segments["recording"].iloc[starts]])
     except Exception as error:  # whatever another library raises: the others are measured still
