@@ -251,6 +251,7 @@ def load_training_data(
     soundscapes = None
     if soundscape_labels is not None:
         soundscapes = SoundscapeLabels.read(soundscape_labels, classes)
+        soundscapes.cache_sound(cache / "soundscapes")
     return TrainingData(
         folder=folder,
         recordings=recordings,

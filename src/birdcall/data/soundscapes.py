@@ -215,6 +215,20 @@ class SoundscapeLabels:
                 )
         return labels
 
+    def cache_sound(self, store: Path) -> None:
+        """Decode the soundscapes that are not yet cached in the folder ``store``.
+
+        From there a clip is read in a fifth of the time that a seek in a long mp3 takes. What
+        cannot be read is left to the training, which names it.
+        """
+        cache = RecordingCache(self.folder, store)
+        names = [item["name"] for item in self.soundscapes]
+        missing = [name for name in names if not cache.path(name).is_file()]
+        if missing:
+            logger.info("%d of %d soundscapes are decoded: %s", len(missing), len(names), store)
+        for name in missing:
+            measure_recording(self.folder, name, cache)
+
     @property
     def digest(self) -> str:
         """Return a digest of what a training learns from the labels, wherever the files lie."""
