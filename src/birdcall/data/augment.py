@@ -129,7 +129,8 @@ def mix_at_snr(waveform: np.ndarray, noise: np.ndarray, snr_db: float) -> np.nda
     Where either is silent there is no such ratio, and the waveform is returned as it is.
     """
     gain = _gain_to(_power(waveform), noise, snr_db)
-    return waveform + gain * noise if gain else waveform
+    mixed = gain * noise
+    return np.add(mixed, waveform, out=mixed) if gain else waveform
 
 
 def _gain_to(power: float, noise: np.ndarray, snr_db: float) -> np.float32:
@@ -216,8 +217,7 @@ def _transform(
 ) -> np.ndarray:
     """Seed the global generators, from which audiomentations draws, and restore them after."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    seed = int(generator.integers(2**32))
-    random.seed(seed)
+    random.seed(seed := int(generator.integers(2**32)))
     np.random.seed(seed)
     try:
         changed = transform(np.ascontiguousarray(waveform, np.float32), sample_rate)

@@ -236,7 +236,8 @@ class _NoiseFile(NamedTuple):
     name: str  # in the store
     state: dict[str, int]
     seconds: float
-    n_pieces: int
+    parts: tuple[str, ...]  # names of its pieces
+    stored: tuple[Path, ...]  # where they are stored, also before they are; of a store only
 
 
 class NoiseFiles:
@@ -299,25 +300,25 @@ class NoiseFiles:
             length = probe_audio(path).seconds
             n_pieces = max(1, int(length / self.limits.piece_seconds))
             where = digest(str(path.resolve()))
-            name = f"{where[:2]}/{where}"  # folders of a moderate size
-            self.files[path] = _NoiseFile(name, file_state(path), length, n_pieces)
+            name, state = f"{where[:2]}/{where}", file_state(path)  # folders of a moderate size
+            parts = tuple(f"{piece}-of-{n_pieces}" for piece in range(n_pieces))
+            stored = () if self.store is None else (self.store.path(name, state, p) for p in parts)
+            self.files[path] = _NoiseFile(name, state, length, parts, tuple(stored))
         file = self.files[path]
-        piece = min(int(position * file.n_pieces), file.n_pieces - 1)
-        position = position * file.n_pieces - piece
+        position *= len(file.parts)
+        piece = min(int(position), len(file.parts) - 1)
+        position -= piece
         if self.store is not None:
-            part = f"{piece}-of-{file.n_pieces}"
-            stored = self.store.path(file.name, file.state, part)
             try:
-                spare = cached_samples(stored) - n_samples
+                spare = cached_samples(stored := file.stored[piece]) - n_samples
                 if spare < 0:
                     return np.resize(read_cached(stored, sample_rate=self.sample_rate), n_samples)
                 start = min(int(position * (spare + 1)), spare) / self.sample_rate
-                seconds = n_samples / self.sample_rate
-                return read_cached(stored, start, seconds, self.sample_rate)
+                return read_cached(stored, start, n_samples / self.sample_rate, self.sample_rate)
             except OSError:  # in most cases it is not there yet
                 if self.can_write:
                     waveform = self._decode(path, piece)
-                    self._write(file, part, waveform)
+                    self._write(file, piece, waveform)
                     return cut_cached(as_cached(waveform), n_samples, position)
         cached = self.memory.pop((path, piece), None)
         if cached is None:
@@ -331,17 +332,17 @@ class NoiseFiles:
     def _decode(self, path: Path, piece: int) -> np.ndarray:
         """Decode one of the file's equal pieces; the last one as far as the file decodes."""
         file = self.files[path]
-        seconds = file.seconds / file.n_pieces
-        duration = seconds if piece + 1 < file.n_pieces else None
+        seconds = file.seconds / len(file.parts)
+        duration = seconds if piece + 1 < len(file.parts) else None
         return read_audio(path, self.sample_rate, piece * seconds, duration)
 
-    def _write(self, file: _NoiseFile, part: str, waveform: np.ndarray) -> None:
+    def _write(self, file: _NoiseFile, piece: int, waveform: np.ndarray) -> None:
         """Store a piece if there is room; else nothing is written from now on."""
         try:
             if self.n_writes % self.limits.check_every == 0:
                 self.store.require_space(self.limits.min_free_bytes, self.limits.store_bytes)
             self.n_writes += 1
-            with self.store.writing(file.name, file.state, part) as temporary:
+            with self.store.writing(file.name, file.state, file.parts[piece]) as temporary:
                 write_waveform(temporary, [waveform])
         except OSError as error:
             self.can_write = False
