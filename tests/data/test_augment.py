@@ -17,8 +17,8 @@ from birdcall.data.augment import (
 from birdcall.data.noise import NoiseFiles
 
 RATE = 32_000
-IN_BATCH = {"shift", "mixup", "mixup_third", "gain"}  # tests/test_batch_augment.py
-IN_DATASET = {"noise_only", "other_birds"}  # tests/test_dataset.py
+IN_BATCH = {"shift", "mixup", "mixup_third", "gain"}  # tests/data/test_batch_augment.py
+IN_DATASET = {"noise_only", "other_birds"}  # tests/data/test_dataset.py
 AT_READING = {"downmix"}
 NAMES = [
     item.name.removesuffix("_probability")

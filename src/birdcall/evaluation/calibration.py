@@ -19,8 +19,8 @@ from birdcall.inference.decision import Decision, average_members, combine_membe
 from birdcall.inference.predictions import Calibration, SegmentPredictions, to_logits
 
 OFFSETS = tuple(round(0.25 * step, 2) for step in range(-24, 25))  # of logits, for a domain
-# Of normal logits: what one row of an hour exceeds lies so many times as far above the median as
-# the lower quartile lies below.
+# If logits are normal, the value that one row of an hour exceeds lies above the median by so many
+# times the distance from the lower quartile to the median.
 _FLOOR_QUARTILES = float(norm.isf(SEGMENT_SECONDS / 3600) / norm.isf(0.25))
 _LOG_SCALES = (-3.0, 3.0)
 _LONGEST_STEP, _TOLERANCE, _MAX_STEPS = 1.0, 1e-7, 200
@@ -132,9 +132,9 @@ class LabelledChoice:
     """What labelled soundscapes make of a decision that simulated ones chose.
 
     decision: chosen on all of them. offset: of the logits, part of its calibration. is_silent:
-    whether it names nothing because naming nothing scores higher. gain: that of the names before,
-    with its interval. by_group: for each soundscape the decision that was chosen on the others.
-    predicted: what these predict, ``(labelled rows, known species)``.
+    whether it names nothing because naming nothing scores as high or higher. gain: of names over
+    silence, before this choice, with its interval. by_group: for each soundscape the decision that
+    was chosen on the others. predicted: what these predict, ``(labelled rows, known species)``.
     """
 
     decision: Decision
@@ -191,11 +191,11 @@ def log_likelihood_by_offset(
 
 
 def find_floor(decision: Decision, unlabelled: SegmentPredictions | None) -> Decision:
-    """Return the decision with a floor of each class from soundscapes of which nothing is known.
+    """Return the decision with a floor of each class, from soundscapes without labels.
 
-    Most of their rows have other birds or none. The floor is what one row of an hour would exceed
-    if logits were normal, by the lower half of all rows, which the class itself hardly moves where
-    it is in a few of them. Without soundscapes there is no floor.
+    Most of their rows have other birds or none. The floor is the probability that one row of an
+    hour would exceed if logits were normal, as the lower half of all rows shows, which the class
+    hardly moves if it is in few rows. Without soundscapes there is no floor.
     """
     if unlabelled is None:
         return decision
@@ -222,7 +222,7 @@ def choose_on_labelled(
     by the most likely offset, if that gains more than a standard error of row-wise F1. The
     floor of ``unlabelled`` soundscapes (`find_floor`) stays unless it loses more than a
     standard error. Then silence is chosen if it scores as high or higher (without labelled
-    birds: higher): labelled soundscapes are few, and a certain gain would need many. Of a single
+    birds: higher); a gain above its error would need more soundscapes than there are. Of a single
     soundscape, rows are resampled. With no other soundscape to choose on, a soundscape is
     scored by ``decision`` as it is.
     """

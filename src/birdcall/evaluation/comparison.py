@@ -105,7 +105,7 @@ class Resampled:
 
         Simulated (10 rows a cluster, 400 trials), it holds the truth in 84 to 93 % of cases with 3
         seeds and 88 to 95 % with 6, for 4 to 30 clusters and spreads of 0.2 and 1 between seeds,
-        where clusters spread by 1. With a single seed it is blind to seeds: 28 to 85 %.
+        where clusters spread by 1. With a single seed, whose spread it lacks, in 28 to 85 %.
         """
         means = self.means()
         if self.n_clusters < 2 or len(means) == 0:

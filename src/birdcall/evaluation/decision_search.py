@@ -287,7 +287,7 @@ class _ForwardSelection:
 def find_flat_optimum(grid: NDArray[np.floating]) -> tuple[tuple[int, int], float]:
     """Return the best pair of a grid ``(clip, frame)``, averaged over neighbours, and its mean.
 
-    A peak with steep sides is luck, so each pair has the mean of itself and its eight neighbours.
+    A narrow peak is chance, so each pair has the mean of itself and its eight neighbours.
     Of equal means the highest thresholds, since a false species on an empty row costs most.
     """
     flat = uniform_filter(grid, size=3, mode="nearest")

@@ -38,7 +38,7 @@ from birdcall.training.resume import describe_other_training
 
 logger = logging.getLogger(__name__)
 
-# Of the competition's public rows, by an all-nocall submission; the private rows: about (5th place)
+# Of the public rows: an all-nocall submission scores it. About the same of the private (5th place).
 NOCALL_SHARE = 0.54
 
 

@@ -222,7 +222,7 @@ class Interval(NamedTuple):
 def mean_and_error(sums: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
     """Return a weighted mean over recordings and its standard error.
 
-    sums, weights: ``(recordings,)``, of the weighted values and of the weights of each one's rows.
+    sums, weights: ``(recordings,)``, sums over a recording's rows of weighted values, of weights.
     """
     total, n_recordings = weights.sum(), len(weights)
     mean = sums.sum() / total
@@ -268,7 +268,7 @@ def bootstrap_interval(
 def bootstrap_rows(
     groups: Sequence[object], n_resamples: int = 1000, seed: int = 0
 ) -> Iterator[NDArray[np.intp]]:
-    """Yield the row indices of each resample: all rows of as many drawn groups as there are.
+    """Yield the row indices of each resample: all rows of n groups, drawn with replacement from n.
 
     The draws are those of `bootstrap_interval`.
     """

@@ -46,7 +46,7 @@ class Mistake:
     kind: `FALSE` or `MISSED`. audio: `SIMULATED` or `LABELLED`. start: of the row, seconds. score:
     of a false species its framewise probability; of a missed one its SNR (dB) where that is known,
     else its framewise probability, negated. predicted, true: all species of the row; species: all
-    of both, `ebird_code` first.
+    of both, ``ebird_code`` first.
     """
 
     kind: str
@@ -87,7 +87,7 @@ def find_mistakes(
     """Return the worst rows of simulated and of labelled soundscapes, the worst first of each kind.
 
     Of a species in a recording only the worst row, so that the rows differ. A species that no
-    member could learn is not missed.
+    member could learn does not count as missed.
     """
     learnable = held_out.learnable_by(ensemble.experiments)
     # The SNR of each simulated species in each row that contains a part of its event.
@@ -209,7 +209,7 @@ def _render_row(
     ensemble: Ensemble,
     mistake: Mistake,
 ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """Return the waveform to show, and what the members predict on, by sample rate."""
+    """Return the waveform to show, and the members' inputs by sample rate."""
     renderer = SoundscapeRenderer.for_fold(held_out.data, soundscape.fold, held_out.config)
     rates = sorted({_SAMPLE_RATE, *ensemble.sample_rates})
     waveforms = renderer.render(soundscape, rates)

@@ -56,9 +56,9 @@ class HeldOutOptions:
     """How and for which audio runs predict.
 
     labelled_folders: of labelled soundscapes; without any, the examples in the data folder.
-    label_column: of their Raven tables. unlabelled_folders: of soundscapes of the same sites, of
-    which nothing is known: see `find_floor`. yardstick: a model of others that predicts the
-    labelled soundscapes too, to compare with.
+    label_column: of their Raven and CSV tables. unlabelled_folders: of soundscapes without labels
+    of the same sites, or of other birds: see `find_floor`. yardstick: BirdNET, if it predicts the
+    labelled soundscapes too, for comparison.
     cache_folder: where predictions are stored; a second call for the same audio reads them there.
     """
 
@@ -113,7 +113,7 @@ class HeldOutPredictions:
     simulated soundscapes. groups: the group of each recording of the data, as in the simulated
     soundscapes. labelled: with all runs, named as their checkpoints. soundscapes, config: of the
     simulation. ensemble: all runs. unlabelled: of all runs; None without such soundscapes.
-    yardstick: the labelled soundscapes as BirdNET predicts them; None where it was not asked.
+    yardstick: the labelled soundscapes as BirdNET predicts them; None without BirdNET.
     """
 
     data: TrainingData
@@ -384,7 +384,7 @@ def predict_yardstick(
     """Predict labelled soundscapes with BirdNET, in place of all members.
 
     names: the scientific names of the classes.
-    Raises ValueError where there is none, or where BirdNET knows none of the classes.
+    Raises ValueError without labelled soundscapes, or where BirdNET knows none of the classes.
     """
     require(labelled is not None, f"{NAME} is a yardstick for labelled soundscapes: there are none")
     ours = labelled.predictions
@@ -406,7 +406,7 @@ def predict_yardstick(
 def find_all_unlabelled(
     folders: Sequence[Path], data: TrainingData, labelled: Sequence[Path]
 ) -> dict[str, Path]:
-    """Return the soundscapes below ``folders`` by a name of their own, each once.
+    """Return the soundscapes below ``folders``, each once, by a name that no other has.
 
     Raises as `data.soundscapes.find_unlabelled`, which decodes them.
     """
@@ -424,7 +424,7 @@ def predict_unlabelled(
     cache_folder: Path | None = None,
     progress: bool = False,
 ) -> SegmentPredictions | None:
-    """Predict soundscapes of which nothing is known, by name; None where there are none.
+    """Predict soundscapes without labels, by name; None where there are none.
 
     One that does not decode is left out with a warning.
     """

@@ -20,7 +20,7 @@ RECORDINGS, SIMULATED, LABELLED = "recordings", "simulated", "labelled"  # kinds
 ENSEMBLE, PRIOR = "ensemble", "prior"  # names that are no experiment's
 _SNR_STEP_DB = 3.0
 _SEGMENT_SECONDS_OF_EVENTS = 1.0
-# People mark a song by eye on a spectrogram of seconds: half a second is as good as it gets.
+# People mark a song by eye on a spectrogram: they are not more precise than half a second.
 _ONSET_COLLAR_SECONDS = 0.5
 _RELIABILITY_BINS = 10
 

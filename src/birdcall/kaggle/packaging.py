@@ -173,7 +173,7 @@ def _staging(staging: StagingOptions, upload: Upload) -> Iterator[Path]:
             ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
             try:
                 shutil.copytree(source, dataset / "birdcall", ignore=ignore)
-            except shutil.Error as error:  # of all files; the first tells enough
+            except shutil.Error as error:  # of all files; the first is enough
                 raise OSError(error.args[0][0][-1]) from error
         for path in wheels:
             (dataset / WHEELS_FOLDER).mkdir(exist_ok=True)

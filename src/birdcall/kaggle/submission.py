@@ -128,7 +128,7 @@ def open_package(
 
 @dataclass(frozen=True)
 class SubmissionSummary:
-    """The account of a submission: ``summary.json`` and the last line of the kernel's log.
+    """What became of a submission: ``summary.json`` and the last line of the kernel's log.
 
     failed: audio_ids that are missing or do not decode; late: those that there was no time for. The
     rows of both are nocall. members: those that ran, and on how many recordings; left_out: those

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
 _WAITING_SECONDS = 30.0  # between two lines about runs that no node takes
-_MAX_LOSSES = 3  # of a run that never gets as far as its next state: it may be what ends its nodes
+_MAX_LOSSES = 3  # of a run's nodes before its next state: the run may be the cause
 _HEAD = {"node:__internal_head__": 0.001}  # a resource that Ray gives to the head node only
 
 # --- what runs on a node ---
@@ -225,7 +225,7 @@ class _Course:
     step: int = 0  # the last one that was reported
     first_step: int = 0  # of the attempt; 0: none yet
     furthest_start: int = 0  # the highest first step of the attempts that were lost
-    n_losses: int = 0  # one after another that did not come to a later state
+    n_losses: int = 0  # of nodes, one after another, before a later state
 
 
 @dataclass
@@ -244,7 +244,7 @@ class _Dispatch:
     last_line: float = field(default_factory=time.monotonic)
 
     def submit(self, index: int) -> None:
-        """Give a run to the cluster: the next node with a free share trains it."""
+        """Submit a run to the cluster: the next node with a free share trains it."""
         import ray
 
         course = self.courses[index]

@@ -1,6 +1,6 @@
 """Train in several processes, one per GPU or machine; connect to a Ray cluster and check its nodes.
 
-Processes that train one run together have the results of a single process. `training.cluster`
+Processes that train one run together get the results of a single process. `training.cluster`
 trains runs on the nodes of a Ray cluster, `prediction.ray_cluster` predicts recordings there.
 """
 
@@ -281,7 +281,7 @@ class Requirements:
     def of(
         cls, data: TrainingData, module: str, *, tokens: Mapping[str, str], needs_gpu: bool
     ) -> Requirements:
-        """Return those of this process, of ``data``, and of ``module`` with all that it imports."""
+        """Return the requirements of ``data`` and ``module``, with its imports, on this machine."""
         paths = [file for files in data.files_to_embed().values() for file in files.values()]
         paths += [*data.noise_files, *data.other_birds]
         compared = paths[:: -(-len(paths) // _N_COMPARED_FILES)]

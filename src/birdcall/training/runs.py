@@ -333,7 +333,7 @@ def _train_at_once(
                 if stop.is_set():
                     raise TrainingInterrupted("stopped; the same command with --resume continues")
         except BaseException:
-            # Again and again: a child that saves one run may have taken its next one before.
+            # Repeated: a child that saves one run may already have taken its next run.
             while running := [item for item in futures if not (item.cancel() or item.done())]:
                 for child in multiprocessing.active_children():
                     os.kill(child.pid, signal.SIGTERM)  # each child saves its state

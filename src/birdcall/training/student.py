@@ -1,4 +1,4 @@
-"""Train noisy students: runs label soundscapes, other networks are trained on the labels, again."""
+"""Train noisy students in rounds: runs label soundscapes, other networks train on the labels."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from birdcall.training.trainer import Run, RunOptions
 logger = logging.getLogger(__name__)
 
 
-# --- labels of soundscapes that nobody has labelled ---
+# --- labels of unlabelled soundscapes ---
 
 
 def labels_file(folder: Path, source: int | str) -> Path:
@@ -299,7 +299,7 @@ def train_rounds(
     In round 1 all runs of ``experiments`` below ``runs`` label the soundscapes, in later rounds
     those of the students before. Labels are written to ``output``, see `label_soundscapes`, which
     raises where they have collapsed: the rounds before it stay. Raises ValueError where an
-    experiment has no student of a round, or where its student has nobody to learn from.
+    experiment has no student of a round, or where no other network has labelled for its student.
     """
     require(options.n_rounds >= 1, f"rounds is {options.n_rounds}; give at least 1")
     rounds = [[student_of(item, n + 1) for item in experiments] for n in range(options.n_rounds)]

@@ -66,7 +66,7 @@ class RunOptions:
     resume: bool = False  # continue unfinished runs, keep finished ones
     overwrite: bool = False  # replace finished and unfinished runs
     save_every: int = 200  # steps between two states
-    deadline: float | None = None  # a value of `time.monotonic`; then the state is saved
+    deadline: float | None = None  # as `time.monotonic` counts; then the state is saved
     progress: bool = False  # show a progress bar
 
 
