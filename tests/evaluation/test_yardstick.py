@@ -89,4 +89,4 @@ def test_evaluate_without_the_extra_says_what_to_install(monkeypatch, capsys, tm
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", "--data", str(tmp_path), "--birdnet"])
     assert ended.value.code == 2
-    assert "pip install 'birdcall[birdnet]'" in capsys.readouterr().err.splitlines()[-1]
+    assert "pip install -e '.[birdnet]'" in capsys.readouterr().err.splitlines()[-1]

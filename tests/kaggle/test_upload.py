@@ -77,7 +77,7 @@ def build(small, tmp_path):
 def kaggle(tmp_path, monkeypatch):
     """The stand-in, to which the client goes with a key; nobody waits."""
     if find_spec("kagglesdk") is None:
-        pytest.skip("Kaggle's client is not installed (pip install 'birdcall[kaggle]')")
+        pytest.skip("Kaggle's client is not installed (pip install -e '.[kaggle]')")
     for name in ("HOME", "XDG_CONFIG_HOME", "KAGGLE_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path))  # not the credentials of whoever runs the test
     for name in ("KAGGLE_API_TOKEN", "KAGGLE_API_ENVIRONMENT", "KAGGLE_KERNEL_RUN_TYPE"):

@@ -263,5 +263,5 @@ def test_screenshots_without_a_browser_are_refused_at_once(monkeypatch):
     with pytest.raises(FileNotFoundError, match="screenshots need Chromium"):
         require_browser()
     monkeypatch.setattr(html, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match=r"pip install 'birdcall\[browser\]'"):
+    with pytest.raises(FileNotFoundError, match=r"pip install -e '\.\[browser\]'"):
         require_browser()

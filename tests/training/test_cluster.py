@@ -128,7 +128,7 @@ def test_a_cluster_is_refused_under_torchrun(training_data, tiny_experiment, tmp
 
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ValueError, match=r"pip install birdcall\[ray\]"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[ray\]'"):
         RayCluster("auto")
 
 

