@@ -237,7 +237,7 @@ class _NoiseFile(NamedTuple):
     state: dict[str, int]
     seconds: float
     parts: tuple[str, ...]  # names of its pieces
-    stored: tuple[Path, ...]  # where they are stored, also before they are; of a store only
+    stored: list[Path]  # where they are stored, also before they are; empty: there is no store
 
 
 class NoiseFiles:
@@ -245,8 +245,7 @@ class NoiseFiles:
 
     A file is divided into pieces of a minute or more. A piece is decoded whole and rounded to int16
     as in `cache.write_waveform`. With a ``store`` (a folder) the first process that draws a piece
-    stores it for all. Without a store, or where it is full or cannot be written, pieces are decoded
-    again when they are no longer in memory. The drawn noise is the same to the bit in every case.
+    stores it for all; else it is decoded again when it is no longer in memory: the same bits.
     """
 
     def __init__(
@@ -302,8 +301,9 @@ class NoiseFiles:
             where = digest(str(path.resolve()))
             name, state = f"{where[:2]}/{where}", file_state(path)  # folders of a moderate size
             parts = tuple(f"{piece}-of-{n_pieces}" for piece in range(n_pieces))
-            stored = () if self.store is None else (self.store.path(name, state, p) for p in parts)
-            self.files[path] = _NoiseFile(name, state, length, parts, tuple(stored))
+            store = self.store
+            stored = [store.path(name, state, part) for part in parts] if store else []
+            self.files[path] = _NoiseFile(name, state, length, parts=parts, stored=stored)
         file = self.files[path]
         position *= len(file.parts)
         piece = min(int(position), len(file.parts) - 1)
