@@ -17,7 +17,7 @@ from birdcall.config import NO_AUGMENT, StudentConfig, replace_nested
 from birdcall.data.birdnet import WindowStore, predict_windows, scientific_names
 from birdcall.data.cache import CropRequest, RecordingCache
 from birdcall.data.clips import ClipDataset
-from birdcall.data.dataset import TrainingData
+from birdcall.data.dataset import TrainingData, load_training_data
 from birdcall.data.soundscapes import (
     CollapseLimits,
     LabelStatistics,
@@ -230,28 +230,38 @@ def test_a_share_of_the_clips_are_of_soundscapes_and_the_others_stay_the_same(cl
 
 
 def test_soundscapes_are_decoded_once_before_a_training_reads_clips_of_them(
-    tmp_path, student, monkeypatch, caplog
+    demo_folder, tables, training_data, teacher, tmp_path, monkeypatch
 ):
-    for number, seconds in enumerate((6, 7)):
-        noise = 0.1 * np.random.default_rng(number).standard_normal(seconds * RATE)
-        soundfile.write(tmp_path / f"{number}.wav", noise, RATE)
-    (tmp_path / "1.wav").write_bytes(b"damaged since it was labelled")
-    two = np.full((1, 2, 3), 0.5)
-    labels = labels_of(tmp_path, np.concatenate([two, two], axis=1), [6.0, 7.0], [student])
-    caplog.set_level("INFO")
-    labels.cache_sound(tmp_path / "store")
-    cached = RecordingCache(tmp_path, tmp_path / "store")
+    sound = tmp_path / "sound"
+    sound.mkdir()
+    noise = 0.1 * np.random.default_rng(0).standard_normal(6 * RATE)
+    soundfile.write(sound / "0.wav", noise, RATE)
+    (sound / "1.wav").write_bytes(b"damaged since it was labelled")
+    classes = training_data.classes
+    half = np.full((1, 4, len(classes)), 0.5)  # two segments of each
+    labels_of(sound, half, [6.0, 7.0], [teacher], classes).write(tmp_path / "labels.safetensors")
+
+    def load():
+        return load_training_data(
+            demo_folder,
+            folds=tables[0],
+            audit=tables[1],
+            cache=tmp_path / "cache",
+            soundscape_labels=tmp_path / "labels.safetensors",
+        )
+
+    cached = RecordingCache(sound, load().soundscape_cache)
     assert [cached.path(f"{number}.wav").is_file() for number in range(2)] == [True, False]
     (crop,) = cached(CropRequest("0.wav", RATE, (1.0,), 5.0))
-    expected = read_audio(tmp_path / "0.wav", RATE)[RATE : 6 * RATE]
+    expected = read_audio(sound / "0.wav", RATE)[RATE : 6 * RATE]
     np.testing.assert_allclose(crop, expected, atol=1e-4)
     # A second time only what is missing is tried.
-    calls = []
+    tried = []
     monkeypatch.setattr(
-        "birdcall.data.soundscapes.measure_recording", lambda _, name, __: calls.append(name)
+        "birdcall.data.soundscapes.measure_recording", lambda _, name, __: tried.append(name)
     )
-    labels.cache_sound(tmp_path / "store")
-    assert calls == ["1.wav"]
+    load()
+    assert tried == ["1.wav"]
 
 
 def test_a_mixed_in_soundscape_is_as_loud_as_the_recording_and_adds_its_labels(clips_of, student):
