@@ -5,10 +5,12 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -19,7 +21,7 @@ from birdcall.data.targets import PRESENT, STRONG_LABEL_COLUMNS
 from birdcall.models.checkpoint import SETTINGS_FILE, STATE_FILE, read_checkpoint
 from birdcall.storage.locks import locked
 from birdcall.training import runs as runs_module
-from birdcall.training.distributed import DistributedContext
+from birdcall.training.distributed import DistributedContext, process_context
 from birdcall.training.log import find_best_epochs, read_log, runs_table
 from birdcall.training.resume import conditions_of, read_runs
 from birdcall.training.runs import (
@@ -285,6 +287,13 @@ def test_a_log_that_cannot_be_read_is_named_and_leaves_the_scores(
     assert str(run.folder / "log.csv") in record.getMessage()
 
 
+def process_servers():
+    """The processes, other than runs, that this one has started to train runs at once."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    commands = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
+    return [int(child) for child, command in commands.items() if b"forkserver" in command]
+
+
 def test_a_signal_stops_runs_that_are_trained_at_once(training_data, tiny_experiment, tmp_path):
     long = replace(tiny_experiment, train=replace(tiny_experiment.train, epochs=10_000))
     runs = plan_runs([long], training_data, None, tmp_path)
@@ -295,7 +304,8 @@ def test_a_signal_stops_runs_that_are_trained_at_once(training_data, tiny_experi
     def stop_when_both_run():
         while len(list(tmp_path.glob(f"*/*/{STATE_FILE}"))) < 2:
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
+        for process in (*process_servers(), os.getpid()):  # a batch system signals all processes
+            os.kill(process, signal.SIGTERM)
 
     threading.Thread(target=stop_when_both_run, daemon=True).start()
     with pytest.raises(TrainingInterrupted, match="--resume"):
@@ -307,9 +317,11 @@ def test_a_signal_stops_runs_that_are_trained_at_once(training_data, tiny_experi
 
 def test_a_signal_does_not_end_a_process_that_waits_for_its_next_run():
     """It would keep the lock of the pool's queue, and the others would wait for it forever."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, runs_module._prepare_process, (1, logging.INFO)) as pool:
+    settings = (1, logging.INFO)
+    with ProcessPoolExecutor(1, process_context(), runs_module._prepare_process, settings) as pool:
         process = pool.submit(os.getpid).result()
+        if sys.platform == "linux":  # imported by the server that the processes fork from
+            assert pool.submit(eval, "'timm' in __import__('sys').modules").result()
         os.kill(process, signal.SIGTERM)
         assert pool.submit(os.getpid).result() == process
 

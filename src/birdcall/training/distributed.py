@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import logging
 import math
+import multiprocessing
 import os
 import platform
+import signal
 import socket
+import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +37,27 @@ from birdcall.storage.store import code_digest
 _TIMEOUT = timedelta(minutes=30)  # one process may read slower than another
 _CONNECTION_SECONDS = 10  # to a Ray cluster
 _N_COMPARED_FILES = 100
+
+
+def process_context() -> BaseContext:
+    """Return how new processes that train start: never as a fork of one with torch's threads.
+
+    On Linux they are forks of a server that has imported torch and timm, which would take each of
+    them four seconds of a core, and has no threads of torch.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["timm", "birdcall.training.runs"])
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    # A signal to all processes, as a batch system sends it, must not end the server before them.
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN) if in_main_thread else None
+    try:
+        forkserver.ensure_running()
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, handler)
+    return context
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from birdcall.models.checkpoint import (
 )
 from birdcall.storage.files import shorten_list
 from birdcall.storage.locks import locked
+from birdcall.training.distributed import process_context
 from birdcall.training.initialisation import initialise, require_unseen
 from birdcall.training.log import TensorBoard, describe_epoch, plot_preview, write_log
 from birdcall.training.resume import conditions_of, require_finished
@@ -314,11 +315,10 @@ def _train_at_once(
     runs: Sequence[Run], data: TrainingData, options: RunOptions
 ) -> dict[Run, Checkpoint]:
     jobs, options = options.jobs, replace(options, device=None)
-    spawn = multiprocessing.get_context("spawn")  # a fork inherits torch's threads and hangs
     settings = jobs, logger.getEffectiveLevel()
     with (
         stop_requests() as stop,
-        ProcessPoolExecutor(jobs, spawn, _prepare_process, settings) as pool,
+        ProcessPoolExecutor(jobs, process_context(), _prepare_process, settings) as pool,
     ):
         futures = [
             pool.submit(_train_alone, run, data, options, bar_position=number % jobs)
