@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,6 +27,7 @@ from birdcall.__main__ import main
 from birdcall.experiments import EXPERIMENTS, find_experiment
 from birdcall.models.checkpoint import Checkpoint, save_checkpoint
 from birdcall.models.sed import build_model
+from birdcall.storage.files import atomic_path
 from birdcall.storage.locks import locked
 
 # The commands, each with its arguments as `sys.argv` has them, one after another: a process for
@@ -550,6 +552,41 @@ def test_traceback_shows_where_an_error_comes_from(tmp_path):
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "nowhere" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_command_with_one_line_and_no_temporary_file(
+    tmp_path, monkeypatch, capsys, number
+):
+    def write_slowly(_data):
+        with atomic_path(tmp_path / "a.csv") as temporary:
+            temporary.write_text("half a table")
+            signal.raise_signal(number)
+
+    monkeypatch.setattr("birdcall.data.recordings.read_recordings", write_slowly)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended:
+        main(["audit", "--data", str(tmp_path), "--output", str(tmp_path)])
+    assert ended.value.code == 128 + number
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if number.name in line] == lines[-1:]
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(number) == before
+
+
+def test_a_file_where_a_folder_must_be_and_the_other_way_round(audited, run):
+    folder, data, _ = audited
+    run(folder, "audit", "--data", data, "--workers", 0)
+    (folder / "a file").touch()
+    (folder / "a folder").mkdir()
+    for arguments, path in (
+        (("audit", "--workers", 0, "--output", "a file"), "a file"),
+        (("folds", "--folds", "a folder"), "a folder"),
+    ):
+        error = run(folder, *arguments, "--data", data, fails=True)
+        assert path in error
+        assert "Errno" not in error
+    assert not list(folder.glob(".*"))
 
 
 def test_help_lists_the_commands_in_pipeline_order(tmp_path, run):

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import secrets
 import shutil
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -140,8 +141,12 @@ def _write_audio(folder: Path, plan: DemoPlan, workers: int | None, progress: bo
         return
     # Not fork: the caller may have started torch's threads, which a fork would leave locked.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        deque(progress_bar(pool.map(write, plans)), maxlen=0)
+    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: it is for the caller
+    with ProcessPoolExecutor(workers, context, signal.signal, ignore) as pool:
+        try:
+            deque(progress_bar(pool.map(write, plans)), maxlen=0)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 # --- tables ---
