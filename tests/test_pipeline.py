@@ -135,6 +135,10 @@ def test_the_kernel_writes_every_row_of_test_csv_in_order(pipeline, run):
         (("--soundscapes", "nowhere"), "nowhere: no such folder of labelled soundscapes"),
         (("--fold", "7"), "no trained run of fold 7"),
         (("--experiment", "small_plain"), "no small_plain; `birdcall train` makes one"),
+        (("--experiment", "small"), "runs of small_attention_normed, small_gru"),
+        (("--unlabelled", "nowhere"), "nowhere"),
+        (("--noise", "nowhere"), "nowhere"),
+        (("--window-segments", "1000"), "window_segments is 1000"),
         (("--nocall-share", "1.5"), "nocall share is 1.5"),
     ],
 )
@@ -289,6 +293,8 @@ def test_predict_resumes_and_writes_the_requested_formats(pipeline, run, tmp_pat
         (("{audio}", "--min-confidence", "2"), "min_confidence is 2"),
         (("{audio}", "--package", "nowhere"), "no such manifest"),
         (("{audio}", "--ray", "127.0.0.1:1"), "no cluster answers there"),
+        (("{audio}", "--label-column", "Species"), "--view"),
+        (("--data", "{audio}", "--species", "amecro"), "--data"),
     ],
 )
 def test_predict_refuses_bad_input_in_one_line(pipeline, run, tmp_path, arguments, complaint):
@@ -309,6 +315,12 @@ def test_export_refuses_bad_input_in_one_line(pipeline, run, tmp_path):
     given = ("--input", "waveform", "--to", tmp_path / "a.onnx", "--int8", tmp_path)
     assert "--int8 takes" in run(folder, "export", member, *given, fails=True)
     assert "no such checkpoint" in run(folder, "export", tmp_path, fails=True)
+    given = (member, "--to", tmp_path / "a.onnx")
+    assert str(tmp_path) in run(folder, "export", *given, "--int8", tmp_path, fails=True)
+    assert "waveform" in run(folder, "export", *given, "--input", "audio", fails=True)
+    (tmp_path / "a folder").mkdir()
+    assert "a folder" in run(folder, "export", member, "--to", tmp_path / "a folder", fails=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a folder"]
 
 
 def test_the_package_uses_the_window_of_evaluate(pipeline, run):

@@ -392,6 +392,14 @@ def test_annotations_beyond_the_end_are_cut_or_left_out_and_named(cornell, caplo
     assert "18 to 30 s" in caplog.text and "40 to 41 s" in caplog.text
 
 
+def test_times_that_all_lie_beyond_the_end_are_no_truth(cornell, caplog):
+    """Such as milliseconds: a recording would count as one without birds."""
+    path = write_csv(cornell / "annotations.csv", CORNELL, "SSW_001.flac,1000,2000,0,8000,amecro")
+    with pytest.raises(FileNotFoundError, match=re.escape(str(path.parent))):
+        read_truth([cornell], KNOWN)
+    assert "SSW_001.flac" in caplog.text
+
+
 def test_rows_beyond_the_end_are_left_out_and_named(clef_2021, caplog):
     with (clef_2021 / "train_soundscape_labels.csv").open("a") as file:
         file.write("7019_COR_600,COR,7019,600,amecro\n")
@@ -438,7 +446,7 @@ def test_the_examples_of_the_competition_are_read_alone_and_others_named(
 @pytest.mark.parametrize(
     "row, complaint",
     [
-        ("SSW_001.flac,9,8,0,8000,amecro", r"line 6: .*'8'"),
+        ("SSW_001.flac,9,8,0,8000,amecro", r"line 6: End Time \(s\) is '8'"),
         ("SSW_001.flac,soon,8,0,8000,amecro", r"line 6: .*'soon'"),
         ("SSW_001.flac,-1,8,0,8000,amecro", r"line 6: .*'-1'"),
         ("SSW_001.flac,inf,inf,0,8000,amecro", r"line 6: .*'inf'"),
@@ -470,7 +478,7 @@ def test_a_missing_column_of_annotations_is_named(cornell, column):
         ("7019_COR_7,COR,7019,7,nocall", r"line 5: seconds is '7'"),
         ("7019_COR_0,COR,7019,0,nocall", r"line 5: seconds is '0'"),
         ("7019_COR_x,COR,7019,x,nocall", r"line 5: seconds is 'x'"),
-        ("7019_COR_5,COR,7019,10,nocall", r"line 5: rowid is '7019_COR_5'"),
+        ("7019_COR_5,COR,7019,10,nocall", r"line 5: row_id is '7019_COR_5'"),
         ("7019_COR_10,COR,7019,10,nocall amecro", r"line 5: birds is 'nocall amecro'"),
     ],
 )

@@ -395,7 +395,8 @@ def test_a_name_that_is_no_utf8_is_a_name_like_others(opened, package, tmp_path)
 def test_sound_in_a_format_that_is_not_read_has_a_reason_with_advice(opened, package, tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "phone.M4A").write_bytes(b"no sound that is read")
-    predict([tmp_path / "in"], tmp_path / "out", package, opened)
+    with pytest.raises(ValueError, match=r"phone\.M4A"):  # it is all that there is
+        predict([tmp_path / "in"], tmp_path / "out", package, opened)
     ((path, reason),) = pd.read_csv(tmp_path / "out" / "failed.csv").to_numpy()
     assert path == str(tmp_path / "in" / "phone.M4A") and "convert" in reason
 

@@ -167,7 +167,9 @@ def test_a_table_is_read_as_it_is_written_with_the_line_of_each_row(tmp_path: Pa
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "no column 'a'"),
+        ("", "t.csv"),
+        ("a;b\n1;2\n", "t.csv.*commas"),
+        ("a\tb\n1\t2\n", "t.csv.*commas"),
         ("b,c\n1,2\n", "no column 'a'; its columns are b, c"),
         ("a,a\n1,2\n", "more than one column 'a'"),
         ("a,b\n1,2\n3\n", "t.csv, line 3: 1 fields where the header has 2"),

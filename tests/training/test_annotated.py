@@ -252,6 +252,24 @@ def test_labelled_soundscapes_are_refused_in_a_training(annotated, data, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_labels_of_no_species_are_counted(annotated, data, tmp_path, caplog):
+    rows = ("a.wav,1,2,0,8000,amecro", "a.wav,3,4,0,8000,sqrl", "a.wav,5,6,0,8000,sqrl")
+    (annotated / "annotations.csv").write_text("\n".join([HEADER, *rows, ""]))
+    _, labels = write_labels_of_people(data, annotated, tmp_path / "out")
+    assert len(labels.events) == 1
+    assert "sqrl 2" in caplog.text
+
+
+def test_a_folder_that_is_not_there_shares_sound_with_nothing(annotated, data, tmp_path):
+    """A name with a slip would let labelled soundscapes into a training."""
+    for arguments in ({"labelled": [tmp_path / "nowhere"]}, {"folder": tmp_path / "nowhere"}):
+        with pytest.raises((ValueError, FileNotFoundError), match="nowhere"):
+            write_labels_of_people(
+                data, **{"folder": annotated, "output": tmp_path / "out", **arguments}
+            )
+    assert not (tmp_path / "out").exists()
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 
@@ -259,6 +277,15 @@ def test_annotated_needs_soundscapes_and_no_model(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["pseudo-label", "--data", str(tmp_path), "--annotated"])
     assert "--soundscapes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--labelled", "."), ("--label-column", "Species")], ids=lambda item: item[0]
+)
+def test_an_option_that_would_not_be_read_is_refused(tmp_path, capsys, arguments):
+    with pytest.raises(SystemExit, match="2"):
+        main(["pseudo-label", "--data", str(tmp_path), *arguments])
+    assert arguments[0] in capsys.readouterr().err
 
 
 def test_the_command_writes_labels_that_a_training_reads(

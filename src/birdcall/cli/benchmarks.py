@@ -35,7 +35,9 @@ def _benchmark_loader(
         int | None,
         typer.Option(min=1, help="Write this many mp3 files to --data first.", show_default="none"),
     ] = None,
-    seconds: Annotated[float, typer.Option(help="Length of each written mp3 file.")] = 60.0,
+    seconds: Annotated[
+        float, typer.Option(min=5.1, help="Length of each written mp3 file, with --recordings.")
+    ] = 60.0,
     n_clips: Annotated[int, typer.Option(min=1, help="Number of clips in an epoch.")] = 256,
     repeats: Annotated[int, typer.Option(min=1, help="Repetitions; the median counts.")] = 3,
 ) -> None:
@@ -85,7 +87,7 @@ def _benchmark_evaluation(
         "output/benchmark-evaluation"
     ),
     soundscapes: Annotated[int, typer.Option(min=2, help="Number of soundscapes.")] = 150,
-    seconds: Annotated[float, typer.Option(help="Length of each soundscape.")] = 600.0,
+    seconds: Annotated[float, typer.Option(min=5, help="Length of each soundscape.")] = 600.0,
     classes: Annotated[int, typer.Option(min=2, help="Number of species.")] = 264,
     members: Annotated[int, typer.Option(min=1, help="Number of members.")] = 5,
 ) -> None:
@@ -104,7 +106,7 @@ def _benchmark_inference(
     output: Output = None,
     members: Annotated[int, typer.Option(min=1, help="Members of the larger ensemble.")] = 5,
     minutes: Annotated[
-        float, typer.Option(help="Minutes of audio for each implementation.")
+        float, typer.Option(min=0.1, help="Minutes of audio for each implementation.")
     ] = 10.0,
     repeats: Annotated[int, typer.Option(min=1, help="Repetitions; the median counts.")] = 3,
 ) -> None:
@@ -130,7 +132,7 @@ def _benchmark_peers(
         typer.Option(help="Folder of a trained run.", show_default="the first of the data's runs"),
     ] = None,
     soundscapes: Labelled = None,
-    minutes: Annotated[float, typer.Option(help="Minutes of audio that are timed.")] = 5.0,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Minutes of audio that are timed.")] = 5.0,
     repeats: Annotated[int, typer.Option(min=1, help="Repetitions; the median counts.")] = 5,
     threshold: Annotated[
         float, typer.Option(min=0, max=1, help="Probability from which a class is predicted.")
@@ -157,7 +159,7 @@ def _benchmark_peers(
 def _benchmark_memory(
     data: Data,
     output: Output = None,
-    hours: Annotated[float, typer.Option(help="Length of the long recording.")] = 24.0,
+    hours: Annotated[float, typer.Option(min=0.2, help="Length of the long recording.")] = 24.0,
 ) -> None:
     """Measure the memory that inference takes for a recording of 10 minutes and a long one."""
     from birdcall.benchmark.inference import benchmark_memory
@@ -171,9 +173,9 @@ def _benchmark_memory(
 def _benchmark_scale(
     data: Data,
     output: Output = None,
-    hours: Annotated[float, typer.Option(help="Hours of audio in the archive.")] = 1e6,
+    hours: Annotated[float, typer.Option(min=0.1, help="Hours of audio in the archive.")] = 1e6,
     workers: Annotated[int, typer.Option(min=1, help="Workers of two cores each.")] = 200,
-    failures: Annotated[float, typer.Option(help="Failures of each worker per day.")] = 1.0,
+    failures: Annotated[float, typer.Option(min=0, help="Failures of each worker per day.")] = 1.0,
     members: Annotated[int, typer.Option(min=1, help="Members that predict the archive.")] = 5,
 ) -> None:
     """Estimate the time for the hidden test set and an archive, from `benchmark inference`."""
@@ -189,7 +191,7 @@ def _benchmark_scale(
 def _benchmark_labels(
     annotations: Annotated[int, typer.Option(min=1, help="Number of annotations.")] = 100_000,
     recordings: Annotated[int, typer.Option(min=1, help="Number of recordings.")] = 300,
-    hours: Annotated[float, typer.Option(help="Hours of sound, of all together.")] = 300.0,
+    hours: Annotated[float, typer.Option(min=0.1, help="Hours of sound, of all together.")] = 300.0,
 ) -> None:
     """Time reading annotations of soundscapes and matching them to segments; measure the memory."""
     from tempfile import TemporaryDirectory
@@ -228,6 +230,8 @@ def _benchmark_season(
     parts = sizes.split(",")
     if not all(part.strip().isdigit() for part in parts):
         raise ValueError(f"--sizes is {sizes!r}; give numbers such as 1000,10000")
+    if not script.is_file():  # the last step needs it, after hours
+        raise FileNotFoundError(f"{script}: no such script of the kernel; give --script")
     table, machines = benchmark_season(
         *(data, Folders(data, output).benchmark, script),
         names=names,

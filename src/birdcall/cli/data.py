@@ -167,6 +167,10 @@ def _pseudo_label(
         raise ValueError("--annotated takes labels from tables: give --soundscapes and no model")
     if birdnet and (soundscapes is None or experiment):
         raise ValueError("--birdnet labels soundscapes: give --soundscapes, and no --experiment")
+    if soundscapes is None and labelled:
+        raise ValueError("--labelled keeps --soundscapes apart: give both, or neither")
+    if label_column is not None and not annotated:
+        raise ValueError("--label-column is of the tables of --annotated: give both, or neither")
     model = open_birdnet() if birdnet else None
     folders = Folders(data, output, folds)
     labels = folders.output / "pseudo_labels.csv"

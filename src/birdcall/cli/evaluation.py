@@ -24,6 +24,7 @@ from birdcall.cli.options import (
     Unlabelled,
     WindowSegments,
     parse_fold,
+    require_folders,
 )
 
 commands = typer.Typer()
@@ -72,6 +73,7 @@ def _evaluate(
     ] = None,
 ) -> None:
     """Score runs on held-out audio of three kinds, choose the decision, write the report."""
+    require_folders(unlabelled)
     if screenshots is not None:
         from birdcall.report.html import require_browser
 

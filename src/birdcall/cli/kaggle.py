@@ -294,10 +294,21 @@ def _predict(
 
     if bool(paths) == (data is not None):
         raise ValueError("give either PATHS of recordings or --data DIR")
-    if view and (ray is not None or data is not None):
-        raise ValueError(
-            "--view needs PATHS, predicted on this machine: leave out --ray and --data"
-        )
+    for_paths = (format, species, min_confidence, embeddings, view, label_column, overwrite, ray)
+    if data is not None and any(for_paths):
+        raise ValueError("--data takes --package and --output only: all others are for PATHS")
+    if view and ray is not None:
+        raise ValueError("--view needs PATHS, predicted on this machine: leave out --ray")
+    if label_column is not None and not view:
+        raise ValueError("--label-column names what --view shows: give both, or neither")
+    options = ResultOptions(
+        formats=tuple(format or ResultOptions.formats),
+        min_confidence=min_confidence,
+        species=tuple(species or ()),
+        embeddings=embeddings,
+        view=view,
+    )
+    recordings = find_recordings(paths) if paths else []  # before networks are loaded
     device = default_device()
     opened = open_package(package, device, all_members=True)
     if opened.decision.names_nothing:
@@ -310,23 +321,12 @@ def _predict(
         submission = Folders(data, output).submission
         typer.echo(f"{submission}: {predict_test_set(data, submission, lambda: opened)}")
         return
-    options = ResultOptions(
-        formats=tuple(format or ResultOptions.formats),
-        min_confidence=min_confidence,
-        species=tuple(species or ()),
-        embeddings=embeddings,
-        view=view,
-    ).for_classes(opened.ensemble.classes)
-    recordings = find_recordings(paths)
+    options = options.for_classes(opened.ensemble.classes)
     output = output or Path("output/predictions")
-    journal_file = output / "journal.jsonl"
     pages, labels = None, {}
     if view:
-        labels = read_labels_beside(
-            [recording.path for recording in recordings],
-            known_species(opened.ensemble.classes),
-            label_column,
-        )
+        files, codes = [item.path for item in recordings], known_species(opened.ensemble.classes)
+        labels = read_labels_beside(files, codes, label_column)
         pages = SoundscapePageWriter(
             folder=output / "view",
             decision=opened.decision,
@@ -342,7 +342,7 @@ def _predict(
 
         predictor = predict_on_ray(ray, package, output, embeddings=embeddings, progress=True)
     fingerprint = fingerprint_of(package, options, device.type)
-    with Journal(journal_file, fingerprint, overwrite=overwrite) as journal:
+    with Journal(output / "journal.jsonl", fingerprint, overwrite=overwrite) as journal:
         typer.echo(
             predict_recordings(
                 recordings, predictor, journal, output, options=options, pages=pages, labels=labels

@@ -30,6 +30,7 @@ from birdcall.cli.options import (
     Unlabelled,
     WindowSegments,
     parse_fold,
+    require_folders,
 )
 from birdcall.config import FULL
 from birdcall.experiments import EXPERIMENTS
@@ -79,7 +80,9 @@ def _train(
     ] = 200,
     time_limit: Annotated[
         float | None,
-        typer.Option(help="Save the state and stop after these seconds.", show_default="none"),
+        typer.Option(
+            min=0, help="Save the state and stop after these seconds.", show_default="none"
+        ),
     ] = None,
     ray: Annotated[
         str | None,
@@ -105,12 +108,12 @@ def _train(
     if resume and overwrite:
         raise ValueError("--resume continues a run, --overwrite replaces it: give one of them")
     deadline = None if time_limit is None else time.monotonic() + time_limit
-    chosen = [find_experiment(name) for name in experiment]
+    chosen, held_out = [find_experiment(name) for name in experiment], parse_fold(fold)
     folders = Folders(data, output, folds)
     training_data = folders.load_training_data(
         noise, labels, other_birds=other_birds, soundscape_labels=soundscape_labels
     )
-    runs = plan_runs(chosen, training_data, parse_fold(fold), folders.runs)
+    runs = plan_runs(chosen, training_data, held_out, folders.runs)
     with (
         _report_interruption(deadline),
         distributed_context(default_device()) as (distributed, device),
@@ -186,13 +189,14 @@ def _student(
     from birdcall.training.student import StudentOptions, describe_labels, train_rounds
     from birdcall.training.trainer import RunOptions
 
-    chosen = [find_experiment(name) for name in experiment]
+    require_folders([soundscapes], labelled)
+    chosen, held_out = [find_experiment(name) for name in experiment], parse_fold(fold)
     folders = Folders(data, output, folds)
     training_data = folders.load_training_data(noise, other_birds=other_birds)
     options = StudentOptions(
         soundscapes=soundscapes,
         n_rounds=rounds,
-        fold=parse_fold(fold),
+        fold=held_out,
         labelled=labelled or (),
         training=RunOptions(
             workers=workers,
@@ -215,7 +219,7 @@ def _student(
 def _ablate(
     data: Data,
     experiment: _Experiments,
-    seeds: Annotated[int, typer.Option(help="Seeds of each experiment and fold.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds of each experiment and fold.")] = 3,
     fold: Fold = "all",
     minutes: Annotated[
         float, typer.Option(help="Time budget; a seed that does not fit is left out.")
@@ -252,6 +256,7 @@ def _ablate(
     from birdcall.storage.files import inside, write_atomically
     from birdcall.training.trainer import RunOptions
 
+    require_folders(unlabelled)
     chosen = [find_experiment(experiment_name) for experiment_name in experiment]
     folders = Folders(data, output, folds)
     folder = inside(folders.output, name)
@@ -308,7 +313,7 @@ def _export(
     """Export a network to ONNX, and check that ONNX Runtime predicts the same as torch."""
     from birdcall.inference.engine import sample_log_mels
     from birdcall.inference.windows import ONNX_FILE, WindowConfig, export_checkpoint
-    from birdcall.models.checkpoint import quantize_onnx, read_checkpoint
+    from birdcall.models.checkpoint import quantize_onnx, read_checkpoint, require_windows
     from birdcall.storage.files import find_files, readable_sound
 
     path = to or checkpoint / ONNX_FILE
@@ -317,15 +322,18 @@ def _export(
     if source != "log_mel" and int8 is not None:
         raise ValueError("--int8 takes networks with --input log_mel only")
     window_config = WindowConfig(window_segments, context_seconds)
+    frontend = read_checkpoint(checkpoint).experiment.frontend
+    if int8 is not None:  # before the export, which it would leave in float32
+        recordings = readable_sound(find_files(int8), "recordings")
+        log_mels = sample_log_mels(recordings, frontend, window_config)
+        require_windows(f"--int8 {int8}", *log_mels)
     difference = export_checkpoint(checkpoint, path, window_config, source)
     typer.echo(
         f"{path}: {path.stat().st_size / 1e6:.1f} MB; probabilities differ from torch's by at "
         f"most {difference:.1g}"
     )
     if int8 is not None:
-        frontend = read_checkpoint(checkpoint).experiment.frontend
-        recordings = readable_sound(find_files(int8), "recordings")
-        parity = quantize_onnx(path, *sample_log_mels(recordings, frontend, window_config))
+        parity = quantize_onnx(path, *log_mels)
         typer.echo(
             f"{path}: {path.stat().st_size / 1e6:.1f} MB in int8, {parity.speed:.2f} x as fast; "
             f"{parity.rows_equal:.1%} of held-out rows have the same labels, row-wise F1 "

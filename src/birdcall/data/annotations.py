@@ -16,6 +16,7 @@ import pandas as pd
 
 from birdcall.audio.reading import AudioError, probe_audio
 from birdcall.config import NOCALL, SEGMENT_SECONDS
+from birdcall.data.targets import describe_counts
 from birdcall.inference.tables import LABEL_COLUMNS, read_labels_beside
 from birdcall.inference.windows import count_segments
 from birdcall.kaggle.test_set import find_audio, list_audio
@@ -25,6 +26,7 @@ from birdcall.storage.files import (
     inside,
     is_sound,
     letters_of,
+    path_below,
     read_loose_table,
     shorten_list,
 )
@@ -93,12 +95,10 @@ def read_annotated_soundscapes(
     sound = list(filter(is_sound, files))
     by_path: dict[Path, _Labels] = {}
     beside = read_labels_beside(sound, codes, label_column, is_strict=True)
-    logger.info("%s: %d recordings have labels beside them", folder, len(beside))
     for path, events in beside.items():
         rows = [(path.name, event.onset, event.offset, event.ebird_code) for event in events]
         by_path[path] = _Labels("tables beside it", pd.DataFrame(rows, columns=_COLUMNS), True)
-    tables = [path for path in files if path.suffix.lower() == ".csv"]
-    _read_csv_tables(by_path, tables, label_column)
+    _read_csv_tables(by_path, files, label_column)
     if not by_path:
         above = (folder.resolve().parent / name for name in PUBLISHED)
         _read_csv_tables(by_path, filter(Path.is_file, above), label_column, folder)
@@ -115,7 +115,10 @@ def read_annotated_soundscapes(
         for text in {text for labels in by_path.values() for text in labels.table["label"]}
     }
     items = (_annotate(path, by_path[path], code_of) for path in sorted(by_path))
-    return [item for item in items if item is not None]
+    annotated = [item for item in items if item is not None]
+    if foreign := sum((item.foreign for item in annotated), Counter[str]()):
+        logger.warning("%s: labels of no species: %s", folder, describe_counts(foreign))
+    return annotated
 
 
 def _annotate(
@@ -140,6 +143,9 @@ def _annotate(
         if times:
             message = "%s: labels beyond the end of the recording (%g s) are cut or left out: %s"
             logger.warning(message, path, seconds, shorten_list(times))
+        if len(events) and (events["onset"] >= seconds).all():
+            logger.warning("%s is left out: all labels begin after it; are they seconds?", path)
+            return None
     else:
         rows = (labels.table["onset"] // SEGMENT_SECONDS).astype(int).unique()
         if n_beyond := int((rows >= n_segments).sum()):
@@ -162,7 +168,7 @@ def _read_csv_tables(
     audio: Path | None = None,
 ) -> None:
     """Add the labels in CSV ``tables`` of recordings in ``audio``; None: beside the table."""
-    for path in tables:
+    for path in (path for path in tables if path.suffix.lower() == ".csv"):
         read = _find_format(path)
         if read is None:
             logger.info("%s: no table of labels; left out", path)
@@ -222,7 +228,7 @@ def _find_recording(
     ``7019_COR``, of BirdCLEF 2021, is the file ``7019_COR_20190904.ogg``.
     """
     dated = re.compile(re.escape(name) + r"_\d{8}")
-    if "/" in name and (path := inside(listed[0][0], name)).is_file():  # of `_path_below`
+    if "/" in name and (path := inside(listed[0][0], name)).is_file():  # of `path_below`
         return path
     for folder, names in listed:
         if path := find_audio(folder, name if name in names else Path(name).stem, names):
@@ -233,13 +239,6 @@ def _find_recording(
         if files:
             return inside(folder, files.pop())
     return None
-
-
-def _path_below(folder: Path, name: str) -> str:
-    """Return as much of the end of a path, of some machine, as there is below ``folder``."""
-    parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..")]
-    ends = ["/".join(parts[number:]) for number in range(len(parts))]
-    return next((end for end in ends if inside(folder, end).is_file()), ends[-1] if ends else name)
 
 
 def _find_format(path: Path) -> Callable[[Path, str | None], _Labels] | None:
@@ -270,8 +269,8 @@ def _read_times(path: Path, label_column: str | None) -> _Labels:
     if not is_of_one:
         file = _column(path, table, _FILES)
         _require(path, file, file != "", "it must not be empty")
-        if file.name != "filename":  # BirdNET-Analyzer and `predict` write paths
-            file = file.map({name: _path_below(path.parent, name) for name in file.unique()})
+        if letters_of(file.name) != "filename":  # BirdNET-Analyzer and `predict` write paths
+            file = file.map({name: path_below(path.parent, name) for name in file.unique()})
     labels = pd.DataFrame({"name": file, "onset": onset, "offset": offset, "label": label})
     return _Labels(str(path), _drop_duplicates(path, labels), True, is_of_one)
 
@@ -324,10 +323,11 @@ def _drop_duplicates(path: Path, labels: pd.DataFrame) -> pd.DataFrame:
 
 def _column(path: Path, table: pd.DataFrame, names: Sequence[str]) -> pd.Series:
     """Return the first of the columns ``names`` that a table has; ValueError if it has none."""
-    for name in names:
-        if letters_of(name) in table:
-            return table[letters_of(name)]
-    raise ValueError(f"{path}: no column {' or '.join(names)}; it has {', '.join(table)}")
+    header = table.attrs["header"]
+    for name in map(letters_of, names):
+        if name in table:
+            return table[name].rename(header[name])
+    raise ValueError(f"{path}: no column {' or '.join(names)}; it has {', '.join(header.values())}")
 
 
 def _require(path: Path, cells: pd.Series, is_valid: pd.Series, why: str) -> None:

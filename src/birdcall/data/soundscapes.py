@@ -200,6 +200,9 @@ class SoundscapeLabels:
     @classmethod
     def read(cls, path: Path, classes: Sequence[str]) -> SoundscapeLabels:
         """Read what `write` wrote; errors name the file, or the soundscape that has changed."""
+        if not path.is_file():
+            advice = "`birdcall pseudo-label --soundscapes` makes them"
+            raise FileNotFoundError(f"{path}: no such labels of soundscapes; {advice}")
         try:
             arrays, values = read_arrays(path)
             folder, known = Path(values.pop("folder")), tuple(values.pop("classes"))

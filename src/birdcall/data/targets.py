@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import pandas as pd
 from torch.utils.data import Sampler
 
 from birdcall.config import SEGMENT_SECONDS, SamplingConfig, require
-from birdcall.storage.files import read_table, write_atomically
+from birdcall.storage.files import read_table, shorten_list, write_atomically
 
 # Target of a class that may or may not be in the clip: the loss and the metrics leave it out.
 IGNORE_TARGET = -1.0
@@ -49,6 +50,12 @@ class _TimedLabel(Protocol):
     onset: float  # seconds from the start of its recording
     offset: float
     ebird_code: str
+
+
+def describe_counts(labels: Counter[str]) -> str:
+    """Return labels with how often each occurs, the most frequent first; 20 of them."""
+    counts = [f"{label or '(no label)'} {count}" for label, count in labels.most_common()]
+    return shorten_list(counts, 20)
 
 
 def label_segments(
@@ -168,6 +175,8 @@ def read_strong_labels(
 
     Raises FileNotFoundError or ValueError naming file, line and column.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such labels; `birdcall pseudo-label` makes them")
     text = read_table(path, STRONG_LABEL_COLUMNS)[list(STRONG_LABEL_COLUMNS)]
     seconds = text["filename"].map(recordings.set_index("filename")["seconds"])
     onset, offset, probability = (

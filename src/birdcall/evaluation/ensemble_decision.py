@@ -273,6 +273,11 @@ def decide_for_full_runs(decision: Decision, runs: Path) -> Decision:
     weights = {}
     for name in decision.members:
         experiment, _, fold = name.rpartition("-")
+        if not (runs / experiment / FULL).is_dir():
+            command = f"birdcall train --experiment {experiment} --fold {FULL}"
+            raise FileNotFoundError(
+                f"{runs / experiment / FULL}: no such run; `{command}` makes it"
+            )
         of_fold = read_checkpoint(runs / experiment / fold)
         full = read_checkpoint(runs / experiment / FULL)
         differences = describe_other_training(of_fold, full)

@@ -20,7 +20,7 @@ from birdcall.audio.reading import AudioError
 from birdcall.config import SEGMENT_SECONDS
 from birdcall.data.annotations import PUBLISHED, read_annotated_soundscapes
 from birdcall.data.audit import measure_recording
-from birdcall.data.targets import label_segments
+from birdcall.data.targets import describe_counts, label_segments
 from birdcall.evaluation.predictions import LabelledPredictions, PredictionCache
 from birdcall.inference.engine import open_recording
 from birdcall.inference.ensemble import Ensemble
@@ -250,7 +250,10 @@ def _read_examples(folder: Path, species: Sequence[str]) -> Truth:
     is_known = codes.notna()
     in_annotations = Counter(annotations.loc[~is_known, "ebird_code"])
     annotations["ebird_code"] = codes
-    _log_foreign(folder / CompetitionFile.EXAMPLE_ANNOTATIONS, in_annotations)
+    if in_annotations:
+        message = "%s: labels that are no class and count as no bird: %s"
+        source = folder / CompetitionFile.EXAMPLE_ANNOTATIONS
+        logger.warning(message, source, describe_counts(in_annotations))
     in_rows = Counter(label for labels in rows["foreign_labels"] for label in labels)
     return Truth(
         paths=paths,
@@ -296,12 +299,4 @@ def _read_annotated(folder: Path, species: Sequence[str], label_column: str | No
     if truth.n_unknown:
         message = "%s: %d segments have a bird that nobody could name (%s) and are not scored"
         logger.warning(message, folder, truth.n_unknown, UNKNOWN_BIRD)
-    _log_foreign(folder, truth.foreign)
     return truth
-
-
-def _log_foreign(source: Path, foreign: Counter[str]) -> None:
-    if foreign:
-        counts = [f"{label or '(no label)'} {count}" for label, count in foreign.most_common()]
-        message = "%s: labels that are no class and count as no bird: %s"
-        logger.warning(message, source, shorten_list(counts, 20))

@@ -35,6 +35,7 @@ _SOURCES = ("log_mel", "waveform")  # inputs of an exported model
 _METADATA_KEY = "birdcall"
 _TOLERANCE = 1e-4  # in probability, and of an embedding's largest value
 _N_PROBES = 6
+_MAX_WINDOW_SECONDS = 600.0  # as long as the longest soundscapes of the competition
 
 Waveforms = Mapping[int, np.ndarray]  # sample rate → the same audio at this rate, (samples,)
 # sample rates → short audio at once, long audio in blocks; raises AudioError
@@ -78,6 +79,11 @@ class WindowConfig:
             self.shifts == 1 or self.window_segments == 1,
             f"shifts is {self.shifts}, window_segments {self.window_segments}: one of them must be "
             "1, since windows of several segments are not shifted",
+        )
+        require(
+            self.window_seconds <= _MAX_WINDOW_SECONDS,
+            f"window_segments is {self.window_segments}, context_seconds {self.context_seconds:g}: "
+            f"a window of {self.window_seconds:g} s; give one of {_MAX_WINDOW_SECONDS:g} s at most",
         )
 
     @property
@@ -252,7 +258,7 @@ def export_checkpoint(
     programs. Its outputs are those of `SegmentOutput`; its metadata names the weights.
     ExportError if a probability differs by more than 1e-4; then nothing is written.
     """
-    require_choice("source", source, _SOURCES)
+    require_choice("input", source, _SOURCES)
     model, checkpoint = load_model(folder)
     waveforms = probe_windows(checkpoint.experiment.frontend.sample_rate, window_config)
     detector = SegmentModel(model, window_config)

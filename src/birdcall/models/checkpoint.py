@@ -279,6 +279,16 @@ class LabelParity(NamedTuple):
         return min(self.rows_equal, self.row_wise_f1)
 
 
+def require_windows(source: str, calibration: np.ndarray, held_out: np.ndarray) -> None:
+    """Raise QuantizationError where `quantize_onnx` has too little sound; ``source``: of it."""
+    if min(len(calibration), len(held_out)) < _MIN_WINDOWS:
+        raise QuantizationError(
+            f"{source}: int8 needs {_MIN_WINDOWS} windows to calibrate, and as many of other "
+            f"recordings to compare labels; there are {len(calibration)} and {len(held_out)}: "
+            "give more recordings"
+        )
+
+
 def quantize_onnx(path: Path, calibration: np.ndarray, held_out: np.ndarray) -> LabelParity:
     """Let the export at ``path`` compute the later layers of its backbone in int8.
 
@@ -288,13 +298,7 @@ def quantize_onnx(path: Path, calibration: np.ndarray, held_out: np.ndarray) -> 
     their row-wise F1 is 0.99. QuantizationError if no share reaches that, or there is too little
     sound; the file stays as it is.
     """
-    n_windows = min(len(calibration), len(held_out))
-    if n_windows < _MIN_WINDOWS:
-        raise QuantizationError(
-            f"{path}: int8 needs {_MIN_WINDOWS} windows to calibrate, and as many of other "
-            f"recordings to compare labels; there are {len(calibration)} and {len(held_out)}: "
-            "give more recordings"
-        )
+    require_windows(str(path), calibration, held_out)
     reference = OnnxModel(path)
     expected = _predict_rows(reference, held_out)
     n_labelled = int((expected >= _LABEL_THRESHOLDS[0]).any(axis=1).sum())

@@ -221,6 +221,8 @@ def predict_recordings(
 ) -> str:
     """Predict the recordings that are not in the journal, write all results; return a summary.
 
+    ValueError, after that, where none could be predicted.
+
     Those that failed, whose parts or pages have been deleted, or whose parts are damaged, are
     predicted again: a permission may have been given since, or a disk answer again.
 
@@ -241,16 +243,15 @@ def predict_recordings(
             remaining.append(recording)
     if len(remaining) < len(recordings):
         logger.info("%d recordings were finished before", len(recordings) - len(remaining))
-    if remaining:
-        for recording, result in predict(remaining):
-            if result.reason:
-                logger.warning("%s: %s", recording.path, result.reason)
-            journal.add(keys[recording], result.to_json())
-    results = {
-        recording: RecordingResult.from_json(journal.find(keys[recording]))
-        for recording in recordings
-    }
+    for recording, result in predict(remaining) if remaining else ():
+        if result.reason:
+            logger.warning("%s: %s", recording.path, result.reason)
+        journal.add(keys[recording], result.to_json())
+    results = {item: RecordingResult.from_json(journal.find(keys[item])) for item in recordings}
     summary = write_results(results, output, options)
+    failed = [f"{item.path}: {result.reason}" for item, result in results.items() if result.reason]
+    if failed and len(failed) == len(results):
+        raise ValueError(f"{summary}, such as {failed[0]}")
     if pages is not None:
         summary += f"; look at {pages.write_index(_index_table(results))}"
     return summary

@@ -54,9 +54,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     The temporary file is beside ``path`` (a rename across disks is not atomic) and has its suffix
     (pandas, torch and soundfile choose the format by it). Folders are created as needed; after an
-    error the old ``path`` is as it was and the temporary file is deleted. An ``OSError``, such as
-    that of a full disk, names ``path``.
+    error, which names ``path``, the old file is as it was and the temporary one is deleted.
     """
+    if path.is_dir():  # not after the work that makes its content
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}{path.suffix}")
     try:
@@ -192,6 +193,13 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
+def path_below(folder: Path, name: str) -> str:
+    """Return as much of the end of a path, of some machine, as there is below ``folder``."""
+    parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..")]
+    ends = ["/".join(parts[number:]) for number in range(len(parts))]
+    return next((end for end in ends if inside(folder, end).is_file()), ends[-1] if ends else name)
+
+
 def unique_names(names: Sequence[str]) -> list[str]:
     """Return ``names``, those that occur again with a number before them: ``2/a.wav``.
 
@@ -256,6 +264,8 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
             line = reader.line_num + 1  # a cell can hold line ends, so a row several lines
     except csv.Error as error:
         raise ValueError(f"{path}, line {reader.line_num}: is not a CSV: {error}") from error
+    if len(header) < 2 and (not header or re.search("[;\t]", header[0])):
+        raise ValueError(f"{path}: is empty, or its cells are not separated by commas")
     for column in columns:
         if header.count(column) != 1:
             problem = "no column" if column not in header else "more than one column"
@@ -272,12 +282,14 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 def read_loose_table(path: Path) -> pd.DataFrame:
     """Read a CSV as `read_table`, whatever the case, blanks and signs in its header.
 
-    Columns are called by `letters_of` their names; cells have no blanks around them.
+    Columns are called by `letters_of` their names (``attrs["header"]`` has them); cells have no
+    blanks around them.
     """
     table = read_table(path, ())
     letters = list(map(letters_of, table))
     if again := [name for name in table if letters.count(letters_of(name)) > 1]:
         raise ValueError(f"{path}: more than one column {again[0]!r}")
+    table.attrs["header"] = dict(zip(letters, table, strict=True))
     table.columns = letters
     return table.apply(lambda column: column.str.strip()) if len(table) else table
 

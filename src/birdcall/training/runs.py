@@ -23,7 +23,6 @@ from tqdm import tqdm
 from birdcall.config import FULL, Experiment, require
 from birdcall.data.dataset import TrainingData, check_classes
 from birdcall.data.loader import check_worker_memory
-from birdcall.experiments import find_experiment
 from birdcall.inference.ensemble import default_device
 from birdcall.models.checkpoint import (
     SETTINGS_FILE,
@@ -177,8 +176,6 @@ def find_runs(
     runs. Raises FileNotFoundError where a named experiment has no trained run, or there is none.
     """
     experiments = list(experiments or ())
-    for name in experiments:
-        find_experiment(name)
     started = {path.parent for path in folder.rglob(STATE_FILE)}
     trained = set(find_checkpoints(folder))
     wanted = [
@@ -197,7 +194,9 @@ def find_runs(
     if not runs or missing:
         what = ", ".join(missing) or "trained run"
         of_fold = "" if fold is None else f" of fold {fold}"
-        raise FileNotFoundError(f"{folder}: no {what}{of_fold}; `birdcall train` makes one")
+        known = ", ".join(sorted({run.parent.name for run in trained}))
+        there = f"; there are runs of {known}" if known else ""
+        raise FileNotFoundError(f"{folder}: no {what}{of_fold}; `birdcall train` makes one{there}")
     return runs
 
 
