@@ -86,7 +86,7 @@ def _benchmark_evaluation(
     output: Annotated[Path, typer.Option(help="Folder for random predictions and results.")] = Path(
         "output/benchmark-evaluation"
     ),
-    soundscapes: Annotated[int, typer.Option(min=2, help="Number of soundscapes.")] = 150,
+    n_soundscapes: Annotated[int, typer.Option(min=2, help="Number of soundscapes.")] = 150,
     seconds: Annotated[float, typer.Option(min=5, help="Length of each soundscape.")] = 600.0,
     classes: Annotated[int, typer.Option(min=2, help="Number of species.")] = 264,
     members: Annotated[int, typer.Option(min=1, help="Number of members.")] = 5,
@@ -95,7 +95,7 @@ def _benchmark_evaluation(
     from birdcall.benchmark.scale import benchmark_evaluation
 
     table = benchmark_evaluation(
-        output, n_soundscapes=soundscapes, seconds=seconds, n_classes=classes, n_members=members
+        output, n_soundscapes=n_soundscapes, seconds=seconds, n_classes=classes, n_members=members
     )
     typer.echo(table.to_string(index=False))
 

@@ -31,7 +31,7 @@ def _demo(
     context: typer.Context,
     data: Data,
     seed: Annotated[int, typer.Option(help="Another seed gives other songs and recordings.")] = 0,
-    workers: _Workers = _WORKERS,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that write files.")] = _WORKERS,
 ) -> None:
     """Write a small data set of synthetic birdsong with all files of the competition."""
     from birdcall.demo.plan import DemoConfig

@@ -56,8 +56,9 @@ def _evaluate(
         list[int] | None,
         typer.Option(
             min=1,
-            help="Average each segment over windows that begin so often in its 5 s. Of several "
-            "numbers (the option repeated) the first, or a later one that scores clearly higher.",
+            help="Average each segment over windows that begin so often in its 5 s: a divisor of "
+            "50. Of several (the option repeated) the first, or a later one that scores clearly "
+            "higher.",
             show_default="1",
         ),
     ] = None,

@@ -271,7 +271,7 @@ def _predict(
     ] = False,
     ray: Annotated[
         str | None,
-        typer.Option(help="Address of a Ray cluster that shares the work, or auto."),
+        typer.Option(help="Address of a Ray cluster, or auto.", show_default="this machine"),
     ] = None,
 ) -> None:
     """Predict the test rows of a data folder, or detect birds in your own recordings.

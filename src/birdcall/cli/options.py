@@ -106,12 +106,18 @@ WindowSegments = Annotated[
     int, typer.Option(min=1, help="Number of 5-second segments in one input of the network.")
 ]
 ContextSeconds = Annotated[
-    float, typer.Option(min=0, help="Seconds of audio before and after the window, also input.")
+    float,
+    typer.Option(
+        min=0, help="Seconds of audio before and after the window, also input, in steps of 0.1."
+    ),
 ]
 
 Shifts = Annotated[
     int,
-    typer.Option(min=1, help="Average each segment over windows that begin so often in its 5 s."),
+    typer.Option(
+        min=1,
+        help="Average each segment over windows that begin so often in its 5 s: a divisor of 50.",
+    ),
 ]
 
 LabelColumn = Annotated[

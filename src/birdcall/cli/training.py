@@ -304,7 +304,8 @@ def _export(
         Path | None,
         typer.Option(
             help="Folder of recordings: much of the network runs in int8, calibrated on half of "
-            "them, if 99 % of the rows of the other half have the same labels."
+            "them, if 99 % of the rows of the other half have the same labels.",
+            show_default="none",
         ),
     ] = None,
     window_segments: WindowSegments = 1,
