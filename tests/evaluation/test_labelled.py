@@ -197,6 +197,13 @@ def test_results_of_models_and_notes_are_no_truth_and_are_named(ravens, caplog):
     assert "readme" not in caplog.text
 
 
+def test_a_selection_table_with_other_columns_is_refused_with_its_columns(ravens):
+    table = ravens / "dawn.mine.selections.txt"
+    table.write_text("Selection\tBegin\tEnd\tBird\n1\t0\t1\tamecro\n")
+    with pytest.raises(ValueError, match=r"dawn\.mine\.selections\.txt.*Begin Time \(s\).*Bird"):
+        read_truth([ravens], KNOWN)
+
+
 SEQUENCE = ("Begin File", "File Offset (s)", "Species")
 
 

@@ -231,7 +231,7 @@ def _read_selections(path: Path, label_column: str | None) -> list[_Selection]:
     columns = {name: letters.index(name) for name in letters}
     wanted = (label_column,) if label_column else LABEL_COLUMNS
     labels = [name for name in map(letters_of, wanted) if name in columns]
-    if not _TIMES.keys() & columns.keys():
+    if not (_TIMES.keys() & columns.keys() or (lines and path.match("*.selections.txt"))):
         raise _NoTableError(f"{path}: no column 'Begin Time (s)'; it has {', '.join(header)}")
     if lines and not (labels and _TIMES.keys() <= columns.keys()):
         raise ValueError(
