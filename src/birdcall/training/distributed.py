@@ -50,13 +50,14 @@ def process_context() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["timm", "birdcall.training.runs"])
     in_main_thread = threading.current_thread() is threading.main_thread()
-    # A signal to all processes, as a batch system sends it, must not end the server before them.
-    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN) if in_main_thread else None
+    # A signal to all processes, as a terminal and batch systems send it, must not end the server.
+    numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:
         forkserver.ensure_running()
     finally:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return context
 
 
