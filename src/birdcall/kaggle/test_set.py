@@ -217,6 +217,8 @@ def read_solution(data: Path) -> pd.DataFrame:
     ``birds`` are label strings, ready for ``row_wise_f1``; an empty cell is read as nocall.
     """
     path = data / CompetitionFile.SOLUTION
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; of the competition's rows Kaggle has it")
     frame = read_table(path, ["row_id", "birds"])
     _require_keys(path, frame, ["row_id"], distinct="row_id")
     labels = [" ".join(birds) or NOCALL for birds in _parse_birds(path, frame)]
