@@ -218,7 +218,7 @@ def read_solution(data: Path) -> pd.DataFrame:
     """
     path = data / CompetitionFile.SOLUTION
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; of the competition's rows Kaggle has it")
+        raise FileNotFoundError(f"{path}: no such file; only Kaggle has the competition's")
     frame = read_table(path, ["row_id", "birds"])
     _require_keys(path, frame, ["row_id"], distinct="row_id")
     labels = [" ".join(birds) or NOCALL for birds in _parse_birds(path, frame)]
