@@ -124,7 +124,7 @@ def test_a_wrong_row_is_named(recordings, tmp_path, row, message):
 
 
 def test_a_missing_file_or_column_is_named(recordings, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none\.csv is missing"):
+    with pytest.raises(FileNotFoundError, match=r"none\.csv"):
         read_strong_labels(tmp_path / "none.csv", recordings, CLASSES)
     (tmp_path / "some.csv").write_text("filename,ebird_code\nXC1.mp3,amecro\n")
     with pytest.raises(ValueError, match=r"some\.csv: no column 'onset'"):
