@@ -192,7 +192,10 @@ def read_cached(
             raise AudioError(path, f"asked for {asked} from {offset_seconds:g} s, has {has}")
         file.seek(_HEADER_BYTES + 2 * start)
         samples = np.empty(n_samples, "<i2")
-        if file.readinto(samples) != samples.nbytes:
+        missing = memoryview(samples).cast("B")
+        while missing.nbytes and (n_read := file.readinto(missing)):  # a disk may return less
+            missing = missing[n_read:]
+        if missing.nbytes:
             raise AudioError(path, "was cut while it was read")
     return np.multiply(samples, step, dtype=np.float32)
 
