@@ -289,6 +289,8 @@ def test_a_log_that_cannot_be_read_is_named_and_leaves_the_scores(
 
 def process_servers():
     """The processes, other than runs, that this one has started to train runs at once."""
+    if sys.platform != "linux":
+        return []
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     commands = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
     return [int(child) for child, command in commands.items() if b"forkserver" in command]
@@ -301,11 +303,16 @@ def test_a_signal_stops_runs_that_are_trained_at_once(training_data, tiny_experi
     next_one = replace(long, name="next", train=replace(long.train, epochs=500))
     waiting = plan_runs([next_one], training_data, None, tmp_path)
 
+    servers = []
+
     def stop_when_both_run():
         while len(list(tmp_path.glob(f"*/*/{STATE_FILE}"))) < 2:
             time.sleep(0.05)
-        for process in (*process_servers(), os.getpid()):  # a batch system signals all processes
-            os.kill(process, signal.SIGTERM)
+        try:
+            servers.extend(process_servers())
+        finally:
+            for process in (*servers, os.getpid()):  # a batch system signals all processes
+                os.kill(process, signal.SIGTERM)
 
     threading.Thread(target=stop_when_both_run, daemon=True).start()
     with pytest.raises(TrainingInterrupted, match="--resume"):
@@ -313,6 +320,7 @@ def test_a_signal_stops_runs_that_are_trained_at_once(training_data, tiny_experi
     assert all((run.folder / STATE_FILE).is_file() for run in runs)
     assert not any((run.folder / SETTINGS_FILE).is_file() for run in waiting)
     assert not multiprocessing.active_children()
+    assert len(servers) == (sys.platform == "linux")
 
 
 def test_a_signal_does_not_end_a_process_that_waits_for_its_next_run():

@@ -24,7 +24,6 @@ from birdcall.cli.options import (
     Unlabelled,
     WindowSegments,
     parse_fold,
-    require_folders,
 )
 
 commands = typer.Typer()
@@ -74,7 +73,9 @@ def _evaluate(
     ] = None,
 ) -> None:
     """Score runs on held-out audio of three kinds, choose the decision, write the report."""
-    require_folders(unlabelled)
+    from birdcall.data.soundscapes import require_folders
+
+    require_folders(unlabelled or ())
     if screenshots is not None:
         from birdcall.report.html import require_browser
 

@@ -187,13 +187,6 @@ class Folders:
         )
 
 
-def require_folders(*given: list[Path] | None) -> None:
-    """Raise FileNotFoundError for a folder of soundscapes that is not there: before other work."""
-    for folder in (folder for folders in given for folder in folders or ()):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder of soundscapes")
-
-
 def parse_fold(fold: str) -> int | str | None:
     """Return the number of a fold, FULL, or None for all folds."""
     if fold in ("all", FULL):

@@ -30,7 +30,6 @@ from birdcall.cli.options import (
     Unlabelled,
     WindowSegments,
     parse_fold,
-    require_folders,
 )
 from birdcall.config import FULL
 from birdcall.experiments import EXPERIMENTS
@@ -183,13 +182,14 @@ def _student(
     Round 1 trains <experiment>_student1 on labels by the runs of the other experiments, round 2
     <experiment>_student2 on labels by these students. Give at least two experiments.
     """
+    from birdcall.data.soundscapes import require_folders
     from birdcall.experiments import find_experiment
     from birdcall.inference.ensemble import default_device
     from birdcall.training.log import runs_table
     from birdcall.training.student import StudentOptions, describe_labels, train_rounds
     from birdcall.training.trainer import RunOptions
 
-    require_folders([soundscapes], labelled)
+    require_folders([soundscapes, *(labelled or ())])
     chosen, held_out = [find_experiment(name) for name in experiment], parse_fold(fold)
     folders = Folders(data, output, folds)
     training_data = folders.load_training_data(noise, other_birds=other_birds)
@@ -246,6 +246,7 @@ def _ablate(
     jobs: _Jobs = 1,
 ) -> None:
     """Compare experiments over several seeds within a time budget; a second call resumes."""
+    from birdcall.data.soundscapes import require_folders
     from birdcall.evaluation.ablation import AblationOptions, ablate
     from birdcall.evaluation.predict import HeldOutOptions
     from birdcall.experiments import find_experiment
@@ -256,7 +257,7 @@ def _ablate(
     from birdcall.storage.files import inside, write_atomically
     from birdcall.training.trainer import RunOptions
 
-    require_folders(unlabelled)
+    require_folders(unlabelled or ())
     chosen = [find_experiment(experiment_name) for experiment_name in experiment]
     folders = Folders(data, output, folds)
     folder = inside(folders.output, name)

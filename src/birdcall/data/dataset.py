@@ -25,7 +25,7 @@ from birdcall.data.recordings import (
     read_recordings,
     usable_recordings,
 )
-from birdcall.data.soundscapes import SoundscapeLabels, find_unlabelled
+from birdcall.data.soundscapes import SoundscapeLabels, find_unlabelled, require_folders
 from birdcall.data.targets import read_strong_labels
 from birdcall.kaggle.test_set import CompetitionFile
 from birdcall.storage.files import (
@@ -121,8 +121,7 @@ class TrainingData:
         self, folder: Path, labelled: Sequence[Path] = ()
     ) -> dict[str, Measurement]:
         """Return the soundscapes below ``folder``, as `find_unlabelled`; examples are labelled."""
-        for path in (folder, *labelled):
-            require(path.is_dir(), f"{path}: no such folder of soundscapes")
+        require_folders([folder, *labelled])
         examples = self.folder / CompetitionFile.EXAMPLE_AUDIO
         return find_unlabelled(
             folder, self.recordings, [examples, *labelled], self.soundscape_cache
@@ -240,9 +239,7 @@ def load_training_data(
             "takes several times as long for each clip: `birdcall audit --cache` stores them",
             *(n_missing, len(paths), cache),
         )
-    for path in filter(None, (noise, other_birds)):
-        if not path.is_dir():
-            raise FileNotFoundError(f"{path}: no such folder of recordings")
+    require_folders(filter(None, (noise, other_birds)), "recordings")
     folders = [noise] if noise is not None else [folder / "noise", folder.parent / "noise"]
     noise_files = next((files for path in folders if (files := find_noise(path))), [])
     if not noise_files:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +25,13 @@ from birdcall.taxonomy import UNKNOWN_BIRD
 logger = logging.getLogger(__name__)
 
 _EMPTY_WEIGHT = 0.1  # of a clip without labels among those that are drawn by their largest label
+
+
+def require_folders(folders: Iterable[Path], kind: str = "soundscapes") -> None:
+    """Raise FileNotFoundError for a folder that is not there, before other work."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder of {kind}")
 
 
 def find_unlabelled(
