@@ -3,6 +3,8 @@
 import logging
 import multiprocessing
 import os
+import platform
+import resource
 import shutil
 import signal
 import sys
@@ -332,6 +334,22 @@ def test_a_signal_does_not_end_a_process_that_waits_for_its_next_run():
             assert pool.submit(eval, "'timm' in __import__('sys').modules").result()
         os.kill(process, signal.SIGTERM)
         assert pool.submit(os.getpid).result() == process
+
+
+def faults_of_a_step():
+    """How often this process asks the system for memory when it makes 64 MB of arrays again."""
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        arrays = [torch.ones(4_000_000) for _ in range(4)]
+        del arrays
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
+def test_a_process_that_trains_keeps_the_memory_of_a_step_for_the_next():
+    settings = (1, logging.INFO)
+    with ProcessPoolExecutor(1, process_context(), runs_module._prepare_process, settings) as pool:
+        assert pool.submit(faults_of_a_step).result() < 100  # else 4,000 for each array
 
 
 def test_runs_that_are_not_finished_are_named(tmp_path, caplog):
