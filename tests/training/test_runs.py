@@ -24,11 +24,10 @@ from birdcall.models.checkpoint import SETTINGS_FILE, STATE_FILE, read_checkpoin
 from birdcall.storage.locks import locked
 from birdcall.training import runs as runs_module
 from birdcall.training.distributed import DistributedContext, process_context
-from birdcall.training.log import find_best_epochs, read_log, runs_table
+from birdcall.training.log import find_best_epochs, find_runs, read_log, runs_table
 from birdcall.training.resume import conditions_of, read_runs
 from birdcall.training.runs import (
     TrainingInterrupted,
-    find_runs,
     plan_runs,
     train_many,
 )
@@ -323,6 +322,36 @@ def test_a_signal_stops_runs_that_are_trained_at_once(training_data, tiny_experi
     assert not any((run.folder / SETTINGS_FILE).is_file() for run in waiting)
     assert not multiprocessing.active_children()
     assert len(servers) == (sys.platform == "linux")
+
+
+def descendants(process):
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return {int(child) for child in children}.union(*map(descendants, children))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells of processes")
+def test_processes_end_when_the_one_that_has_started_them_is_killed(
+    training_data, tiny_experiment, tmp_path
+):
+    long = replace(tiny_experiment, train=replace(tiny_experiment.train, epochs=10_000))
+    runs = plan_runs([long], training_data, None, tmp_path)
+    arguments = (runs, training_data, replace(OPTIONS, jobs=2, save_every=1))
+    main = multiprocessing.get_context("spawn").Process(target=train_many, args=arguments)
+    main.start()
+    while not all((run.folder / STATE_FILE).is_file() for run in runs):
+        assert main.is_alive()
+        time.sleep(0.05)
+    others = descendants(main.pid)
+    assert len(others) >= 3  # the server, and a process for each run
+    main.kill()
+    main.join()
+    deadline = time.monotonic() + 60
+    while alive := [process for process in others if Path(f"/proc/{process}").exists()]:
+        if time.monotonic() > deadline:
+            for process in alive:
+                os.kill(process, signal.SIGKILL)
+            pytest.fail(f"{len(alive)} processes outlive the one that has started them")
+        time.sleep(0.1)
 
 
 def test_a_signal_does_not_end_a_process_that_waits_for_its_next_run():

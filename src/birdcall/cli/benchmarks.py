@@ -140,7 +140,7 @@ def _benchmark_peers(
 ) -> None:
     """Measure a run beside torch, librosa, opensoundscape and BirdNET: speed, memory, scores."""
     from birdcall.benchmark.peers import benchmark_peers
-    from birdcall.training.runs import find_runs
+    from birdcall.training.log import find_runs
 
     folders = Folders(data, output)
     table = benchmark_peers(

@@ -155,8 +155,8 @@ def _pseudo_label(
     from birdcall.data.birdnet import open_birdnet
     from birdcall.inference.ensemble import default_device
     from birdcall.storage.locks import locked
+    from birdcall.training.log import find_runs
     from birdcall.training.pseudo_labels import write_pseudo_labels
-    from birdcall.training.runs import find_runs
     from birdcall.training.student import (
         describe_labels,
         label_soundscapes,

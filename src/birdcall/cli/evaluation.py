@@ -99,7 +99,7 @@ def _evaluate(
     from birdcall.report.soundscape import SoundscapePageWriter
     from birdcall.storage.files import write_atomically
     from birdcall.storage.locks import locked
-    from birdcall.training.runs import find_runs
+    from birdcall.training.log import find_runs
 
     yardstick = open_birdnet() if birdnet else None
     folders = Folders(data, output, folds)
@@ -197,7 +197,7 @@ def _figures(
     from birdcall.report.architecture import project_figures
     from birdcall.report.plots import plot_table, write_figures
     from birdcall.storage.locks import locked
-    from birdcall.training.runs import find_runs
+    from birdcall.training.log import find_runs
 
     folders = Folders(data, output, folds)
     context.with_resource(locked(folders.prediction_cache))

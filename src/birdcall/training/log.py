@@ -1,4 +1,4 @@
-"""Record a training: ``log.csv``, TensorBoard, previews, a table of runs, reports."""
+"""Record trainings: ``log.csv``, TensorBoard, previews, reports; find trained runs, list them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from birdcall.config import FULL
 from birdcall.data.targets import IGNORE_TARGET
-from birdcall.models.checkpoint import read_checkpoint
-from birdcall.storage.files import write_atomically
+from birdcall.models.checkpoint import STATE_FILE, find_checkpoints, fold_name, read_checkpoint
+from birdcall.storage.files import shorten_list, write_atomically
 from birdcall.training.step import BatchPreview, EpochLog
 from birdcall.training.trainer import Run, Training
 
@@ -117,6 +118,39 @@ def runs_table(runs: Sequence[Run]) -> pd.DataFrame:
         score = read_checkpoint(run.folder).score
         rows.append({"experiment": run.experiment.name, "fold": run.fold} | score | summary)
     return pd.DataFrame(rows)
+
+
+def find_runs(
+    folder: Path, experiments: Sequence[str] | None = None, fold: int | None = None
+) -> list[Path]:
+    """Return the folders of trained runs below ``folder``, of some or all experiments and folds.
+
+    Runs that hold out nothing (FULL) are left out: nothing can score them. The log names unfinished
+    runs. Raises FileNotFoundError where a named experiment has no trained run, or there is none.
+    """
+    experiments = list(experiments or ())
+    started = {path.parent for path in folder.rglob(STATE_FILE)}
+    trained = set(find_checkpoints(folder))
+    wanted = [
+        run
+        for run in sorted(trained | started)
+        if (not experiments or run.parent.name in experiments)
+        and (run.name != FULL if fold is None else run.name == fold_name(fold))
+    ]
+    runs = [run for run in wanted if run in trained]
+    if fold is None and (full := [str(run) for run in sorted(trained) if run.name == FULL]):
+        logger.info("left out, since they held out nothing: %s", shorten_list(full))
+    if unfinished := [run for run in wanted if run not in trained]:
+        message = "unfinished runs are left out; `birdcall train --resume` continues them: %s"
+        logger.warning(message, shorten_list(unfinished))
+    missing = sorted(set(experiments) - {run.parent.name for run in runs})
+    if not runs or missing:
+        what = ", ".join(missing) or "trained run"
+        of_fold = "" if fold is None else f" of fold {fold}"
+        known = ", ".join(sorted({run.parent.name for run in trained}))
+        there = f"; there are runs of {known}" if known else ""
+        raise FileNotFoundError(f"{folder}: no {what}{of_fold}; `birdcall train` makes one{there}")
+    return runs
 
 
 class TensorBoard:

@@ -1,4 +1,4 @@
-"""Train runs: one after another, several at once, or on a cluster; find those that are trained."""
+"""Train runs: one after another, several at once, or on a cluster."""
 
 from __future__ import annotations
 
@@ -28,10 +28,8 @@ from birdcall.models.checkpoint import (
     SETTINGS_FILE,
     STATE_FILE,
     Checkpoint,
-    find_checkpoints,
     fold_name,
 )
-from birdcall.storage.files import shorten_list
 from birdcall.storage.locks import locked
 from birdcall.training.distributed import process_context
 from birdcall.training.initialisation import initialise, require_unseen
@@ -165,39 +163,6 @@ def plan_runs(
         for experiment in experiments
         for k in folds
     ]
-
-
-def find_runs(
-    folder: Path, experiments: Sequence[str] | None = None, fold: int | None = None
-) -> list[Path]:
-    """Return the folders of trained runs below ``folder``, of some or all experiments and folds.
-
-    Runs that hold out nothing (FULL) are left out: nothing can score them. The log names unfinished
-    runs. Raises FileNotFoundError where a named experiment has no trained run, or there is none.
-    """
-    experiments = list(experiments or ())
-    started = {path.parent for path in folder.rglob(STATE_FILE)}
-    trained = set(find_checkpoints(folder))
-    wanted = [
-        run
-        for run in sorted(trained | started)
-        if (not experiments or run.parent.name in experiments)
-        and (run.name != FULL if fold is None else run.name == fold_name(fold))
-    ]
-    runs = [run for run in wanted if run in trained]
-    if fold is None and (full := [str(run) for run in sorted(trained) if run.name == FULL]):
-        logger.info("left out, since they held out nothing: %s", shorten_list(full))
-    if unfinished := [run for run in wanted if run not in trained]:
-        message = "unfinished runs are left out; `birdcall train --resume` continues them: %s"
-        logger.warning(message, shorten_list(unfinished))
-    missing = sorted(set(experiments) - {run.parent.name for run in runs})
-    if not runs or missing:
-        what = ", ".join(missing) or "trained run"
-        of_fold = "" if fold is None else f" of fold {fold}"
-        known = ", ".join(sorted({run.parent.name for run in trained}))
-        there = f"; there are runs of {known}" if known else ""
-        raise FileNotFoundError(f"{folder}: no {what}{of_fold}; `birdcall train` makes one{there}")
-    return runs
 
 
 class Cluster(Protocol):
@@ -347,3 +312,13 @@ def _prepare_process(jobs: int, level: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that has started it is gone; a run saves its state first."""
+    multiprocessing.parent_process().join()
+    while signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:  # else it is between two runs
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+    os._exit(1)

@@ -33,8 +33,9 @@ from birdcall.models.checkpoint import Checkpoint, read_checkpoint, require_same
 from birdcall.storage.files import shorten_list
 from birdcall.storage.store import read_arrays
 from birdcall.taxonomy import UNKNOWN_BIRD, known_species
+from birdcall.training.log import find_runs
 from birdcall.training.pseudo_labels import load_with_context
-from birdcall.training.runs import find_runs, plan_runs, train_many
+from birdcall.training.runs import plan_runs, train_many
 from birdcall.training.trainer import Run, RunOptions
 
 logger = logging.getLogger(__name__)
