@@ -557,7 +557,7 @@ def test_an_epoch_of_less_than_a_batch_is_one_small_batch(recordings, tiny_exper
     assert [len(batch.waveform) for batch in batches] == [3]
 
 
-# --- what a clip is worth, and its channels ------------------------------------------------------
+# --- the weight of a clip, and its channels ------------------------------------------------------
 
 
 def test_a_clips_loss_counts_as_its_recordings_rating(recordings, tiny_experiment):

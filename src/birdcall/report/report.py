@@ -123,7 +123,7 @@ def describe_decision(decision: Decision) -> str:
             f"{score['labelled_all_nocall']:.3f})"
         )
     else:
-        text += "; its worth on real soundscapes is not known, since none is labelled"
+        text += "; its score on real soundscapes is not known, since none is labelled"
     return text
 
 
@@ -156,7 +156,7 @@ def find_weaknesses(scores: pd.DataFrame) -> list[Weakness]:
         if round(value[ENSEMBLE, audio, "nocall_share_named"], 6) == 1:
             text += f"names no bird in any row: row-wise F1 {f1:.3f}"
         else:
-            text += f"is worth no more than naming no bird: row-wise F1 {f1:.3f}, not {silence:.3f}"
+            text += f"scores no more than naming no bird: row-wise F1 {f1:.3f}, not {silence:.3f}"
         auc = value[ENSEMBLE, audio, "macro_auc"]
         low = "decision" if auc >= _GOOD_AUC else "ranking"
         if low == "decision":
