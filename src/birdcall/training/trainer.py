@@ -320,7 +320,10 @@ def start_training(
     # Biases, normalisations and GeM's power do not decay.
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(
-        groups, config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay
+        groups,
+        config.optimizer.learning_rate,
+        weight_decay=config.optimizer.weight_decay,
+        fused=True,
     )
     modules, average = dict(batch_loss.modules), None
     if config.optimizer.ema_decay is not None:
