@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import RATE, SCRIPT, read_labels, read_summary, rows_of, write_noise_file, write_rows
+from torch.profiler import ProfilerActivity, profile
 
 import birdcall.inference.ensemble as ensemble_module
 from birdcall.config import replace_nested
+from birdcall.data.birdnet import EMBEDDING_SIZE
+from birdcall.data.loader import ClipBatch
 from birdcall.experiments import EXPERIMENTS, find_experiment
 from birdcall.inference.decision import Decision
 from birdcall.inference.engine import predict_audio, predict_waveforms
@@ -29,6 +32,7 @@ from birdcall.models.checkpoint import (
 )
 from birdcall.models.sed import build_model
 from birdcall.training.runs import TrainingInterrupted, plan_runs, train_many, train_run
+from birdcall.training.step import BatchLoss
 from birdcall.training.trainer import Run, RunOptions
 
 pytestmark = pytest.mark.cuda
@@ -141,3 +145,31 @@ def test_an_experiment_for_a_gpu_scores_there_as_on_a_cpu(name, tmp_path):
     ]
     np.testing.assert_allclose(scores[0].clipwise, scores[1].clipwise, atol=1e-3)
     assert isinstance(load_ensemble([tmp_path], "cuda"), Ensemble)
+
+
+@pytest.mark.parametrize("name", [*GPU_EXPERIMENTS, "lite0_gru", "lite0_gru_distilled"])
+def test_steps_of_a_recorded_graph_have_the_losses_of_kernels_launched_one_by_one(name):
+    losses, n_replays = {}, {}
+    for is_recorded in (True, False):
+        train = {"cuda_graph": is_recorded, "data": {"clip_seconds": 5.0, "batch_size": 4}}
+        experiment = replace_nested(find_experiment(name), train=train)
+        torch.manual_seed(0)
+        model = build_model(experiment, 12).cuda().train()
+        compute_loss = BatchLoss(model, experiment, torch.device("cuda"))
+        optimizer = torch.optim.SGD(compute_loss.parameters(), 1e-3)
+        clips = torch.from_numpy(np.stack([noise(5, seed) for seed in range(4)]))
+        names, embedding = tuple("abcd"), torch.ones(4, EMBEDDING_SIZE)
+        batch = ClipBatch(clips, torch.eye(4, 12), torch.ones(4), names, (), embedding)
+        losses[is_recorded] = []
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            for position in range(6):
+                loss = compute_loss(batch, 0, position)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses[is_recorded].append(loss.item())
+        n_replays[is_recorded] = sum(
+            event.count for event in profiler.key_averages() if event.key == "cudaGraphLaunch"
+        )
+    np.testing.assert_allclose(losses[True], losses[False], rtol=5e-3)
+    assert n_replays == {True: 12, False: 0}  # forward and backward pass of six steps

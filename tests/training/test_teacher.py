@@ -19,7 +19,7 @@ from birdcall.data.birdnet import (
     read_clip,
     scientific_names,
 )
-from birdcall.data.clips import ClipDataset, mix_targets
+from birdcall.data.clips import ClipDataset, mix_embeddings, mix_targets
 from birdcall.data.loader import ClipBatch
 from birdcall.data.soundscapes import CollapseLimits
 from birdcall.data.targets import IGNORE_TARGET, ClipRequest
@@ -27,7 +27,7 @@ from birdcall.experiments import EXPERIMENTS
 from birdcall.models.checkpoint import read_checkpoint
 from birdcall.models.sed import build_model
 from birdcall.training.runs import TrainingInterrupted, plan_runs, train_many, train_run
-from birdcall.training.step import BatchLoss, cosine_loss, mix_embeddings, sed_loss
+from birdcall.training.step import BatchLoss, cosine_loss, sed_loss
 from birdcall.training.student import label_soundscapes
 from birdcall.training.trainer import Run, RunOptions, start_training
 

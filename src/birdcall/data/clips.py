@@ -63,6 +63,20 @@ def mix_targets(target: np.ndarray, probabilities: np.ndarray, share: float) -> 
     return np.where(probabilities > 0, mixed, target).astype(np.float32)
 
 
+def mix_embeddings(embedding: Tensor, draws: BatchDraws, scale: Tensor) -> Tensor:
+    """Return the embeddings of mixed clips, ``(n, size)``; zeros where a part of a mix has none.
+
+    embedding: of the whole batch. The weights are the gains of the parts, 1 for the clip itself.
+    scale: see `mix_scale`.
+    """
+    index, partners = draws.index.to(scale.device), draws.partners.to(scale.device)
+    is_known, is_added = embedding.any(dim=1), scale > 0
+    gain = torch.where(is_added, draws.mix_gain.to(scale.device), 0)
+    mixed = embedding[index] + (gain[..., None] * embedding[partners]).sum(dim=1)
+    is_complete = is_known[index] & (is_known[partners] | ~is_added).all(dim=1)
+    return torch.where(is_complete[:, None], mixed, 0)
+
+
 def mix_frame_targets(frames: Tensor, draws: BatchDraws, scale: Tensor) -> Tensor:
     """Return the frame targets ``(n, classes, frames)`` of clips that `augment_batch` makes.
 

@@ -281,3 +281,25 @@ def build_model(experiment: Experiment, n_classes: int, *, pretrained: bool = Fa
         dropout=dropout,
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
     )
+
+
+# --- training on a GPU ---
+
+
+def record_graph(network: nn.Module, log_mel: Tensor) -> None:
+    """Make ``network`` replay its forward and backward pass as CUDA graphs, while it is training.
+
+    log_mel: an example, whose shape and device all later ones have. A replay launches all kernels
+    at once, where Python takes longer to launch each of them than a GPU to run it. The results are
+    those of the kernels one by one; normalisations and random generators stay as they are.
+    """
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
+        # The weights' gradients wait for the stream of the recording; torch warns that this costs.
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+    with torch.random.fork_rng([log_mel.device]):
+        torch.cuda.make_graphed_callables(network, (log_mel.detach().clone(),))
+    with torch.no_grad():
+        for name, buffer in network.named_buffers():
+            buffer.copy_(buffers[name])
+    torch.cuda.empty_cache()  # what the runs before the recording needed

@@ -18,13 +18,13 @@ from birdcall.audio.frontend import SpecAugment
 from birdcall.config import Experiment, LossConfig, OptimizerConfig
 from birdcall.data.augment import BatchDraws, augment_batch, mix_scale
 from birdcall.data.birdnet import EMBEDDING_SIZE
-from birdcall.data.clips import mix_frame_targets
+from birdcall.data.clips import mix_embeddings, mix_frame_targets
 from birdcall.data.dataset import TrainingData
 from birdcall.data.loader import ClipBatch
 from birdcall.data.targets import IGNORE_TARGET, make_targets
 from birdcall.inference.engine import predict_files
 from birdcall.inference.ensemble import Ensemble
-from birdcall.models.sed import SEDModel, SEDOutput
+from birdcall.models.sed import SEDModel, SEDOutput, record_graph
 from birdcall.training.distributed import DistributedContext
 
 VALIDATION_SECONDS = 30.0  # of each recording: most birds sing early, some recordings last an hour
@@ -124,20 +124,6 @@ def cosine_loss(projected: Tensor, embedding: Tensor) -> Tensor:
     return torch.where(embedding.any(dim=1), loss, 0).mean()
 
 
-def mix_embeddings(embedding: Tensor, draws: BatchDraws, scale: Tensor) -> Tensor:
-    """Return the embeddings of mixed clips, ``(n, size)``; zeros where a part of a mix has none.
-
-    embedding: of the whole batch. The weights are the gains of the parts, 1 for the clip itself.
-    scale: see `mix_scale`.
-    """
-    index, partners = draws.index.to(scale.device), draws.partners.to(scale.device)
-    is_known, is_added = embedding.any(dim=1), scale > 0
-    gain = torch.where(is_added, draws.mix_gain.to(scale.device), 0)
-    mixed = embedding[index] + (gain[..., None] * embedding[partners]).sum(dim=1)
-    is_complete = is_known[index] & (is_known[partners] | ~is_added).all(dim=1)
-    return torch.where(is_complete[:, None], mixed, 0)
-
-
 class _SpectrogramModel(nn.Module):
     """``model.detect``, which starts at the log-mel, as a module to compile and distribute.
 
@@ -149,11 +135,11 @@ class _SpectrogramModel(nn.Module):
         self.model = model
         self.projection = projection
 
-    def forward(self, log_mel: Tensor) -> tuple[SEDOutput, Tensor | None]:
+    def forward(self, log_mel: Tensor) -> tuple[Tensor, ...]:
         if self.projection is None:
-            return self.model.detect(log_mel), None
+            return tuple(self.model.detect(log_mel))
         features = self.model.features(log_mel)
-        return self.model.head(features), self.projection(features.mean(dim=2))
+        return *self.model.head(features), self.projection(features.mean(dim=2))
 
 
 class BatchLoss:
@@ -187,6 +173,14 @@ class BatchLoss:
             self.modules["projection"] = self.projection = projection.to(device)
         network = distributed.wrap(_SpectrogramModel(model, self.projection), device)
         self._network = torch.compile(network) if experiment.train.compile else network
+        # A replay overwrites the gradients of the last one, so they cannot be accumulated.
+        self._is_to_record = (
+            device.type == "cuda"
+            and experiment.train.cuda_graph
+            and not experiment.train.compile
+            and experiment.train.optimizer.accumulate == 1
+            and distributed.world_size == 1
+        )
         augment = experiment.augment
         self._masks = SpecAugment(augment.time_mask_share, augment.mel_mask_share, augment.n_masks)
 
@@ -212,8 +206,14 @@ class BatchLoss:
         log_mel = self._masks.hide(self.model.frontend(waveform), masks)
         config = self.experiment.train
         dtype = _DTYPES[config.precision]
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            output, projected = self._network(log_mel)
+        is_mixed = dtype != torch.float32
+        # A recording cannot use weights that autocast has cached before.
+        with torch.autocast(self.device.type, dtype, enabled=is_mixed, cache_enabled=False):
+            if self._is_to_record:
+                self._is_to_record = False
+                record_graph(self._network, log_mel)
+            clipwise, framewise, *projected = self._network(log_mel)
+        output = SEDOutput(clipwise, framewise)
         if preview is not None:
             tensors = (log_mel, target, output.clipwise)
             first = [tensor[:_N_PREVIEW_CLIPS].detach().float().cpu() for tensor in tensors]
@@ -225,7 +225,7 @@ class BatchLoss:
         if self.projection is None:
             return loss
         share = config.teacher.weight / target.shape[1]  # the labels' loss is a mean over classes
-        return loss + share * cosine_loss(projected, embedding)
+        return loss + share * cosine_loss(*projected, embedding)
 
     def _augment(
         self, batch: ClipBatch, epoch: int, position: int

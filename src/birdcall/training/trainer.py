@@ -319,12 +319,8 @@ def start_training(
     vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
     # Biases, normalisations and GeM's power do not decay.
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(
-        groups,
-        config.optimizer.learning_rate,
-        weight_decay=config.optimizer.weight_decay,
-        fused=True,
-    )
+    rate, decay = config.optimizer.learning_rate, config.optimizer.weight_decay
+    optimizer = torch.optim.AdamW(groups, rate, weight_decay=decay, fused=True)
     modules, average = dict(batch_loss.modules), None
     if config.optimizer.ema_decay is not None:
         average = make_moving_average(model, config.optimizer.ema_decay)
