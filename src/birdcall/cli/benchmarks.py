@@ -216,7 +216,7 @@ def _benchmark_season(
     ] = None,
     sizes: Annotated[
         str, typer.Option(help="Numbers of recordings that are measured.")
-    ] = "1000,10000,43934",
+    ] = "10000,22000,43934",
     script: Annotated[Path, typer.Option(help="Script of the kernel.")] = Path(
         "kernels/submission/submission.py"
     ),
@@ -229,7 +229,7 @@ def _benchmark_season(
 
     parts = sizes.split(",")
     if not all(part.strip().isdigit() for part in parts):
-        raise ValueError(f"--sizes is {sizes!r}; give numbers such as 1000,10000")
+        raise ValueError(f"--sizes is {sizes!r}; give numbers such as 10000,22000")
     if not script.is_file():  # the last step needs it, after hours
         raise FileNotFoundError(f"{script}: no such script of the kernel; give --script")
     table, machines = benchmark_season(
