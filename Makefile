@@ -52,7 +52,7 @@ real: $(INSTALLED)  ## Real recordings and unlabelled soundscapes, resumed where
 	$(BIN)/birdcall audit --data $(DATA) --cache
 	$(BIN)/birdcall folds --data $(DATA) --n-folds $(REAL_FOLDS) --min-recordings 2
 	$(BIN)/birdcall train --data $(DATA) $(TRAIN_REAL) --resume
-	$(if $(UNLABELLED),$(BIN)/birdcall student --data $(DATA) $(TRAIN_REAL) \
+	$(if $(UNLABELLED:%=$(filter-out 0,$(ROUNDS))),$(BIN)/birdcall student --data $(DATA) $(TRAIN_REAL) \
 	    --soundscapes $(UNLABELLED) --rounds $(ROUNDS))
 	$(BIN)/birdcall evaluate --data $(DATA) --shifts 2 $(UNLABELLED:%=--unlabelled %)
 	$(BIN)/birdcall package --data $(DATA) --dry-run
