@@ -14,7 +14,7 @@ EXPERIMENTS ?= small_gru small_attention_normed
 N_FOLDS ?= 2
 TRAIN ?= --overwrite --jobs 2 --workers 0
 
-# Real recordings on two cores: two networks, which teach each other.
+# Real recordings on two cores: two networks, which teach each other; ROUNDS=0: they do not.
 REAL_EXPERIMENTS ?= lite0_gru lite0_attention
 REAL_FOLDS ?= 10
 REAL_FOLD ?= 3
