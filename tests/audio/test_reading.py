@@ -4,6 +4,7 @@ import errno
 import io
 import logging
 import os
+import platform
 import struct
 import subprocess
 import sys
@@ -776,3 +777,32 @@ def test_a_cut_shares_hashes_with_its_file_and_other_files_share_none(tmp_path):
     assert not whole & hash_parts(write_audio(tmp_path / "other.wav", other, RATE))
     short = write_audio(tmp_path / "short.wav", sound[: RATE // 100], RATE)
     assert hash_parts(short) == hash_parts(write_audio(tmp_path / "copy.flac", sound[:320], RATE))
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+FAULTS = """
+import resource
+import numpy as np
+from birdcall.audio.reading import reuse_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    arrays = [np.ones(160_000, np.float32) for _ in range(32)]
+    del arrays
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+mapped = faults()
+reuse_freed_memory()
+faults()
+print(mapped, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
+def test_memory_of_freed_arrays_is_used_again_without_page_faults():
+    run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    mapped, reused = map(int, run.stdout.split())
+    assert mapped > 3_000  # 20 MB: 5,000 pages
+    assert reused < 100

@@ -11,6 +11,7 @@ import torch
 
 from birdcall.audio.frontend import LogMel
 from birdcall.audio.reading import AudioError, read_audio
+from birdcall.inference import engine as engine_module
 from birdcall.inference.engine import (
     open_recording,
     predict_audio,
@@ -318,6 +319,13 @@ def test_reading_ahead_is_bounded(members):
     time.sleep(0.3)
     assert n_read < 100
     stream.close()
+
+
+def test_a_process_that_predicts_uses_freed_memory_again(members, monkeypatch):
+    calls = []
+    monkeypatch.setattr(engine_module, "reuse_freed_memory", lambda: calls.append(1))
+    predict_waveforms(Ensemble(members[:1]), {RATE: noise(5)})
+    assert calls
 
 
 def test_a_limit_predicts_the_beginning_only(members, tmp_path):

@@ -79,15 +79,14 @@ def test_two_windows_begin_in_each_segment_but_the_last(seconds, n_windows, cont
     st.sampled_from([0.0, 0.1, 2.5, 7.0]),
 )
 def test_blocks_do_not_change_the_windows(n_samples, cuts, segments_and_shifts, context):
-    """Two rates, cut into blocks of the same length in time."""
+    """Two rates, whose blocks begin and end at different times."""
     window_segments, shifts = segments_and_shifts
     window_config = WindowConfig(window_segments, context, shifts)
     sound = {RATE: ramp(n_samples / RATE), 2 * RATE: ramp(n_samples / RATE, 2 * RATE)}
     edges = np.unique(np.minimum(np.cumsum([0, *cuts, n_samples]), n_samples))
-    blocks = [
-        {rate: one[a * rate // RATE : b * rate // RATE] for rate, one in sound.items()}
-        for a, b in pairwise(edges)
-    ]
+    blocks = [{RATE: sound[RATE][a:b]} for a, b in pairwise(edges)]
+    for block, doubled in zip(blocks, np.array_split(sound[2 * RATE], len(blocks)), strict=True):
+        block[2 * RATE] = doubled
     (whole, end), (parts, end_of_parts) = (
         cut(sound, window_config),
         cut(iter(blocks), window_config),

@@ -34,6 +34,7 @@ from birdcall.training.runs import (
 from birdcall.training.trainer import RunOptions
 
 OPTIONS = RunOptions(workers=0)
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 pytestmark = pytest.mark.usefixtures("blank_previews")
 
 
@@ -365,20 +366,33 @@ def test_a_signal_does_not_end_a_process_that_waits_for_its_next_run():
         assert pool.submit(os.getpid).result() == process
 
 
-def faults_of_a_step():
-    """How often this process asks the system for memory when it makes 64 MB of arrays again."""
-    for _ in range(2):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        arrays = [torch.ones(4_000_000) for _ in range(4)]
-        del arrays
+def faults_of_new_memory():
+    """How often this process asks the system for memory when it makes 64 MB of arrays."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    arrays = [torch.ones(4_000_000) for _ in range(4)]
+    del arrays
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
-def test_a_process_that_trains_keeps_the_memory_of_a_step_for_the_next():
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is glibc's")
+@pytest.mark.skipif(
+    not HUGE_PAGES.is_file() or "[never]" in HUGE_PAGES.read_text(), reason="small pages only"
+)
+def test_a_process_that_trains_has_large_pages():
     settings = (1, logging.INFO)
     with ProcessPoolExecutor(1, process_context(), runs_module._prepare_process, settings) as pool:
-        assert pool.submit(faults_of_a_step).result() < 100  # else 4,000 for each array
+        assert pool.submit(faults_of_new_memory).result() < 8_000  # small pages: 16,000
+
+
+def test_a_run_in_this_process_uses_freed_memory_again(
+    training_data, tiny_experiment, tmp_path, monkeypatch
+):
+    calls = []
+    monkeypatch.setattr(runs_module, "reuse_freed_memory", lambda: calls.append(1))
+    (run,) = plan_runs([tiny_experiment], training_data, 0, tmp_path)
+    with pytest.raises(TrainingInterrupted):
+        runs_module.train_run(run, training_data, replace(OPTIONS, deadline=0.0))
+    assert calls
 
 
 def test_runs_that_are_not_finished_are_named(tmp_path, caplog):

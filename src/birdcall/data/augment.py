@@ -21,6 +21,7 @@ from birdcall.audio.filters import (
     slope_curve,
 )
 from birdcall.audio.frontend import SpecAugment
+from birdcall.audio.reading import reuse_freed_memory
 from birdcall.config import AugmentConfig
 from birdcall.data.cache import ReadFailure
 from birdcall.data.noise import NoiseFiles
@@ -37,7 +38,6 @@ _SLOPE_STEP_DB = 0.5
 _EQUALIZER_NODES = 6
 _BURST_FADE_SECONDS = 0.02
 _MP3_MIN_SECONDS = 0.1  # of the encoder
-_FREED_BYTES = 31 << 20  # glibc's threshold adapts up to 32 MiB
 
 
 class ClipAugment:
@@ -66,7 +66,7 @@ class ClipAugment:
         The array itself is not changed. Noise files that fail are added to ``failures``; raises
         NothingReadableError as `NoiseFiles.draw` does.
         """
-        _reuse_freed_memory()
+        reuse_freed_memory()
         config, rate = self.config, self.sample_rate
         if generator.random() < config.pitch_probability:
             shift = _build_transform("PitchShift", *config.pitch_semitones)
@@ -225,19 +225,6 @@ def _transform(
         random.setstate(python_state)
         np.random.set_state(numpy_state)
     return np.asarray(changed, np.float32)
-
-
-@cache
-def _reuse_freed_memory() -> None:
-    """Make this process keep the memory of finished clips, for the next clips.
-
-    glibc returns larger blocks to the system when they are freed, and every page of the next block
-    is a fault: 160 faults, 0.3 ms, for each array of a 5-s clip, more than the computation on it.
-    The size from which glibc does so grows to that of the largest block that has been freed.
-    Elsewhere this does nothing.
-    """
-    block = bytearray(_FREED_BYTES)
-    del block
 
 
 # --- batches ---

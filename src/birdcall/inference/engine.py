@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from birdcall.audio.frontend import LogMel
-from birdcall.audio.reading import AudioError, iterate_rates
+from birdcall.audio.reading import AudioError, iterate_rates, reuse_freed_memory
 from birdcall.config import FrontendConfig
 from birdcall.inference.ensemble import READING, Ensemble
 from birdcall.inference.predictions import (
@@ -45,7 +45,6 @@ from birdcall.inference.windows import (
 )
 
 _WITH_FRAMES = OutputOptions(frames=True)
-_BLOCK_SECONDS = 30.0  # of a recording, decoded at once
 _MAX_READERS = 8
 _READ_AHEAD_SEGMENTS = 32  # of each reader
 _N_SAMPLED, _MIN_EACH = 200, 4  # windows of `sample_log_mels`, and of each recording
@@ -201,6 +200,7 @@ def _read_ahead(
 
     The first of n readers reads the sources 0, n, 2n, …, the second 1, n + 1, 2n + 1, …
     """
+    reuse_freed_memory()
     n_readers = min(len(sources), max(1, torch.get_num_threads() // 2), _MAX_READERS)
     n_ahead = max(2, _READ_AHEAD_SEGMENTS // ensemble.window_config.window_segments)
     names = list(sources)
@@ -273,7 +273,7 @@ def _read_blocks(
 ) -> Iterator[Waveforms]:
     n_read = dict.fromkeys(sample_rates, 0)
     try:
-        with closing(iterate_rates(path, sample_rates, _BLOCK_SECONDS)) as blocks:
+        with closing(iterate_rates(path, sample_rates)) as blocks:
             for block in blocks:
                 if limit_seconds is not None:
                     n_left = {rate: round(limit_seconds * rate) - n_read[rate] for rate in block}

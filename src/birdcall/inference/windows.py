@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -164,15 +164,21 @@ class _Buffer:
         self.n_hop = round(window_config.hop_seconds * sample_rate)
         self.n_added = self.n_taken = 0  # samples, windows
         self.n_held = round(window_config.context_seconds * sample_rate)
-        self.held = [np.zeros(self.n_held, np.float32)]
+        self.held = deque([np.zeros(self.n_held, np.float32)])
 
     def take(self) -> np.ndarray:
         """Return the next window, zeros where nothing is left."""
-        joined = np.concatenate(self.held) if len(self.held) > 1 else self.held[0]
-        window = np.zeros(self.n_window, np.float32)
-        window[: len(joined)] = joined[: self.n_window]
-        rest = joined[self.n_hop :]
-        self.held, self.n_held = [rest], len(rest)
+        window, n_filled = np.zeros(self.n_window, np.float32), 0
+        for part in self.held:
+            room = window[n_filled:]
+            room[: len(part)] = part[: len(room)]
+            n_filled += len(part)
+        n_left = self.n_hop
+        while self.held and n_left >= len(self.held[0]):
+            n_left -= len(self.held.popleft())
+        if self.held:
+            self.held[0] = self.held[0][n_left:]
+        self.n_held = max(0, self.n_held - self.n_hop)
         self.n_taken += 1
         return window
 
@@ -297,23 +303,18 @@ def _describe_export(
 
     ``source`` is the name of the input: log_mel or waveform.
     """
+    windows = asdict(window_config)
+    del windows["shifts"]  # of the starts of windows, which an export knows nothing of
     about = {
         "weights_sha256": checkpoint.weights_sha256,
         "experiment": asdict(checkpoint.experiment),
         "fold": checkpoint.fold,
         "classes": checkpoint.classes,
-        "window_config": _describe_windows(window_config),
+        "window_config": windows,
         "input": source,
         "frame_times": "measured",  # exports without this have the times of equal parts
     }
     return {_METADATA_KEY: json.dumps(about)}
-
-
-def _describe_windows(window_config: WindowConfig) -> dict[str, int | float]:
-    """Return what an export depends on: not the shifts, which are of the windows' starts."""
-    values = asdict(window_config)
-    del values["shifts"]
-    return values
 
 
 def find_export(

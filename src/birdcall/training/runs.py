@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from birdcall.audio.reading import reuse_freed_memory
 from birdcall.config import FULL, Experiment, require
 from birdcall.data.dataset import TrainingData, check_classes
 from birdcall.data.loader import check_worker_memory
@@ -60,6 +61,7 @@ def train_run(
     interrupted in any way and then resumed. Seeds torch's global generator. Raises
     TrainingInterrupted at a signal (SIGTERM, Ctrl-C) and at the deadline, after saving the state.
     """
+    reuse_freed_memory()
     train_part, held_out = _split(run, data)
     if options.distributed.is_first:
         table = run.folder / _MISSING_CLASSES_FILE
