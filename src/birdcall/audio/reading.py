@@ -107,8 +107,8 @@ def iterate_audio(
 def iterate_rates(path: Path, sample_rates: Sequence[int]) -> Iterator[dict[int, np.ndarray]]:
     """Yield a whole waveform at each of the sample rates, decoded once, block by block.
 
-    Blocks are as long as decoder and resampler make them, a few seconds at most; those of two rates
-    begin and end at different times.
+    Blocks are as long as decoder and resampler make them, at most 65,536 frames of the file; those
+    of two rates begin and end at different times.
     """
     for rate in sample_rates:
         _require_interval(rate, 0.0, None)
