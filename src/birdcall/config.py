@@ -10,7 +10,9 @@ SEGMENT_SECONDS = 5  # the competition scores one row per five seconds
 FULL = "full"  # in place of the number of the fold that a run holds out: none
 NOCALL = "nocall"
 
-Feature = Literal["log_mel", "log_mel_1.5", "pcen", "delta", "delta_delta"]
+Feature = Literal[
+    "log_mel", "log_mel_1.5", "pcen", "delta", "delta_delta", "birdnet_low", "birdnet_high"
+]
 Sampling = Literal["uniform", "balanced", "rated", "balanced+rated"]
 
 Config = TypeVar("Config")
@@ -57,6 +59,7 @@ class FrontendConfig:
 
     ``features`` are the image's channels, in order. ``top_db`` limits the range below the loudest
     point *of each clip* (never of the batch). The defaults are those of PANNs and of the 1st place.
+    BirdNET's features have their own fmin and fmax: see `audio.frontend.BirdNETFilters`.
     """
 
     sample_rate: int = 32_000
@@ -87,6 +90,11 @@ class FrontendConfig:
         for feature in self.features:
             require_choice("features", feature, known)
         _require_choices(self)
+        n_birdnet = sum(feature.startswith("birdnet_") for feature in self.features)
+        require(
+            n_birdnet in (0, len(self.features)),
+            f"features {', '.join(self.features)}: BirdNET's filters share no image with others",
+        )
         is_limit = self.top_db is None or self.top_db > 0
         require(is_limit, f"top_db is {self.top_db}; give decibels above 0, or None")
 
@@ -95,7 +103,7 @@ class FrontendConfig:
 class ModelConfig:
     """A model: backbone, frequency pooling, temporal layer, head.
 
-    ``backbone`` is any CNN of timm's, or ``panns_cnn14`` or ``panns_resnet38``.
+    ``backbone`` is any CNN of timm's, ``panns_cnn14``, ``panns_resnet38`` or ``birdnet``.
     """
 
     backbone: str = "resnet18"

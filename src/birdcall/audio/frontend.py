@@ -37,6 +37,10 @@ _DELTA_WIDTH = 9  # frames; librosa.feature.delta's default
 _PCEN_GAIN, _PCEN_BIAS, _PCEN_POWER, _PCEN_SECONDS, _PCEN_EPS = 0.98, 2.0, 0.5, 0.4, 1e-6
 _PCEN_BLOCK = 128  # frames smoothed by one matrix product
 _FLAT_DB = 1e-3  # what varies by less is silence, and is not normalised
+# BirdNET's two images: the lowest and the highest frequency in Hz, and n_fft at its sample rate.
+_BIRDNET_BANDS = {"birdnet_low": (0, 3_000, 2048), "birdnet_high": (500, 15_000, 1024)}
+_BIRDNET_RATE = 48_000
+_BIRDNET_AMIN = 1e-15
 
 
 class LogMel(Float32Module):
@@ -52,6 +56,9 @@ class LogMel(Float32Module):
         super().__init__()
         self.config = config
         self.frame_seconds = config.hop_length / config.sample_rate
+        if config.features[0] in _BIRDNET_BANDS:
+            self.filters = BirdNETFilters(config)
+            return
         self.spectrogram = Spectrogram(config.n_fft, config.hop_length, config.implementation)
         if config.implementation == "torchlibrosa":
             from torchlibrosa.stft import LogmelFilterBank
@@ -66,12 +73,24 @@ class LogMel(Float32Module):
             self.mel = _MelFilters(config)
 
     def forward(self, waveform: Tensor) -> Tensor:
-        device = next(self.mel.buffers()).device
+        device = next(self.buffers()).device
         waveform = check_waveform(waveform, self.config.n_fft, device)
         with exact_float32(device):
             return map_clips(self._image, waveform)
 
     def _image(self, waveform: Tensor) -> Tensor:
+        config = self.config
+        to_image = self.filters if hasattr(self, "filters") else self._mel_image
+        image = to_image(waveform)
+        if config.normalization == "none":
+            return image
+        # Each channel of each clip, or each of its mel bins, gets mean 0 and standard deviation 1.
+        dims = (2, 3) if config.normalization == "clip" else (2,)
+        centred = image - image.mean(dims, keepdim=True)
+        variance = centred.square().mean(dims, keepdim=True)
+        return centred * (variance + _FLAT_DB**2).rsqrt()
+
+    def _mel_image(self, waveform: Tensor) -> Tensor:
         config, power = self.config, self.spectrogram.power
         if isinstance(power, FFTPower):
             mel = power(waveform, self.mel, self.mel.is_inexact)
@@ -86,14 +105,7 @@ class LogMel(Float32Module):
             "delta_delta": lambda: delta(log_mel, order=2),
         }
         channels = [makers[feature]() for feature in config.features]
-        image = torch.stack(channels, dim=1) if len(channels) > 1 else channels[0][:, None]
-        if config.normalization == "none":
-            return image
-        # Each channel of each clip, or each of its mel bins, gets mean 0 and standard deviation 1.
-        dims = (2, 3) if config.normalization == "clip" else (2,)
-        centred = image - image.mean(dims, keepdim=True)
-        variance = centred.square().mean(dims, keepdim=True)
-        return centred * (variance + _FLAT_DB**2).rsqrt()
+        return torch.stack(channels, dim=1) if len(channels) > 1 else channels[0][:, None]
 
 
 # --- power to mel --------------------------------------------------------------------------------
@@ -156,6 +168,70 @@ def _mel_filters(config: FrontendConfig) -> Tensor:
             "lower n_mels or raise n_fft or fmin", empty, config.n_mels, config.n_fft,
         )  # fmt: skip
     return torch.from_numpy(filters.astype(np.float32))
+
+
+class BirdNETFilters(nn.Module):
+    """Waveform (batch, samples) to BirdNET 2.4's images (batch, channels, frames, n_mels), in dB.
+
+    BirdNET weights the real parts of a spectrum by mel filters and squares the sums: each mel bin
+    is the power of a band-pass filter, which depends on the phase. "birdnet_low" has filters for 0
+    to 3 kHz, "birdnet_high" for 0.5 to 15 kHz. BirdNET's frames begin every 278 and 280 samples
+    at 48 kHz; here both images have one hop, and a frame is centred where a log_mel's is. The
+    samples of each clip are scaled to [-1, 1].
+    """
+
+    def __init__(self, config: FrontendConfig) -> None:
+        super().__init__()
+        rate, n_fft = config.sample_rate, birdnet_n_fft(config.sample_rate)
+        highest = max(_BIRDNET_BANDS[feature][1] for feature in config.features)
+        require(
+            rate >= 2 * highest, f"sample_rate is {rate}; {config.features[-1]} needs {2 * highest}"
+        )
+        require(
+            config.n_fft == n_fft,
+            f"n_fft is {config.n_fft}; BirdNET's longest filters have {n_fft} samples at {rate} Hz",
+        )
+        self.hop_length = config.hop_length
+        for feature in config.features:
+            self.register_buffer(feature, _birdnet_kernel(feature, config), persistent=False)
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        lowest, highest = waveform.amin(1, keepdim=True), waveform.amax(1, keepdim=True)
+        scaled = 2 * (waveform - lowest) / (highest - lowest + 1e-6) - 1
+        n_frames = waveform.shape[1] // self.hop_length + 1
+        images = []
+        for kernel in self.buffers():
+            half, n_samples = kernel.shape[2] // 2, kernel.shape[2]
+            padded = functional.pad(scaled[:, None], (half, n_samples - half), mode="reflect")
+            sums = functional.conv1d(padded, kernel, stride=self.hop_length)[..., :n_frames]
+            images.append(sums.square().clamp(min=_BIRDNET_AMIN).log10().mul(10))
+        return torch.stack(images, dim=1).transpose(2, 3)
+
+
+def birdnet_n_fft(sample_rate: int) -> int:
+    """Return the samples of BirdNET's longest filters, which are 2048 at 48 kHz."""
+    return -(-2048 * sample_rate // _BIRDNET_RATE)
+
+
+def _birdnet_kernel(feature: str, config: FrontendConfig) -> Tensor:
+    """Return filters (n_mels, 1, samples): a Hann window times mel-weighted sums of cosines.
+
+    BirdNET's filters at 48 kHz are functions of time; they are sampled at ``sample_rate``.
+    """
+    fmin, fmax, n_fft = _BIRDNET_BANDS[feature]
+    bin_hz = np.arange(n_fft // 2 + 1) * _BIRDNET_RATE / n_fft
+    bin_mel, band_mel = (  # HTK's scale, and triangles in mel, as in TensorFlow
+        1127 * np.log1p(hz / 700) for hz in (bin_hz, np.array([fmin, fmax]))
+    )
+    edges = np.linspace(*band_mel, config.n_mels + 2)[:, None]
+    lower, centre, upper = edges[:-2], edges[1:-1], edges[2:]
+    rising, falling = (bin_mel - lower) / (centre - lower), (upper - bin_mel) / (upper - centre)
+    filters = np.maximum(0, np.minimum(rising, falling))
+    filters[:, 0] = 0  # the constant part has no weight
+    seconds = np.arange(-(-n_fft * config.sample_rate // _BIRDNET_RATE)) / config.sample_rate
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * seconds * _BIRDNET_RATE / n_fft)
+    kernel = filters @ np.cos(2 * np.pi * np.outer(bin_hz, seconds)) * window
+    return torch.from_numpy(kernel * _BIRDNET_RATE / config.sample_rate).float()[:, None]
 
 
 # --- mel to features, (batch, frames, n_mels) each -----------------------------------------------

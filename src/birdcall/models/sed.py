@@ -210,7 +210,9 @@ class SEDModel(nn.Module):
         # PANNs' bn0: every mel bin of every channel has a scale of its own. Pooled over the
         # channels, decibels of -50 would leave the deltas, which are near 0, no contrast.
         n_channels = len(frontend.config.features)
-        self.mel_norm = nn.BatchNorm2d(n_channels * frontend.config.n_mels)
+        self.mel_norm: nn.Module = nn.Identity()
+        if not getattr(backbone, "takes_decibels", False):
+            self.mel_norm = nn.BatchNorm2d(n_channels * frontend.config.n_mels)
         self.memory_format = memory_format
         self.backbone = backbone.to(memory_format=memory_format)
         self.pooling = pooling

@@ -212,7 +212,7 @@ def measure_frame_times(model: SEDModel, n_frames: int) -> FrameTimes:
     model.eval()
     # Gradients are needed in inference mode as well.
     with torch.inference_mode(False), torch.enable_grad():
-        image = model.frontend(noise.to(model.mel_norm.weight.device)).requires_grad_()
+        image = model.frontend(noise.to(model.project.weight.device)).requires_grad_()
         features = model.extract(image)
         signs = torch.randint(0, 2, features.shape[:2], generator=generator) * 2.0 - 1
         middle = features.shape[2] // 2
@@ -281,7 +281,8 @@ def trace_stages(model: SEDModel, waveform: Tensor) -> list[Stage]:
     was_training = model.training
     try:
         with torch.inference_mode():
-            power = model.frontend.spectrogram(waveform)
+            spectrogram = getattr(model.frontend, "spectrogram", None)
+            power = None if spectrogram is None else tuple(spectrogram(waveform).shape)
             output = model.eval()(waveform)
     finally:
         model.train(was_training)
@@ -300,7 +301,7 @@ def trace_stages(model: SEDModel, waveform: Tensor) -> list[Stage]:
     front_end, network = partial(Stage, "front end"), partial(Stage, "backbone")
     return [
         Stage("input", "waveform", tuple(waveform.shape), axes=("samples",), n_weights=0),
-        front_end("power spectrogram", tuple(power.shape), axes=power_axes, n_weights=0),
+        *([front_end("power spectrogram", power, axes=power_axes, n_weights=0)] if power else []),
         front_end(features, log_mel, axes=_IMAGE, n_weights=0),
         front_end("each mel bin normalised", log_mel, axes=_IMAGE, n_weights=n_norm),
         *_backbone_stages(model.backbone, images),

@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from birdcall.config import FULL, Experiment, Feature, require
+from birdcall.data.birdnet import read_weights
 from birdcall.data.dataset import TrainingData
-from birdcall.models.backbones import PANNS, freeze_stages
+from birdcall.models.backbones import BIRDNET, PANNS, birdnet_state, freeze_stages
 from birdcall.models.checkpoint import SETTINGS_FILE, read_checkpoint
 from birdcall.models.sed import SEDModel, build_model
 
@@ -68,9 +69,9 @@ def initialise(
 
     ``init`` is a state dict: of the backbone, with the names of timm, PANNs or the package of
     EfficientNet-Lite0, or of a run of ours. Without it, an experiment with ``pretrained`` gets
-    timm's weights. ``classes`` are the ebird_codes of the outputs: the head of a run is used only
-    if it was trained on the same classes. Stages that the experiment freezes are not trained.
-    ValueError in one line if weights are missing or do not fit.
+    timm's weights, or BirdNET's (extra ``birdnet``). ``classes`` are the ebird_codes of the
+    outputs: the head of a run is used only if it was trained on the same classes. Stages that the
+    experiment freezes are not trained. ValueError in one line if weights are missing or do not fit.
     """
     n_frozen, backbone = experiment.train.optimizer.frozen_stages, experiment.model.backbone
     require(
@@ -102,6 +103,10 @@ def _build_initial(
             _load_weights(model, experiment, path)
             logger.info("%s: ImageNet weights of the package %s", _LITE0, _LITE0_PACKAGE)
             return model
+    if name == BIRDNET:
+        model = build_model(experiment, n_classes)
+        model.backbone.load_state_dict(birdnet_state(read_weights()))
+        return model
     require(name not in PANNS, f"{name}: timm has no weights of it; give them with --init FILE")
     try:
         return build_model(experiment, n_classes, pretrained=True)
@@ -147,7 +152,8 @@ def _load_weights(
     else:
         if "_conv_stem.weight" in state:
             state = {rename_lite0(key): value for key, value in state.items()}
-        classifier = model.backbone.pretrained_cfg.get("classifier") or ()
+        # BirdNET's backbone is none of timm's: it has no classifier.
+        classifier = getattr(model.backbone, "pretrained_cfg", {}).get("classifier") or ()
         names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
         prefixes = tuple(f"{name}." for name in names)
         backbone = {key: value for key, value in state.items() if not key.startswith(prefixes)}
