@@ -224,7 +224,9 @@ def birdnet_weights():
             before = channels
         weights |= {f"BLOCK_{stage}-1_CONV_3/zero": np.zeros(channels, np.float32)}
     weights |= {"POST_CONV_1/Conv2D": draw(1024, 3, 3, 192), "POST_BN_1/a": draw(1024)}
-    weights |= {"CLASS_DENSE_LAYER/MatMul": draw(5, 1024)}
+    n_labels = len(BIRDNET_LABELS)
+    weights |= {"CLASS_DENSE_LAYER/MatMul": draw(n_labels, 1024)}
+    weights |= {"CLASS_DENSE_LAYER/BiasAdd/ReadVariableOp/resource": draw(n_labels)}
     return {f"model/{name}": value for name, value in weights.items()}
 
 

@@ -26,6 +26,7 @@ from birdcall.kaggle.packaging import (
 )
 from birdcall.kaggle.training_kernel import TrainingSettings, read_settings
 from birdcall.models.checkpoint import STATE_FILE, load_model, read_checkpoint
+from birdcall.models.sed import build_model
 from birdcall.storage.locks import locked
 from birdcall.training.initialisation import initialise
 from birdcall.training.resume import write_state
@@ -177,6 +178,19 @@ def test_pretrained_weights_are_fetched_here_because_the_kernel_cannot(stage, mo
     model = initialise(pretrained, 3, dataset / read_settings(dataset).init)
     for name, value in fetched.backbone.state_dict().items():
         assert torch.equal(model.backbone.state_dict()[name], value), name
+
+
+def test_birdnets_last_layer_is_fetched_with_its_convolutions(stage, training_data, monkeypatch):
+    plain, classes = find_experiment("birdnet_plain"), training_data.classes
+    torch.manual_seed(5)
+    fetched = build_model(plain, len(classes))
+    monkeypatch.setattr("birdcall.kaggle.packaging.initialise", lambda *a, **k: fetched)
+    dataset = stage(replace(SETTINGS, experiment="birdnet_plain"))
+    torch.manual_seed(6)
+    init = dataset / read_settings(dataset).init
+    model = initialise(plain, len(classes), init, classes=classes)
+    for name, value in fetched.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
 
 
 def test_what_cannot_run_is_not_staged(stage, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from birdcall.config import Experiment, ModelConfig
-from birdcall.data.birdnet import open_birdnet, read_weights
+from birdcall.data.birdnet import open_birdnet, read_network
 from birdcall.models import backbones
 from birdcall.models.backbones import PANNS, BirdNETBackbone, Cnn14, ResNet38, birdnet_state
 from birdcall.models.sed import build_model
@@ -262,14 +262,14 @@ def test_the_stages_of_birdnet_can_be_frozen_one_by_one():
 @needs_birdnet
 def test_birdnets_embeddings_are_those_of_its_own_program(monkeypatch):
     network = BirdNETBackbone()
-    network.load_state_dict(birdnet_state(read_weights()))
+    weights, _ = read_network()
+    network.load_state_dict(birdnet_state(weights))
     network.eval()
     seconds = np.arange(3 * 48_000) / 48_000
     generator = np.random.default_rng(0)
     song = np.sin(2 * np.pi * (3000 + 800 * np.sin(20 * seconds)) * seconds) * (seconds % 1 < 0.4)
     window = (0.5 * song + 0.05 * generator.standard_normal(len(seconds))).astype(np.float32)
     (embedding,) = open_birdnet().run(window[None])[1]
-    weights = read_weights()
     scaled = 2 * (window - window.min()) / (np.ptp(window) + 1e-6) - 1
     images = []
     for number, hop in ((1, 278), (2, 280)):  # its own program, in NumPy

@@ -10,8 +10,9 @@ import pytest
 import timm
 import timm.data
 import torch
-from helpers import CNN14_NAMES, birdnet_weights, norm_names, resnet38_names
+from helpers import BIRDNET_LABELS, CNN14_NAMES, birdnet_weights, norm_names, resnet38_names
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 
 from birdcall.config import FULL, FrontendConfig, replace_nested
 from birdcall.experiments import find_experiment
@@ -336,7 +337,9 @@ def test_birdnets_network_starts_from_its_weights_and_keeps_them(
     monkeypatch, training_data, tmp_path, blank_previews
 ):
     weights = birdnet_weights()
-    monkeypatch.setattr("birdcall.training.initialisation.read_weights", lambda: weights)
+    monkeypatch.setattr(
+        "birdcall.training.initialisation.read_network", lambda: (weights, BIRDNET_LABELS)
+    )
     experiment = replace_nested(
         find_experiment("birdnet_gru"), train={"epochs": 1, "data": {"clips_per_epoch": 16}}
     )
@@ -356,10 +359,40 @@ def test_birdnets_network_starts_from_its_weights_and_keeps_them(
     assert not torch.equal(untrained["head.detection.weight"], trained["head.detection.weight"])
     # A training on Kaggle starts from such a file.
     save_file(backbone, tmp_path / "backbone.safetensors")
-    monkeypatch.delattr("birdcall.training.initialisation.read_weights")
+    monkeypatch.delattr("birdcall.training.initialisation.read_network")
     model = initialise(experiment, 3, tmp_path / "backbone.safetensors")
     assert torch.equal(model.backbone.post.weight, expected["post.weight"])
     assert not any(value.requires_grad for value in model.backbone.parameters())
+
+
+def test_a_head_on_all_features_starts_from_birdnets_last_layer(monkeypatch, caplog):
+    weights = birdnet_weights()
+    labels = ["Corvus corax_Raven", "Empidonax alnorum_Flycatcher", "Nobody_Nobody"]
+    labels += [f"{number}_{number}" for number in range(len(BIRDNET_LABELS) - 3)]
+    monkeypatch.setattr(
+        "birdcall.training.initialisation.read_network", lambda: (weights, tuple(labels))
+    )
+    classes = ("aldfly", "ameavo", "comrav", "own1")  # the second and the last are unknown to it
+    experiment = find_experiment("birdnet_plain")
+    model = initialise(experiment, 4, None, classes=classes).eval()
+    assert "American" in caplog.text or "Recurvirostra americana" in caplog.text
+    features = torch.rand(2, 1024, 9, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        # The image does not matter here: the head sees what BirdNET's last layer would see.
+        monkeypatch.setattr(model, "extract", lambda _image: features)
+        logits = model.head.detection(model.features(torch.zeros(1)))
+        context = (
+            functional.max_pool1d(features, 3, 1, 1) + functional.avg_pool1d(features, 3, 1, 1)
+        ) / 2
+        rows = torch.from_numpy(weights["model/CLASS_DENSE_LAYER/MatMul"][[1, 0]])
+        bias = weights["model/CLASS_DENSE_LAYER/BiasAdd/ReadVariableOp/resource"][[1, 0]]
+        expected = torch.einsum("cf,bft->bct", rows, context) + torch.from_numpy(bias)[:, None]
+    torch.testing.assert_close(logits[:, [0, 2]], expected, rtol=1e-4, atol=1e-4)
+    torch.manual_seed(0)
+    unnamed = initialise(experiment, 4, None)
+    assert not torch.equal(unnamed.head.detection.bias, model.head.detection.bias)
+    with_gru = initialise(find_experiment("birdnet_gru"), 4, None, classes=classes)
+    assert len(set(with_gru.head.detection.bias.tolist())) == 1  # as any new head
 
 
 def test_without_the_extra_birdnets_network_asks_for_it(monkeypatch):

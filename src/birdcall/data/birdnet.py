@@ -110,12 +110,13 @@ def _open_interpreter() -> tuple[Any, tuple[str, ...]]:
     return interpreter, tuple(labels)
 
 
-def read_weights() -> dict[str, np.ndarray]:
-    """Return the weights of BirdNET's network by their names; raises what `open_birdnet` raises."""
-    interpreter, _ = _open_interpreter()
+def read_network() -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Return BirdNET's weights by their names, and its labels; raises what `open_birdnet` does."""
+    interpreter, labels = _open_interpreter()
     items = interpreter.get_tensor_details()[_CONSTANTS]
     indices = {item["name"]: item["index"] for item in items if item["dtype"] == np.float32}
-    return {name: np.array(interpreter.get_tensor(index)) for name, index in indices.items()}
+    weights = {name: np.array(interpreter.get_tensor(index)) for name, index in indices.items()}
+    return weights, labels
 
 
 def open_birdnet() -> BirdNET:

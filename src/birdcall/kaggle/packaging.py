@@ -32,6 +32,7 @@ from birdcall.kaggle.manifest import (
 from birdcall.kaggle.submission import DECISION_FILE, MEMBERS_FOLDER
 from birdcall.kaggle.test_set import COMPETITION
 from birdcall.kaggle.training_kernel import PackagedFile, TrainingSettings, write_settings
+from birdcall.models.backbones import BirdNETBackbone
 from birdcall.models.checkpoint import (
     SETTINGS_FILE,
     WEIGHTS_FILE,
@@ -256,7 +257,7 @@ def _write_json(path: Path, values: Mapping[str, object]) -> None:
 
 # --- the training kernel --------------------------------------------------------------------------
 
-# What Kaggle's image lacks; only augmentations with these probabilities use it.
+# What Kaggle's image lacks, and the augmentations that use it.
 _MISSING_PACKAGES = "audiomentations numpy-minmax numpy-rms python-stretch fast-mp3-augment"
 _NEED_PACKAGES = ("mp3_probability", "pitch_probability", "tempo_probability")
 
@@ -280,10 +281,9 @@ def stage_training(
     """Write ``build/dataset`` and ``build/kernel``, with which Kaggle trains one run.
 
     The dataset holds code, settings, folds, audit, labels with times, the bird-free recordings that
-    a training here would use, the weights to start from (``init``, or the pretrained ones of the
-    experiment, fetched here), and wheels. What an earlier call wrote is replaced. The network is
-    built once, and the tables are matched with the data, so that what cannot run is not uploaded.
-    Returns the dataset's folder.
+    a training here would use, the weights to start from (``init``, or the experiment's pretrained
+    ones), and wheels. What an earlier call wrote is replaced. The network is built once, and the
+    tables are matched with the data, so that what cannot run is not uploaded. Returns the folder.
     """
     experiment = find_experiment(settings.experiment)
     upload = Upload.of_training(settings, experiment, staging.owner)
@@ -299,8 +299,7 @@ def stage_training(
     training.split(settings.fold)
     replace(training, birdnet=None).require_sound_for(experiment)  # a kernel has no embeddings
     model = initialise(experiment, len(training.classes), files.init, classes=training.classes)
-    needs_packages = any(getattr(experiment.augment, name) > 0 for name in _NEED_PACKAGES)
-    if staging.wheels is None and needs_packages:
+    if staging.wheels is None and any(getattr(experiment.augment, n) > 0 for n in _NEED_PACKAGES):
         logger.warning(
             "%s augments with packages that Kaggle's image lacks: give --wheels DIR, filled by "
             "`pip download --no-deps -d DIR --python-version 3.12 --only-binary :all: %s`",
@@ -335,12 +334,13 @@ def _stage_weights(init: Path | None, model: SEDModel, dataset: Path) -> str:
     """Write the weights to start from into ``dataset``; return their name there.
 
     Those of ``init`` come with the settings of a run beside them, which name its classes. Without
-    ``init`` they are the pretrained backbone: the kernel has no network to fetch it.
+    ``init`` it is what the kernel cannot fetch: the pretrained backbone, or BirdNET and its head.
     """
     folder = dataset / PackagedFile.INIT
     name = f"{PackagedFile.INIT}/weights{'.safetensors' if init is None else init.suffix}"
     if init is None:
-        tensors = {key: value.contiguous() for key, value in model.backbone.state_dict().items()}
+        part = model if isinstance(model.backbone, BirdNETBackbone) else model.backbone
+        tensors = {key: tensor.contiguous() for key, tensor in part.state_dict().items()}
         write_atomically(dataset / name, safetensors.torch.save(tensors))
         return name
     folder.mkdir()

@@ -15,11 +15,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from birdcall.config import FULL, Experiment, Feature, require
-from birdcall.data.birdnet import read_weights
+from birdcall.data.birdnet import find_columns, read_network
 from birdcall.data.dataset import TrainingData
 from birdcall.models.backbones import BIRDNET, PANNS, birdnet_state, freeze_stages
 from birdcall.models.checkpoint import SETTINGS_FILE, read_checkpoint
 from birdcall.models.sed import SEDModel, build_model
+from birdcall.taxonomy import species_of
 
 logger = logging.getLogger(__name__)
 
@@ -104,9 +105,7 @@ def _build_initial(
             logger.info("%s: ImageNet weights of the package %s", _LITE0, _LITE0_PACKAGE)
             return model
     if name == BIRDNET:
-        model = build_model(experiment, n_classes)
-        model.backbone.load_state_dict(birdnet_state(read_weights()))
-        return model
+        return _load_birdnet(build_model(experiment, n_classes), classes or ())
     require(name not in PANNS, f"{name}: timm has no weights of it; give them with --init FILE")
     try:
         return build_model(experiment, n_classes, pretrained=True)
@@ -152,7 +151,6 @@ def _load_weights(
     else:
         if "_conv_stem.weight" in state:
             state = {rename_lite0(key): value for key, value in state.items()}
-        # BirdNET's backbone is none of timm's: it has no classifier.
         classifier = getattr(model.backbone, "pretrained_cfg", {}).get("classifier") or ()
         names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
         prefixes = tuple(f"{name}." for name in names)
@@ -215,6 +213,29 @@ def _load_panns(model: SEDModel, experiment: Experiment, path: Path, state: _Sta
         *(path, experiment.model.backbone, " and ".join(loaded) or "-"),
         ", ".join(sorted(left_out)) or "nothing",
     )
+
+
+def _load_birdnet(model: SEDModel, classes: Sequence[str]) -> SEDModel:
+    """Load BirdNET's network of the installed package; return ``model``.
+
+    A head of all its features, without a temporal layer, starts from BirdNET's own last layer.
+    """
+    weights, labels = read_network()
+    model.backbone.load_state_dict(birdnet_state(weights))
+    species, layer = [species_of(code) for code in classes], model.head.detection
+    n_features = model.backbone.num_features
+    is_direct = type(model.temporal[0]) is nn.Identity and layer.in_channels == n_features
+    if is_direct and any(species):
+        columns = find_columns(labels, [item.scientific_name if item else "" for item in species])
+        known = columns >= 0
+        with torch.no_grad():
+            # Half, since `SEDModel.embed` adds the mean of three frames to their maximum.
+            model.project.weight.copy_(torch.eye(n_features)[..., None] / 2)
+            model.project.bias.zero_()
+            for value, name in ((layer.weight[..., 0], "MatMul"), (layer.bias, "BiasAdd")):
+                (theirs,) = (weights[key] for key in weights if f"CLASS_DENSE_LAYER/{name}" in key)
+                value[known] = torch.from_numpy(theirs[columns[known]])
+    return model
 
 
 def rename_lite0(key: str) -> str:
