@@ -46,10 +46,10 @@ _BIRDNET_AMIN = 1e-15
 class LogMel(Float32Module):
     """Waveform (batch, samples) to image (batch, len(features), frames, n_mels), float32.
 
-    By default the one channel is the log_mel in dB, as by ``librosa.power_to_db``. Computed in at
-    least float32 under any autocast; differentiable; no clip influences another. The state dict is
-    empty: everything follows from the configuration. ``frame_seconds`` is the time from one frame
-    to the next.
+    By default the one channel is the log_mel in dB, as by ``librosa.power_to_db``; BirdNET's
+    features are those of `BirdNETFilters`. Computed in at least float32 under any autocast;
+    differentiable; no clip influences another. The state dict is empty: everything follows from the
+    configuration. ``frame_seconds`` is the time from one frame to the next.
     """
 
     def __init__(self, config: FrontendConfig) -> None:
