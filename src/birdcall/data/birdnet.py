@@ -169,7 +169,7 @@ def find_columns(labels: Sequence[str], names: Sequence[str]) -> np.ndarray:
         "species by their scientific names",
     )
     if unknown:
-        message = "%s does not know %d of %d classes, and never names them: %s"
+        message = "%s does not know %d of %d classes: %s"
         logger.warning(message, NAME, len(unknown), len(names), shorten_list(unknown))
     return columns
 

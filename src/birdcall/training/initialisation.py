@@ -222,11 +222,11 @@ def _load_birdnet(model: SEDModel, classes: Sequence[str]) -> SEDModel:
     """
     weights, labels = read_network()
     model.backbone.load_state_dict(birdnet_state(weights))
-    species, layer = [species_of(code) for code in classes], model.head.detection
-    n_features = model.backbone.num_features
+    layer, n_features = model.head.detection, model.backbone.num_features
     is_direct = type(model.temporal[0]) is nn.Identity and layer.in_channels == n_features
-    if is_direct and any(species):
-        columns = find_columns(labels, [item.scientific_name if item else "" for item in species])
+    if is_direct and any(map(species_of, classes)):
+        names = [s.scientific_name if (s := species_of(code)) else code for code in classes]
+        columns = find_columns(labels, names)
         known = columns >= 0
         with torch.no_grad():
             # Half, since `SEDModel.embed` adds the mean of three frames to their maximum.
