@@ -102,6 +102,11 @@ class TrainingData:
         held_out = self.recordings["fold"] == fold
         return self.recordings[~held_out], self.recordings[held_out]
 
+    @cached_property
+    def scientific_names(self) -> tuple[str, ...]:
+        """Return the scientific name of each class, from its recordings if it is not of the 264."""
+        return scientific_names(self.classes, self.recordings)
+
     def learnable_classes(self, fold: int | str) -> np.ndarray:
         """Return which classes a run that holds out ``fold`` can learn, boolean ``(classes,)``.
 

@@ -281,9 +281,8 @@ def stage_training(
     """Write ``build/dataset`` and ``build/kernel``, with which Kaggle trains one run.
 
     The dataset holds code, settings, folds, audit, labels with times, the bird-free recordings that
-    a training here would use, the weights to start from (``init``, or the experiment's pretrained
-    ones), and wheels. What an earlier call wrote is replaced. The network is built once, and the
-    tables are matched with the data, so that what cannot run is not uploaded. Returns the folder.
+    a training here would use, the weights to start from (``init``, or pretrained ones), and wheels.
+    It replaces what an earlier call wrote, and checks network and tables. Returns the folder.
     """
     experiment = find_experiment(settings.experiment)
     upload = Upload.of_training(settings, experiment, staging.owner)
@@ -298,7 +297,8 @@ def stage_training(
     )
     training.split(settings.fold)
     replace(training, birdnet=None).require_sound_for(experiment)  # a kernel has no embeddings
-    model = initialise(experiment, len(training.classes), files.init, classes=training.classes)
+    classes, names = training.classes, training.scientific_names
+    model = initialise(experiment, len(classes), files.init, classes=classes, names=names)
     if staging.wheels is None and any(getattr(experiment.augment, n) > 0 for n in _NEED_PACKAGES):
         logger.warning(
             "%s augments with packages that Kaggle's image lacks: give --wheels DIR, filled by "

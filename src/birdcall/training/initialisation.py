@@ -20,7 +20,6 @@ from birdcall.data.dataset import TrainingData
 from birdcall.models.backbones import BIRDNET, PANNS, birdnet_state, freeze_stages
 from birdcall.models.checkpoint import SETTINGS_FILE, read_checkpoint
 from birdcall.models.sed import SEDModel, build_model
-from birdcall.taxonomy import species_of
 
 logger = logging.getLogger(__name__)
 
@@ -65,21 +64,26 @@ def initialise(
     init: Path | None,
     *,
     classes: Sequence[str] | None = None,
+    names: Sequence[str] = (),
 ) -> SEDModel:
     """Build the model of ``experiment`` with its initial weights.
 
     ``init`` is a state dict: of the backbone, with the names of timm, PANNs or the package of
     EfficientNet-Lite0, or of a run of ours. Without it, an experiment with ``pretrained`` gets
     timm's weights, or BirdNET's (extra ``birdnet``). ``classes`` are the ebird_codes of the
-    outputs: the head of a run is used only if it was trained on the same classes. Stages that the
-    experiment freezes are not trained. ValueError in one line if weights are missing or do not fit.
+    outputs: the head of a run is used only if it was trained on the same; ``names`` the scientific
+    ones, for BirdNET's last layer. Stages that the experiment freezes are not trained. ValueError
+    in one line if weights are missing or do not fit.
     """
     n_frozen, backbone = experiment.train.optimizer.frozen_stages, experiment.model.backbone
     require(
         n_frozen == 0 or init is not None or experiment.model.pretrained,
         f"{experiment.name}: {n_frozen} frozen stages would keep random weights; give --init FILE",
     )
-    model = _build_initial(experiment, n_classes, init, classes)
+    if backbone == BIRDNET and experiment.model.pretrained and init is None:
+        model = _load_birdnet(build_model(experiment, n_classes), names)
+    else:
+        model = _build_initial(experiment, n_classes, init, classes)
     freeze_stages(model.backbone, backbone, n_frozen)
     return model
 
@@ -104,8 +108,6 @@ def _build_initial(
             _load_weights(model, experiment, path)
             logger.info("%s: ImageNet weights of the package %s", _LITE0, _LITE0_PACKAGE)
             return model
-    if name == BIRDNET:
-        return _load_birdnet(build_model(experiment, n_classes), classes or ())
     require(name not in PANNS, f"{name}: timm has no weights of it; give them with --init FILE")
     try:
         return build_model(experiment, n_classes, pretrained=True)
@@ -215,17 +217,14 @@ def _load_panns(model: SEDModel, experiment: Experiment, path: Path, state: _Sta
     )
 
 
-def _load_birdnet(model: SEDModel, classes: Sequence[str]) -> SEDModel:
-    """Load BirdNET's network of the installed package; return ``model``.
-
-    A head of all its features, without a temporal layer, starts from BirdNET's own last layer.
-    """
+def _load_birdnet(model: SEDModel, names: Sequence[str]) -> SEDModel:
+    """Load BirdNET's network into ``model``, its last layer into a head like it; return it."""
     weights, labels = read_network()
     model.backbone.load_state_dict(birdnet_state(weights))
     layer, n_features = model.head.detection, model.backbone.num_features
+    # Without a temporal layer, on all features, the head is like BirdNET's last layer.
     is_direct = type(model.temporal[0]) is nn.Identity and layer.in_channels == n_features
-    if is_direct and any(map(species_of, classes)):
-        names = [s.scientific_name if (s := species_of(code)) else code for code in classes]
+    if is_direct and not {label.partition("_")[0] for label in labels}.isdisjoint(names):
         columns = find_columns(labels, names)
         known = columns >= 0
         with torch.no_grad():

@@ -214,7 +214,8 @@ def train_many(
     if options.overwrite:
         # An error of initial weights that cannot be had comes before anything is deleted.
         for experiment in {run.experiment.name: run.experiment for run in pending}.values():
-            initialise(experiment, len(data.classes), options.init, classes=data.classes)
+            classes, names = data.classes, data.scientific_names
+            initialise(experiment, len(classes), options.init, classes=classes, names=names)
         # Else `resume` after an interruption would keep the runs whose turn had not come.
         for run in pending if options.distributed.is_first else []:
             (run.folder / SETTINGS_FILE).unlink(missing_ok=True)

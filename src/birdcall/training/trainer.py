@@ -301,8 +301,9 @@ def start_training(
     trained_on = conditions_of(data, experiment, options.init, device, distributed=distributed)
     seed = config.seed * 1000 + (len(data.folds) if run.fold == FULL else run.fold)
     torch.manual_seed(seed)
-    n_classes = len(data.classes)
-    model = initialise(experiment, n_classes, options.init, classes=data.classes).to(device)
+    n_classes, names = len(data.classes), data.scientific_names
+    model = initialise(experiment, n_classes, options.init, classes=data.classes, names=names)
+    model.to(device)
     # All processes start from the same weights, but draw different dropout.
     torch.manual_seed(seed + 7919 * distributed.rank)
     subset = data.training_part(run.fold, recordings)
