@@ -147,7 +147,9 @@ def test_an_experiment_for_a_gpu_scores_there_as_on_a_cpu(name, tmp_path):
     assert isinstance(load_ensemble([tmp_path], "cuda"), Ensemble)
 
 
-@pytest.mark.parametrize("name", [*GPU_EXPERIMENTS, "lite0_gru", "lite0_gru_distilled"])
+@pytest.mark.parametrize(
+    "name", [*GPU_EXPERIMENTS, "lite0_gru", "lite0_gru_distilled", "birdnet_gru"]
+)
 def test_steps_of_a_recorded_graph_have_the_losses_of_kernels_launched_one_by_one(name):
     losses, n_replays = {}, {}
     for is_recorded in (True, False):
