@@ -184,8 +184,12 @@ def test_birdnets_last_layer_is_fetched_with_its_convolutions(stage, training_da
     plain, classes = find_experiment("birdnet_plain"), training_data.classes
     torch.manual_seed(5)
     fetched = build_model(plain, len(classes))
-    monkeypatch.setattr("birdcall.kaggle.packaging.initialise", lambda *a, **k: fetched)
+    outputs = {}
+    monkeypatch.setattr(
+        "birdcall.kaggle.packaging.initialise", lambda *a, **k: outputs.update(k) or fetched
+    )
     dataset = stage(replace(SETTINGS, experiment="birdnet_plain"))
+    assert outputs == {"classes": classes, "names": training_data.scientific_names}
     torch.manual_seed(6)
     init = dataset / read_settings(dataset).init
     model = initialise(plain, len(classes), init, classes=classes)

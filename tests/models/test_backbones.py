@@ -233,7 +233,7 @@ def test_birdnet_gives_a_frame_for_every_64_that_are_begun(birdnet, n_frames, ex
         assert birdnet.forward_features(torch.zeros(1, 2, n_frames, 96)).shape[2] == expected
 
 
-def test_birdnet_sees_the_sound_mirrored_where_its_last_frame_is_not_full(birdnet):
+def test_the_image_is_mirrored_where_birdnets_last_frame_is_not_full(birdnet):
     image = 20 * torch.randn(1, 2, 128, 96) - 40
     mirrored = torch.cat((image[:, :, :100], image[:, :, 71:99].flip(2)), dim=2)
     with torch.no_grad():

@@ -365,6 +365,26 @@ def test_birdnets_network_starts_from_its_weights_and_keeps_them(
     assert not any(value.requires_grad for value in model.backbone.parameters())
 
 
+def test_a_training_knows_the_scientific_names_of_its_classes(
+    monkeypatch, training_data, tmp_path, blank_previews
+):
+    weights, names = birdnet_weights(), training_data.scientific_names
+    n_others = len(BIRDNET_LABELS) - len(names)
+    labels = [f"{number}_{number}" for number in range(n_others)] + [f"{n}_Bird" for n in names]
+    monkeypatch.setattr(
+        "birdcall.training.initialisation.read_network", lambda: (weights, tuple(labels))
+    )
+    experiment = replace_nested(
+        find_experiment("birdnet_plain"), train={"epochs": 1, "data": {"clips_per_epoch": 16}}
+    )
+    runs = plan_runs([experiment], training_data, 0, tmp_path / "runs")
+    train_many(runs, training_data, RunOptions(workers=0))
+    trained = load_file(runs[0].folder / WEIGHTS_FILE)["head.detection.weight"][..., 0]
+    theirs = torch.from_numpy(weights["model/CLASS_DENSE_LAYER/MatMul"][n_others:])
+    torch.testing.assert_close(trained, theirs, rtol=0, atol=1e-3)  # a step is 5e-5
+    assert not torch.equal(trained, theirs)
+
+
 def test_a_head_on_all_features_starts_from_birdnets_last_layer(monkeypatch, caplog):
     weights = birdnet_weights()
     labels = ["Corvus corax_Raven", "Empidonax alnorum_Flycatcher", "Nobody_Nobody"]
@@ -388,7 +408,6 @@ def test_a_head_on_all_features_starts_from_birdnets_last_layer(monkeypatch, cap
         bias = weights["model/CLASS_DENSE_LAYER/BiasAdd/ReadVariableOp/resource"][[1, 0]]
         expected = torch.einsum("cf,bft->bct", rows, context) + torch.from_numpy(bias)[:, None]
     torch.testing.assert_close(logits[:, [0, 2]], expected, rtol=1e-4, atol=1e-4)
-    torch.manual_seed(0)
     unknown = initialise(experiment, 2, None, names=("Rana temporaria", "own1"))
     assert len(set(unknown.head.detection.bias.tolist())) == 1
     with_gru = initialise(find_experiment("birdnet_gru"), 4, None, names=names)

@@ -281,7 +281,7 @@ class BirdNETBackbone(nn.Module):
         self.post = nn.Conv2d(before, self.num_features, 3)
 
     def forward_features(self, image: Tensor) -> Tensor:
-        # A last output frame of few image frames disturbs all others, through the squeeze: for 513
+        # A last output frame of few image frames changes all others, through the squeeze: for 513
         # frames the cosine to the embedding of 512 is 0.55. So the image is mirrored at its end.
         n_frames = image.shape[2]
         period = max(1, 2 * n_frames - 2)
@@ -345,4 +345,5 @@ _BIRDNET_STRIDE = 64
 _NEPER_PER_DB = math.log(10) / 10
 
 BIRDNET = "birdnet"
+# Backbones that are built here; all others are timm's.
 OWN = PANNS | {BIRDNET: BirdNETBackbone}

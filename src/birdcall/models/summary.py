@@ -282,7 +282,7 @@ def trace_stages(model: SEDModel, waveform: Tensor) -> list[Stage]:
     try:
         with torch.inference_mode():
             spectrogram = getattr(model.frontend, "spectrogram", None)
-            power = None if spectrogram is None else tuple(spectrogram(waveform).shape)
+            power = () if spectrogram is None else tuple(spectrogram(waveform).shape)
             output = model.eval()(waveform)
     finally:
         model.train(was_training)
@@ -299,11 +299,15 @@ def trace_stages(model: SEDModel, waveform: Tensor) -> list[Stage]:
         _count_weights, (model.mel_norm, model.pooling, model.project, model.temporal, model.head)
     )
     front_end, network = partial(Stage, "front end"), partial(Stage, "backbone")
+    normalised = log_mel if n_norm else ()  # BirdNET's filters have neither this nor a spectrogram
+    front_end_stages = (
+        front_end("power spectrogram", power, axes=power_axes, n_weights=0),
+        front_end(features, log_mel, axes=_IMAGE, n_weights=0),
+        front_end("each mel bin normalised", normalised, axes=_IMAGE, n_weights=n_norm),
+    )
     return [
         Stage("input", "waveform", tuple(waveform.shape), axes=("samples",), n_weights=0),
-        *([front_end("power spectrogram", power, axes=power_axes, n_weights=0)] if power else []),
-        front_end(features, log_mel, axes=_IMAGE, n_weights=0),
-        front_end("each mel bin normalised", log_mel, axes=_IMAGE, n_weights=n_norm),
+        *(stage for stage in front_end_stages if stage.shape),
         *_backbone_stages(model.backbone, images),
         network(pooling, shapes["pooling"], axes=_SEQUENCE, n_weights=n_pooling),
         network("projected", shapes["project"], axes=_SEQUENCE, n_weights=n_project),
