@@ -260,8 +260,8 @@ def _distilled(base: Experiment, weight: float = 10.0) -> Experiment:
     )
 
 
-def _levers(base: Experiment) -> tuple[Experiment, ...]:
-    """Return ``base`` with one thing changed each, for an ablation on real sound."""
+def _levers(base: Experiment, *names: str) -> tuple[Experiment, ...]:
+    """Return ``base`` with one thing changed each, for an ablation on real sound; names: which."""
     changes = {
         "scratch": (
             "from random weights",
@@ -295,6 +295,7 @@ def _levers(base: Experiment) -> tuple[Experiment, ...]:
             base, name=f"{base.name}_{name}", description=f"{base.description}; {what}", **change
         )
         for name, (what, change) in changes.items()
+        if not names or name in names
     )
 
 
@@ -310,6 +311,7 @@ _BIRDNET_OF["none"] = replace_nested(
     model={"temporal_size": 1024},
     train={"epochs": 15, "optimizer": {"learning_rate": 5e-5}},
 )
+_BIRDNET_CLEAN = _BIRDNET_FAMILY[-1]
 _BIRDNETS = [_BIRDNET_OF[temporal] for temporal in ("none", "gru", "attention")]
 _TAUGHT = [_taught(_LITE0_OF[temporal]) for temporal in ("none", "gru")]
 _FIELD = [
@@ -323,6 +325,9 @@ _ALL = (
     *_SMALL_VARIANTS,
     *_LITE0_FAMILY,
     *_BIRDNETS,
+    _BIRDNET_CLEAN,
+    *_field_variants(_BIRDNET_OF["gru"]),
+    *_levers(_BIRDNET_OF["gru"], "10s", "unmixed", "primary"),
     *_levers(_LITE0_OF["gru"]),
     *_TAUGHT,
     *(_distilled(_LITE0_OF[temporal]) for temporal in ("gru", "attention")),
