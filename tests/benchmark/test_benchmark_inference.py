@@ -41,6 +41,22 @@ def test_both_predict_the_same_and_are_timed(tiny_experiment, demo_folder, tmp_p
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "inference.csv"), table)
 
 
+def test_networks_are_timed_in_bfloat16_where_that_is_asked_for(
+    tiny_experiment, demo_folder, tmp_path, monkeypatch
+):
+    pytest.importorskip("openvino")
+    monkeypatch.setattr("birdcall.models.checkpoint.find_bfloat16_fault", lambda: "")
+    options = {"minutes": 0.5, "repeats": 1, "experiment": tiny_experiment, "in_bfloat16": True}
+    table = benchmark_inference(demo_folder, tmp_path, n_members=1, **options)
+    assert list(table["runtime"]) == ["openvino bfloat16"]
+    assert (table["largest_difference"] < 0.1).all()
+    monkeypatch.setattr(
+        "birdcall.models.checkpoint.find_bfloat16_fault", lambda: "an old processor"
+    )
+    with pytest.raises(ValueError, match="an old processor"):
+        benchmark_inference(demo_folder, tmp_path, n_members=1, **options)
+
+
 def test_the_naive_kernel_gives_the_same_probabilities(
     tiny_experiment, demo_folder, tmp_path, monkeypatch
 ):

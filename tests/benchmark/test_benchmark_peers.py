@@ -21,8 +21,9 @@ from birdcall.data.birdnet import scientific_names
 from birdcall.evaluation.labelled import segment_table
 from birdcall.evaluation.predictions import LabelledPredictions
 from birdcall.inference.predictions import SegmentPredictions
+from birdcall.inference.windows import ONNX_FILE
 
-ONNX, TORCH, NAIVE, OPENSOUNDSCAPE, SPARSE, DENSE = PEERS
+ONNX, BFLOAT16, TORCH, NAIVE, OPENSOUNDSCAPE, SPARSE, DENSE = PEERS
 
 
 @pytest.fixture
@@ -55,7 +56,8 @@ def test_a_row_for_each_peer_and_the_reason_where_one_does_not_run(
     ).set_index("peer")
     assert list(table.index) == list(PEERS)
     assert "pip install -e '.[peers]'" in table.loc[OPENSOUNDSCAPE, "state"]
-    assert "pip install -e '.[onnx]'" in table.loc[ONNX, "state"]
+    for name in (ONNX, BFLOAT16):
+        assert "pip install -e '.[onnx]'" in table.loc[name, "state"]
     assert "out of paper" in table.loc[DENSE, "state"]
     assert "ink" not in table.loc[DENSE, "state"]
     ran = [TORCH, NAIVE, SPARSE]
@@ -71,6 +73,19 @@ def test_a_row_for_each_peer_and_the_reason_where_one_does_not_run(
     assert table.drop(index=ran).drop(columns="state").isna().all(axis=None)
     written = pd.read_csv(tmp_path / "peers.csv").set_index("peer")
     pd.testing.assert_frame_equal(written, table, check_dtype=False)
+
+
+def test_an_export_runs_in_the_runtime_that_its_row_names(package, monkeypatch):
+    pytest.importorskip("openvino")
+    monkeypatch.setattr("birdcall.models.checkpoint.find_bfloat16_fault", lambda: "")
+    member = sorted((package / "members").iterdir())[0]
+    if not (member / ONNX_FILE).is_file():
+        pytest.skip("the package has no exports")
+    opened = []
+    monkeypatch.setattr(peers, "Ensemble", lambda members: opened.extend(members))
+    for name in (ONNX, BFLOAT16):
+        PEERS[name](Setting(member, ()))
+    assert [item.runtime for item in opened] == ["onnx", "openvino bfloat16"]
 
 
 def test_scores_are_of_the_labelled_rows_and_the_classes_that_all_know():

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from dataclasses import replace
 from importlib.metadata import version
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from helpers import NETWORKS
 
 import birdcall.inference.windows as windows_module
+import birdcall.models.checkpoint as checkpoint_module
 from birdcall.__main__ import main
 from birdcall.benchmark.inference import spread_outputs
 from birdcall.experiments import EXPERIMENTS, find_experiment
@@ -20,6 +22,7 @@ from birdcall.inference.ensemble import Ensemble, load_ensemble, load_member
 from birdcall.inference.windows import (
     ONNX_FILE,
     ExportError,
+    SegmentOutput,
     WindowConfig,
     export_checkpoint,
     probe_windows,
@@ -27,10 +30,16 @@ from birdcall.inference.windows import (
 from birdcall.models.checkpoint import (
     Checkpoint,
     OnnxModel,
-    QuantizationError,
+    OpenVinoModel,
     load_model,
-    quantize_onnx,
+    open_export,
     save_checkpoint,
+)
+from birdcall.models.export import (
+    LowPrecisionError,
+    allow_bfloat16,
+    mark_bfloat16,
+    quantize_onnx,
 )
 from birdcall.models.sed import build_model
 
@@ -279,8 +288,8 @@ def test_int8_predicts_the_same_labels_from_a_smaller_file(exported, caplog):
     assert path.stat().st_size < size
     caplog.set_level(logging.INFO)
     ensemble = load_ensemble([exported])
-    assert ensemble.members[0].export.is_int8
-    assert "1 in int8" in caplog.text
+    assert ensemble.members[0].export.precision == "int8"
+    assert "in int8" in caplog.text
     one = predict_waveforms(ensemble, {RATE: noise(42)})
     other = dict(
         predict_audio(ensemble, {"a": lambda _: {RATE: noise(7)}, "b": lambda _: {RATE: noise(42)}})
@@ -294,7 +303,7 @@ def test_int8_that_predicts_other_labels_is_refused_and_the_export_stays(exporte
     before, log_mels = path.read_bytes(), log_mels_of(path, 600)
     distances = np.abs(lowest(path, log_mels)[..., None] - THRESHOLDS).min(axis=(1, 2))
     held_out = log_mels[np.argsort(distances)[:60]]
-    with pytest.raises(QuantizationError, match=r"% of 60 rows"):
+    with pytest.raises(LowPrecisionError, match=r"% of 60 rows"):
         quantize_onnx(path, log_mels_of(path, 50), held_out)
     assert path.read_bytes() == before
     assert load_member(exported).export.identity == "onnx"
@@ -309,7 +318,7 @@ def test_a_calibration_set_that_is_too_small_is_refused(exported, tmp_path):
     frontend = load_model(exported)[1].experiment.frontend
     halves = sample_log_mels(recordings, frontend, WindowConfig())
     assert [len(half) for half in halves] == [24, 24]
-    with pytest.raises(QuantizationError, match="24 and 24"):
+    with pytest.raises(LowPrecisionError, match="24 and 24"):
         quantize_onnx(path, *halves)
     assert path.read_bytes() == before
 
@@ -323,7 +332,7 @@ def test_labels_are_not_compared_where_no_species_is_predicted(exported):
     bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
     onnx.save(network, path)
     log_mels = log_mels_of(path, 60)
-    with pytest.raises(QuantizationError, match="0 of 60 rows"):
+    with pytest.raises(LowPrecisionError, match="0 of 60 rows"):
         quantize_onnx(path, log_mels, log_mels)
 
 
@@ -336,3 +345,114 @@ def test_both_halves_of_a_sample_are_of_other_recordings(tmp_path):
     assert abs(levels[0] - levels[1]) == pytest.approx(20, abs=0.5)  # decibels
     again = [half.mean() for half in sample_log_mels(recordings, config, WindowConfig())]
     assert again == levels
+
+
+# --- bfloat16 -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def openvino(monkeypatch):
+    """OpenVINO, also on a processor without bfloat16: there it computes in float32."""
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(checkpoint_module, "find_bfloat16_fault", lambda: "")
+
+
+@pytest.fixture
+def marked(exported, openvino):
+    mark_bfloat16(exported / ONNX_FILE, "for a test")
+    return exported
+
+
+def clear_rows(path, n_windows=200):
+    """Random log-mels whose probabilities are not near a threshold of the comparison."""
+    log_mels = log_mels_of(path, n_windows)
+    is_clear = (np.abs(lowest(path, log_mels)[..., None] - THRESHOLDS) > 0.02).all(axis=(1, 2))
+    return log_mels[is_clear]
+
+
+def test_openvino_predicts_the_labels_of_float32(exported, openvino, caplog):
+    path = exported / ONNX_FILE
+    log_mels = clear_rows(path)
+    parity = allow_bfloat16(path, log_mels, log_mels)
+    assert parity.rows_equal >= 0.99 and parity.row_wise_f1 >= 0.99 and parity.speed > 0
+    caplog.set_level(logging.INFO)
+    ensemble = load_ensemble([exported])
+    assert isinstance(ensemble.members[0].export, OpenVinoModel)
+    assert "OpenVINO" in caplog.text and "bfloat16" in caplog.text
+    batch = log_mels[:3]
+    outputs = list(SegmentOutput._fields)
+    expected = OnnxModel(path)(batch, outputs)
+    for name, one, other in zip(
+        outputs, ensemble.members[0].export(batch, outputs), expected, strict=True
+    ):
+        assert one.dtype == np.float32
+        np.testing.assert_allclose(
+            one, other, atol=0.05 * max(1, np.abs(other).max()), err_msg=name
+        )
+
+
+def test_bfloat16_predicts_the_same_to_the_bit_in_any_company(marked):
+    ensemble = load_ensemble([marked])
+    one = predict_waveforms(ensemble, {RATE: noise(42)})
+    sources = {"a": lambda _: {RATE: noise(7)}, "b": lambda _: {RATE: noise(42)}}
+    torch.set_num_threads(3)
+    other = dict(predict_audio(load_ensemble([marked]), sources))
+    assert np.array_equal(one.clipwise, other["b"].clipwise)
+    assert ensemble.costs.seconds[ensemble.members[0].name] > 0  # in the thread that called it
+
+
+def test_bfloat16_that_predicts_other_labels_is_refused(exported, openvino, monkeypatch):
+    """Another network's probabilities in place of those in bfloat16."""
+    path = exported / ONNX_FILE
+    before, log_mels = path.read_bytes(), clear_rows(path)
+    run = OpenVinoModel.__call__
+    monkeypatch.setattr(
+        OpenVinoModel, "__call__", lambda self, inputs, names: run(self, inputs[::-1] + 20, names)
+    )
+    with pytest.raises(LowPrecisionError, match="bfloat16"):
+        allow_bfloat16(path, log_mels, log_mels)
+    assert path.read_bytes() == before
+    assert open_export(path).runtime == "ONNX Runtime"
+
+
+@pytest.mark.parametrize("fault", ["openvino is not installed", "no instructions for bfloat16"])
+def test_onnx_runtime_takes_over_where_bfloat16_cannot_run(marked, fault, monkeypatch, caplog):
+    monkeypatch.setattr(checkpoint_module, "find_bfloat16_fault", lambda: fault)
+    (member,) = load_ensemble([marked]).members
+    assert member.runtime == "onnx"
+    (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert fault in record.message and str(marked / ONNX_FILE) in record.message
+    log_mels = log_mels_of(marked / ONNX_FILE, 60)
+    with pytest.raises(ValueError, match=fault):
+        allow_bfloat16(marked / ONNX_FILE, log_mels, log_mels)
+
+
+def test_onnx_runtime_takes_over_where_openvino_fails_at_work(marked, monkeypatch, caplog):
+    def fail(self, inputs, outputs):
+        raise RuntimeError("illegal instruction")
+
+    expected = predict_waveforms(
+        Ensemble([replace(load_member(marked), export=OnnxModel(marked / ONNX_FILE))]),
+        {RATE: noise(12)},
+    )
+    monkeypatch.setattr(OpenVinoModel, "__call__", fail)
+    predictions = predict_waveforms(load_ensemble([marked]), {RATE: noise(12)})
+    assert np.array_equal(predictions.clipwise, expected.clipwise)
+    (record,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "illegal instruction" in record.message and "ONNX Runtime" in record.message
+
+
+def test_bfloat16_does_not_run_a_network_in_int8(marked):
+    path = marked / ONNX_FILE
+    onnx = OnnxModel(path)
+    onnx.precision = "int8"  # OpenVINO computes such a network differently
+    with pytest.raises(ValueError, match="int8"):
+        OpenVinoModel(path, slower=onnx)
+
+
+def test_one_file_is_for_one_low_precision(run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["export", str(run), "--int8", str(tmp_path), "--bfloat16", str(tmp_path)])
+    assert ended.value.code != 0
+    assert "--bfloat16" in capsys.readouterr().err
+    assert not (run / ONNX_FILE).exists()

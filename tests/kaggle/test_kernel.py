@@ -204,13 +204,14 @@ def test_full_runs_are_packaged_with_the_decision_that_was_chosen_on_folds(
 
 
 @needs_onnx
-def test_the_int8_export_of_a_run_is_packaged(trained_runs, package, tmp_path):
+@pytest.mark.parametrize("precision", ["int8", "bfloat16"])
+def test_an_export_for_low_precision_is_packaged(trained_runs, package, tmp_path, precision):
     onnx = pytest.importorskip("onnx")
     run = tmp_path / "run"
     shutil.copytree(trained_runs[0], run)
     checkpoint = read_checkpoint(run)
     network = onnx.load(package / "members" / checkpoint.name / ONNX_FILE)
-    network.metadata_props.add(key="int8", value="as if it were")
+    network.metadata_props.add(key=precision, value="as if it were")
     onnx.save(network, run / ONNX_FILE)
     decision = Decision(
         members=(checkpoint.name,), weights={checkpoint.name: checkpoint.weights_sha256}
@@ -219,7 +220,8 @@ def test_the_int8_export_of_a_run_is_packaged(trained_runs, package, tmp_path):
     packaged = dataset / "members" / checkpoint.name / ONNX_FILE
     assert packaged.read_bytes() == (run / ONNX_FILE).read_bytes()
     (member,) = open_package(dataset, "cpu", all_members=True).ensemble.members
-    assert member.export.identity.startswith("onnx int8 ")
+    assert member.export.low_precision == precision
+    assert member.export.identity.startswith("onnx int8 ") == (precision == "int8")
 
 
 @pytest.fixture(scope="module")

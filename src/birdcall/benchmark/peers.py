@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from shutil import copytree, ignore_patterns
@@ -34,7 +34,7 @@ from birdcall.inference.engine import predict_files
 from birdcall.inference.ensemble import Ensemble, load_ensemble, load_member
 from birdcall.inference.windows import ONNX_FILE, export_checkpoint
 from birdcall.kaggle.test_set import CompetitionFile
-from birdcall.models.checkpoint import is_onnx_installed, read_checkpoint
+from birdcall.models.checkpoint import OpenVinoModel, is_onnx_installed, read_checkpoint
 from birdcall.models.sed import SEDModel
 from birdcall.storage.files import write_atomically
 
@@ -205,12 +205,14 @@ def _predict_with_engine(ensemble: Ensemble) -> _Predict:
     return predict
 
 
-def _open_onnx(setting: Setting) -> tuple[_Predict, None]:
-    _require("onnxruntime", "onnx")
+def _open_export(setting: Setting, in_bfloat16: bool) -> tuple[_Predict, None]:
     member = load_member(setting.run)
     if member.export is None:
         raise ValueError(f"{setting.run}: no export; needs pip install -e '.[onnx]'")
-    return _predict_with_engine(Ensemble([member])), None
+    export = member.export.slower or member.export
+    if in_bfloat16:
+        export = OpenVinoModel(setting.run / ONNX_FILE, slower=export)
+    return _predict_with_engine(Ensemble([replace(member, export=export)])), None
 
 
 def _open_torch(setting: Setting) -> tuple[_Predict, None]:
@@ -305,7 +307,8 @@ def join_windows(probabilities: np.ndarray, seconds: float) -> np.ndarray:
 
 # Each opener raises whatever keeps its peer from running.
 PEERS: Mapping[str, Callable[[Setting], tuple[_Predict, np.ndarray | None]]] = {
-    "birdcall, ONNX Runtime": _open_onnx,
+    "birdcall, ONNX Runtime": partial(_open_export, in_bfloat16=False),
+    "birdcall, OpenVINO in bfloat16": partial(_open_export, in_bfloat16=True),
     "birdcall, torch": _open_torch,
     "librosa, torchlibrosa, torch": _open_naive,
     "opensoundscape": _open_opensoundscape,

@@ -109,6 +109,9 @@ def _benchmark_inference(
         float, typer.Option(min=0.1, help="Minutes of audio for each implementation.")
     ] = 10.0,
     repeats: Annotated[int, typer.Option(min=1, help="Repetitions; the median counts.")] = 3,
+    bfloat16: Annotated[
+        bool, typer.Option("--bfloat16", help="By OpenVINO, in bfloat16, where that is possible.")
+    ] = False,
 ) -> None:
     """Time inference from file to prediction, one member and several, and the naive kernel."""
     from birdcall.benchmark.inference import benchmark_inference
@@ -119,6 +122,7 @@ def _benchmark_inference(
         n_members=members,
         minutes=minutes,
         repeats=repeats,
+        in_bfloat16=bfloat16,
     )
     typer.echo(table.T.to_string(header=False))
 

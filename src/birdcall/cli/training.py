@@ -309,35 +309,42 @@ def _export(
             show_default="none",
         ),
     ] = None,
+    bfloat16: Annotated[
+        Path | None,
+        typer.Option(
+            help="The same in bfloat16, by OpenVINO, on processors with instructions for it.",
+            show_default="none",
+        ),
+    ] = None,
     window_segments: WindowSegments = 1,
     context_seconds: ContextSeconds = 0.0,
 ) -> None:
     """Export a network to ONNX, and check that ONNX Runtime predicts the same as torch."""
     from birdcall.inference.engine import sample_log_mels
     from birdcall.inference.windows import ONNX_FILE, WindowConfig, export_checkpoint
-    from birdcall.models.checkpoint import quantize_onnx, read_checkpoint, require_windows
+    from birdcall.models.checkpoint import read_checkpoint
+    from birdcall.models.export import allow_bfloat16, quantize_onnx, require_windows
     from birdcall.storage.files import find_files, readable_sound
 
     path = to or checkpoint / ONNX_FILE
     if source != "log_mel" and to is None:
         raise ValueError(f"--input waveform needs --to FILE: {path} must have log_mel as its input")
-    if source != "log_mel" and int8 is not None:
-        raise ValueError("--int8 takes networks with --input log_mel only")
+    folder, option = (int8, "--int8") if bfloat16 is None else (bfloat16, "--bfloat16")
+    if folder is not None and (source != "log_mel" or None not in (int8, bfloat16)):
+        raise ValueError("give --int8 or --bfloat16, not both, and with --input log_mel")
     window_config = WindowConfig(window_segments, context_seconds)
     frontend = read_checkpoint(checkpoint).experiment.frontend
-    if int8 is not None:  # before the export, which it would leave in float32
-        recordings = readable_sound(find_files(int8), "recordings")
+    if folder is not None:  # before the export, which it would leave in float32
+        recordings = readable_sound(find_files(folder), "recordings")
         log_mels = sample_log_mels(recordings, frontend, window_config)
-        require_windows(f"--int8 {int8}", *log_mels)
+        require_windows(f"{option} {folder}", *log_mels)
     difference = export_checkpoint(checkpoint, path, window_config, source)
-    typer.echo(
-        f"{path}: {path.stat().st_size / 1e6:.1f} MB; probabilities differ from torch's by at "
-        f"most {difference:.1g}"
-    )
-    if int8 is not None:
-        parity = quantize_onnx(path, *log_mels)
+    size = f"{path.stat().st_size / 1e6:.1f} MB"
+    typer.echo(f"{path}: {size}; probabilities differ from torch's by at most {difference:.1g}")
+    if folder is not None:
+        parity = (quantize_onnx if bfloat16 is None else allow_bfloat16)(path, *log_mels)
         typer.echo(
-            f"{path}: {path.stat().st_size / 1e6:.1f} MB in int8, {parity.speed:.2f} x as fast; "
-            f"{parity.rows_equal:.1%} of held-out rows have the same labels, row-wise F1 "
-            f"{parity.row_wise_f1:.3f}; {parity.float_share:.0%} of its layers stay float32"
+            f"{path}: {path.stat().st_size / 1e6:.1f} MB, in {option[2:]} {parity.speed:.2f} x as "
+            f"fast; {parity.rows_equal:.1%} of held-out rows have the same labels, row-wise F1 "
+            f"{parity.row_wise_f1:.3f}; {parity.float_share:.0%} of its convolutions stay float32"
         )

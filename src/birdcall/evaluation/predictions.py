@@ -203,7 +203,7 @@ class PredictionCache:
             "classes": member.checkpoint.classes,
             "audio": self.made_from,
             "window": asdict(window),
-            "runtime": "torch" if member.export is None else member.export.identity,
+            "runtime": member.runtime,
             "torch": torch.__version__,
         }
 

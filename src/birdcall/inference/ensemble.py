@@ -20,7 +20,12 @@ from torch import Tensor
 from birdcall.audio.frontend import LogMel
 from birdcall.audio.spectrogram import exact_float32, worker_pool
 from birdcall.config import FrontendConfig, require
-from birdcall.inference.predictions import SEGMENTS_ONLY, OutputOptions, SegmentPredictions
+from birdcall.inference.predictions import (
+    SEGMENTS_ONLY,
+    OutputOptions,
+    SegmentPredictions,
+    join_outputs,
+)
 from birdcall.inference.windows import (
     SINGLE_SEGMENT,
     SegmentModel,
@@ -28,7 +33,12 @@ from birdcall.inference.windows import (
     WindowConfig,
     find_export,
 )
-from birdcall.models.checkpoint import Checkpoint, OnnxModel, load_model, require_same_classes
+from birdcall.models.checkpoint import (
+    Checkpoint,
+    ExportedModel,
+    load_model,
+    require_same_classes,
+)
 from birdcall.models.sed import SEDModel
 from birdcall.storage.files import UserError
 
@@ -45,7 +55,7 @@ _SegmentNetwork = Callable[[Tensor, Sequence[str]], list[np.ndarray]]
 
 @dataclass(frozen=True)
 class Member:
-    """One trained model of an ensemble; export: the same for ONNX Runtime, where there is one.
+    """One trained model of an ensemble; export: the same for another runtime, where there is one.
 
     export_fault: the file of an export that is not used, a colon, and why.
     """
@@ -53,8 +63,13 @@ class Member:
     name: str
     model: SEDModel
     checkpoint: Checkpoint
-    export: OnnxModel | None = None
+    export: ExportedModel | None = None
     export_fault: str = ""
+
+    @property
+    def runtime(self) -> str:
+        """Return what runs on a CPU, with all that predictions depend on: "torch", "onnx", ..."""
+        return "torch" if self.export is None else self.export.identity
 
 
 class MemberError(UserError):
@@ -123,8 +138,8 @@ class _Replica:
 class Ensemble:
     """Members of the same classes, ready on their devices, for windows as ``window_config`` says.
 
-    On a CPU each of torch's threads runs batches of its own: by ONNX Runtime where a member has an
-    export that does not fail, else by torch. ``cuda`` without a number is all GPUs; each has all
+    On a CPU each of torch's threads runs batches of its own: by a member's export, where there is
+    one that does not fail, else by torch. ``cuda`` without a number is all GPUs; each has all
     members. Raises MemberError for a member that a device does not take.
     """
 
@@ -190,23 +205,27 @@ class Ensemble:
             network = SegmentModel(model.to(device).eval(), self.window_config)
         except Exception as error:  # such as no memory left on a GPU
             raise MemberError(member.name, f"cannot be put on {device}: {error}") from error
-        is_export_used = member.export is not None and device.type == "cpu"
+        export = member.export if device.type == "cpu" else None
 
         def predict(log_mel: Tensor, outputs: Sequence[str]) -> list[np.ndarray]:
-            nonlocal is_export_used
-            if is_export_used:
+            nonlocal export
+            while (current := export) is not None:
                 try:
-                    return member.export(log_mel.numpy(), outputs)
+                    return current(log_mel.numpy(), outputs)
                 except Exception as error:  # whatever the runtime raises: the weights are the same
-                    is_export_used, this_call = False, object()
-                    if self._runtime_faults.setdefault(str(error), this_call) is this_call:
-                        text = "%s: ONNX Runtime fails; where it does, torch runs in its place: %s"
-                        logger.warning(text, member.name, error)
+                    export = current.slower
+                    self._log_once(member, current, error)
             with exact_float32(device):  # TF32 is off by 3e-3 in probability
                 result: SegmentOutput = network(log_mel, with_frames="frames" in outputs)
             return [getattr(result, name).cpu().numpy() for name in outputs]
 
         return predict
+
+    def _log_once(self, member: Member, export: ExportedModel, error: Exception) -> None:
+        this_call, text = object(), "%s: %s fails; where it does, %s runs in its place: %s"
+        if self._runtime_faults.setdefault(str(error), this_call) is this_call:
+            next_runtime = "torch" if export.slower is None else export.slower.runtime
+            logger.warning(text, member.name, export.runtime, next_runtime, error)
 
     def predict_batch(
         self,
@@ -246,38 +265,7 @@ class Ensemble:
             _require_finite(member, names, arrays)
             for name, array in zip(names, arrays, strict=True):
                 by_output[name].append(array)
-        return _join_windows(by_output, outputs)
-
-
-def _join_windows(
-    by_output: Mapping[str, Sequence[np.ndarray]], outputs: OutputOptions
-) -> SegmentPredictions:
-    """Lay the segments of all windows in a row, given each network output of each member."""
-    clipwise, framewise = (
-        np.stack([array.reshape(-1, array.shape[-1]) for array in by_output[name]])
-        for name in ("clipwise", "framewise")
-    )
-    mean_frames = member_frames = embedding = None
-    # (windows, classes, frames) → (classes, all frames)
-    frames = [
-        array.transpose(1, 0, 2).reshape(array.shape[1], -1)
-        for array in by_output.get("frames", [])
-    ]
-    if outputs.frames:
-        mean_frames = sum(frames[1:], frames[0]) / np.float32(len(frames))
-    if outputs.member_frames:
-        member_frames = np.stack(frames)
-    if outputs.embedding:
-        embedding = np.concatenate(by_output["embedding"], axis=2)
-        embedding = embedding.reshape(-1, embedding.shape[2])
-    return SegmentPredictions(
-        clipwise=clipwise,
-        framewise=framewise,
-        frames=mean_frames,
-        member_frames=member_frames,
-        embedding=embedding,
-        starts=(),
-    )
+        return join_outputs(by_output, outputs)
 
 
 @torch.inference_mode()
@@ -324,18 +312,22 @@ def load_member(
 
 
 def log_runtimes(members: Sequence[Member]) -> None:
-    """Log which exports ONNX Runtime runs, and each reason once why torch runs in its place."""
+    """Log which runtimes run exports, and each reason once why another one runs in their place."""
+    exports = [member.export for member in members if member.export is not None]
+    faults = [(member.export_fault, "torch runs in its place") for member in members]
+    faults += [(export.bfloat16_fault, "it runs in float32 instead") for export in exports]
     by_reason: dict[str, list[str]] = {}
-    for fault in filter(None, (member.export_fault for member in members)):
+    for fault, remedy in faults:
         path, _, reason = fault.partition(": ")
-        by_reason.setdefault(reason, []).append(path)
+        if reason:
+            by_reason.setdefault(f"{reason}; {remedy}", []).append(path)
     for reason, (first, *others) in by_reason.items():
         more = f" and {len(others)} more" if others else ""
-        logger.warning("%s%s: %s; torch runs in its place", first, more, reason)
-    if exports := [member.export for member in members if member.export is not None]:
-        text = "ONNX Runtime %s runs %s members, %d in int8: faster than torch on a CPU"
-        share, n_int8 = f"{len(exports)} of {len(members)}", sum(item.is_int8 for item in exports)
-        logger.info(text, exports[0].version, share, n_int8)
+        logger.warning("%s%s: %s", first, more, reason)
+    runtimes = Counter((item.runtime, item.version, item.precision) for item in exports)
+    for (runtime, version, precision), count in runtimes.items():
+        text = "%s %s runs %d of %d members in %s: faster than torch on a CPU"
+        logger.info(text, runtime, version, count, len(members), precision)
 
 
 def load_ensemble(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -156,6 +156,37 @@ class SegmentPredictions:
             member_frames=_concatenate_optional([part.member_frames for part in parts], axis=0),
             embedding=None,
         )
+
+
+def join_outputs(
+    by_output: Mapping[str, Sequence[np.ndarray]], outputs: OutputOptions
+) -> SegmentPredictions:
+    """Lay the segments of all windows in a row, given each network output of each member."""
+    clipwise, framewise = (
+        np.stack([array.reshape(-1, array.shape[-1]) for array in by_output[name]])
+        for name in ("clipwise", "framewise")
+    )
+    mean_frames = member_frames = embedding = None
+    # (windows, classes, frames) → (classes, all frames)
+    frames = [
+        array.transpose(1, 0, 2).reshape(array.shape[1], -1)
+        for array in by_output.get("frames", [])
+    ]
+    if outputs.frames:
+        mean_frames = sum(frames[1:], frames[0]) / np.float32(len(frames))
+    if outputs.member_frames:
+        member_frames = np.stack(frames)
+    if outputs.embedding:
+        embedding = np.concatenate(by_output["embedding"], axis=2)
+        embedding = embedding.reshape(-1, embedding.shape[2])
+    return SegmentPredictions(
+        clipwise=clipwise,
+        framewise=framewise,
+        frames=mean_frames,
+        member_frames=member_frames,
+        embedding=embedding,
+        starts=(),
+    )
 
 
 def average_windows(

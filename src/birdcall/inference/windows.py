@@ -17,12 +17,13 @@ from birdcall.audio.frontend import LogMel
 from birdcall.config import SEGMENT_SECONDS, require, require_choice
 from birdcall.models.checkpoint import (
     Checkpoint,
+    ExportedModel,
     OnnxModel,
-    export_onnx,
     find_onnx_fault,
-    largest_difference,
     load_model,
+    open_export,
 )
+from birdcall.models.export import export_onnx, largest_difference
 from birdcall.models.sed import SEDModel
 from birdcall.models.summary import FrameTimes, measure_frame_times
 from birdcall.storage.files import UserError, atomic_path
@@ -319,17 +320,16 @@ def _describe_export(
 
 def find_export(
     folder: Path, checkpoint: Checkpoint, window_config: WindowConfig
-) -> OnnxModel | None:
+) -> ExportedModel | None:
     """Load the checkpoint's exported model; None where there is none.
 
-    ``ValueError`` if it is of other weights or other windows, or ONNX Runtime cannot run it.
+    ``ValueError`` if it is of other weights or windows, or no runtime can run it.
     """
-    path = folder / ONNX_FILE
-    if not path.is_file():
+    if not (path := folder / ONNX_FILE).is_file():
         return None
     if fault := find_onnx_fault():
         raise ValueError(f"{path}: {fault}")
-    export = OnnxModel(path)
+    export = open_export(path)
     expected = _describe_export(checkpoint, window_config, "log_mel")
     if export.metadata.get(_METADATA_KEY) != expected[_METADATA_KEY]:
         raise ValueError(f"{path}: of other weights or other windows")

@@ -118,7 +118,7 @@ def stage_package(members: Sequence[Path], decision: Decision, staging: StagingO
     """Write ``build/dataset`` (code, members, decision) and ``build/kernel`` (script, metadata).
 
     What an earlier call wrote there is replaced when all is staged. Every member is loaded once, so
-    that what cannot run is not uploaded. For ONNX Runtime its int8 export is copied, or one made.
+    that what cannot run is not uploaded. Exports for low precision are copied, others are made.
     Returns the dataset's folder. ValueError if the decision was chosen on other weights of a
     member.
     """
@@ -140,10 +140,10 @@ def stage_package(members: Sequence[Path], decision: Decision, staging: StagingO
             member = load_member(folder, decision.window_config, with_export=can_export)
             target = dataset / MEMBERS_FOLDER / member.name
             target.mkdir(parents=True)
-            is_int8 = member.export is not None and member.export.is_int8
-            for name in [WEIGHTS_FILE, SETTINGS_FILE] + ([ONNX_FILE] if is_int8 else []):
+            is_checked = member.export is not None and bool(member.export.low_precision)
+            for name in [WEIGHTS_FILE, SETTINGS_FILE] + ([ONNX_FILE] if is_checked else []):
                 shutil.copyfile(folder / name, target / name)
-            if can_export and not is_int8:
+            if can_export and not is_checked:
                 difference = export_checkpoint(target, target / ONNX_FILE, decision.window_config)
                 logger.info("%s: exported, within %.1g of torch", member.name, difference)
         write_decision(dataset / DECISION_FILE, decision)
