@@ -110,7 +110,8 @@ def test_rows_of_one_kind_weigh_the_same():
 
 
 def test_rankings_are_those_of_scikit_learn_over_classes_that_occur(scores):
-    scores.truth[:, 3] = False
+    scores.truth[:, 3:5] = False
+    scores.truth[[7, 30], 4] = True
     found = values_of(ranked_rows(LABELLED_X, scores, ALL_FIVE))
     truth = scores.labelled_truth[:, :5]
     probability = scores.framewise.mean(axis=0)
@@ -119,6 +120,12 @@ def test_rankings_are_those_of_scikit_learn_over_classes_that_occur(scores):
     assert found["macro_ap"] == pytest.approx(expected)
     expected = np.mean([roc_auc_score(truth[:, k], probability[:, k]) for k in occurs])
     assert found["macro_auc"] == pytest.approx(expected)
+    frequent = [k for k in occurs if truth[:, k].sum() >= 3]
+    assert 0 < len(frequent) < len(occurs)
+    expected = np.mean([average_precision_score(truth[:, k], probability[:, k]) for k in frequent])
+    assert found["macro_ap_min3"] == pytest.approx(expected)
+    expected = np.mean([roc_auc_score(truth[:, k], probability[:, k]) for k in frequent])
+    assert found["macro_auc_min3"] == pytest.approx(expected)
     some = truth.any(axis=1)
     expected = label_ranking_average_precision_score(
         truth[some], probability[some], sample_weight=truth[some].sum(axis=1)
@@ -213,9 +220,10 @@ def test_a_class_that_its_run_could_not_learn_is_in_no_score_of_the_recordings()
 def test_soundscapes_are_scored_over_the_classes_that_a_member_could_learn(scores):
     scores.truth[:, 3] = False
     learnable = np.array([True, False, True, True, True])
-    rows = ranked_rows(LABELLED_X, scores, learnable)
+    rows = {row["metric"]: row for row in ranked_rows(LABELLED_X, scores, learnable)}
     truth, probability = scores.labelled_truth, scores.framewise.mean(axis=0)
-    for row, metric in zip(rows, (average_precision_score, roc_auc_score), strict=False):
+    measures = {"macro_ap": average_precision_score, "macro_auc": roc_auc_score}
+    for row, metric in ((rows[name], measure) for name, measure in measures.items()):
         expected = np.mean([metric(truth[:, k], probability[:, k]) for k in (0, 2, 4)])
         assert row["value"] == pytest.approx(expected)
         # The second class, and the sixth species, which is no class; the fourth does not occur.
@@ -225,7 +233,7 @@ def test_soundscapes_are_scored_over_the_classes_that_a_member_could_learn(score
     expected = label_ranking_average_precision_score(
         learnt[some], probability[some], sample_weight=learnt[some].sum(axis=1)
     )
-    assert values_of(rows)["lwlrap"] == pytest.approx(expected)
+    assert rows["lwlrap"]["value"] == pytest.approx(expected)
 
 
 def test_a_class_tells_how_many_of_its_recordings_are_not_scored(scores):

@@ -23,6 +23,7 @@ _SEGMENT_SECONDS_OF_EVENTS = 1.0
 # People mark a song by eye on a spectrogram: they are not more precise than half a second.
 _ONSET_COLLAR_SECONDS = 0.5
 _RELIABILITY_BINS = 10
+_MIN_ROWS = 3  # of a class, for macro scores that one row moves less
 
 
 class ScoreSubject(NamedTuple):
@@ -75,19 +76,20 @@ def ranked_rows(
     that were kept out of the soundscapes, beside species that occur there and are not learnable.
     calibrated: the same rows with calibrated probabilities, for their calibration error. decisions:
     of each group, for the ranking by what they compare with thresholds (``decision_macro_ap``).
+    ``_min3``: over the classes that are in three rows or more; with less, one row moves AP by 0.5.
     """
     occurs, n_classes = predictions.labelled_truth.any(axis=0), len(predictions.classes)
     truth = predictions.labelled_truth[:, :n_classes] & learnable
     probability = average_members(predictions.framewise)[predictions.labelled]
-    values = {
-        "macro_ap": metrics.average_precision(truth, probability),
-        "macro_auc": metrics.roc_auc(truth, probability),
-        "lwlrap": metrics.lwlrap(truth, probability),
-    }
+    rankings = {"": probability}
     if decisions is not None:
-        strength = predictions.strength(decisions)
-        values["decision_macro_ap"] = metrics.average_precision(truth, strength)
-        values["decision_macro_auc"] = metrics.roc_auc(truth, strength)
+        rankings["decision_"] = predictions.strength(decisions)
+    values = {"lwlrap": metrics.lwlrap(truth, probability)}
+    for prefix, score in rankings.items():
+        for name, measure in (("ap", metrics.average_precision), ("auc", metrics.roc_auc)):
+            of_class = values[f"{prefix}macro_{name}"] = measure(truth, score)
+            is_frequent = truth.sum(axis=0) >= _MIN_ROWS
+            values[f"{prefix}macro_{name}_min{_MIN_ROWS}"] = np.where(is_frequent, of_class, np.nan)
     is_scored = truth.any(axis=0)
     if is_scored.any():
         for metric, item in (("ece", predictions), ("ece_calibrated", calibrated)):
