@@ -277,6 +277,15 @@ def test_embeddings_are_the_input_of_the_heads_for_each_segment(opened, tmp_path
     np.testing.assert_allclose(vectors[1, sizes[0] :], expected, atol=1e-4)
 
 
+def test_results_in_float32_are_not_taken_up_where_bfloat16_can_run(package, monkeypatch):
+    pytest.importorskip("openvino")
+    fingerprints = []
+    for fault in ("", "this processor has no instructions for bfloat16"):
+        monkeypatch.setattr("birdcall.models.checkpoint.find_bfloat16_fault", lambda f=fault: f)
+        fingerprints.append(fingerprint_of(package, ResultOptions(), "cpu"))
+    assert fingerprints[0] != fingerprints[1]
+
+
 @pytest.mark.parametrize("n_times", [1, 600])
 def test_a_recording_that_breaks_off_leaves_no_embeddings_and_the_others_do(
     opened, tmp_path, monkeypatch, n_times

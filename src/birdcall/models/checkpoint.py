@@ -167,6 +167,15 @@ def find_bfloat16_fault() -> str:
     return "" if "BF16" in abilities else "this processor has no instructions for bfloat16"
 
 
+def usable_runtimes() -> list[str]:
+    """Return the packages whose version predictions depend on beside torch's, where an export runs.
+
+    openvino counts only where it can run networks in bfloat16.
+    """
+    faults = {"onnxruntime": find_onnx_fault(), "openvino": find_bfloat16_fault()}
+    return [package for package, fault in faults.items() if not fault]
+
+
 class OnnxModel:
     """An exported network with one input, run by ONNX Runtime on the caller's thread alone.
 

@@ -29,7 +29,7 @@ from birdcall.inference.tables import (
 )
 from birdcall.kaggle.manifest import MANIFEST_FILE
 from birdcall.kaggle.submission import LoadedPackage, probed_seconds
-from birdcall.models.checkpoint import is_onnx_installed
+from birdcall.models.checkpoint import usable_runtimes
 from birdcall.prediction.package import (
     EmbeddingWriter,
     Recording,
@@ -198,7 +198,7 @@ class _Progress:
 
 def fingerprint_of(package: Path, options: ResultOptions, device: str) -> dict[str, Any]:
     """Return what results depend on beside the recordings: code, weights, decision, runtime."""
-    libraries = ["torch", "soundfile", "soxr", *(["onnxruntime"] if is_onnx_installed() else [])]
+    libraries = ["torch", "soundfile", "soxr", *usable_runtimes()]
     return {
         "package": digest((package / MANIFEST_FILE).read_text(encoding="utf-8")),
         "code": digest(json.dumps(code_digest("prediction.package"))),
