@@ -312,7 +312,7 @@ def _export(
     bfloat16: Annotated[
         Path | None,
         typer.Option(
-            help="The same in bfloat16, by OpenVINO, on processors with instructions for it.",
+            help="The same in bfloat16, by OpenVINO (extra openvino), on processors that can.",
             show_default="none",
         ),
     ] = None,

@@ -158,7 +158,7 @@ def allow_bfloat16(path: Path, calibration: np.ndarray, held_out: np.ndarray) ->
     comparison = _Comparison(path, held_out, BFLOAT16)
     network = OpenVinoModel(path, slower=comparison.reference)
     parity = comparison.choose([comparison.measure(network)])
-    mark_bfloat16(path, f"{parity.rows_equal:.1%} of {len(held_out)} windows have the same labels")
+    mark_bfloat16(path, f"{parity.rows_equal:.1%} of rows have the same labels")
     return parity
 
 
