@@ -290,12 +290,13 @@ def _levers(base: Experiment, *names: str) -> tuple[Experiment, ...]:
             {"train": {"student": {"share": 0.75}}},
         ),
     }
+    require(set(names) <= set(changes), f"levers are {', '.join(changes)}, not {names}")
     return tuple(
         replace_nested(
             base, name=f"{base.name}_{name}", description=f"{base.description}; {what}", **change
         )
         for name, (what, change) in changes.items()
-        if not names or name in names
+        if name in (names or changes)
     )
 
 
@@ -311,7 +312,7 @@ _BIRDNET_OF["none"] = replace_nested(
     model={"temporal_size": 1024},
     train={"epochs": 15, "optimizer": {"learning_rate": 5e-5}},
 )
-_BIRDNET_CLEAN = _BIRDNET_FAMILY[-1]
+(_BIRDNET_CLEAN,) = (base for base in _BIRDNET_FAMILY if base.name.endswith("_clean"))
 _BIRDNETS = [_BIRDNET_OF[temporal] for temporal in ("none", "gru", "attention")]
 _TAUGHT = [_taught(_LITE0_OF[temporal]) for temporal in ("none", "gru")]
 _FIELD = [

@@ -48,7 +48,7 @@ def test_networks_are_timed_in_bfloat16_where_that_is_asked_for(
     monkeypatch.setattr("birdcall.models.checkpoint.find_bfloat16_fault", lambda: "")
     options = {"minutes": 0.5, "repeats": 1, "experiment": tiny_experiment, "in_bfloat16": True}
     table = benchmark_inference(demo_folder, tmp_path, n_members=1, **options)
-    assert list(table["runtime"]) == ["openvino bfloat16"]
+    assert table["runtime"].str.endswith("bfloat16").all()
     assert (table["largest_difference"] < 0.1).all()
     monkeypatch.setattr(
         "birdcall.models.checkpoint.find_bfloat16_fault", lambda: "an old processor"

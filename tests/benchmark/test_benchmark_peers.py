@@ -85,7 +85,7 @@ def test_an_export_runs_in_the_runtime_that_its_row_names(package, monkeypatch):
     monkeypatch.setattr(peers, "Ensemble", lambda members: opened.extend(members))
     for name in (ONNX, BFLOAT16):
         PEERS[name](Setting(member, ()))
-    assert [item.runtime for item in opened] == ["onnx", "openvino bfloat16"]
+    assert [item.export.runtime for item in opened] == ["ONNX Runtime", "OpenVINO"]
 
 
 def test_scores_are_of_the_labelled_rows_and_the_classes_that_all_know():

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -277,13 +278,15 @@ def test_embeddings_are_the_input_of_the_heads_for_each_segment(opened, tmp_path
     np.testing.assert_allclose(vectors[1, sizes[0] :], expected, atol=1e-4)
 
 
-def test_results_in_float32_are_not_taken_up_where_bfloat16_can_run(package, monkeypatch):
-    pytest.importorskip("openvino")
-    fingerprints = []
-    for fault in ("", "this processor has no instructions for bfloat16"):
-        monkeypatch.setattr("birdcall.models.checkpoint.find_bfloat16_fault", lambda f=fault: f)
-        fingerprints.append(fingerprint_of(package, ResultOptions(), "cpu"))
-    assert fingerprints[0] != fingerprints[1]
+def test_results_in_float32_are_not_taken_up_where_bfloat16_runs(package, opened):
+    runtimes = []
+    for precision in ("float32", "bfloat16"):
+        export = SimpleNamespace(runtime="OpenVINO", version="1", precision=precision)
+        members = [replace(member, export=export) for member in opened.ensemble.members]
+        ensemble = SimpleNamespace(members=members, device=opened.ensemble.device)
+        fingerprint = fingerprint_of(package, ResultOptions(), opened._replace(ensemble=ensemble))
+        runtimes.append(fingerprint.pop("runtimes"))
+    assert runtimes == [["OpenVINO 1 float32"], ["OpenVINO 1 bfloat16"]]
 
 
 @pytest.mark.parametrize("n_times", [1, 600])
@@ -340,7 +343,7 @@ def predict(paths, output, package, opened, options=ResultOptions(("csv",)), pre
             predicted.extend(recording.name for recording in remaining)
         return predictor(remaining)
 
-    with Journal(output / "journal.jsonl", fingerprint_of(package, options, "cpu")) as journal:
+    with Journal(output / "journal.jsonl", fingerprint_of(package, options, opened)) as journal:
         return predict_recordings(
             recordings, counted, journal, output, options=options, pages=pages, labels=labels
         )

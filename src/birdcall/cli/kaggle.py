@@ -341,7 +341,7 @@ def _predict(
         from birdcall.prediction.ray_cluster import predict_on_ray
 
         predictor = predict_on_ray(ray, package, output, embeddings=embeddings, progress=True)
-    fingerprint = fingerprint_of(package, options, device.type)
+    fingerprint = fingerprint_of(package, options, opened)
     with Journal(output / "journal.jsonl", fingerprint, overwrite=overwrite) as journal:
         typer.echo(
             predict_recordings(

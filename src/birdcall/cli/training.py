@@ -297,8 +297,7 @@ def _export(
         str,
         typer.Option(
             "--input",
-            help="Input of the exported network: log_mel, for the kernel and evaluate, or "
-            "waveform, for other programs.",
+            help="Input: log_mel, for the kernel and evaluate, or waveform, for other programs.",
         ),
     ] = "log_mel",
     int8: Annotated[
@@ -312,8 +311,7 @@ def _export(
     bfloat16: Annotated[
         Path | None,
         typer.Option(
-            help="The same in bfloat16, by OpenVINO (extra openvino), on processors that can.",
-            show_default="none",
+            help="The same by OpenVINO in bfloat16 (extra openvino).", show_default="none"
         ),
     ] = None,
     window_segments: WindowSegments = 1,
@@ -322,7 +320,7 @@ def _export(
     """Export a network to ONNX, and check that ONNX Runtime predicts the same as torch."""
     from birdcall.inference.engine import sample_log_mels
     from birdcall.inference.windows import ONNX_FILE, WindowConfig, export_checkpoint
-    from birdcall.models.checkpoint import read_checkpoint
+    from birdcall.models.checkpoint import find_bfloat16_fault, read_checkpoint
     from birdcall.models.export import allow_bfloat16, quantize_onnx, require_windows
     from birdcall.storage.files import find_files, readable_sound
 
@@ -330,8 +328,10 @@ def _export(
     if source != "log_mel" and to is None:
         raise ValueError(f"--input waveform needs --to FILE: {path} must have log_mel as its input")
     folder, option = (int8, "--int8") if bfloat16 is None else (bfloat16, "--bfloat16")
-    if folder is not None and (source != "log_mel" or None not in (int8, bfloat16)):
-        raise ValueError("give --int8 or --bfloat16, not both, and with --input log_mel")
+    if None not in (int8, bfloat16) or (folder is not None and source != "log_mel"):
+        raise ValueError("give no more than one of --int8, --bfloat16 and --input waveform")
+    if bfloat16 is not None and (fault := find_bfloat16_fault()):
+        raise ValueError(f"--bfloat16: {fault}")
     window_config = WindowConfig(window_segments, context_seconds)
     frontend = read_checkpoint(checkpoint).experiment.frontend
     if folder is not None:  # before the export, which it would leave in float32
@@ -339,12 +339,12 @@ def _export(
         log_mels = sample_log_mels(recordings, frontend, window_config)
         require_windows(f"{option} {folder}", *log_mels)
     difference = export_checkpoint(checkpoint, path, window_config, source)
-    size = f"{path.stat().st_size / 1e6:.1f} MB"
-    typer.echo(f"{path}: {size}; probabilities differ from torch's by at most {difference:.1g}")
+    typer.echo(f"{path}: written; probabilities differ from torch's by at most {difference:.1g}")
     if folder is not None:
         parity = (quantize_onnx if bfloat16 is None else allow_bfloat16)(path, *log_mels)
+        kept = f"; {parity.float_share:.0%} of its layers stay float32" if int8 else ""
         typer.echo(
-            f"{path}: {path.stat().st_size / 1e6:.1f} MB, in {option[2:]} {parity.speed:.2f} x as "
-            f"fast; {parity.rows_equal:.1%} of held-out rows have the same labels, row-wise F1 "
-            f"{parity.row_wise_f1:.3f}; {parity.float_share:.0%} of its convolutions stay float32"
+            f"{path}: in {option[2:]} {parity.speed:.2f} x as fast, {parity.rows_equal:.1%} of "
+            f"held-out rows have the same labels, row-wise F1 {parity.row_wise_f1:.3f}{kept}"
         )
+    typer.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB")

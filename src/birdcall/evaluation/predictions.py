@@ -181,7 +181,8 @@ class PredictionCache:
     """Predicts a set of recordings, and stores the predictions of each member.
 
     A member's predictions are identified by its weights, its experiment, the windows, the runtime,
-    the audio and the code of all these. A member whose training is not finished is not stored.
+    the audio and the code of all these. A member whose training is not finished is not stored, nor
+    one whose runtime has failed.
     """
 
     folder: Path | None  # None: nothing is stored
@@ -203,7 +204,7 @@ class PredictionCache:
             "classes": member.checkpoint.classes,
             "audio": self.made_from,
             "window": asdict(window),
-            "runtime": member.runtime,
+            "runtime": member.runtime_identity,
             "torch": torch.__version__,
         }
 
@@ -275,7 +276,8 @@ class PredictionCache:
             retried = _without_errors(dict(predict_audio(ensemble, broken, SEGMENTS_ONLY)))
             for index, member in enumerate(ensemble.members if retried else ()):
                 by_member[index] |= {n: item.for_members([index]) for n, item in retried.items()}
-                self.write(member, window, by_member[index])
+                if member.name not in ensemble.fallen_back:
+                    self.write(member, window, by_member[index])
         result: _Predictions = {}
         for name in sources:
             items = [predictions[name] for predictions in by_member]
@@ -296,8 +298,8 @@ class PredictionCache:
         missing = [index for index, predictions in enumerate(stored) if predictions is None]
         if not missing:
             return by_member
-        members = [ensemble.members[index] for index in missing]
-        stream = predict_audio(ensemble.for_members(members), sources, SEGMENTS_ONLY)
+        some = ensemble.for_members([ensemble.members[index] for index in missing])
+        stream = predict_audio(some, sources, SEGMENTS_ONLY)
         bar = tqdm(stream, self.name, len(sources), disable=not progress, unit="recording")
         computed = dict(bar)
         for position, index in enumerate(missing):
@@ -305,7 +307,8 @@ class PredictionCache:
                 name: item if isinstance(item, AudioError) else item.for_members([position])
                 for name, item in computed.items()
             }
-            self.write(members[position], ensemble.window_config, by_member[index])
+            if (member := some.members[position]).name not in some.fallen_back:
+                self.write(member, ensemble.window_config, by_member[index])
         return by_member
 
     def predict_frames(

@@ -76,7 +76,7 @@ def ranked_rows(
     that were kept out of the soundscapes, beside species that occur there and are not learnable.
     calibrated: the same rows with calibrated probabilities, for their calibration error. decisions:
     of each group, for the ranking by what they compare with thresholds (``decision_macro_ap``).
-    ``_min3``: over the classes that are in three rows or more; with less, one row moves AP by 0.5.
+    ``_min3``: over the classes that are in three rows or more; with fewer, one row moves AP by 0.5.
     """
     occurs, n_classes = predictions.labelled_truth.any(axis=0), len(predictions.classes)
     truth = predictions.labelled_truth[:, :n_classes] & learnable

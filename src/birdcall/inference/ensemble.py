@@ -67,8 +67,8 @@ class Member:
     export_fault: str = ""
 
     @property
-    def runtime(self) -> str:
-        """Return what runs on a CPU, with all that predictions depend on: "torch", "onnx", ..."""
+    def runtime_identity(self) -> str:
+        """Return on what predictions on a CPU depend beside weights and torch: such as "onnx"."""
         return "torch" if self.export is None else self.export.identity
 
 
@@ -140,7 +140,8 @@ class Ensemble:
 
     On a CPU each of torch's threads runs batches of its own: by a member's export, where there is
     one that does not fail, else by torch. ``cuda`` without a number is all GPUs; each has all
-    members. Raises MemberError for a member that a device does not take.
+    members. Raises MemberError for a member that a device does not take. fallen_back: the members
+    whose export has failed at work, so that their predictions are of more than one runtime.
     """
 
     def __init__(
@@ -169,7 +170,8 @@ class Ensemble:
         self.batch_windows = max(1, batch // window_config.window_segments)
         self.mixes_recordings = self.device.type != "cpu"  # within a batch, see `engine`
         n_threads = torch.get_num_threads() if self.device.type == "cpu" else 1
-        self._runtime_faults: dict[str, object] = {}  # each is named once
+        self.fallen_back: set[str] = set()
+        self._runtime_faults: dict[tuple[str, str], object] = {}  # each is named once
         self.replicas = []
         for index, device in enumerate(list_devices(self.device)):
             replica = _Replica(
@@ -214,16 +216,17 @@ class Ensemble:
                     return current(log_mel.numpy(), outputs)
                 except Exception as error:  # whatever the runtime raises: the weights are the same
                     export = current.slower
-                    self._log_once(member, current, error)
+                    self._fall_back(member, current, error)
             with exact_float32(device):  # TF32 is off by 3e-3 in probability
                 result: SegmentOutput = network(log_mel, with_frames="frames" in outputs)
             return [getattr(result, name).cpu().numpy() for name in outputs]
 
         return predict
 
-    def _log_once(self, member: Member, export: ExportedModel, error: Exception) -> None:
+    def _fall_back(self, member: Member, export: ExportedModel, error: Exception) -> None:
+        self.fallen_back.add(member.name)
         this_call, text = object(), "%s: %s fails; where it does, %s runs in its place: %s"
-        if self._runtime_faults.setdefault(str(error), this_call) is this_call:
+        if self._runtime_faults.setdefault((export.runtime, str(error)), this_call) is this_call:
             next_runtime = "torch" if export.slower is None else export.slower.runtime
             logger.warning(text, member.name, export.runtime, next_runtime, error)
 

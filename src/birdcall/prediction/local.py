@@ -29,7 +29,6 @@ from birdcall.inference.tables import (
 )
 from birdcall.kaggle.manifest import MANIFEST_FILE
 from birdcall.kaggle.submission import LoadedPackage, probed_seconds
-from birdcall.models.checkpoint import usable_runtimes
 from birdcall.prediction.package import (
     EmbeddingWriter,
     Recording,
@@ -196,16 +195,17 @@ class _Progress:
 # --- predicting what is not in the journal --------------------------------------------------------
 
 
-def fingerprint_of(package: Path, options: ResultOptions, device: str) -> dict[str, Any]:
-    """Return what results depend on beside the recordings: code, weights, decision, runtime."""
-    libraries = ["torch", "soundfile", "soxr", *usable_runtimes()]
+def fingerprint_of(package: Path, options: ResultOptions, opened: LoadedPackage) -> dict[str, Any]:
+    """Return what results depend on beside the recordings: code, weights, decision, runtimes."""
+    exports = [item.export for item in opened.ensemble.members if item.export is not None]
     return {
         "package": digest((package / MANIFEST_FILE).read_text(encoding="utf-8")),
         "code": digest(json.dumps(code_digest("prediction.package"))),
-        "device": device,
+        "device": opened.ensemble.device.type,
+        "runtimes": sorted({f"{item.runtime} {item.version} {item.precision}" for item in exports}),
         "embeddings": options.embeddings,
         "view": options.view,
-        **{library: import_module(library).__version__ for library in libraries},
+        **{name: import_module(name).__version__ for name in ("torch", "soundfile", "soxr")},
     }
 
 
