@@ -23,6 +23,7 @@ from birdcall.experiments import EXPERIMENTS, find_experiment
 from birdcall.inference.engine import predict_audio, predict_waveforms, sample_log_mels
 from birdcall.inference.ensemble import Ensemble, load_ensemble, load_member
 from birdcall.inference.windows import (
+    FRAMES_PER_SEGMENT,
     ONNX_FILE,
     ExportError,
     SegmentOutput,
@@ -512,8 +513,10 @@ def test_bfloat16_does_not_run_a_network_in_int8(exported, openvino):
 def test_predictions_of_two_runtimes_are_not_stored(marked, tmp_path, monkeypatch):
     cache = PredictionCache(tmp_path / "cache", "sound", "made of noise")
     sources = {"a": lambda _: {RATE: noise(12)}}
-    cache.predict(load_ensemble([marked]), sources)
-    assert list((tmp_path / "cache").glob("*.safetensors"))
+    whole = load_ensemble([marked])
+    cache.predict(whole, sources)
+    cache.predict_frames(whole, sources)
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
     shutil.rmtree(tmp_path / "cache")
 
     def fail(self, inputs, outputs):
@@ -522,6 +525,7 @@ def test_predictions_of_two_runtimes_are_not_stored(marked, tmp_path, monkeypatc
     monkeypatch.setattr(OpenVinoModel, "__call__", fail)
     ensemble = load_ensemble([marked])
     assert cache.predict(ensemble, sources)["a"].n_segments == 3
+    assert cache.predict_frames(ensemble, sources)["a"].shape[1] == 3 * FRAMES_PER_SEGMENT
     assert not list((tmp_path / "cache").glob("*.safetensors"))
 
 

@@ -333,7 +333,7 @@ class PredictionCache:
             return stored
         predictions = _without_errors(dict(predict_audio(ensemble, sources)))
         frames = {name: item.frames for name, item in predictions.items()}
-        if is_stored and frames:
+        if is_stored and frames and not ensemble.fallen_back:
             with self._store.writing(*stored_as) as path:
                 write_arrays(path, frames, {})
         return frames

@@ -268,7 +268,7 @@ ExportedModel = OnnxModel | OpenVinoModel
 
 
 def open_export(path: Path) -> ExportedModel:
-    """Open an exported network for the fastest runtime that predicts its labels here."""
+    """Open an exported network: for OpenVINO where that may run it, else for ONNX Runtime."""
     network = OnnxModel(path)
     if network.low_precision != BFLOAT16:
         return network
