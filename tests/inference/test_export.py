@@ -414,7 +414,7 @@ def test_openvino_runs_on_the_thread_that_calls_it(marked):
     start, thread_start = time.process_time(), time.thread_time()
     for _ in range(20):
         network(batch, ["clipwise"])
-    assert time.thread_time() - thread_start > 0.8 * (time.process_time() - start)
+    assert time.thread_time() - thread_start > 0.5 * (time.process_time() - start)
 
 
 def test_a_batch_of_any_size_has_the_outputs_of_its_windows(marked):

@@ -310,9 +310,7 @@ def _export(
     ] = None,
     bfloat16: Annotated[
         Path | None,
-        typer.Option(
-            help="The same by OpenVINO in bfloat16 (extra openvino).", show_default="none"
-        ),
+        typer.Option(help="As --int8, in bfloat16 by OpenVINO (an extra).", show_default="none"),
     ] = None,
     window_segments: WindowSegments = 1,
     context_seconds: ContextSeconds = 0.0,

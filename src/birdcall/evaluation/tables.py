@@ -85,10 +85,10 @@ def ranked_rows(
     if decisions is not None:
         rankings["decision_"] = predictions.strength(decisions)
     values = {"lwlrap": metrics.lwlrap(truth, probability)}
+    is_frequent = truth.sum(axis=0) >= _MIN_ROWS
     for prefix, score in rankings.items():
         for name, measure in (("ap", metrics.average_precision), ("auc", metrics.roc_auc)):
             of_class = values[f"{prefix}macro_{name}"] = measure(truth, score)
-            is_frequent = truth.sum(axis=0) >= _MIN_ROWS
             values[f"{prefix}macro_{name}_min{_MIN_ROWS}"] = np.where(is_frequent, of_class, np.nan)
     is_scored = truth.any(axis=0)
     if is_scored.any():

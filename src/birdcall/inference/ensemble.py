@@ -34,6 +34,7 @@ from birdcall.inference.windows import (
     find_export,
 )
 from birdcall.models.checkpoint import (
+    CPU_BATCH,
     Checkpoint,
     ExportedModel,
     load_model,
@@ -44,8 +45,7 @@ from birdcall.storage.files import UserError
 
 logger = logging.getLogger(__name__)
 
-# Segments in one call of a network. More of them leave a CPU's cache; a GPU needs many.
-_CPU_BATCH, _CUDA_BATCH = 4, 64
+_CUDA_BATCH = 64  # segments in one call of a network
 # Entries of a `CostMeter` beside the members. Further front ends are numbered: "front end 2".
 READING, FRONT_END = "reading", "front end"
 
@@ -166,7 +166,7 @@ class Ensemble:
         self.costs = CostMeter(
             {item.name: name_of[item.checkpoint.experiment.frontend] for item in members}
         )
-        batch = _CPU_BATCH if self.device.type == "cpu" else _CUDA_BATCH
+        batch = CPU_BATCH if self.device.type == "cpu" else _CUDA_BATCH
         self.batch_windows = max(1, batch // window_config.window_segments)
         self.mixes_recordings = self.device.type != "cpu"  # within a batch, see `engine`
         n_threads = torch.get_num_threads() if self.device.type == "cpu" else 1

@@ -140,10 +140,10 @@ def stage_package(members: Sequence[Path], decision: Decision, staging: StagingO
             member = load_member(folder, decision.window_config, with_export=can_export)
             target = dataset / MEMBERS_FOLDER / member.name
             target.mkdir(parents=True)
-            is_checked = member.export is not None and bool(member.export.low_precision)
-            for name in [WEIGHTS_FILE, SETTINGS_FILE] + ([ONNX_FILE] if is_checked else []):
+            is_low_precision = member.export is not None and bool(member.export.low_precision)
+            for name in [WEIGHTS_FILE, SETTINGS_FILE] + ([ONNX_FILE] if is_low_precision else []):
                 shutil.copyfile(folder / name, target / name)
-            if can_export and not is_checked:
+            if can_export and not is_low_precision:
                 difference = export_checkpoint(target, target / ONNX_FILE, decision.window_config)
                 logger.info("%s: exported, within %.1g of torch", member.name, difference)
         write_decision(dataset / DECISION_FILE, decision)

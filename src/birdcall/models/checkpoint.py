@@ -24,7 +24,7 @@ from birdcall.storage.files import shorten_list, write_atomically
 WEIGHTS_FILE = "model.safetensors"
 SETTINGS_FILE = "model.json"
 FLOAT32, BFLOAT16, INT8 = "float32", "bfloat16", "int8"  # the last two in an export's metadata
-_INPUTS_TOGETHER = 4  # of a compiled network; other numbers run one by one
+CPU_BATCH = 4  # windows in one call of a network; more of them leave a CPU's cache
 STATE_FILE = "state.safetensors"  # of an unfinished run: see `training.resume`
 
 
@@ -238,7 +238,7 @@ class OpenVinoModel:
 
     def __call__(self, inputs: np.ndarray, outputs: Sequence[str]) -> list[np.ndarray]:
         """Return the named outputs for a batch of inputs."""
-        n_together = _INPUTS_TOGETHER if len(inputs) % _INPUTS_TOGETHER == 0 else 1
+        n_together = CPU_BATCH if len(inputs) % CPU_BATCH == 0 else 1
         parts = np.split(np.ascontiguousarray(inputs), len(inputs) // n_together)
         results = [self._run(part, outputs) for part in parts]
         return [np.concatenate(arrays) for arrays in zip(*results, strict=True)]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from birdcall.config import require
 from birdcall.models.checkpoint import (
     BFLOAT16,
+    CPU_BATCH,
     INT8,
     ExportedModel,
     OnnxModel,
@@ -33,7 +34,6 @@ _LABEL_THRESHOLDS = (0.3, 0.5, 0.7)  # of clipwise and framewise probability; la
 _MIN_PARITY = 0.99
 _MIN_LABELLED_ROWS = 20  # with a species at the lowest threshold: silence would always agree
 _MIN_WINDOWS = 50  # to calibrate, and as many to compare labels
-_BATCH = 4  # windows
 _SPEED_REPEATS = 11
 
 
@@ -200,7 +200,7 @@ class _Comparison:
 
     def measure(self, network: ExportedModel, float_share: float = 0.0) -> LabelParity:
         actual = _predict_rows(network, self.held_out)
-        speed = _compare_speed(self.reference, network, self.held_out[:_BATCH])
+        speed = _compare_speed(self.reference, network, self.held_out[:CPU_BATCH])
         return LabelParity(*_compare_labels(self.expected, actual), speed, float_share)
 
     def choose(self, tried: Sequence[LabelParity]) -> LabelParity:
@@ -242,7 +242,7 @@ def _write_int8(path: Path, to: Path, calibration: np.ndarray, float_share: floa
         ]
         require(len(convolutions) > 1, f"{path}: no backbone with convolutions to run in int8")
         first = convolutions[round(float_share * len(convolutions))]
-        batches = iter(np.split(calibration, range(_BATCH, len(calibration), _BATCH)))
+        batches = iter(np.split(calibration, range(CPU_BATCH, len(calibration), CPU_BATCH)))
         inputs = ({graph.input[0].name: batch} for batch in batches)
         quantize_static(
             folded,
@@ -267,8 +267,8 @@ def _write_int8(path: Path, to: Path, calibration: np.ndarray, float_share: floa
 def _predict_rows(network: ExportedModel, inputs: np.ndarray) -> np.ndarray:
     """Return the lower of clipwise and framewise probability of each segment: (rows, classes)."""
     lower = []
-    for start in range(0, len(inputs), _BATCH):
-        batch = inputs[start : start + _BATCH]
+    for start in range(0, len(inputs), CPU_BATCH):
+        batch = inputs[start : start + CPU_BATCH]
         clipwise, framewise = network(batch, ["clipwise", "framewise"])
         lower.append(np.minimum(clipwise, framewise).reshape(-1, clipwise.shape[-1]))
     return np.concatenate(lower)
